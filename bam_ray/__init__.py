@@ -1,0 +1,1 @@
+"""One pretrained language model into a mixture of experts: branch, upcycle, mix, evaluate, serve."""

@@ -1,0 +1,101 @@
+"""A blob store in a folder: one file a key, written beside and moved into place."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
+
+PARTIAL = ".partial-"  # prefix of files being written; never listed
+
+
+class FolderStore:
+    """A `BlobStore` over a folder, local or on a shared file system."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder).expanduser().absolute()
+
+    @property
+    def uri(self) -> str:
+        return str(self._folder)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._write(key, lambda partial: partial.write_bytes(data), os.replace)
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        # link(2) fails where the target exists, on every POSIX file system: that is the atomic test
+        self._write(key, lambda partial: partial.write_bytes(data), os.link)
+
+    def put_file(self, key: str, path: Path) -> None:
+        self._write(key, lambda partial: shutil.copyfile(path, partial), os.replace)
+
+    def get(self, key: str) -> bytes:
+        with self._said(key):
+            return self._path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self._said(key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def get_file(self, key: str, path: Path) -> None:
+        with self._said(key):
+            shutil.copyfile(self._path(key), path)
+
+    def size(self, key: str) -> int:
+        with self._said(key):
+            return self._path(key).stat().st_size
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        # Walk only the deepest folder the prefix names
+        start = self._folder / prefix.rpartition("/")[0]
+        with self._said(prefix):
+            keys = [
+                str((Path(folder) / name).relative_to(self._folder))
+                for folder, _, names in os.walk(start)
+                for name in names
+                if not name.startswith(PARTIAL)
+            ]
+        yield from sorted(key for key in keys if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        with self._said(key), contextlib.suppress(FileNotFoundError):
+            self._path(key).unlink()
+
+    def _path(self, key: str) -> Path:
+        if not key or any(part in ("", ".", "..") for part in key.split("/")):
+            raise StoreError(f"{key!r} is not a key: use relative names without empty, '.' or '..' parts")
+        return self._folder / key
+
+    def _write(self, key: str, write: Callable[[Path], object], place: Callable[[Path, Path], object]) -> None:
+        path = self._path(key)
+        partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+        with self._said(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write(partial)
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                place(partial, path)
+            except FileExistsError:
+                raise BlobExists(f"{path} exists already") from None
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _said(self, key: str) -> Iterator[None]:
+        """Turn the operating system's errors into the store's."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise BlobNotFound(f"{self._folder / key} does not exist") from None
+        except PermissionError as error:
+            raise StoreDenied(f"no permission for {error.filename or self._folder}: mend its owner or mode") from None
+        except OSError as error:
+            raise StoreUnavailable(f"folder store {self._folder}: {error.strerror or error}") from None

@@ -1,0 +1,151 @@
+"""A blob store in an S3 bucket, on AWS or any server that speaks its protocol."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+
+from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
+
+DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "Forbidden", "ExpiredToken"}
+MISSING = {"NoSuchKey", "404", "NotFound"}
+LOST = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
+
+
+class S3Store:
+    """A `BlobStore` under `prefix` of `bucket`. The client is made at first use, so that a store can be pickled."""
+
+    def __init__(self, bucket: str, prefix: str, endpoint: str | None = None) -> None:
+        self._bucket = bucket
+        self._prefix = prefix.strip("/")
+        self._endpoint = endpoint
+        self._lazy_client: Any = None
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._said(key):
+            self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        with self._said(key):
+            self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+
+    def put_file(self, key: str, path: Path) -> None:
+        with self._said(key):
+            self._client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
+
+    def get(self, key: str) -> bytes:
+        with self._said(key):
+            body: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"].read()
+            return body
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        if length <= 0:
+            return b""
+        with self._said(key):
+            try:
+                response = self._client.get_object(
+                    Bucket=self._bucket, Key=self._key(key), Range=f"bytes={start}-{start + length - 1}"
+                )
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("InvalidRange", "416"):
+                    return b""
+                raise
+            body: bytes = response["Body"].read()
+            return body
+
+    def get_file(self, key: str, path: Path) -> None:
+        with self._said(key):
+            self._client.download_file(self._bucket, self._key(key), str(path), Config=TRANSFER)
+
+    def size(self, key: str) -> int:
+        with self._said(key):
+            length: int = self._client.head_object(Bucket=self._bucket, Key=self._key(key))["ContentLength"]
+            return length
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except BlobNotFound:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        cut = len(self._key(""))
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._key(prefix))
+        with self._said(prefix):
+            for page in pages:
+                for entry in page.get("Contents", []):
+                    yield entry["Key"][cut:]
+
+    def delete(self, key: str) -> None:
+        with self._said(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    @property
+    def _client(self) -> Any:
+        if self._lazy_client is None:
+            config = Config(
+                retries={"mode": "standard", "max_attempts": 4},
+                connect_timeout=5,
+                read_timeout=60,
+                max_pool_connections=16,
+            )
+            self._lazy_client = boto3.session.Session().client("s3", endpoint_url=self._endpoint, config=config)
+        return self._lazy_client
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (S3Store, (self._bucket, self._prefix, self._endpoint))
+
+    @contextlib.contextmanager
+    def _said(self, key: str) -> Iterator[None]:
+        """Turn botocore's errors into the store's, one line each."""
+        where = f"{self.uri}/{key}"
+        try:
+            yield
+        except ClientError as error:
+            code = error.response["Error"].get("Code", "")
+            if code == "NoSuchBucket":
+                raise StoreUnavailable(
+                    f"bucket {self._bucket!r} does not exist: create it or mend the recipe's store.uri"
+                ) from None
+            if code in MISSING:
+                raise BlobNotFound(f"{where} does not exist") from None
+            if code in LOST:
+                raise BlobExists(f"{where} exists already") from None
+            if code in DENIED:
+                raise StoreDenied(
+                    f"the S3 server refuses these credentials for {self.uri} ({code}): "
+                    "mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                ) from None
+            raise StoreUnavailable(f"{where}: the S3 server answered {code}") from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise StoreDenied(
+                f"no credentials for {self.uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from None
+        except (ConnectionError, HTTPClientError) as error:
+            raise StoreUnavailable(
+                f"no S3 server answers at {self._endpoint or 'AWS'} ({type(error).__name__}): "
+                "start it or mend store.endpoint (AWS_ENDPOINT_URL)"
+            ) from None
+        except BotoCoreError as error:
+            raise StoreError(f"{where}: {error}") from None

@@ -1,0 +1,102 @@
+"""Artifacts in and out of the blob store: files first, manifest last; verified when read.
+
+store = open_store("s3://bam/demo")
+artifact = Artifact(store, "branches", "code-1f2e3d4c5b6a")
+artifact.publish(folder, manifest)          # uploads, digests, commits
+local = artifact.fetch(cache)               # downloads, verifies, returns a folder
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Kind, Manifest
+from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch
+
+
+class Artifact:
+    """One artifact's place in a store: `<kind>/<id>/`, or any prefix below it."""
+
+    def __init__(self, store: BlobStore, kind: Kind, id: str, *below: str) -> None:
+        self.store = store
+        self.kind: Kind = kind
+        self.id = id
+        self.prefix = "/".join([kind, id, *below])
+
+    @property
+    def uri(self) -> str:
+        """Where it lies, for people."""
+        return f"{self.store.uri}/{self.prefix}"
+
+    def manifest(self) -> Manifest | None:
+        """Its manifest, or None where it is not committed."""
+        try:
+            return Manifest.from_bytes(self.store.get(f"{self.prefix}/{MANIFEST}"), self.uri)
+        except BlobNotFound:
+            return None
+
+    def publish(self, folder: Path, manifest: Manifest) -> Manifest:
+        """Upload every file of `folder`, then commit `manifest` with their digests.
+
+        Where the artifact was committed meanwhile (another attempt won), theirs is returned and ours is dropped:
+        the same identity means the same content.
+        """
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        entries = {name: file_entry(folder / name) for name in names}
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            list(pool.map(lambda name: self.store.put_file(f"{self.prefix}/{name}", folder / name), names))
+        return self.commit(manifest.model_copy(update={"files": entries}))
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Write the manifest, the mark that the artifact is whole; the first of racing writers wins."""
+        try:
+            self.store.put_if_absent(f"{self.prefix}/{MANIFEST}", manifest.to_bytes())
+        except BlobExists:
+            theirs = self.manifest()
+            assert theirs is not None
+            return theirs
+        return manifest
+
+    def fetch(self, cache: Path | None = None) -> Path:
+        """Download and verify all files into a folder of the local cache; a folder fetched before is returned as is.
+
+        Raises `CheckpointError` where it is not committed, `DigestMismatch` where a file is not what was committed.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise CheckpointError(f"{self.uri} is not committed (it has no {MANIFEST}): run the stage that makes it")
+        # The manifest's own digest is part of the place: a store that was wiped and filled anew is another artifact
+        digest = hashlib.sha256(self.store.uri.encode() + manifest.to_bytes()).hexdigest()[:16]
+        target = (cache or cache_folder()) / digest
+        if target.is_dir():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        try:
+            for name, entry in manifest.files.items():
+                path = partial / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.store.get_file(f"{self.prefix}/{name}", path)
+                if file_entry(path) != entry:
+                    raise DigestMismatch(f"{self.uri}/{name} is not what its manifest says: the blob was damaged")
+            with contextlib.suppress(OSError):  # another process fetched it at the same time: either copy is right
+                partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Length and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def cache_folder() -> Path:
+    """Where fetched artifacts are kept: `$BAM_CACHE`, else `~/.cache/bam_ray`."""
+    return Path(os.environ.get("BAM_CACHE") or "~/.cache/bam_ray").expanduser()

@@ -1,0 +1,49 @@
+"""What is to be made, and how the code that makes it speaks with the controller.
+
+A task makes one artifact. It is finished exactly when its artifact's manifest exists. While it runs it says how far it
+is (`Progress`) and is asked whether it should stop; nothing else passes between a task and the controller.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from bam_ray.checkpoint.manifest import Kind
+from bam_ray.settings.recipe import Needs
+
+
+@dataclass(frozen=True)
+class Task:
+    """One artifact to make."""
+
+    kind: Kind
+    name: str  # "corpus", "seed", a domain, a mixture, "report"
+    id: str
+    parents: tuple[str, ...]  # ids of tasks that must be committed first
+    needs: Needs  # of each worker
+    workers: int = 1  # more than 1: a group of processes that train together
+    total_steps: int = 0
+    max_attempts: int = 4
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a running task says of itself."""
+
+    step: int
+    total_steps: int
+    loss: float | None = None  # NLL in nats a token, auxiliary losses not counted
+    tokens_per_second: float | None = None
+    checkpoint_step: int | None = None  # the last committed
+    note: str = ""  # what it does now: "tokenising law"
+
+
+class StageContext(Protocol):
+    """A stage's line to whoever runs it."""
+
+    def report(self, progress: Progress) -> None:
+        """Say how far the stage is; cheap enough for every step."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Whether to write a checkpoint and raise `errors.Interrupted`; asked between steps."""
+        ...

