@@ -572,8 +572,8 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             nll=nll,
-            load_balance_loss=auxiliary and auxiliary.load_balance,
-            router_z_loss=auxiliary and auxiliary.router_z,
+            load_balance_loss=auxiliary.load_balance if auxiliary else None,
+            router_z_loss=auxiliary.router_z if auxiliary else None,
             router_logits=out.router_logits if wanted else None,
             attention_router_logits=out.attention_router_logits if wanted else None,
         )

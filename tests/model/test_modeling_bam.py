@@ -1,0 +1,180 @@
+"""The mixture behaves as transformers' users expect, and its arithmetic is what the paper writes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from bam_ray.model import BamConfig, BamForCausalLM, routing_losses
+from bam_ray.model.configuration_bam import ATTENTION_EXPERTS
+
+
+def build(attention: str, seed: int = 0, **more: Any) -> BamForCausalLM:
+    torch.manual_seed(seed)
+    settings = {**tiny.SIZES, "attention_experts": attention, "num_experts_per_tok": 2, **more}
+    return BamForCausalLM(BamConfig(**settings)).eval()
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("attention", ATTENTION_EXPERTS)
+@torch.no_grad()
+def test_cache_padding_and_backends_change_nothing(attention: str, parallel: bool) -> None:
+    model = build(attention, parallel_block=parallel)
+    ids = tiny.tokens(2, 12)
+    whole = model(ids).logits
+    greedy = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    assert torch.equal(model(greedy).logits[:, 11:-1].argmax(-1), greedy[:, 12:])
+    static = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=-1, cache_implementation="static")
+    assert torch.equal(greedy, static)
+    padded = F.pad(ids, (3, 0))
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    left = model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
+    torch.testing.assert_close(left, whole, atol=1e-5, rtol=1e-5)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTION_EXPERTS)
+def test_gradient_checkpointing_changes_nothing(attention: str) -> None:
+    model = build(attention).train()
+    ids = tiny.tokens()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters()))
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("attention", ["kv_experts", "kv_shared"])
+@torch.no_grad()
+def test_one_attention_call_equals_the_sum_over_experts(attention: str) -> None:
+    """Σ g_i · W_o,i · softmax(q_i k_i / √h) v_i, written as a loop over experts and heads."""
+    model = build(attention)
+    layer = model.model.layers[0].self_attn
+    experts = layer.experts
+    x = torch.randn(2, 9, 32)
+    positions = torch.arange(9)[None]
+    embeddings = model.model.rotary_emb(x, positions)
+    cos, sin = embeddings
+    got, logits = layer(x, position_embeddings=embeddings, attention_mask=None, past_key_values=None)
+    gates = logits.view(2, 9, 4).softmax(-1)
+
+    def turn(vector: torch.Tensor) -> torch.Tensor:
+        swapped = torch.stack((-vector[..., 1::2], vector[..., ::2]), -1).flatten(-2)
+        return vector * cos + swapped * sin
+
+    want = torch.zeros_like(x)
+    causal = torch.full((9, 9), float("-inf")).triu(1)
+    for i in range(4):
+        shared = 0 if attention == "kv_shared" else i
+        heads = []
+        for head in range(4):
+            rows, kv_rows = slice(head * 8, head * 8 + 8), slice(head // 2 * 8, head // 2 * 8 + 8)
+            query = turn(x @ experts.q_proj[i, rows].T)
+            key = turn(x @ experts.k_proj[shared, kv_rows].T)
+            value = x @ experts.v_proj[shared, kv_rows].T
+            heads.append((query @ key.transpose(1, 2) / 8**0.5 + causal).softmax(-1) @ value)
+        want += gates[..., i : i + 1] * (torch.cat(heads, -1) @ experts.o_proj[i].T)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "normalised"), [(1, False), (2, True), (4, False)])
+@torch.no_grad()
+def test_ffn_routing_equals_a_loop_over_tokens(top_k: int, normalised: bool) -> None:
+    model = build("averaged", num_experts_per_tok=top_k, norm_topk_prob=normalised, ffn_output_scale=3.0)
+    moe = model.model.layers[0].mlp
+    x = torch.randn(1, 7, 32)
+    got, logits = moe(x)
+    for token in range(7):
+        probabilities = logits[token].softmax(-1)
+        chosen = probabilities.topk(top_k).indices.tolist()
+        total = sum(probabilities[i] for i in chosen) if normalised else 1.0
+        want = torch.zeros(32)
+        for i in chosen:
+            gate, up = (moe.experts.gate_up_proj[i] @ x[0, token]).chunk(2)
+            want += 3.0 * probabilities[i] / total * (moe.experts.down_proj[i] @ (F.silu(gate) * up))
+        torch.testing.assert_close(got[0, token], want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_routing_losses_by_hand() -> None:
+    logits = (torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]),)
+    probabilities = logits[0].softmax(-1)
+    losses = routing_losses(logits, 1)
+    want = 2 * (0.75 * probabilities[:, 0].mean() + 0.25 * probabilities[:, 1].mean())
+    torch.testing.assert_close(losses.load_balance, want)
+    torch.testing.assert_close(losses.router_z, logits[0].logsumexp(-1).square().mean())
+    balanced = routing_losses((torch.eye(4) * 50,) * 3, 1)
+    torch.testing.assert_close(balanced.load_balance, torch.tensor(3.0))  # 1 a layer
+
+
+def test_losses_are_apart_and_evaluation_reports_nll() -> None:
+    model = build("kv_experts")
+    ids = tiny.tokens()
+    out = model(ids, labels=ids)
+    assert torch.equal(out.loss, out.nll)
+    out = model.train()(ids, labels=ids)
+    want = out.nll + 0.01 * out.load_balance_loss + 0.001 * out.router_z_loss
+    torch.testing.assert_close(out.loss, want)
+
+
+@pytest.mark.parametrize(
+    ("attention", "total", "active"),
+    [("averaged", 700.5, 587.2), ("kv_shared", 738.3, None), ("kv_experts", 776.0, 662.7)],
+)
+def test_parameter_counts_of_the_paper(attention: str, total: float, active: float | None) -> None:
+    """Table 9's small shape, to the 0.1 million that it gives."""
+    config = BamConfig(
+        vocab_size=256_000,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
+        attention_experts=attention,
+    )
+    with torch.device("meta"):
+        model = BamForCausalLM(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert round(count / 1e6, 1) == total
+    if active is not None:
+        idle = 6 * 3 * (3 * 1024 * 2048)  # of every layer's four experts, three rest
+        routers = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in name)
+        assert round((count - idle - routers) / 1e6, 1) == active  # the paper's active count leaves routers out
+
+
+def test_loads_without_this_package(tmp_path: Path) -> None:
+    """`trust_remote_code` finds the model's code in the folder itself, in an interpreter that cannot import us."""
+    model = build("kv_experts")
+    model.save_pretrained(tmp_path)
+    ids = tiny.tokens()
+    with torch.no_grad():
+        torch.save(model(ids).logits, tmp_path / "want.pt")
+    torch.save(ids, tmp_path / "ids.pt")
+    script = """
+import sys
+sys.modules["bam_ray"] = None
+import torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+logits = model(torch.load(folder + "/ids.pt")).logits
+torch.testing.assert_close(logits, torch.load(folder + "/want.pt"))
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,50 @@
+"""Tiny random models for tests, in memory or as Hugging Face folders."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, PreTrainedModel
+
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.tensors import TensorReader
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,  # large enough for experts to differ visibly
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, Any] = {
+    "cohere": CohereConfig(**SIZES, logit_scale=0.5),
+    "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, tie_word_embeddings=False),
+}
+
+
+def dense(family: str, seed: int) -> PreTrainedModel:
+    """A dense model whose norms are random too."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def sources(folder: Path, models: dict[str, PreTrainedModel]) -> dict[str, TensorReader]:
+    """The models saved below `folder`, as readers by name."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    return {name: TensorReader(open_store(str(folder / name))) for name in models}
+
+
+def tokens(batch: int = 2, length: int = 17, seed: int = 0) -> torch.Tensor:
+    """Random ids [batch, length] without the padding id."""
+    return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
