@@ -170,6 +170,7 @@ class LocalDispatcher:
         order = flat.argsort(stable=True)
         token = order // index.shape[1]
         rows = compute(hidden.index_select(0, token), flat.bincount(minlength=num_experts).tolist())
+        rows = rows.to(hidden.dtype)  # autocast computes them in less
         rows = rows * weights.reshape(-1).index_select(0, order).unsqueeze(1).to(rows.dtype)
         return torch.zeros_like(hidden).index_add(0, token, rows)
 

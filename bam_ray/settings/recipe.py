@@ -83,6 +83,11 @@ class TrainingSettings(Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: enough to see `tokens`, the last one whole."""
+        return -(-self.tokens // self.batch_tokens)
+
 
 class Needs(Strict):
     """What one worker of a job needs of its node."""

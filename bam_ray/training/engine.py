@@ -4,6 +4,7 @@ The loop decides what to train on and how fast; an engine does one step of it ex
 on one device; `on_deepspeed` has the expert-parallel one. Both give the same numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +43,10 @@ class Engine(Protocol):
         """
         ...
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; the same answer on all."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the canonical state (`training.state`); called on all ranks, rank 0 writes."""
         ...
@@ -59,14 +64,23 @@ class Objective:
     parts: Tensor  # [3]: nll, load balance, router z
 
 
-def objective(model: torch.nn.Module, input_ids: Tensor, losses: Losses, top_k: int | None) -> Objective:
-    """The training loss of `input_ids` [B, L]: next-token NLL, and for mixtures (`top_k` given) the routers' losses."""
+def objective(
+    model: torch.nn.Module,
+    input_ids: Tensor,
+    losses: Losses,
+    top_k: int | None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Objective:
+    """The training loss of `input_ids` [B, L]: next-token NLL, and for mixtures (`top_k` given) the routers' losses.
+
+    `reduce` averages routing statistics over data-parallel ranks (`model.routing_losses`).
+    """
     out = model(input_ids=input_ids, use_cache=False, **({} if top_k is None else {"output_router_logits": True}))
     nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
     if top_k is None:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, torch.stack((nll.detach(), zero, zero)))
-    routing = routing_losses(out.router_logits, top_k)
+    routing = routing_losses(out.router_logits, top_k, reduce)
     total = nll + losses.load_balance * routing.load_balance + losses.router_z * routing.router_z
     return Objective(total, torch.stack((nll, routing.load_balance, routing.router_z)).detach())
 
@@ -116,6 +130,9 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(nll, load_balance, router_z, float(norm))
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
 
     def save(self, folder: Path) -> None:
         states = {

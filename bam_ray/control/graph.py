@@ -1,0 +1,138 @@
+"""The tasks of a recipe, in an order that respects their parents.
+
+    corpora/corpus ─▶ seeds/seed ─▶ branches/<domain> … ─▶ upcycled/<mixture> ─▶ mixtures/<mixture> ─▶ reports/report
+
+Identities are pure functions of the settings that determine an artifact's content and of its parents' identities, so
+all are known before anything runs. What only says how or where the work is done (micro batch, how often to write
+checkpoints, expert parallelism, what a worker needs) is no part of them: changing it goes on with the same artifacts.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from bam_ray.checkpoint.manifest import Kind, identity
+from bam_ray.control.tasks import Task
+from bam_ray.settings.recipe import Needs, Recipe, TrainingSettings
+
+
+def task_graph(recipe: Recipe) -> list[Task]:
+    """Every task of `recipe`, parents first."""
+    corpus = _task("corpora", "corpus", recipe.data)
+    seed = _task(
+        "seeds",
+        "seed",
+        {
+            "scratch": _plain(recipe.seed.scratch),
+            "folder": recipe.seed.folder,
+            "training": _content(recipe.seed.training),
+            "blend": recipe.seed.blend,
+        },
+        parents=(corpus.id,),
+        needs=recipe.seed.needs,
+        total_steps=recipe.seed.training.steps if recipe.seed.training else 0,
+    )
+    branches = [
+        _task(
+            "branches",
+            domain,
+            {
+                "domain": domain,
+                "training": _content(recipe.branch.training),
+                "general_fraction": recipe.branch.general_fraction,
+            },
+            parents=(seed.id, corpus.id),
+            needs=recipe.branch.needs,
+            total_steps=recipe.branch.training.steps,
+            max_attempts=recipe.branch.max_attempts,
+        )
+        for domain in recipe.branch.domains
+    ]
+    upcycled = [
+        _task(
+            "upcycled",
+            name,
+            mixture,
+            parents=(seed.id, *(branch.id for branch in branches)),
+            needs=recipe.upcycle.needs,
+        )
+        for name, mixture in recipe.upcycle.mixtures.items()
+    ]
+    mixtures = [
+        _task(
+            "mixtures",
+            start.name,
+            {
+                "training": _content(recipe.mix.training),
+                "blend": recipe.mix.blend,
+                "losses": _plain(recipe.mix.losses),
+            },
+            parents=(start.id, corpus.id),
+            needs=recipe.mix.needs,
+            workers=recipe.mix.workers or recipe.mix.expert_parallel,
+            total_steps=recipe.mix.training.steps,
+            max_attempts=recipe.mix.max_failures + 1,
+        )
+        for start in upcycled
+    ]
+    report = _task(
+        "reports",
+        "report",
+        {"tokens_per_domain": recipe.evaluate.tokens_per_domain},
+        parents=tuple(task.id for task in [corpus, seed, *branches, *mixtures]),
+        needs=recipe.evaluate.needs,
+    )
+    return [corpus, seed, *branches, *upcycled, *mixtures, report]
+
+
+def subset(tasks: Sequence[Task], kinds: Collection[Kind]) -> list[Task]:
+    """The tasks of `kinds` and everything they are made from, in the order of `tasks`."""
+    wanted: set[str] = set()
+    for task in reversed(tasks):  # children before parents
+        if task.kind in kinds or task.id in wanted:
+            wanted |= {task.id, *task.parents}
+    return [task for task in tasks if task.id in wanted]
+
+
+def find_task(tasks: Sequence[Task], kind: Kind, name: str) -> Task:
+    """The one task of `kind` called `name`; raises KeyError."""
+    for task in tasks:
+        if task.kind == kind and task.name == name:
+            return task
+    raise KeyError(f"{kind}/{name}")
+
+
+def _task(
+    kind: Kind,
+    name: str,
+    settings: BaseModel | dict[str, Any],
+    *,
+    parents: tuple[str, ...] = (),
+    needs: Needs | None = None,
+    workers: int = 1,
+    total_steps: int = 0,
+    max_attempts: int = 4,
+) -> Task:
+    """A task whose identity is that of its settings and parents."""
+    return Task(
+        kind=kind,
+        name=name,
+        id=identity(name, settings, parents),
+        parents=parents,
+        needs=needs or Needs(),
+        workers=workers,
+        total_steps=total_steps,
+        max_attempts=max_attempts,
+    )
+
+
+def _plain(settings: BaseModel | None) -> dict[str, Any] | None:
+    return settings.model_dump(mode="json") if settings is not None else None
+
+
+def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
+    """The part of training settings that determines the weights."""
+    if training is None:
+        return None
+    return training.model_dump(mode="json", exclude={"micro_batch_sequences", "checkpoint_every"})

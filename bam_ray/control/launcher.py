@@ -1,0 +1,84 @@
+"""The launcher protocol: all that the controller knows of where and how tasks run.
+
+Every method returns at once. `poll` says what is seen of each attempt that was placed and not yet freed; an attempt
+that cannot be reached, but is not known to be dead either, is still `Alive`: to begin another would make two writers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bam_ray.control.attempt import Attempt
+from bam_ray.control.sightings import Queued, Sighting
+from bam_ray.control.states import Node
+from bam_ray.control.tasks import StageContext, Task
+
+
+class Launcher(Protocol):
+    """Runs attempts at tasks."""
+
+    def place(self, task: Task, avoid: frozenset[str]) -> None:
+        """Begin an attempt on a node whose id is none of `avoid` (where others will do), now or when one is free.
+
+        Raises `PlacementError` where no node could ever hold it.
+        """
+        ...
+
+    def poll(self) -> dict[str, Sighting]:
+        """What is seen of every attempt, by task id."""
+        ...
+
+    def drain(self, task_id: str) -> None:
+        """Ask an attempt to write a checkpoint and stop."""
+        ...
+
+    def free(self, task_id: str) -> None:
+        """Forget an attempt and give back what it holds, killing it where it still runs."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Entry:
+    task: Task
+    attempt: Attempt
+
+
+class InProcessLauncher:
+    """Attempts as threads of this process, at most `slots` at a time, first come first served."""
+
+    def __init__(self, run: Callable[[Task, StageContext], object], slots: int = 1) -> None:
+        self._run = run
+        self._slots = slots
+        self._node = Node("local", "local")
+        self._entries: dict[str, _Entry] = {}
+        self._queue: list[str] = []
+
+    def place(self, task: Task, avoid: frozenset[str]) -> None:
+        attempt = Attempt(lambda context: self._run(task, context))
+        self._entries[task.id] = _Entry(task, attempt)
+        self._queue.append(task.id)
+        self._start()
+
+    def poll(self) -> dict[str, Sighting]:
+        self._start()
+        waiting = set(self._queue)
+        return {
+            task_id: Queued() if task_id in waiting else entry.attempt.look(self._node)
+            for task_id, entry in self._entries.items()
+        }
+
+    def drain(self, task_id: str) -> None:
+        self._entries[task_id].attempt.drain()
+
+    def free(self, task_id: str) -> None:
+        """Threads cannot be killed: one that still runs is asked to stop, and forgotten."""
+        self._entries.pop(task_id).attempt.drain()
+        if task_id in self._queue:
+            self._queue.remove(task_id)
+
+    def _start(self) -> None:
+        busy = sum(entry.attempt.busy for entry in self._entries.values())
+        ready: Sequence[str] = self._queue[: max(0, self._slots - busy)]
+        self._queue = self._queue[len(ready) :]
+        for task_id in ready:
+            self._entries[task_id].attempt.start()

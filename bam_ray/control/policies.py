@@ -1,0 +1,68 @@
+"""What to do, as pure functions of states: no clock, no store, no launcher.
+
+Retries: an error that would only repeat itself (settings, data, weights that do not fit) fails at once. Everything else
+is tried again, at most `Task.max_attempts` times without moving the last checkpoint on: an attempt that got further
+than all before it is not counted, so a long task on nodes that are often taken away still ends.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from bam_ray.control.sightings import Broke
+from bam_ray.control.states import Failed, History, Retrying
+from bam_ray.control.tasks import Progress, Task
+from bam_ray.errors import (
+    DataError,
+    FamilyError,
+    PlacementError,
+    SettingsError,
+    StaleLease,
+    StoreDenied,
+    UpcycleError,
+)
+
+FINAL = (SettingsError, DataError, StoreDenied, StaleLease, FamilyError, UpcycleError, PlacementError)
+MAX_PENDING = 32  # placed, but on no node yet: enough to keep nodes busy, few enough that the order stays ours
+FIRST_DELAY = 1.0  # seconds before the second attempt; doubles up to:
+LONGEST_DELAY = 60.0
+PLACEMENT_DELAY = 15.0  # seconds between looks for a node that can hold a task whose node went away
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether another attempt would end the same way."""
+    return isinstance(error, FINAL)
+
+
+def remaining_steps(task: Task, progress: Progress | None) -> int:
+    """Steps that `task` has still to do, as far as is known."""
+    return task.total_steps - (progress.step if progress else 0)
+
+
+def choose(ready: Iterable[Task], pending: int, remaining: Callable[[Task], int]) -> list[Task]:
+    """Which ready tasks to place now: the longest first, while not too many wait for a node already."""
+    return sorted(ready, key=remaining, reverse=True)[: max(0, MAX_PENDING - pending)]
+
+
+def after_failure(task: Task, history: History, broke: Broke, now: float) -> tuple[History, Retrying | Failed]:
+    """Try again or give up, when the attempt last placed has ended badly."""
+    reached = (broke.progress.checkpoint_step if broke.progress else None) or 0
+    got_further = reached > history.checkpoint_step
+    failures = history.failures + (not got_further)
+    history = replace(
+        history,
+        failures=failures,
+        checkpoint_step=max(history.checkpoint_step, reached),
+        avoid=history.avoid | ({broke.node.id} if broke.node else frozenset()),
+    )
+    if broke.final or failures >= task.max_attempts:
+        tries = "" if broke.final else f" ({history.attempts} attempts)"
+        return history, Failed(broke.error + tries, broke.node, broke.log, broke.progress)
+    delay = 0.0 if broke.node_fault else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** max(0, failures - 1))
+    return history, Retrying(broke.error, now + delay, broke.progress)
+
+
+def after_no_place(history: History, error: PlacementError, now: float) -> Retrying | Failed:
+    """No node can hold a task: wrong from the start, or (where it ran before) to be waited for."""
+    if history.attempts == 0:
+        return Failed(str(error))
+    return Retrying(str(error), now + PLACEMENT_DELAY)

@@ -1,0 +1,62 @@
+"""A packed corpus: a folder that is opened, not loaded.
+
+corpus.json              facts: sequence length, vocabulary, and what each domain holds
+tokenizer/               a Hugging Face tokenizer folder
+<domain>/train.bin       rows of tokens, little-endian (see `packing`)
+<domain>/held_out.bin
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bam_ray.errors import DataError
+
+FACTS = "corpus.json"
+TOKENIZER = "tokenizer"
+TRAIN = "train.bin"
+HELD_OUT = "held_out.bin"
+
+Rows = NDArray[np.unsignedinteger]  # [sequences, sequence_length], uint16 or uint32
+
+
+class Corpus:
+    """The corpus in `folder`; raises `DataError` where there is none."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        try:
+            self.facts: dict[str, Any] = json.loads((self._folder / FACTS).read_text())
+        except (OSError, ValueError):
+            raise DataError(f"{folder} is not a corpus (it has no readable {FACTS}): build it again") from None
+        self.domains: tuple[str, ...] = tuple(self.facts["domains"])
+        self.sequence_length: int = self.facts["sequence_length"]
+        self.vocab_size: int = self.facts["vocab_size"]
+        self.end_of_text_id: int = self.facts["end_of_text_id"]
+        self._dtype = np.dtype(self.facts["dtype"])
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A folder for `AutoTokenizer.from_pretrained`."""
+        return self._folder / TOKENIZER
+
+    def train(self, domain: str) -> Rows:
+        """The rows to train on, [sequences, sequence_length], mapped from disk."""
+        return self._rows(domain, TRAIN)
+
+    def held_out(self, domain: str) -> Rows:
+        """The rows to evaluate on, [sequences, sequence_length], mapped from disk."""
+        return self._rows(domain, HELD_OUT)
+
+    def _rows(self, domain: str, name: str) -> Rows:
+        if domain not in self.domains:
+            raise DataError(f"the corpus has no domain {domain!r}: it has {', '.join(self.domains)}")
+        try:
+            return np.memmap(self._folder / domain / name, dtype=self._dtype, mode="r").reshape(
+                -1, self.sequence_length
+            )
+        except (OSError, ValueError):
+            raise DataError(f"{self._folder / domain / name} is missing or damaged: build the corpus again") from None

@@ -1,0 +1,135 @@
+"""A mixture's processes: a group of ranks that train together, under Ray Train.
+
+Ray Train places the ranks, joins them into a torch process group and takes all of them down when one is lost. Nothing
+else of it is used: checkpoints go to the blob store as everything does, and whether to try again is the controller's
+to say, so that one policy and one table cover all tasks. `run_group` blocks; it runs on the thread of a `TaskActor`.
+"""
+
+import os
+import tempfile
+import threading
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from bam_ray.control.attempt import one_line
+from bam_ray.control.tasks import Progress
+from bam_ray.errors import BamError, Interrupted, TrainingError
+from bam_ray.on_ray.cluster import resources_of
+from bam_ray.on_ray.task_actor import here, quiet, use_threads
+from bam_ray.on_ray.work import Work
+
+EXCHANGE_EVERY = 1.0  # seconds between rank 0's words with the driver
+
+
+def run_group(work: Work, host: Any) -> None:
+    """Train a mixture on `work.task.workers` processes; `host` is the `TaskActor` they report to.
+
+    Returns when all ranks have returned; raises the error that ended the group.
+    """
+    # Ray Train would move the ranks into a folder of its own: relative paths of a recipe keep their meaning
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+
+    def rank() -> None:
+        run_rank(work, host)
+
+    needs = work.task.needs
+    with tempfile.TemporaryDirectory(prefix="bam-train-") as folder:  # Ray Train's own notes, of no use afterwards
+        trainer = TorchTrainer(
+            rank,
+            torch_config=TorchConfig(backend="nccl" if needs.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=work.task.workers,
+                use_gpu=needs.gpus > 0,
+                resources_per_worker=resources_of(needs),
+                label_selector=work.selector or None,
+            ),
+            run_config=RunConfig(
+                name=work.task.id,
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise cause(error) from error
+
+
+def run_rank(work: Work, host: Any) -> None:
+    """One rank: train, saying on rank 0 how far it is."""
+    quiet()
+    use_threads(work.task.needs.cpus)
+    context = RankContext(host)
+    try:
+        work.functions.train_mixture(work.task.name, work.recipe, work.store, context, work.engine_factory)
+    except Interrupted:
+        # Ray Train ends the group with the first rank that fails. None does here, and none leaves early: rank 0 may
+        # still be writing the checkpoint
+        dist.barrier()
+        if context.rank == 0:
+            ray.get(host.group_stopped.remote())
+    finally:
+        context.close()
+
+
+class RankContext:
+    """The `StageContext` of one rank. Rank 0 speaks with the host; all ranks decide together."""
+
+    def __init__(self, host: Any) -> None:
+        self.rank = dist.get_rank()
+        self._host = host
+        self._progress: Progress | None = None
+        self._asked_to_stop = False
+        self._closed = threading.Event()
+        self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        self._node = here()
+        self._thread = threading.Thread(target=self._exchange_often, daemon=True)
+        if self.rank == 0:
+            self._thread.start()
+
+    def report(self, progress: Progress) -> None:
+        """Of `StageContext`; what other ranks than 0 say is not passed on."""
+        self._progress = progress
+
+    def should_stop(self) -> bool:
+        """Of `StageContext`: rank 0's answer, on every rank. A collective: all ranks ask at the same steps."""
+        answer = torch.tensor([int(self._asked_to_stop)], device=self._device)
+        dist.broadcast(answer, src=0)
+        return bool(answer.item())
+
+    def close(self) -> None:
+        """Pass on the last progress."""
+        self._closed.set()
+        if self.rank == 0:
+            self._thread.join()
+
+    def _exchange_often(self) -> None:
+        while True:
+            last = self._closed.wait(EXCHANGE_EVERY)
+            try:
+                self._asked_to_stop = ray.get(self._host.exchange.remote(self._node, self._progress))
+            except RayActorError:
+                return  # without a host Ray Train takes this process down
+            if last:
+                return
+
+
+def cause(error: TrainingFailedError) -> BaseException:
+    """The error that ended a group: what a rank itself raised, before what its end did to others."""
+    if not isinstance(error, WorkerGroupError):
+        return TrainingError(f"Ray Train gave up: {one_line(error)}")
+    # Ray Train wraps what a rank raised, to keep its traceback
+    raised: list[BaseException] = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+    own = [failure for failure in raised if isinstance(failure, BamError)]
+    if own:
+        return own[0]
+    if any(isinstance(failure, RayActorError) for failure in raised):
+        ranks = sorted(rank for rank, failure in error.worker_failures.items() if isinstance(failure, RayActorError))
+        return TrainingError(f"the process or the node of rank {', '.join(map(str, ranks))} died")
+    return raised[0]

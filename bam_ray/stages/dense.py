@@ -1,0 +1,107 @@
+"""Seed and branches: dense language models, each trained by one process that talks to no other."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
+
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.control.tasks import Progress, StageContext
+from bam_ray.data import Corpus
+from bam_ray.errors import SettingsError
+from bam_ray.families import family_of
+from bam_ray.settings import Blend, Recipe, Scratch, TrainingSettings
+from bam_ray.stages.lineage import Place
+from bam_ray.stages.train import train_to_artifact
+from bam_ray.training.engine import Engine, TorchEngine
+
+
+def train_seed(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
+    """The seed: trained from scratch on its blend, or a Hugging Face folder brought into the store."""
+    place = Place(recipe, store, "seeds", name)
+    corpus_folder = place.other("corpora", "corpus").fetch()
+    settings = recipe.seed
+    if settings.folder is not None:
+        return _import_seed(settings.folder, place, Corpus(corpus_folder), recipe, context)
+    assert settings.scratch is not None and settings.training is not None
+    torch.manual_seed(settings.training.seed)
+    model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, Corpus(corpus_folder)))
+    blend = settings.blend or dict.fromkeys(recipe.data.domains, 1.0)
+    return _train_dense(place, store, corpus_folder, blend, settings.training, model, context)
+
+
+def train_branch(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
+    """The branch of domain `name`: the seed, trained on that domain with a part of general text."""
+    place = Place(recipe, store, "branches", name)
+    corpus_folder = place.other("corpora", "corpus").fetch()
+    model = AutoModelForCausalLM.from_pretrained(place.other("seeds", "seed").fetch(), dtype=torch.float32)
+    blend = {recipe.data.general: recipe.branch.general_fraction}
+    blend[name] = blend.get(name, 0.0) + 1.0 - recipe.branch.general_fraction
+    return _train_dense(place, store, corpus_folder, blend, recipe.branch.training, model, context)
+
+
+def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
+    """The configuration of a new seed over the corpus's tokenizer."""
+    return CohereConfig(
+        vocab_size=corpus.vocab_size,
+        hidden_size=scratch.hidden_size,
+        intermediate_size=scratch.intermediate_size,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        num_key_value_heads=scratch.kv_heads,
+        initializer_range=scratch.initializer_range,
+        logit_scale=1.0,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=corpus.end_of_text_id,
+        eos_token_id=corpus.end_of_text_id,
+        pad_token_id=None,
+    )
+
+
+def _train_dense(
+    place: Place,
+    store: BlobStore,
+    corpus_folder: Path,
+    blend: Blend,
+    settings: TrainingSettings,
+    model: PreTrainedModel,
+    context: StageContext,
+) -> Manifest:
+    def make_engine(model: PreTrainedModel) -> Engine:
+        return TorchEngine(model, settings, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    manifest = train_to_artifact(place, store, corpus_folder, blend, settings, model, make_engine, context)
+    assert manifest is not None  # one process is rank 0
+    return manifest
+
+
+def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context: StageContext) -> Manifest:
+    """Bring a Hugging Face folder into the store, having checked that it can be branched and upcycled."""
+    source = open_store(uri, recipe.store.endpoint)
+    reader = TensorReader(source)
+    family_of(reader.config, uri)
+    if corpus.vocab_size > reader.config["vocab_size"]:
+        raise SettingsError(
+            f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "
+            f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder"
+        )
+    keys = [key for key in source.list() if key.endswith((".json", ".safetensors", ".jinja", ".txt", ".model"))]
+    with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:
+        for number, key in enumerate(keys):
+            context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
+            (Path(folder) / key).parent.mkdir(parents=True, exist_ok=True)
+            source.get_file(key, Path(folder) / key)
+        task = place.task
+        manifest = Manifest(
+            id=task.id,
+            kind=task.kind,
+            name=task.name,
+            parents=task.parents,
+            settings=recipe.seed.model_dump(mode="json"),
+            facts={"imported_from": uri, "architecture": reader.config["model_type"]},
+        )
+        return place.artifact.publish(Path(folder), manifest)

@@ -1,0 +1,6 @@
+"""Branch: train the seed, where it is not there yet, and one branch a domain."""
+
+from bam_ray.on_ray.job import run_job
+
+if __name__ == "__main__":
+    run_job(["branches"])

@@ -1,0 +1,7 @@
+"""Mix: train the mixtures, their experts spread over DeepSpeed processes."""
+
+from bam_ray.on_deepspeed import deepspeed_engine
+from bam_ray.on_ray.job import run_job
+
+if __name__ == "__main__":
+    run_job(["mixtures"], deepspeed_engine)

@@ -1,0 +1,7 @@
+"""Serve: put the recipe's mixture behind an OpenAI-compatible endpoint, and let it speak."""
+
+from bam_ray.on_deepspeed import deepspeed_engine
+from bam_ray.on_ray.job import run_job, serve_and_ask
+
+if __name__ == "__main__":
+    run_job(["mixtures"], deepspeed_engine, serve_and_ask)

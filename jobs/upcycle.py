@@ -1,0 +1,6 @@
+"""Upcycle: turn seed and branches into mixtures at step 0."""
+
+from bam_ray.on_ray.job import run_job
+
+if __name__ == "__main__":
+    run_job(["upcycled"])
