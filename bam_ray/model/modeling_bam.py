@@ -141,14 +141,15 @@ def eager_attention(
 
 
 class BamRouter(nn.Module):
-    """A linear router without bias: [..., d] -> logits [..., N], in fp32."""
+    """A linear router without bias: [..., d] -> logits [..., N], in fp32 whatever autocast says."""
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
 
 
 class LocalDispatcher:

@@ -1,0 +1,37 @@
+"""Training over many processes: DeepSpeed's ZeRO, with the mixture's experts spread over ranks.
+
+    dispatch         the collectives that bring tokens to experts elsewhere and back, with their gradients
+    expert_parallel  cuts a whole mixture down to this rank's experts, from outside
+    engine           `training.engine.Engine` over DeepSpeed
+    canonical        its state to and from the form that says nothing of ranks
+
+Importing this package is cheap: only `deepspeed_engine`, called on the workers, imports deepspeed.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bam_ray.settings import Losses, TrainingSettings
+    from bam_ray.training.engine import Engine
+
+__all__ = ["deepspeed_engine"]
+
+
+def deepspeed_engine(
+    model: "PreTrainedModel", settings: "TrainingSettings", losses: "Losses", expert_parallel: int
+) -> "Engine":
+    """An engine over all processes, called on each with the whole model, equal on all.
+
+    Needs torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or an initialised
+    process group. `expert_parallel` processes share the experts of a mixture; a dense model has none to share.
+    """
+    import torch
+
+    # Before deepspeed is first imported: its own guess is the same, with a warning on stdout.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from bam_ray.on_deepspeed.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, settings, losses, expert_parallel)

@@ -1,0 +1,85 @@
+"""DeepSpeed's state to and from the canonical form (`training.state`), which says nothing of ranks.
+
+Weights are fp32 on every rank, equal to ZeRO's partitioned masters, and Adam's states are read and set parameter by
+parameter through DeepSpeed's own accessors. DeepSpeed's native checkpoints are pickles, resume only at the same number
+of ranks, and would leave out experts that are not of its own classes: they are not used.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bam_ray.errors import CheckpointError
+from bam_ray.on_deepspeed.expert_parallel import ExpertShards
+from bam_ray.training.state import ADAM_STATES, read_optimizer, read_weights, write_state
+
+
+def save(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:
+    """Write the state of `model` and its ZeRO optimizer; called on all ranks, rank 0 writes, all return after it."""
+    first = dist.get_rank() == 0
+    weights: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        whole = shards.whole(name, tensor)
+        if first:
+            weights[name] = whole
+    step = _steps(zero)
+    if step:
+        _link_states(zero)
+        for name, parameter in model.named_parameters():
+            for kind in ADAM_STATES:
+                whole = shards.whole(name, safe_get_full_optimizer_state(parameter, kind))
+                if first:
+                    states[f"{name}.{kind}"] = whole.cpu()
+    if first:
+        write_state(folder, model, weights, states, step)
+    dist.barrier()
+
+
+def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:
+    """Read a state into `model` and its ZeRO optimizer, whatever the number of ranks that wrote it.
+
+    Raises `CheckpointError` where the folder holds another model.
+    """
+    weights = read_weights(folder)
+    states, step = read_optimizer(folder)
+    for name, parameter in model.named_parameters():
+        whole = weights.get(name)
+        if whole is None or shards.mine(name, whole).shape != parameter.shape:
+            found = "missing" if whole is None else f"{list(whole.shape)}"
+            raise CheckpointError(f"{folder}: {name} is {found}: it is the checkpoint of another model")
+        parameter.data.copy_(shards.mine(name, whole))
+    zero.refresh_fp32_params()
+    zero.optimizer.state.clear()
+    if not step:
+        return
+    for partition in zero.single_partition_of_fp32_groups:
+        zero.optimizer.state[partition] = {
+            "step": torch.tensor(float(step), device=partition.device),
+            **{kind: torch.zeros_like(partition) for kind in ADAM_STATES},
+        }
+    _link_states(zero)
+    for name, parameter in model.named_parameters():
+        for kind in ADAM_STATES:
+            whole = states[f"{name}.{kind}"].to(parameter.device)
+            safe_set_full_optimizer_state(parameter, shards.mine(name, whole), kind)
+
+
+def _steps(zero: Any) -> int:
+    """Updates made so far."""
+    return max((int(state["step"]) for state in zero.optimizer.state.values()), default=0)
+
+
+def _link_states(zero: Any) -> None:
+    """Let DeepSpeed's accessors find Adam's states.
+
+    DeepSpeed 0.19.8 links them once, after the first parameter group's first update, when the other groups have none:
+    those of the experts would be missing.
+    """
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,146 @@
+"""The engine over many processes: each trains on its share of the global batch, and all hold the same numbers.
+
+ZeRO stage 1: weights are whole on every rank (but for the experts), fp32 masters and Adam's states are partitioned. Its
+clipping knows the true global norm with experts on different ranks, which stage 0's doesn't. bf16 is autocast over fp32
+parameters, as in `TorchEngine`: the checkpoint is the same in both precisions.
+"""
+
+import logging
+import math
+import warnings
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bam_ray.errors import TrainingError
+from bam_ray.on_deepspeed import canonical
+from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
+from bam_ray.settings import Losses, TrainingSettings
+from bam_ray.training.engine import StepResult, decayed, objective
+
+deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our errors say, or nothing to act on
+# torch 2.13 renames two collectives; torch 2.11 and DeepSpeed know the old names only.
+warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
+
+
+class DeepSpeedEngine:
+    """One of the processes; see `bam_ray.on_deepspeed.deepspeed_engine`."""
+
+    def __init__(
+        self, model: PreTrainedModel, settings: TrainingSettings, losses: Losses, expert_parallel: int
+    ) -> None:
+        if get_accelerator().device_name() == "cpu":
+            # Else the first collective compiles a C++ extension for a minute, or fails without a compiler.
+            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
+        )
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.settings, self.losses = settings, losses
+        self.top_k: int | None = getattr(model.config, "num_experts_per_tok", None)
+        self.model = model.train()
+        self.shards = apply_expert_parallelism(model, expert_parallel)
+        with announced_experts(model, self.shards):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self._optimizer(),
+                config=self._config(),
+            )
+        self.device = torch.device(self.deepspeed.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """TorchEngine's, its groups split where ZeRO must reduce and partition experts over ranks of their own."""
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            groups.setdefault((is_moe_param(parameter), decayed(name, parameter)), []).append(parameter)
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.settings.weight_decay if decays else 0.0,
+                    **({"moe": True, "name": self.shards.group_name} if expert else {}),
+                }
+                for (expert, decays), parameters in sorted(groups.items())
+            ],
+            lr=self.settings.peak_lr,
+            betas=self.settings.betas,
+            eps=1e-8,
+            fused=True,
+        )
+
+    def _config(self) -> dict[str, object]:
+        return {
+            "train_micro_batch_size_per_gpu": self.settings.micro_batch_sequences,  # only for its own statistics
+            "gradient_accumulation_steps": 1,  # `step` weighs micro batches itself: the last may be smaller
+            "managed_gradient_accumulation": False,  # gradients add up until `step` reduces them
+            "zero_optimization": {
+                "stage": 1,
+                # The bucket is allocated whole, so no larger than what can fill it.
+                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.model.parameters())),
+            },
+            "gradient_clipping": self.settings.clip_norm,
+            "torch_autocast": {
+                "enabled": self.settings.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # those whose gradients would be reduced in bf16
+            },
+            "steps_per_print": None,
+        }
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Average over all ranks, in place."""
+        dist.all_reduce(x)
+        return x.div_(self.world_size)
+
+    def step(self, input_ids: Tensor, lr: float) -> StepResult:
+        """See `training.engine.Engine`. Every rank brings the same shape, so that the mean of ranks is the batch's."""
+        self._check_shares(input_ids)
+        sums = torch.zeros(3, device=self.device)
+        for micro in input_ids.to(self.device).split(self.settings.micro_batch_sequences):
+            share = micro.shape[0] / input_ids.shape[0]
+            loss = objective(self.deepspeed, micro, self.losses, self.top_k, reduce=self._mean)
+            self.deepspeed.backward(loss.total * share, scale_wrt_gas=False)
+            sums += loss.parts * share
+        nll, load_balance, router_z = self._mean(sums).tolist()
+        if not math.isfinite(nll):
+            self.deepspeed.optimizer.zero_grad()
+            raise TrainingError(f"the loss ({nll}) is not finite: lower peak_lr")
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()  # leaves everything as it was where the norm is not finite
+        norm = float(self.deepspeed.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradient ({norm}) of the loss ({nll}) is not finite: lower peak_lr")
+        return StepResult(nll, load_balance, router_z, norm)
+
+    def any_rank(self, flag: bool) -> bool:
+        """See `training.engine.Engine`. A collective."""
+        seen = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen)
+
+    def _check_shares(self, input_ids: Tensor) -> None:
+        """Ranks with other shapes would wait for each other's collectives for ever."""
+        mine = torch.tensor(input_ids.shape, device=self.device)
+        shapes = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(shapes, mine)
+        shares = [tuple(shape.tolist()) for shape in shapes]
+        if len(set(shares)) > 1 or 0 in shares[0]:
+            raise TrainingError(
+                f"the {self.world_size} processes got {shares} sequences and tokens: "
+                "use a batch_tokens that is a multiple of processes times sequence_length"
+            )
+
+    def save(self, folder: Path) -> None:
+        """See `training.engine.Engine`."""
+        canonical.save(folder, self.model, self.deepspeed.optimizer, self.shards)
+
+    def load(self, folder: Path) -> None:
+        """See `training.engine.Engine`. Every rank reads the whole folder."""
+        canonical.load(folder, self.model, self.deepspeed.optimizer, self.shards)

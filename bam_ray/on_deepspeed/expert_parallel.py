@@ -1,0 +1,128 @@
+"""Expert parallelism, applied to a whole mixture from outside: each rank keeps its experts and forgets the others.
+
+Rank r of a group of E keeps the experts r·n to (r + 1)·n - 1 of every layer, in the FFN and in the attention.
+Neighbouring ranks form a group; ranks that hold the same experts in different groups average their gradients.
+Everything else (embeddings, norms, routers) is whole on all ranks and plain data-parallel.
+
+kv_shared has one k_proj and v_proj for all experts. They stay whole: each rank computes K and V of all gathered tokens,
+but only its own experts' queries read them, so its gradient is the part of Σ_ranks loss that went through its experts.
+The parts of a group sum to the gradient of the group's summed loss; data-parallel averaging sums them over all groups
+and divides by the number of ranks, which is the gradient of the mean loss. So they are ordinary replicated parameters,
+with no factor.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from bam_ray.errors import TrainingError
+from bam_ray.model.modeling_bam import BamAttentionExperts, BamExperts
+from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, gathered
+
+
+@dataclass(frozen=True)
+class ExpertShards:
+    """Which parameters hold this rank's experts alone, and how they become whole again."""
+
+    group: ProcessGroup | None = None  # None: all experts are here
+    group_name: str = ""  # DeepSpeed's
+    names: frozenset[str] = frozenset()
+
+    def mine(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a parameter, or of a state of it: [N, ...] -> [n, ...]; a replicated one as it is."""
+        if self.group is None or name not in self.names:
+            return whole
+        return whole.chunk(self.group.size())[self.group.rank()]
+
+    def whole(self, name: str, mine: Tensor) -> Tensor:
+        """The inverse: [n, ...] -> [N, ...]. A collective for sharded parameters: call it on all ranks."""
+        if self.group is None or name not in self.names:
+            return mine
+        return gathered(mine, self.group)
+
+
+def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
+    """Cut a `BamForCausalLM`, whole and equal on all ranks, down to this rank's experts, in groups of `size` ranks.
+
+    Call it on all ranks, before an optimizer takes the parameters. Raises `TrainingError` where experts or ranks are
+    not divisible by `size`. A model without experts, or `size` 1, is left as it is.
+    """
+    config: Any = model.config
+    experts = getattr(config, "num_experts", None)
+    if experts is None or size == 1:
+        return ExpertShards()
+    if experts % size or dist.get_world_size() % size:
+        raise TrainingError(
+            f"expert_parallel is {size}: use a number that divides the {experts} experts "
+            f"and the {dist.get_world_size()} processes"
+        )
+    groups._create_expert_and_data_parallel(size)  # does nothing where they exist
+    group_name = f"ep_size_{size}"
+    group: ProcessGroup = groups._get_expert_parallel_group(group_name)
+    names = []
+    for path, module in model.named_modules():
+        if isinstance(module, BamExperts):
+            module.dispatcher = AllToAllDispatcher(group)
+            own = ["gate_up_proj", "down_proj"]
+        elif isinstance(module, BamAttentionExperts):
+            module.exchange = AttentionExchange(group)
+            module.register_forward_pre_hook(_refuse_what_is_not_exchanged, with_kwargs=True)
+            own = ["q_proj", "o_proj"]
+            if module.kv_shared:  # of query heads here, which all read the one set of key/value heads
+                module.num_key_value_groups //= size
+            else:
+                own += ["k_proj", "v_proj"]
+        else:
+            continue
+        for name in own:
+            whole: nn.Parameter = getattr(module, name)
+            mine = nn.Parameter(whole.detach().chunk(size)[group.rank()].clone())
+            mine.allreduce, mine.group_name = False, group_name  # type: ignore[attr-defined] # read by ZeRO
+            setattr(module, name, mine)
+            names.append(f"{path}.{name}")
+    return ExpertShards(group, group_name, frozenset(names))
+
+
+def _refuse_what_is_not_exchanged(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Only x and gates travel: what else differs between sequences would meet the wrong ones."""
+    mask, (cos, _) = kwargs["attention_mask"], kwargs["position_embeddings"]
+    assert kwargs["past_key_values"] is None, "expert-parallel attention has no cache: generate from a saved checkpoint"
+    assert mask is None or mask.shape[0] == 1, "expert-parallel attention needs packed sequences: leave out the mask"
+    assert cos.shape[0] == 1, "expert-parallel attention needs packed sequences: leave out position_ids"
+
+
+class _ExpertMarker(MoE):
+    """Tells DeepSpeed that the model has experts; it has no parameters and is never called.
+
+    `deepspeed.DeepSpeedEngine` finds out by looking for instances of `MoE` in its `__init__`, where it also builds the
+    ZeRO optimizer: too early for an attribute set afterwards, and there is no setting. Without it ZeRO would average
+    expert parameters over all ranks, as if all held the same experts.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)  # not MoE's, which would build DeepSpeed's own layer
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by DeepSpeed to make groups: `apply_expert_parallelism` has made them."""
+
+
+@contextmanager
+def announced_experts(model: nn.Module, shards: ExpertShards) -> Iterator[None]:
+    """Let `deepspeed.initialize` see that the model has experts; leaves no trace in the model."""
+    if shards.group is None:
+        yield
+        return
+    config: Any = model.config
+    model.add_module("deepspeed_marker", _ExpertMarker(config.num_experts))
+    try:
+        yield
+    finally:
+        del model.deepspeed_marker

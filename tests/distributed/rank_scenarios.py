@@ -1,0 +1,215 @@
+"""What ranks do in the distributed tests, and the same cases for one process to be compared with."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
+
+from bam_ray.errors import TrainingError
+from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.on_deepspeed import deepspeed_engine
+from bam_ray.settings import Losses, TrainingSettings
+from bam_ray.training.engine import Engine
+
+SHARE, LENGTH, VOCABULARY = 4, 12, 64  # sequences of a rank a step, tokens of a sequence
+STEPS, LR = 3, 5e-5
+LOSSES = Losses(load_balance=0.05, router_z=0.01)
+DENSE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,  # gradients well above rounding, which Adam's first steps would enlarge
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how many ranks share its experts."""
+
+    expert_parallel: int
+    micro: int = SHARE
+    config: dict[str, Any] = field(default_factory=dict)
+    dense: bool = False
+    idle: bool = False  # no token ever chooses the upper half of the experts: with EP 2, rank 1 has nothing to do
+    precision: str = "fp32"
+
+    def model(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        if self.dense:
+            return CohereForCausalLM(
+                CohereConfig(**DENSE, logit_scale=1.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+            )
+        model = BamForCausalLM(BamConfig(**DENSE, num_experts=4, **self.config))
+        if self.idle:  # logits v·u, -v·u, 0, 0: one of the first two is always the highest
+            for layer in model.model.layers:
+                weight = layer.mlp.gate.weight.data
+                weight[1:] = torch.stack((-weight[0], torch.zeros_like(weight[0]), torch.zeros_like(weight[0])))
+        return model
+
+    def settings(self, micro: int) -> TrainingSettings:
+        return TrainingSettings(
+            tokens=1, peak_lr=LR, clip_norm=0.5, micro_batch_sequences=micro, precision=self.precision, weight_decay=1.0
+        )
+
+
+RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+TWO = {
+    "kv_experts": Case(2),
+    "kv_experts accumulated": Case(2, micro=3, config={"parallel_block": False, "norm_type": "rmsnorm"}),
+    "kv_shared": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}),
+    "kv_shared top-1 attention": Case(
+        2, micro=1, config={"attention_experts": "kv_shared", "num_attention_experts_per_tok": 1}
+    ),
+    "averaged": Case(
+        2, micro=2, config={"attention_experts": "averaged", **RENORMALISED, "tie_word_embeddings": False}
+    ),
+    "idle rank": Case(2, idle=True),
+    "dense": Case(2, micro=3, dense=True),
+}
+BF16 = Case(2, precision="bf16")
+FOUR = {
+    "kv_experts on 1": Case(1),
+    "kv_experts on 2": Case(2, micro=3),
+    "kv_experts on 4": Case(4),
+    "kv_shared on 2": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}),
+    "kv_shared on 4": Case(4, micro=2, config={"attention_experts": "kv_shared"}),
+    "averaged on 4": Case(4, config={"attention_experts": "averaged", **RENORMALISED}),
+    "idle ranks on 4": Case(4, idle=True),
+}
+RESUMED = Case(2, config={"attention_experts": "kv_shared"})
+
+
+def shares(world_size: int, step: int) -> Tensor:
+    """The global batch of a step: [ranks, SHARE, LENGTH]."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, VOCABULARY, (world_size, SHARE, LENGTH), generator=generator)
+
+
+def train(engine: Engine, first: int, steps: int) -> list[dict[str, float]]:
+    return [
+        asdict(engine.step(shares(engine.world_size, step)[engine.rank], LR)) for step in range(first, first + steps)
+    ]
+
+
+def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
+    """Train every case, save it to folder / its name -> its step results."""
+    results: dict[str, Any] = {}
+    for name, case in cases.items():
+        engine = deepspeed_engine(case.model(), case.settings(case.micro), LOSSES, case.expert_parallel)
+        results[name] = train(engine, 0, STEPS)
+        engine.save(folder / name)
+    return results
+
+
+def on_two(folder: Path) -> dict[str, Any]:
+    """Everything that two ranks are needed for."""
+    results = all_cases(TWO | {"bf16": BF16}, folder)
+    results["resumed"] = unbroken_and_resumed(folder)
+    results["refused"] = refusals(folder)
+    results["dispatched"] = dispatched()
+    return results
+
+
+def on_four(folder: Path) -> dict[str, Any]:
+    """Everything that four ranks are needed for; `folder` is the one that `on_two` wrote to."""
+    results = all_cases(FOUR, folder)
+    for size in (1, 4):
+        engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE // 2), LOSSES, size)
+        engine.load(folder / "half")
+        engine.save(folder / f"half again on {size}")
+        batches = [shares(2, step).view(4, SHARE // 2, LENGTH) for step in range(STEPS, 2 * STEPS)]
+        results[f"resumed on {size}"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
+        engine.save(folder / f"resumed on {size}")
+    return results
+
+
+def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
+    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+    train(engine, 0, STEPS)
+    engine.save(folder / "half")
+    unbroken = train(engine, STEPS, STEPS)
+    engine.save(folder / "whole")
+    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+    train(engine, 7, 1)  # what is loaded replaces all of this
+    engine.load(folder / "half")
+    resumed = train(engine, STEPS, STEPS)
+    engine.save(folder / "whole, resumed")
+    return {"unbroken": unbroken, "resumed": resumed}
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """The messages of errors, which must come on all ranks alike."""
+    messages = {}
+    rank = dist.get_rank()
+    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+    batch = shares(2, 0)[rank]
+    try:
+        engine.step(batch[: SHARE - rank], LR)
+    except TrainingError as error:
+        messages["uneven"] = str(error)
+    engine.save(folder / "before")
+    for case in ("loss", "gradient"):
+        weight = engine.model.model.norm.weight
+        kept = weight.detach().clone()
+        hook = None
+        if case == "loss" and rank == 1:
+            weight.data.fill_(float("nan"))
+        if case == "gradient" and rank == 1:
+            hook = weight.register_hook(lambda grad: grad * float("inf"))
+        try:
+            engine.step(batch, LR)
+        except TrainingError as error:
+            messages[case] = str(error)
+        weight.data.copy_(kept)
+        if hook is not None:
+            hook.remove()
+        engine.save(folder / f"after a {case}")
+    engine.step(batch, LR)  # goes on
+    engine.save(folder / "after all")
+    try:
+        deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 3)
+    except TrainingError as error:
+        messages["group"] = str(error)
+    messages["any"] = str([engine.any_rank(rank == 1), engine.any_rank(False)])
+    return messages
+
+
+TOKENS = (0, 7)  # of rank 0 and rank 1
+
+
+def routed(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, chosen experts and their weights of a rank's tokens."""
+    torch.manual_seed(rank)
+    tokens = TOKENS[rank]
+    index = torch.rand(tokens, 4).topk(2, dim=-1).indices
+    return torch.randn(tokens, 32), index, torch.rand(tokens, 2)
+
+
+def dispatched() -> dict[str, Tensor]:
+    """The FFN of one layer, ranks having different numbers of tokens -> outputs and gradients of Σ output²."""
+    from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism
+
+    model = Case(2).model()
+    apply_expert_parallelism(model, 2)
+    return ffn(model, *routed(dist.get_rank()))
+
+
+def ffn(model: PreTrainedModel, hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    experts = model.train().model.layers[0].mlp.experts
+    hidden.requires_grad_(), weights.requires_grad_()
+    out = experts(hidden, index, weights)
+    out.square().sum().backward()
+    return {
+        "out": out.detach(),
+        "hidden": hidden.grad,
+        "weights": weights.grad,
+        "gate_up": experts.gate_up_proj.grad,
+        "down": experts.down_proj.grad,
+    }

@@ -1,0 +1,161 @@
+"""Expert-parallel training on 2 and 4 gloo processes is training on one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gloo_ranks import run_on_ranks
+from rank_scenarios import (
+    BF16,
+    FOUR,
+    LENGTH,
+    LOSSES,
+    LR,
+    RESUMED,
+    SHARE,
+    STEPS,
+    TWO,
+    Case,
+    ffn,
+    on_four,
+    on_two,
+    routed,
+    shares,
+)
+
+from bam_ray.training.engine import TorchEngine
+from bam_ray.training.state import read_optimizer, read_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    return run_on_ranks(2, on_two, folder)
+
+
+@pytest.fixture(scope="module")
+def four(two: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    return run_on_ranks(4, on_four, folder)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, Adam's states and the number of updates."""
+    states, step = read_optimizer(folder)
+    return {**read_weights(folder), **states, "step": torch.tensor(step)}
+
+
+def assert_same_training(saved: Path, reference: Path) -> None:
+    """Two states that differ by rounding.
+
+    Adam's first update is lr · sign(gradient). Where the gradient is rounding its sign is too, so a few weights may
+    differ by up to 2 · lr.
+    """
+    one, other = state(saved), state(reference)
+    assert one.keys() == other.keys()
+    assert one.pop("step") == other.pop("step")
+    weights = {name for name in one if "exp_avg" not in name}
+    differences = torch.cat([(one[name] - other[name]).abs().flatten() for name in weights])
+    assert (differences > 1e-5).float().mean() < 1e-3
+    assert differences.max() <= 2 * LR
+    for name in one.keys() - weights:
+        largest = other[name].abs().max().item()
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4 * largest, msg=name)
+
+
+def in_order_of_micro_batches(batch: torch.Tensor, micro: int) -> torch.Tensor:
+    """[ranks, SHARE, LENGTH] -> [sequences, LENGTH], the sequences that ranks compute at the same time together."""
+    return torch.cat([part.flatten(0, 1) for part in batch.split(micro, dim=1)])
+
+
+def alone(case: Case, world_size: int, folder: Path) -> list[dict[str, float]]:
+    """The same training by `TorchEngine`, saved to `folder`."""
+    engine = TorchEngine(case.model(), case.settings(case.micro * world_size), LOSSES)
+    batches = [in_order_of_micro_batches(shares(world_size, step), case.micro) for step in range(STEPS)]
+    results = [vars(engine.step(batch, LR)) for batch in batches]
+    engine.save(folder)
+    return results
+
+
+def assert_equals_one_process(
+    case: Case, results: list[list[dict[str, float]]], expected: list[dict[str, float]], tolerance: float
+) -> None:
+    assert all(other == results[0] for other in results[1:]), "ranks disagree"
+    for step, wanted in zip(results[0], expected, strict=True):
+        assert wanted["grad_norm"] > case.settings(1).clip_norm  # so that clipping matters
+        assert step == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks_equal_one(name: str, two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    assert_equals_one_process(TWO[name], [rank[name] for rank in two], alone(TWO[name], 2, tmp_path), 1e-5)
+    assert_same_training(folder / name, tmp_path)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one(name: str, four: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    assert_equals_one_process(FOUR[name], [rank[name] for rank in four], alone(FOUR[name], 4, tmp_path), 1e-5)
+    assert_same_training(folder / name, tmp_path)
+
+
+def test_bf16_is_close_and_kept_in_fp32(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    assert_equals_one_process(BF16, [rank["bf16"] for rank in two], alone(BF16, 2, tmp_path), 1e-2)
+    assert two[0]["bf16"] != two[0]["kv_experts"]
+    assert {tensor.dtype for name, tensor in state(folder / "bf16").items() if name != "step"} == {torch.float32}
+
+
+def test_resuming_at_the_same_size_is_exact(two: list[dict[str, Any]], folder: Path) -> None:
+    for rank in two:
+        assert rank["resumed"]["resumed"] == rank["resumed"]["unbroken"]
+    torch.testing.assert_close(state(folder / "whole, resumed"), state(folder / "whole"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_resuming_at_another_size(
+    size: int, two: list[dict[str, Any]], four: list[dict[str, Any]], folder: Path
+) -> None:
+    again = state(folder / f"half again on {size}")
+    torch.testing.assert_close(again, state(folder / "half"), rtol=0, atol=0)
+    for step, wanted in zip(four[0][f"resumed on {size}"], two[0]["resumed"]["unbroken"], strict=True):
+        # Balance is that of a micro batch: here half as many sequences a rank, on twice the ranks, so the same.
+        assert step == pytest.approx(wanted, rel=1e-5)
+    assert_same_training(folder / f"resumed on {size}", folder / "whole")
+
+
+def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
+    engine.load(folder / "half")
+    for step, wanted in enumerate(two[0]["resumed"]["unbroken"], start=STEPS):
+        assert vars(engine.step(shares(2, step).view(-1, LENGTH), LR)) == pytest.approx(wanted, rel=1e-5)
+    engine.save(tmp_path)
+    assert_same_training(tmp_path, folder / "whole")
+
+
+def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    first, second = (rank["refused"] for rank in two)
+    assert first == second
+    assert f"({SHARE}, {LENGTH}), ({SHARE - 1}, {LENGTH})" in first["uneven"]
+    assert "the loss (nan) is not finite" in first["loss"]
+    assert "the gradient (inf)" in first["gradient"]
+    assert "divides the 4 experts and the 2 processes" in first["group"]
+    assert first["any"] == "[True, False]"
+    before = state(folder / "before")
+    for case in ("after a loss", "after a gradient"):
+        torch.testing.assert_close(state(folder / case), before, rtol=0, atol=0)
+    engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
+    engine.step(shares(2, 0).view(-1, LENGTH), LR)
+    engine.save(tmp_path)
+    assert_same_training(folder / "after all", tmp_path)
+
+
+def test_ranks_may_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:
+    whole = [torch.cat(parts) for parts in zip(*(routed(rank) for rank in range(2)), strict=True)]
+    wanted = ffn(Case(1).model(), *whole)
+    for name, tensor in wanted.items():  # tokens of both ranks, and experts of both ranks, one after the other
+        torch.testing.assert_close(torch.cat([rank["dispatched"][name] for rank in two]), tensor, rtol=1e-5, atol=1e-5)
