@@ -3,11 +3,13 @@
 import contextlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
+from bam_ray.blobs.store import checked
+from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreUnavailable
 
 PARTIAL = ".partial-"  # prefix of files being written; never listed
 
@@ -34,44 +36,54 @@ class FolderStore:
 
     def get(self, key: str) -> bytes:
         with self._said(key):
-            return self._path(key).read_bytes()
+            return self._blob(key).read_bytes()
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        with self._said(key), self._path(key).open("rb") as file:
+        with self._said(key), self._blob(key).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def get_file(self, key: str, path: Path) -> None:
         with self._said(key):
-            shutil.copyfile(self._path(key), path)
+            shutil.copyfile(self._blob(key), path)
 
     def size(self, key: str) -> int:
         with self._said(key):
-            return self._path(key).stat().st_size
+            return self._blob(key).stat().st_size
 
     def exists(self, key: str) -> bool:
-        return self._path(key).is_file()
+        with self._said(key):
+            return _is_file(self._path(key))
 
     def list(self, prefix: str = "") -> Iterator[str]:
         # Walk only the deepest folder the prefix names
         start = self._folder / prefix.rpartition("/")[0]
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):  # nothing there: nothing to list
+                raise error
+
         with self._said(prefix):
             keys = [
                 str((Path(folder) / name).relative_to(self._folder))
-                for folder, _, names in os.walk(start)
+                for folder, _, names in os.walk(start, onerror=fail)
                 for name in names
                 if not name.startswith(PARTIAL)
             ]
         yield from sorted(key for key in keys if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
-        with self._said(key), contextlib.suppress(FileNotFoundError):
-            self._path(key).unlink()
+        with self._said(key), contextlib.suppress(BlobNotFound, FileNotFoundError):
+            self._blob(key).unlink()
 
     def _path(self, key: str) -> Path:
-        if not key or any(part in ("", ".", "..") for part in key.split("/")):
-            raise StoreError(f"{key!r} is not a key: use relative names without empty, '.' or '..' parts")
-        return self._folder / key
+        return self._folder / checked(key)
+
+    def _blob(self, key: str) -> Path:
+        path = self._path(key)
+        if not _is_file(path):  # a folder is no blob: its name is the beginning of other keys
+            raise FileNotFoundError
+        return path
 
     def _write(self, key: str, write: Callable[[Path], object], place: Callable[[Path, Path], object]) -> None:
         path = self._path(key)
@@ -99,3 +111,11 @@ class FolderStore:
             raise StoreDenied(f"no permission for {error.filename or self._folder}: mend its owner or mode") from None
         except OSError as error:
             raise StoreUnavailable(f"folder store {self._folder}: {error.strerror or error}") from None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; unlike `Path.is_file`, a lack of permission is an error in every version of Python."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from bam_ray.blobs.store import checked
 from bam_ray.errors import BlobExists, BlobNotFound
 
 
@@ -29,11 +30,11 @@ class MemoryStore:
 
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
-            self._blobs[key] = bytes(data)
+            self._blobs[checked(key)] = bytes(data)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         with self._lock:
-            if key in self._blobs:
+            if checked(key) in self._blobs:
                 raise BlobExists(f"{self.uri}/{key} exists already")
             self._blobs[key] = bytes(data)
 
@@ -42,7 +43,7 @@ class MemoryStore:
 
     def get(self, key: str) -> bytes:
         try:
-            return self._blobs[key]
+            return self._blobs[checked(key)]
         except KeyError:
             raise BlobNotFound(f"{self.uri}/{key} does not exist") from None
 
@@ -56,7 +57,7 @@ class MemoryStore:
         return len(self.get(key))
 
     def exists(self, key: str) -> bool:
-        return key in self._blobs
+        return checked(key) in self._blobs
 
     def list(self, prefix: str = "") -> Iterator[str]:
         with self._lock:
@@ -65,4 +66,4 @@ class MemoryStore:
 
     def delete(self, key: str) -> None:
         with self._lock:
-            self._blobs.pop(key, None)
+            self._blobs.pop(checked(key), None)

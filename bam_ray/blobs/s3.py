@@ -1,11 +1,13 @@
 """A blob store in an S3 bucket, on AWS or any server that speaks its protocol."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
@@ -17,11 +19,14 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
+from bam_ray.blobs.store import checked
 from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
 
 DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "Forbidden", "ExpiredToken"}
 MISSING = {"NoSuchKey", "404", "NotFound"}
-LOST = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+LOST = {"PreconditionFailed", "412"}
+RACING = {"ConditionalRequestConflict", "409"}  # another put of the same key is under way: its outcome is open
+RACE_TRIES = 6
 TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
 
 
@@ -44,11 +49,21 @@ class S3Store:
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         with self._said(key):
-            self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+            for attempt in range(RACE_TRIES):
+                try:
+                    self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                    return
+                except ClientError as error:
+                    if error.response["Error"].get("Code") not in RACING or attempt == RACE_TRIES - 1:
+                        raise
+                    time.sleep(0.05 * 2**attempt)
 
     def put_file(self, key: str, path: Path) -> None:
         with self._said(key):
-            self._client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
+            try:
+                self._client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
+            except S3UploadFailedError as error:  # boto3 hides the server's answer behind it
+                raise error.__context__ or error from None
 
     def get(self, key: str) -> bytes:
         with self._said(key):
@@ -57,6 +72,7 @@ class S3Store:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         if length <= 0:
+            self.size(key)  # raises where it is missing; a range header cannot ask for nothing
             return b""
         with self._said(key):
             try:
@@ -87,19 +103,23 @@ class S3Store:
         return True
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        cut = len(self._key(""))
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._key(prefix))
+        cut = len(self._under(""))
         with self._said(prefix):
-            for page in pages:
-                for entry in page.get("Contents", []):
-                    yield entry["Key"][cut:]
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._under(prefix)
+            )
+            keys = [entry["Key"][cut:] for page in pages for entry in page.get("Contents", [])]
+        yield from sorted(keys)  # AWS sorts them; SeaweedFS walks a tree, where a/b comes before a-b
 
     def delete(self, key: str) -> None:
         with self._said(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
 
     def _key(self, key: str) -> str:
-        return f"{self._prefix}/{key}" if self._prefix else key
+        return self._under(checked(key))
+
+    def _under(self, beginning: str) -> str:
+        return f"{self._prefix}/{beginning}" if self._prefix else beginning
 
     @property
     def _client(self) -> Any:
@@ -110,7 +130,12 @@ class S3Store:
                 read_timeout=60,
                 max_pool_connections=16,
             )
-            self._lazy_client = boto3.session.Session().client("s3", endpoint_url=self._endpoint, config=config)
+            try:
+                self._lazy_client = boto3.session.Session().client("s3", endpoint_url=self._endpoint, config=config)
+            except ValueError as error:  # "Invalid endpoint: ..."
+                raise StoreUnavailable(
+                    f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT"
+                ) from None
         return self._lazy_client
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -144,8 +169,8 @@ class S3Store:
             ) from None
         except (ConnectionError, HTTPClientError) as error:
             raise StoreUnavailable(
-                f"no S3 server answers at {self._endpoint or 'AWS'} ({type(error).__name__}): "
+                f"no S3 server answers at {self._client.meta.endpoint_url} ({type(error).__name__}): "
                 "start it or mend store.endpoint (AWS_ENDPOINT_URL)"
             ) from None
         except BotoCoreError as error:
-            raise StoreError(f"{where}: {error}") from None
+            raise StoreError(f"{where}: {' '.join(str(error).split())}") from None

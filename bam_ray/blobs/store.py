@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from bam_ray.errors import StoreError
+
 
 class BlobStore(Protocol):
     """Bytes by key, over a folder, an S3 bucket or memory.
@@ -59,3 +61,10 @@ class BlobStore(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key`; nothing happens where it is not there."""
         ...
+
+
+def checked(key: str) -> str:
+    """`key`, where it is one; raises `StoreError`."""
+    if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
+        raise StoreError(f"{key!r} is not a key: use relative names without empty, '.' or '..' parts")
+    return key

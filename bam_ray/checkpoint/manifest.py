@@ -50,7 +50,8 @@ class Compute(BaseModel):
 class Manifest(BaseModel):
     """What an artifact is. `files` maps names relative to the manifest's prefix."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A diverged model's perplexity is infinite; as null it could not be read back
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
     id: str
     kind: Kind
     name: str

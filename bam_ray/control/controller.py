@@ -128,23 +128,15 @@ class Controller:
             case Alive(node, progress):
                 self._see_alive(task, node, progress)
             case Done(node, progress):
-                try:
-                    committed = self._is_committed(task)
-                except StoreUnavailable:
-                    return  # seen as done again at the next step
-                if not committed:
-                    self._see_broken(task, Broke(f"{task.kind}/{task.name} ended without a manifest", node, progress))
-                    return
-                self._launcher.free(task.id)
-                self.states[task.id] = Committed(progress)
+                self._see_end(task, Broke(f"{task.kind}/{task.name} ended without a manifest", node, progress))
             case Stopped(node, progress):
                 if isinstance(self.states[task.id], Draining):
                     self._launcher.free(task.id)
                     self.states[task.id] = Waiting()
                 else:
-                    self._see_broken(task, Broke("it stopped without having been asked to", node, progress))
+                    self._see_end(task, Broke("it stopped without having been asked to", node, progress))
             case Broke():
-                self._see_broken(task, sighting)
+                self._see_end(task, sighting)
 
     def _see_alive(self, task: Task, node: Node, progress: Progress | None) -> None:
         progress = progress or Progress(0, task.total_steps)
@@ -160,8 +152,19 @@ class Controller:
             case _:
                 self.states[task.id] = Running(node, progress, self._clock(), progress.step)
 
-    def _see_broken(self, task: Task, broke: Broke) -> None:
+    def _see_end(self, task: Task, broke: Broke) -> None:
+        """An attempt is over. If the manifest is there it went well, whatever was seen; `broke` says what else it was.
+
+        A node that was cut off may have committed before it died.
+        """
+        try:
+            committed = self._is_committed(task)
+        except StoreUnavailable:
+            return  # seen again at the next step
         self._launcher.free(task.id)
+        if committed:
+            self.states[task.id] = Committed(broke.progress)
+            return
         history, state = policies.after_failure(task, self._history[task.id], broke, self._clock())
         self._history[task.id] = history
         self.states[task.id] = state

@@ -21,7 +21,7 @@ from bam_ray.data.documents import Documents
 from bam_ray.data.packing import Packed, pack, token_dtype
 from bam_ray.data.sources import documents
 from bam_ray.data.split import split
-from bam_ray.data.tokenizer import SAMPLE_CHARACTERS, copy_tokenizer, load_for_packing, train_tokenizer
+from bam_ray.data.tokenizer import SAMPLE_CHARACTERS, copy_tokenizer, in_threads, load_for_packing, train_tokenizer
 from bam_ray.errors import DataError
 from bam_ray.settings import DataSettings, DomainSettings
 
@@ -50,6 +50,7 @@ def build_corpus(settings: DataSettings, folder: Path, note: Callable[[str], Non
             stack.callback(texts.close)
             domains[name] = _read(name, domain, settings, texts)
 
+        stack.enter_context(in_threads())
         note("making the tokenizer")
         if settings.tokenizer.folder is not None:
             tokens = copy_tokenizer(settings.tokenizer.folder, folder / TOKENIZER)

@@ -7,6 +7,7 @@ token.
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bam_ray.data.sources import END_OF_TEXT, fetched
 from bam_ray.errors import DataError
 
 SAMPLE_CHARACTERS = 12_000_000  # BPE merges hardly change beyond; seconds to train on
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # the environment variable that the library reads at every call
 SMALLEST_VOCABULARY = 257  # all bytes, and the end of text
 
 CHAT_TEMPLATE = (
@@ -43,7 +45,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Toke
         )
     from transformers import PreTrainedTokenizerFast
 
-    say_parallel()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,7 +94,6 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerFacts:
 
 def load_for_packing(folder: Path) -> Tokenizer:
     """The bare tokenizer of a folder, set so that no text is cut, padded or read as a special token."""
-    say_parallel()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -101,9 +101,20 @@ def load_for_packing(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def say_parallel() -> None:
-    """Say that several threads are meant, as the library does by itself, but without its warning at a later fork."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+@contextmanager
+def in_threads() -> Iterator[None]:
+    """Tokenise in threads within, but never after: a process that is forked later would wait for threads it lacks.
+
+    The library prevents that by itself, with a warning at the fork, unless the environment says what is meant.
+    """
+    if PARALLELISM in os.environ:
+        yield
+        return
+    os.environ[PARALLELISM] = "true"
+    try:
+        yield
+    finally:
+        os.environ[PARALLELISM] = "false"
 
 
 def _is_tokenizer_file(key: str) -> bool:

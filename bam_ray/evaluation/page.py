@@ -29,8 +29,7 @@ th, td { padding: .32rem .8rem; border-bottom: 1px solid var(--line); text-align
   white-space: nowrap; }
 th { color: var(--muted); font-weight: 600; } tbody tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { padding-left: 0; }
-.text { text-align: left; } .best { background: var(--best); font-weight: 700; }
-.best, .plain { border-radius: 4px; }
+.text { text-align: left; } .best { background: var(--best); font-weight: 700; border-radius: 4px; }
 .interval { display: block; color: var(--muted); font-size: .78rem; font-weight: 400; line-height: 1.2; }
 tr.group td { border-top: 2px solid var(--line); }
 ul.findings { margin: 0; padding: 0; list-style: none; }

@@ -40,7 +40,6 @@ class Picture:
 def perplexity_bars(results: Results) -> Picture:
     """One panel a domain and one for the mean, one bar a model, with 95 % intervals."""
     columns, models = results.columns, results.models
-
     wide = min(len(columns), PANELS_A_ROW)
     figure, axes = _panels(len(columns), wide, width=1.5 + 1.75 * wide, height=0.75 + 0.3 * len(models))
     for index, (ax, column) in enumerate(zip(axes, columns, strict=True)):
@@ -71,7 +70,6 @@ def perplexity_bars(results: Results) -> Picture:
         ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
         ax.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
         ax.spines["bottom"].set_visible(False)
-
     return _picture(figure, "Held-out perplexity of every model on every domain, as bars; the table has the numbers")
 
 
@@ -79,7 +77,6 @@ def training_curves(results: Results, curves: dict[str, Curve]) -> Picture:
     """NLL against step, one panel a kind of model. `curves` by model id."""
     models = [model for model in results.models if curves.get(model.id)]
     kinds = list(dict.fromkeys(model.kind for model in models))
-
     figure, axes = _panels(len(kinds), len(kinds), width=max(5.0, 3.7 * len(kinds)), height=3.0)
     for ax, kind in zip(axes, kinds, strict=True):
         for index, model in enumerate(model for model in models if model.kind == kind):
@@ -93,7 +90,6 @@ def training_curves(results: Results, curves: dict[str, Curve]) -> Picture:
         ax.grid(axis="y", color=LINE, linewidth=0.6)
         ax.legend(fontsize=8, frameon=False, labelcolor=INK)
     axes[0].set_ylabel("training NLL, nats a token", fontsize=8, color=MUTED)
-
     return _picture(figure, "Training loss against step, one panel for seed, branches and mixtures each")
 
 
@@ -114,7 +110,6 @@ def routing_heatmaps(routing: Routing, router: str) -> Picture:
     field = "ffn_share" if router == "ffn" else "attention_gate"
     values = np.array([[getattr(routing.domains[d].layers[i], field) for d in domains] for i in layers])
     experts = routing.expert_names
-
     wide = min(len(layers), PANELS_A_ROW)
     figure, axes = _panels(
         len(layers), wide, width=1.2 + wide * (0.35 + 0.44 * len(experts)), height=0.85 + 0.34 * len(domains)
@@ -133,7 +128,6 @@ def routing_heatmaps(routing: Routing, router: str) -> Picture:
         for spine in ax.spines.values():
             spine.set_visible(True)
             spine.set_color(LINE)
-
     what = (
         "Share of the choices that fell on each FFN expert" if router == "ffn" else "Mean gate of each attention expert"
     )

@@ -95,7 +95,9 @@ def deploy(store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name
     )
     plain = settings.model_dump()
     try:
-        serve.run(deployment.bind(store_uri, endpoint, kind, id, model_name, plain), name=APP, route_prefix="/")
+        serve.run(
+            deployment.bind(artifact.store.uri, endpoint, kind, id, model_name, plain), name=APP, route_prefix="/"
+        )
     except RuntimeError as error:
         raise ServingError(f"{model_name} could not be served: {_reason() or error}") from None
     host = head.name if settings.host in ANY_HOST else settings.host

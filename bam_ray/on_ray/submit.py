@@ -24,6 +24,7 @@ from rich.live import Live
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control import status
+from bam_ray.control.attempt import one_line
 from bam_ray.control.controller import DRAIN_PATIENCE
 from bam_ray.control.status import Row, Status
 from bam_ray.control.table import headline, render
@@ -36,7 +37,7 @@ INTERRUPTED = 130  # the exit code of a stopped job, as a shell gives it after C
 
 
 def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.py", address: str | None = None) -> str:
-    """Submit `python ENTRY RECIPE OVERRIDES...` from the current folder; returns the job's id.
+    """Submit `python ENTRY --recipe RECIPE OVERRIDES...` from the current folder; returns the job's id.
 
     `address` is the cluster's dashboard (None: `RAY_ADDRESS`). Raises `SettingsError` where the recipe is wrong, before
     anything is sent.
@@ -49,14 +50,17 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
             raise SettingsError(f"{needed} is not below {root}, which is what travels with the job: run this there")
     if "://" not in settings.store.uri:  # relative to here, not to wherever the job is unpacked
         overrides = [*overrides, f"store.uri={Path(settings.store.uri).expanduser().absolute()}"]
-    entrypoint = shlex.join(["python", entry, str(path.relative_to(root)), *overrides])
+    entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *overrides])
     # Ray kills a job 3 s after it asked it to stop: running tasks need longer for their last checkpoint
     patience = str(int(DRAIN_PATIENCE) + 30)
-    job_id: str = client(address).submit_job(
-        entrypoint=entrypoint,
-        runtime_env={"working_dir": str(root), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": patience}},
-        metadata={"run": settings.name},
-    )
+    try:
+        job_id: str = client(address).submit_job(
+            entrypoint=entrypoint,
+            runtime_env={"working_dir": str(root), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": patience}},
+            metadata={"run": settings.name},
+        )
+    except RuntimeError as error:  # all that Ray's client says of a server that answers, but not well
+        raise PlacementError(f"the cluster did not take the job: {one_line(error)}") from None
     return job_id
 
 

@@ -1,7 +1,7 @@
 """Serving: a decode engine with continuous batching, and an OpenAI-compatible HTTP app over it. No Ray here.
 
-    engine = DecodeEngine(model, tokenizer, slots=8, max_length=512)
-    app = create_app(Scheduler(engine), "demo")      # FastAPI: uvicorn or Ray Serve can run it
+engine = DecodeEngine(model, tokenizer, slots=8, max_length=512)
+app = create_app(Scheduler(engine), "demo")      # FastAPI: uvicorn or Ray Serve can run it
 """
 
 from bam_ray.serving.app import create_app

@@ -25,7 +25,7 @@ class _Window:
     length: int = 0  # of the keys that are read
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class _SlotLayer(CacheLayerMixin):
     """One layer's keys and values, [slots, heads, max_length, head_dim]."""
 
     is_sliding = False
@@ -73,7 +73,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._max_length
 
 
-class SlotCache(Cache):  # type: ignore[misc]
+class SlotCache(Cache):
     """A `transformers` cache over slots. Say what the next forward pass is, then pass it as `past_key_values`."""
 
     def __init__(self, slots: int, max_length: int) -> None:

@@ -99,7 +99,7 @@ class DecodeEngine:
         self._cache.prefill(len(self._rows))
         input_ids = torch.tensor([prompt], device=self._device)
         logits = self._forward(input_ids, torch.arange(len(prompt), device=self._device)[None], None)
-        delta = self._advance(generation, logits[0])
+        delta = self._advance(generation, logits[0], int(logits[0].argmax()))
         if delta.finish_reason is None:
             self._rows.append(generation)
         return generation, delta
@@ -117,14 +117,16 @@ class DecodeEngine:
         mask = (torch.arange(length, device=self._device) <= positions[:, None])[:, None, None]
         logits = self._forward(input_ids, positions[:, None], mask)
         deltas = []
-        for generation, row in zip(list(self._rows), logits, strict=True):
+        likeliest = logits.argmax(-1).tolist()  # of all rows at once: one wait for the device, not B
+        for generation, row, best in zip(self._rows, logits, likeliest, strict=True):
             generation.length += 1
-            deltas.append((generation, self._advance(generation, row)))
+            deltas.append((generation, self._advance(generation, row, best)))
         for generation, delta in deltas:
             if delta.finish_reason is not None:
                 self.remove(generation)
         return deltas
 
+    @torch.inference_mode()
     def remove(self, generation: Generation) -> None:
         """Free a request's slot; nothing happens where it has left."""
         if generation not in self._rows:
@@ -152,17 +154,16 @@ class DecodeEngine:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
-    def _advance(self, generation: Generation, logits: Tensor) -> Delta:
+    def _advance(self, generation: Generation, logits: Tensor, likeliest: int) -> Delta:
         """Choose a request's next token from `logits` [V], and say what that adds to its text."""
         sampling = generation.sampling
-        token = draw(logits, sampling, generation.stream)
+        token = draw(logits, sampling, generation.stream) if sampling.temperature > 0 else likeliest
         generation.token = token
         generation.generated += 1
         logprobs = () if sampling.logprobs is None else (self._logprob(logits, token, sampling.logprobs),)
         ended = token in self._ends
-        full = (
-            generation.generated >= sampling.max_tokens or generation.length + 1 >= self.max_length
-        )  # the next position would be the last but one: its token would have no place
+        # All tokens but the newest are in the cache
+        full = generation.generated >= sampling.max_tokens or generation.length + 1 >= self.max_length
         piece = "" if ended else generation.detokenizer.feed(token)
         if ended or full:
             piece += generation.detokenizer.flush()
@@ -175,9 +176,7 @@ class DecodeEngine:
     def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
         logprobs = torch.log_softmax(logits, dim=-1)
         values, tokens = logprobs.topk(min(top, len(logprobs)))
-        best = tuple(
-            (self._name(int(other)), float(value)) for value, other in zip(values, tokens, strict=True)
-        )
+        best = tuple((self._name(int(other)), float(value)) for value, other in zip(values, tokens, strict=True))
         return TokenLogprob(self._name(token), float(logprobs[token]), best)
 
     def _name(self, token: int) -> str:

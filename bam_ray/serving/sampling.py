@@ -32,19 +32,17 @@ class TokenLogprob:
 
 
 def draw(logits: Tensor, sampling: Sampling, stream: random.Random) -> int:
-    """One token from `logits` [V], any dtype."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    # Less the maximum first: a small temperature then gives 0 and -inf, never inf - inf
+    """One token from `logits` [V], any dtype, at a temperature above 0."""
     scaled = logits.double()
+    # Less the maximum first: a small temperature then gives 0 and -inf, never inf - inf
     probabilities = torch.softmax((scaled - scaled.max()) / sampling.temperature, dim=-1)
     order = None
     if sampling.top_p < 1:
         probabilities, order = probabilities.sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before > sampling.top_p, 0.0)
-        # Top-p 0 keeps the best token: nothing lies before it
+        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        beyond[0] = False  # the likeliest stays, also for a top_p of 0
+        probabilities = probabilities.masked_fill(beyond, 0.0)
     cumulative = probabilities.cumsum(-1)
-    at = int(torch.searchsorted(cumulative, stream.random() * cumulative[-1], right=True))
-    at = min(at, len(cumulative) - 1)
+    # The first token whose sum reaches the draw: it is never out of range, and never one of probability 0
+    at = int(torch.searchsorted(cumulative, (1 - stream.random()) * cumulative[-1]))
     return at if order is None else int(order[at])

@@ -8,35 +8,30 @@ INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, 
 class Detokenizer:
     """Text of a growing list of tokens, piece by piece: the pieces joined are the decoded list.
 
-    In byte-level BPE one character may span tokens, and its first bytes decode to U+FFFD. A trailing U+FFFD is held
-    until a later token shows what it is. Tokens are decoded from the last clean boundary on, with the tokens of the
-    piece before as context (some decoders drop the space of a first word).
+    A character may span tokens; until its last byte is there it decodes to U+FFFD, so a text that ends in U+FFFD is
+    held until a later token shows what it is. The tokens of the piece before are decoded again as context, because
+    some decoders drop the space of a first word.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # clean tokens whose text is out
-        self._context_length = 0
+        self._context: list[int] = []  # the tokens whose text came last
+        self._context_length = 0  # in characters
         self._tokens: list[int] = []  # since then
-        self._sent = 0  # characters of their text that are out
 
     def feed(self, token: int) -> str:
         """The text that became certain."""
         self._tokens.append(token)
-        text = self._decode()
-        if not text.endswith(INCOMPLETE):
-            piece = text[self._sent :]
-            self._context, self._tokens, self._sent = self._tokens, [], 0
-            self._context_length = len(self._text(self._context))
-            return piece
-        piece = text[self._sent : -1]
-        self._sent += len(piece)
-        return piece
+        piece = self._decode()
+        return "" if piece.endswith(INCOMPLETE) else self._send(piece)
 
     def flush(self) -> str:
         """The rest, when no token follows."""
-        piece = self._decode()[self._sent :]
-        self._sent += len(piece)
+        return self._send(self._decode())
+
+    def _send(self, piece: str) -> str:
+        self._context, self._tokens = self._tokens, []
+        self._context_length = len(self._text(self._context))
         return piece
 
     def _decode(self) -> str:

@@ -13,9 +13,11 @@ from bam_ray.settings.recipe import Recipe
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read the recipe at `path`; raises `SettingsError`."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"recipe {path} cannot be read: it is not text (UTF-8)") from None
     return parse_recipe(text, str(path), overrides)
 
 
@@ -44,7 +46,7 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None) -> R
 def _apply(plain: dict[str, Any], override: str) -> None:
     """Set one dotted key of a nested mapping to a YAML value."""
     dotted, separator, value = override.partition("=")
-    if not separator or not dotted:
+    if not separator or not all(dotted.split(".")):
         raise SettingsError(f"override {override!r} is not of the form key.subkey=value")
     *parents, last = dotted.split(".")
     inner = plain
@@ -53,4 +55,7 @@ def _apply(plain: dict[str, Any], override: str) -> None:
         if not isinstance(following, dict):
             raise SettingsError(f"override {override!r}: {part!r} is a value, not a group of settings")
         inner = following
-    inner[last] = yaml.safe_load(value)
+    try:
+        inner[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SettingsError(f"override {override!r}: the value is not YAML") from None

@@ -1,0 +1,192 @@
+"""What every blob store must do, one suite over all of them."""
+
+import os
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from boto3.s3.transfer import TransferConfig
+
+from bam_ray.blobs import BlobStore, s3
+from bam_ray.blobs.check import check_put_if_absent
+from bam_ray.errors import BlobExists, BlobNotFound, StoreError
+
+RACERS = 8
+MIB = 1 << 20
+ODD_KEYS = ["with space", "plus+percent%41", "ünïcødé/名前", "a=b&c?d#e", "dots.in..name", "~tilde'quote", "-", "A"]
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 5000], ids=["empty", "one byte", "1.2 MB"])
+def test_what_is_put_is_got(store: BlobStore, data: bytes) -> None:
+    store.put("some/key", data)
+    assert store.get("some/key") == data
+    assert store.size("some/key") == len(data)
+    assert store.exists("some/key")
+
+
+def test_a_put_replaces(store: BlobStore) -> None:
+    store.put("key", b"long before")
+    store.put("key", b"after")
+    assert store.get("key") == b"after"
+    assert list(store.list()) == ["key"]
+
+
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 4), (3, 5), (0, 10), (9, 1), (8, 100), (10, 1), (5000, 3), (2, 0), (10, 0)]
+)
+def test_ranges_are_slices(store: BlobStore, start: int, length: int) -> None:
+    data = b"0123456789"
+    store.put("key", data)
+    assert store.get_range("key", start, length) == data[start : start + length]
+
+
+def test_any_range_of_an_empty_blob_is_empty(store: BlobStore) -> None:
+    store.put("key", b"")
+    assert store.get_range("key", 0, 10) == b""
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_keys_keep_every_character(store: BlobStore, key: str) -> None:
+    store.put(key, key.encode())
+    assert store.get(key) == key.encode()
+    assert list(store.list()) == [key]
+
+
+def test_missing_keys_are_said_to_be_missing(store: BlobStore, tmp_path: Path) -> None:
+    store.put("there/inner", b"data")
+    for key in ("missing", "there", "there/inner/below", "the"):
+        assert not store.exists(key)
+        for ask in (
+            store.get,
+            store.size,
+            lambda key: store.get_range(key, 0, 3),
+            lambda key: store.get_range(key, 0, 0),
+        ):
+            with pytest.raises(BlobNotFound, match=key):
+                ask(key)
+        with pytest.raises(BlobNotFound, match=key):
+            store.get_file(key, tmp_path / "never")
+        store.delete(key)
+    assert list(store.list()) == ["there/inner"]
+
+
+def test_delete_removes_one_key(store: BlobStore) -> None:
+    store.put("a", b"1")
+    store.put("ab", b"2")
+    store.delete("a")
+    assert not store.exists("a")
+    assert store.get("ab") == b"2"
+
+
+@pytest.mark.parametrize("key", ["", "/absolute", "folder/", "a//b", ".", "..", "../outside", "a/../b", "a/./b"])
+def test_what_is_no_key_is_refused(store: BlobStore, key: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    for do in (
+        store.get,
+        store.size,
+        store.exists,
+        store.delete,
+        lambda key: store.put(key, b""),
+        lambda key: store.put_if_absent(key, b""),
+        lambda key: store.put_file(key, file),
+        lambda key: store.get_file(key, file),
+        lambda key: store.get_range(key, 0, 1),
+    ):
+        with pytest.raises(StoreError, match="is not a key") as caught:
+            do(key)
+        assert type(caught.value) is StoreError
+    assert list(store.list()) == []
+
+
+def test_lists_are_sorted_by_the_whole_key(store: BlobStore) -> None:
+    # '-' and '.' sort before '/', digits after: a list in the order of a tree of folders would be another
+    keys = ["a-b", "a.b", "a/b", "a/b-c", "a/b/c", "a0", "ab", "b", "B", "a/é"]
+    keys.remove("a/b")  # S3 would hold it beside a/b/c, a folder cannot
+    for key in reversed(keys):
+        store.put(key, b"")
+    assert list(store.list()) == sorted(keys)
+
+
+def test_a_prefix_is_a_beginning_not_a_folder(store: BlobStore) -> None:
+    for key in ("run/1", "run/2", "run2/1", "runs", "other/run/1"):
+        store.put(key, b"")
+    assert list(store.list("run/")) == ["run/1", "run/2"]
+    assert list(store.list("run")) == ["run/1", "run/2", "run2/1", "runs"]
+    assert list(store.list("run/1")) == ["run/1"]
+    assert list(store.list("run/1/")) == []
+    assert list(store.list("nothing/here")) == []
+    assert len(list(store.list())) == 5
+
+
+def test_an_empty_store_lists_nothing(store: BlobStore) -> None:
+    assert list(store.list()) == []
+    assert list(store.list("a/b/")) == []
+
+
+@pytest.mark.parametrize(
+    "store", ["folder", "memory", pytest.param("seaweedfs", marks=pytest.mark.slow)], indirect=True
+)
+def test_lists_go_on_past_one_page(store: BlobStore) -> None:
+    # S3 answers with at most 1000 keys; the names are those that a tree sorts otherwise than S3 does
+    keys = [f"page{between}{number:03d}" for between in "-./" for number in range(350)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(lambda key: store.put(key, b""), keys))
+    assert list(store.list("page")) == keys
+    assert list(store.list("page/")) == keys[700:]
+
+
+def test_put_if_absent_writes_once(store: BlobStore) -> None:
+    store.put_if_absent("key", b"first")
+    with pytest.raises(BlobExists, match="key"):
+        store.put_if_absent("key", b"second")
+    assert store.get("key") == b"first"
+    store.delete("key")
+    store.put_if_absent("key", b"third")
+    assert store.get("key") == b"third"
+
+
+def test_one_of_racing_writers_wins(store: BlobStore) -> None:
+    for number in range(4):
+        barrier = threading.Barrier(RACERS)
+
+        def race(racer: int, key: str = f"race/{number}", barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            try:
+                store.put_if_absent(key, f"racer {racer}".encode())
+            except BlobExists:
+                return False
+            return True
+
+        with ThreadPoolExecutor(max_workers=RACERS) as pool:
+            won = [racer for racer, won in enumerate(pool.map(race, range(RACERS))) if won]
+        assert len(won) == 1
+        assert store.get(f"race/{number}") == f"racer {won[0]}".encode()
+
+
+@pytest.mark.parametrize("size", [0, 100, 11 * MIB + 7], ids=["empty", "small", "multipart"])
+def test_files_travel_whole(store: BlobStore, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "TRANSFER", TransferConfig(multipart_threshold=5 * MIB, multipart_chunksize=5 * MIB))
+    sent, received = tmp_path / "sent", tmp_path / "received"
+    sent.write_bytes(os.urandom(size))
+    store.put_file("folder/file", sent)
+    store.get_file("folder/file", received)
+    assert received.read_bytes() == sent.read_bytes()
+    assert store.size("folder/file") == size
+    assert store.get_range("folder/file", max(0, size - 3), 10) == sent.read_bytes()[-3:]
+
+
+def test_the_check_of_conditional_puts_passes_and_leaves_nothing(store: BlobStore) -> None:
+    check_put_if_absent(store)
+    assert list(store.list()) == []
+
+
+def test_stores_on_disk_or_network_can_be_pickled(store: BlobStore) -> None:
+    if store.uri.startswith("memory://"):
+        with pytest.raises(TypeError, match="pickle"):  # it would be an empty copy elsewhere
+            pickle.dumps(store)
+        return
+    store.put("key", b"data")
+    assert pickle.loads(pickle.dumps(store)).get("key") == b"data"

@@ -1,0 +1,141 @@
+"""Artifacts: whole or invisible, verified when fetched, the same wherever they are committed twice."""
+
+from pathlib import Path
+
+import pytest
+
+from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.artifacts import Artifact, cache_folder, file_entry
+from bam_ray.checkpoint.manifest import MANIFEST, Manifest
+from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, StoreUnavailable
+
+ID = "code-0123456789ab"
+FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.json": b"[1]"}
+
+
+class FailingStore(MemoryStore):
+    """A store whose `broken`-th put, of whatever sort, fails, as where a disk is full or a process killed."""
+
+    def __init__(self, broken: int) -> None:
+        super().__init__("failing")
+        self._puts_left = broken - 1
+
+    def _count(self) -> None:
+        if self._puts_left == 0:
+            raise StoreUnavailable("the disk is full")
+        self._puts_left -= 1
+
+    def put(self, key: str, data: bytes) -> None:
+        self._count()
+        super().put(key, data)
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        self._count()
+        super().put_if_absent(key, data)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of files, one of them in a folder of its own."""
+    folder = tmp_path / "made"
+    for name, data in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def manifest(**more: object) -> Manifest:
+    return Manifest.model_validate({"id": ID, "kind": "branches", "name": "code", **more})
+
+
+def test_what_is_published_is_fetched(folder: Path, tmp_path: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    assert artifact.manifest() is None
+    written = artifact.publish(folder, manifest(tokens=17))
+    assert artifact.manifest() == written
+    assert written.tokens == 17
+    assert written.files == {name: file_entry(folder / name) for name in FILES}
+    fetched = artifact.fetch(tmp_path / "cache")
+    assert {str(path.relative_to(fetched)): path.read_bytes() for path in fetched.rglob("*") if path.is_file()} == FILES
+    assert set(store.list()) == {f"branches/{ID}/{name}" for name in (*FILES, MANIFEST)}
+
+
+def test_a_step_of_an_artifact_lies_below_it(folder: Path) -> None:
+    store = MemoryStore()
+    step = Artifact(store, "branches", ID, "steps", "0001-00000050")
+    step.publish(folder, manifest(step=50))
+    assert store.exists(f"branches/{ID}/steps/0001-00000050/{MANIFEST}")
+    assert Artifact(store, "branches", ID).manifest() is None
+
+
+def test_a_second_fetch_takes_the_first_ones_folder(folder: Path, tmp_path: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    artifact.publish(folder, manifest())
+    first = artifact.fetch(tmp_path / "cache")
+    for name in FILES:
+        store.delete(f"branches/{ID}/{name}")
+    assert artifact.fetch(tmp_path / "cache") == first
+
+
+def test_the_cache_does_not_take_another_content_for_this_one(folder: Path, tmp_path: Path) -> None:
+    fetched = []
+    for data in (b"before", b"after"):
+        store = MemoryStore("wiped and filled anew")
+        (folder / "config.json").write_bytes(data)
+        artifact = Artifact(store, "branches", ID)
+        artifact.publish(folder, manifest(created="2026-01-01T00:00:00+00:00"))
+        fetched.append((artifact.fetch(tmp_path / "cache") / "config.json").read_bytes())
+    assert fetched == [b"before", b"after"]
+
+
+@pytest.mark.parametrize("broken", range(1, len(FILES) + 2))
+def test_a_crash_before_the_manifest_leaves_nothing_visible(broken: int, folder: Path, tmp_path: Path) -> None:
+    store = FailingStore(broken)
+    artifact = Artifact(store, "branches", ID)
+    with pytest.raises(StoreUnavailable, match="disk is full"):
+        artifact.publish(folder, manifest())
+    assert artifact.manifest() is None
+    with pytest.raises(CheckpointError, match=r"is not committed .*run the stage that makes it"):
+        artifact.fetch(tmp_path / "cache")
+    store._puts_left = -1  # the disk has room again
+    artifact.publish(folder, manifest())
+    assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == FILES["config.json"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 10240, FILES["model.safetensors"][:-1]], ids=["empty", "other", "cut"])
+def test_a_damaged_blob_is_never_handed_out(damage: bytes, folder: Path, tmp_path: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    artifact.publish(folder, manifest())
+    store.put(f"branches/{ID}/model.safetensors", damage)
+    for _ in range(2):  # nor by the cache the next time
+        with pytest.raises(DigestMismatch, match=r"model\.safetensors is not what its manifest says") as caught:
+            artifact.fetch(tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_missing_blob_is_named(folder: Path, tmp_path: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    artifact.publish(folder, manifest())
+    store.delete(f"branches/{ID}/config.json")
+    with pytest.raises(BlobNotFound, match=f"branches/{ID}/config.json"):
+        artifact.fetch(tmp_path / "cache")
+
+
+def test_the_first_of_two_commits_stands() -> None:
+    artifact = Artifact(MemoryStore(), "branches", ID)
+    first, second = manifest(attempt=1), manifest(attempt=2)
+    assert artifact.commit(first) == first
+    assert artifact.commit(second) == first
+    assert artifact.manifest() == first
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", "/some/where")
+    assert cache_folder() == Path("/some/where")
+    monkeypatch.delenv("BAM_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "bam_ray"

@@ -1,0 +1,83 @@
+"""Stages that train nothing: they count their steps in the blob store, and go on from there."""
+
+import json
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.control.graph import find_task, task_graph
+from bam_ray.control.tasks import Progress, StageContext
+from bam_ray.errors import BlobNotFound, Interrupted, UpcycleError
+from bam_ray.on_ray.task_actor import here
+from bam_ray.on_ray.work import StageFunctions
+from bam_ray.settings import Recipe
+
+STEP_TIME = 0.1
+
+
+def stand_in(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+    """A stage that counts its steps in the blob store, and goes on from there."""
+    task = find_task(task_graph(recipe), kind, name)
+    key = f"steps/{kind}-{name}.json"
+    try:
+        done = json.loads(store.get(key))
+    except BlobNotFound:
+        done = []
+    for step in range(len(done), task.total_steps):
+        if context.should_stop():
+            raise Interrupted("stopped")
+        time.sleep(STEP_TIME)
+        done.append([here().id, os.getpid()])
+        store.put(key, json.dumps(done).encode())
+        context.report(Progress(step + 1, task.total_steps, loss=1.0 / (step + 1), checkpoint_step=step + 1))
+    Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name, step=task.total_steps))
+
+
+def failing_law(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+    if (kind, name) == ("branches", "law"):
+        raise ValueError("the law is an ass")
+    stand_in(kind, name, recipe, store, context)
+
+
+def summing_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any) -> None:
+    """A group's stand-in: every step sums the ranks over gloo; rank 0 keeps the count."""
+    task = find_task(task_graph(recipe), "mixtures", name)
+    key = f"steps/mixtures-{name}.json"
+    rank = dist.get_rank()
+    done = json.loads(store.get(key)) if store.exists(key) else []
+    for step in range(len(done), task.total_steps):
+        if context.should_stop():
+            time.sleep(1.0 if rank == 0 else 0.0)  # rank 0 is the last to have its checkpoint written
+            if rank == 0:
+                store.put("drained", b"")
+            raise Interrupted("stopped")
+        total = torch.tensor([float(rank + 1)])
+        dist.all_reduce(total)
+        assert total.item() == sum(range(1, dist.get_world_size() + 1))
+        assert engine_factory() == "an engine"
+        time.sleep(STEP_TIME)
+        done.append([here().id, os.getpid()])
+        if rank == 0:
+            store.put(key, json.dumps(done).encode())
+        context.report(Progress(step + 1, task.total_steps, checkpoint_step=step + 1))
+    if rank == 0:
+        Artifact(store, "mixtures", task.id).commit(Manifest(id=task.id, kind="mixtures", name=name))
+
+
+def rank_one_refuses(name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any) -> None:
+    if dist.get_rank() == 1:
+        raise UpcycleError("experts do not fit")
+    dist.barrier()
+
+
+def an_engine() -> str:
+    return "an engine"
+
+
+STAND_INS = StageFunctions(stand_in, summing_mixture)

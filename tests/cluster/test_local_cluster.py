@@ -1,0 +1,248 @@
+"""The local cluster, really started: four nodes and an S3 server in a folder of their own, a job, and nothing left."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bam_ray.blobs import open_store
+from cluster.local import LocalCluster
+from cluster.processes import Process, free_ports, port_is_free, stop
+from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = """
+import ray
+from bam_ray.blobs import open_store
+
+ray.init(log_to_driver=False)
+
+@ray.remote(num_cpus=1, label_selector={"bam/kind": "spot"})
+def write() -> str:
+    open_store("s3://bam/from-a-job").put("key", b"written by a worker")
+    return "OK from " + ray.get_runtime_context().get_node_id()[:4]
+
+print(ray.get(write.remote()))
+"""
+ENDLESS = "import time, ray; ray.init(); time.sleep(1000)"
+
+
+def cluster(home: Path, *arguments: str, code: int = 0) -> str:
+    """Run the command line; returns what it printed."""
+    result = subprocess.run(
+        [sys.executable, "-m", "cluster.local", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"BAM_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout + result.stderr
+
+
+def shell_environment(home: Path) -> dict[str, str]:
+    """What a shell has after `. .bam/env`."""
+    command = f". {shlex.quote(str(home / 'env'))} && env -0"
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout.decode()
+    return dict(line.split("=", 1) for line in answer.split("\0") if line)
+
+
+def submit(environment: dict[str, str], folder: Path, *options: str) -> str:
+    result = subprocess.run(
+        [str(Path(sys.executable).parent / "ray"), "job", "submit", *options, "--", "python", "job.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A running cluster's folder, its path longer than Ray's sockets could bear."""
+    home = tmp_path_factory.mktemp("home") / ("a-long-name-" * 8)
+    said = cluster(home, "up")
+    assert "up in" in said
+    yield home
+    cluster(home, "down")
+
+
+def test_four_nodes_of_declared_kinds_are_alive(home: Path) -> None:
+    environment = shell_environment(home)
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    url = f"{environment['RAY_ADDRESS']}/api/v0/nodes"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(url, timeout=10)
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        rows = json.load(response)["data"]["result"]["result"]
+    alive = {row["labels"]["bam/kind"]: row for row in rows if row["state"] == "ALIVE"}
+    assert {kind: row["resources_total"]["CPU"] for kind, row in alive.items()} == {
+        "head": 1.0,
+        "large": 2.0,
+        "small": 1.0,
+        "spot": 1.0,
+    }
+    assert alive["spot"]["labels"]["ray.io/market-type"] == "spot"
+    assert len({row["node_ip"] for row in rows}) == 4
+
+
+def test_a_second_up_says_that_it_is_up(home: Path) -> None:
+    before = [process.pid() for process in LocalCluster(home).processes]
+    assert "is up already: 4 nodes, http://127.0.0.1:" in cluster(home, "up")
+    assert [process.pid() for process in LocalCluster(home).processes] == before
+    assert "other choice of S3 server" in cluster(home, "up", "--no-s3", code=1)
+
+
+def test_status_shows_every_process(home: Path) -> None:
+    lines = cluster(home, "status").splitlines()
+    assert [line.split()[0] for line in lines] == ["process", "s3", "head", "large", "small", "spot"]
+
+
+def test_secrets_are_for_their_owner_alone(home: Path) -> None:
+    for name in ("env", "cluster.json", "ray_token"):
+        assert stat.S_IMODE((home / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE((home / "s3").stat().st_mode) == 0o700
+    assert cluster(home, "env") == (home / "env").read_text()
+
+
+def test_a_job_runs_where_its_labels_say_and_reaches_the_store(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    environment = shell_environment(home)
+    assert "OK from " in submit(environment, tmp_path, "--working-dir", ".")
+    for name, value in environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    assert open_store("s3://bam/from-a-job").get("key") == b"written by a worker"
+
+
+def test_a_killed_node_comes_back(home: Path) -> None:
+    processes = LocalCluster(home).ray.processes
+    before = {name: process.pid() for name, process in processes.items()}
+    for pid in processes["spot"].family():
+        os.kill(pid, signal.SIGKILL)
+    while processes["spot"].pid() is not None:
+        time.sleep(0.05)
+    assert "spot         down" in cluster(home, "status", code=1)
+    assert "starting again what died: spot" in cluster(home, "up")
+    after = {name: process.pid() for name, process in processes.items()}
+    assert after.pop("spot") not in (None, before.pop("spot"))
+    assert after == before
+
+
+def test_down_leaves_no_process_and_keeps_the_data(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(ENDLESS)
+    submit(shell_environment(home), tmp_path, "--no-wait", "--working-dir", ".")
+    families = {pid: os.getsid(pid) for process in LocalCluster(home).processes for pid in process.family()}
+    assert len(families) > 20
+    temporary = Path(json.loads((home / "cluster.json").read_text())["temporary"])
+    assert temporary.exists()
+    started = time.monotonic()
+    assert "is down" in cluster(home, "down")
+    assert time.monotonic() - started < 30
+    assert not temporary.exists()
+    assert list((home / "pids").iterdir()) == []
+    assert [pid for pid, session in families.items() if runs_still(pid, session)] == []
+    assert (home / "logs" / "ray" / "head" / "dashboard.log").exists()
+    assert "was not up" in cluster(home, "down")
+    assert "down" in cluster(home, "status", code=1)
+    assert (home / "s3" / "filerldb2").is_dir()
+    cluster(home, "down", "--wipe")
+    assert {path.name for path in home.iterdir()} == {"lock"}
+
+
+def runs_still(pid: int, session: int) -> bool:
+    """Whether a process of that number is left in that session (a zombie is none)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" and os.getsid(pid) == session
+    except OSError:
+        return False
+
+
+def test_the_server_comes_back_with_its_data_on_other_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process("s3", tmp_path)
+    first = start_s3_server(process, tmp_path / "data", S3Settings.generate())
+    for name, value in first.environment().items():
+        monkeypatch.setenv(name, value)
+    open_store("s3://bam/kept").put("key", b"data" * 10_000)
+    stop_s3_server(process, first)
+    with socket.create_server(("127.0.0.1", first.ports[0])):  # another's by now
+        second = start_s3_server(process, tmp_path / "data", first)
+        try:
+            assert second.access_key == first.access_key
+            assert second.endpoint != first.endpoint
+            assert open_store("s3://bam/kept", second.endpoint).get("key") == b"data" * 10_000
+        finally:
+            stop_s3_server(process, second)
+    assert process.pid() is None
+
+
+def test_a_pid_of_another_process_is_left_alone(tmp_path: Path) -> None:
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        process = Process("s3", tmp_path)
+        (tmp_path / "pids").mkdir()
+        (tmp_path / "pids" / "s3.pid").write_text(f"{other.pid}\n")
+        assert process.pid() is None
+        assert process.family() == set()
+        assert stop([process]) == []
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_what_does_not_heed_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
+    process = Process("deaf", tmp_path)
+    child = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+    both = (
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n{child}"
+    )
+    process.start([sys.executable, "-c", both], dict(os.environ), tmp_path)
+    while process.log.read_text().count("deaf") < 2:
+        time.sleep(0.05)
+    assert len(process.family()) == 2
+    assert stop([process], patience=0.5) == ["deaf"]
+    assert process.family() == set()
+
+
+def test_what_cannot_start_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert cluster(tmp_path / "file", "up", code=1).startswith(f"error: {tmp_path / 'file'} cannot hold")
+    (tmp_path / "cluster.json").write_text("{")
+    said = cluster(tmp_path, "up", code=1)
+    assert said.startswith("error: ")
+    assert "cluster.json is damaged: remove it" in said
+    assert len(said.splitlines()) == 1
+    assert "start the cluster first" in cluster(tmp_path / "new", "env", code=1)
+
+
+def test_free_ports_are_free_and_differ() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    with socket.create_server(("127.0.0.1", ports[0])):
+        assert not port_is_free(ports[0])
+        assert ports[0] not in free_ports(1000)

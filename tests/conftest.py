@@ -1,0 +1,32 @@
+"""What all tests share: a clean environment, and a real S3 server for those that ask for one."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+from cluster.processes import Process
+from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
+
+# A shell that loaded `.bam/env` must not lead tests to its cluster, its bucket or its cache
+for name in list(os.environ):
+    if name.startswith(("AWS_", "RAY_", "BAM_")) and name != "AWS_CA_BUNDLE":
+        del os.environ[name]
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"  # said, for Ray's default depends on what else ran on the machine
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # where credentials are missing, do not ask the network for some
+
+# No deadline: how long an example takes says more about the machine's load than about the code
+hypothesis.settings.register_profile("bam", deadline=None, max_examples=40)
+hypothesis.settings.load_profile("bam")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Settings]:
+    """A real S3 server with random credentials, empty but for the bucket `bam`. Tests that use it are slow ones."""
+    home = tmp_path_factory.mktemp("s3-server")
+    process = Process("s3", home)
+    settings = start_s3_server(process, home / "data", S3Settings.generate())
+    yield settings
+    stop_s3_server(process, settings)

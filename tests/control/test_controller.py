@@ -1,0 +1,374 @@
+"""The controller over a scripted launcher (what it decides) and over threads (that it works)."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+
+from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.control import policies
+from bam_ray.control.controller import DRAIN_PATIENCE, Controller
+from bam_ray.control.launcher import InProcessLauncher
+from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
+from bam_ray.control.states import Blocked, Committed, Draining, Failed, Node, Placing, Retrying, Running, Waiting
+from bam_ray.control.tasks import Progress, StageContext, Task
+from bam_ray.errors import DataError, Interrupted, PlacementError, StoreUnavailable
+from bam_ray.settings import Needs
+
+HERE = Node("1", "one")
+
+
+def make(name: str, *parents: str, steps: int = 10, attempts: int = 4) -> Task:
+    return Task("branches", name, name, parents, Needs(), total_steps=steps, max_attempts=attempts)
+
+
+def commit(store: MemoryStore, task: Task) -> None:
+    Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
+
+
+class Script:
+    """A launcher that sees what a test tells it to see."""
+
+    def __init__(self) -> None:
+        self.sightings: dict[str, Sighting] = {}
+        self.placed: list[tuple[str, frozenset[str]]] = []
+        self.drained: list[str] = []
+        self.nowhere: set[str] = set()
+
+    def place(self, task: Task, avoid: frozenset[str]) -> None:
+        if task.id in self.nowhere:
+            raise PlacementError(f"no node for {task.id}")
+        assert task.id not in self.sightings, "two attempts at once"
+        self.placed.append((task.id, avoid))
+        self.sightings[task.id] = Queued()
+
+    def poll(self) -> dict[str, Sighting]:
+        return dict(self.sightings)
+
+    def drain(self, task_id: str) -> None:
+        self.drained.append(task_id)
+
+    def free(self, task_id: str) -> None:
+        del self.sightings[task_id]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.placed]
+
+
+class Scene:
+    """A controller over a script, with a clock that a test turns."""
+
+    def __init__(self, *tasks: Task, committed: tuple[str, ...] = ()) -> None:
+        self.now = 0.0
+        self.store = MemoryStore()
+        self.script = Script()
+        self.tasks = {task.id: task for task in tasks}
+        for name in committed:
+            commit(self.store, self.tasks[name])
+        self.controller = Controller(tasks, self.store, self.script, clock=lambda: self.now)
+
+    def step(self, **sightings: Sighting) -> bool:
+        self.script.sightings.update(sightings)
+        return self.controller.step()
+
+    def finish(self, name: str) -> None:
+        commit(self.store, self.tasks[name])
+        self.step(**{name: Done(HERE, Progress(10, 10))})
+
+    def kinds(self) -> dict[str, type]:
+        return {name: type(state) for name, state in self.controller.states.items()}
+
+
+def test_children_are_placed_when_all_their_parents_are_committed() -> None:
+    scene = Scene(make("a"), make("b"), make("c", "a", "b"))
+    scene.step()
+    assert scene.script.names == ["a", "b"]
+    scene.finish("a")
+    assert scene.script.names == ["a", "b"]
+    scene.finish("b")
+    assert scene.script.names == ["a", "b", "c"]
+    scene.finish("c")
+    assert scene.controller.outcome() == "finished"
+    assert scene.script.sightings == {}, "what is done is freed"
+
+
+def test_the_longest_are_placed_first() -> None:
+    scene = Scene(make("short", steps=5), make("long", steps=50), make("middle", steps=20))
+    scene.step()
+    assert scene.script.names == ["long", "middle", "short"]
+
+
+def test_not_more_than_a_bounded_number_wait_for_nodes() -> None:
+    scene = Scene(*(make(f"t{i}", steps=i) for i in range(1000)))
+    scene.step()
+    assert len(scene.script.placed) == policies.MAX_PENDING
+    scene.step(t999=Alive(HERE, None), t998=Alive(HERE, None))
+    assert len(scene.script.placed) == policies.MAX_PENDING + 2
+    assert scene.script.names == [f"t{i}" for i in range(999, 999 - policies.MAX_PENDING - 2, -1)]
+
+
+def test_committed_tasks_are_skipped_at_the_start() -> None:
+    scene = Scene(make("a"), make("b", "a"), committed=("a",))
+    assert scene.kinds() == {"a": Committed, "b": Waiting}
+    scene.step()
+    assert scene.script.names == ["b"]
+
+
+def test_an_error_is_retried_later_elsewhere_and_at_last_given_up() -> None:
+    scene = Scene(make("a", attempts=3))
+    scene.step()
+    scene.step(a=Broke("boom", HERE))
+    assert scene.kinds() == {"a": Retrying}
+    scene.now += policies.FIRST_DELAY
+    scene.step()
+    assert scene.script.placed[-1] == ("a", frozenset({"1"}))
+    scene.step(a=Broke("boom", Node("2", "two")))
+    scene.now += policies.FIRST_DELAY
+    scene.step()
+    assert scene.kinds() == {"a": Retrying}, "the second delay is longer"
+    scene.now += policies.FIRST_DELAY
+    scene.step()
+    assert scene.script.placed[-1] == ("a", frozenset({"1", "2"}))
+    scene.step(a=Broke("boom", HERE, log=("line",)))
+    state = scene.controller.states["a"]
+    assert isinstance(state, Failed)
+    assert (state.error, state.node, state.log) == ("boom (3 attempts)", HERE, ("line",))
+    assert scene.controller.outcome() == "failed"
+
+
+def test_an_attempt_that_got_further_is_not_counted() -> None:
+    scene = Scene(make("a", attempts=2))
+    for checkpoint in (2, 4, 6):
+        scene.now += policies.LONGEST_DELAY
+        scene.step()
+        scene.step(a=Broke("node died", HERE, Progress(checkpoint, 10, checkpoint_step=checkpoint), node_fault=True))
+        assert scene.kinds() == {"a": Placing}, "a node's fault is retried at once"
+    scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
+    scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
+    assert scene.kinds() == {"a": Failed}
+
+
+def test_one_failure_stops_only_what_is_made_from_it() -> None:
+    scene = Scene(make("a"), make("b"), make("of_a", "a"), make("of_of_a", "of_a", "b"), make("of_b", "b"))
+    scene.step()
+    scene.step(a=Broke("bad text", HERE, final=True))
+    assert scene.kinds() == {"a": Failed, "b": Placing, "of_a": Blocked, "of_of_a": Blocked, "of_b": Waiting}
+    blocked = scene.controller.states["of_of_a"]
+    assert isinstance(blocked, Blocked)
+    assert blocked.by == "branches/a"
+    assert scene.controller.outcome() == "running"
+    scene.finish("b")
+    scene.finish("of_b")
+    assert scene.controller.outcome() == "failed"
+
+
+def test_a_demand_that_no_node_meets_fails_at_once_but_is_waited_for_where_it_was_met_before() -> None:
+    scene = Scene(make("never"), make("later"))
+    scene.script.nowhere.add("never")
+    scene.step()
+    assert scene.kinds() == {"never": Failed, "later": Placing}
+    scene.script.nowhere.add("later")
+    scene.step(later=Broke("node died", HERE, node_fault=True))
+    assert scene.kinds()["later"] is Retrying
+    scene.script.nowhere.clear()
+    scene.step()
+    assert scene.script.names == ["later"], "not looked for at every step"
+    scene.now += policies.PLACEMENT_DELAY
+    scene.step()
+    assert scene.script.names == ["later", "later"]
+
+
+def test_ending_without_a_manifest_is_a_failure() -> None:
+    scene = Scene(make("a", attempts=1))
+    scene.step()
+    scene.step(a=Done(HERE, None))
+    state = scene.controller.states["a"]
+    assert isinstance(state, Failed)
+    assert "without a manifest" in state.error
+
+
+def test_what_a_dying_node_committed_is_not_done_again() -> None:
+    scene = Scene(make("a"))
+    scene.step()
+    commit(scene.store, scene.tasks["a"])
+    scene.step(a=Broke("node died", HERE, node_fault=True))
+    assert scene.controller.outcome() == "finished"
+    assert scene.script.names == ["a"]
+
+
+def test_a_store_that_is_away_for_a_moment_loses_nothing() -> None:
+    scene = Scene(make("a"))
+    scene.step()
+    exists = scene.store.exists
+
+    def away(key: str) -> bool:
+        raise StoreUnavailable("gone")
+
+    scene.store.exists = away  # type: ignore[method-assign]
+    scene.step(a=Done(HERE, None))
+    assert scene.controller.outcome() == "running"
+    scene.store.exists = exists  # type: ignore[method-assign]
+    scene.finish("a")
+    assert scene.controller.outcome() == "finished"
+
+
+def test_a_stop_drains_what_runs_and_places_nothing() -> None:
+    scene = Scene(make("runs"), make("queued"), make("child", "runs"))
+    scene.step()
+    scene.step(runs=Alive(HERE, Progress(3, 10)))
+    scene.controller.stop()
+    scene.step()
+    assert scene.kinds() == {"runs": Draining, "queued": Waiting, "child": Waiting}
+    assert scene.script.drained == ["runs"]
+    assert scene.controller.outcome() == "running"
+    scene.step(runs=Stopped(HERE, Progress(4, 10, checkpoint_step=4)))
+    assert scene.controller.outcome() == "interrupted"
+    assert scene.script.sightings == {}
+    assert len(scene.script.placed) == 2
+
+
+def test_a_task_that_does_not_hear_is_killed() -> None:
+    scene = Scene(make("deaf"))
+    scene.step()
+    scene.step(deaf=Alive(HERE, None))
+    scene.controller.stop()
+    scene.step()
+    scene.now += DRAIN_PATIENCE + 1
+    scene.step()
+    assert scene.controller.outcome() == "interrupted"
+    assert scene.script.sightings == {}
+
+
+def test_stopping_unasked_is_a_failure() -> None:
+    scene = Scene(make("a", attempts=1))
+    scene.step()
+    scene.step(a=Stopped(HERE, None))
+    assert scene.kinds() == {"a": Failed}
+
+
+def test_eta_leaves_out_the_start_and_the_steps_of_earlier_attempts() -> None:
+    scene = Scene(make("a", steps=100))
+    scene.step()
+    scene.step(a=Alive(HERE, None))
+    scene.now = 50.0
+    scene.step(a=Alive(HERE, Progress(40, 100)))
+    assert scene.controller.eta("a") is None
+    scene.now = 60.0
+    scene.step(a=Alive(HERE, Progress(60, 100)))
+    assert scene.controller.eta("a") == pytest.approx(20.0)
+
+
+def test_changes_are_told() -> None:
+    told: list[tuple[str, type]] = []
+    script = Script()
+    task = make("a")
+    controller = Controller(
+        [task], MemoryStore(), script, on_change=lambda task, state: told.append((task.id, type(state)))
+    )
+    assert controller.step()
+    assert not controller.step()
+    script.sightings["a"] = Alive(HERE, Progress(1, 10))
+    assert controller.step()
+    script.sightings["a"] = Alive(HERE, Progress(2, 10))
+    assert not controller.step(), "progress alone is no change of state"
+    assert told == [("a", Placing), ("a", Running)]
+
+
+# Over real threads
+
+
+def in_threads(
+    tasks: list[Task], store: MemoryStore, work: Callable[[Task, StageContext], None], slots: int = 2
+) -> Controller:
+    return Controller(tasks, store, InProcessLauncher(work, slots))
+
+
+def test_threads_run_a_graph_in_parallel() -> None:
+    store = MemoryStore()
+    together = threading.Barrier(2, timeout=5)
+
+    def work(task: Task, context: StageContext) -> None:
+        if task.name in ("b", "c"):
+            together.wait()  # passes only if both run at once
+        context.report(Progress(10, 10, loss=1.0))
+        commit(store, task)
+
+    controller = in_threads([make("a"), make("b", "a"), make("c", "a"), make("d", "b", "c")], store, work)
+    assert controller.run(pause=0.001) == "finished"
+    assert cast(Committed, controller.states["d"]).progress == Progress(10, 10, loss=1.0)
+
+
+def test_threads_keep_to_their_slots() -> None:
+    store = MemoryStore()
+    running = 0
+    most = 0
+    lock = threading.Lock()
+
+    def work(task: Task, context: StageContext) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+        commit(store, task)
+
+    assert in_threads([make(f"t{i}") for i in range(6)], store, work, slots=2).run(pause=0.001) == "finished"
+    assert most == 2
+
+
+def test_errors_of_threads_carry_their_type_and_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "FIRST_DELAY", 0.001)
+    begun: list[str] = []
+
+    def work(task: Task, context: StageContext) -> None:
+        begun.append(task.name)
+        if task.name == "own":
+            raise DataError("corpus is empty")
+        raise ZeroDivisionError("by zero")
+
+    controller = in_threads([make("own"), make("bug", attempts=2)], MemoryStore(), work)
+    assert controller.run(pause=0.001) == "failed"
+    own, bug = (cast(Failed, controller.states[name]) for name in ("own", "bug"))
+    assert own.error == "corpus is empty"
+    assert own.log == ()
+    assert bug.error == "ZeroDivisionError: by zero (2 attempts)"
+    assert any("in work" in line for line in bug.log)
+    assert sorted(begun) == ["bug", "bug", "own"]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_stood() -> None:
+    store = MemoryStore()
+    steps: dict[str, int] = {}  # stands for step checkpoints
+    first = threading.Event()
+
+    def work(task: Task, context: StageContext) -> None:
+        for step in range(steps.get(task.name, 0), 200):
+            if context.should_stop():
+                raise Interrupted("stopped")
+            steps[task.name] = step + 1
+            context.report(Progress(step + 1, 200, checkpoint_step=step + 1))
+            if step == 5:
+                first.set()
+            time.sleep(0.0005)
+        commit(store, task)
+
+    tasks = [make("a", steps=200), make("b", "a", steps=200)]
+    controller = in_threads(tasks, store, work)
+
+    def stop_when_it_runs() -> None:
+        first.wait()
+        controller.stop()
+
+    threading.Thread(target=stop_when_it_runs).start()
+    assert controller.run(pause=0.001) == "interrupted"
+    reached = steps["a"]
+    assert 0 < reached < 200
+    assert in_threads(tasks, store, work).run(pause=0.001) == "finished"
+    assert steps == {"a": 200, "b": 200}

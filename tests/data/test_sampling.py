@@ -1,0 +1,95 @@
+"""The sampler: one order however it is cut, every row once an epoch, weights kept, resumed exactly."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bam_ray.data import BlendedSampler, Corpus
+from bam_ray.errors import DataError
+
+SIZES = {"code": 7, "general": 300, "law": 2}
+BLEND = {"general": 2.0, "code": 1.0, "law": 1.0}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Row i of domain number d is [d, i]."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number, (domain, size) in enumerate(SIZES.items()):
+        (folder / domain).mkdir()
+        rows = np.stack([np.full(size, number), np.arange(size)], axis=1).astype("<u2")
+        rows.tofile(folder / domain / "train.bin")
+    facts = {"sequence_length": 2, "vocab_size": 300, "end_of_text_id": 0, "dtype": "<u2", "domains": dict(SIZES)}
+    (folder / "corpus.json").write_text(json.dumps(facts))
+    return Corpus(folder)
+
+
+@settings(deadline=None)
+@given(cuts=st.lists(st.integers(0, 40), max_size=8), seed=st.integers(0, 2**40))
+def test_the_order_does_not_depend_on_batches(corpus: Corpus, cuts: list[int], seed: int) -> None:
+    whole = BlendedSampler(corpus, BLEND, seed)
+    pieces = BlendedSampler(corpus, BLEND, seed)
+    expected = whole.take(sum(cuts))
+    taken = np.concatenate([np.empty((0, 2), dtype=np.int64), *(pieces.take(count) for count in cuts)])
+    assert taken.dtype == np.int64
+    assert np.array_equal(taken, expected)
+    assert whole.drawn == pieces.drawn
+
+
+@settings(deadline=None)
+@given(before=st.integers(0, 100), after=st.integers(1, 100), seed=st.integers(0, 9))
+def test_resume_is_exact(corpus: Corpus, before: int, after: int, seed: int) -> None:
+    unbroken = BlendedSampler(corpus, BLEND, seed)
+    unbroken.take(before)
+    resumed = BlendedSampler(corpus, BLEND, seed)
+    resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
+    assert np.array_equal(resumed.take(after), unbroken.take(after))
+    assert resumed.state_dict() == unbroken.state_dict()
+
+
+def test_every_row_comes_once_an_epoch_in_a_new_order(corpus: Corpus) -> None:
+    rows = BlendedSampler(corpus, {"code": 1.0}, 3).take(7 * 20)[:, 1].reshape(20, 7)
+    assert (np.sort(rows, axis=1) == np.arange(7)).all()
+    assert len({tuple(epoch) for epoch in rows}) > 10
+
+
+def test_weights_are_kept_and_drawn_counts(corpus: Corpus) -> None:
+    sampler = BlendedSampler(corpus, {"general": 6.0, "code": 2.0, "law": 0.0}, 0)
+    batch = sampler.take(20_000)
+    counts = np.bincount(batch[:, 0], minlength=3)
+    assert sampler.drawn == {"code": counts[0], "general": counts[1]}
+    assert counts[2] == 0
+    assert abs(counts[1] / 20_000 - 0.75) < 4 * (0.75 * 0.25 / 20_000) ** 0.5
+
+
+def test_seeds_differ_and_the_order_of_names_does_not_matter(corpus: Corpus) -> None:
+    first = BlendedSampler(corpus, BLEND, 0).take(50)
+    assert np.array_equal(first, BlendedSampler(corpus, dict(reversed(BLEND.items())), 0).take(50))
+    assert np.array_equal(
+        first, BlendedSampler(corpus, {name: 9 * weight for name, weight in BLEND.items()}, 0).take(50)
+    )
+    assert not np.array_equal(first, BlendedSampler(corpus, BLEND, 1).take(50))
+
+
+def test_far_positions_are_reached_without_replay(corpus: Corpus) -> None:
+    sampler = BlendedSampler(corpus, {"general": 1.0}, 0)
+    sampler.load_state_dict({"position": 10**12, "drawn": {"general": 10**12}})
+    assert sampler.take(3).shape == (3, 2)
+    assert sampler.drawn == {"general": 10**12 + 3}
+
+
+@pytest.mark.parametrize("blend", [{}, {"code": 0.0}, {"code": -1.0}, {"code": float("nan")}, {"code": float("inf")}])
+def test_blends_without_a_meaning(corpus: Corpus, blend: dict[str, float]) -> None:
+    with pytest.raises(DataError, match="a blend needs weights"):
+        BlendedSampler(corpus, blend, 0)
+
+
+def test_a_domain_or_a_cursor_of_another_corpus(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no domain 'poetry'"):
+        BlendedSampler(corpus, {"poetry": 1.0}, 0)
+    with pytest.raises(DataError, match="cursor is of a blend of"):
+        BlendedSampler(corpus, BLEND, 0).load_state_dict(BlendedSampler(corpus, {"law": 1.0}, 0).state_dict())

@@ -1,0 +1,189 @@
+"""The evaluate stage over a folder store that holds a whole tiny run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import SIZES, dense
+from transformers import PreTrainedModel
+
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Compute, Manifest
+from bam_ray.control.graph import find_task, task_graph
+from bam_ray.control.tasks import Progress, Task
+from bam_ray.errors import CheckpointError, Interrupted
+from bam_ray.evaluation.perplexity import perplexity
+from bam_ray.evaluation.results import Results
+from bam_ray.evaluation.table import number
+from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.settings import Recipe
+from bam_ray.stages.evaluate import ancestors, evaluate, held_out_rows
+
+LENGTH = 16
+DOMAINS = ("general", "code")
+MIXTURES = {"bam": "kv_experts", "btx": "averaged"}
+
+
+class Listener:
+    """A context that keeps what it hears, and asks to stop once it heard `stop_at`."""
+
+    def __init__(self, stop_at: str | None = None) -> None:
+        self.heard: list[Progress] = []
+        self.stop_at = stop_at
+
+    def report(self, progress: Progress) -> None:
+        self.heard.append(progress)
+
+    def should_stop(self) -> bool:
+        return any(progress.note == self.stop_at for progress in self.heard)
+
+
+def make_recipe(store: Path, batch_sequences: int = 4) -> Recipe:
+    training = {"tokens": 640, "batch_tokens": 64, "peak_lr": 1e-3}
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "store": {"uri": str(store)},
+            "data": {"domains": {name: {"source": "unused"} for name in DOMAINS}, "sequence_length": LENGTH},
+            "seed": {"scratch": {}, "training": training},
+            "branch": {"domains": ["code"], "training": training},
+            "upcycle": {"mixtures": {"bam": {"method": "bam"}, "btx": {"method": "btx"}}},
+            "mix": {"training": training},
+            "evaluate": {"tokens_per_domain": 10 * LENGTH, "batch_sequences": batch_sequences},
+        }
+    )
+
+
+def write_corpus(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    facts = {"sequence_length": LENGTH, "vocab_size": 96, "end_of_text_id": 1, "dtype": "<u2"}
+    (folder / "corpus.json").write_text(
+        json.dumps({**facts, "domains": {name: {"held_out_tokens": 30 * LENGTH, "leak": 0.0} for name in DOMAINS}})
+    )
+    for name in DOMAINS:
+        (folder / name).mkdir(parents=True)
+        rng.integers(2, 96, size=(30, LENGTH)).astype("<u2").tofile(folder / name / "held_out.bin")
+
+
+def tiny_model(task: Task) -> PreTrainedModel:
+    if task.kind != "mixtures":
+        return dense("cohere", seed=len(task.name))
+    torch.manual_seed(0)
+    config = BamConfig(**{**SIZES, "num_experts": 2}, attention_experts=MIXTURES[task.name])
+    return BamForCausalLM(config)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobStore]:
+    """A recipe, and a store where everything but the report is committed."""
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+    recipe = make_recipe(tmp_path / "store")
+    store = open_store(recipe.store.uri)
+    for task in task_graph(recipe):
+        if task.kind == "reports":
+            continue
+        folder = tmp_path / "made" / task.id
+        folder.mkdir(parents=True)
+        trained = task.kind in ("seeds", "branches", "mixtures")
+        if task.kind == "corpora":
+            write_corpus(folder)
+        elif trained:
+            tiny_model(task).save_pretrained(folder)
+            (folder / "curve.json").write_text(json.dumps([{"step": step, "nll": 5.0 - step} for step in range(3)]))
+        Artifact(store, task.kind, task.id).publish(
+            folder,
+            Manifest(
+                id=task.id,
+                kind=task.kind,
+                name=task.name,
+                parents=task.parents,
+                step=10 * trained,
+                tokens=640 if trained else 10**6,
+                compute=Compute(flops=1e6 * trained),
+            ),
+        )
+    return recipe, store
+
+
+def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
+    recipe, store = run
+    listener = Listener()
+    manifest = evaluate("report", recipe, store, listener)
+    graph = task_graph(recipe)
+    assert manifest == Artifact(store, "reports", find_task(graph, "reports", "report").id).manifest()
+    assert set(manifest.files) == {"report.html", "results.json"}
+    assert manifest.attempt == 1
+
+    folder = Artifact(store, "reports", manifest.id).fetch()
+    results = Results.model_validate_json((folder / "results.json").read_bytes())
+    assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam", "mixture btx"]
+    seed, code, bam, btx = results.models
+    assert (bam.attention_experts, btx.attention_experts, seed.attention_experts) == ("kv_experts", "averaged", None)
+    assert bam.routing is not None and len(bam.routing.domains["code"].layers) == 2
+    assert seed.routing is None
+    # a corpus has no training tokens; the mixture has the seed's, the branch's and its own
+    assert [model.lineage_tokens for model in results.models] == [640, 1280, 1920, 1920]
+    assert (bam.tokens, bam.flops, bam.lineage_flops) == (640, 1e6, 3e6)
+    assert bam.active_parameters < bam.parameters
+
+    corpus = Artifact(store, "corpora", graph[0].id).fetch()
+    rows = np.fromfile(corpus / "code" / "held_out.bin", dtype="<u2").reshape(-1, LENGTH)
+    again = perplexity(dense("cohere", seed=4), rows[::3], batch_sequences=10)
+    assert code.domains["code"].perplexity == pytest.approx(again.perplexity, rel=1e-5)
+    assert code.domains["code"].tokens == 10 * (LENGTH - 1)
+
+    html = (folder / "report.html").read_text()
+    assert "mixture bam" in html and number(bam.perplexity("code")) in html
+    assert ">Training<" in html
+    assert manifest.facts["findings"].keys() == {finding.claim for finding in results.findings}
+    assert manifest.metrics["perplexity/mean/seed"] == results.means[seed.id]
+    assert listener.heard[0] == Progress(step=0, total_steps=4, note="seed on general")
+    assert listener.heard[-1] == Progress(step=4, total_steps=4, note="writing the report")
+
+    silent = Listener()
+    assert evaluate("report", recipe, store, silent) == manifest
+    assert silent.heard == [], "a finished report is not made again"
+
+
+def test_an_interrupted_evaluation_goes_on(run: tuple[Recipe, BlobStore]) -> None:
+    recipe, store = run
+    with pytest.raises(Interrupted, match="model 3 of 4"):
+        evaluate("report", recipe, store, Listener(stop_at="mixture bam on code"))
+    report = find_task(task_graph(recipe), "reports", "report")
+    assert Artifact(store, "reports", report.id).manifest() is None
+    assert len([key for key in store.list("evaluations/") if key.endswith("manifest.json")]) == 2
+
+    other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # is no part of an evaluation's identity
+    listener = Listener(stop_at="mixture btx on general")
+    with pytest.raises(Interrupted, match="model 4 of 4"):
+        evaluate("report", other_batch, store, listener)
+    notes = [progress.note for progress in listener.heard]
+    assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
+
+
+def test_a_model_that_is_missing_is_named(run: tuple[Recipe, BlobStore]) -> None:
+    recipe, store = run
+    task = find_task(task_graph(recipe), "mixtures", "btx")
+    store.delete(f"mixtures/{task.id}/manifest.json")
+    with pytest.raises(CheckpointError, match=f"{task.id} is not committed"):
+        evaluate("report", recipe, store, Listener())
+    assert list(store.list("evaluations/")) == []
+
+
+def test_held_out_rows_are_spread_over_all() -> None:
+    rows = np.arange(30).repeat(4).reshape(30, 4)
+    assert held_out_rows(rows, 12)[:, 0].tolist() == [0, 10, 20]
+    assert held_out_rows(rows, 3)[:, 0].tolist() == [0]
+    assert held_out_rows(rows, 10**9).tolist() == rows.tolist()
+
+
+def test_ancestors_are_named_once(tmp_path: Path) -> None:
+    graph = task_graph(make_recipe(tmp_path))
+    mixture = find_task(graph, "mixtures", "bam")
+    found = ancestors(mixture.id, graph)
+    kinds = {task.id: task.kind for task in graph}
+    assert found[0] == mixture.id
+    assert sorted(kinds[id] for id in found) == ["branches", "corpora", "mixtures", "seeds", "upcycled"]

@@ -1,0 +1,116 @@
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bam_ray.checkpoint.manifest import Compute, Manifest
+from bam_ray.evaluation.plots import smoothed
+from bam_ray.evaluation.report import amount, duration, fact, flops, moment, render, write_report
+from bam_ray.evaluation.results import Results
+
+VOID = {"meta", "img", "br"}
+FACTS = {"vocab_size": 8192, "domains": {"general": {"train_tokens": 1234567, "leak": 0.0123}, "code": {"leak": 0.5}}}
+CURVE = [(step, 5.0 / step) for step in range(1, 30)]
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; keeps texts, ids, links and sources."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+    def values(self, attribute: str) -> list[str]:
+        return [value for name, value in self.attributes if name == attribute]
+
+
+def lineage(results: Results) -> list[Manifest]:
+    corpus = Manifest(id="corpus-0123456789ab", kind="corpora", name="corpus", tokens=5_000_000)
+    return [corpus] + [
+        Manifest(
+            id=model.id,
+            kind=model.kind,
+            name=model.name,
+            parents=(corpus.id,),
+            step=1250,
+            tokens=2_000_000,
+            compute=Compute(flops=3.2e15, device_seconds=3725.0),
+        )
+        for model in results.models
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(paper: Results) -> Page:
+    curves = {paper.models[0].id: CURVE, paper.models[4].id: CURVE}
+    return Page(render(paper, lineage(paper), curves, FACTS, {"name": "paper", "note": "a <b> & c"}))
+
+
+def test_the_page_has_the_numbers(page: Page, paper: Results) -> None:
+    text = " ".join(page.texts)
+    for model in paper.models:
+        assert model.label in page.texts
+        for column in paper.columns:
+            assert f"{model.perplexity(column):.2f}" in page.texts
+            low, high = model.interval(column)
+            assert f"{low:.2f} – {high:.2f}" in page.texts
+    for finding in paper.findings:
+        assert finding.claim in text
+    assert page.texts.count("yes") == len(paper.findings)
+    for shown in ("1,234,567", "0.0123", "8,192", "700M", "3.2e15", "1 h 02 min", "1,250", "a <b> & c"):
+        assert shown in text
+    assert page.values("class").count("best") == 5
+
+
+def test_the_page_stands_alone_and_its_links_lead_somewhere(page: Page) -> None:
+    assert all(source.startswith("data:image/png;base64,") for source in page.values("src"))
+    # bars, curves, and of three mixtures the FFN routing, of two the attention routing
+    assert len(page.values("src")) == 2 + 3 + 2
+    assert {link.removeprefix("#") for link in page.values("href")} <= set(page.values("id"))
+    assert all(page.values("alt"))
+
+
+def test_a_run_without_curves_and_with_bad_news(paper: Results, tmp_path: Path) -> None:
+    refuted = [finding.model_copy(update={"holds": False}) for finding in paper.findings]
+    results = paper.model_copy(update={"models": paper.models[:2], "findings": tuple(refuted)})
+    parents = lineage(results)
+    write_report(tmp_path, results, parents, {}, FACTS, {})
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert page.texts.count("no") == len(refuted)
+    assert "Training" not in page.texts
+    assert len(page.values("src")) == 1
+    assert Results.model_validate_json((tmp_path / "results.json").read_bytes()) == results
+    assert render(results, parents, {}, FACTS, {}) == html, "racing writers of a report write the same bytes"
+
+
+def test_smoothing_keeps_lines_and_length() -> None:
+    line = np.arange(100.0)
+    assert smoothed(line) == pytest.approx(line)
+    noisy = np.tile([0.0, 2.0], 50)
+    assert smoothed(noisy)[10:-10] == pytest.approx(np.ones(80), abs=0.25)
+    assert smoothed(np.array([3.0])).tolist() == [3.0]
+
+
+def test_words_for_figures() -> None:
+    assert [amount(value) for value in (0, 950, 1500, 999_700, 2.5e6, 7e9)] == ["–", "950", "1.5k", "1M", "2.5M", "7B"]
+    assert [duration(value) for value in (0, 3.14, 600, 3725)] == ["–", "3.1 s", "10 min", "1 h 02 min"]
+    assert flops(1.26e15) == "1.3e15"
+    assert fact({"a": 1000, "b": [0.5, None, True]}) == "a 1,000, b 0.5, –, yes"
+    assert moment("2026-11-22T06:30:12+00:00") == "2026-11-22 06:30 UTC"

@@ -1,0 +1,107 @@
+import io
+
+import numpy as np
+import pytest
+from paper_table import DOMAINS, PAPER, model_score
+from pydantic import ValidationError
+from rich.console import Console
+
+from bam_ray.evaluation.results import MEAN, DomainScore, Finding, Results
+from bam_ray.evaluation.table import findings_text, number, perplexity_table
+
+
+def finding(results: Results, about: str, label: str = "") -> Finding:
+    return next(each for each in results.findings if each.about == about and label in each.claim)
+
+
+def test_means_and_best_of_the_papers_table(paper: Results) -> None:
+    assert round(paper.means["seed-0123456789ab"], 2) == 13.91
+    assert round(paper.means["btx-0123456789ab"], 2) == 10.72 + 0.01  # 10.725 of the rounded columns
+    assert {column: id.split("-")[0] for column, id in paper.best.items()} == {
+        "general": "seed",
+        "code": "bam",
+        "law": "bam",
+        "math": "bam",
+        "mean": "bam",
+    }
+
+
+def test_the_papers_claims_hold_in_the_papers_table(paper: Results) -> None:
+    assert [each.about for each in paper.findings] == (
+        ["branch_beats_seed"] * 3 + ["mixture_beats_seed"] * 3 + ["kv_experts_beats_btx", "kv_shared_between"]
+    )
+    assert all(each.holds and each.support > 0.99 for each in paper.findings)
+    own = finding(paper, "branch_beats_seed", "code")
+    assert own.values == {"branch code": pytest.approx(3.71), "seed": pytest.approx(8.62)}
+    between = finding(paper, "kv_shared_between")
+    assert list(between.values) == ["mixture bam", "mixture shared", "mixture btx"]
+
+
+def test_what_does_not_hold_is_said(paper: Results) -> None:
+    rows = dict(PAPER)
+    rows["law"] = PAPER["seed"]  # a branch that learned nothing: no better, so no
+    rows["bam"], rows["btx"] = PAPER["btx"], PAPER["bam"]
+    rows["shared"] = tuple(2 * value for value in PAPER["seed"])
+    worse = Results.of("worse", [model_score(name, row) for name, row in rows.items()])
+    assert finding(worse, "branch_beats_seed", "code").holds
+    for about, label in (
+        ("branch_beats_seed", "law"),
+        ("mixture_beats_seed", "shared"),
+        ("kv_experts_beats_btx", ""),
+        ("kv_shared_between", ""),
+    ):
+        assert not finding(worse, about, label).holds
+        assert finding(worse, about, label).support == 0.0
+    lines = findings_text(worse).splitlines()
+    assert len(lines) == len(worse.findings)
+    assert lines[0] == "yes  branch code beats the seed on code: 3.71 against 8.62 (in 100% of resamples)"
+    assert lines[1] == "no   branch law beats the seed on law: 8.92 against 8.92 (in 0% of resamples)"
+
+
+def test_a_difference_within_the_noise_has_middling_support() -> None:
+    rng = np.random.default_rng(0)
+
+    def noisy(name: str, perplexity: float) -> DomainScore:
+        return DomainScore.of((np.log(perplexity) + rng.normal(0, 0.3, 40)).tolist(), 640)
+
+    models = []
+    for name in ("seed", "bam"):
+        model = model_score(name, PAPER["seed"])
+        models.append(model.model_copy(update={"domains": {domain: noisy(name, 10.0) for domain in DOMAINS}}))
+    assert 0.02 < Results.of("noise", models).findings[0].support < 0.98
+
+
+def test_claims_without_their_models_are_left_out() -> None:
+    only = Results.of("dense", [model_score(name, PAPER[name]) for name in ("seed", "code")])
+    assert [each.about for each in only.findings] == ["branch_beats_seed"]
+
+
+def test_intervals_come_from_the_sequences(paper: Results) -> None:
+    seed = paper.models[0]
+    for column in paper.columns:
+        low, high = seed.interval(column)
+        assert low < seed.perplexity(column) < high
+    sure = DomainScore.of([2.0] * 8, 64)
+    assert sure.interval == pytest.approx((sure.perplexity, sure.perplexity))
+    widths = [high - low for low, high in (seed.interval(column) for column in ("general", MEAN))]
+    assert widths[1] < widths[0], "a mean of four is surer than one of them"
+
+
+def test_results_survive_json_and_refuse_what_they_do_not_know(paper: Results) -> None:
+    assert Results.model_validate_json(paper.model_dump_json()) == paper
+    with pytest.raises(ValidationError, match="surprise"):
+        Results.model_validate({**paper.model_dump(), "surprise": 1})
+
+
+def test_the_table_marks_the_best(paper: Results) -> None:
+    out = io.StringIO()
+    Console(file=out, force_terminal=True, width=120, color_system="standard").print(perplexity_table(paper))
+    text = out.getvalue()
+    bold = [part.split("\x1b[0m")[0].strip() for part in text.split("\x1b[1m")[1:]]
+    assert {"23.98", "3.45", "6.04", "5.31", "9.71"} <= set(bold)
+    assert "26.72" in text
+    assert "26.72" not in bold
+
+
+def test_numbers_keep_three_or_more_digits() -> None:
+    assert [number(value) for value in (3.456, 99.99, 123.45, 54321.0)] == ["3.46", "99.99", "123.5", "54,321"]

