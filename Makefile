@@ -10,10 +10,11 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## make .venv with everything in it (minutes the first time, nothing the second)
+	@:
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) --version 2>&1`: name another with PYTHON=..."; exit 1; }
+		{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) --version 2>&1 | head -1`: name another with PYTHON=..."; exit 1; }
 	@mkdir -p $(LOGS)
 	@echo "installing into .venv (log: $(LOGS)/setup.log)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv > $(LOGS)/setup.log 2>&1 || \

@@ -17,6 +17,7 @@ live side by side.
 import fcntl
 import shlex
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,11 +34,13 @@ from cluster.state import State, read_state, write_private, write_state
 
 QUIET = {
     "OMP_NUM_THREADS": "1",  # nodes share the cores of one machine
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to others
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "150",  # Ray's 3 s are too short for the last checkpoints of a stopped job
 }
 
 
@@ -107,7 +110,7 @@ class LocalCluster:
         if with_s3:
             kept = state.s3 if state and state.s3 else S3Settings.generate()
             settings = start_s3_server(self.s3, self.home / "s3", kept)
-            say(f"object store  {settings.endpoint}  SeaweedFS, data in {self.home / 's3'}")
+            say(f"blob store    {settings.endpoint}  SeaweedFS, data in {self.home / 's3'}")
         state = self.ray.plan(state, settings)
         write_state(self.home, state)
         self._write_env(state)
@@ -124,6 +127,7 @@ class LocalCluster:
         if state.s3 is not None:  # what would go before or beside the credentials below
             lines.append("unset AWS_SESSION_TOKEN AWS_SECURITY_TOKEN AWS_PROFILE AWS_ENDPOINT_URL_S3")
         lines += [f"export {name}={shlex.quote(value)}" for name, value in self.environment(state).items()]
+        lines.append(f'export PATH={shlex.quote(sysconfig.get_path("scripts"))}:"$PATH"')
         write_private(self.home / "env", "\n".join(lines) + "\n")
 
 

@@ -9,6 +9,7 @@ Reads /proc, hence Linux only, as Ray's several nodes on one machine are.
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ from pathlib import Path
 from bam_ray.errors import BamError
 
 MARKER = "BAM_PROCESS"
+FATAL = re.compile(
+    r"([\w.]*(Error|Exception)\b|F\d{4} |error:)"
+)  # how Python, Go's glog and shells begin their last line
 
 
 class ClusterError(BamError):
@@ -51,11 +55,6 @@ class Process:
             )
         self._pid_file.write_text(f"{self._child.pid}\n")
 
-    @property
-    def started(self) -> bool:
-        """Whether this object started it."""
-        return self._child is not None
-
     def pid(self) -> int | None:
         """Its pid, or None where it does not run."""
         if self._child is not None:
@@ -81,11 +80,11 @@ class Process:
         return sum(_proportional_kib(pid) for pid in self.family()) / 1024
 
     def last_words(self) -> str:
-        """The last line of its log that says something."""
+        """The line of its log that says why it stopped, else the last one."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         telling = [line for line in lines if line.strip()]
-        errors = [line for line in telling if "error" in line.lower() or line.startswith("F")]
-        return " ".join((errors or telling or ["it said nothing"])[-1].split())[:300]
+        last = [line for line in telling if FATAL.match(line)] or telling or ["it said nothing"]
+        return " ".join(last[-1].split())[:300]
 
     def forget(self) -> None:
         """Remove the pid file."""

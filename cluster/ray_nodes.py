@@ -13,13 +13,14 @@ import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.processes import ClusterError, Process, free_ports, port_is_free
+from cluster.processes import ClusterError, Process, free_ports, port_is_free, stop
 from cluster.s3_server import S3Settings
 from cluster.state import State, write_private
 
 DASHBOARD_PORT = 8265  # Ray's own choice, where it is free
 OBJECT_STORE_BYTES = 100_000_000  # of each node; large tensors travel through the blob store, not through Ray
-START_SECONDS = 120.0
+START_SECONDS = 180.0
+START_TRIES = 3
 LONGEST_TEMPORARY = 30  # characters: Ray's sockets below it must stay under the 107 that the kernel allows
 
 
@@ -89,23 +90,44 @@ class RayNodes:
         return nodes
 
     def start(self, state: State, environment: dict[str, str], only: list[str] | None = None) -> None:
-        """Start all nodes, or those named in `only`, and wait until all are alive; raises `ClusterError`."""
+        """Start all nodes, or those named in `only`, and wait until they are alive; raises `ClusterError`."""
         (Path(state.temporary) / "ray").mkdir(parents=True, exist_ok=True)
-        until = time.monotonic() + START_SECONDS
         # Ray goes on calling a killed node alive until it misses its health checks
         before = self._alive(state)
-        if only is None:
+        starting = [node for node in NODES if only is None or node.name in only]
+        tries = {node.name: 1 for node in starting}
+        until = time.monotonic() + START_SECONDS
+        if HEAD in starting:
             self._start_node(HEAD, state, environment)
             while not _listens(f"{state.network}.1", state.gcs_port):
-                self._check(until)
-                time.sleep(0.2)
-        for node in NODES[1:]:
-            if only is None or node.name in only:
+                self._start_again([HEAD], tries, until, state, environment)
+        workers = [node for node in starting if node is not HEAD]
+        for node in workers:
+            self._start_node(node, state, environment)
+        while not set(tries) <= {name for name, _ in self._alive(state) - before}:
+            self._start_again(starting, tries, until, state, environment)
+
+    def _start_again(
+        self, nodes: list[Node], tries: dict[str, int], until: float, state: State, environment: dict[str, str]
+    ) -> None:
+        """Start again what died; raises `ClusterError` where that was tried often enough or time is up.
+
+        On a busy machine a node may miss the 30 s that Ray gives it to start, whatever one sets.
+        """
+        for node in nodes:
+            process = self.processes[node.name]
+            if process.pid() is None:
+                if tries[node.name] == START_TRIES:
+                    raise ClusterError(f"Ray node {node.name} died: {process.last_words()} (whole log: {process.log})")
+                tries[node.name] += 1
+                stop([process])
                 self._start_node(node, state, environment)
-        started = {process.name for process in self.processes.values() if process.started}
-        while not started <= {name for name, _ in self._alive(state) - before}:
-            self._check(until)
-            time.sleep(0.5)
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"the Ray nodes were not up within {START_SECONDS:.0f} s: look at {self._home / 'logs'}; "
+                "a machine short of memory or cores may need to stop other work first"
+            )
+        time.sleep(0.3)
 
     def keep_logs(self, state: State) -> None:
         """Move the stopped nodes' logs to `logs/ray/` and remove their temporary folders."""
@@ -141,17 +163,6 @@ class RayNodes:
         """The machine's GPUs dealt out to the workers in turn; the head has none."""
         workers = NODES[1:]
         return [] if node is HEAD else self.gpus[workers.index(node) :: len(workers)]
-
-    def _check(self, until: float) -> None:
-        """Raise where a started node died or time is up."""
-        for process in self.processes.values():
-            if process.started and process.pid() is None:
-                raise ClusterError(f"Ray node {process.name} died: {process.last_words()} (whole log: {process.log})")
-        if time.monotonic() > until:
-            raise ClusterError(
-                f"the Ray nodes were not up within {START_SECONDS:.0f} s: look at {self._home / 'logs'}; "
-                "a machine short of memory or cores may need to stop other work first"
-            )
 
     def _alive(self, state: State) -> set[tuple[str, str]]:
         """Names and ids of the nodes that Ray calls alive."""

@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 import ray
-import torch
 import torch.distributed as dist
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
@@ -79,7 +78,10 @@ def run_rank(work: Work, host: Any) -> None:
 
 
 class RankContext:
-    """The `StageContext` of one rank. Rank 0 speaks with the host; all ranks decide together."""
+    """The `StageContext` of one rank. Only rank 0's speaks with the host.
+
+    The training loop stops where any rank should stop, so all stop at the same step.
+    """
 
     def __init__(self, host: Any) -> None:
         self.rank = dist.get_rank()
@@ -87,7 +89,6 @@ class RankContext:
         self._progress: Progress | None = None
         self._asked_to_stop = False
         self._closed = threading.Event()
-        self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         self._node = here()
         self._thread = threading.Thread(target=self._exchange_often, daemon=True)
         if self.rank == 0:
@@ -98,10 +99,8 @@ class RankContext:
         self._progress = progress
 
     def should_stop(self) -> bool:
-        """Of `StageContext`: rank 0's answer, on every rank. A collective: all ranks ask at the same steps."""
-        answer = torch.tensor([int(self._asked_to_stop)], device=self._device)
-        dist.broadcast(answer, src=0)
-        return bool(answer.item())
+        """Of `StageContext`; always False on other ranks than 0."""
+        return self._asked_to_stop
 
     def close(self) -> None:
         """Pass on the last progress."""
@@ -124,12 +123,15 @@ def cause(error: TrainingFailedError) -> BaseException:
     """The error that ended a group: what a rank itself raised, before what its end did to others."""
     if not isinstance(error, WorkerGroupError):
         return TrainingError(f"Ray Train gave up: {one_line(error)}")
-    # Ray Train wraps what a rank raised, to keep its traceback
-    raised: list[BaseException] = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+    dead = sorted(rank for rank, failure in error.worker_failures.items() if isinstance(failure, RayActorError))
+    raised: list[BaseException] = []
+    for rank, failure in sorted(error.worker_failures.items()):
+        base = getattr(failure, "_base_exc", failure)  # Ray Train wraps what a rank raised, to keep its traceback
+        base.add_note(f"on rank {rank}:\n{failure}")
+        raised.append(base)
     own = [failure for failure in raised if isinstance(failure, BamError)]
     if own:
         return own[0]
-    if any(isinstance(failure, RayActorError) for failure in raised):
-        ranks = sorted(rank for rank, failure in error.worker_failures.items() if isinstance(failure, RayActorError))
-        return TrainingError(f"the process or the node of rank {', '.join(map(str, ranks))} died")
+    if dead:
+        return TrainingError(f"the process or the node of rank {', '.join(map(str, dead))} died")
     return raised[0]

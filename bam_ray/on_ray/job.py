@@ -17,11 +17,9 @@ from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import BamError
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
 from bam_ray.on_ray.serve_app import deploy
+from bam_ray.on_ray.submit import ENDING
 from bam_ray.on_ray.work import EngineFactory
 from bam_ray.settings import Recipe, load_recipe
-
-ENDS = "-- end of the run --"
-"""The line after which a job prints what a person waited for; `bam run` shows that part."""
 
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
@@ -41,7 +39,7 @@ def run_job(
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         outcome = run_tasks(recipe, kinds, engine_factory)
         if outcome == "finished" and ending is not None:
-            console.print(ENDS, highlight=False)
+            console.print(ENDING, highlight=False)
             ending(recipe, console)
     except BamError as error:
         sys.exit(f"error: {error}")

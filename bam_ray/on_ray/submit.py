@@ -6,6 +6,7 @@
 The working folder travels with the job (without what `.gitignore` names), so nodes need only the Python environment.
 """
 
+import logging
 import os
 import shlex
 import signal
@@ -32,6 +33,8 @@ from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable
 from bam_ray.settings import load_recipe
 
 LOOK_EVERY = 1.0  # seconds
+ENDING = "-- end of the run --"
+"""The line after which a job prints what a person waited for."""
 LAST_LINES = 5  # of a failed job's log, where it left no status
 INTERRUPTED = 130  # the exit code of a stopped job, as a shell gives it after Ctrl-C
 
@@ -67,7 +70,8 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
 def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
     """Show a job until it ends; returns its exit code. Ctrl-C stops it cleanly, a second one leaves it alone.
 
-    On a terminal it is one live table, otherwise a line for every change.
+    On a terminal it is one live table, otherwise a line for every change; then what the job prints at its end, as it
+    comes.
     """
     jobs = client(address)
     console = Console()
@@ -79,9 +83,19 @@ def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
                 now = last_status(store, details)
                 if now:
                     show.update(render(now), refresh=True) if isinstance(show, Live) else show.tell(now)
-                if details.status.is_terminal():
+                if details.status.is_terminal() or (now and now.state == "finished"):
                     break
                 time.sleep(LOOK_EVERY)
+        told = 0
+        while True:
+            details = jobs.get_job_info(job_id)  # before the log: a job that has ended has printed all
+            ending = jobs.get_job_logs(job_id).partition(ENDING)[2].lstrip("\n")
+            console.file.write(ending[told:])
+            console.file.flush()
+            told = len(ending)
+            if details.status.is_terminal():
+                break
+            time.sleep(LOOK_EVERY)
     return tell_end(console, jobs, job_id, details, now)
 
 
@@ -90,11 +104,11 @@ def tell_end(console: Console, jobs: JobSubmissionClient, job_id: str, details: 
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
-        console.print(f"{job_id} was stopped: submit it again to go on", highlight=False)
+        console.print(f"{job_id} was stopped: submit it again to go on", highlight=False, soft_wrap=True)
         return INTERRUPTED
     if last is None or last.state != "failed":  # it ended before or outside of its tasks: its last words say why
         for line in jobs.get_job_logs(job_id).strip().splitlines()[-LAST_LINES:] or [details.message or ""]:
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     return details.driver_exit_code or 1
 
 
@@ -103,6 +117,8 @@ def client(address: str | None = None) -> JobSubmissionClient:
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
         raise PlacementError("no cluster is named: set RAY_ADDRESS to its dashboard, such as http://127.0.0.1:8265")
+    for chatty in ("ray._private.runtime_env", "ray.dashboard"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)  # a line for every file that does not travel
     try:
         return JobSubmissionClient(address)
     except ConnectionError:

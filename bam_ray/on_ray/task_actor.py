@@ -75,6 +75,7 @@ class TaskActor:
     def _run_group(self, work: Work, context: StageContext) -> None:
         from bam_ray.on_ray.group import run_group
 
+        context.report(Progress(0, work.task.total_steps, note=f"gathering {work.task.workers} processes"))
         run_group(work, ray.get_runtime_context().current_actor)
         if self._group_stopped:
             raise Interrupted(f"{work.task.kind}/{work.task.name} stopped, as it was asked to")

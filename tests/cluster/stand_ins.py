@@ -52,7 +52,9 @@ def summing_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
     rank = dist.get_rank()
     done = json.loads(store.get(key)) if store.exists(key) else []
     for step in range(len(done), task.total_steps):
-        if context.should_stop():
+        stop = torch.tensor([float(context.should_stop())])
+        dist.all_reduce(stop)  # any rank's wish is everyone's
+        if stop.item():
             time.sleep(1.0 if rank == 0 else 0.0)  # rank 0 is the last to have its checkpoint written
             if rank == 0:
                 store.put("drained", b"")

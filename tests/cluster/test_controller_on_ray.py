@@ -275,7 +275,7 @@ from bam_ray.settings import load_recipe
 
 if __name__ == "__main__":
     try:
-        outcome = run_tasks(load_recipe(sys.argv[1], sys.argv[2:]), ["branches"], an_engine, STAND_INS)
+        outcome = run_tasks(load_recipe(sys.argv[2], sys.argv[3:]), ["branches"], an_engine, STAND_INS)
     except BamError as error:
         sys.exit(f"error: {error}")
     sys.exit({"finished": 0, "failed": 1, "interrupted": 130}[outcome])

@@ -18,7 +18,8 @@ import pytest
 
 from bam_ray.blobs import open_store
 from cluster.local import LocalCluster
-from cluster.processes import Process, free_ports, port_is_free, stop
+from cluster.processes import ClusterError, Process, free_ports, port_is_free, stop
+from cluster.ray_nodes import START_TRIES, RayNodes
 from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -227,6 +228,23 @@ def test_what_does_not_heed_sigterm_is_killed_with_its_children(tmp_path: Path) 
     assert len(process.family()) == 2
     assert stop([process], patience=0.5) == ["deaf"]
     assert process.family() == set()
+
+
+def test_a_node_that_dies_while_it_starts_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = tmp_path / "tries"
+    (tmp_path / "ray").write_text(f"#!/bin/sh\necho x >> {tries}\necho RuntimeError: too slow\necho at last\nexit 1\n")
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.setattr("cluster.ray_nodes.sysconfig.get_path", lambda _: str(tmp_path))
+    nodes = RayNodes(tmp_path / "home")
+    (tmp_path / "home").mkdir()
+    state = nodes.plan(None, None)
+    try:
+        with pytest.raises(ClusterError, match="Ray node head died: RuntimeError: too slow"):
+            nodes.start(state, dict(os.environ))
+    finally:
+        nodes.keep_logs(state)
+    assert tries.read_text().count("x") == START_TRIES
+    assert not Path(state.temporary).exists()
 
 
 def test_what_cannot_start_is_said_in_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""`bam` on a user's mistakes: one clear line, exit code 1, nothing written. And what needs no cluster works."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM
+
+from bam_ray import cli
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+
+
+def bam(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["bam", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a mistake gets."""
+    assert bam(monkeypatch, *arguments) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("branch.tokens=5", "branch.tokens: unknown key"),
+        ("mix.training.tokens=many", "mix.training.tokens: Input should be a valid integer"),
+        ("branch.domains=[code,poetry]", "branch.domains names ['poetry']"),
+        ("upcycle.mixtures.bam.method=average", "upcycle.mixtures.bam.method: Input should be 'bam' or 'btx'"),
+        ("mix.expert_parallel=3", "does not divide the 4 experts"),
+        ("serve.mixture=none", "serve.mixture is 'none'"),
+        ("tokens", "is not of the form key.subkey=value"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    assert said in refusal(monkeypatch, capsys, "plan", str(DEMO), override)
+
+
+def test_a_missing_recipe_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "recipe nowhere.yaml cannot be read" in refusal(monkeypatch, capsys, "plan", "nowhere.yaml")
+
+
+def test_a_run_without_a_cluster_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(DEMO.parents[1])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert "RAY_ADDRESS" in refusal(monkeypatch, capsys, "run", str(DEMO))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{port}")
+    assert "no Ray cluster answers" in refusal(monkeypatch, capsys, "run", str(DEMO))
+
+
+def test_a_store_without_a_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "has no run" in refusal(monkeypatch, capsys, "status", str(tmp_path))
+    assert "has no report yet" in refusal(monkeypatch, capsys, "report", str(tmp_path))
+
+
+def test_plan_names_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bam(monkeypatch, "plan", str(DEMO)) == 0
+    out = capsys.readouterr().out
+    for kind in ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"):
+        assert kind in out
+
+
+def test_upcycle_makes_a_mixture_of_bare_folders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny.sources(tmp_path, {name: tiny.dense("llama", seed) for seed, name in enumerate(["seed", "code", "law"])})
+    out = tmp_path / "mixture"
+    arguments = (
+        "upcycle",
+        f"--seed={tmp_path}/seed",
+        f"--branch=code={tmp_path}/code",
+        f"--branch=law={tmp_path}/law",
+        f"--out={out}",
+        "--set=attention_experts=kv_shared",
+    )
+    assert bam(monkeypatch, *arguments) == 0
+    assert "3 experts: seed, code, law" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.expert_names == ["seed", "code", "law"]
+    assert model(tiny.tokens()).logits.isfinite().all()
+    capsys.readouterr()  # transformers' progress bars
+    assert "is not empty" in refusal(monkeypatch, capsys, *arguments)
+    assert "is not KEY=VALUE" in refusal(monkeypatch, capsys, *arguments[:4], "--set=k", f"--out={tmp_path}/other")
+    wrong = (*arguments[:2], f"--branch=law={tmp_path}/nowhere", f"--out={tmp_path}/other")
+    assert "has no config.json" in refusal(monkeypatch, capsys, *wrong)
+    assert not (tmp_path / "other").exists()

