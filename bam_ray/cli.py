@@ -114,7 +114,8 @@ def report(
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
     results = Results.model_validate_json((out / "results.json").read_bytes())
-    console.print(perplexity_table(results), "", findings_text(results), "", sep="\n", highlight=False)
+    console.print(perplexity_table(results))
+    console.print(f"\n{findings_text(results)}\n", highlight=False, soft_wrap=True)
     console.print(f"written: {out}/report.html and {out}/results.json", highlight=False)
 
 

@@ -31,7 +31,8 @@ class NodeFacts:
     """A living node: everything it has, used or not."""
 
     id: str
-    name: str
+    name: str  # as it was started with, else its address
+    address: str
     resources: dict[str, float]
     labels: dict[str, str]
 
@@ -39,7 +40,7 @@ class NodeFacts:
 def living_nodes() -> list[NodeFacts]:
     """The nodes that are alive now."""
     return [
-        NodeFacts(node["NodeID"], node["NodeManagerAddress"], node["Resources"], node["Labels"])
+        NodeFacts(node["NodeID"], node["NodeName"], node["NodeManagerAddress"], node["Resources"], node["Labels"])
         for node in ray.nodes()
         if node["Alive"]
     ]

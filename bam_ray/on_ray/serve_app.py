@@ -11,6 +11,7 @@ Serve stay as they are.
 The proxy runs on the head node alone: nodes may share one machine, and then its port too.
 """
 
+import logging
 import socket
 from typing import Any
 
@@ -73,6 +74,7 @@ def deploy(store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name
     Raises `CheckpointError` where the artifact is not committed, `PlacementError` where no node can ever hold a
     replica, `ServingError` where the port is taken or a replica does not start.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     artifact = Artifact(open_store(store_uri, endpoint), kind, id)
     if artifact.manifest() is None:
         raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
@@ -100,7 +102,7 @@ def deploy(store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name
         )
     except RuntimeError as error:
         raise ServingError(f"{model_name} could not be served: {_reason() or error}") from None
-    host = head.name if settings.host in ANY_HOST else settings.host
+    host = head.address if settings.host in ANY_HOST else settings.host
     return f"http://{host}:{settings.port}/v1"
 
 

@@ -117,7 +117,7 @@ def client(address: str | None = None) -> JobSubmissionClient:
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
         raise PlacementError("no cluster is named: set RAY_ADDRESS to its dashboard, such as http://127.0.0.1:8265")
-    for chatty in ("ray._private.runtime_env", "ray.dashboard"):
+    for chatty in ("ray._private.runtime_env", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(chatty).setLevel(logging.ERROR)  # a line for every file that does not travel
     try:
         return JobSubmissionClient(address)

@@ -17,6 +17,7 @@ from bam_ray.control.sightings import Sighting
 from bam_ray.control.states import Node
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import Interrupted
+from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.work import Work
 
 QUIET = {
@@ -83,7 +84,8 @@ class TaskActor:
 
 def here() -> Node:
     """The node that this process runs on."""
-    return Node(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    id = ray.get_runtime_context().get_node_id()
+    return next(Node(node.id, node.name) for node in living_nodes() if node.id == id)
 
 
 def quiet() -> None:

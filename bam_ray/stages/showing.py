@@ -23,8 +23,10 @@ def show_results(recipe: Recipe, store: BlobStore, console: Console) -> None:
     """Print the table of the run's report, its findings, and where the report lies."""
     report = Place(recipe, store, "reports", "report").artifact
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
-    console.print(perplexity_table(results), "", findings_text(results), "", sep="\n", highlight=False)
-    console.print(f"report: {report.uri}/report.html (`bam report {store.uri}` brings it here)", highlight=False)
+    console.print(perplexity_table(results))
+    console.print(f"\n{findings_text(results)}\n", highlight=False, soft_wrap=True)
+    where = f"report: {report.uri}/report.html (`bam report {store.uri}` brings it here)"
+    console.print(where, highlight=False, soft_wrap=True)
 
 
 def stream_completions(recipe: Recipe, store: BlobStore, url: str, model: str, console: Console) -> None:

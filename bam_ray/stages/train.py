@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -61,7 +62,9 @@ def train_to_artifact(
                 )
             )
 
-    sampler = BlendedSampler(corpus, blend, settings.seed)
+    # Another order a stage, so that a branch does not begin with what the seed began with; the same for all mixtures
+    order = zlib.crc32(f"{task.kind}/{settings.seed}".encode())
+    sampler = BlendedSampler(corpus, blend, order)
     curve = train(engine, sampler, corpus.sequence_length, settings, checkpoints, report, context.should_stop)
     with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
         folder = Path(temporary)

@@ -26,7 +26,6 @@ SMALL = [
     "seed.training.tokens=40960",
     "seed.training.batch_tokens=2048",
     "seed.training.checkpoint_every=5",
-    "seed.needs.cpus=1",
     "branch.domains=[code]",
     "branch.training={tokens: 81920, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 5}",
     "upcycle.mixtures={bam: {method: bam}, btx: {method: btx}}",
