@@ -15,12 +15,13 @@ import ray
 from rich.console import Console
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.graph import subset, task_graph
 from bam_ray.control.table import render
-from bam_ray.errors import BlobExists, PlacementError, StoreError, StoreUnavailable
+from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import EngineFactory, StageFunctions
 from bam_ray.settings import Recipe
@@ -29,7 +30,6 @@ STEP_EVERY = 0.5  # seconds
 STATUS_EVERY = 2.0
 TABLE_EVERY = 30.0  # where nothing changes
 TABLE_WIDTH = 110
-STORE_CHECK = "checks/put-if-absent"
 
 
 def run_tasks(
@@ -45,7 +45,7 @@ def run_tasks(
     """
     tasks = task_graph(recipe)
     store = open_store(recipe.store.uri, recipe.store.endpoint)
-    check_store(store)
+    check_put_if_absent(store)  # wrong credentials and a missing bucket are said now
     connect()
     launcher = RayLauncher(recipe, store, engine_factory, functions)
     controller = Controller(tasks if kinds is None else subset(tasks, kinds), store, launcher)
@@ -90,22 +90,6 @@ class Narrator:
 
     def _print(self) -> None:
         self._console.print(render(status.build(self._run, self._controller)), "", sep="\n")
-
-
-def check_store(store: BlobStore) -> None:
-    """Use the store once, as the run will: wrong credentials and a missing bucket are said now.
-
-    Some S3 servers overwrite silently where they should refuse; two writers of one artifact would then go unnoticed.
-    """
-    for _ in range(2):
-        try:
-            store.put_if_absent(STORE_CHECK, b"")
-        except BlobExists:
-            return
-    raise StoreError(
-        f"{store.uri} overwrites what is there already (it ignores `If-None-Match: *`): "
-        "use a store that has conditional puts"
-    )
 
 
 def connect() -> None:

@@ -1,0 +1,175 @@
+"""The story in one process, without a cluster: every stage makes its artifact from those before it."""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.control.graph import task_graph
+from bam_ray.control.tasks import Progress
+from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
+from bam_ray.settings import Losses, Recipe, TrainingSettings
+from bam_ray.stages import run_stage, train_mixture
+from bam_ray.training.engine import TorchEngine
+
+TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}
+
+
+@dataclass
+class Context:
+    """A `StageContext` that keeps what it hears, and says stop at a step."""
+
+    stop_at: int | None = None
+    heard: list[Progress] = field(default_factory=list)
+
+    def report(self, progress: Progress) -> None:
+        self.heard.append(progress)
+
+    def should_stop(self) -> bool:
+        return self.stop_at is not None and self.heard[-1].step >= self.stop_at
+
+
+def recipe(folder: Path, **changes: object) -> Recipe:
+    """A recipe over random words in two domains that differ."""
+    for domain, letters in (("general", "abcdef"), ("code", "uvwxyz")):
+        words = random.Random(domain)
+        lines = [
+            json.dumps({"text": " ".join("".join(words.choices(letters, k=4)) for _ in range(60))}) for _ in range(40)
+        ]
+        (folder / f"{domain}.jsonl").write_text("\n".join(lines))
+    plain = {
+        "name": "story",
+        "store": {"uri": str(folder / "store")},
+        "data": {
+            "domains": {name: {"source": str(folder / f"{name}.jsonl")} for name in ("general", "code")},
+            "sequence_length": 32,
+            "held_out_fraction": 0.2,
+            "tokenizer": {"vocab_size": 300},
+        },
+        "seed": {
+            "scratch": {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "heads": 2, "kv_heads": 2},
+            "training": TRAINING,
+        },
+        "branch": {"domains": ["code"], "training": TRAINING},
+        "upcycle": {"mixtures": {"bam": {"method": "bam"}, "btx": {"method": "btx"}}},
+        "mix": {"training": TRAINING},
+        "evaluate": {"tokens_per_domain": 256},
+    }
+    return Recipe.model_validate({**plain, **changes})
+
+
+def one_process(model: PreTrainedModel, settings: TrainingSettings, losses: Losses, size: int) -> TorchEngine:
+    """An engine factory for the mixture: all experts here."""
+    return TorchEngine(model, settings, losses)
+
+
+def make(run: Recipe, store: BlobStore, kinds: tuple[str, ...]) -> None:
+    for task in task_graph(run):
+        if task.kind == "mixtures" and task.kind in kinds:
+            train_mixture(task.name, run, store, Context(), one_process)
+        elif task.kind in kinds:
+            run_stage(task.kind, task.name, run, store, Context())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+
+
+def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"))
+    manifests = {}
+    for task in task_graph(run):
+        manifest = Artifact(store, task.kind, task.id).manifest()
+        assert manifest is not None
+        assert (manifest.id, manifest.kind, manifest.name) == (task.id, task.kind, task.name)
+        manifests[task.kind, task.name] = manifest
+    branch = manifests["branches", "code"]
+    assert branch.parents == (manifests["seeds", "seed"].id, manifests["corpora", "corpus"].id)
+    assert branch.tokens == 1280
+    assert branch.facts["sequences_drawn"]["code"] > branch.facts["sequences_drawn"]["general"]
+    assert branch.compute.flops > 0
+    assert manifests["mixtures", "bam"].compute.flops > manifests["mixtures", "btx"].compute.flops
+    assert not [key for key in store.list() if "/steps/" in key], "training checkpoints are left behind"
+
+    folder = Artifact(store, "mixtures", manifests["mixtures", "bam"].id).fetch()
+    assert AutoModelForCausalLM.from_pretrained(folder).config.expert_names == ["seed", "code"]
+    names = {path.name for path in folder.iterdir()}
+    assert {"tokenizer.json", "lineage.json", "curve.json", "config.json", "modeling_bam.py"} <= names
+    assert not {"optimizer.safetensors", "trainer.json"} & names
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora",))
+    context = Context()
+    manifest = run_stage("corpora", "corpus", run, store, context)
+    assert manifest.id == task_graph(run)[0].id
+    assert not context.heard
+
+
+def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    run = recipe(tmp_path)
+    weights = []
+    for number, stop_at in enumerate((None, 6)):
+        store = open_store(str(tmp_path / f"store-{number}"))
+        make(run, store, ("corpora", "seeds"))
+        if stop_at is not None:
+            with pytest.raises(Interrupted, match="step 6 of 10"):
+                run_stage("branches", "code", run, store, Context(stop_at))
+        context = Context()
+        manifest = run_stage("branches", "code", run, store, context)
+        assert context.heard[0].step == (1 if stop_at is None else 7)
+        weights.append((Artifact(store, "branches", manifest.id).fetch() / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_stage_without_its_parents_says_which(tmp_path: Path) -> None:
+    run = recipe(tmp_path)
+    with pytest.raises(CheckpointError, match=r"corpora/corpus-.* is not committed"):
+        run_stage("seeds", "seed", run, open_store(run.store.uri), Context())
+
+
+def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
+    first = recipe(tmp_path)
+    store = open_store(first.store.uri)
+    make(first, store, ("corpora", "seeds"))
+    made = Artifact(store, "seeds", task_graph(first)[1].id).fetch()
+
+    data = first.data.model_dump() | {"tokenizer": {"folder": str(made)}}
+    second = recipe(tmp_path, data=data, seed={"folder": str(made)})
+    make(second, store, ("corpora", "seeds", "branches"))
+    imported = Artifact(store, "seeds", task_graph(second)[1].id).fetch()
+    assert (imported / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+    config = json.loads((made / "config.json").read_text())
+    for key, value, error, said in (
+        ("model_type", "gpt2", FamilyError, "of architecture 'gpt2'"),
+        ("vocab_size", 10, SettingsError, "set data.tokenizer.folder to the seed's folder"),
+    ):
+        other = tmp_path / key
+        other.mkdir()
+        for path in made.iterdir():
+            (other / path.name).write_bytes(path.read_bytes())
+        (other / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(error, match=said):
+            make(recipe(tmp_path, data=data, seed={"folder": str(other)}), store, ("seeds",))
+
+
+def test_losses_fall(tmp_path: Path) -> None:
+    """Not a stub: ten steps on words of six letters are learned from."""
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora", "seeds"))
+    curve = json.loads((Artifact(store, "seeds", task_graph(run)[1].id).fetch() / "curve.json").read_text())
+    assert curve[0]["nll"] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)
+    assert curve[-1]["nll"] < curve[0]["nll"] - 0.5
