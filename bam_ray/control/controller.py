@@ -9,13 +9,14 @@ One failed task stops only those that are made from it.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST
+from bam_ray.checkpoint.manifest import MANIFEST, Kind
 from bam_ray.control import policies
 from bam_ray.control.launcher import Launcher
 from bam_ray.control.sightings import Alive, Broke, Done, Sighting, Stopped
@@ -174,8 +175,11 @@ class Controller:
         now = self._clock()
         ready: list[Task] = []
         pending = 0
+        active: Counter[Kind] = Counter()
         for task_id, state in self.states.items():  # parents first, so a block reaches all descendants
             task = self.tasks[task_id]
+            if isinstance(state, Placing | Running | Draining):
+                active[task.kind] += 1
             match state:
                 case Placing():
                     pending += 1
@@ -187,7 +191,7 @@ class Controller:
                         ready.append(task)
                 case Retrying(not_before=not_before) if now >= not_before:
                     ready.append(task)
-        for task in policies.choose(ready, pending, self._remaining):
+        for task in policies.choose(ready, pending, active, self._remaining):
             history = self._history[task.id]
             try:
                 self._launcher.place(task, history.avoid)

@@ -73,6 +73,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
             workers=recipe.mix.workers or recipe.mix.expert_parallel,
             total_steps=recipe.mix.training.steps,
             max_attempts=recipe.mix.max_failures + 1,
+            at_once=recipe.mix.at_once,
         )
         for start in upcycled
     ]
@@ -113,6 +114,7 @@ def _task(
     workers: int = 1,
     total_steps: int = 0,
     max_attempts: int = 4,
+    at_once: int | None = None,
 ) -> Task:
     """A task whose identity is that of its settings and parents."""
     return Task(
@@ -124,6 +126,7 @@ def _task(
         workers=workers,
         total_steps=total_steps,
         max_attempts=max_attempts,
+        at_once=at_once,
     )
 
 

@@ -5,9 +5,11 @@ is tried again, at most `Task.max_attempts` times without moving the last checkp
 than all before it is not counted, so a long task on nodes that are often taken away still ends.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.sightings import Broke
 from bam_ray.control.states import Failed, History, Retrying
 from bam_ray.control.tasks import Progress, Task
@@ -38,9 +40,22 @@ def remaining_steps(task: Task, progress: Progress | None) -> int:
     return task.total_steps - (progress.step if progress else 0)
 
 
-def choose(ready: Iterable[Task], pending: int, remaining: Callable[[Task], int]) -> list[Task]:
-    """Which ready tasks to place now: the longest first, while not too many wait for a node already."""
-    return sorted(ready, key=remaining, reverse=True)[: max(0, MAX_PENDING - pending)]
+def choose(
+    ready: Iterable[Task], pending: int, active: Mapping[Kind, int], remaining: Callable[[Task], int]
+) -> list[Task]:
+    """Which ready tasks to place now: the longest first, while not too many wait for a node already.
+
+    `active` counts the tasks of each kind that are placed or running, for `Task.at_once`.
+    """
+    chosen: list[Task] = []
+    together = Counter(active)
+    for task in sorted(ready, key=remaining, reverse=True):
+        if pending + len(chosen) >= MAX_PENDING:
+            break
+        if task.at_once is None or together[task.kind] < task.at_once:
+            chosen.append(task)
+            together[task.kind] += 1
+    return chosen
 
 
 def after_failure(task: Task, history: History, broke: Broke, now: float) -> tuple[History, Retrying | Failed]:

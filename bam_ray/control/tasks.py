@@ -23,6 +23,7 @@ class Task:
     workers: int = 1  # more than 1: a group of processes that train together
     total_steps: int = 0
     max_attempts: int = 4
+    at_once: int | None = None  # how many tasks of this kind may be worked on together; None: as many as fit
 
 
 @dataclass(frozen=True)

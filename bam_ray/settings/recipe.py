@@ -156,6 +156,7 @@ class MixSettings(Strict):
     training: TrainingSettings
     expert_parallel: Count = 2  # processes that share the experts
     workers: Count | None = None  # processes in all; None: expert_parallel
+    at_once: Count | None = None  # mixtures trained together; None: as many as fit
     blend: Blend | None = None  # None: all domains alike (the paper's 25 % each)
     losses: Losses = Losses()
     needs: Needs = Needs()  # of each process

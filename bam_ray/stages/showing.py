@@ -43,7 +43,7 @@ def stream_completions(recipe: Recipe, store: BlobStore, url: str, model: str, c
 
 def complete(url: str, model: str, prompt: str, max_tokens: int) -> Iterator[str]:
     """The pieces of one streamed completion; raises `ServingError` where the endpoint refuses or is gone."""
-    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0, "stream": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0.7, "seed": 0}
     try:
         with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
             if response.status_code != httpx.codes.OK:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -110,6 +111,17 @@ def test_not_more_than_a_bounded_number_wait_for_nodes() -> None:
     scene.step(t999=Alive(HERE, None), t998=Alive(HERE, None))
     assert len(scene.script.placed) == policies.MAX_PENDING + 2
     assert scene.script.names == [f"t{i}" for i in range(999, 999 - policies.MAX_PENDING - 2, -1)]
+
+
+def test_a_kind_can_be_worked_on_one_at_a_time() -> None:
+    scene = Scene(*(replace(make(name), at_once=1) for name in "ab"), replace(make("c"), kind="seeds"))
+    scene.step()
+    assert scene.script.names == ["a", "c"]
+    scene.step(a=Alive(HERE, Progress(1, 10)))
+    assert scene.script.names == ["a", "c"]
+    scene.finish("a")
+    scene.step()
+    assert scene.script.names == ["a", "c", "b"]
 
 
 def test_committed_tasks_are_skipped_at_the_start() -> None:
