@@ -27,7 +27,9 @@ SMALL = [
     "seed.training.batch_tokens=2048",
     "seed.training.checkpoint_every=5",
     "branch.domains=[code]",
-    "branch.training={tokens: 81920, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 5}",
+    # Long enough to be stopped in the middle, and to lose its node
+    "branch.training={tokens: 1228800, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 20}",
+    "branch.needs.labels={bam/kind: 'in(small,spot)'}",
     "upcycle.mixtures={bam: {method: bam}, btx: {method: btx}}",
     "mix.training={tokens: 20480, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 5}",
     "evaluate.tokens_per_domain=2048",
@@ -75,18 +77,31 @@ def rows(environment: dict[str, str]) -> dict[str, dict[str, object]]:
     return {f"{row['kind']}/{row['name']}": row for row in json.loads(done.stdout)["rows"]}
 
 
+def start(environment: dict[str, str], recipe: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [BAM, "run", *recipe], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_branch(environment: dict[str, str], run: "subprocess.Popen[str]", step: int) -> str:
+    """Wait until the branch has done that many steps; the node it is on."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        row = rows(environment).get("branches/code", {})
+        if row.get("state") == "running" and int(str(row["step"])) >= step:
+            return str(row["node"])
+        assert run.poll() is None, run.stdout and run.stdout.read()
+        time.sleep(0.5)
+    raise AssertionError(f"the branch never came to step {step}: {rows(environment)}")
+
+
 def test_the_whole_story(environment: dict[str, str], tmp_path: Path) -> None:
     port = free_port()
     recipe = ["recipes/demo.yaml", *SMALL, f"serve.port={port}"]
 
     # Ctrl-C while the branch trains: a clean stop
-    run = subprocess.Popen(
-        [BAM, "run", *recipe], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 600
-    while not (rows(environment).get("branches/code", {}).get("step") or 0) and time.monotonic() < deadline:
-        assert run.poll() is None, run.stdout and run.stdout.read()
-        time.sleep(0.5)
+    run = start(environment, recipe)
+    wait_for_branch(environment, run, step=1)
     run.send_signal(signal.SIGINT)
     said, _ = run.communicate(timeout=300)
     assert run.returncode == 130, said
@@ -95,13 +110,16 @@ def test_the_whole_story(environment: dict[str, str], tmp_path: Path) -> None:
     assert stopped["seeds/seed"]["state"] == "committed"
     assert stopped["branches/code"]["state"] != "committed"
 
-    # The same command goes on where it stood, to the end
-    done = bam(environment, "run", *recipe)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    # The same command goes on where it stood; the branch's node is killed, and another takes over
+    run = start(environment, recipe)
+    node = wait_for_branch(environment, run, step=30)
+    os.killpg(int((Path(environment["BAM_HOME"]) / "pids" / f"{node}.pid").read_text()), signal.SIGKILL)
+    said, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, said
+    assert "Traceback" not in said
     assert all(row["state"] == "committed" for row in rows(environment).values())
-    for said in ("Held-out perplexity", "branch code beats the seed", f"is served at http://127.0.0.1:{port}/v1"):
-        assert said in done.stdout, done.stdout
+    for part in ("Held-out perplexity", "branch code beats the seed", f"is served at http://127.0.0.1:{port}/v1"):
+        assert part in said
 
     # The endpoint speaks OpenAI's protocol
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
