@@ -96,6 +96,8 @@ def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
             if details.status.is_terminal():
                 break
             time.sleep(LOOK_EVERY)
+    if told and details.status == JobStatus.FAILED:  # its last words have been shown
+        return details.driver_exit_code or 1
     return tell_end(console, jobs, job_id, details, now)
 
 
