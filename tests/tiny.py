@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.tensors import TensorReader
@@ -24,6 +24,7 @@ SIZES: dict[str, Any] = {
 CONFIGS: dict[str, Any] = {
     "cohere": CohereConfig(**SIZES, logit_scale=0.5),
     "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, tie_word_embeddings=False),
+    "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None, tie_word_embeddings=True),
 }
 
 

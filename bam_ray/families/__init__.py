@@ -4,10 +4,11 @@ from bam_ray.errors import FamilyError
 from bam_ray.families.cohere import COHERE
 from bam_ray.families.family import Family, Role, Weight
 from bam_ray.families.llama import LLAMA
+from bam_ray.families.mistral import MISTRAL
 
 __all__ = ["FAMILIES", "Family", "Role", "Weight", "family_of"]
 
-FAMILIES = {family.model_type: family for family in (COHERE, LLAMA)}
+FAMILIES = {family.model_type: family for family in (COHERE, LLAMA, MISTRAL)}
 
 
 def family_of(config: dict[str, object], where: str) -> Family:

@@ -134,6 +134,8 @@ def test_sources_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert "lacks model.norm.weight" in refusal(UpcycleError)
     readers["seed"].config["model_type"] = "gpt2"
     assert "'gpt2'" in refusal(FamilyError)
+    readers["seed"].config |= {"model_type": "mistral", "sliding_window": 4096}
+    assert "sliding_window is 4096; only None is supported" in refusal(FamilyError)
     (tmp_path / "code" / "tokenizer.json").write_text("{}")
     readers = tiny.sources(tmp_path, models)
     assert "tokenizer.json differs" in refusal(UpcycleError)
