@@ -167,7 +167,7 @@ sys.modules["bam_ray"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 out = model.generate(**tokenizer("The ", return_tensors="pt"), max_new_tokens=8, do_sample=False)
 print(tokenizer.decode(out[0]))
 """
