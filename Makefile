@@ -39,7 +39,7 @@ test: setup ## all tests, those with Ray clusters and servers too
 	@$(BIN)/pytest
 
 test-fast: setup ## the tests that need no server and no cluster
-	@$(BIN)/pytest -m 'not slow'
+	@$(BIN)/pytest -n auto -m 'not slow' --ignore=tests/cluster --ignore=tests/distributed --ignore=tests/end_to_end
 
 check: setup ## format, lint, types, directions of imports
 	@$(BIN)/ruff format --check .

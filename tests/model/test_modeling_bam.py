@@ -155,6 +155,7 @@ def test_parameter_counts_of_the_paper(attention: str, total: float, active: flo
         assert round((count - idle - routers) / 1e6, 1) == active  # the paper's active count leaves routers out
 
 
+@pytest.mark.slow
 def test_loads_without_this_package(tmp_path: Path) -> None:
     """`trust_remote_code` finds the model's code in the folder itself, in an interpreter that cannot import us."""
     model = build("kv_experts")
