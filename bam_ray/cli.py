@@ -99,7 +99,7 @@ def report(
     """Bring the newest report of a run here, and print its table."""
     from bam_ray.checkpoint.artifacts import Artifact
     from bam_ray.evaluation.results import Results
-    from bam_ray.evaluation.table import findings_text, perplexity_table
+    from bam_ray.evaluation.table import print_results
 
     store = open_store(run, endpoint)
     found = sorted(
@@ -114,8 +114,7 @@ def report(
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
     results = Results.model_validate_json((out / "results.json").read_bytes())
-    console.print(perplexity_table(results))
-    console.print(f"\n{findings_text(results)}\n", highlight=False, soft_wrap=True)
+    print_results(results, console)
     console.print(f"written: {out}/report.html and {out}/results.json", highlight=False)
 
 

@@ -1,5 +1,6 @@
 """Results for the terminal: a table of perplexities, and the findings in plain words."""
 
+from rich.console import Console
 from rich.table import Table
 
 from bam_ray.evaluation.results import Finding, Results
@@ -24,6 +25,12 @@ def perplexity_table(results: Results) -> Table:
         following = results.models[index + 1 : index + 2]
         table.add_row(model.label, *cells, end_section=any(other.kind != model.kind for other in following))
     return table
+
+
+def print_results(results: Results, console: Console) -> None:
+    """The table, and the findings below it."""
+    console.print(perplexity_table(results))
+    console.print(f"\n{findings_text(results)}\n", highlight=False, soft_wrap=True)
 
 
 def findings_text(results: Results) -> str:

@@ -27,7 +27,6 @@ from bam_ray.control.tasks import Progress, StageContext, Task
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import count_parameters, score
-from bam_ray.evaluation.report import write_report
 from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, Results, label
 from bam_ray.evaluation.routing import routing_of
 from bam_ray.settings import Recipe
@@ -64,6 +63,8 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
     results = Results.of(recipe.name, scores)
     curves = {task.id: _curve(made[task.id], store) for task, _ in models}
     with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
+        from bam_ray.evaluation.report import write_report  # matplotlib: a second that no other stage's start needs
+
         write_report(
             Path(folder),
             results,

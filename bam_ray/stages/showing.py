@@ -11,7 +11,7 @@ from bam_ray.blobs import BlobStore
 from bam_ray.data import Corpus
 from bam_ray.errors import ServingError
 from bam_ray.evaluation.results import Results
-from bam_ray.evaluation.table import findings_text, perplexity_table
+from bam_ray.evaluation.table import print_results
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 
@@ -23,8 +23,7 @@ def show_results(recipe: Recipe, store: BlobStore, console: Console) -> None:
     """Print the table of the run's report, its findings, and where the report lies."""
     report = Place(recipe, store, "reports", "report").artifact
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
-    console.print(perplexity_table(results))
-    console.print(f"\n{findings_text(results)}\n", highlight=False, soft_wrap=True)
+    print_results(results, console)
     where = f"report: {report.uri}/report.html (`bam report {store.uri}` brings it here)"
     console.print(where, highlight=False, soft_wrap=True)
 
