@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -17,7 +16,7 @@ from bam_ray.control import status as statuses
 from bam_ray.control.graph import task_graph
 from bam_ray.control.table import render
 from bam_ray.errors import BamError, CheckpointError, SettingsError
-from bam_ray.settings import MixtureSettings, load_recipe
+from bam_ray.settings import MixtureSettings, apply_override, load_recipe, validated
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -128,7 +127,6 @@ def upcycle(
     endpoint: Endpoint = None,
 ) -> None:
     """Turn a seed and branches into a mixture, without a cluster or a run."""
-    from pydantic import ValidationError
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     origins = {"seed": seed}
@@ -137,17 +135,12 @@ def upcycle(
         if not separator or name in origins:
             raise SettingsError(f"--branch {each!r} is not NAME=URI with a name of its own")
         origins[name] = uri
-    plain = {"method": method}
+    plain: dict[str, object] = {"method": method}
     for each in set or []:
-        key, separator, value = each.partition("=")
-        if not separator:
+        if "=" not in each:
             raise SettingsError(f"--set {each!r} is not KEY=VALUE")
-        plain[key] = yaml.safe_load(value)
-    try:
-        settings = MixtureSettings.model_validate(plain)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        apply_override(plain, each)
+    settings = validated(MixtureSettings, plain, "mixture")
     target = open_store(out, endpoint)
     if any(True for _ in target.list()):
         raise CheckpointError(f"{out} is not empty: name a place where nothing lies yet")

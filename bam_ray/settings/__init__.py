@@ -1,6 +1,6 @@
 """The recipe: everything a run is told, as strict frozen models."""
 
-from bam_ray.settings.load import load_recipe, parse_recipe
+from bam_ray.settings.load import apply_override, load_recipe, parse_recipe, validated
 from bam_ray.settings.recipe import (
     Blend,
     BranchSettings,
@@ -39,6 +39,8 @@ __all__ = [
     "TokenizerSettings",
     "TrainingSettings",
     "UpcycleSettings",
+    "apply_override",
     "load_recipe",
     "parse_recipe",
+    "validated",
 ]

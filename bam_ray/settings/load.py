@@ -1,13 +1,15 @@
 """A recipe from YAML and dotted overrides (`mix.training.tokens=200000`), with errors of one line."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bam_ray.errors import SettingsError
 from bam_ray.settings.recipe import Recipe
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -30,9 +32,14 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None) -> R
     if not isinstance(plain, dict):
         raise SettingsError(f"recipe {where} is not a mapping of settings")
     for override in overrides or []:
-        _apply(plain, override)
+        apply_override(plain, override)
+    return validated(Recipe, plain, f"recipe {where}")
+
+
+def validated(model: type[Model], plain: dict[str, Any], where: str) -> Model:
+    """`plain` as a `model`; raises `SettingsError` of one line that begins with `where`."""
     try:
-        return Recipe.model_validate(plain)
+        return model.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -40,10 +47,10 @@ def parse_recipe(text: str, where: str, overrides: list[str] | None = None) -> R
         if first["type"] == "extra_forbidden":
             message = "unknown key"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise SettingsError(f"recipe {where}: {place + ': ' if place else ''}{message}{more}") from None
+        raise SettingsError(f"{where}: {place + ': ' if place else ''}{message}{more}") from None
 
 
-def _apply(plain: dict[str, Any], override: str) -> None:
+def apply_override(plain: dict[str, Any], override: str) -> None:
     """Set one dotted key of a nested mapping to a YAML value."""
     dotted, separator, value = override.partition("=")
     if not separator or not all(dotted.split(".")):
