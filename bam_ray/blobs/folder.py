@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bam_ray.blobs.store import checked
-from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreUnavailable
+from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
 
 PARTIAL = ".partial-"  # prefix of files being written; never listed
 
@@ -33,6 +33,20 @@ class FolderStore:
 
     def put_file(self, key: str, path: Path) -> None:
         self._write(key, lambda partial: shutil.copyfile(path, partial), os.replace)
+
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
+        source = _Source(chunks)
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                file.writelines(source)
+
+        try:
+            self._write(key, write, os.replace)
+        except StoreError:
+            if source.error is not None:  # an OSError of the source was taken for one of this folder
+                raise source.error from None
+            raise
 
     def get(self, key: str) -> bytes:
         with self._said(key):
@@ -111,6 +125,21 @@ class FolderStore:
             raise StoreDenied(f"no permission for {error.filename or self._folder}: mend its owner or mode") from None
         except OSError as error:
             raise StoreUnavailable(f"folder store {self._folder}: {error.strerror or error}") from None
+
+
+class _Source:
+    """Passes chunks on and keeps the error that ends them."""
+
+    def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
+        self._chunks = chunks
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        try:
+            yield from self._chunks
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def _is_file(path: Path) -> bool:

@@ -41,6 +41,13 @@ class MemoryStore:
     def put_file(self, key: str, path: Path) -> None:
         self.put(key, path.read_bytes())
 
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
+        checked(key)
+        data = bytearray()
+        for chunk in chunks:
+            data += chunk
+        self.put(key, bytes(data))
+
     def get(self, key: str) -> bytes:
         try:
             return self._blobs[checked(key)]

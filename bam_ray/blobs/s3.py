@@ -2,7 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ LOST = {"PreconditionFailed", "412"}
 RACING = {"ConditionalRequestConflict", "409"}  # another put of the same key is under way: its outcome is open
 RACE_TRIES = 6
 TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
+PART = 16 << 20  # bytes of a streamed blob that travel in one request: S3's 10,000 parts are then 156 GiB
+PARTS_AT_ONCE = 4
 
 
 class S3Store:
@@ -64,6 +69,24 @@ class S3Store:
                 self._client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
             except S3UploadFailedError as error:  # boto3 hides the server's answer behind it
                 raise error.__context__ or error from None
+
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
+        target = {"Bucket": self._bucket, "Key": self._key(key)}
+        parts = in_parts(chunks, PART)
+        first = next(parts, bytearray())
+        if len(first) < PART:
+            self.put(key, bytes(first))
+            return
+        with self._said(key):
+            upload = self._client.create_multipart_upload(**target)["UploadId"]
+        try:
+            sent = self._send_parts(key, target | {"UploadId": upload}, chain([first], parts))
+            with self._said(key):
+                self._client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": sent})
+        except BaseException:  # Ctrl-C too: parts left behind are invisible, but paid for
+            with contextlib.suppress(ClientError, BotoCoreError):
+                self._client.abort_multipart_upload(**target, UploadId=upload)
+            raise
 
     def get(self, key: str) -> bytes:
         with self._said(key):
@@ -114,6 +137,30 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._said(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+
+    def _send_parts(self, key: str, upload: dict[str, str], parts: Iterator[bytearray]) -> Sequence[dict[str, Any]]:
+        """Upload parts, a few at once; returns what completes the upload. None is under way when this raises."""
+
+        def send(number: int, part: bytearray) -> dict[str, Any]:
+            answer = self._client.upload_part(**upload, PartNumber=number, Body=part)
+            checksums = {name: value for name, value in answer.items() if name.startswith("Checksum")}
+            return {"PartNumber": number, "ETag": answer["ETag"]} | checksums
+
+        sent = []
+        under_way: deque[Future[dict[str, Any]]] = deque()
+
+        def take_first() -> None:
+            with self._said(key):
+                sent.append(under_way.popleft().result())
+
+        with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+            for number, part in enumerate(parts, 1):  # outside of _said: its errors are not the server's
+                under_way.append(pool.submit(send, number, part))
+                if len(under_way) == PARTS_AT_ONCE:
+                    take_first()
+            while under_way:
+                take_first()
+        return sent
 
     def _key(self, key: str) -> str:
         return self._under(checked(key))
@@ -174,3 +221,22 @@ class S3Store:
             ) from None
         except BotoCoreError as error:
             raise StoreError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def in_parts(chunks: Iterator[bytes | memoryview], size: int) -> Iterator[bytearray]:
+    """The bytes of `chunks`, cut anew: every part has `size` bytes, the last one at least 1 and at most `size`."""
+    part = bytearray()
+    for chunk in chunks:
+        view = memoryview(chunk)
+        if not view.nbytes:  # an empty view cannot be cast
+            continue
+        rest = view.cast("B")
+        while len(rest):
+            taken = rest[: size - len(part)]
+            part += taken
+            rest = rest[len(taken) :]
+            if len(part) == size:
+                yield part
+                part = bytearray()
+    if part:
+        yield part

@@ -34,6 +34,14 @@ class BlobStore(Protocol):
         """Upload a file of any size (S3: multipart)."""
         ...
 
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
+        """Write what `chunks` gives, of unknown length, over what was at `key`, in bounded memory.
+
+        Where `chunks` raises, its own exception passes unchanged and nothing of the blob is visible. A chunk is copied
+        before the next one is asked for, so its buffer may be used again. S3 takes at most 156 GiB this way.
+        """
+        ...
+
     def get(self, key: str) -> bytes:
         """All bytes of `key`; raises `BlobNotFound`."""
         ...

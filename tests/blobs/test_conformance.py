@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from boto3.s3.transfer import TransferConfig
 
 from bam_ray.blobs import BlobStore, s3
 from bam_ray.blobs.check import check_put_if_absent
+from bam_ray.blobs.folder import PARTIAL
+from bam_ray.blobs.s3 import S3Store
 from bam_ray.errors import BlobExists, BlobNotFound, StoreError
+from cluster.s3_server import BUCKET
 
 RACERS = 8
 MIB = 1 << 20
@@ -92,6 +96,7 @@ def test_what_is_no_key_is_refused(store: BlobStore, key: str, tmp_path: Path) -
         lambda key: store.put(key, b""),
         lambda key: store.put_if_absent(key, b""),
         lambda key: store.put_file(key, file),
+        lambda key: store.put_stream(key, iter([b"data"])),
         lambda key: store.get_file(key, file),
         lambda key: store.get_range(key, 0, 1),
     ):
@@ -176,6 +181,67 @@ def test_files_travel_whole(store: BlobStore, size: int, tmp_path: Path, monkeyp
     assert received.read_bytes() == sent.read_bytes()
     assert store.size("folder/file") == size
     assert store.get_range("folder/file", max(0, size - 3), 10) == sent.read_bytes()[-3:]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 takes no part below 5 MiB but the last."""
+    monkeypatch.setattr(s3, "PART", 5 * MIB)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    "lengths",
+    [[], [0], [100, 0, 1], [5 * MIB], [MIB] * 11 + [7], [23 * MIB + 5]],
+    ids=["no chunk", "empty", "small", "one part", "many chunks a part", "many parts a chunk"],
+)
+def test_streams_travel_whole(store: BlobStore, lengths: list[int]) -> None:
+    data = [os.urandom(length) for length in lengths]
+    store.put("key", b"before")
+    store.put_stream("key", (memoryview(chunk) if number % 2 else chunk for number, chunk in enumerate(data)))
+    assert store.get("key") == b"".join(data)
+    assert list(store.list()) == ["key"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_chunks_may_share_one_buffer(store: BlobStore) -> None:
+    buffer = bytearray(2 * MIB)
+
+    def filled() -> Iterator[memoryview]:
+        for value in range(6):
+            buffer[:] = bytes([value]) * len(buffer)
+            yield memoryview(buffer)
+
+    store.put_stream("key", filled())
+    assert store.get("key") == b"".join(bytes([value]) * len(buffer) for value in range(6))
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("shard"), FileExistsError("x"), KeyboardInterrupt(), StoreError("y")]
+)
+@pytest.mark.parametrize("mib", [1, 12], ids=["before", "within a multipart upload"])
+def test_a_stream_that_breaks_leaves_nothing(store: BlobStore, mib: int, error: BaseException) -> None:
+    def breaking() -> Iterator[bytes]:
+        yield from (bytes(MIB) for _ in range(mib))
+        raise error
+
+    store.put("there", b"before")
+    for key in ("there", "new"):
+        with pytest.raises(type(error)) as caught:
+            store.put_stream(key, breaking())
+        assert caught.value is error
+    assert list(store.list()) == ["there"]
+    assert store.get("there") == b"before"
+    assert leftovers(store) == []
+
+
+def leftovers(store: BlobStore) -> list[str]:
+    """What is kept of unfinished uploads, invisible in lists."""
+    if isinstance(store, S3Store):
+        uploads = store._client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+        return [upload["Key"] for upload in uploads if upload["Key"].startswith(store._under(""))]
+    return [str(path) for path in Path(store.uri).rglob(f"{PARTIAL}*")]
 
 
 def test_the_check_of_conditional_puts_passes_and_leaves_nothing(store: BlobStore) -> None:

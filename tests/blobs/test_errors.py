@@ -13,7 +13,7 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.blobs.s3 import S3Store
+from bam_ray.blobs.s3 import PART, S3Store
 from bam_ray.errors import BlobExists, SettingsError, StoreDenied, StoreError, StoreUnavailable
 from cluster.processes import free_ports
 from cluster.s3_server import BUCKET, S3Settings
@@ -29,6 +29,7 @@ def operations(tmp_path: Path) -> dict[str, Callable[[BlobStore], object]]:
         "put": lambda store: store.put("key", b""),
         "put_if_absent": lambda store: store.put_if_absent("key", b""),
         "put_file": lambda store: store.put_file("key", file),
+        "put_stream": lambda store: store.put_stream("key", iter([bytes(PART)])),
         "get": lambda store: store.get("key"),
         "get_range": lambda store: store.get_range("key", 0, 1),
         "get_file": lambda store: store.get_file("key", file),
