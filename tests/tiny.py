@@ -4,7 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.tensors import TensorReader
@@ -21,20 +33,29 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS: dict[str, Any] = {
     "cohere": CohereConfig(**SIZES, logit_scale=0.5),
+    "cohere2": Cohere2Config(**SIZES, **SLIDING, logit_scale=0.5),
+    "gpt_neox": GPTNeoXConfig(**{key: size for key, size in SIZES.items() if key != "num_key_value_heads"}),
     "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, tie_word_embeddings=False),
-    "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=5, tie_word_embeddings=True),
+    "olmo2": Olmo2Config(**SIZES),
+    "qwen2": Qwen2Config(**SIZES, **SLIDING, use_sliding_window=True),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
 }
 
 
-def dense(family: str, seed: int) -> PreTrainedModel:
-    """A dense model whose norms are random too."""
+def dense(family: str | PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A dense model whose norms and biases are random too; `family` a key of `CONFIGS`, or a configuration."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    config = CONFIGS[family] if isinstance(family, str) else family
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+            elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
 

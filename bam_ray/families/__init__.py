@@ -1,17 +1,37 @@
 """Dense architectures: one table each, of its parameters' names and roles. Adding one is one file."""
 
+from typing import Any
+
 from bam_ray.errors import FamilyError
 from bam_ray.families.cohere import COHERE
-from bam_ray.families.family import Family, Role, Weight
+from bam_ray.families.cohere2 import COHERE2
+from bam_ray.families.family import Family, Place, Role, Weight
+from bam_ray.families.gpt_neox import GPT_NEOX
 from bam_ray.families.llama import LLAMA
 from bam_ray.families.mistral import MISTRAL
+from bam_ray.families.names import FFN_ROLES, expert_name, plain_name, router_names, shared_name
+from bam_ray.families.olmo2 import OLMO2
+from bam_ray.families.qwen2 import QWEN2
+from bam_ray.families.qwen3 import QWEN3
 
-__all__ = ["FAMILIES", "Family", "Role", "Weight", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "FFN_ROLES",
+    "Family",
+    "Place",
+    "Role",
+    "Weight",
+    "expert_name",
+    "family_of",
+    "plain_name",
+    "router_names",
+    "shared_name",
+]
 
-FAMILIES = {family.model_type: family for family in (COHERE, LLAMA, MISTRAL)}
+FAMILIES = {family.model_type: family for family in (COHERE, COHERE2, GPT_NEOX, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3)}
 
 
-def family_of(config: dict[str, object], where: str) -> Family:
+def family_of(config: dict[str, Any], where: str) -> Family:
     """The family of a Hugging Face `config.json`; raises `FamilyError` naming `where`."""
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:

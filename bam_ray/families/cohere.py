@@ -2,19 +2,25 @@
 
 from typing import Any
 
-from bam_ray.families.family import LLAMA_LAYOUT, Family, sizes
+from bam_ray.families.family import Family
+from bam_ray.families.llama import PARALLEL_LAYOUT, ROTARY_BUFFERS
 
 
-def _configure(config: dict[str, Any]) -> dict[str, Any]:
+def cohere_block(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the parallel block."""
     return {
-        **sizes(config),
         "parallel_block": True,
         "norm_type": "layernorm",
-        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "norm_eps": config["layer_norm_eps"],
         "rope_interleaved": True,
-        "logit_scale": config.get("logit_scale", 0.0625),
-        "tie_word_embeddings": config.get("tie_word_embeddings", True),
+        "attention_bias": config["attention_bias"],
+        "attention_output_bias": config["attention_bias"],
+        "logit_scale": config["logit_scale"],
     }
 
 
-COHERE = Family("cohere", LLAMA_LAYOUT, _configure, refused={"attention_bias": False, "use_qk_norm": False})
+def _block(config: dict[str, Any]) -> dict[str, Any]:
+    return {**cohere_block(config), "qk_norm": "per_head" if config["use_qk_norm"] else None}
+
+
+COHERE = Family("cohere", PARALLEL_LAYOUT, _block, ignored=ROTARY_BUFFERS)

@@ -1,24 +1,53 @@
-"""Llama: sequential block, RMSNorm, half-rotated RoPE."""
+"""Llama, SmolLM, TinyLlama: sequential block, RMSNorm, half-rotated RoPE. The layout that most families share."""
 
 from typing import Any
 
-from bam_ray.families.family import LAYER, LLAMA_LAYOUT, Family, Role, Weight, sizes
+from bam_ray.families.family import Family, Role, Weight
+from bam_ray.families.names import PLAIN
+
+# Names that the mixture took over from Llama; q_norm and k_norm are Cohere's and Qwen3's
+PARALLEL_LAYOUT = tuple(
+    Weight(PLAIN[role], role)
+    for role in (
+        Role.EMBEDDING,
+        Role.INPUT_NORM,
+        Role.QUERY,
+        Role.QUERY_BIAS,
+        Role.KEY,
+        Role.KEY_BIAS,
+        Role.VALUE,
+        Role.VALUE_BIAS,
+        Role.OUTPUT,
+        Role.OUTPUT_BIAS,
+        Role.QUERY_NORM,
+        Role.KEY_NORM,
+        Role.GATE,
+        Role.GATE_BIAS,
+        Role.UP,
+        Role.UP_BIAS,
+        Role.DOWN,
+        Role.DOWN_BIAS,
+        Role.FINAL_NORM,
+        Role.HEAD,
+    )
+)
+_POST_ATTENTION = Weight(PLAIN[Role.POST_ATTENTION_NORM], Role.POST_ATTENTION_NORM)
+LLAMA_LAYOUT = (*PARALLEL_LAYOUT[:-2], _POST_ATTENTION, *PARALLEL_LAYOUT[-2:])
+ROTARY_BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
-def _configure(config: dict[str, Any]) -> dict[str, Any]:
+def llama_block(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a sequential block with RMSNorm before attention and FFN."""
+    bias = config.get("attention_bias", False)
     return {
-        **sizes(config),
         "parallel_block": False,
         "norm_type": "rmsnorm",
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "norm_eps": config["rms_norm_eps"],
         "rope_interleaved": False,
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": config.get("mlp_bias", False),
     }
 
 
-LLAMA = Family(
-    "llama",
-    (*LLAMA_LAYOUT, Weight(LAYER + "post_attention_layernorm.weight", Role.NORM)),
-    _configure,
-    refused={"attention_bias": False, "mlp_bias": False},
-)
+LLAMA = Family("llama", LLAMA_LAYOUT, llama_block, ignored=ROTARY_BUFFERS)

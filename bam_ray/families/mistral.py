@@ -1,6 +1,13 @@
-"""Mistral: Llama's layout; its sliding window is not supported (models since v0.2 have none)."""
+"""Mistral: Llama's block, with one sliding window for all layers (models since v0.2 have none)."""
+
+from typing import Any
 
 from bam_ray.families.family import Family
-from bam_ray.families.llama import LLAMA
+from bam_ray.families.llama import LLAMA_LAYOUT, ROTARY_BUFFERS, llama_block
 
-MISTRAL = Family("mistral", LLAMA.weights, LLAMA.configure, refused={"sliding_window": None})
+
+def _block(config: dict[str, Any]) -> dict[str, Any]:
+    return {**llama_block(config), "sliding_window": config["sliding_window"]}
+
+
+MISTRAL = Family("mistral", LLAMA_LAYOUT, _block, refused={"layer_types": None}, ignored=ROTARY_BUFFERS)

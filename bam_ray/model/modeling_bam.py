@@ -7,9 +7,11 @@ The model knows nothing of ranks. Tokens reach their experts through two seams, 
 `BamAttentionExperts.exchange`: here they stay in place; expert-parallel training puts collectives in their place.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +21,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.deprecation import deprecate_kwarg
 
-from .configuration_bam import BamConfig
+from .configuration_bam import ACTIVATIONS, BamConfig
 
 FEW_TOKENS = 64  # below this, reading the weights dominates and no GEMM is worth copying them for
 
@@ -39,16 +42,21 @@ class RoutingLosses:
 
 
 def routing_losses(
-    router_logits: tuple[Tensor, ...], top_k: int, reduce: Callable[[Tensor], Tensor] | None = None
+    router_logits: tuple[Tensor, ...],
+    top_k: int,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    real: Tensor | None = None,
 ) -> RoutingLosses:
     """Load-balance and z-loss of FFN routers, summed over layers.
 
     `L_LB = N · Σ_i f_i · P_i`, with f_i the fraction of all choices that fell on expert i (no gradient) and P_i its
     mean probability (Switch; 1 when balanced); `L_z = mean (logsumexp logits)²` (ST-MoE).
     `router_logits`: one [T, N] a layer. `reduce` averages f over data-parallel ranks, so that their mean loss is the
-    loss of the global batch.
+    loss of the global batch. `real` [T]: padding tokens, which are left out, are False.
     """
     logits = torch.stack(router_logits).float()  # [layers, T, N]
+    if real is not None:
+        logits = logits[:, real]
     experts = logits.shape[-1]
     probabilities = logits.softmax(-1)
     chosen = probabilities.detach().topk(top_k, dim=-1).indices  # [layers, T, k]
@@ -60,25 +68,38 @@ def routing_losses(
     return RoutingLosses(load_balance=load_balance, router_z=router_z)
 
 
-class BamNorm(nn.Module):
-    """LayerNorm without bias, or RMSNorm; computed in fp32."""
+def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: BamConfig) -> Tensor:
+    """LayerNorm or RMSNorm over the last dimension, in fp32; weight and bias broadcast over the ones before."""
+    shape, eps, fused = x.shape[-1:], config.norm_eps, weight.ndim == 1
+    inner = weight.float() if fused else None
+    if config.norm_type == "layernorm":
+        out = F.layer_norm(x.float(), shape, inner, bias.float() if fused and bias is not None else None, eps)
+    else:
+        out = F.rms_norm(x.float(), shape, inner, eps)
+        out = out if bias is None else out + bias.float()
+    return (out if fused else out * weight.float()).to(x.dtype)
 
-    def __init__(self, config: BamConfig) -> None:
+
+class BamNorm(nn.Module):
+    """LayerNorm or RMSNorm with a weight of any shape, over the last dimension."""
+
+    def __init__(self, config: BamConfig, *shape: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.norm_eps
-        self.centre = config.norm_type == "layernorm"
+        self.config = config
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = self.weight.shape
-        weight = self.weight.float()
-        if self.centre:
-            return F.layer_norm(x.float(), shape, weight, None, self.eps).to(x.dtype)
-        return F.rms_norm(x.float(), shape, weight, self.eps).to(x.dtype)
+        return normalise(x, self.weight, self.bias, self.config)
+
+
+def block_norm(config: BamConfig) -> BamNorm:
+    """One of the norms of hidden states [..., d]."""
+    return BamNorm(config, config.hidden_size, bias=config.norm_bias)
 
 
 class BamRotaryEmbedding(nn.Module):
-    """cos and sin [1 or B, L, h] of rotary positions."""
+    """cos and sin [1 or B, L, r] of rotary positions; r is the rotated part of head_dim."""
 
     inv_freq: Tensor
 
@@ -91,15 +112,15 @@ class BamRotaryEmbedding(nn.Module):
 
     @staticmethod
     def frequencies(config: BamConfig) -> tuple[Tensor, float]:
-        """Inverse frequencies [h/2] and the factor on cos and sin, of any of transformers' static RoPE types."""
-        assert config.rope_parameters is not None
+        """Inverse frequencies [r/2] and the factor on cos and sin."""
+        assert config.rope_parameters is not None and config.head_dim is not None
         kind = config.rope_parameters.get("rope_type", "default")
         if kind != "default":
             frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, None)
             return frequencies, float(scaling)
-        assert config.head_dim is not None
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float)
-        return 1.0 / (config.rope_parameters["rope_theta"] ** (steps / config.head_dim)), 1.0
+        rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        steps = torch.arange(0, rotated, 2, dtype=torch.float)
+        return 1.0 / (config.rope_parameters["rope_theta"] ** (steps / rotated)), 1.0
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,14 +130,18 @@ class BamRotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate x [B, heads, L, h] by cos, sin [1 or B, L, h]."""
+    """Rotate the first r elements of each head of x [B, heads, L, h] by cos, sin [1 or B, L, r]; the dtype of x."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    kept = x[..., cos.shape[-1] :]
+    if kept.shape[-1]:
+        x = x[..., : cos.shape[-1]]
     if interleaved:
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
     else:
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
-    return x * cos + turned * sin
+    rotated = (x * cos + turned * sin).to(x.dtype)  # under autocast x is of less precision than cos and sin
+    return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
 
 
 def eager_attention(
@@ -161,54 +186,199 @@ class LocalDispatcher:
         index: Tensor,
         weights: Tensor,
         num_experts: int,
-        compute: Callable[[Tensor, list[int]], Tensor],
+        compute: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """hidden [T, d], index and weights [T, k] -> Σ_k weight · expert(hidden): [T, d].
 
-        `compute(rows [R, d], counts of N)` applies each expert to its consecutive rows.
+        `compute(rows [R, d], counts [N])` applies each expert to its consecutive rows.
         """
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)
         token = order // index.shape[1]
-        rows = compute(hidden.index_select(0, token), flat.bincount(minlength=num_experts).tolist())
+        counts = (flat.unsqueeze(1) == torch.arange(num_experts, device=flat.device)).sum(0)
+        rows = compute(hidden.index_select(0, token), counts)
         rows = rows.to(hidden.dtype)  # autocast computes them in less
         rows = rows * weights.reshape(-1).index_select(0, order).unsqueeze(1).to(rows.dtype)
         return torch.zeros_like(hidden).index_add(0, token, rows)
 
 
+# The experts' arithmetic is one operator with its own gradient. How many rows an expert gets is data, so a compiler
+# could not see through it; and gradients are written straight into slices of the stacked gradient, which autograd
+# would assemble from copies. It is named after this module: the copy in a saved mixture has operators of its own.
+OPERATORS = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{OPERATORS}::expert_ffn", mutates_args=())
+def expert_ffn(
+    rows: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Optional[Tensor],  # noqa: UP045 (the schema's inference reads no unions)
+    down_bias: Optional[Tensor],  # noqa: UP045
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Apply expert i to its counts[i] consecutive rows: rows [R, d] -> [R, d], and what the gradient needs [R, u].
+
+    `up` [N, u, d] and `down` [N, d, f]: gated with u = 2f (gate first), plain with u = f. All of one floating dtype;
+    `activation` a key of `ACTIVATIONS`. It has no second derivative and no forward-mode gradient.
+    """
+    out = rows.new_empty(rows.shape)
+    hidden = rows.new_empty(rows.shape[0], up.shape[1])
+    for expert, part in expert_slices(counts):
+        linear_out(rows[part], up, up_bias, expert, hidden[part])
+        linear_out(activate(hidden[part], down.shape[2], activation), down, down_bias, expert, out[part])
+    return out, hidden
+
+
+@torch.library.custom_op(f"{OPERATORS}::expert_ffn_backward", mutates_args=())
+def expert_ffn_backward(
+    grad: Tensor, rows: Tensor, counts: Tensor, hidden: Tensor, up: Tensor, down: Tensor, biased: bool, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of rows, up, down and (empty where not `biased`) their biases, from that of `expert_ffn`'s rows."""
+    u, f = up.shape[1], down.shape[2]
+    name, kind = ACTIVATIONS[activation]
+    grad_rows, grad_up, grad_down = torch.empty_like(rows), torch.empty_like(up), torch.empty_like(down)
+    grad_hidden = torch.empty_like(hidden)
+    grad_up_bias, grad_down_bias = (weight.new_zeros(weight.shape[:2] if biased else (0,)) for weight in (up, down))
+    idle = torch.ones(counts.shape[0], dtype=torch.bool)
+    for expert, part in expert_slices(counts):
+        idle[expert] = False
+        g, h, grad_h = grad[part], hidden[part], grad_hidden[part]
+        torch.mm(g.t(), activate(h, f, activation), out=grad_down[expert])
+        grad_activated = g @ down[expert]
+        if u == f:
+            grad_h.copy_(ACTIVATION_GRADIENTS[name](grad_activated, h, kind))
+        else:
+            torch.mul(grad_activated, activate(h[:, :f], f, activation), out=grad_h[:, f:])
+            grad_h[:, :f] = ACTIVATION_GRADIENTS[name](grad_activated.mul_(h[:, f:]), h[:, :f], kind)
+        torch.mm(grad_h.t(), rows[part], out=grad_up[expert])
+        torch.mm(grad_h, up[expert], out=grad_rows[part])
+        if biased:
+            torch.sum(grad_h, 0, out=grad_up_bias[expert])
+            torch.sum(g, 0, out=grad_down_bias[expert])
+    for expert in idle.nonzero().flatten().tolist():
+        grad_up[expert].zero_(), grad_down[expert].zero_()
+    return grad_rows, grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
+    "silu": lambda grad, x, kind: torch.ops.aten.silu_backward(grad, x),
+    "relu": lambda grad, x, kind: torch.ops.aten.threshold_backward(grad, x, 0),
+    "gelu": lambda grad, x, kind: torch.ops.aten.gelu_backward(grad, x, approximate=kind),
+}
+
+
+def expert_slices(counts: Tensor) -> Iterator[tuple[int, slice]]:
+    """Every expert that has rows, and where they are."""
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
+    """One expert's linear map, written into `out`."""
+    if bias is None:
+        torch.mm(x, weight[expert].t(), out=out)
+    else:
+        torch.addmm(bias[expert], x, weight[expert].t(), out=out)
+
+
+def activate(hidden: Tensor, width: int, activation: str) -> Tensor:
+    """[r, f] -> act(hidden); [r, 2f] -> act(gate) * up: [r, f] both."""
+    name, kind = ACTIVATIONS[activation]
+    gate = hidden[:, :width]
+    activated = F.gelu(gate, approximate=kind) if name == "gelu" else getattr(F, name)(gate)
+    return activated if hidden.shape[1] == width else activated.mul_(hidden[:, width:])
+
+
+@expert_ffn.register_fake
+def _(
+    rows: Tensor, counts: Tensor, up: Tensor, down: Tensor, up_bias: Any, down_bias: Any, activation: str
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], up.shape[1])
+
+
+@expert_ffn_backward.register_fake
+def _(
+    grad: Tensor, rows: Tensor, counts: Tensor, hidden: Tensor, up: Tensor, down: Tensor, biased: bool, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    up_bias, down_bias = (weight.new_empty(weight.shape[:2] if biased else (0,)) for weight in (up, down))
+    return torch.empty_like(rows), torch.empty_like(up), torch.empty_like(down), up_bias, down_bias
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows, counts, up, down, up_bias, _, ctx.activation = inputs
+    ctx.biased = up_bias is not None
+    ctx.save_for_backward(rows, counts, output[1], up, down)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    rows, counts, hidden, up, down = ctx.saved_tensors
+    grad_rows, grad_up, grad_down, *biases = expert_ffn_backward(
+        grad.contiguous(), rows, counts, hidden, up, down, ctx.biased, ctx.activation
+    )
+    return grad_rows, None, grad_up, grad_down, *(biases if ctx.biased else (None, None)), None
+
+
+expert_ffn.register_autograd(_backward, setup_context=_save_for_backward)
+
+
 class BamExperts(nn.Module):
-    """N gated FFNs, stacked: `down(act(gate(x)) * up(x))` each."""
+    """N FFNs, stacked: `down(act(gate(x)) * up(x))` each, or `down(act(up(x)))`."""
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__()
         d, f, N = config.hidden_size, config.intermediate_size, config.num_experts
         self.num_experts = N  # of the whole mixture, wherever they are
-        self.gate_up_proj = nn.Parameter(torch.empty(N, 2 * f, d))
+        self.activation = config.hidden_act
+        up, width = ("gate_up", 2 * f) if config.mlp_gated else ("up", f)
+        self.up_name = up
+        self.register_parameter(f"{up}_proj", nn.Parameter(torch.empty(N, width, d)))
         self.down_proj = nn.Parameter(torch.empty(N, d, f))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(N, width)) if config.mlp_bias else None)
+        self.down_bias = nn.Parameter(torch.empty(N, d)) if config.mlp_bias else None
         self.dispatcher: Callable[..., Tensor] = LocalDispatcher()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, d], [T, k], [T, k] -> [T, d]."""
         return self.dispatcher(hidden_states, top_k_index, top_k_weights, self.num_experts, self.compute)
 
-    def compute(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Apply expert i to its counts[i] rows: rows [R, d] sorted by expert -> [R, d].
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Apply expert i of those held here to its counts[i] rows: rows [R, d] sorted by expert -> [R, d]."""
+        up, up_bias = getattr(self, f"{self.up_name}_proj"), getattr(self, f"{self.up_name}_bias")
+        operands = [rows, up, self.down_proj, up_bias, self.down_bias]
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            operands = [None if operand is None else operand.to(dtype) for operand in operands]
+        rows, *weights = operands
+        out: Tensor = expert_ffn(rows, counts, *weights, self.activation)[0]
+        return out
 
-        `unbind` once: indexing a stacked parameter inside autograd costs a whole-size gradient each time.
-        """
-        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        outputs = []
-        for expert, part in enumerate(rows.split(counts)):
-            if part.shape[0] == 0 and not self.training:
-                continue  # in training an idle expert stays in the graph, so that it gets a zero gradient
-            gate, up = F.linear(part, gate_up[expert]).chunk(2, dim=-1)
-            outputs.append(F.linear(self.act_fn(gate) * up, down[expert]))
-        return torch.cat(outputs) if outputs else rows
+
+class BamFFN(nn.Module):
+    """One dense FFN: of a dense layer, or the always-on expert beside the routed ones."""
+
+    def __init__(self, config: BamConfig, width: int) -> None:
+        super().__init__()
+        d, bias = config.hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(d, width, bias=bias) if config.mlp_gated else None
+        self.up_proj = nn.Linear(d, width, bias=bias)
+        self.down_proj = nn.Linear(width, d, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[B, L, d] -> output [B, L, d], no router logits."""
+        up = self.up_proj(x)
+        out: Tensor = self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
+        return out, None
 
 
 class BamMoE(nn.Module):
-    """The FFN of a layer: a router and its experts."""
+    """The FFN of a layer: a router, its experts and, where there is one, the expert that all tokens meet."""
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__()
@@ -217,6 +387,8 @@ class BamMoE(nn.Module):
         self.scale = config.ffn_output_scale
         self.gate = BamRouter(config)
         self.experts = BamExperts(config)
+        width = config.shared_expert_intermediate_size
+        self.shared_expert = BamFFN(config, width) if width else None
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [T, N] -> the k experts of each token and their weights: [T, k] both."""
@@ -230,7 +402,8 @@ class BamMoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         logits = self.gate(flat)
         index, weights = self.route(logits)
-        return self.experts(flat, index, weights).view_as(x), logits
+        out = self.experts(flat, index, weights).view_as(x)
+        return out if self.shared_expert is None else out + self.shared_expert(x)[0], logits
 
 
 class LocalExchange:
@@ -241,75 +414,120 @@ class LocalExchange:
         return attend(x, gates)
 
 
-class BamAttentionExperts(nn.Module):
+class AttentionCall(nn.Module):
+    """What is the same for all attentions: positions, cache and the call of an attention backend."""
+
+    def __init__(self, config: BamConfig, layer_idx: int, query_heads_per_key: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.layer_types is not None
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = query_heads_per_key  # read by attention backends, as is_causal is
+        self.is_causal = True
+        self.scaling = config.head_dim**-0.5
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+        self.rotary = layer_idx not in (config.nope_layers or ())
+
+    def call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """query [B, heads, L, h], key and value [B, kv heads, L, h] -> [B, L, heads, h]."""
+        if self.rotary:
+            cos, sin = position_embeddings
+            interleaved = self.config.rope_interleaved
+            query, key = rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        heads: Tensor = interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )[0]
+        return heads
+
+    def norm_shape(self, heads: int) -> tuple[int, ...]:
+        """The shape of the weight that normalises `heads` heads."""
+        if self.config.qk_norm == "full":
+            return (heads * self.head_dim,)
+        return (heads, self.head_dim) if self.config.qk_norm == "per_head" else (self.head_dim,)
+
+
+class BamAttentionExperts(AttentionCall):
     """N attentions as one call: N·H query heads, expert i's weighted by g_i, one stacked output projection.
 
     Soft routing weighs after the output projection; by linearity weighing the heads before it is the same.
     """
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
-        super().__init__()
         d, N = config.hidden_size, config.num_experts
         H, G, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert G is not None and h is not None
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim, self.heads, self.kv_heads = h, H, G
         self.kv_shared = config.attention_experts == "kv_shared"
-        kv_experts = 1 if self.kv_shared else N
-        self.num_key_value_groups = H // G * (N if self.kv_shared else 1)  # read by the attention interface
-        self.interleaved = config.rope_interleaved
-        self.scaling = h**-0.5
-        self.is_causal = True
+        K = 1 if self.kv_shared else N
+        super().__init__(config, layer_idx, H // G * (N // K))
+        self.heads, self.kv_heads = H, G
+
+        def stacked(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape)) if wanted else None
+
         self.q_proj = nn.Parameter(torch.empty(N, H * h, d))
-        self.k_proj = nn.Parameter(torch.empty(kv_experts, G * h, d))
-        self.v_proj = nn.Parameter(torch.empty(kv_experts, G * h, d))
+        self.k_proj = nn.Parameter(torch.empty(K, G * h, d))
+        self.v_proj = nn.Parameter(torch.empty(K, G * h, d))
         self.o_proj = nn.Parameter(torch.empty(N, d, H * h))
+        self.q_bias = stacked(config.attention_bias, N, H * h)
+        self.k_bias = stacked(config.attention_bias, K, G * h)
+        self.v_bias = stacked(config.attention_bias, K, G * h)
+        self.o_bias = stacked(config.attention_output_bias, N, d)
+        normed = config.qk_norm is not None
+        self.q_norm = stacked(normed, N, *self.norm_shape(H))
+        self.k_norm = stacked(normed, K, *self.norm_shape(G))
         self.exchange: Callable[..., Tensor] = LocalExchange()
 
-    def forward(
-        self,
-        x: Tensor,
-        gates: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """x [B, L, d], gates [B, L, N] -> Σ_i g_i · Attention_i(x): [B, L, d]."""
+    def forward(self, x: Tensor, gates: Tensor, **kwargs: Any) -> Tensor:
+        """x [B, L, d], gates [B, L, N] -> Σ_i g_i · Attention_i(x): [B, L, d]. `kwargs`: those of `call`."""
+        out: Tensor = self.exchange(x, gates, partial(self.attend, **kwargs))
+        return out
 
-        def attend(x: Tensor, gates: Tensor) -> Tensor:
-            return self.attend(x, gates, position_embeddings, attention_mask, past_key_values, **kwargs)
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> Tensor:
+        """x [B, L, d] by weights [n, heads·h, d] of n experts -> [B, L, n·heads, h]."""
+        out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        if norm is not None:
+            if self.config.qk_norm == "full":
+                out = out.unflatten(-1, norm.shape)
+            else:
+                out = out.unflatten(-1, (norm.shape[0], -1, self.head_dim))
+                norm = norm.unsqueeze(1) if norm.ndim == 2 else norm
+            out = normalise(out, norm, None, self.config).flatten(2)
+        heads: Tensor = out.unflatten(-1, (-1, self.head_dim))
+        return heads
 
-        return self.exchange(x, gates, attend)
-
-    def attend(
-        self,
-        x: Tensor,
-        gates: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def attend(self, x: Tensor, gates: Tensor, **kwargs: Any) -> Tensor:
         """The experts held here: x [B, L, d], their gates [B, L, n] -> their weighted sum [B, L, d]."""
         B, L, _ = x.shape
         n, H, G, h = self.q_proj.shape[0], self.heads, self.kv_heads, self.head_dim
-        query = F.linear(x, self.q_proj.flatten(0, 1))
+        query = self.project(x, self.q_proj, self.q_bias, self.q_norm)
         if self.kv_shared:  # heads that share a key/value head must be neighbours: [G, n, H/G]
             query = query.view(B, L, n, G, H // G, h).permute(0, 3, 2, 4, 1, 5).reshape(B, n * H, L, h)
         else:
-            query = query.view(B, L, n * H, h).transpose(1, 2)
-        key = F.linear(x, self.k_proj.flatten(0, 1)).view(B, L, -1, h).transpose(1, 2)
-        value = F.linear(x, self.v_proj.flatten(0, 1)).view(B, L, -1, h).transpose(1, 2)
-        cos, sin = position_embeddings
-        query, key = rotate(query, cos, sin, self.interleaved), rotate(key, cos, sin, self.interleaved)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        heads, _ = interface(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )  # [B, L, n·H, h]
+            query = query.transpose(1, 2)
+        key = self.project(x, self.k_proj, self.k_bias, self.k_norm).transpose(1, 2)
+        value = self.project(x, self.v_proj, self.v_bias).transpose(1, 2)
+        heads = self.call(query, key, value, **kwargs)  # [B, L, n·H, h]
         gates = gates.to(heads.dtype)
         if self.kv_shared:
             heads = heads.view(B, L, G, n, H // G, h) * gates.view(B, L, 1, n, 1, 1)
@@ -320,7 +538,8 @@ class BamAttentionExperts(nn.Module):
             out = torch.bmm(heads.transpose(0, 1), self.o_proj.transpose(1, 2)).sum(0)
         else:  # one GEMM that sums the experts inside
             out = F.linear(heads.flatten(1), self.o_proj.transpose(0, 1).flatten(1))
-        return out.view(B, L, -1)
+        out = out.view(B, L, -1)
+        return out if self.o_bias is None else out + gates @ self.o_bias.to(gates.dtype)
 
 
 class BamAttention(nn.Module):
@@ -329,6 +548,7 @@ class BamAttention(nn.Module):
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
         self.top_k = config.num_attention_experts_per_tok
+        self.scale = config.attention_output_scale
         self.gate = BamRouter(config)
         self.experts = BamAttentionExperts(config, layer_idx)
 
@@ -338,73 +558,78 @@ class BamAttention(nn.Module):
         gates = logits.softmax(-1)
         if self.top_k:
             gates = gates * torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
-        return self.experts(x, gates, **kwargs), logits.flatten(0, 1)
+        return self.experts(x, gates * self.scale, **kwargs), logits.flatten(0, 1)
 
 
-class AveragedAttention(nn.Module):
-    """One dense attention (BTX: the mean of all)."""
+class AveragedAttention(AttentionCall):
+    """One dense attention: the mean of all (BTX), or a dense layer's."""
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
-        super().__init__()
-        d, H, G, h = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        d, h = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        if layer_idx in (config.dense_layers or ()):
+            H = config.dense_num_attention_heads or H
+            G = config.dense_num_key_value_heads or G
         assert G is not None and h is not None
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = h
-        self.num_key_value_groups = H // G
-        self.interleaved = config.rope_interleaved
-        self.scaling = h**-0.5
-        self.is_causal = True
-        self.q_proj = nn.Linear(d, H * h, bias=False)
-        self.k_proj = nn.Linear(d, G * h, bias=False)
-        self.v_proj = nn.Linear(d, G * h, bias=False)
-        self.o_proj = nn.Linear(H * h, d, bias=False)
+        super().__init__(config, layer_idx, H // G)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(d, H * h, bias=bias)
+        self.k_proj = nn.Linear(d, G * h, bias=bias)
+        self.v_proj = nn.Linear(d, G * h, bias=bias)
+        self.o_proj = nn.Linear(H * h, d, bias=config.attention_output_bias)
+        self.q_norm = BamNorm(config, *self.norm_shape(H)) if config.qk_norm else None
+        self.k_norm = BamNorm(config, *self.norm_shape(G)) if config.qk_norm else None
 
-    def forward(
-        self,
-        x: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    def project(self, x: Tensor, projection: nn.Linear, norm: BamNorm | None = None) -> Tensor:
+        """x [B, L, d] -> [B, heads, L, h]."""
+        out: Tensor = projection(x)
+        if norm is not None and self.config.qk_norm == "full":
+            out, norm = norm(out), None
+        out = out.unflatten(-1, (-1, self.head_dim))
+        return (out if norm is None else norm(out)).transpose(1, 2)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """[B, L, d] -> output [B, L, d], no router logits."""
-        B, L, _ = x.shape
-        query, key, value = (
-            projection(x).view(B, L, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = position_embeddings
-        query, key = rotate(query, cos, sin, self.interleaved), rotate(key, cos, sin, self.interleaved)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        heads, _ = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(heads.reshape(B, L, -1)), None
+        query = self.project(x, self.q_proj, self.q_norm)
+        key = self.project(x, self.k_proj, self.k_norm)
+        heads = self.call(query, key, self.project(x, self.v_proj), **kwargs)
+        out: Tensor = self.o_proj(heads.flatten(2))
+        return out, None
 
 
 class BamDecoderLayer(GradientCheckpointingLayer):
-    """One block, parallel (`x + A(u) + M(u)`) or sequential."""
+    """One block, parallel or sequential, of experts or dense."""
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
-        attention = AveragedAttention if config.attention_experts == "averaged" else BamAttention
-        self.self_attn = attention(config, layer_idx)
-        self.mlp = BamMoE(config)
-        self.input_layernorm = BamNorm(config)
+        dense = layer_idx in (config.dense_layers or ())
+        averaged = dense or config.attention_experts == "averaged"
+        self.self_attn = (AveragedAttention if averaged else BamAttention)(config, layer_idx)
+        width = config.dense_intermediate_size or config.intermediate_size
+        self.mlp = BamFFN(config, width) if dense else BamMoE(config)
         self.parallel = config.parallel_block
-        if not self.parallel:
-            self.post_attention_layernorm = BamNorm(config)
+        before = config.norm_placement == "before"
+        ffn_norm = not self.parallel or config.separate_ffn_norm
+        self.input_layernorm = block_norm(config) if before else None
+        self.post_attention_layernorm = block_norm(config) if ffn_norm else None
+        self.post_feedforward_layernorm = None if before else block_norm(config)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, L, d] -> [B, L, d], FFN router logits [T, N], attention router logits [T, N] or None."""
-        u = self.input_layernorm(x)
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, L, d] -> [B, L, d], FFN router logits [T, N], attention router logits [T, N]: None where it has none."""
+        first, second, third = self.input_layernorm, self.post_attention_layernorm, self.post_feedforward_layernorm
+        u = x if first is None else first(x)
         attended, attention_logits = self.self_attn(u, **kwargs)
-        x = x + attended
-        if not self.parallel:
-            u = self.post_attention_layernorm(x)
-        routed, logits = self.mlp(u)
-        return x + routed, logits, attention_logits
+        if self.parallel:
+            routed, logits = self.mlp(u if second is None else second(x))
+            return x + attended + routed, logits, attention_logits
+        assert second is not None
+        if third is None:
+            x = x + attended
+            routed, logits = self.mlp(second(x))
+            return x + routed, logits, attention_logits
+        x = x + second(attended)
+        routed, logits = self.mlp(x)
+        return x + third(routed), logits, attention_logits
 
 
 @dataclass
@@ -412,7 +637,7 @@ class BamModelOutput(ModelOutput):
     """Of `BamModel`."""
 
     last_hidden_state: Tensor | None = None  # [B, L, d]
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     attention_router_logits: tuple[Tensor, ...] | None = None
@@ -427,13 +652,16 @@ class BamCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None  # [B, L, V]
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     nll: Tensor | None = None
     load_balance_loss: Tensor | None = None
     router_z_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
     attention_router_logits: tuple[Tensor, ...] | None = None
+
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 class BamPreTrainedModel(PreTrainedModel):
@@ -443,7 +671,6 @@ class BamPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("BamDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -454,8 +681,17 @@ class BamPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, BamExperts | BamAttentionExperts | BamRouter):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=std)
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                elif name.endswith("_norm"):
+                    init.ones_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, BamNorm):
+            init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, BamRotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies(module.config)[0])
 
@@ -467,17 +703,18 @@ class BamModel(BamPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(BamDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = BamNorm(config)
+        self.norm = block_norm(config)
         self.rotary_emb = BamRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # as theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -488,38 +725,46 @@ class BamModel(BamPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if isinstance(attention_mask, dict):  # `generate` has made them
+            masks = attention_mask
+        else:
+            masks = {
+                kind: MASKS[kind](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    cache=cache,
+                    position_ids=position_ids,
+                )
+                for kind in sorted(set(self.config.layer_types))
+            }
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         x = inputs_embeds
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states, routers, attention_routers = [x], [], []
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x, logits, attention_logits = layer(
                 x,
                 position_embeddings=position_embeddings,
-                attention_mask=mask,
-                past_key_values=past_key_values,
+                attention_mask=masks[kind],
+                cache=cache,
                 **kwargs,
             )
-            states.append(x)
-            routers.append(logits)
+            if keep_states:
+                states.append(x)
+            if logits is not None:
+                routers.append(logits)
             if attention_logits is not None:
                 attention_routers.append(attention_logits)
         x = self.norm(x)
-        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BamModelOutput(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
             hidden_states=(*states[:-1], x) if keep_states else None,
             router_logits=tuple(routers),
             attention_router_logits=tuple(attention_routers),
@@ -537,12 +782,13 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # as theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -551,17 +797,19 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> BamCausalLMOutput:
         """input_ids [B, L] -> logits [B, L, V] (of the last `logits_to_keep` positions where that is given)."""
-        kwargs.pop("return_dict", None)
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
+        out = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept]) * self.config.logit_scale
         loss = nll = None
         auxiliary = None
         if labels is not None:
-            nll = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-            auxiliary = routing_losses(out.router_logits, self.config.num_experts_per_tok)
-            loss = nll
-            if self.training:
+            loss = nll = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            if out.router_logits:
+                real = None
+                if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+                    real = attention_mask[:, -out.last_hidden_state.shape[1] :].flatten().bool()
+                auxiliary = routing_losses(out.router_logits, self.config.num_experts_per_tok, real=real)
+            if auxiliary and self.training:
                 loss = (
                     nll
                     + self.config.router_aux_loss_coef * auxiliary.load_balance
@@ -571,7 +819,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         return BamCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            cache=out.cache,
             hidden_states=out.hidden_states,
             nll=nll,
             load_balance_loss=auxiliary.load_balance if auxiliary else None,

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from bam_ray.model.modeling_bam import LocalDispatcher
 
-Compute = Callable[[Tensor, list[int]], Tensor]
+Compute = Callable[[Tensor, Tensor], Tensor]
 
 
 def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -93,13 +93,13 @@ class AllToAllDispatcher:
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor, num_experts: int, compute: Compute) -> Tensor:
         """hidden [T, d], index and weights [T, k] -> Σ_k weight · expert(hidden): [T, d].
 
-        `compute(rows [R, d], counts of n)` applies each local expert to its consecutive rows.
+        `compute(rows [R, d], counts [n])` applies each local expert to its consecutive rows.
         """
         return self.local(hidden, index, weights, num_experts, partial(self.apply, compute))
 
-    def apply(self, compute: Compute, rows: Tensor, counts: list[int]) -> Tensor:
+    def apply(self, compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
         """Apply expert i of all N to its counts[i] rows, wherever it is: rows [R, d] sorted by expert -> [R, d]."""
-        outgoing = torch.tensor(counts, device=rows.device).view(self.group.size(), -1)  # [E, n]: to rank, its expert
+        outgoing = counts.view(self.group.size(), -1)  # [E, n]: to rank, its expert
         incoming = torch.empty_like(outgoing)  # [E, n]: from rank, my expert
         dist.all_to_all_single(incoming, outgoing, group=self.group)
         sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
@@ -107,7 +107,7 @@ class AllToAllDispatcher:
         # They come sorted by rank, then expert; an expert wants its rows of all ranks together.
         expert = torch.arange(incoming.shape[1], device=rows.device).repeat(incoming.shape[0])
         order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)
-        rows = compute(rows.index_select(0, order), incoming.sum(0).tolist())
+        rows = compute(rows.index_select(0, order), incoming.sum(0))
         rows = rows.index_select(0, order.argsort())
         back: Tensor = _Exchange.apply(rows, received, sent, self.group)  # type: ignore[no-untyped-call]
         return back

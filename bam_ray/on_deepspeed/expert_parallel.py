@@ -70,15 +70,14 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     for path, module in model.named_modules():
         if isinstance(module, BamExperts):
             module.dispatcher = AllToAllDispatcher(group)
-            own = ["gate_up_proj", "down_proj"]
+            own = [name for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, BamAttentionExperts):
             module.exchange = AttentionExchange(group)
             module.register_forward_pre_hook(_refuse_what_is_not_exchanged, with_kwargs=True)
-            own = ["q_proj", "o_proj"]
+            own = [name for name, _ in module.named_parameters(recurse=False)]
             if module.kv_shared:  # of query heads here, which all read the one set of key/value heads
                 module.num_key_value_groups //= size
-            else:
-                own += ["k_proj", "v_proj"]
+                own = [name for name in own if name[0] not in "kv"]
         else:
             continue
         for name in own:
@@ -93,7 +92,7 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
 def _refuse_what_is_not_exchanged(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Only x and gates travel: what else differs between sequences would meet the wrong ones."""
     mask, (cos, _) = kwargs["attention_mask"], kwargs["position_embeddings"]
-    assert kwargs["past_key_values"] is None, "expert-parallel attention has no cache: generate from a saved checkpoint"
+    assert kwargs["cache"] is None, "expert-parallel attention has no cache: generate from a saved checkpoint"
     assert mask is None or mask.shape[0] == 1, "expert-parallel attention needs packed sequences: leave out the mask"
     assert cos.shape[0] == 1, "expert-parallel attention needs packed sequences: leave out position_ids"
 

@@ -86,8 +86,8 @@ def objective(
 
 
 def decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases."""
-    return parameter.ndim > 1
+    """Whether weight decay applies: to matrices, not to norms and biases, stacked ones included."""
+    return parameter.ndim > 1 and "norm" not in name and not name.endswith("bias")
 
 
 class TorchEngine:

@@ -39,10 +39,8 @@ class Method:
 
 def _attention(query_output: Operation, key_value: Operation) -> dict[Role, Operation]:
     return {
-        Role.QUERY: query_output,
-        Role.KEY: key_value,
-        Role.VALUE: key_value,
-        Role.OUTPUT: query_output,
+        **dict.fromkeys((Role.QUERY, Role.QUERY_BIAS, Role.QUERY_NORM, Role.OUTPUT, Role.OUTPUT_BIAS), query_output),
+        **dict.fromkeys((Role.KEY, Role.KEY_BIAS, Role.KEY_NORM, Role.VALUE, Role.VALUE_BIAS), key_value),
     }
 
 

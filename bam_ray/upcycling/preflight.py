@@ -22,18 +22,17 @@ def check_sources(sources: dict[str, TensorReader]) -> Family:
                     f"{source.uri}/config.json: {key} is {theirs!r} in {name!r} but {ours!r} in {seed_name!r}: "
                     "all branches must come from one seed"
                 )
-        expected = family.expected(source.config).keys()
-        for problem, names in (("lacks", expected - source.specs.keys()), ("has", source.specs.keys() - expected)):
+        expected = set(family.expected(source.config))
+        extra = {name for name in source.specs.keys() - expected if not family.ignores(name, source.config)}
+        for problem, names in (("lacks", expected - source.specs.keys()), ("has", extra)):
             if names:
                 raise UpcycleError(
                     f"{source.uri} {problem} {min(names)}: {len(names)} tensors do not fit {family.model_type}"
                 )
-        for tensor, spec in source.specs.items():
-            if spec.shape != seed.specs[tensor].shape:
-                raise UpcycleError(
-                    f"{source.uri}: {tensor} has shape {list(spec.shape)} but {list(seed.specs[tensor].shape)} "
-                    f"in {seed_name!r}"
-                )
+        for tensor in sorted(expected):
+            shape, seeds = list(source.specs[tensor].shape), list(seed.specs[tensor].shape)
+            if shape != seeds:
+                raise UpcycleError(f"{source.uri}: {tensor} has shape {shape} but {seeds} in {seed_name!r}")
         if _digest(source.file("tokenizer.json")) != _digest(seed.file("tokenizer.json")):
             raise UpcycleError(f"{source.uri}/tokenizer.json differs from that of {seed_name!r}: they must share one")
     return family

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec, write_tensors
 from bam_ray.errors import UpcycleError
-from bam_ray.families import Family, Role
+from bam_ray.families import FFN_ROLES, Family, Place, Role, expert_name, plain_name, router_names
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, MixtureSettings
 from bam_ray.upcycling.methods import Method, Operation, method_of
@@ -29,21 +29,17 @@ CARRIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-STACKED = {
-    Role.QUERY: "self_attn.experts.q_proj",
-    Role.KEY: "self_attn.experts.k_proj",
-    Role.VALUE: "self_attn.experts.v_proj",
-    Role.OUTPUT: "self_attn.experts.o_proj",
-}
+UPS = {Role.GATE: Role.UP, Role.GATE_BIAS: Role.UP_BIAS}
+GATES = {up: gate for gate, up in UPS.items()}
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the mixture: `parts` are dense names, concatenated along the rows in each model first."""
+    """One tensor of the mixture: `parts` of the dense models are concatenated along the rows in each first."""
 
     spec: TensorSpec
     operation: Operation
-    parts: tuple[str, ...] = ()
+    parts: tuple[Place, ...] = ()
 
 
 def upcycle(
@@ -84,7 +80,8 @@ def upcycle(
         "sources": {name: source.uri for name, source in sources.items()},
         "settings": settings.model_dump(mode="json"),
         "tensors": {
-            name: {"operation": output.operation, "inputs": list(output.parts)} for name, output in outputs.items()
+            name: {"operation": output.operation, "inputs": [part.name for part in output.parts]}
+            for name, output in outputs.items()
         },
     }
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=1))
@@ -114,32 +111,34 @@ def plan(family: Family, seed: TensorReader, method: Method, config: BamConfig) 
     """Every tensor of the mixture, in the order of the dense model."""
     experts = config.num_experts
     outputs: list[Output] = []
-    for name, weight in family.expected(seed.config).items():
-        spec = seed.specs[name]
-        layer = name.partition(".self_attn.")[0].partition(".mlp.")[0]
-        operation = method.attention.get(weight.role, Operation.AVERAGE)
-        shape: tuple[int, ...]
-        if weight.role is Role.GATE:  # gate and up lie in one tensor, gate first
-            up = name.replace("gate_proj", "up_proj")
-            shape = (experts, 2 * spec.shape[0], spec.shape[1])
+    places = family.places(seed.config)
+    at = {(place.layer, place.role): place for place in places}
+    for place in places:
+        spec = seed.specs[place.name]
+        rows = spec.shape[0] if place.rows is None else sum(end - start for start, end in place.rows)
+        if place.role in FFN_ROLES and place.layer is not None:
+            gate = at.get((place.layer, GATES[place.role])) if place.role in GATES else None
+            if gate is not None:  # lies before the up rows, in one tensor
+                continue
+            parts: tuple[Place, ...] = (place,)
+            if place.role in UPS:
+                parts, rows = (place, at[place.layer, UPS[place.role]]), 2 * rows
+            if place.role in (Role.GATE, Role.UP):
+                outputs.append(_router(router_names(place.layer)[0], spec, config))
+            name = expert_name(place.role, place.layer, config.mlp_gated)
             outputs.append(
-                Output(TensorSpec(f"{layer}.mlp.experts.gate_up_proj", spec.dtype, shape), Operation.STACK, (name, up))
+                Output(TensorSpec(name, spec.dtype, (experts, rows, *spec.shape[1:])), Operation.STACK, parts)
             )
-            outputs.append(_router(f"{layer}.mlp.gate.weight", spec, config))
-        elif weight.role is Role.UP:
-            continue
-        elif weight.role is Role.DOWN:
-            shape = (experts, *spec.shape)
-            outputs.append(
-                Output(TensorSpec(f"{layer}.mlp.experts.down_proj", spec.dtype, shape), Operation.STACK, (name,))
-            )
-        elif weight.role in STACKED and method.has_attention_experts:
-            shape = (experts if operation is Operation.STACK else 1, *spec.shape)
-            outputs.append(Output(TensorSpec(f"{layer}.{STACKED[weight.role]}", spec.dtype, shape), operation, (name,)))
-            if weight.role is Role.QUERY:
-                outputs.append(_router(f"{layer}.self_attn.gate.weight", spec, config))
+        elif place.role in method.attention and place.layer is not None and method.has_attention_experts:
+            operation = method.attention[place.role]
+            if place.role is Role.QUERY:
+                outputs.append(_router(router_names(place.layer)[1], spec, config))
+            shape = (experts if operation is Operation.STACK else 1, rows, *spec.shape[1:])
+            name = expert_name(place.role, place.layer)
+            outputs.append(Output(TensorSpec(name, spec.dtype, shape), operation, (place,)))
         else:
-            outputs.append(Output(spec, Operation.AVERAGE, (name,)))
+            name = plain_name(place.role, place.layer)
+            outputs.append(Output(TensorSpec(name, spec.dtype, (rows, *spec.shape[1:])), Operation.AVERAGE, (place,)))
     return outputs
 
 
@@ -166,8 +165,11 @@ def _produce(output: Output, sources: dict[str, TensorReader], config: BamConfig
     return (mean / len(sources)).to(spec.dtype)
 
 
-def _read(source: TensorReader, name: str, tensor: str) -> Tensor:
+def _read(source: TensorReader, name: str, place: Place) -> Tensor:
+    tensor = place.name
     value = source.read(tensor)
+    if place.rows is not None:
+        value = torch.cat([value[start:end] for start, end in place.rows])
     if not value.isfinite().all():
         raise UpcycleError(f"{source.uri}: {tensor} of {name!r} holds values that are not finite")
     return value

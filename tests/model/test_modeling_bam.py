@@ -68,7 +68,7 @@ def test_one_attention_call_equals_the_sum_over_experts(attention: str) -> None:
     positions = torch.arange(9)[None]
     embeddings = model.model.rotary_emb(x, positions)
     cos, sin = embeddings
-    got, logits = layer(x, position_embeddings=embeddings, attention_mask=None, past_key_values=None)
+    got, logits = layer(x, position_embeddings=embeddings, attention_mask=None, cache=None)
     gates = logits.view(2, 9, 4).softmax(-1)
 
     def turn(vector: torch.Tensor) -> torch.Tensor:

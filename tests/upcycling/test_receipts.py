@@ -1,6 +1,7 @@
 """What must hold of every upcycled mixture, by method and family."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from bam_ray.settings import MixtureSettings
 from bam_ray.upcycling import METHODS, upcycle
 
 FAMILIES = sorted(tiny.CONFIGS)
+EXPERTS = re.compile(r"\.(self_attn|attention|mlp)\.")  # what becomes experts: the rest is averaged
 NAMES = ["seed", "code", "law", "medicine"]
 
 
@@ -51,7 +53,7 @@ def test_identical_branches_reproduce_the_seed(tmp_path: Path, family: str, meth
 def test_one_hot_routing_with_equal_shared_parameters_is_that_branch(tmp_path: Path, family: str, expert: int) -> None:
     """Branches that differ in attention and FFN alone: with the gates on one expert, the mixture is that branch."""
     models = {name: tiny.dense(family, seed) for seed, name in enumerate(NAMES[:3])}
-    shared = {name: value for name, value in models["seed"].state_dict().items() if "_proj" not in name}
+    shared = {name: value for name, value in models["seed"].state_dict().items() if not EXPERTS.search(name)}
     for model in models.values():
         model.load_state_dict(shared, strict=False)
     mixed = mixture(tmp_path, models, settings("bam", "kv_experts", top_k=1))
@@ -134,8 +136,8 @@ def test_sources_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert "lacks model.norm.weight" in refusal(UpcycleError)
     readers["seed"].config["model_type"] = "gpt2"
     assert "'gpt2'" in refusal(FamilyError)
-    readers["seed"].config |= {"model_type": "mistral", "sliding_window": 4096}
-    assert "sliding_window is 4096; only None is supported" in refusal(FamilyError)
+    readers["seed"].config |= {"model_type": "cohere", "hidden_act": "tanh"}
+    assert "hidden_act is 'tanh'; only 'silu' or" in refusal(FamilyError)
     (tmp_path / "code" / "tokenizer.json").write_text("{}")
     readers = tiny.sources(tmp_path, models)
     assert "tokenizer.json differs" in refusal(UpcycleError)

@@ -1,0 +1,78 @@
+"""What the mixture calls its parameters, by role: plain ones (averaged, or a dense layer's) and stacked experts."""
+
+from bam_ray.families.family import Role
+
+LAYER = "model.layers.{layer}."
+
+PLAIN = {
+    Role.EMBEDDING: "model.embed_tokens.weight",
+    Role.HEAD: "lm_head.weight",
+    Role.FINAL_NORM: "model.norm.weight",
+    Role.FINAL_NORM_BIAS: "model.norm.bias",
+    Role.INPUT_NORM: LAYER + "input_layernorm.weight",
+    Role.INPUT_NORM_BIAS: LAYER + "input_layernorm.bias",
+    Role.POST_ATTENTION_NORM: LAYER + "post_attention_layernorm.weight",
+    Role.POST_ATTENTION_NORM_BIAS: LAYER + "post_attention_layernorm.bias",
+    Role.POST_FFN_NORM: LAYER + "post_feedforward_layernorm.weight",
+    Role.QUERY: LAYER + "self_attn.q_proj.weight",
+    Role.KEY: LAYER + "self_attn.k_proj.weight",
+    Role.VALUE: LAYER + "self_attn.v_proj.weight",
+    Role.OUTPUT: LAYER + "self_attn.o_proj.weight",
+    Role.QUERY_BIAS: LAYER + "self_attn.q_proj.bias",
+    Role.KEY_BIAS: LAYER + "self_attn.k_proj.bias",
+    Role.VALUE_BIAS: LAYER + "self_attn.v_proj.bias",
+    Role.OUTPUT_BIAS: LAYER + "self_attn.o_proj.bias",
+    Role.QUERY_NORM: LAYER + "self_attn.q_norm.weight",
+    Role.KEY_NORM: LAYER + "self_attn.k_norm.weight",
+    Role.GATE: LAYER + "mlp.gate_proj.weight",
+    Role.UP: LAYER + "mlp.up_proj.weight",
+    Role.DOWN: LAYER + "mlp.down_proj.weight",
+    Role.GATE_BIAS: LAYER + "mlp.gate_proj.bias",
+    Role.UP_BIAS: LAYER + "mlp.up_proj.bias",
+    Role.DOWN_BIAS: LAYER + "mlp.down_proj.bias",
+}
+STACKED = {
+    Role.QUERY: LAYER + "self_attn.experts.q_proj",
+    Role.KEY: LAYER + "self_attn.experts.k_proj",
+    Role.VALUE: LAYER + "self_attn.experts.v_proj",
+    Role.OUTPUT: LAYER + "self_attn.experts.o_proj",
+    Role.QUERY_BIAS: LAYER + "self_attn.experts.q_bias",
+    Role.KEY_BIAS: LAYER + "self_attn.experts.k_bias",
+    Role.VALUE_BIAS: LAYER + "self_attn.experts.v_bias",
+    Role.OUTPUT_BIAS: LAYER + "self_attn.experts.o_bias",
+    Role.QUERY_NORM: LAYER + "self_attn.experts.q_norm",
+    Role.KEY_NORM: LAYER + "self_attn.experts.k_norm",
+    Role.GATE: LAYER + "mlp.experts.gate_up_proj",
+    Role.UP: LAYER + "mlp.experts.gate_up_proj",
+    Role.DOWN: LAYER + "mlp.experts.down_proj",
+    Role.GATE_BIAS: LAYER + "mlp.experts.gate_up_bias",
+    Role.UP_BIAS: LAYER + "mlp.experts.gate_up_bias",
+    Role.DOWN_BIAS: LAYER + "mlp.experts.down_bias",
+}
+FFN_ROUTER = LAYER + "mlp.gate.weight"
+ATTENTION_ROUTER = LAYER + "self_attn.gate.weight"
+FFN_ROLES = (Role.GATE, Role.UP, Role.DOWN, Role.GATE_BIAS, Role.UP_BIAS, Role.DOWN_BIAS)
+
+
+def plain_name(role: Role, layer: int | None) -> str:
+    """The parameter of a dense layer, or the average of all models'; `layer` None for those outside of layers."""
+    return PLAIN[role].format(layer=layer)
+
+
+def expert_name(role: Role, layer: int, gated: bool = True) -> str:
+    """The stacked parameter [N or 1, ...] that holds the experts' of a role.
+
+    Gate and up share one, the gate's rows first; FFNs that are not `gated` have their up alone.
+    """
+    name = STACKED[role].format(layer=layer)
+    return name if gated else name.replace("gate_up_", "up_")
+
+
+def shared_name(role: Role, layer: int) -> str:
+    """The parameter of the always-on FFN expert; `role` one of `FFN_ROLES`."""
+    return plain_name(role, layer).replace(".mlp.", ".mlp.shared_expert.")
+
+
+def router_names(layer: int) -> tuple[str, str]:
+    """The routers [N, d] of the FFN and of the attention experts."""
+    return FFN_ROUTER.format(layer=layer), ATTENTION_ROUTER.format(layer=layer)
