@@ -1,26 +1,31 @@
-"""Tensors of Hugging Face folders, read one by one from a blob store by byte range and written shard by shard.
+"""Tensors of Hugging Face folders, read from a blob store by byte range, whole or chunk by chunk.
 
-Peak memory is the tensors in hand, whatever the size of the model: a safetensors file is an 8-byte length, a JSON
-header with every tensor's dtype, shape and byte range, and the bytes; so a header tells where to read, and, all
-shapes being known before the first byte is written, a shard is written front to back.
+A safetensors file is an 8-byte length, a JSON header with every tensor's dtype, shape and byte range, and the bytes;
+so the header tells where to read, and peak memory is the tensors or chunks in hand, whatever the size of the model.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bam_ray.blobs import BlobStore
-from bam_ray.errors import BlobNotFound, CheckpointError
+from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_SHARD_BYTES = 4 << 30
+CHUNK_BYTES = 8 << 20
+INDEX = "model.safetensors.index.json"
+
+# Bytes from a store cannot be written to, and nothing here writes to a chunk
+warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -32,45 +37,111 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor lies: the key of its file, and its first byte there."""
+
+    key: str
+    start: int
 
 
 class TensorReader:
-    """The tensors under `prefix` of a store that holds a Hugging Face folder. Headers are read at once, data never."""
+    """The tensors under `prefix` of a store that holds a Hugging Face folder. Headers are read at once, data never.
 
-    def __init__(self, store: BlobStore, prefix: str = "") -> None:
-        self._store = store
+    Raises `CheckpointError` where it is none, or where a file is missing or shorter than its header says.
+    """
+
+    def __init__(self, store: BlobStore, prefix: str = "", files: Sequence[str] | None = None) -> None:
+        """`files` names the weight files of a folder that is still being written, which has no configuration yet."""
+        self.store = store
         self._prefix = prefix
-        self.config: dict[str, Any] = json.loads(self._file("config.json"))
+        try:
+            self.config: dict[str, Any] = json.loads(self._file("config.json")) if files is None else {}
+        except ValueError:
+            raise CheckpointError(f"{self.uri}/config.json is not JSON: the file is damaged") from None
         self.specs: dict[str, TensorSpec] = {}
-        self._places: dict[str, tuple[str, int]] = {}  # name -> key, first byte
-        for shard in self._shards():
+        self._extents: dict[str, Extent] = {}
+        for shard in self._shards() if files is None else files:
             self._read_header(self._key(shard))
 
     @property
     def uri(self) -> str:
         """Where the folder lies, for people."""
-        return f"{self._store.uri}/{self._prefix}".rstrip("/")
+        return f"{self.store.uri}/{self._prefix}".rstrip("/")
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the weight files."""
+        return sorted({extent.key.removeprefix(self._key("")) for extent in self._extents.values()})
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its own dtype."""
         spec = self.specs[name]
-        key, start = self._places[name]
-        data = self._store.get_range(key, start, spec.bytes)
-        if len(data) != spec.bytes:
-            raise CheckpointError(f"{self._store.uri}/{key} is cut short: tensor {name} ends past its last byte")
+        data = self._range(name, 0, spec.bytes)
         if not data:
             return torch.empty(spec.shape, dtype=spec.dtype)
         return torch.frombuffer(bytearray(data), dtype=spec.dtype).view(spec.shape)
 
+    def chunks(self, name: str, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+        """One tensor (or its elements [first, last)), flat, in pieces of at most `CHUNK_BYTES` that cannot be written
+        to."""
+        spec = self.specs[name]
+        size = spec.dtype.itemsize
+        stop = (spec.elements if last is None else last) * size
+        for start in range(first * size, stop, CHUNK_BYTES):
+            yield torch.frombuffer(self._range(name, start, min(CHUNK_BYTES, stop - start)), dtype=spec.dtype)
+
     def file(self, name: str) -> bytes | None:
         """Another file of the folder (a tokenizer's, say), or None."""
         try:
-            return self._store.get(self._key(name))
+            return self.store.get(self._key(name))
         except BlobNotFound:
             return None
+
+    def manifest(self) -> Manifest | None:
+        """What the folder says of itself, or None where it came from elsewhere."""
+        data = self.file(MANIFEST)
+        return None if data is None else Manifest.from_bytes(data, self.uri)
+
+    def check_digests(self) -> int:
+        """Read every file that the manifest names and compare; returns how many (0 without a manifest).
+
+        Raises `DigestMismatch`, or `CheckpointError` for a file that is missing.
+        """
+        manifest = self.manifest()
+        for name, entry in manifest.files.items() if manifest else ():
+            if self._entry(name) != entry:
+                raise DigestMismatch(
+                    f"{self.uri}/{name} is not what its manifest says: the file was changed or damaged"
+                )
+        return len(manifest.files) if manifest else 0
+
+    def _entry(self, name: str) -> FileEntry:
+        key, digest = self._key(name), hashlib.sha256()
+        try:
+            size = self.store.size(key)
+        except BlobNotFound:
+            raise CheckpointError(f"{self.uri}/{name} is missing, though its manifest names it") from None
+        for start in range(0, size, CHUNK_BYTES):
+            digest.update(self.store.get_range(key, start, min(CHUNK_BYTES, size - start)))
+        return FileEntry(size=size, sha256=digest.hexdigest())
+
+    def _range(self, name: str, start: int, length: int) -> bytes:
+        extent = self._extents[name]
+        data = self.store.get_range(extent.key, extent.start + start, length)
+        if len(data) != length:
+            raise CheckpointError(f"{self.store.uri}/{extent.key} is cut short: tensor {name} ends past its last byte")
+        return data
 
     def _file(self, name: str) -> bytes:
         data = self.file(name)
@@ -79,70 +150,35 @@ class TensorReader:
         return data
 
     def _shards(self) -> list[str]:
-        index = self.file("model.safetensors.index.json")
+        index = self.file(INDEX)
         if index is None:
             return ["model.safetensors"]
-        return sorted(set(json.loads(index)["weight_map"].values()))
+        try:
+            return sorted(set(json.loads(index)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{self.uri}/{INDEX} is no index of shards: the file is damaged") from None
 
     def _read_header(self, key: str) -> None:
+        where = f"{self.store.uri}/{key}"
         try:
-            length = int.from_bytes(self._store.get_range(key, 0, 8), "little")
-            header = json.loads(self._store.get_range(key, 8, length))
+            size = self.store.size(key)
+            length = int.from_bytes(self.store.get_range(key, 0, 8), "little")
+            header = json.loads(self.store.get_range(key, 8, min(length, size)))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            for name, entry in entries.items():
+                if entry["dtype"] not in DTYPES:
+                    raise CheckpointError(
+                        f"{where}: tensor {name} is of dtype {entry['dtype']}, which is not supported"
+                    )
+                self.specs[name] = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self._extents[name] = Extent(key, 8 + length + entry["data_offsets"][0])
         except BlobNotFound:
-            raise CheckpointError(f"{self._store.uri}/{key} is missing") from None
-        except ValueError:
-            raise CheckpointError(f"{self._store.uri}/{key} is no safetensors file, or cut short") from None
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{self._store.uri}/{key}: tensor {name} is of dtype {entry['dtype']}")
-            self.specs[name] = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            self._places[name] = (key, 8 + length + entry["data_offsets"][0])
+            raise CheckpointError(f"{where} is missing") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{where} is no safetensors file, or cut short") from None
+        for name in entries:
+            if self._extents[name].start + self.specs[name].bytes > size:
+                raise CheckpointError(f"{where} is cut short: tensor {name} ends past its last byte")
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
-
-
-def write_tensors(
-    folder: Path,
-    specs: Iterable[TensorSpec],
-    produce: Callable[[TensorSpec], Tensor],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write `model*.safetensors` and, where there are several, their index; each tensor is produced when its turn
-    comes and dropped when written."""
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + spec.bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard, produce)
-        weight_map.update({spec.name: name for spec in shard})
-    if len(shards) > 1:
-        total = sum(spec.bytes for shard in shards for spec in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _write_shard(path: Path, specs: list[TensorSpec], produce: Callable[[TensorSpec], Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": spec.shape,
-            "data_offsets": [offset, offset + spec.bytes],
-        }
-        offset += spec.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            tensor = produce(spec)
-            assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, spec
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -54,7 +54,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
             "upcycled",
             name,
             mixture,
-            parents=(seed.id, *(branch.id for branch in branches)),
+            parents=(seed.id, *(branch.id for branch in branches if mixture.has_branches)),
             needs=recipe.upcycle.needs,
         )
         for name, mixture in recipe.upcycle.mixtures.items()

@@ -70,16 +70,3 @@ def mean_nll(logits: Tensor, ids: Tensor) -> list[float]:
         F.cross_entropy(row[:-1].float(), targets[1:], reduction="none").mean(dtype=torch.double).item()
         for row, targets in zip(logits, ids, strict=True)
     ]
-
-
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """All parameters (tied ones once), and those that one token meets: its k of N FFN experts, everything else whole.
-
-    Attention experts all count, also with top-k gates: each token gives keys and values to all of them.
-    """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if model.config.model_type != "bam":
-        return total, total
-    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
-    routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." in name)
-    return total, total - routed // experts * (experts - top_k)

@@ -2,6 +2,7 @@
 
 from bam_ray.settings.load import apply_override, load_recipe, parse_recipe, validated
 from bam_ray.settings.recipe import (
+    AverageSettings,
     Blend,
     BranchSettings,
     DataSettings,
@@ -12,9 +13,11 @@ from bam_ray.settings.recipe import (
     MixtureSettings,
     Needs,
     Recipe,
+    RouterSettings,
     Scratch,
     SeedSettings,
     ServeSettings,
+    SplitSettings,
     StoreSettings,
     TokenizerSettings,
     TrainingSettings,
@@ -22,6 +25,7 @@ from bam_ray.settings.recipe import (
 )
 
 __all__ = [
+    "AverageSettings",
     "Blend",
     "BranchSettings",
     "DataSettings",
@@ -32,9 +36,11 @@ __all__ = [
     "MixtureSettings",
     "Needs",
     "Recipe",
+    "RouterSettings",
     "Scratch",
     "SeedSettings",
     "ServeSettings",
+    "SplitSettings",
     "StoreSettings",
     "TokenizerSettings",
     "TrainingSettings",

@@ -138,16 +138,85 @@ class BranchSettings(Strict):
     max_attempts: Count = 4
 
 
+class AverageSettings(Strict):
+    """How the parameters that all experts share come from the models."""
+
+    how: Literal["mean", "ties"] = "mean"  # ties: TIES-merging of the branches' changes to the seed
+    weights: dict[Name, Annotated[float, Field(ge=0.0)]] = {}  # of models in the mean; those not named weigh 1
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2  # ties: the share of each branch's changes that is kept
+    scale: Annotated[float, Field(gt=0.0)] = 1.0  # ties: factor on the merged changes
+
+    @model_validator(mode="after")
+    def _weights_are_of_a_mean(self) -> Self:
+        if self.how == "ties" and self.weights:
+            raise ValueError("average.weights are of the mean: leave them out with how: ties")
+        return self
+
+
+class RouterSettings(Strict):
+    """How routers begin: drawn at random, zero, or fitted to text of the domains without any training."""
+
+    init: Literal["random", "zero", "means", "ridge"] = "random"
+    sequences: Count = 32  # of text a domain, for means and ridge; a quarter of it is held out for the report
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether text of the domains is needed."""
+        return self.init in ("means", "ridge")
+
+
+class SplitSettings(Strict):
+    """LLaMA-MoE: which neurons of the one FFN go to which expert, and what becomes of attention."""
+
+    construction: Literal["random", "clustering", "inner", "inter"] = "random"
+    shared_neurons: Count | None = None  # inter: of the always-on shared expert; None: as many as an expert would have
+    attention: Literal["kept", "groups"] = "kept"  # groups: one expert a group of key/value heads
+    sequences: Count = 64  # of text, for the neurons' importance (inner, inter)
+
+
 class MixtureSettings(Strict):
     """One mixture: how seed and branches become experts, and how tokens are routed."""
 
-    method: Literal["bam", "btx"]
+    method: Literal["bam", "btx", "sparse", "split"]
     attention_experts: Literal["kv_experts", "kv_shared"] = "kv_experts"  # of method bam
+    num_experts: Count | None = None  # None: one a model; more: copies of the seed
     num_experts_per_tok: Count = 1
     norm_topk_prob: bool = False  # True: softmax over the chosen alone (BTX, Mixtral)
-    ffn_output_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    ffn_output_scale: Annotated[float, Field(gt=0.0)] | None = None  # None: 1, for split N/k (LLaMA-MoE)
     num_attention_experts_per_tok: Annotated[int, Field(ge=0)] = 0  # 0: soft, all of them
+    dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()  # that get no experts
+    redraw_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # Drop-Upcycling, of copies of the seed (there 0.5)
+    average: AverageSettings = AverageSettings()
+    router: RouterSettings = RouterSettings()
+    split: SplitSettings = SplitSettings()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Self:
+        alone = not self.has_branches
+        if alone and self.num_experts is None:
+            raise ValueError(f"method {self.method} makes its experts of the seed: say how many with num_experts")
+        if alone and self.router.needs_text:
+            raise ValueError(f"router.init {self.router.init} tells domains apart, which {self.method} has none of")
+        if alone and self.average != AverageSettings():
+            raise ValueError(f"method {self.method} has one model: there is nothing to average")
+        if self.method != "split" and self.split != SplitSettings():
+            raise ValueError("split settings are of method split")
+        if self.method == "split" and self.redraw_fraction:
+            raise ValueError("redraw_fraction is of copies, which method split has none of")
+        if self.split.shared_neurons is not None and self.split.construction != "inter":
+            raise ValueError("split.shared_neurons is of construction inter, which has a shared expert")
+        return self
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether it is made of seed and branches, not of the seed alone."""
+        return self.method in ("bam", "btx")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether upcycling needs text of the domains."""
+        return self.router.needs_text or (self.method == "split" and self.split.construction in ("inner", "inter"))
 
 
 class MixSettings(Strict):
@@ -224,11 +293,18 @@ class Recipe(Strict):
             raise ValueError(
                 f"serve.mixture is {self.serve.mixture!r}, none of upcycle.mixtures {sorted(self.upcycle.mixtures)}"
             )
-        experts = 1 + len(self.branch.domains)
-        if experts % self.mix.expert_parallel:
-            fits = [size for size in range(1, experts + 1) if experts % size == 0]
-            raise ValueError(
-                f"mix.expert_parallel is {self.mix.expert_parallel}, which does not divide the {experts} experts "
-                f"(seed and {len(self.branch.domains)} branches): use one of {fits}"
-            )
+        for name, mixture in self.upcycle.mixtures.items():
+            models = 1 + len(self.branch.domains)
+            experts = mixture.num_experts or models
+            if mixture.has_branches and experts < models:
+                raise ValueError(
+                    f"upcycle.mixtures.{name}.num_experts is {experts}, fewer than the seed and its "
+                    f"{len(self.branch.domains)} branches: leave it out or make it at least {models}"
+                )
+            if experts % self.mix.expert_parallel:
+                fits = [size for size in range(1, experts + 1) if experts % size == 0]
+                raise ValueError(
+                    f"mix.expert_parallel is {self.mix.expert_parallel}, which does not divide the {experts} experts "
+                    f"of mixture {name}: use one of {fits}"
+                )
         return self

@@ -26,9 +26,10 @@ from bam_ray.control.graph import task_graph
 from bam_ray.control.tasks import Progress, StageContext, Task
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
-from bam_ray.evaluation.perplexity import count_parameters, score
+from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, Results, label
 from bam_ray.evaluation.routing import routing_of
+from bam_ray.model.parameters import count_parameters
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import CURVE

@@ -1,14 +1,17 @@
 """Upcycle: seed and branches to a mixture at step 0, from store to store."""
 
-import tempfile
-from pathlib import Path
+import numpy as np
+import torch
+from torch import Tensor
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control.tasks import Progress, StageContext
-from bam_ray.errors import Interrupted
-from bam_ray.settings import Recipe
+from bam_ray.data import Corpus
+from bam_ray.errors import BlobExists, Interrupted
+from bam_ray.settings import MixtureSettings, Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.upcycling import upcycle
 
@@ -16,27 +19,58 @@ MIB = 1 << 20
 
 
 def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
-    """The mixture `name` of `recipe.upcycle`, its weights read straight from the store by byte range."""
+    """The mixture `name` of `recipe.upcycle`: weights are read from the store by byte range, and written as they are
+    made."""
     place = Place(recipe, store, "upcycled", name)
-    origins = {"seed": place.other("seeds", "seed")}
-    origins |= {domain: place.other("branches", domain) for domain in recipe.branch.domains}
     settings = recipe.upcycle.mixtures[name]
+    origins = {"seed": place.other("seeds", "seed")}
+    if settings.has_branches:
+        origins |= {domain: place.other("branches", domain) for domain in recipe.branch.domains}
+    sources = {source: TensorReader(store, artifact.prefix) for source, artifact in origins.items()}
+    for source in sources.values():
+        source.check_digests()
 
     def progress(done: int, total: int) -> None:
         if context.should_stop():
             raise Interrupted(f"upcycling {name} was not finished; the same command does it anew")
         context.report(Progress(step=done // MIB, total_steps=total // MIB, note="MiB written"))
 
-    with tempfile.TemporaryDirectory(prefix="bam-upcycle-") as folder:
-        sources = {source: TensorReader(store, artifact.prefix) for source, artifact in origins.items()}
-        upcycle(sources, settings, Path(folder), recipe.mix.losses, progress)
-        return place.artifact.publish(
-            Path(folder),
-            Manifest(
-                id=place.task.id,
-                kind="upcycled",
-                name=name,
-                parents=place.task.parents,
-                settings=settings.model_dump(mode="json"),
-            ),
+    task = place.task
+    manifest = Manifest(
+        id=task.id,
+        kind=task.kind,
+        name=name,
+        parents=task.parents,
+        settings=settings.model_dump(mode="json"),
+    )
+    try:
+        made = upcycle(
+            sources,
+            settings,
+            ModelWriter(store, place.artifact.prefix),
+            manifest,
+            recipe.mix.losses,
+            _texts(settings, recipe, place),
+            progress,
         )
+    except BlobExists:  # another attempt was faster; what has one identity has one content
+        committed = place.artifact.manifest()
+        assert committed is not None
+        return committed
+    return made.manifest
+
+
+def _texts(settings: MixtureSettings, recipe: Recipe, place: Place) -> dict[str, Tensor]:
+    """Rows of tokens by expert, spread evenly over each domain's training text; the seed stands for general text."""
+    if not settings.needs_text:
+        return {}
+    corpus = Corpus(place.other("corpora", "corpus").fetch())
+    domains = {"seed": recipe.data.general, **{name: name for name in recipe.branch.domains}}
+    count = max(settings.router.sequences, settings.split.sequences)
+
+    def rows(domain: str) -> Tensor:
+        train = corpus.train(domain)
+        chosen = np.arange(min(count, len(train))) * len(train) // min(count, len(train))
+        return torch.from_numpy(train[chosen].astype(np.int64))
+
+    return {expert: rows(domain) for expert, domain in domains.items()}

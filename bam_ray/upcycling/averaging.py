@@ -1,11 +1,7 @@
-"""How several models' values of one parameter become one.
+"""Interference-aware merging of one parameter of several models that came from one seed.
 
-All functions take aligned flat fp32 tensors: one parameter, or one chunk of it, of every model. `weighted_mean` and
-`merge_trimmed` look at each element by itself, so chunks give what whole tensors give. Trimming compares a parameter's
-elements with each other: `trim_threshold`, and `ties` with it, need whole tensors. To merge in chunks, find every
-branch's threshold first (one task vector in memory), then merge.
-
-The seed takes part in a mean as one of the N models. In TIES it is where task vectors start, and none itself.
+All functions take aligned flat fp32 tensors. Trimming compares a parameter's elements with each other, so it needs
+whole tensors; what follows looks at each element by itself. The seed is where task vectors start, and none itself.
 """
 
 from collections.abc import Sequence
@@ -16,26 +12,13 @@ from torch import Tensor
 from bam_ray.errors import UpcycleError
 
 
-def weighted_mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """Σ w_i · x_i / Σ w_i: N tensors [n] -> [n]. Without weights all count alike.
-
-    Raises `UpcycleError` where a weight is negative, all are 0, or there is not one for each model.
-    """
-    weights = [1.0] * len(values) if weights is None else list(weights)
-    if len(weights) != len(values) or min(weights) < 0.0 or sum(weights) <= 0.0:
-        raise UpcycleError(f"weights {weights} do not fit {len(values)} models: give each one of 0 or more, not all 0")
-    total = torch.zeros_like(values[0])
-    for value, weight in zip(values, weights, strict=True):
-        total.add_(value, alpha=weight)
-    return total.div_(sum(weights))
-
-
 def ties(seed: Tensor, branches: Sequence[Tensor], density: float, scale: float = 1.0) -> Tensor:
     """TIES-merging (arXiv 2306.01708) of a whole parameter: seed and branches [n] -> [n].
 
     Trim: of each task vector (branch - seed) the share `density` of the largest elements is kept. Elect: an element's
     sign is that of the sum of what is left. Merge: the mean of the elements that have this sign, times `scale`, is
-    added to the seed, whose value stays where they cancel exactly. Raises `UpcycleError` where `density` is not above 0 and at most 1.
+    added to the seed, whose value stays where they cancel exactly. Raises `UpcycleError` where `density` is not above
+    0 and at most 1.
     """
     thresholds = [trim_threshold(branch - seed, density) for branch in branches]
     return merge_trimmed(seed, branches, thresholds, scale)

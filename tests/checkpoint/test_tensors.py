@@ -1,6 +1,7 @@
 """Tensors through a blob store: what is written shard by shard is read one by one, and is what safetensors reads."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.checkpoint.tensors import DTYPES, TensorReader, TensorSpec, write_tensors
-from bam_ray.errors import CheckpointError
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.tensors import DTYPES, TensorReader, TensorSpec
+from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.errors import CheckpointError, DigestMismatch
 
 SHAPES: list[tuple[int, ...]] = [(3, 5), (), (0, 4), (7,), (2, 3, 4)]
 
@@ -26,9 +29,10 @@ def some_tensors() -> dict[str, Tensor]:
 
 
 def written(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    (folder / "config.json").write_text('{"model_type": "bam"}')
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_tensors(folder, specs, lambda spec: tensors[spec.name], max_shard_bytes)
+    writer = ModelWriter(FolderStore(folder), max_shard_bytes=max_shard_bytes)
+    writer.tensors(specs, lambda spec: iter(tensors[spec.name].flatten().split(5)))
+    writer.commit('{"model_type": "bam"}', Manifest(id="m", kind="seeds", name="m"))
 
 
 @pytest.mark.parametrize(("max_shard_bytes", "files"), [(1 << 20, 1), (128, 3), (1, 5)])
@@ -84,13 +88,60 @@ def test_a_file_that_is_no_safetensors_file(tmp_path: Path, data: bytes) -> None
         TensorReader(store)
 
 
-def test_a_cut_file_is_found_out_by_the_tensor_that_is_cut(tmp_path: Path) -> None:
+def test_a_cut_file_is_found_out_by_its_header(tmp_path: Path) -> None:
     store = store_of(tmp_path)
     store.put("model.safetensors", store.get("model.safetensors")[:-1])
-    reader = TensorReader(store)
-    reader.read("layer.0")
     with pytest.raises(CheckpointError, match=r"is cut short: tensor layer\.4 ends past its last byte"):
-        reader.read("layer.4")
+        TensorReader(store)
+
+
+def test_a_changed_file_is_found_out_by_its_digest(tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    assert TensorReader(store).check_digests() == 2
+    data = bytearray(store.get("model.safetensors"))
+    data[-1] ^= 1
+    store.put("model.safetensors", bytes(data))
+    with pytest.raises(DigestMismatch, match=r"model\.safetensors is not what its manifest says"):
+        TensorReader(store).check_digests()
+
+
+def test_what_a_maker_raises_is_raised_where_it_is_written_and_leaves_no_manifest(tmp_path: Path) -> None:
+    store = MemoryStore()
+
+    def produce(spec: TensorSpec) -> Iterator[Tensor]:
+        yield torch.zeros(2)
+        raise InterruptedError(spec.name)
+
+    with pytest.raises(InterruptedError, match="layer"):
+        ModelWriter(store).tensors([TensorSpec("layer", torch.float32, (4,))], produce)
+    assert list(store.list()) == []
+
+
+def test_the_last_shard_is_made_when_the_others_can_be_read() -> None:
+    store = MemoryStore()
+    writer = ModelWriter(store)
+    first, last = (TensorSpec(name, torch.float32, (3,)) for name in ("first", "last"))
+
+    def produce(spec: TensorSpec) -> Iterator[Tensor]:
+        if spec is last:
+            yield TensorReader(store, files=writer.shards).read("first") + 1
+        else:
+            yield torch.ones(3)
+
+    writer.tensors([first], produce, last=[last])
+    writer.commit("{}", Manifest(id="m", kind="seeds", name="m"))
+    assert torch.equal(TensorReader(store).read("last"), torch.full((3,), 2.0))
+
+
+def test_parts_of_tensors_are_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bam_ray.checkpoint.tensors.CHUNK_BYTES", 16)
+    tensor = torch.arange(30.0).view(10, 3)
+    written(tmp_path, {"x": tensor}, 1 << 20)
+    reader = TensorReader(FolderStore(tmp_path))
+    pieces = list(reader.chunks("x"))
+    assert max(piece.numel() for piece in pieces) == 4
+    assert torch.equal(torch.cat(pieces), tensor.flatten())
+    assert torch.equal(torch.cat(list(reader.chunks("x", 6, 15))), torch.arange(6.0, 15.0))
 
 
 def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:

@@ -1,33 +1,12 @@
 """`bam` on a user's mistakes: one clear line, exit code 1, nothing written. And what needs no cluster works."""
 
 import socket
-import sys
 from pathlib import Path
 
 import pytest
-import tiny
-from transformers import AutoModelForCausalLM
-
-from bam_ray import cli
+from cli.command import bam, refusal
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
-
-
-def bam(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command line in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["bam", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a mistake gets."""
-    assert bam(monkeypatch, *arguments) == 1
-    captured = capsys.readouterr()
-    (line,) = captured.err.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.mark.parametrize(
@@ -36,7 +15,10 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         ("branch.tokens=5", "branch.tokens: unknown key"),
         ("mix.training.tokens=many", "mix.training.tokens: Input should be a valid integer"),
         ("branch.domains=[code,poetry]", "branch.domains names ['poetry']"),
-        ("upcycle.mixtures.bam.method=average", "upcycle.mixtures.bam.method: Input should be 'bam' or 'btx'"),
+        (
+            "upcycle.mixtures.bam.method=average",
+            "upcycle.mixtures.bam.method: Input should be 'bam', 'btx', 'sparse' or 'split'",
+        ),
         ("mix.expert_parallel=3", "does not divide the 4 experts"),
         ("serve.mixture=none", "serve.mixture is 'none'"),
         ("tokens", "is not of the form key.subkey=value"),
@@ -77,29 +59,3 @@ def test_plan_names_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     out = capsys.readouterr().out
     for kind in ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"):
         assert kind in out
-
-
-def test_upcycle_makes_a_mixture_of_bare_folders(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    tiny.sources(tmp_path, {name: tiny.dense("llama", seed) for seed, name in enumerate(["seed", "code", "law"])})
-    out = tmp_path / "mixture"
-    arguments = (
-        "upcycle",
-        f"--seed={tmp_path}/seed",
-        f"--branch=code={tmp_path}/code",
-        f"--branch=law={tmp_path}/law",
-        f"--out={out}",
-        "--set=attention_experts=kv_shared",
-    )
-    assert bam(monkeypatch, *arguments) == 0
-    assert "3 experts: seed, code, law" in capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.config.expert_names == ["seed", "code", "law"]
-    assert model(tiny.tokens()).logits.isfinite().all()
-    capsys.readouterr()  # transformers' progress bars
-    assert "is not empty" in refusal(monkeypatch, capsys, *arguments)
-    assert "is not KEY=VALUE" in refusal(monkeypatch, capsys, *arguments[:4], "--set=k", f"--out={tmp_path}/other")
-    wrong = (*arguments[:2], f"--branch=law={tmp_path}/nowhere", f"--out={tmp_path}/other")
-    assert "has no config.json" in refusal(monkeypatch, capsys, *wrong)
-    assert not (tmp_path / "other").exists()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bam_ray.errors import UpcycleError
-from bam_ray.upcycling.averaging import merge_trimmed, ties, trim_threshold, weighted_mean
+from bam_ray.upcycling.averaging import merge_trimmed, ties, trim_threshold
 
 
 def values(count: int, size: int, seed: int = 0) -> list[Tensor]:
@@ -62,21 +62,6 @@ def test_chunks_give_what_the_whole_gives() -> None:
         for at, part in zip(range(0, 101, 25), seed.split(25), strict=True)
     ]
     assert torch.equal(torch.cat(chunks), ties(seed, branches, 0.3, 0.7))
-
-
-def test_weighted_mean() -> None:
-    models = values(3, 20)
-    torch.testing.assert_close(weighted_mean(models), (models[0] + models[1] + models[2]) / 3)
-    mean = weighted_mean(models, [1.0, 0.0, 3.0])
-    torch.testing.assert_close(mean, 0.25 * models[0] + 0.75 * models[2])
-    torch.testing.assert_close(weighted_mean(models, [2.0, 0.0, 6.0]), mean)
-    assert torch.equal(weighted_mean([models[0]] * 4), models[0])
-
-
-@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]])
-def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
-    with pytest.raises(UpcycleError, match="do not fit 3 models"):
-        weighted_mean(values(3, 4), weights)
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, float("nan")])

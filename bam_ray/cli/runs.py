@@ -1,29 +1,23 @@
-"""`bam`: a run from the shell. Every command that works on a recipe takes overrides: `key.subkey=value`."""
+"""Runs: commands that work on a recipe, or on the store that a run lies in."""
 
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.cli.app import Endpoint, app, console
 from bam_ray.control import status as statuses
 from bam_ray.control.graph import task_graph
 from bam_ray.control.table import render
-from bam_ray.errors import BamError, CheckpointError, SettingsError
-from bam_ray.settings import MixtureSettings, apply_override, load_recipe, validated
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+from bam_ray.errors import CheckpointError
+from bam_ray.settings import load_recipe
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's")]
-Endpoint = Annotated[str | None, typer.Option(help="URL of an S3 server other than AWS (default: AWS_ENDPOINT_URL)")]
 REFRESH_SECONDS = 2.0
 
 
@@ -117,55 +111,6 @@ def report(
     console.print(f"written: {out}/report.html and {out}/results.json", highlight=False)
 
 
-@app.command()
-def upcycle(
-    seed: Annotated[str, typer.Option(help="the seed's Hugging Face folder: a path or s3://")],
-    branch: Annotated[list[str], typer.Option(help="NAME=URI, once a branch")],
-    out: Annotated[str, typer.Option(help="where the mixture goes: a path or s3://")],
-    method: Annotated[str, typer.Option(help="bam or btx")] = "bam",
-    set: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the mixture's settings")] = None,
-    endpoint: Endpoint = None,
-) -> None:
-    """Turn a seed and branches into a mixture, without a cluster or a run."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    origins = {"seed": seed}
-    for each in branch:
-        name, separator, uri = each.partition("=")
-        if not separator or name in origins:
-            raise SettingsError(f"--branch {each!r} is not NAME=URI with a name of its own")
-        origins[name] = uri
-    plain: dict[str, object] = {"method": method}
-    for each in set or []:
-        if "=" not in each:
-            raise SettingsError(f"--set {each!r} is not KEY=VALUE")
-        apply_override(plain, each)
-    settings = validated(MixtureSettings, plain, "mixture")
-    target = open_store(out, endpoint)
-    if any(True for _ in target.list()):
-        raise CheckpointError(f"{out} is not empty: name a place where nothing lies yet")
-
-    from bam_ray.checkpoint.tensors import TensorReader
-    from bam_ray.upcycling import upcycle as upcycle_to
-
-    sources = {name: TensorReader(open_store(uri, endpoint)) for name, uri in origins.items()}
-    with tempfile.TemporaryDirectory(prefix="bam-upcycle-") as temporary:
-        columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            job = bar.add_task("upcycling")
-            upcycle_to(
-                sources,
-                settings,
-                Path(temporary),
-                progress=lambda done, total: bar.update(job, completed=done, total=total),
-            )
-        # The configuration goes last: a folder without it is no model
-        names = sorted((path.name for path in Path(temporary).iterdir()), key=lambda name: name == "config.json")
-        for name in names:
-            target.put_file(name, Path(temporary) / name)
-    console.print(f"written: {target.uri} ({len(origins)} experts: {', '.join(origins)})", highlight=False)
-
-
 def _status(store: BlobStore) -> statuses.Status:
     now = statuses.read(store)
     if now is None:
@@ -182,14 +127,3 @@ def _submit(recipe: Path, overrides: list[str] | None, entry: str) -> None:
     settings = load_recipe(recipe, overrides)
     job_id = submit(recipe, overrides or [], entry)
     sys.exit(follow(job_id, open_store(settings.store.uri, settings.store.endpoint)))
-
-
-def main() -> None:
-    """The entry point: errors of the user's making are one line and exit code 1."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        app()
-    except BamError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True, style="red")
-        sys.exit(1)

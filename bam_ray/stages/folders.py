@@ -1,0 +1,137 @@
+"""Upcycling and its relatives on bare model folders, local or on S3: no cluster, no run, no recipe.
+
+Each function makes one new folder, whole or not at all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.manifest import Manifest, identity
+from bam_ray.checkpoint.targets import check_space, new_folder
+from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.evaluation.perplexity import perplexity
+from bam_ray.families import family_of
+from bam_ray.model import BamConfig
+from bam_ray.settings import Losses, MixtureSettings
+from bam_ray.stages.texts import token_rows
+from bam_ray.upcycling import Change, Progress, Upcycled, change, export_mixtral, load_model, plan, upcycle
+from bam_ray.upcycling.preflight import Drift, Estimate, drift, estimate
+
+BATCH_SEQUENCES = 8
+
+
+def open_model(uri: str, endpoint: str | None = None) -> TensorReader:
+    """The model folder at `uri`; its weights are not read yet."""
+    return TensorReader(open_store(uri, endpoint))
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What a pre-flight found: how far each branch drifted, and what the upcycle will take."""
+
+    drifts: dict[str, Drift]
+    estimate: Estimate
+
+
+def preflight(sources: Mapping[str, TensorReader], settings: MixtureSettings, texts: Mapping[str, Tensor]) -> Flight:
+    """Make all checks and read all weights once, writing nothing."""
+    planned, _ = plan(sources, settings, Losses(), texts)
+    seed, *branches = sources
+    family = family_of(sources[seed].config, sources[seed].uri)
+    for source in sources.values():
+        source.check_digests()
+    drifts = {name: drift(sources[seed], sources[name], family) for name in branches}
+    return Flight(drifts, estimate(planned, sources))
+
+
+def make_mixture(
+    sources: Mapping[str, TensorReader],
+    settings: MixtureSettings,
+    out: str,
+    endpoint: str | None = None,
+    texts: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Upcycled:
+    """Upcycle `sources` (the seed first) to `out`."""
+    planned, _ = plan(sources, settings, Losses(), texts or {})
+    check_space(out, estimate(planned, sources).written)
+    for source in sources.values():
+        source.check_digests()
+    uris = tuple(source.uri for source in sources.values())
+    manifest = Manifest(
+        id=identity(settings.method, settings, uris),
+        kind="upcycled",
+        name=settings.method,
+        parents=uris,
+        settings=settings.model_dump(mode="json"),
+    )
+    with new_folder(out, endpoint) as store:
+        return upcycle(sources, settings, ModelWriter(store), manifest, texts=texts, progress=progress)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A changed mixture, and the held-out perplexity by text before and after (empty where no text was given)."""
+
+    upcycled: Upcycled
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def change_mixture(
+    mixture: TensorReader,
+    what: Change,
+    branch: TensorReader | None,
+    out: str,
+    endpoint: str | None = None,
+    average_weight: float | None = None,
+    texts: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Changed:
+    """Add, remove or replace an expert of `mixture`, the result at `out`; with `texts`, both are evaluated on them."""
+    sources = [mixture] if branch is None else [mixture, branch]
+    check_space(out, sum(spec.bytes for source in sources for spec in source.specs.values()))
+    for source in sources:
+        source.check_digests()
+    uris = tuple(source.uri for source in sources)
+    settings = {"verb": what.verb, "experts": what.names, "average_weight": average_weight}
+    manifest = Manifest(
+        id=identity(what.verb, settings, uris), kind="upcycled", name=what.verb, parents=uris, settings=settings
+    )
+    with new_folder(out, endpoint) as store:
+        upcycled = change(mixture, what, branch, ModelWriter(store), manifest, average_weight, progress=progress)
+    before = perplexities(mixture, texts or {})
+    return Changed(upcycled, before, perplexities(open_model(out, endpoint), texts or {}))
+
+
+def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Perplexity by text, rows int64 [S, L]."""
+    if not texts:
+        return {}
+    loaded = load_model(model)
+    return {name: perplexity(loaded, rows.numpy(), BATCH_SEQUENCES).perplexity for name, rows in texts.items()}
+
+
+def export(mixture: TensorReader, out: str, endpoint: str | None = None, progress: Progress | None = None) -> None:
+    """Write a mixture as a Mixtral folder."""
+    check_space(out, sum(spec.bytes for spec in mixture.specs.values()))
+    mixture.check_digests()
+    manifest = Manifest(
+        id=identity("mixtral", {}, (mixture.uri,)), kind="upcycled", name="mixtral", parents=(mixture.uri,)
+    )
+    with new_folder(out, endpoint) as store:
+        export_mixtral(mixture, ModelWriter(store), manifest, progress)
+
+
+def texts_of(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
+    """Rows of tokens of each named text, by the tokenizer of `model`; no longer than it has positions."""
+    config = BamConfig.from_dict(model.config) if model.config.get("model_type") == "bam" else None
+    positions = config.max_position_embeddings if config else model.config.get("max_position_embeddings", length)
+    return {
+        name: token_rows(name, source, model, sequences, min(length, int(positions)))
+        for name, source in sources.items()
+    }

@@ -1,0 +1,64 @@
+"""The model card of a mixture: what it is, where it came from, how to use it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import torch
+
+from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.model.parameters import count_parameters
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [moe, merge, bam_ray]
+---
+
+# A mixture of {{ config.num_experts }} experts: {{ config.expert_names | join(", ") }}
+
+| | |
+| --- | --- |
+| dense architecture | {{ config.seed_config.model_type }} |
+| layers | {{ config.num_hidden_layers }} |
+| dense layers | {{ config.dense_layers | join(", ") if config.dense_layers else "none" }} |
+| FFN experts | {{ config.num_experts }}, top-{{ config.num_experts_per_tok }} \
+({{ "renormalised" if config.norm_topk_prob else "softmax over all" }}, scale {{ config.ffn_output_scale }})\
+{% if config.shared_expert_intermediate_size %}, and one always on{% endif %} |
+| attention | {{ attention }} |
+| parameters | {{ "{:,}".format(total) }}, of which a token meets {{ "{:,}".format(active) }} |
+
+## Lineage
+
+{% for step in lineage.history %}
+{% for verb, settings in step.items() %}- {{ verb }}: `{{ settings | tojson }}`
+{% endfor %}{% endfor %}
+`lineage.json` says of every tensor which operation made it of which inputs; `manifest.json` has the SHA-256 of every
+file. `bam verify` checks both this folder and its arithmetic.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+"""
+
+ATTENTION = {
+    "kv_experts": "soft mixture of experts (BAM), each with its own keys and values",
+    "kv_shared": "soft mixture of experts (BAM) that share keys and values",
+    "averaged": "one, shared by all experts",
+}
+
+
+def model_card(config: BamConfig, lineage: Mapping[str, Any]) -> str:
+    """README.md of a mixture's folder, Markdown."""
+    with torch.device("meta"):
+        total, active = count_parameters(BamForCausalLM(config))
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)
+    return environment.from_string(CARD).render(
+        config=config, attention=ATTENTION[config.attention_experts], total=total, active=active, lineage=lineage
+    )

@@ -1,0 +1,113 @@
+"""A mixture as a genuine `MixtralForCausalLM` folder, which every Mixtral runtime loads.
+
+Mixtral is a Llama block with routed FFN experts, top-k renormalised. So the FFN-only mixtures of Llama-layout families
+fit (BTX, sparse upcycling, LLaMA-MoE splits without a shared expert); the output scale is multiplied into the experts'
+down projections. What does not fit is refused, never approximated. On disk names are the original Mixtral ones, which
+transformers and other runtimes read.
+"""
+
+from typing import Any
+
+from transformers import MixtralConfig
+
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
+from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.errors import UpcycleError
+from bam_ray.model import BamConfig
+from bam_ray.upcycling.dense import mixture_config_of, seed_config
+from bam_ray.upcycling.expressions import Expression, Scaled, Slice, Take
+from bam_ray.upcycling.plan import Output
+from bam_ray.upcycling.write import CARRIED, Progress, progressing
+
+MIXTURE = "mixture"
+
+
+def export_mixtral(
+    mixture: TensorReader, writer: ModelWriter, manifest: Manifest, progress: Progress | None = None
+) -> MixtralConfig:
+    """Write the mixture as Mixtral and commit it with `manifest`; raises `UpcycleError` where Mixtral is something
+    else."""
+    config = mixture_config_of(mixture)
+    check_fits(config)
+    sources = {MIXTURE: mixture}
+    outputs = [output for spec in mixture.specs.values() for output in _outputs(spec, config, sources)]
+    made = {output.spec.name: output.made for output in outputs}
+    writer.tensors(
+        [output.spec for output in outputs],
+        progressing(lambda spec: made[spec.name].pieces(sources), outputs, progress),
+    )
+    for name in CARRIED:
+        data = mixture.file(name)
+        if data is not None:
+            writer.file(name, data)
+    mixtral = mixtral_config(config)
+    writer.commit(mixtral.to_json_string(), manifest)
+    return mixtral
+
+
+def check_fits(config: BamConfig) -> None:
+    """Raise `UpcycleError` where Mixtral computes something else than this mixture, naming the setting."""
+    whole = config.num_experts_per_tok == config.num_experts  # then the softmax over all sums to 1 as it is
+    for wrong, what in (
+        (config.attention_experts != "averaged", f"attention experts ({config.attention_experts})"),
+        (bool(config.shared_expert_intermediate_size), "a shared expert"),
+        (bool(config.dense_layers), f"dense layers {config.dense_layers}"),
+        (not config.norm_topk_prob and not whole, "gates that are not renormalised (norm_topk_prob false)"),
+        (seed_config(config)["model_type"] not in ("llama", "mistral"), f"a {seed_config(config)['model_type']} block"),
+        (config.attention_bias or config.attention_output_bias or config.mlp_bias, "biases"),
+    ):
+        if wrong:
+            raise UpcycleError(f"this mixture has {what}, which Mixtral has not: it cannot be exported as one")
+
+
+def mixtral_config(config: BamConfig) -> MixtralConfig:
+    """The configuration of the exported model."""
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "sliding_window",
+        "attention_dropout",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "num_experts_per_tok",
+        "router_aux_loss_coef",
+        "dtype",
+    )
+    settings: dict[str, Any] = {key: getattr(config, key) for key in same}
+    mixtral = MixtralConfig(**settings, rms_norm_eps=config.norm_eps, num_local_experts=config.num_experts)
+    mixtral.architectures = ["MixtralForCausalLM"]
+    return mixtral
+
+
+def _outputs(spec: TensorSpec, config: BamConfig, sources: dict[str, TensorReader]) -> list[Output]:
+    """The Mixtral tensors that one of the mixture becomes."""
+    layer, _, kind = spec.name.partition(".mlp.")
+    if not kind:
+        return [Output(spec, Take(MIXTURE, spec.name))]
+    moe = f"{layer}.block_sparse_moe"
+    if kind == "gate.weight":
+        return [Output(TensorSpec(f"{moe}.gate.weight", spec.dtype, spec.shape), Take(MIXTURE, spec.name))]
+    rows = spec.shape[1]
+    parts: dict[str, tuple[int, int]]
+    parts = {"w1": (0, rows // 2), "w3": (rows // 2, rows)} if kind == "experts.gate_up_proj" else {"w2": (0, rows)}
+    made = []
+    for expert in range(config.num_experts):
+        for name, (first, last) in parts.items():
+            part: Expression = Slice(MIXTURE, spec.name, expert, first, last)
+            if name == "w2" and config.ffn_output_scale != 1.0:
+                part = Scaled(part, config.ffn_output_scale)
+            shape = part.shape(sources)
+            made.append(Output(TensorSpec(f"{moe}.experts.{expert}.{name}.weight", spec.dtype, shape), part))
+    return made

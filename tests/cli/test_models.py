@@ -1,0 +1,221 @@
+"""`bam upcycle` and its relatives, as a person uses them on bare folders; a mistake is one line and leaves nothing."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from cli.command import bam, refusal
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralForCausalLM
+
+from bam_ray.blobs.memory import MemoryStore
+from bam_ray.data.tokenizer import train_tokenizer
+
+NAMES = ["seed", "code", "law"]
+CONFIG = LlamaConfig(**tiny.SIZES | {"vocab_size": 300, "num_key_value_heads": 4})
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seed and two branches with a tokenizer, and text of two kinds."""
+    for number, name in enumerate(NAMES):
+        tiny.dense(CONFIG, number).save_pretrained(tmp_path / name)
+        train_tokenizer(iter(["some text to learn bytes from"]), 300, tmp_path / name)
+    (tmp_path / "prose.txt").write_text("It was a dark and stormy night. " * 60)
+    (tmp_path / "code.txt").write_text("def f(x):\n    return x[0]\n" * 80)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Run:
+    """Run a command that must succeed; what it printed."""
+    monkeypatch.chdir(folder)
+
+    def succeed(*arguments: str) -> str:
+        assert bam(monkeypatch, *arguments) == 0
+        return capsys.readouterr().out
+
+    return succeed
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Run:
+    """Run a command that must fail; its one line. Nothing may be written."""
+    monkeypatch.chdir(folder)
+
+    def fail(*arguments: str) -> str:
+        before = set(folder.iterdir())
+        capsys.readouterr()  # transformers' progress bars
+        line = refusal(monkeypatch, capsys, *arguments)
+        assert set(folder.iterdir()) == before
+        return line
+
+    return fail
+
+
+UPCYCLE = ("upcycle", "--seed=seed", "--branch=code=code", "--branch=law=law", "--out=mixture")
+
+
+def test_from_dense_folders_to_a_mixtral(run: Run, folder: Path) -> None:
+    out = run(*UPCYCLE, "--method=btx", "--set=num_experts_per_tok=2", "--set=norm_topk_prob=true")
+    assert "3 experts: seed, code, law" in out
+    assert "FAIL" not in run("verify", "mixture")
+    model = AutoModelForCausalLM.from_pretrained(folder / "mixture")
+    assert model(tiny.tokens()).logits.isfinite().all()
+    shown = run("inspect", "mixture")
+    assert "mixture of 3 × llama" in shown
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,}" in shown
+    assert "upcycle of" in shown
+    assert "llama" in run("inspect", "seed")
+    run("export", "mixture", "--out=mixtral")
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder / "mixtral"), MixtralForCausalLM)
+    assert (folder / "mixture" / "README.md").read_text().count("seed, code, law") == 1
+    assert {path.name for path in folder.iterdir()} >= {"mixture", "mixtral"}
+    assert not list(folder.glob(".*partial*"))
+
+
+def test_routers_fitted_to_text(run: Run, folder: Path) -> None:
+    texts = ("--text=seed=prose.txt", "--text=code=code.txt", "--length=32")
+    out = run(*UPCYCLE, "--set=router.init=ridge", "--set=router.sequences=8", *texts)
+    assert "ridge *" in out
+    separation = json.loads((folder / "mixture" / "separation.json").read_text())
+    assert separation["domains"] == ["seed", "code"]
+
+
+def test_a_dry_run_measures_and_writes_nothing(run: Run, folder: Path) -> None:
+    before = set(folder.iterdir())
+    out = run(*UPCYCLE[:-1], "--dry-run")
+    assert set(folder.iterdir()) == before
+    assert "nothing written" in out
+    seed, code = (load_file(folder / name / "model.safetensors") for name in ("seed", "code"))
+    layer = [name for name in seed if name.startswith("model.layers.1.")]
+    change = sum(float((code[name] - seed[name]).square().sum()) for name in layer) ** 0.5
+    size = sum(float(seed[name].square().sum()) for name in layer) ** 0.5
+    assert f"{change / size:.4f}" in out
+
+
+def test_experts_come_and_go_with_a_table(run: Run, folder: Path) -> None:
+    run(*UPCYCLE[:3], "--out=mixture", "--set=num_experts_per_tok=1")
+    out = run("absorb", "mixture", "--branch=law=law", "--out=more", "--text=prose=prose.txt", "--length=32")
+    assert "Perplexity before and after" in out
+    assert "prose" in out
+    out = run("replace", "more", "--expert=code", "--branch=other=law", "--out=other")
+    assert "nothing was evaluated" in out
+    run("remove", "other", "--expert=law", "--out=fewer")
+    assert "seed, other" in run("inspect", "fewer")
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    store = MemoryStore()
+    monkeypatch.setattr(MemoryStore, "named", lambda name: store)
+    return store
+
+
+def test_to_and_from_a_store(run: Run, refused: Run, folder: Path, memory: MemoryStore) -> None:
+    for path in (folder / "code").iterdir():
+        memory.put_file(path.name, path)
+    run("upcycle", "--seed=seed", "--branch=code=memory://x", "--out=mixture")
+    for path in (folder / "code").iterdir():
+        memory.delete(path.name)
+    run(*UPCYCLE[:-1], "--out=memory://x")
+    assert "FAIL" not in run("verify", "memory://x")
+    for key in list(memory.list()):
+        memory.delete(key)
+    damage(folder / "law", {"model.norm.weight": torch.full((32,), float("nan"))})
+    assert "not finite" in refused(*UPCYCLE[:-1], "--out=memory://x")
+    assert list(memory.list()) == []
+
+
+def damage(folder: Path, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Replace tensors of a model; None takes one out."""
+    whole = {**load_file(folder / "model.safetensors"), **tensors}
+    kept = {name: each for name, each in whole.items() if each is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigure(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        (lambda law: os.truncate(law / "model.safetensors", 5000), r"law/model.safetensors is cut short"),
+        (lambda law: (law / "model.safetensors").write_bytes(b"no"), "is no safetensors file"),
+        (lambda law: damage(law, {"model.norm.weight": None}), "law lacks model.norm.weight"),
+        (lambda law: damage(law, {"more": torch.ones(1)}), "law has more"),
+        (lambda law: damage(law, {"model.norm.weight": torch.ones(31)}), "has shape [31] but [32] in 'seed'"),
+        (
+            lambda law: damage(law, {"model.layers.1.mlp.up_proj.weight": torch.full((48, 32), float("nan"))}),
+            "law: model.layers.1.mlp.up_proj.weight of 'law' holds values that are not finite",
+        ),
+        (lambda law: reconfigure(law, model_type="gpt2"), "model_type is 'gpt2' in 'law' but 'llama' in 'seed'"),
+        (lambda law: reconfigure(law, rms_norm_eps=0.5), "rms_norm_eps is 0.5 in 'law' but 1e-06 in 'seed'"),
+        (lambda law: reconfigure(law, tie_word_embeddings=True), "tie_word_embeddings is True in 'law' but False"),
+        (lambda law: (law / "tokenizer.json").write_text("{}"), "law/tokenizer.json of 'law' has SHA-256"),
+        (lambda law: (law / "config.json").unlink(), "it has no config.json"),
+        (lambda law: (law / "config.json").write_text("{"), "config.json is not JSON"),
+    ],
+)
+def test_a_damaged_branch_is_one_line(refused: Run, folder: Path, damaged: Callable[[Path], object], said: str) -> None:
+    damaged(folder / "law")
+    assert said in refused(*UPCYCLE)
+
+
+def test_a_branch_whose_digest_is_wrong(run: Run, refused: Run, folder: Path) -> None:
+    run(*UPCYCLE[:3], "--out=mixture")
+    damage(folder / "mixture", {"model.norm.weight": torch.ones(32)})
+    said = refused("absorb", "mixture", "--branch=law=law", "--out=more")
+    assert "mixture/model.safetensors is not what its manifest says" in said
+    assert "files failed" in refused("verify", "mixture")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*UPCYCLE[:-1],), "say where the mixture goes with --out"),
+        ((*UPCYCLE[:-1], "--out=seed"), "seed is not empty"),
+        ((*UPCYCLE[:-1], "--out=prose.txt"), "prose.txt is not empty"),
+        ((*UPCYCLE, "--branch=law=law"), "--branch 'law=law' is not NAME=VALUE with a name of its own"),
+        ((*UPCYCLE, "--set=k"), "is not KEY=VALUE"),
+        ((*UPCYCLE, "--set=norm=1"), "mixture: norm: unknown key"),
+        ((*UPCYCLE, "--method=average"), "Input should be 'bam', 'btx', 'sparse' or 'split'"),
+        ((*UPCYCLE, "--set=router.init=means"), "give some of each domain (--text NAME=URI)"),
+        ((*UPCYCLE, "--set=router.init=means", "--text=code=nowhere.txt"), "names no file to read"),
+        ((*UPCYCLE, "--set=router.init=means", "--text=code=code.txt"), "two"),
+        (("upcycle", "--seed=nowhere", "--branch=a=law", "--out=x"), "it has no config.json"),
+        (("verify", "seed"), "is a 'llama' model, no mixture"),
+        (("export", "seed", "--out=x"), "is a 'llama' model, no mixture"),
+        (("export", "seed", "--out=x", "--format=onnx"), "use mixtral"),
+        (("remove", "seed", "--expert=law", "--out=x"), "is a 'llama' model, no mixture"),
+    ],
+)
+def test_a_mistake_is_one_line(refused: Run, arguments: tuple[str, ...], said: str) -> None:
+    assert said in refused(*arguments)
+
+
+def test_an_unknown_architecture_is_named(refused: Run, folder: Path) -> None:
+    for name in NAMES:
+        reconfigure(folder / name, model_type="mamba")
+    assert "is of architecture 'mamba': supported are" in refused(*UPCYCLE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_one_line(refused: Run, run: Run, folder: Path) -> None:
+    small = folder / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("this system lets nobody mount a file system")
+    try:
+        assert "its disk has 0.00 GB free: make room" in refused(*UPCYCLE[:-1], "--out=small/mixture")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

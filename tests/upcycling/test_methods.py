@@ -1,0 +1,267 @@
+"""What must hold of every upcycled mixture, by method and family."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel
+from upcycling.folders import ALONE, CASES, NAMES, branches, load, make, mixture, settings
+
+from bam_ray.errors import SettingsError, UpcycleError
+from bam_ray.families import FAMILIES
+from bam_ray.settings import MixtureSettings, validated
+from bam_ray.upcycling.plan import experts_of
+
+TEXTS = {"general": tiny.tokens(16, 20, seed=1)}
+
+
+def test_every_family_is_tested() -> None:
+    assert set(tiny.CONFIGS) >= set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_identical_branches_reproduce_the_seed(tmp_path: Path, family: str, case: str) -> None:
+    seed = tiny.dense(family, 0)
+    model = mixture(tmp_path, dict.fromkeys(NAMES, seed), settings(case))
+    ids = tiny.tokens()
+    torch.testing.assert_close(model(ids).logits, seed(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("case", ALONE)
+@torch.no_grad()
+def test_of_the_seed_alone(tmp_path: Path, family: str, case: str) -> None:
+    """Sparse copies reproduce the seed; so do all slices of a split that has each neuron once."""
+    if case == "split groups" and family == "olmo2":
+        pytest.skip("OLMo2 normalises queries over all heads together, so heads cannot part")
+    seed = tiny.dense(family, 0)
+    wanted = settings(case)
+    if wanted.method == "split":  # all slices on, each once: a zero router's softmax is 1/N, the scale N
+        experts = wanted.num_experts
+        assert experts is not None
+        changes = {"num_experts_per_tok": experts, "norm_topk_prob": False, "ffn_output_scale": float(experts)}
+        wanted = wanted.model_copy(update=changes)
+    wanted = wanted.model_copy(update={"router": wanted.router.model_copy(update={"init": "zero"})})
+    model = mixture(tmp_path, {"seed": seed}, wanted, TEXTS)
+    ids = tiny.tokens()
+    close = torch.allclose(model(ids).logits, seed(ids).logits, atol=1e-5, rtol=1e-5)
+    assert close == (case not in ("split inner", "split inter"))  # those give a neuron to several experts, or to none
+
+
+@torch.no_grad()
+def test_a_split_with_a_shared_expert(tmp_path: Path) -> None:
+    """Where every group finds the same neurons important, the shared expert has them, and the rest is as alike."""
+    seed = tiny.dense("llama", 0)
+    wanted = settings("split inter", num_experts=2, split={"construction": "inter", "shared_neurons": 8})
+    mixture(tmp_path, {"seed": seed}, wanted, {"a": TEXTS["general"], "b": TEXTS["general"]})
+    partition = json.loads((tmp_path / "mixture" / "partition.json").read_text())
+    assert [len(layer["shared"]) for layer in partition] == [8, 8]
+    assert [len(expert) for layer in partition for expert in layer["experts"]] == [20] * 4
+    assert all(not set(layer["shared"]) & set(layer["experts"][0]) for layer in partition)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("expert", range(3))
+@torch.no_grad()
+def test_one_hot_routing_with_equal_shared_parameters_is_that_branch(tmp_path: Path, family: str, expert: int) -> None:
+    """Branches that differ in attention and FFN alone: with the gates on one expert, the mixture is that branch."""
+    models = {name: tiny.dense(family, seed) for seed, name in enumerate(NAMES[:3])}
+    with torch.no_grad():
+        for name, value in models["seed"].named_parameters():
+            inner = any(part in name for part in ("self_attn", "mlp.", "attention."))
+            if not inner:
+                for model in models.values():
+                    model.get_parameter(name).copy_(value)
+    mixed = mixture(tmp_path, models, settings("bam kv_experts", num_experts_per_tok=1))
+    for layer in mixed.model.layers:
+        for gate in (layer.mlp.gate, layer.self_attn.gate):
+            gate.register_forward_hook(lambda _, __, logits: one_hot_logits(logits, expert))
+    ids = tiny.tokens()
+    torch.testing.assert_close(mixed(ids).logits, models[NAMES[expert]](ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def one_hot_logits(logits: torch.Tensor, expert: int) -> torch.Tensor:
+    result = torch.full_like(logits, -1e4)
+    result[..., expert] = 0.0
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_order_of_branches_does_not_matter(tmp_path: Path, case: str) -> None:
+    models = {name: tiny.dense("cohere", seed) for seed, name in enumerate(NAMES)}
+    order = [0, 3, 1, 2]
+    one = mixture(tmp_path / "a", models, settings(case))
+    other = mixture(tmp_path / "b", {NAMES[i]: models[NAMES[i]] for i in order}, settings(case))
+    for layer, permuted in zip(one.model.layers, other.model.layers, strict=True):
+        permuted.mlp.gate.weight.copy_(layer.mlp.gate.weight[order])
+        if case != "btx":
+            permuted.self_attn.gate.weight.copy_(layer.self_attn.gate.weight[order])
+    ids = tiny.tokens()
+    torch.testing.assert_close(one(ids).logits, other(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_raw_top_1_shrinks_the_ffn(tmp_path: Path) -> None:
+    """The paper's gate is not function-preserving; the output scale N makes it so for a zero router."""
+    seed = tiny.dense("cohere", 0)
+    ids = tiny.tokens()
+    for scale in (1.0, 4.0):
+        wanted = settings(num_experts_per_tok=1, norm_topk_prob=False, ffn_output_scale=scale, router={"init": "zero"})
+        model = mixture(tmp_path / str(scale), dict.fromkeys(NAMES, seed), wanted)
+        assert torch.allclose(model(ids).logits, seed(ids).logits, atol=1e-5, rtol=1e-5) == (scale == 4.0)
+
+
+@torch.no_grad()
+def test_dense_layers_are_the_mean_of_all(tmp_path: Path) -> None:
+    models = branches()
+    model = mixture(tmp_path, models, settings(dense_layers=[1]))
+    assert model.config.dense_layers == [1]
+    out = model(tiny.tokens(), output_router_logits=True)
+    assert len(out.router_logits) == len(out.attention_router_logits) == 1
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        mean = sum(each.model.layers[1].get_submodule(name).weight for each in models.values()) / 3
+        torch.testing.assert_close(model.model.layers[1].get_submodule(name).weight, mean)
+
+
+@torch.no_grad()
+def test_more_experts_than_models_are_copies_of_the_seed(tmp_path: Path) -> None:
+    models = branches()
+    model = mixture(tmp_path, models, settings(num_experts=5, redraw_fraction=0.5))
+    assert model.config.expert_names == ["seed", "code", "law", "seed-2", "seed-3"]
+    down = model.model.layers[0].mlp.experts.down_proj
+    seed = models["seed"].model.layers[0].mlp.down_proj.weight
+    assert torch.equal(down[0], seed)  # only copies are redrawn
+    for copy in (down[3], down[4]):  # half of the neurons' columns, other ones in each
+        assert int((copy == seed).all(0).sum()) == 24
+    assert not torch.equal(down[3], down[4])
+    gate_up = model.model.layers[0].mlp.experts.gate_up_proj
+    gate = models["seed"].model.layers[0].mlp.gate_proj.weight
+    kept = (gate_up[3, :48] == gate).all(1)
+    assert torch.equal(kept, (down[3] == seed).all(0))  # the same neurons in all of its matrices
+    mean = sum(each.model.norm.weight for each in models.values()) / 3  # a copy does not count twice
+    torch.testing.assert_close(model.model.norm.weight, mean)
+
+
+@torch.no_grad()
+def test_weights_of_the_mean_are_honoured_and_recorded(tmp_path: Path) -> None:
+    models = branches()
+    model = mixture(tmp_path, models, settings("btx", average={"weights": {"code": 3.0, "law": 0.0}}))
+    want = (models["seed"].model.norm.weight + 3 * models["code"].model.norm.weight) / 4
+    torch.testing.assert_close(model.model.norm.weight, want)
+    lineage = json.loads((tmp_path / "mixture" / "lineage.json").read_text())
+    assert lineage["tensors"]["model.norm.weight"]["weights"] == [1.0, 3.0, 0.0]
+    with pytest.raises(UpcycleError, match=r"average\.weights names \['poetry'\], which is none of the models"):
+        make(tmp_path / "x", tiny.sources(tmp_path, models), settings(average={"weights": {"poetry": 1.0}}))
+
+
+@torch.no_grad()
+def test_ties_keeps_the_largest_changes_whose_signs_agree(tmp_path: Path) -> None:
+    models: dict[str, PreTrainedModel] = {name: tiny.dense("llama", 0) for name in NAMES[:3]}
+    models["code"].model.norm.weight[:3] += torch.tensor([1.0, 0.5, 0.25])
+    models["law"].model.norm.weight[:3] += torch.tensor([-0.5, 1.5, 0.125])
+    seed = models["seed"].model.norm.weight
+    # 2 of 32 kept: code's 1.0 and 0.5, law's -0.5 and 1.5
+    model = mixture(tmp_path, models, settings("btx", average={"how": "ties", "density": 2 / 32}))
+    change = torch.zeros(32)
+    change[:2] = torch.tensor([1.0, 1.0])  # -0.5 is outvoted; 0.5 and 1.5 agree
+    torch.testing.assert_close(model.model.norm.weight, seed + change)
+
+
+@torch.no_grad()
+def test_bf16_means_are_computed_in_fp32(tmp_path: Path) -> None:
+    models = {name: model.bfloat16() for name, model in branches().items()}
+    make(tmp_path / "mixture", tiny.sources(tmp_path, models), settings("btx"))
+    model = load(tmp_path / "mixture")
+    assert model.dtype == torch.bfloat16
+    mean = sum(each.model.norm.weight.float() for each in models.values()) / 3
+    assert torch.equal(model.model.norm.weight, mean.bfloat16())
+
+
+def test_sources_of_other_dtypes_become_the_seeds(tmp_path: Path) -> None:
+    models = branches()
+    models["seed"] = models["seed"].bfloat16()
+    models["code"] = models["code"].half()
+    make(tmp_path / "mixture", tiny.sources(tmp_path, models), settings())
+    model = load(tmp_path / "mixture")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    want = models["law"].model.layers[0].mlp.down_proj.weight.bfloat16()
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj[2], want)
+
+
+def test_lineage_names_an_origin_for_every_tensor(tmp_path: Path) -> None:
+    models = {name: tiny.dense("cohere", seed) for seed, name in enumerate(NAMES)}
+    model = mixture(tmp_path, models, settings("bam kv_shared"))
+    lineage = json.loads((tmp_path / "mixture" / "lineage.json").read_text())
+    assert set(lineage["tensors"]) == {name for name, _ in model.named_parameters()}
+    assert list(lineage["sources"]) == NAMES
+    assert model.config.expert_names == NAMES
+    key = lineage["tensors"]["model.layers.0.self_attn.experts.k_proj"]
+    takes = [{"take": f"{name}:model.layers.0.self_attn.k_proj.weight"} for name in NAMES]
+    assert key == {"stack": [{"mean": takes}]}
+    mean = sum(each.model.layers[0].self_attn.k_proj.weight for each in models.values()) / 4
+    torch.testing.assert_close(model.model.layers[0].self_attn.experts.k_proj[0], mean)
+
+
+@torch.no_grad()
+def test_fitted_routers_are_written_and_reported(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = {
+        name: torch.randint(2 + 4 * number, 6 + 4 * number, (8, 16), generator=generator)
+        for number, name in enumerate(NAMES[:3])
+    }
+    made = make(tmp_path / "mixture", tiny.sources(tmp_path, branches()), settings(router={"init": "ridge"}), texts)
+    model = load(tmp_path / "mixture")
+    assert made.separation is not None
+    scores = made.separation.routers[0].scores
+    assert scores["ridge"].accuracy > 0.9 > scores["random"].accuracy
+    assert (tmp_path / "mixture" / "separation.json").is_file()
+    assert len(list((tmp_path / "mixture").glob("model-*.safetensors"))) == 2  # the routers have a shard of their own
+    out = model(torch.cat(list(texts.values())), output_router_logits=True)
+    wanted = torch.arange(3).repeat_interleave(8 * 16)
+    assert (out.router_logits[0].argmax(-1) == wanted).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "sparse"}, "say how many with num_experts"),
+        ({"method": "split", "num_experts": 4, "redraw_fraction": 0.5}, "redraw_fraction is of copies"),
+        ({"method": "bam", "split": {"attention": "groups"}}, "split settings are of method split"),
+        ({"method": "sparse", "num_experts": 4, "router": {"init": "ridge"}}, "tells domains apart"),
+        ({"method": "btx", "average": {"how": "ties", "weights": {"code": 1.0}}}, "weights are of the mean"),
+        ({"method": "btx", "dense_layers": [-1]}, "greater than or equal to 0"),
+    ],
+)
+def test_settings_that_contradict_each_other(given: dict[str, object], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        validated(MixtureSettings, given, "mixture")
+
+
+def test_settings_that_do_not_fit_the_models(tmp_path: Path) -> None:
+    sources = tiny.sources(tmp_path, branches())
+    seed = {"seed": sources["seed"]}
+    for given, readers, said in (
+        (settings(num_experts=2), sources, "num_experts is 2, fewer than the 3 models"),
+        (settings(num_experts_per_tok=4), sources, "num_experts_per_tok is 4: there are 3 experts"),
+        (settings(dense_layers=[2]), sources, "dense_layers names layer 2: the model has layers 0 to 1"),
+        (settings(), seed, "method bam needs branches"),
+        (settings("sparse"), sources, "makes its experts of the seed alone"),
+        (settings("split", num_experts=5), seed, "48"),
+        (settings("split groups", num_experts=4), seed, r"2 groups of key/value heads.*use num_experts of \[1, 2\]"),
+        (settings(router={"init": "ridge"}), sources, "give some of each domain"),
+        (settings("split inner"), seed, "give some of each domain"),
+    ):
+        with pytest.raises(UpcycleError, match=said):
+            make(tmp_path / "out", readers, given)
+    assert not (tmp_path / "out").exists()
+    assert [expert.name for expert in experts_of(["seed"], settings("sparse"))] == [
+        "seed",
+        "seed-2",
+        "seed-3",
+        "seed-4",
+    ]
