@@ -130,9 +130,10 @@ def domain_rows(inputs: list[Tensor]) -> dict[Initialisation, list[Tensor]]:
     moments = _second_moment(inputs)
     size = moments.diagonal().mean()
     identity = torch.eye(len(moments), dtype=torch.double)
+    factors = (torch.linalg.cholesky(moments + ridge * size * identity) for ridge in RIDGES)
     return {
         "means": [differences - along.unsqueeze(1) * centre],
-        "ridge": [torch.linalg.solve(moments + ridge * size * identity, differences.T).T for ridge in RIDGES],
+        "ridge": [torch.cholesky_solve(differences.T, factor).T for factor in factors],
     }
 
 
