@@ -7,8 +7,9 @@ differs between domains may make its logits:
 - ridge: least squares on centred one-hot labels. All domains counting alike, the solution is w_c ∝ (G + λI)⁻¹ δ_c with
   G the mean of x·xᵀ: the means, whitened (arXiv 2603.29765 fits routers so).
 
-Least squares says nothing of how sure a softmax should be, and neither do means: one factor a router, found by a search
-on the same tokens, makes its probabilities as good as they can be.
+Least squares says nothing of how sure a softmax should be, and neither do means: one factor a router makes its
+probabilities as good as they can be. That factor and λ are chosen by cross-entropy on tokens the rows have not seen:
+where text is short for the width, rows know their own tokens by heart, and on these any certainty would look right.
 
 Shapes: C domains, N experts, T tokens (of one domain), d hidden.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from bam_ray.upcycling.separation import Initialisation, RouterScore
 
-RIDGE = 1e-2  # λ, in units of the mean squared input
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ to choose from, in units of the mean squared input
+TUNING_SHARE = 4  # one in so many tokens is kept from the rows, for the factor and λ
 COPY_NOISE = 1e-2  # of a copy's row, in units of that row's standard deviation around 0
 SPREADS = (1e-2, 30.0)  # the standard deviation of logits between which the best factor is sought
 CHUNK = 8192  # tokens in double precision at a time
@@ -94,17 +96,44 @@ def router_logits(inputs: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([part.float() @ weight.float().T for part in inputs.split(CHUNK)])
 
 
-def domain_rows(inputs: list[Tensor]) -> dict[Initialisation, Tensor]:
-    """Rows by "means" and by "ridge" [C, d] in double precision, from each domain's router inputs [T, d]."""
+def fit_router(
+    assignment: Assignment, inputs: list[Tensor], noise: Callable[[], torch.Generator]
+) -> dict[Initialisation, Tensor]:
+    """A router by "means" and by "ridge" [N, d] in double precision, from each domain's inputs [T, d].
+
+    `noise` gives the generator of the copies' noise, the same each time.
+    """
+    tuned = [len(part) // TUNING_SHARE for part in inputs]
+    if min(tuned) == 0:  # next to no text: nothing to keep
+        learn = tune = inputs
+    else:
+        learn = [part[: len(part) - count] for part, count in zip(inputs, tuned, strict=True)]
+        tune = [part[len(part) - count :] for part, count in zip(inputs, tuned, strict=True)]
+
+    def cross_entropy(weight: Tensor) -> float:
+        return assignment.score([router_logits(part, weight) for part in tune]).cross_entropy
+
+    return {
+        kind: min(
+            (assignment.calibrated(assignment.expand(rows, noise()), tune) for rows in choices), key=cross_entropy
+        )
+        for kind, choices in domain_rows(learn).items()
+    }
+
+
+def domain_rows(inputs: list[Tensor]) -> dict[Initialisation, list[Tensor]]:
+    """Rows [C, d] in double precision from each domain's inputs [T, d]: by "means", and by "ridge" for each λ."""
     means = torch.stack([_mean(part) for part in inputs])  # [C, d]
     centre = means.mean(0)
     differences = means - centre
     along = differences @ centre / centre.square().sum().clamp_min(torch.finfo(torch.double).tiny)
     moments = _second_moment(inputs)
-    moments.diagonal().add_(RIDGE * moments.diagonal().mean())
+    size = moments.diagonal().mean()
+    identity = torch.eye(len(moments), dtype=torch.double)
+    factors = (torch.linalg.cholesky(moments + ridge * size * identity) for ridge in RIDGES)
     return {
-        "means": differences - along.unsqueeze(1) * centre,
-        "ridge": torch.cholesky_solve(differences.T, torch.linalg.cholesky(moments)).T,
+        "means": [differences - along.unsqueeze(1) * centre],
+        "ridge": [torch.cholesky_solve(differences.T, factor).T for factor in factors],
     }
 
 

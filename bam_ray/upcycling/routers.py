@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from bam_ray.errors import UpcycleError
 from bam_ray.model import BamConfig
 from bam_ray.model.modeling_bam import BamModel, BamRotaryEmbedding, BamRouter
-from bam_ray.upcycling.router_rows import Assignment, domain_rows, generator, router_logits
-from bam_ray.upcycling.separation import Initialisation, RouterKind, RouterSeparation, Separation
+from bam_ray.upcycling.router_rows import Assignment, fit_router, generator, router_logits
+from bam_ray.upcycling.separation import RouterKind, RouterSeparation, Separation
 
 BATCH_TOKENS = 8192  # through a layer at a time
 
@@ -47,8 +47,9 @@ def fit_routers(
 
     `read(name)` gives a tensor of the mixture, all of which exist but the routers. `texts` maps names of experts to
     token rows [S, L], int64. A copy of an expert with text ("code-2" of "code") shares its text; other experts
-    without text get a zero row. Of each text `held_out_fraction` of the rows serves only to score. All domains count
-    alike, whatever they have of text. `progress` is told layers done and layers in all.
+    without text get a zero row. Of each text `held_out_fraction` of the rows serves only to score; all three
+    initialisations are scored, on the inputs that the routers by `how` lead to. All domains count alike, whatever they
+    have of text. `progress` is told layers done and layers in all.
     Raises `UpcycleError` where fewer than two experts have text, a text has a single row, or no expert has its name.
     """
     assignment = _assignment(config.expert_names or [], texts)
@@ -64,7 +65,8 @@ def fit_routers(
             fit = [inputs[domain][: fit_rows[domain]].flatten(0, 1) for domain in texts]
             held_out = [inputs[domain][fit_rows[domain] :].flatten(0, 1) for domain in texts]
             full_name = f"model.layers.{index}.{name}.weight"
-            weights = _candidates(full_name, config, assignment, fit, seed)
+            noise = partial(generator, seed, "copies", full_name)
+            weights = {"random": draw_router(full_name, config, seed), **fit_router(assignment, fit, noise)}
             weights = {kind: weight.to(stream.dtype) for kind, weight in weights.items()}
             scores = {
                 kind: assignment.score([router_logits(part, weight) for part in held_out])
@@ -74,7 +76,8 @@ def fit_routers(
             tensors[full_name] = weights[how]
             separations.append(RouterSeparation(layer=index, kind=_kind(name), scores=scores))
             del inputs, fit, held_out  # before the next router's
-        stream.advance()
+        if index + 1 < config.num_hidden_layers:
+            stream.advance()
         if progress is not None:
             progress(index + 1, config.num_hidden_layers)
     return tensors, Separation(
@@ -87,17 +90,6 @@ def fit_routers(
     )
 
 
-def _candidates(
-    name: str, config: BamConfig, assignment: Assignment, inputs: list[Tensor], seed: int
-) -> dict[Initialisation, Tensor]:
-    """One router [N, d] by every initialisation, from its inputs [T, d] by domain."""
-    weights: dict[Initialisation, Tensor] = {"random": draw_router(name, config, seed)}
-    for kind, rows in domain_rows(inputs).items():
-        expanded = assignment.expand(rows, generator(seed, "copies", name))
-        weights[kind] = assignment.calibrated(expanded, inputs)
-    return weights
-
-
 def draw_router(name: str, config: BamConfig, seed: int) -> Tensor:
     """A router at random [N, d], in fp32: normal with the configuration's `initializer_range`, by its name and seed."""
     shape = (config.num_experts, config.hidden_size)
@@ -105,12 +97,12 @@ def draw_router(name: str, config: BamConfig, seed: int) -> Tensor:
 
 
 def split_rows(name: str, count: int, held_out_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows of a text to fit with and those to score with, by a seeded draw: at least one of each."""
+    """The rows of a text to fit with and those to score with, by a seeded shuffle: at least one of each."""
     if count < 2:
         raise UpcycleError(f"the text of {name!r} has {count} rows: give at least 2, one of them to score with")
     held_out = min(max(round(count * held_out_fraction), 1), count - 1)
     order = torch.randperm(count, generator=generator(seed, "rows", name))
-    return order[held_out:].sort().values, order[:held_out].sort().values
+    return order[held_out:], order[:held_out]
 
 
 def _assignment(names: list[str], texts: dict[str, Tensor]) -> Assignment:
