@@ -155,3 +155,23 @@ def test_what_travels_is_what_installing_needs(path: str) -> None:
     assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert re.search(r"chmod 600 .*~/.ray/auth_token", " ".join(config["setup_commands"]))
+
+
+PUBLIC = [*ROOT.glob("cluster/**/*"), *ROOT.glob("recipes/*"), *ROOT.glob("docs/*"), *ROOT.glob("jobs/*")]
+SECRET = re.compile(
+    r"AKIA[0-9A-Z]{16}"  # AWS's access keys
+    r"|(?i:secret_access_key|secret_key|auth_token|password)['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9+/_-]{12,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+
+
+def test_no_file_holds_a_secret() -> None:
+    for planted in (
+        "AKIAIOSFODNN7EXAMPLE",
+        "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG",
+        'RAY_AUTH_TOKEN: "0123456789abcdef"',
+    ):
+        assert SECRET.search(planted)
+    texts = {path: path.read_text() for path in PUBLIC if path.is_file() and path.suffix != ".pyc"}
+    assert len(texts) > 15
+    assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}
