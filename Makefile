@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOGS := .bam/logs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-up cluster-down cluster-status demo test test-fast check clean
+.PHONY: help setup cluster-up cluster-down cluster-status demo test test-fast check ceph clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ check: setup ## format, lint, types, directions of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy -p bam_ray -p cluster
 	@$(BIN)/lint-imports
+
+ceph: ## install a Ceph S3 gateway for the tests to use as well (Debian or Ubuntu, as root)
+	@mkdir -p $(LOGS)
+	@{ apt-get -qq update && apt-get -qq install -y --no-install-recommends radosgw ceph-mon ceph-osd; } > $(LOGS)/ceph.log 2>&1 || \
+		{ tail -5 $(LOGS)/ceph.log; echo "error: apt-get failed, the whole log is $(LOGS)/ceph.log"; exit 1; }
+	@ceph-mon --version
 
 clean: ## remove caches and build products; .venv, .bam/s3 and a running cluster stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .bam/cache

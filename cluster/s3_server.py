@@ -12,6 +12,7 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 from botocore.config import Config
@@ -107,16 +108,21 @@ def weed_binary() -> str:
     return found
 
 
-def _wait(process: Process, settings: S3Settings) -> bool:
-    """Whether the server answers these credentials with its bucket, and is the process that was started."""
-    client = boto3.session.Session().client(
+def s3_client(endpoint: str, access_key: str, secret_key: str) -> Any:
+    """A client that does not wait long: for servers that may not be up yet."""
+    return boto3.session.Session().client(
         "s3",
-        endpoint_url=settings.endpoint,
-        aws_access_key_id=settings.access_key,
-        aws_secret_access_key=settings.secret_key,
+        endpoint_url=endpoint,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
         region_name=REGION,
         config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}),
     )
+
+
+def _wait(process: Process, settings: S3Settings) -> bool:
+    """Whether the server answers these credentials with its bucket, and is the process that was started."""
+    client = s3_client(settings.endpoint, settings.access_key, settings.secret_key)
     until = time.monotonic() + START_SECONDS
     while process.pid() is not None and time.monotonic() < until:
         with contextlib.suppress(BotoCoreError, ClientError):

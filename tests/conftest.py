@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from cluster.ceph_server import CephServer, CephSettings, missing_binaries
 from cluster.processes import Process
 from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
 
@@ -30,3 +31,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Settings]:
     settings = start_s3_server(process, home / "data", S3Settings.generate())
     yield settings
     stop_s3_server(process, settings)
+
+
+@pytest.fixture(scope="session")
+def ceph_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephSettings]:
+    """A Ceph gateway with the bucket `bam`, where Ceph is installed."""
+    missing = missing_binaries()
+    if missing:
+        pytest.skip(f"Ceph is not installed ({missing[0]} not found): `make ceph` installs it")
+    server = CephServer(tmp_path_factory.mktemp("ceph-server"))
+    yield server.start()
+    server.stop()

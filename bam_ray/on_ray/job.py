@@ -13,10 +13,9 @@ from rich.console import Console
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import BamError
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
-from bam_ray.on_ray.serve_app import deploy
+from bam_ray.on_ray.serve_app import deploy, mixture_of
 from bam_ray.on_ray.submit import ENDING
 from bam_ray.on_ray.work import EngineFactory
 from bam_ray.settings import Recipe, load_recipe
@@ -48,10 +47,9 @@ def run_job(
 
 def serve_mixture(recipe: Recipe) -> tuple[str, str]:
     """Put the recipe's mixture behind the endpoint; returns its base URL and the model's name."""
-    name = recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
     connect()
-    id = find_task(task_graph(recipe), "mixtures", name).id
-    return deploy(recipe.store.uri, recipe.store.endpoint, "mixtures", id, name, recipe.serve), name
+    mixture, name = mixture_of(recipe)
+    return deploy(recipe.store.uri, recipe.store.endpoint, mixture.kind, mixture.id, name, recipe.serve), name
 
 
 def show_results(recipe: Recipe, console: Console) -> None:

@@ -9,6 +9,8 @@ successor answers, so that requests go on and a model that does not start costs 
 Serve stay as they are.
 
 The proxy runs on the head node alone: nodes may share one machine, and then its port too.
+
+Clusters that Serve's own configuration files describe (cluster/kuberay/rayservice.yaml) import `application` instead.
 """
 
 import logging
@@ -16,8 +18,10 @@ import socket
 from typing import Any
 
 import ray
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
@@ -26,10 +30,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
+from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.tasks import Task
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.cluster import NodeFacts, living_nodes, resources_of, room
-from bam_ray.settings import ServeSettings
+from bam_ray.settings import Recipe, ServeSettings, load_recipe
 
 APP = "bam"
 HEAD = "node:__internal_head__"  # a resource that Ray gives the head node alone
@@ -68,6 +73,32 @@ class Endpoint:
         return self._app
 
 
+class Served(BaseModel):
+    """What a Serve configuration file gives to `application`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str  # a path on the nodes
+    overrides: list[str] = []  # those that the run was made with, as `key=value`
+
+
+def application(arguments: Served) -> Application:
+    """The recipe's mixture as a Serve application; replicas and needs are those of `serve` in the recipe.
+
+    Raises `SettingsError` where the recipe is wrong, `CheckpointError` where the mixture is not committed.
+    """
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    artifact, name = mixture_of(recipe)
+    return _bound(artifact, recipe.store.endpoint, name, recipe.serve, spare=False)
+
+
+def mixture_of(recipe: Recipe) -> tuple[Artifact, str]:
+    """The mixture that a recipe serves, and its name."""
+    name = recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
+    id = find_task(task_graph(recipe), "mixtures", name).id
+    return Artifact(open_store(recipe.store.uri, recipe.store.endpoint), "mixtures", id), name
+
+
 def deploy(store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name: str, settings: ServeSettings) -> str:
     """Serve an artifact; returns the base URL for OpenAI clients when all replicas answer.
 
@@ -76,12 +107,25 @@ def deploy(store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     artifact = Artifact(open_store(store_uri, endpoint), kind, id)
-    if artifact.manifest() is None:
-        raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
     nodes = living_nodes()
     spare = _spare_room(settings, nodes)
+    app = _bound(artifact, endpoint, model_name, settings, spare)
     head = next(node for node in nodes if HEAD in node.resources)
     _start_serve(settings, head)
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        raise ServingError(f"{model_name} could not be served: {_reason() or error}") from None
+    host = head.address if settings.host in ANY_HOST else settings.host
+    return f"http://{host}:{settings.port}/v1"
+
+
+def _bound(
+    artifact: Artifact, endpoint: str | None, model_name: str, settings: ServeSettings, spare: bool
+) -> Application:
+    """The endpoint as Serve runs it; `spare`: the cluster has room for one replica more while they are replaced."""
+    if artifact.manifest() is None:
+        raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
     wanted = resources_of(settings.needs)
     deployment = serve.deployment(Endpoint, name="endpoint").options(
         num_replicas=settings.replicas,
@@ -96,14 +140,7 @@ def deploy(store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name
         },
     )
     plain = settings.model_dump()
-    try:
-        serve.run(
-            deployment.bind(artifact.store.uri, endpoint, kind, id, model_name, plain), name=APP, route_prefix="/"
-        )
-    except RuntimeError as error:
-        raise ServingError(f"{model_name} could not be served: {_reason() or error}") from None
-    host = head.address if settings.host in ANY_HOST else settings.host
-    return f"http://{host}:{settings.port}/v1"
+    return deployment.bind(artifact.store.uri, endpoint, artifact.kind, artifact.id, model_name, plain)
 
 
 def shutdown() -> None:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.live import Live
@@ -125,6 +126,11 @@ def client(address: str | None = None) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except ConnectionError:
         raise PlacementError(f"no Ray cluster answers at {address}: start it or mend RAY_ADDRESS") from None
+    except AuthenticationError:
+        raise PlacementError(
+            f"the cluster at {address} refuses this shell's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
+            "the file with the cluster's (`. .bam/env` does, for the local cluster)"
+        ) from None
 
 
 def last_status(store: BlobStore, details: JobDetails) -> Status | None:

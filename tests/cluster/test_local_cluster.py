@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stand_ins import PROJECT, RECIPE
 
 from bam_ray.blobs import open_store
 from cluster.local import LocalCluster
@@ -37,6 +39,13 @@ def write() -> str:
     return "OK from " + ray.get_runtime_context().get_node_id()[:4]
 
 print(ray.get(write.remote()))
+"""
+RUN = """
+import sys
+from bam_ray.blobs import open_store
+from bam_ray.on_ray.submit import follow, submit
+
+sys.exit(follow(submit("recipe.yaml", []), open_store("s3://bam/run")))
 """
 ENDLESS = "import time, ray; ray.init(); time.sleep(1000)"
 
@@ -104,6 +113,18 @@ def test_four_nodes_of_declared_kinds_are_alive(home: Path) -> None:
     }
     assert alive["spot"]["labels"]["ray.io/market-type"] == "spot"
     assert len({row["node_ip"] for row in rows}) == 4
+    assert listeners(int(environment["RAY_ADDRESS"].rpartition(":")[2])) == {"127.0.0.1"}
+
+
+def listeners(port: int) -> set[str]:
+    """The addresses of this machine on which something listens at `port`; IPv6 ones as the kernel writes them."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            address, number = row.split()[1].split(":")
+            if row.split()[3] == "0A" and int(number, 16) == port:
+                found.add(socket.inet_ntoa(bytes.fromhex(address)[::-1]) if len(address) == 8 else address)
+    return found
 
 
 def test_a_second_up_says_that_it_is_up(home: Path) -> None:
@@ -135,6 +156,72 @@ def test_a_job_runs_where_its_labels_say_and_reaches_the_store(
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, value)
     assert open_store("s3://bam/from-a-job").get("key") == b"written by a worker"
+
+
+def test_without_the_token_nothing_is_submitted(home: Path) -> None:
+    environment = shell_environment(home)
+    for changed in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        result = subprocess.run(
+            [sys.executable, "-c", "from bam_ray.on_ray.submit import client; client()"],
+            env=environment | changed,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        last = result.stderr.strip().splitlines()[-1]
+        assert "PlacementError: the cluster at http://127.0.0.1:" in last
+        assert "refuses this shell's token: set RAY_AUTH_MODE=token" in last
+
+
+def test_a_run_leaves_its_secrets_nowhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/run_all.py").write_text(PROJECT)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("STORE", "s3://bam/run"))
+    shutil.copy(Path(__file__).with_name("stand_ins.py"), tmp_path)
+    environment = shell_environment(home)
+    result = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "tiny: finished" in result.stdout
+
+    token = (home / "ray_token").read_text().strip()
+    secrets = [token.encode(), environment["AWS_SECRET_ACCESS_KEY"].encode()]
+
+    def leaks(texts: dict[str, bytes]) -> list[str]:
+        return [name for name, text in texts.items() if any(secret in text for secret in secrets)]
+
+    assert leaks({"env": (home / "env").read_bytes(), "token": token.encode()}) == ["env", "token"]
+    temporary = Path(json.loads((home / "cluster.json").read_text())["temporary"])
+    logs = [path for folder in (home / "logs", temporary) for path in folder.rglob("*") if path.is_file()]
+    assert len([path for path in logs if path.suffix in (".log", ".out", ".err")]) > 40
+    assert leaks({str(path): contents(path) for path in logs}) == []
+    pids = {pid for process in LocalCluster(home).processes for pid in process.family()}
+    lines = {f"ps {pid}": contents(Path(f"/proc/{pid}/cmdline")) for pid in pids}
+    assert len([line for line in lines.values() if line]) > 20
+    assert leaks(lines) == []
+    for name, value in environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    store = open_store("s3://bam/run")
+    blobs = {key: store.get(key) for key in store.list()}
+    assert any("status" in key for key in blobs)
+    assert leaks(blobs) == []
+    request = urllib.request.Request(
+        f"{environment['RAY_ADDRESS']}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        jobs = response.read()
+    assert b"jobs/run_all.py" in jobs
+    assert leaks({"jobs": jobs, "said": (result.stdout + result.stderr).encode()}) == []
+
+
+def contents(path: Path) -> bytes:
+    """What a file holds; nothing where it, or its process, has gone."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def test_a_killed_node_comes_back(home: Path) -> None:

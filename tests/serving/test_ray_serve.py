@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,14 +17,16 @@ import openai
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
-from bam_ray.on_ray.serve_app import deploy, shutdown
+from bam_ray.on_ray.serve_app import deploy, mixture_of, shutdown
 from bam_ray.serving import DecodeEngine, Sampling
-from bam_ray.settings import Needs, ServeSettings
+from bam_ray.settings import Needs, ServeSettings, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -59,6 +62,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setenv("BAM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_TMPDIR", folder)  # Ray notes the cluster's address below it, and makes no folder for that
+        (Path(folder) / "ray").mkdir()
         node: dict[str, Any] = {"object_store_memory": 100 << 20, "temp_dir": folder}
         running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **node})
         running.add_node(num_cpus=4, **node)
@@ -157,6 +162,27 @@ def test_what_cannot_be_served_is_said(url: str, store: FolderStore, port: int) 
     # The replica that was there before serves on
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     assert client.completions.create(model="demo", prompt=[1] * 60, max_tokens=4).usage.completion_tokens > 0
+
+
+def test_a_serve_configuration_serves_a_recipe(url: str, store: FolderStore, port: int, tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+    overrides = [f"store.uri={store.uri}", "serve.slots=4", "serve.max_length=64", "serve.needs.cpus=0.5"]
+    mixture, name = mixture_of(load_recipe(recipe, overrides))
+    mixture.publish(
+        Artifact(store, "mixtures", "bam").fetch(tmp_path), Manifest(id=mixture.id, kind="mixtures", name=name)
+    )
+    described = {
+        "name": "bam",
+        "route_prefix": "/",
+        "import_path": "bam_ray.on_ray.serve_app:application",
+        "args": {"recipe": str(recipe), "overrides": overrides},
+    }
+    http = {"host": "127.0.0.1", "port": port}
+    schema = ServeDeploySchema(applications=[described], http_options=http)
+    _get_global_client().deploy_apps(schema, _blocking=True)
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == [name]
+    assert client.completions.create(model=name, prompt="the", max_tokens=4).usage.completion_tokens == 4
 
 
 def test_deployed_again_then_shut_down(url: str, store: FolderStore, port: int) -> None:

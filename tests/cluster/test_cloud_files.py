@@ -1,0 +1,177 @@
+"""The `ray up` files, checked without a cloud: by Ray's schema, the clouds' own, the shell and this package."""
+
+import copy
+import re
+import shlex
+import subprocess
+import tomllib
+from typing import Any
+
+import botocore.session
+import jsonschema
+import pytest
+from botocore.validate import ParamValidator
+from manifests import ROOT, errors, facts, gce_validator, load
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start
+from ray.util.accelerators import accelerators
+
+from bam_ray.control.graph import task_graph
+from bam_ray.control.tasks import Task
+from bam_ray.on_ray.cluster import NodeFacts, room
+from bam_ray.settings import load_recipe
+
+FILES = ["cluster/aws.yaml", "cluster/gcp.yaml"]
+ON_GPUS = ["branch.needs.gpus=1", "mix.needs.gpus=1", "serve.needs.gpus=1"]
+KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
+
+
+def prepared(config: Any) -> Any:
+    """As `ray up` takes it; raises where it would."""
+    ready = prepare_config(copy.deepcopy(config))
+    validate_config(ready)
+    return ready
+
+
+def typos(config: Any) -> list[Any]:
+    """The same file with one slip each."""
+    slips = []
+    for path, name, wrong in [
+        ((), "max_workers", "max_worker"),
+        (("available_node_types", "head"), "node_config", "node_cfg"),
+        (("available_node_types", "spot-l4"), "labels", "label"),
+        (("auth",), "ssh_user", "ssh_usr"),
+    ]:
+        slip = copy.deepcopy(config)
+        part = slip
+        for key in path:
+            part = part[key]
+        part[wrong] = part.pop(name)
+        slips.append(slip)
+    slip = copy.deepcopy(config)
+    slip["head_node_type"] = "haed"
+    return [*slips, slip]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_ray_takes_the_file_and_refuses_typos(path: str) -> None:
+    config = load(path)
+    prepared(config)
+    for slip in typos(config):
+        with pytest.raises((jsonschema.ValidationError, ValueError)):
+            prepared(slip)
+
+
+def kinds(path: str) -> dict[str, Any]:
+    types: dict[str, Any] = load(path)["available_node_types"]
+    return types
+
+
+def test_ec2_takes_the_instances() -> None:
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for kind in kinds(FILES[0]).values():
+        asked = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        assert not ParamValidator().validate(asked, shape).has_errors()
+        assert asked["InstanceType"] in shape.members["InstanceType"].enum
+        assert ParamValidator().validate(asked | {"InstanceMarketOption": {}}, shape).has_errors()
+        spot = asked.get("InstanceMarketOptions", {}).get("MarketType")
+        assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "spot")
+
+
+def test_compute_engine_takes_the_instances() -> None:
+    validator = gce_validator()
+    for kind in kinds(FILES[1]).values():
+        asked = kind["node_config"]
+        assert errors(validator, asked) == []
+        assert len(errors(validator, asked | {"machinetype": "n2-standard-8"})) == 1
+        assert len(errors(validator, asked | {"scheduling": {"provisioningModel": "SPOTTED"}})) == 1
+        spot = asked.get("scheduling", {}).get("provisioningModel")
+        assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "SPOT")
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_head_is_on_demand_and_workers_are_spot_gpus_of_two_kinds(path: str) -> None:
+    types = kinds(path)
+    head = types.pop(load(path)["head_node_type"])
+    assert head["labels"] == {"ray.io/market-type": "on-demand"}
+    assert "GPU" not in head["resources"]
+    labels = [worker["labels"] for worker in types.values()]
+    assert {label["ray.io/market-type"] for label in labels} == {"spot"}
+    accelerator_types = {label["ray.io/accelerator-type"] for label in labels}
+    assert len(accelerator_types) == 2
+    assert accelerator_types <= KNOWN  # the names that Ray itself gives
+    assert all(worker["resources"]["GPU"] == 1 for worker in types.values())
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_smallest_cluster_holds_every_task_of_a_recipe_on_gpus(path: str) -> None:
+    nodes: list[NodeFacts] = []
+    for name, kind in kinds(path).items():
+        count = 1 if name == load(path)["head_node_type"] else kind["min_workers"]
+        nodes += [facts(f"{name}-{number}", kind["resources"], kind["labels"]) for number in range(count)]
+    tasks: list[Task] = task_graph(load_recipe(ROOT / "recipes/demo.yaml", ON_GPUS))
+    assert [task.id for task in tasks if room(task, nodes) < task.workers] == []
+    without_workers = nodes[:1]
+    assert [task for task in tasks if room(task, without_workers) < task.workers] != []
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_commands_parse_and_start_ray_with_a_token_and_a_private_dashboard(path: str) -> None:
+    ready = prepared(load(path))
+    lists = [name for name in ready if name.endswith("_commands")]
+    for command in [command for name in lists for command in ready[name]]:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+    for name, head in (("head_start_ray_commands", True), ("worker_start_ray_commands", False)):
+        stopping, starting = ready[name]
+        assert stopping == "~/venv/bin/ray stop"
+        assert "RAY_AUTH_MODE=token" in starting
+        options = ray_start_options(starting)
+        assert options["head"] is head
+        if head:
+            assert options["dashboard_host"] == "127.0.0.1"
+            assert options["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
+        else:
+            assert options["address"] == "$RAY_HEAD_IP:6379"
+
+
+def ray_start_options(command: str) -> dict[str, Any]:
+    """The options as `ray start` itself reads them; it exits where it does not know one."""
+    words = shlex.split(command.rpartition("ray start")[2])
+    options: dict[str, Any] = start.make_context("ray start", words).params
+    return options
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_what_travels_is_what_installing_needs(path: str) -> None:
+    config = load(path)
+    mounts = config["file_mounts"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for needed in ("pyproject.toml", project["readme"], "bam_ray"):
+        assert (ROOT / needed).exists()
+        assert mounts[f"~/bam_ray/{needed}"] == needed
+    # Ray reads every file of a mount to see what changed: `.` would mean .venv and all data
+    own = [source for source in mounts.values() if not source.startswith("~/")]
+    assert sorted(own) == sorted(["pyproject.toml", project["readme"], "bam_ray"])
+    assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
+    assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert re.search(r"chmod 600 .*~/.ray/auth_token", " ".join(config["setup_commands"]))
+
+
+PUBLIC = [*ROOT.glob("cluster/**/*"), *ROOT.glob("recipes/*"), *ROOT.glob("docs/*"), *ROOT.glob("jobs/*")]
+SECRET = re.compile(
+    r"AKIA[0-9A-Z]{16}"  # AWS's access keys
+    r"|(?i:secret_access_key|secret_key|auth_token|password)['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9+/_-]{12,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+
+
+def test_no_file_holds_a_secret() -> None:
+    for planted in (
+        "AKIAIOSFODNN7EXAMPLE",
+        "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG",
+        'RAY_AUTH_TOKEN: "0123456789abcdef"',
+    ):
+        assert SECRET.search(planted)
+    texts = {path: path.read_text() for path in PUBLIC if path.is_file() and path.suffix != ".pyc"}
+    assert len(texts) > 15
+    assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}

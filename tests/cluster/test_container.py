@@ -1,0 +1,90 @@
+"""The container file, checked without an engine: its grammar, what it copies, and that this is enough to install."""
+
+import fnmatch
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+from manifests import ROOT
+from packaging.specifiers import SpecifierSet
+
+KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The instructions in order, continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "cluster/Containerfile").read_text(), flags=re.MULTILINE)
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+def copied() -> list[str]:
+    """What is copied from the repository, to the same place below the working folder."""
+    sources = []
+    for word, rest in instructions():
+        if word == "COPY":
+            *names, target = rest.split()
+            assert target in ("./", names[0])
+            sources += names
+    return sources
+
+
+def ignored(path: str) -> bool:
+    """Whether .dockerignore keeps a path out of the build: its last matching line decides."""
+    out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!").removeprefix("**/")
+        parts = path.split("/") if line.startswith("**/") else [path.split("/")[0]]
+        if line and not line.startswith("#") and any(fnmatch.fnmatch(part, pattern) for part in parts):
+            out = not line.startswith("!")
+    return out
+
+
+def test_the_instructions_parse_and_the_base_fits_the_package() -> None:
+    first, *others = instructions()
+    base = re.fullmatch(r"docker\.io/library/python:(\d+\.\d+)-slim-bookworm", first[1])
+    assert first[0] == "FROM"
+    assert base
+    assert base[1] in SpecifierSet(PROJECT["requires-python"])
+    for word, rest in others:
+        assert word in KNOWN - {"FROM"}
+        if word == "RUN":
+            subprocess.run(["sh", "-n", "-c", rest], check=True)
+    assert ("USER", "ray") in others
+    assert "RAY_AUTH_MODE=token" in dict(others)["ENV"].split()
+    extras = {name for _, rest in others for found in re.findall(r"\.\[([\w,]+)\]", rest) for name in found.split(",")}
+    assert extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_all_that_is_copied_reaches_the_engine_and_no_secret_does() -> None:
+    for name in copied():
+        assert (ROOT / name).exists()
+        assert not ignored(name)
+    for name in (
+        ".bam/env",
+        ".bam/ray_token",
+        ".venv/bin/python",
+        ".git/config",
+        "bam_ray/__pycache__/x.pyc",
+        "tests/x",
+    ):
+        assert ignored(name)
+
+
+def test_the_copied_files_build_the_whole_package(tmp_path: Path) -> None:
+    for name in copied():
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, tmp_path / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*pip, str(tmp_path / "wheels"), str(tmp_path)], check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert wheel.name.startswith(f"bam_ray-{PROJECT['version']}-")
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "bam_ray").rglob("*.py")}
+    assert modules <= set(zipfile.ZipFile(wheel).namelist())

@@ -1,0 +1,187 @@
+"""The KubeRay manifests, checked without a cluster: by KubeRay's own schemas, by Ray's, and against the image."""
+
+import copy
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import ROOT, crd_validator, errors, facts, gib, load
+from packaging.specifiers import SpecifierSet
+from ray._common.utils import import_attr
+from ray.scripts.scripts import start
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
+from ray.util.accelerators import accelerators
+
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.control.graph import task_graph
+from bam_ray.errors import CheckpointError, SettingsError
+from bam_ray.on_ray.cluster import NodeFacts, room
+from bam_ray.on_ray.serve_app import mixture_of
+from bam_ray.settings import Recipe, load_recipe
+
+PATHS = {kind: f"cluster/kuberay/{kind.lower()}.yaml" for kind in ("RayCluster", "RayJob", "RayService")}
+CLUSTER_OF = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+INSTALLED = "/opt/bam_ray/"  # where the image has the repository
+KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
+
+every_kind = pytest.mark.parametrize("kind", PATHS)
+
+
+def cluster_of(kind: str) -> Any:
+    """The Ray cluster that a manifest describes."""
+    spec = load(PATHS[kind])["spec"]
+    return spec[CLUSTER_OF[kind]] if kind in CLUSTER_OF else spec
+
+
+def containers(kind: str) -> list[Any]:
+    cluster = cluster_of(kind)
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+
+
+@every_kind
+def test_kuberay_takes_the_manifest_and_its_schema_finds_typos(kind: str) -> None:
+    validator = crd_validator(kind)
+    manifest = load(PATHS[kind])
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
+    assert errors(validator, manifest) == []
+    for place, wrong in [
+        (("headGroupSpec", "template", "spec", "containers", 0), {"img": "x"}),
+        (("headGroupSpec",), {"rayStartParam": {}}),
+        (("workerGroupSpecs", 0), {"minReplica": 1}),
+        (("workerGroupSpecs", 0), {"maxReplicas": "8"}),
+        (("authOptions",), {"mode": "tokens"}),
+    ]:
+        slip = copy.deepcopy(manifest)
+        part = slip["spec"][CLUSTER_OF[kind]] if kind in CLUSTER_OF else slip["spec"]
+        for key in place:
+            part = part[key]
+        part.update(wrong)
+        assert len(errors(validator, slip)) == 1
+
+
+@every_kind
+def test_ray_and_image_are_of_this_package(kind: str) -> None:
+    cluster = cluster_of(kind)
+    (ray,) = [needed for needed in PROJECT["dependencies"] if needed.startswith("ray[")]
+    assert cluster["rayVersion"] in SpecifierSet(ray.partition("]")[2])
+    images = {container["image"] for container in containers(kind)}
+    assert images == {f"registry.example.com/bam-ray:{PROJECT['version']}"}
+    assert images.pop() in (ROOT / "cluster/Containerfile").read_text()
+
+
+@every_kind
+def test_a_token_guards_the_cluster_and_secrets_come_from_a_secret(kind: str) -> None:
+    cluster = cluster_of(kind)
+    assert cluster["authOptions"] == {"mode": "token"}
+    for container in containers(kind):
+        assert container["envFrom"] == [{"secretRef": {"name": "bam-s3"}}]
+        assert "env" not in container
+    host = cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"]
+    # The operator must reach the dashboard of a cluster that it submits or deploys to; no Service opens it to outside
+    assert host == ("127.0.0.1" if kind == "RayCluster" else "0.0.0.0")
+    assert "serviceType" not in cluster["headGroupSpec"]
+
+
+@every_kind
+def test_ray_knows_the_start_parameters(kind: str) -> None:
+    cluster = cluster_of(kind)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        flags = {"disable-usage-stats"}
+        parameters = group["rayStartParams"].items()
+        words = [f"--{name}" if name in flags else f"--{name}={value}" for name, value in parameters]
+        start.make_context("ray start", words)  # exits where it does not know one
+
+
+@every_kind
+def test_requests_and_labels_are_what_placement_needs(kind: str) -> None:
+    cluster = cluster_of(kind)
+    for group in cluster["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        # Ray declares what the limits say; with lower requests a node would promise what it may not get
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        assert group["labels"]["ray.io/accelerator-type"] in KNOWN
+        wants_spot = group["labels"]["ray.io/market-type"] == "spot"
+        assert ("cloud.google.com/gke-spot" in group["template"]["spec"]["nodeSelector"]) is wants_spot
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+    if kind != "RayService":
+        labels = [group["labels"] for group in cluster["workerGroupSpecs"]]
+        assert len({label["ray.io/accelerator-type"] for label in labels}) == 2
+        assert {label["ray.io/market-type"] for label in labels} == {"spot"}
+
+
+def recipe_of(kind: str) -> Recipe:
+    """The recipe that a manifest runs or serves, at the place where the image has it."""
+    if kind == "RayService":
+        arguments = serve_config()["applications"][0]["args"]
+        return load_recipe(in_repository(arguments["recipe"]), arguments["overrides"])
+    if kind == "RayJob":
+        _, script, flag, recipe, *overrides = shlex.split(load(PATHS[kind])["spec"]["entrypoint"])
+        assert flag == "--recipe"
+        assert in_repository(script).exists()
+        return load_recipe(in_repository(recipe), overrides)
+    return load_recipe(ROOT / "recipes/demo.yaml", ["branch.needs.gpus=1", "mix.needs.gpus=1"])
+
+
+def serve_config() -> Any:
+    return yaml.safe_load(load(PATHS["RayService"])["spec"]["serveConfigV2"])
+
+
+def in_repository(path: str) -> Path:
+    """Where the repository has what the image has at `path`."""
+    assert path.startswith(INSTALLED)
+    inside = path.removeprefix(INSTALLED)
+    assert re.search(rf"^COPY {inside.partition('/')[0]} ", (ROOT / "cluster/Containerfile").read_text(), re.MULTILINE)
+    return ROOT / inside
+
+
+@every_kind
+def test_the_smallest_cluster_holds_what_it_is_for(kind: str) -> None:
+    cluster = cluster_of(kind)
+    nodes: list[NodeFacts] = []
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        has = {"CPU": float(limits["cpu"]), "memory": gib(limits["memory"]) * 2**30}
+        has |= {"GPU": float(limits.get("nvidia.com/gpu", 0))}
+        count = group.get("minReplicas", 1)
+        nodes += [facts(f"{group.get('groupName', 'head')}-{number}", has, group["labels"]) for number in range(count)]
+    recipe = recipe_of(kind)
+    if kind == "RayService":
+        assert recipe.serve.needs.gpus <= sum(node.resources["GPU"] for node in nodes)
+        assert recipe.serve.replicas <= sum(group["minReplicas"] for group in cluster["workerGroupSpecs"])
+        return
+    assert [task.id for task in task_graph(recipe) if room(task, nodes) < task.workers] == []
+
+
+def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(serve_config())
+    assert schema.http_options.host == "0.0.0.0"  # of the pod: a Kubernetes Service stands before it
+    (described,) = schema.applications
+    builder = import_attr(described.import_path)
+    # The image's path and the bucket, here
+    recipe = str(in_repository(described.args["recipe"]))
+    overrides = [*described.args["overrides"], f"store.uri={tmp_path}"]
+    asked: dict[str, Any] = {"recipe": recipe, "overrides": overrides}
+
+    def build(**arguments: Any) -> Application:
+        return call_user_app_builder_with_args_if_necessary(builder, asked | arguments)
+
+    with pytest.raises(CheckpointError, match="not committed: run the stage that makes it"):
+        build()
+    mixture, name = mixture_of(load_recipe(recipe, overrides))
+    (tmp_path / "empty").mkdir()
+    mixture.publish(tmp_path / "empty", Manifest(id=mixture.id, kind="mixtures", name=name))
+    assert isinstance(build(), Application)
+    with pytest.raises(SettingsError, match="serve"):
+        build(overrides=[*overrides, "serve.port=zero"])
+    with pytest.raises(ValueError, match="override"):
+        build(override=[])
