@@ -78,9 +78,12 @@ class TrainingSettings(Strict):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    micro_batch_sequences: Count = 8  # on each device; never changes the result
+    # On each device; never changes what a dense model learns. auto: the largest power of two that fits its memory
+    micro_batch_sequences: Count | Literal["auto"] = "auto"
     checkpoint_every: Count = 50  # steps
-    precision: Literal["fp32", "bf16"] = "fp32"
+    keep_last: Count = 2  # checkpoints kept: the last, and the one before should the last be damaged
+    keep_every: Count | None = None  # steps; checkpoints at its multiples stay for good
+    precision: Literal["fp32", "bf16", "auto"] = "auto"  # auto: bf16 on GPUs that compute in it, else fp32
     seed: int = 0
 
     @property
@@ -189,6 +192,13 @@ class ServeSettings(Strict):
     needs: Needs = Needs()
 
 
+class MetricsSettings(Strict):
+    """Where curves of training go, besides the run's table and Ray's Prometheus endpoint."""
+
+    tensorboard: bool = True  # event files under <kind>/<id>/tensorboard/ of the store
+    wandb_project: str | None = None  # needs the package wandb, and its key in the environment
+
+
 class UpcycleSettings(Strict):
     """The mixtures to make, by name."""
 
@@ -208,6 +218,7 @@ class Recipe(Strict):
     mix: MixSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
     def _domains_are_known(self) -> Self:

@@ -5,6 +5,8 @@ L/2 keys on average), k FFN experts a token and A attention experts (C of them w
 `2(A·2dq + C·2dc + k·3df + routers) + A·2Lq`. Training is three times the forward pass.
 """
 
+import re
+
 from transformers import PreTrainedConfig
 
 
@@ -28,3 +30,14 @@ def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
 def training_flops(config: PreTrainedConfig, context: int, tokens: int) -> float:
     """Operations of training on `tokens` tokens: forward and twice that backward."""
     return 3.0 * forward_flops_per_token(config, context) * tokens
+
+
+PEAK_BF16_TFLOPS = {"GH200": 989, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
+"""Dense tensor-core peaks by a word of the device's name (vendors' data sheets, SXM forms)."""
+
+
+def peak_flops(device: str) -> float | None:
+    """The device's bf16 peak in operations a second (for fp32 runs too: it is what the device could do), None where it
+    is not known."""
+    words = re.split(r"[ -]", device)
+    return next((peak * 1e12 for name, peak in PEAK_BF16_TFLOPS.items() if name in words), None)
