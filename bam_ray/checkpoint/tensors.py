@@ -46,7 +46,8 @@ class TensorReader:
         self.config: dict[str, Any] = json.loads(self._file("config.json"))
         self.specs: dict[str, TensorSpec] = {}
         self._places: dict[str, tuple[str, int]] = {}  # name -> key, first byte
-        for shard in self._shards():
+        self.shards: tuple[str, ...] = self._shards()  # names of the files that hold the tensors
+        for shard in self.shards:
             self._read_header(self._key(shard))
 
     @property
@@ -78,11 +79,11 @@ class TensorReader:
             raise CheckpointError(f"{self.uri} is no Hugging Face model folder: it has no {name}")
         return data
 
-    def _shards(self) -> list[str]:
+    def _shards(self) -> tuple[str, ...]:
         index = self.file("model.safetensors.index.json")
         if index is None:
-            return ["model.safetensors"]
-        return sorted(set(json.loads(index)["weight_map"].values()))
+            return ("model.safetensors",)
+        return tuple(sorted(set(json.loads(index)["weight_map"].values())))
 
     def _read_header(self, key: str) -> None:
         try:

@@ -1,6 +1,6 @@
 """The recipe's models. Unknown keys and wrong types fail; every default that is a choice names its source."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -132,7 +132,7 @@ class SeedSettings(Strict):
 
 
 class BranchSettings(Strict):
-    """One branch a domain, all alike."""
+    """One branch a domain, all alike. `training` without `peak_lr` takes half of the seed's (the paper's)."""
 
     domains: list[Name]
     training: TrainingSettings
@@ -219,6 +219,23 @@ class Recipe(Strict):
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _branches_at_half_the_seed_s_rate(cls, plain: Any) -> Any:
+        """Where no branch.training.peak_lr is given, it is half of the seed's (the paper's)."""
+        branch = plain.get("branch") if isinstance(plain, dict) else None
+        training = branch.get("training") if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or not isinstance(training, dict) or "peak_lr" in training:
+            return plain
+        seed = plain.get("seed")
+        trained = seed.get("training") if isinstance(seed, dict) else None
+        rate = trained.get("peak_lr") if isinstance(trained, dict) else None
+        if not isinstance(rate, int | float):
+            raise ValueError(
+                "branch.training.peak_lr is missing: it is half of seed.training.peak_lr, where that is given"
+            )
+        return {**plain, "branch": {**branch, "training": {**training, "peak_lr": rate / 2}}}
 
     @model_validator(mode="after")
     def _domains_are_known(self) -> Self:

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.manifest import Manifest
@@ -85,12 +85,13 @@ def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context
             f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "
             f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder"
         )
-    keys = [key for key in source.list() if key.endswith((".json", ".safetensors", ".jinja", ".txt", ".model"))]
+    keys = [key for key in source.list() if _is_of_a_model(key, reader)]
     with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:
         for number, key in enumerate(keys):
             context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
-            (Path(folder) / key).parent.mkdir(parents=True, exist_ok=True)
             source.get_file(key, Path(folder) / key)
+        # Branches write the configuration as transformers does today; in older layouts the seed's would differ from it
+        AutoConfig.from_pretrained(folder).save_pretrained(folder)
         task = place.task
         manifest = Manifest(
             id=task.id,
@@ -101,3 +102,11 @@ def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context
             facts={"imported_from": uri, "architecture": reader.config["model_type"]},
         )
         return place.artifact.publish(Path(folder), manifest)
+
+
+def _is_of_a_model(key: str, reader: TensorReader) -> bool:
+    """Whether a file of a Hugging Face folder is needed: shards of `reader`'s model (folders often hold the weights in
+    a second layout too), configurations and what is the tokenizer's."""
+    if key.endswith(".safetensors"):
+        return key in reader.shards
+    return "/" not in key and key.endswith((".json", ".jinja", ".txt", ".model"))
