@@ -2,7 +2,7 @@
 
 Forward, a token and layer, with hidden size d, query width q, key/value width c, FFN hidden f, context L (causal, so
 L/2 keys on average), k FFN experts a token and A attention experts (C of them with own keys and values):
-`2(A·2dq + C·2dc + k·3df + routers) + A·2Lq`. Training is three times the forward pass.
+`2(A·2dq + C·2dc + k·3df + routers) + A·2Lq` (2df where the FFN has no gate). Training is three times the forward pass.
 """
 
 import re
@@ -14,7 +14,8 @@ def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
     """Operations of one forward pass, a token, averaged over a sequence of `context` tokens."""
     d, f = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
-    q, c = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    q, c = config.num_attention_heads * head_dim, kv_heads * head_dim
     experts, top_k, attention, own_keys, routers = 1, 1, 1, 1, 0
     if config.model_type == "bam":
         experts, top_k = config.num_experts, config.num_experts_per_tok
@@ -22,7 +23,8 @@ def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
         if config.attention_experts != "averaged":
             attention, routers = experts, 2
             own_keys = 1 if config.attention_experts == "kv_shared" else experts
-    layer = 2 * (attention * 2 * d * q + own_keys * 2 * d * c + top_k * 3 * d * f + routers * experts * d)
+    matrices = 3 if getattr(config, "mlp_gated", config.model_type != "gpt_neox") else 2
+    layer = 2 * (attention * 2 * d * q + own_keys * 2 * d * c + top_k * matrices * d * f + routers * experts * d)
     layer += attention * 2 * context * q
     return float(config.num_hidden_layers * layer + 2 * config.vocab_size * d)
 
