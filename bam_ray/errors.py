@@ -14,7 +14,8 @@ BamError
 ├── FamilyError            an architecture that is not supported, or weights that do not fit it
 ├── UpcycleError           seed and branches cannot become one mixture
 ├── PlacementError         no node can ever meet a demand
-├── TrainingError          a training run cannot go on (NaN loss, out of memory)
+├── TrainingError          a training run cannot go on (out of memory, no checkpoint can be written)
+│   └── LossNotFinite      the loss or its gradient is NaN or infinite
 ├── ServingError           the server cannot start or a request cannot be met
 └── Interrupted            work was asked to stop and stopped cleanly: the same command goes on
 """
@@ -78,6 +79,10 @@ class PlacementError(BamError):
 
 class TrainingError(BamError):
     """A training run cannot go on."""
+
+
+class LossNotFinite(TrainingError):
+    """The loss or its gradient is NaN or infinite."""
 
 
 class ServingError(BamError):

@@ -71,18 +71,14 @@ class TensorReader:
             raise CheckpointError(f"{self.uri}/config.json is not JSON: the file is damaged") from None
         self.specs: dict[str, TensorSpec] = {}
         self._extents: dict[str, Extent] = {}
-        for shard in self._shards() if files is None else files:
+        self.shards = tuple(self._index() if files is None else files)  # the files that hold the tensors
+        for shard in self.shards:
             self._read_header(self._key(shard))
 
     @property
     def uri(self) -> str:
         """Where the folder lies, for people."""
         return f"{self.store.uri}/{self._prefix}".rstrip("/")
-
-    @property
-    def files(self) -> list[str]:
-        """The names of the weight files."""
-        return sorted({extent.key.removeprefix(self._key("")) for extent in self._extents.values()})
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its own dtype."""
@@ -149,7 +145,7 @@ class TensorReader:
             raise CheckpointError(f"{self.uri} is no Hugging Face model folder: it has no {name}")
         return data
 
-    def _shards(self) -> list[str]:
+    def _index(self) -> list[str]:
         index = self.file(INDEX)
         if index is None:
             return ["model.safetensors"]

@@ -138,4 +138,5 @@ def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
     """The part of training settings that determines the weights."""
     if training is None:
         return None
-    return training.model_dump(mode="json", exclude={"micro_batch_sequences", "checkpoint_every"})
+    how = {"micro_batch_sequences", "checkpoint_every", "keep_last", "keep_every"}
+    return training.model_dump(mode="json", exclude=how)

@@ -16,6 +16,7 @@ from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import (
     DataError,
     FamilyError,
+    LossNotFinite,
     PlacementError,
     SettingsError,
     StaleLease,
@@ -23,7 +24,7 @@ from bam_ray.errors import (
     UpcycleError,
 )
 
-FINAL = (SettingsError, DataError, StoreDenied, StaleLease, FamilyError, UpcycleError, PlacementError)
+FINAL = (SettingsError, DataError, StoreDenied, StaleLease, FamilyError, UpcycleError, PlacementError, LossNotFinite)
 MAX_PENDING = 32  # placed, but on no node yet: enough to keep nodes busy, few enough that the order stays ours
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles up to:
 LONGEST_DELAY = 60.0

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed.expert_parallel import ExpertShards
-from bam_ray.training.state import ADAM_STATES, read_optimizer, read_weights, write_state
+from bam_ray.training.memory import HostMemory
+from bam_ray.training.state import ADAM_STATES, State, read_optimizer, read_weights, snapshot
 
 
-def save(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:
-    """Write the state of `model` and its ZeRO optimizer; called on all ranks, rank 0 writes, all return after it."""
+def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | None:
+    """The state of `model` and its ZeRO optimizer on rank 0, None elsewhere; called on all ranks."""
     first = dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
@@ -36,9 +37,7 @@ def save(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
                 whole = shards.whole(name, safe_get_full_optimizer_state(parameter, kind))
                 if first:
                     states[f"{name}.{kind}"] = whole.cpu()
-    if first:
-        write_state(folder, model, weights, states, step)
-    dist.barrier()
+    return snapshot(model, weights, states, step, HostMemory().room()) if first else None
 
 
 def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:

@@ -18,15 +18,20 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bam_ray.errors import TrainingError
+from bam_ray.errors import LossNotFinite, TrainingError
 from bam_ray.on_deepspeed import canonical
 from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
 from bam_ray.settings import Losses, TrainingSettings
-from bam_ray.training.engine import StepResult, decayed, objective
+from bam_ray.training.engine import StepResult, decayed, name_of, precision_on
+from bam_ray.training.memory import memory_of
+from bam_ray.training.objective import objective
+from bam_ray.training.state import State
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our errors say, or nothing to act on
 # torch 2.13 renames two collectives; torch 2.11 and DeepSpeed know the old names only.
 warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
+
+AUTO_MICRO_BATCH = 8  # sequences; no trial: ranks that ran out of memory at different sizes would wait for each other
 
 
 class DeepSpeedEngine:
@@ -43,6 +48,9 @@ class DeepSpeedEngine:
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.settings, self.losses = settings, losses
+        chosen = settings.micro_batch_sequences
+        self.micro_batch: int | None = AUTO_MICRO_BATCH if chosen == "auto" else chosen
+        self.precision = precision_on(get_accelerator().device_name(), settings.precision)
         self.top_k: int | None = getattr(model.config, "num_experts_per_tok", None)
         self.model = model.train()
         self.shards = apply_expert_parallelism(model, expert_parallel)
@@ -53,6 +61,12 @@ class DeepSpeedEngine:
                 config=self._config(),
             )
         self.device = torch.device(self.deepspeed.device)
+        self.memory = memory_of(str(self.device))
+
+    @property
+    def device_name(self) -> str:
+        """See `training.engine.Engine`."""
+        return name_of(str(self.device))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """TorchEngine's, its groups split where ZeRO must reduce and partition experts over ranks of their own."""
@@ -76,7 +90,7 @@ class DeepSpeedEngine:
 
     def _config(self) -> dict[str, object]:
         return {
-            "train_micro_batch_size_per_gpu": self.settings.micro_batch_sequences,  # only for its own statistics
+            "train_micro_batch_size_per_gpu": self.micro_batch,  # only for its own statistics
             "gradient_accumulation_steps": 1,  # `step` weighs micro batches itself: the last may be smaller
             "managed_gradient_accumulation": False,  # gradients add up until `step` reduces them
             "zero_optimization": {
@@ -86,7 +100,7 @@ class DeepSpeedEngine:
             },
             "gradient_clipping": self.settings.clip_norm,
             "torch_autocast": {
-                "enabled": self.settings.precision == "bf16",
+                "enabled": self.precision == "bf16",
                 "dtype": "bfloat16",
                 "lower_precision_safe_modules": [],  # those whose gradients would be reduced in bf16
             },
@@ -102,7 +116,7 @@ class DeepSpeedEngine:
         """See `training.engine.Engine`. Every rank brings the same shape, so that the mean of ranks is the batch's."""
         self._check_shares(input_ids)
         sums = torch.zeros(3, device=self.device)
-        for micro in input_ids.to(self.device).split(self.settings.micro_batch_sequences):
+        for micro in input_ids.to(self.device).split(self.micro_batch):
             share = micro.shape[0] / input_ids.shape[0]
             loss = objective(self.deepspeed, micro, self.losses, self.top_k, reduce=self._mean)
             self.deepspeed.backward(loss.total * share, scale_wrt_gas=False)
@@ -110,13 +124,13 @@ class DeepSpeedEngine:
         nll, load_balance, router_z = self._mean(sums).tolist()
         if not math.isfinite(nll):
             self.deepspeed.optimizer.zero_grad()
-            raise TrainingError(f"the loss ({nll}) is not finite: lower peak_lr")
+            raise LossNotFinite(f"the loss ({nll:.4g}) is not finite")
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()  # leaves everything as it was where the norm is not finite
         norm = float(self.deepspeed.get_global_grad_norm())
         if not math.isfinite(norm):
-            raise TrainingError(f"the gradient ({norm}) of the loss ({nll}) is not finite: lower peak_lr")
+            raise LossNotFinite(f"the gradient ({norm:.4g}) of the loss ({nll:.4g}) is not finite")
         return StepResult(nll, load_balance, router_z, norm)
 
     def any_rank(self, flag: bool) -> bool:
@@ -137,9 +151,9 @@ class DeepSpeedEngine:
                 "use a batch_tokens that is a multiple of processes times sequence_length"
             )
 
-    def save(self, folder: Path) -> None:
+    def state(self) -> State | None:
         """See `training.engine.Engine`."""
-        canonical.save(folder, self.model, self.deepspeed.optimizer, self.shards)
+        return canonical.state(self.model, self.deepspeed.optimizer, self.shards)
 
     def load(self, folder: Path) -> None:
         """See `training.engine.Engine`. Every rank reads the whole folder."""

@@ -13,11 +13,12 @@ from typing import Any
 import ray
 
 from bam_ray.control.attempt import LOG_LINES, Attempt
-from bam_ray.control.sightings import Sighting
+from bam_ray.control.sightings import Queued, Sighting
 from bam_ray.control.states import Node
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
+from bam_ray.on_ray.gauges import Gauges
 from bam_ray.on_ray.work import Work
 
 QUIET = {
@@ -44,13 +45,17 @@ class TaskActor:
         """Begin; returns where."""
         run = self._run_group if work.is_group else self._run_stage
         self._attempt = Attempt(lambda context: run(work, context), self._log)
+        self._gauges = Gauges(work.task.kind, work.task.name)
         self._attempt.start()
         return self._node
 
     def poll(self) -> Sighting:
         """How the attempt stands."""
         assert self._attempt is not None
-        return self._attempt.look(self._node)
+        sighting = self._attempt.look(self._node)
+        if not isinstance(sighting, Queued):
+            self._gauges.show(sighting.progress)
+        return sighting
 
     def drain(self) -> None:
         """Ask the stage to write a checkpoint and stop."""

@@ -1,6 +1,6 @@
 """The recipe's models. Unknown keys and wrong types fail; every default that is a choice names its source."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -78,9 +78,12 @@ class TrainingSettings(Strict):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    micro_batch_sequences: Count = 8  # on each device; never changes the result
+    # On each device; never changes what a dense model learns. auto: the largest power of two that fits its memory
+    micro_batch_sequences: Count | Literal["auto"] = "auto"
     checkpoint_every: Count = 50  # steps
-    precision: Literal["fp32", "bf16"] = "fp32"
+    keep_last: Count = 2  # checkpoints kept: the last, and the one before should the last be damaged
+    keep_every: Count | None = None  # steps; checkpoints at its multiples stay for good
+    precision: Literal["fp32", "bf16", "auto"] = "auto"  # auto: bf16 on GPUs that compute in it, else fp32
     seed: int = 0
 
     @property
@@ -129,7 +132,7 @@ class SeedSettings(Strict):
 
 
 class BranchSettings(Strict):
-    """One branch a domain, all alike."""
+    """One branch a domain, all alike. `training` without `peak_lr` takes half of the seed's (the paper's)."""
 
     domains: list[Name]
     training: TrainingSettings
@@ -258,6 +261,13 @@ class ServeSettings(Strict):
     needs: Needs = Needs()
 
 
+class MetricsSettings(Strict):
+    """Where curves of training go, besides the run's table and Ray's Prometheus endpoint."""
+
+    tensorboard: bool = True  # event files under <kind>/<id>/tensorboard/ of the store
+    wandb_project: str | None = None  # needs the package wandb, and its key in the environment
+
+
 class UpcycleSettings(Strict):
     """The mixtures to make, by name."""
 
@@ -277,6 +287,24 @@ class Recipe(Strict):
     mix: MixSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _branches_at_half_the_seed_s_rate(cls, plain: Any) -> Any:
+        """Where no branch.training.peak_lr is given, it is half of the seed's (the paper's)."""
+        branch = plain.get("branch") if isinstance(plain, dict) else None
+        training = branch.get("training") if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or not isinstance(training, dict) or "peak_lr" in training:
+            return plain
+        seed = plain.get("seed")
+        trained = seed.get("training") if isinstance(seed, dict) else None
+        rate = trained.get("peak_lr") if isinstance(trained, dict) else None
+        if not isinstance(rate, int | float):
+            raise ValueError(
+                "branch.training.peak_lr is missing: it is half of seed.training.peak_lr, where that is given"
+            )
+        return {**plain, "branch": {**branch, "training": {**training, "peak_lr": rate / 2}}}
 
     @model_validator(mode="after")
     def _domains_are_known(self) -> Self:

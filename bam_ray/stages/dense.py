@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.manifest import Manifest
@@ -13,9 +13,9 @@ from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import family_of
-from bam_ray.settings import Blend, Recipe, Scratch, TrainingSettings
+from bam_ray.settings import Recipe, Scratch
 from bam_ray.stages.lineage import Place
-from bam_ray.stages.train import train_to_artifact
+from bam_ray.stages.train import Job, train_to_artifact
 from bam_ray.training.engine import Engine, TorchEngine
 
 
@@ -30,7 +30,8 @@ def train_seed(name: str, recipe: Recipe, store: BlobStore, context: StageContex
     torch.manual_seed(settings.training.seed)
     model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, Corpus(corpus_folder)))
     blend = settings.blend or dict.fromkeys(recipe.data.domains, 1.0)
-    return _train_dense(place, store, corpus_folder, blend, settings.training, model, context)
+    job = Job(corpus_folder, blend, settings.training, recipe.metrics)
+    return _train_dense(place, store, job, model, context)
 
 
 def train_branch(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
@@ -40,7 +41,8 @@ def train_branch(name: str, recipe: Recipe, store: BlobStore, context: StageCont
     model = AutoModelForCausalLM.from_pretrained(place.other("seeds", "seed").fetch(), dtype=torch.float32)
     blend = {recipe.data.general: recipe.branch.general_fraction}
     blend[name] = blend.get(name, 0.0) + 1.0 - recipe.branch.general_fraction
-    return _train_dense(place, store, corpus_folder, blend, recipe.branch.training, model, context)
+    job = Job(corpus_folder, blend, recipe.branch.training, recipe.metrics)
+    return _train_dense(place, store, job, model, context)
 
 
 def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
@@ -62,19 +64,13 @@ def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
     )
 
 
-def _train_dense(
-    place: Place,
-    store: BlobStore,
-    corpus_folder: Path,
-    blend: Blend,
-    settings: TrainingSettings,
-    model: PreTrainedModel,
-    context: StageContext,
-) -> Manifest:
-    def make_engine(model: PreTrainedModel) -> Engine:
-        return TorchEngine(model, settings, device="cuda" if torch.cuda.is_available() else "cpu")
+def _train_dense(place: Place, store: BlobStore, job: Job, model: PreTrainedModel, context: StageContext) -> Manifest:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    manifest = train_to_artifact(place, store, corpus_folder, blend, settings, model, make_engine, context)
+    def make_engine(model: PreTrainedModel) -> Engine:
+        return TorchEngine(model, job.training, device=device, memory_gib=place.task.needs.memory_gib)
+
+    manifest = train_to_artifact(place, store, job, model, make_engine, context)
     assert manifest is not None  # one process is rank 0
     return manifest
 
@@ -89,12 +85,13 @@ def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context
             f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "
             f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder"
         )
-    keys = [key for key in source.list() if key.endswith((".json", ".safetensors", ".jinja", ".txt", ".model"))]
+    keys = [key for key in source.list() if _is_of_a_model(key, reader)]
     with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:
         for number, key in enumerate(keys):
             context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
-            (Path(folder) / key).parent.mkdir(parents=True, exist_ok=True)
             source.get_file(key, Path(folder) / key)
+        # Branches write the configuration as transformers does today; in older layouts the seed's would differ from it
+        AutoConfig.from_pretrained(folder).save_pretrained(folder)
         task = place.task
         manifest = Manifest(
             id=task.id,
@@ -105,3 +102,11 @@ def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context
             facts={"imported_from": uri, "architecture": reader.config["model_type"]},
         )
         return place.artifact.publish(Path(folder), manifest)
+
+
+def _is_of_a_model(key: str, reader: TensorReader) -> bool:
+    """Whether a file of a Hugging Face folder is needed: shards of `reader`'s model (folders often hold the weights in
+    a second layout too), configurations and what is the tokenizer's."""
+    if key.endswith(".safetensors"):
+        return key in reader.shards
+    return "/" not in key and key.endswith((".json", ".jinja", ".txt", ".model"))

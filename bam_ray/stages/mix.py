@@ -11,7 +11,7 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control.tasks import StageContext
 from bam_ray.settings import Losses, Recipe, TrainingSettings
 from bam_ray.stages.lineage import Place
-from bam_ray.stages.train import train_to_artifact
+from bam_ray.stages.train import Job, train_to_artifact
 from bam_ray.training.engine import Engine
 
 EngineFactory = Callable[[PreTrainedModel, TrainingSettings, Losses, int], Engine]
@@ -32,5 +32,5 @@ def train_mixture(
         return engine_factory(model, mix.training, mix.losses, mix.expert_parallel)
 
     blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
-    carried = (start / "lineage.json",)
-    return train_to_artifact(place, store, corpus_folder, blend, mix.training, model, make_engine, context, carried)
+    job = Job(corpus_folder, blend, mix.training, recipe.metrics, carried=(start / "lineage.json",))
+    return train_to_artifact(place, store, job, model, make_engine, context)

@@ -1,13 +1,16 @@
 """Training to an artifact: what seed, branches and mixtures have in common."""
 
 import json
+import os
 import shutil
+import socket
 import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -16,87 +19,219 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Compute, Manifest
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import BlendedSampler, Corpus
-from bam_ray.settings import Blend, TrainingSettings
+from bam_ray.errors import Interrupted
+from bam_ray.settings import Blend, MetricsSettings, TrainingSettings
 from bam_ray.stages.lineage import Place
-from bam_ray.training.checkpoints import Checkpoints
+from bam_ray.training.checkpoints import Checkpoints, Retention, patient
 from bam_ray.training.engine import Engine
-from bam_ray.training.flops import training_flops
-from bam_ray.training.loop import Point, train
-from bam_ray.training.state import OPTIMIZER
+from bam_ray.training.events import Events
+from bam_ray.training.flops import peak_flops, training_flops
+from bam_ray.training.loop import Point, Training
+from bam_ray.training.memory import GIB
+from bam_ray.training.metrics import Metrics
 
 CURVE = "curve.json"
+NOTES = {  # what a person who looks at the run's table should know
+    "refused": "passed over a damaged checkpoint: {error}",
+    "micro_batch": "out of memory: micro batch {before} halved to {sequences}",
+    "rolled_back": "went back from step {step} to {to}: {error}",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what, and how."""
+
+    corpus_folder: Path
+    blend: Blend
+    training: TrainingSettings
+    metrics: MetricsSettings
+    carried: tuple[Path, ...] = ()  # further files for the artifact's folder
 
 
 def train_to_artifact(
     place: Place,
     store: BlobStore,
-    corpus_folder: Path,
-    blend: Blend,
-    settings: TrainingSettings,
+    job: Job,
     model: PreTrainedModel,
     make_engine: Callable[[PreTrainedModel], Engine],
     context: StageContext,
-    carried: tuple[Path, ...] = (),
 ) -> Manifest | None:
-    """Train `model` on `blend` and publish it as a Hugging Face folder; called on every rank, None on those above 0.
+    """Train `model` and publish it as a Hugging Face folder; called on every rank, None on those above 0.
 
-    `carried` are further files for the folder. Raises `Interrupted` after a checkpoint where the context says stop.
+    Raises `Interrupted` after a checkpoint where the context says stop.
     """
-    corpus = Corpus(corpus_folder)
-    flops = training_flops(model.config, corpus.sequence_length, settings.steps * settings.batch_tokens)
     engine = make_engine(model)
-    task = place.task
     lease = Lease.take(store, place.artifact.prefix) if engine.rank == 0 else None
-    checkpoints = Checkpoints(store, task.kind, task.id, lease)
-    started = time.monotonic()
+    events = Events(store, place.artifact.prefix, lease.number if lease else None)
+    attempt = _Attempt(place, store, job, engine, lease, events, context)
+    try:
+        manifest = attempt.make()
+    except Interrupted:
+        events.tell("stopped", step=attempt.step)
+        raise
+    except Exception as error:
+        events.tell("failed", step=attempt.step, error=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        events.tell("finished", step=attempt.step)
+        return manifest
+    finally:
+        events.close()
 
-    def report(point: Point) -> None:
-        if engine.rank == 0:
-            context.report(
-                Progress(
-                    step=point.step,
-                    total_steps=settings.steps,
-                    loss=point.nll,
-                    tokens_per_second=point.tokens_per_second,
-                    checkpoint_step=checkpoints.committed_step,
-                )
+
+class _Attempt:
+    """One attempt: the training loop, with those who listen to it, and the artifact at its end."""
+
+    def __init__(
+        self,
+        place: Place,
+        store: BlobStore,
+        job: Job,
+        engine: Engine,
+        lease: Lease | None,
+        events: Events,
+        context: StageContext,
+    ) -> None:
+        self._place, self._job, self._engine, self._lease = place, job, engine, lease
+        self._events, self._context = events, context
+        self._started = time.monotonic()
+        self._note = ""
+        self._point: Point | None = None
+        self._corpus = Corpus(job.corpus_folder)
+        settings = job.training
+        retention = Retention(settings.keep_last, settings.keep_every)
+        task = place.task
+        self._checkpoints = Checkpoints(store, task.kind, task.id, lease, retention, self._tell)
+        # Another order a stage, so that a branch does not begin with what the seed began with; the same for all
+        # mixtures
+        order = zlib.crc32(f"{task.kind}/{settings.seed}".encode())
+        self._sampler = BlendedSampler(self._corpus, job.blend, order)
+        self._training = Training(
+            engine,
+            self._sampler,
+            self._corpus.sequence_length,
+            settings,
+            self._checkpoints,
+            self._report,
+            self._tell,
+            context.should_stop,
+        )
+        self._store = store
+        self._metrics: Metrics | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._training.step
+
+    def make(self) -> Manifest | None:
+        """Train from the newest checkpoint to the end, and publish."""
+        attempt = self._lease.number if self._lease else None
+        self._tell("started", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
+        self._training.resume()
+        self._tell("resumed", step=self.step)
+        task = self._place.task
+        prefix, metrics = self._place.artifact.prefix, self._job.metrics
+        self._metrics = Metrics(metrics, self._store, prefix, task.name, attempt, self.step)
+        try:
+            curve = self._training.run()
+        finally:
+            self._metrics.close()
+        manifest = self._publish(curve)
+        if manifest is not None:
+            self._checkpoints.clear()
+        return manifest
+
+    def _report(self, point: Point) -> None:
+        """A step is done."""
+        if self._metrics is not None:
+            self._metrics.write(point.step, self._scalars(point))
+        self._point = point
+        self._say()
+
+    def _say(self) -> None:
+        """Report how far it is."""
+        self._context.report(
+            Progress(
+                step=self.step,
+                total_steps=self._job.training.steps,
+                loss=self._point.nll if self._point else None,
+                tokens_per_second=self._point.tokens_per_second if self._point else None,
+                checkpoint_step=self._checkpoints.committed_step,
+                note=self._note,
             )
+        )
 
-    # Another order a stage, so that a branch does not begin with what the seed began with; the same for all mixtures
-    order = zlib.crc32(f"{task.kind}/{settings.seed}".encode())
-    sampler = BlendedSampler(corpus, blend, order)
-    curve = train(engine, sampler, corpus.sequence_length, settings, checkpoints, report, context.should_stop)
-    with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
-        folder = Path(temporary)
-        engine.save(folder)
-        if lease is None:
+    def _tell(self, what: str, **facts: Any) -> None:
+        """Something happened. `checkpoint` is told by the thread that uploads, all else by the one that trains."""
+        self._events.tell(what, **facts)
+        if what == "checkpoint" and self._metrics is not None:
+            self._metrics.flush()
+        if what == "rolled_back" and self._metrics is not None:
+            self._metrics.go_back(facts["to"])
+        if what in NOTES:
+            self._note = NOTES[what].format(**facts)
+            self._say()
+
+    def _scalars(self, point: Point) -> dict[str, float]:
+        """A point by the names that curves have."""
+        engine = self._engine
+        scalars = {
+            "loss/nll": point.nll,
+            "grad_norm": point.grad_norm,
+            "lr": point.lr,
+            "throughput/tokens_per_second": point.tokens_per_second,
+            "memory/peak_gib": engine.memory.peak() / GIB,
+        }
+        if point.load_balance or point.router_z:
+            scalars |= {"loss/load_balance": point.load_balance, "loss/router_z": point.router_z}
+        peak = peak_flops(engine.device_name)
+        if peak is not None:
+            flops = point.tokens_per_second * self._flops(1)
+            scalars["throughput/mfu"] = flops / (peak * engine.world_size)
+        return scalars
+
+    def _flops(self, tokens: int) -> float:
+        return training_flops(self._engine.model.config, self._corpus.sequence_length, tokens)
+
+    def _publish(self, curve: list[Point]) -> Manifest | None:
+        state = self._engine.state()
+        if state is None or self._lease is None:
             return None
-        (folder / OPTIMIZER).unlink()
-        shutil.copytree(corpus.tokenizer_folder, folder, dirs_exist_ok=True)
-        for path in carried:
-            shutil.copy(path, folder)
-        (folder / CURVE).write_text(json.dumps([asdict(point) for point in curve]))
-        seconds = sum(settings.batch_tokens / point.tokens_per_second for point in curve)
-        lease.check()
-        manifest = place.artifact.publish(
-            folder,
-            Manifest(
+        settings = self._job.training
+        task = self._place.task
+        tokens = settings.steps * settings.batch_tokens
+        with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
+            folder = Path(temporary)
+            state.write_model(folder)
+            shutil.copytree(self._corpus.tokenizer_folder, folder, dirs_exist_ok=True)
+            for path in self._job.carried:
+                shutil.copy(path, folder)
+            (folder / CURVE).write_text(json.dumps([asdict(point) for point in curve]))
+            seconds = sum(settings.batch_tokens / point.tokens_per_second for point in curve)
+            facts = {
+                "sequences_drawn": self._sampler.drawn,
+                "computed_on": [asdict(leg) for leg in self._training.legs],
+                "refused_checkpoints": self._training.refused,
+            }
+            manifest = Manifest(
                 id=task.id,
                 kind=task.kind,
                 name=task.name,
                 parents=task.parents,
-                settings={"training": settings.model_dump(mode="json"), "blend": blend},
+                settings={"training": settings.model_dump(mode="json"), "blend": self._job.blend},
                 step=settings.steps,
-                tokens=settings.steps * settings.batch_tokens,
+                tokens=tokens,
                 compute=Compute(
-                    flops=flops,
-                    device_seconds=round(seconds * engine.world_size, 1),
-                    wall_seconds=round(time.monotonic() - started, 1),
+                    flops=self._flops(tokens),
+                    device_seconds=round(seconds * self._engine.world_size, 1),
+                    wall_seconds=round(time.monotonic() - self._started, 1),
                 ),
                 metrics={"loss/nll": curve[-1].nll},
-                facts={"sequences_drawn": sampler.drawn},
-                attempt=lease.number,
-            ),
-        )
-    checkpoints.clear()
-    return manifest
+                facts=facts,
+                attempt=self._lease.number,
+            )
+            patiently = patient()
+            patiently(self._lease.check)
+            return patiently(self._place.artifact.publish, folder, manifest)

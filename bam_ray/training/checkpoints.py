@@ -1,23 +1,62 @@
-"""Training checkpoints in the blob store: uploaded in the background, the newest whole one found again.
+"""Training checkpoints in the blob store: uploaded behind the training, the newest whole one found again.
 
 <kind>/<id>/steps/<attempt>-<step>/   canonical state, trainer.json, manifest.json last
+
+A checkpoint is a copy in memory, taken between two steps; one thread writes it to a local folder and uploads it, trying
+again for a while where the store is down. Training waits only where two are on their way already. Where the host has no
+memory for a copy, the local folder is written at once.
 """
 
 import json
 import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Kind, Manifest
-from bam_ray.errors import CheckpointError
+from bam_ray.errors import BlobNotFound, CheckpointError, StoreUnavailable, TrainingError
+from bam_ray.training.state import State
 
 TRAINER = "trainer.json"
-KEEP = 2  # newest checkpoints kept: the last, and the one before should the last be damaged
+MOST_PENDING = 2
+PATIENCE = 600.0  # seconds that a store may be down before a write to it is given up
+
+Tell = Callable[..., None]
+"""`tell(what, **facts)`: something happened that a person may want to read of (`training.events`)."""
+
+
+def patient() -> Retrying:
+    """Calls a function again while it raises `StoreUnavailable`, at growing random intervals, for `PATIENCE` at most.
+
+    Random, so that all branches do not come back to a store at once.
+    """
+    return Retrying(
+        retry=retry_if_exception_type(StoreUnavailable),
+        wait=wait_random_exponential(multiplier=0.5, max=30.0),
+        stop=stop_after_delay(PATIENCE),
+        reraise=True,
+    )
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `last`, and those whose step is a multiple of `every`."""
+
+    last: int
+    every: int | None
+
+    def for_good(self, below: str) -> bool:
+        """Whether the checkpoint `<attempt>-<step>` is kept whatever follows."""
+        return self.every is not None and int(below.rpartition("-")[2]) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -27,69 +66,124 @@ class Resumable:
     folder: Path
     step: int
     trainer: dict[str, Any]
-    refused: tuple[str, ...]  # newer ones that could not be used, and why
 
 
 class Checkpoints:
-    """The training checkpoints of one artifact. One upload at a time runs behind the training."""
+    """The training checkpoints of one artifact."""
 
-    def __init__(self, store: BlobStore, kind: Kind, id: str, lease: Lease | None) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        kind: Kind,
+        id: str,
+        lease: Lease | None,
+        retention: Retention,
+        tell: Tell = lambda what, **facts: None,
+        retrying: Retrying | None = None,
+    ) -> None:
         self._store, self._kind, self._id = store, kind, id
         self._prefix = f"{kind}/{id}/steps/"
         self._lease = lease  # None: this process never writes (ranks above 0)
+        self._retention = retention
+        self._tell = tell
+        self._retrying = retrying or patient()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
-        self._pending: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()
         self.committed_step: int | None = None
+        self.refused: list[str] = []  # why newer checkpoints than the one found could not be used
 
     def latest(self) -> Resumable | None:
-        """The newest checkpoint that is whole; damaged ones are passed over, and named."""
-        refused: list[str] = []
+        """The newest checkpoint that is whole; damaged ones are passed over, told of, and added to `refused`."""
         for below in reversed(self._committed()):
             try:
-                folder = Artifact(self._store, self._kind, self._id, "steps", below).fetch()
+                folder = self._retrying(Artifact(self._store, self._kind, self._id, "steps", below).fetch)
                 trainer = json.loads((folder / TRAINER).read_text())
-            except CheckpointError as error:
-                refused.append(str(error))
+            except (CheckpointError, BlobNotFound) as error:
+                self.refused.append(str(error))
+                self._tell("refused", checkpoint=below, error=str(error))
                 continue
             self.committed_step = trainer["step"]
-            return Resumable(folder, trainer["step"], trainer, tuple(refused))
+            return Resumable(folder, trainer["step"], trainer)
         return None
 
-    def save(self, folder: Path, step: int, trainer: dict[str, Any]) -> None:
-        """Upload `folder` (deleted afterwards) in the background, once the upload before is through.
+    def save(self, state: State, trainer: dict[str, Any]) -> None:
+        """Upload `state` and `trainer` (JSON and dataclasses, with the `step`) in the background.
 
-        Raises what that upload raised, `StaleLease` where a newer attempt took over.
+        Waits where two are on their way already.
+
+        Raises what an upload before this one raised: `StaleLease` where a newer attempt took over, `TrainingError`
+        where the store was down for too long.
         """
         assert self._lease is not None
-        self.wait()
-        (folder / TRAINER).write_text(json.dumps(trainer))
-        self._pending = self._pool.submit(self._upload, folder, step, self._lease)
+        self.settle(MOST_PENDING - 1)
+        folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
+        if state.live:  # the next step would change it
+            _written(state, folder)
+        self._pending.append(self._pool.submit(self._upload, state, folder, trainer, self._lease))
+
+    def settle(self, pending: int = MOST_PENDING) -> None:
+        """Return when no more than `pending` uploads are on their way; raises what one that has ended raised."""
+        while self._pending and (len(self._pending) > pending or self._pending[0].done()):
+            self._pending.popleft().result()
 
     def wait(self) -> None:
-        """Return when nothing is being uploaded; raises what the upload raised."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Return when nothing is being uploaded; raises what an upload raised."""
+        self.settle(0)
 
     def clear(self) -> None:
-        """Delete all of them: the artifact itself is committed."""
-        for key in self._store.list(self._prefix):
-            self._store.delete(key)
+        """Delete all but those that are kept for good: the artifact itself is committed."""
+        for below in {key.removeprefix(self._prefix).partition("/")[0] for key in self._store.list(self._prefix)}:
+            if not self._retention.for_good(below):
+                self._delete(below)
 
-    def _upload(self, folder: Path, step: int, lease: Lease) -> None:
+    def _upload(self, state: State, folder: Path, trainer: dict[str, Any], lease: Lease) -> None:
+        step = trainer["step"]
+        try:
+            if not state.live:
+                _written(state, folder)
+            (folder / TRAINER).write_text(json.dumps(trainer, default=asdict))
+            self._retrying(self._commit, folder, step, lease)
+            self.committed_step = step
+            self._tell("checkpoint", step=step)
+            self._retrying(self._prune)
+        except StoreUnavailable as error:
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written to {self._store.uri}: {error}; "
+                "mend the store, the same command goes on from the checkpoint before"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _commit(self, folder: Path, step: int, lease: Lease) -> None:
         below = f"{lease.number:04d}-{step:08d}"
-        manifest = Manifest(id=self._id, kind=self._kind, name=below, step=step, attempt=lease.number)
         lease.check()
+        # After a rollback a damaged checkpoint of this very attempt may lie there: its manifest is not ours
+        self._store.delete(f"{self._prefix}{below}/{MANIFEST}")
+        manifest = Manifest(id=self._id, kind=self._kind, name=below, step=step, attempt=lease.number)
         Artifact(self._store, self._kind, self._id, "steps", below).publish(folder, manifest)
-        self.committed_step = step
-        shutil.rmtree(folder)
-        for old in self._committed()[:-KEEP]:
-            # The manifest goes first: what is half deleted is no checkpoint
-            keys = sorted(self._store.list(f"{self._prefix}{old}/"), key=lambda key: not key.endswith(f"/{MANIFEST}"))
-            for key in keys:
-                self._store.delete(key)
+
+    def _prune(self) -> None:
+        for below in self._committed()[: -self._retention.last]:
+            if not self._retention.for_good(below):
+                self._delete(below)
+
+    def _delete(self, below: str) -> None:
+        # The manifest goes first: what is half deleted is no checkpoint
+        keys = self._store.list(f"{self._prefix}{below}/")
+        for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST}")):
+            self._store.delete(key)
 
     def _committed(self) -> list[str]:
         """`<attempt>-<step>` of every checkpoint that has a manifest, oldest first."""
         keys = self._store.list(self._prefix)
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
+
+
+def _written(state: State, folder: Path) -> None:
+    """Write `state` to a local folder; raises `TrainingError` where that cannot be."""
+    try:
+        state.write(folder)
+    except Exception as error:  # the operating system's, wrapped in a type of safetensors' own
+        raise TrainingError(
+            f"no checkpoint can be written to {folder}: {error}; make room there or set TMPDIR"
+        ) from error

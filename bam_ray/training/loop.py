@@ -3,21 +3,22 @@
 What is computed depends on the settings alone: the global batch and its order come from the sampler, every rank takes
 its share of rows, and random numbers are seeded by step, so a run that was stopped and resumed anywhere gives the
 losses of one that was not.
+
+A loss that is not finite may be the hardware's fault: the loop goes back to the last checkpoint once, and gives up
+where it comes again. Spikes are left alone.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from bam_ray.errors import Interrupted, SettingsError
+from bam_ray.errors import CheckpointError, Interrupted, LossNotFinite, SettingsError
 from bam_ray.settings import TrainingSettings
-from bam_ray.training.checkpoints import Checkpoints
+from bam_ray.training.checkpoints import Checkpoints, Tell
 from bam_ray.training.engine import Engine
 from bam_ray.training.schedule import learning_rate
 
@@ -51,63 +52,144 @@ class Point:
     tokens_per_second: float
 
 
-def train(
-    engine: Engine,
-    sampler: Sampler,
-    sequence_length: int,
-    settings: TrainingSettings,
-    checkpoints: Checkpoints,
-    report: Callable[[Point], None],
-    should_stop: Callable[[], bool],
-) -> list[Point]:
-    """Train to the last step and return the curve; called on every rank alike.
+@dataclass(frozen=True)
+class Leg:
+    """A part of a run: from which step on it was computed where and how. Legs follow one another in time, not in steps:
+    one may begin before the last step of the leg before."""
 
-    Goes on from the newest checkpoint. Where `should_stop` says so, writes one and raises `Interrupted`.
-    """
-    sequences = settings.batch_tokens // sequence_length
-    if sequences == 0 or sequences % engine.world_size:
-        raise SettingsError(
-            f"batch_tokens {settings.batch_tokens} is {sequences} sequences of {sequence_length}, which "
-            f"{engine.world_size} processes cannot share alike: make it a multiple of "
-            f"{sequence_length * engine.world_size}"
-        )
-    share = sequences // engine.world_size
-    mine = slice(engine.rank * share, (engine.rank + 1) * share)
-    curve: list[Point] = []
-    step = 0
-    found = checkpoints.latest()
-    if found is not None:
-        engine.load(found.folder)
-        sampler.load_state_dict(found.trainer["sampler"])
-        curve = [Point(**point) for point in found.trainer["curve"]]
-        step = found.step
+    step: int
+    device: str
+    precision: str
+    micro_batch: int | None
 
-    def checkpoint() -> None:
-        folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
-        engine.save(folder)
-        if engine.rank > 0:
-            folder.rmdir()
-        else:
-            points = [asdict(point) for point in curve]
-            checkpoints.save(folder, step, {"step": step, "sampler": sampler.state_dict(), "curve": points})
 
-    while step < settings.steps:
+class Training:
+    """One run of the loop, on every rank alike."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampler: Sampler,
+        sequence_length: int,
+        settings: TrainingSettings,
+        checkpoints: Checkpoints,
+        report: Callable[[Point], None],
+        tell: Tell,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._sequences = settings.batch_tokens // sequence_length
+        if self._sequences == 0 or self._sequences % engine.world_size:
+            raise SettingsError(
+                f"batch_tokens {settings.batch_tokens} is {self._sequences} sequences of {sequence_length}, which "
+                f"{engine.world_size} processes cannot share alike: make it a multiple of "
+                f"{sequence_length * engine.world_size}"
+            )
+        share = self._sequences // engine.world_size
+        self._mine = slice(engine.rank * share, (engine.rank + 1) * share)
+        self._engine, self._sampler, self._settings = engine, sampler, settings
+        self._tokens = self._sequences * sequence_length
+        self._checkpoints, self._report, self._tell, self._should_stop = checkpoints, report, tell, should_stop
+        self.step = 0
+        self.curve: list[Point] = []
+        self.legs: list[Leg] = []
+        self.refused: list[str] = []  # damaged checkpoints of all attempts so far
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, where there is one; else write one, to have something to go back to."""
+        if not self._take_up_newest():
+            self._checkpoint()
+
+    def run(self) -> list[Point]:
+        """Train to the last step and return the curve. Where `should_stop` says so, write a checkpoint and raise
+        `Interrupted`; raises `LossNotFinite` where the loss is that twice."""
+        settings, checkpoints = self._settings, self._checkpoints
+        bad: tuple[int, LossNotFinite] | None = None
+        while self.step < settings.steps:
+            checkpoints.settle()
+            try:
+                self._advance()
+            except LossNotFinite as error:
+                if bad is not None:
+                    raise LossNotFinite(
+                        f"step {self.step + 1}: {error}; it was not at step {bad[0]} either ({bad[1]}), after which "
+                        "training went back to the checkpoint before: lower peak_lr, or look at the data"
+                    ) from None
+                bad = (self.step + 1, error)
+                self._go_back(error)
+                continue
+            if bad is not None and self.step > bad[0]:
+                bad = None
+            stop = self._engine.any_rank(self._should_stop())
+            if self.step < settings.steps and (stop or self.step % settings.checkpoint_every == 0):
+                self._checkpoint()
+            if stop and self.step < settings.steps:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"stopped at step {self.step} of {settings.steps}; the same command goes on from there"
+                )
+        checkpoints.wait()
+        return self.curve
+
+    def _advance(self) -> None:
+        """One step; nothing has changed, but for the sampler, where it raises."""
         started = time.perf_counter()
-        torch.manual_seed((settings.seed << 32) + (step << 8) + engine.rank)  # dropout, should the model have any
-        batch = torch.from_numpy(sampler.take(sequences)[mine])
-        lr = learning_rate(settings, step)
+        engine, settings = self._engine, self._settings
+        torch.manual_seed((settings.seed << 32) + (self.step << 8) + engine.rank)  # dropout, should there be any
+        batch = torch.from_numpy(self._sampler.take(self._sequences)[self._mine])
+        lr = learning_rate(settings, self.step)
         result = engine.step(batch, lr)
-        step += 1
-        speed = sequences * sequence_length / (time.perf_counter() - started)
-        curve.append(
-            Point(step, result.nll, result.load_balance, result.router_z, result.grad_norm, lr, round(speed, 1))
+        self.step += 1
+        speed = self._tokens / (time.perf_counter() - started)
+        self.curve.append(
+            Point(self.step, result.nll, result.load_balance, result.router_z, result.grad_norm, lr, round(speed, 1))
         )
-        report(curve[-1])
-        stop = engine.any_rank(should_stop())
-        if step < settings.steps and (stop or step % settings.checkpoint_every == 0):
-            checkpoint()
-        if stop and step < settings.steps:
-            checkpoints.wait()
-            raise Interrupted(f"stopped at step {step} of {settings.steps}; the same command goes on from there")
-    checkpoints.wait()
-    return curve
+        self._note_leg(self.step)
+        self._report(self.curve[-1])
+
+    def _note_leg(self, step: int) -> None:
+        """Write down where and how `step` was computed, unless as the one before."""
+        engine = self._engine
+        leg = Leg(step, engine.device_name, engine.precision, engine.micro_batch)
+        last = self.legs[-1] if self.legs else None
+        if last is not None and replace(last, step=step) == leg:
+            return
+        self.legs.append(leg)
+        if last is not None and replace(last, step=step, micro_batch=leg.micro_batch) == leg:
+            self._tell("micro_batch", step=step, sequences=leg.micro_batch, before=last.micro_batch)
+        else:
+            self._tell("computing", **asdict(leg))
+
+    def _go_back(self, error: LossNotFinite) -> None:
+        """To the newest checkpoint, all ranks to the same."""
+        came_from = self.step + 1
+        self._checkpoints.wait()
+        self._engine.any_rank(False)  # rank 0 has now committed all that it will
+        if not self._take_up_newest():
+            raise CheckpointError(f"step {came_from}: {error}, and there is no whole checkpoint to go back to")
+        self._tell("rolled_back", step=came_from, to=self.step, error=str(error))
+
+    def _take_up_newest(self) -> bool:
+        found = self._checkpoints.latest()
+        self.refused += self._checkpoints.refused
+        self._checkpoints.refused.clear()
+        if found is None:
+            return False
+        self._engine.load(found.folder)
+        self._sampler.load_state_dict(found.trainer["sampler"])
+        self.curve = [Point(**point) for point in found.trainer["curve"]]
+        self.legs = [Leg(**leg) for leg in found.trainer["legs"]]
+        self.refused = list(dict.fromkeys([*found.trainer["refused"], *self.refused]))
+        self.step = found.step
+        return True
+
+    def _checkpoint(self) -> None:
+        state = self._engine.state()
+        if state is not None:
+            trainer = {
+                "step": self.step,
+                "sampler": self._sampler.state_dict(),
+                "curve": list(self.curve),
+                "legs": list(self.legs),
+                "refused": list(self.refused),
+            }
+            self._checkpoints.save(state, trainer)

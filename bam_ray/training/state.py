@@ -6,6 +6,8 @@
 It says nothing of ranks, so it loads at any number of processes.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,13 +22,38 @@ OPTIMIZER = "optimizer.safetensors"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 
-def write_state(
-    folder: Path, model: PreTrainedModel, weights: dict[str, Tensor], optimizer: dict[str, Tensor], step: int
-) -> None:
-    """Write weights (all of them, global order) and Adam's states by parameter name, with the number of updates."""
-    model.save_pretrained(folder, state_dict=weights)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
-    save_file({**tensors, "step": torch.tensor(step)}, folder / OPTIMIZER)
+@dataclass(frozen=True)
+class State:
+    """Weights (all of them, global order) and Adam's states by parameter name, after `step` updates.
+
+    `live`: the tensors are the engine's own, and change with its next step. Else they are copies in host memory.
+    """
+
+    model: PreTrainedModel  # for its configuration and code alone
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    step: int
+    live: bool
+
+    def write(self, folder: Path) -> None:
+        """Write all of it, to be read by `read_weights` and `read_optimizer`."""
+        self.write_model(folder)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.optimizer.items()}
+        save_file({**tensors, "step": torch.tensor(self.step)}, folder / OPTIMIZER)
+
+    def write_model(self, folder: Path) -> None:
+        """Write the Hugging Face folder alone."""
+        self.model.save_pretrained(folder, state_dict=dict(self.weights))
+
+
+def snapshot(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], step: int, room: int
+) -> State:
+    """The state at this moment: copied, so that training can go on at once, where the host has `room` for that."""
+    size = sum(tensor.nbytes for tensors in (weights, optimizer) for tensor in tensors.values())
+    if size > room:
+        return State(model, weights, optimizer, step, live=True)
+    return State(model, _copies(weights), _copies(optimizer), step, live=False)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -40,7 +67,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_optimizer(folder: Path) -> tuple[dict[str, Tensor], int]:
-    """Adam's states by parameter name, and the number of updates."""
+    """Adam's states by parameter name (none before the first update), and the number of updates."""
     with safe_open(folder / OPTIMIZER, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     return tensors, int(tensors.pop("step"))
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory. Tensors that are one (tied weights) stay one."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in copies:
+            copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(
+                tensor.detach(), non_blocking=True
+            )
+        named[name] = copies[key]
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return named

@@ -71,7 +71,7 @@ def inspect(reader: TensorReader) -> Facts:
         sizes={key: getattr(config, key, None) for key in SIZES},
         parameters=count_parameters(model),
         bytes=total,
-        files=reader.files,
+        files=list(reader.shards),
         mixture={key: getattr(config, key) for key in MIXTURE} if config.model_type == "bam" else {},
         history=json.loads(lineage)["history"] if lineage else [],
     )

@@ -98,13 +98,22 @@ def train(engine: Engine, first: int, steps: int) -> list[dict[str, float]]:
     ]
 
 
+def save(engine: Engine, folder: Path) -> None:
+    """Write the engine's state; all ranks return after that."""
+    state = engine.state()
+    if state is not None:
+        folder.mkdir(exist_ok=True)
+        state.write(folder)
+    engine.any_rank(False)
+
+
 def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
     """Train every case, save it to folder / its name -> its step results."""
     results: dict[str, Any] = {}
     for name, case in cases.items():
         engine = deepspeed_engine(case.model(), case.settings(case.micro), LOSSES, case.expert_parallel)
         results[name] = train(engine, 0, STEPS)
-        engine.save(folder / name)
+        save(engine, folder / name)
     return results
 
 
@@ -123,24 +132,24 @@ def on_four(folder: Path) -> dict[str, Any]:
     for size in (1, 4):
         engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE // 2), LOSSES, size)
         engine.load(folder / "half")
-        engine.save(folder / f"half again on {size}")
+        save(engine, folder / f"half again on {size}")
         batches = [shares(2, step).view(4, SHARE // 2, LENGTH) for step in range(STEPS, 2 * STEPS)]
         results[f"resumed on {size}"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
-        engine.save(folder / f"resumed on {size}")
+        save(engine, folder / f"resumed on {size}")
     return results
 
 
 def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
     engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
     train(engine, 0, STEPS)
-    engine.save(folder / "half")
+    save(engine, folder / "half")
     unbroken = train(engine, STEPS, STEPS)
-    engine.save(folder / "whole")
+    save(engine, folder / "whole")
     engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
     train(engine, 7, 1)  # what is loaded replaces all of this
     engine.load(folder / "half")
     resumed = train(engine, STEPS, STEPS)
-    engine.save(folder / "whole, resumed")
+    save(engine, folder / "whole, resumed")
     return {"unbroken": unbroken, "resumed": resumed}
 
 
@@ -154,7 +163,7 @@ def refusals(folder: Path) -> dict[str, str]:
         engine.step(batch[: SHARE - rank], LR)
     except TrainingError as error:
         messages["uneven"] = str(error)
-    engine.save(folder / "before")
+    save(engine, folder / "before")
     for case in ("loss", "gradient"):
         weight = engine.model.model.norm.weight
         kept = weight.detach().clone()
@@ -170,9 +179,9 @@ def refusals(folder: Path) -> dict[str, str]:
         weight.data.copy_(kept)
         if hook is not None:
             hook.remove()
-        engine.save(folder / f"after a {case}")
+        save(engine, folder / f"after a {case}")
     engine.step(batch, LR)  # goes on
-    engine.save(folder / "after all")
+    save(engine, folder / "after all")
     try:
         deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 3)
     except TrainingError as error:

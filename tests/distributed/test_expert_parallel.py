@@ -79,7 +79,7 @@ def alone(case: Case, world_size: int, folder: Path) -> list[dict[str, float]]:
     engine = TorchEngine(case.model(), case.settings(case.micro * world_size), LOSSES)
     batches = [in_order_of_micro_batches(shares(world_size, step), case.micro) for step in range(STEPS)]
     results = [vars(engine.step(batch, LR)) for batch in batches]
-    engine.save(folder)
+    engine.state().write(folder)
     return results
 
 
@@ -133,7 +133,7 @@ def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_pa
     engine.load(folder / "half")
     for step, wanted in enumerate(two[0]["resumed"]["unbroken"], start=STEPS):
         assert vars(engine.step(shares(2, step).view(-1, LENGTH), LR)) == pytest.approx(wanted, rel=1e-5)
-    engine.save(tmp_path)
+    engine.state().write(tmp_path)
     assert_same_training(tmp_path, folder / "whole")
 
 
@@ -150,7 +150,7 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
         torch.testing.assert_close(state(folder / case), before, rtol=0, atol=0)
     engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
     engine.step(shares(2, 0).view(-1, LENGTH), LR)
-    engine.save(tmp_path)
+    engine.state().write(tmp_path)
     assert_same_training(folder / "after all", tmp_path)
 
 

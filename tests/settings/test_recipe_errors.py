@@ -141,3 +141,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(SettingsError, match=r"binary\.yaml cannot be read: it is not text \(UTF-8\)"):
         load_recipe(tmp_path / "binary.yaml")
+
+
+def test_branches_start_at_half_the_seed_s_rate() -> None:
+    recipe = plain()
+    del recipe["branch"]["training"]["peak_lr"]
+    assert parse_recipe(yaml.safe_dump(recipe), "here.yaml").branch.training.peak_lr == TRAINING["peak_lr"] / 2
+    recipe["seed"] = {"folder": "/models/seed"}
+    assert "branch.training.peak_lr is missing: it is half of seed.training.peak_lr" in said(yaml.safe_dump(recipe))

@@ -1,75 +1,22 @@
-"""A run that was stopped, killed or damaged gives the losses of one that was not."""
+"""A run that was stopped, killed or went wrong on the way gives the losses of one that was not."""
 
+import itertools
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from running import BAM, DENSE, LENGTH, SETTINGS, run
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.checkpoint.leases import Lease
-from bam_ray.errors import Interrupted, SettingsError, StaleLease, TrainingError
-from bam_ray.model import BamConfig
+from bam_ray.control.policies import is_final
+from bam_ray.errors import Interrupted, LossNotFinite, SettingsError
 from bam_ray.settings import TrainingSettings
-from bam_ray.training.checkpoints import Checkpoints
-from bam_ray.training.engine import TorchEngine
-from bam_ray.training.loop import Point, train
 from bam_ray.training.schedule import learning_rate
 
-LENGTH = 16
-SETTINGS = TrainingSettings(tokens=12 * 4 * LENGTH, batch_tokens=4 * LENGTH, peak_lr=1e-2, checkpoint_every=4)
-BAM = BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2})
 
-
-class Counting:
-    """A sampler whose sequences are a function of its position."""
-
-    position = 0
-
-    def take(self, count: int) -> np.ndarray:
-        rows = [np.random.default_rng(self.position + i).integers(2, 96, LENGTH) for i in range(count)]
-        self.position += count
-        return np.stack(rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
-
-
-def engine(config: Any = BAM, settings: TrainingSettings = SETTINGS) -> TorchEngine:
-    torch.manual_seed(0)
-    return TorchEngine(AutoModelForCausalLM.from_config(config), settings)
-
-
-def run(
-    store: MemoryStore,
-    should_stop: Callable[[int], bool] = lambda step: False,
-    settings: TrainingSettings = SETTINGS,
-    config: Any = BAM,
-) -> list[float]:
-    """One attempt; the losses of the whole curve."""
-    lease = Lease.take(store, "branches/x")
-    points: list[Point] = []
-    curve = train(
-        engine(config, settings),
-        Counting(),
-        LENGTH,
-        settings,
-        Checkpoints(store, "branches", "x", lease),
-        points.append,
-        lambda: should_stop(points[-1].step),
-    )
-    return [point.nll for point in curve]
-
-
-@pytest.mark.parametrize("config", [BAM, tiny.CONFIGS["cohere"]], ids=["mixture", "dense"])
+@pytest.mark.parametrize("config", [BAM, DENSE], ids=["mixture", "dense"])
 def test_stopped_and_resumed_is_bitwise_the_unbroken_run(config: Any) -> None:
     unbroken = run(MemoryStore(), config=config)
     assert len(unbroken) == 12
@@ -93,54 +40,53 @@ def test_killed_between_checkpoints_goes_on_from_the_last_one() -> None:
     assert run(store) == unbroken
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named() -> None:
-    unbroken = run(MemoryStore())
-    store = MemoryStore()
-    with pytest.raises(Interrupted):
-        run(store, lambda step: step == 9)
-    newest = "branches/x/steps/0001-00000009/optimizer.safetensors"
-    store.put(newest, store.get(newest)[:-1] + b"\xff")
-    found = Checkpoints(store, "branches", "x", None).latest()
-    assert found is not None
-    assert found.step == 8
-    assert "0001-00000009/optimizer.safetensors is not what its manifest says" in found.refused[0]
-    assert run(store) == unbroken
+def nan_at(steps: set[int]) -> PreTrainedModel:
+    """A model whose loss is NaN at the given calls of `forward`, counted from 1."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(DENSE)
+    calls = itertools.count(1)
+
+    def spoil(module: object, inputs: object, out: Any) -> Any:
+        if next(calls) in steps:
+            out.logits = out.logits * float("nan")
+        return out
+
+    model.register_forward_hook(spoil)
+    return model
 
 
-def test_old_checkpoints_are_dropped() -> None:
-    store = MemoryStore()
-    with pytest.raises(Interrupted):
-        run(store, lambda step: step == 10)
-    steps = {key.split("/")[3] for key in store.list("branches/x/steps/")}
-    assert steps == {"0001-00000008", "0001-00000010"}
+FIXED = SETTINGS.model_copy(update={"micro_batch_sequences": 4})  # a step is one call
 
 
-def test_a_stale_attempt_cannot_commit() -> None:
-    store = MemoryStore()
-    old = Checkpoints(store, "branches", "x", Lease.take(store, "branches/x"))
-    Lease.take(store, "branches/x")
-    folder = Path(__file__).parent / "nowhere"  # never read: the lease is checked first
-    old._pending = old._pool.submit(old._upload, folder, 1, old._lease)  # type: ignore[arg-type]
-    with pytest.raises(StaleLease, match="attempt 2 took over"):
-        old.wait()
-    assert not list(store.list("branches/x/steps/"))
+def test_a_loss_that_is_not_finite_once_is_rolled_back_and_done_again() -> None:
+    unbroken = run(MemoryStore(), settings=FIXED, model=nan_at(set()))
+    told: list[tuple[str, dict[str, Any]]] = []
+    losses = run(
+        MemoryStore(), settings=FIXED, model=nan_at({7}), tell=lambda what, **facts: told.append((what, facts))
+    )
+    assert losses == unbroken
+    back = [facts for what, facts in told if what == "rolled_back"]
+    assert [(facts["step"], facts["to"]) for facts in back] == [(7, 4)]
+    assert "the loss (nan)" in back[0]["error"]
 
 
-def test_the_micro_batch_does_not_change_a_dense_run() -> None:
-    config = tiny.CONFIGS["cohere"]
-    whole = run(MemoryStore(), config=config)
-    halves = run(MemoryStore(), settings=SETTINGS.model_copy(update={"micro_batch_sequences": 1}), config=config)
-    np.testing.assert_allclose(whole, halves, atol=1e-5)
+def test_before_the_first_checkpoint_it_goes_back_to_the_start() -> None:
+    assert run(MemoryStore(), settings=FIXED, model=nan_at({2})) == run(
+        MemoryStore(), settings=FIXED, model=nan_at(set())
+    )
 
 
-def test_a_loss_that_is_not_finite_updates_nothing() -> None:
-    broken = engine()
-    with torch.no_grad():
-        broken.model.model.norm.weight[0] = float("nan")
-    before = broken.model.lm_head.weight.clone()
-    with pytest.raises(TrainingError, match="not finite"):
-        broken.step(tiny.tokens(4, LENGTH), 1e-2)
-    assert torch.equal(broken.model.lm_head.weight, before)
+def test_a_loss_that_stays_not_finite_ends_the_run_for_good() -> None:
+    with pytest.raises(
+        LossNotFinite, match=r"^step 7: the loss \(nan\).* not at step 7 either \(the loss \(nan\)"
+    ) as error:
+        run(MemoryStore(), settings=FIXED, model=nan_at({7, 10}))  # steps 5 and 6 are calls 8 and 9
+    assert is_final(error.value)
+
+
+def test_two_losses_far_apart_are_two_rollbacks() -> None:
+    unbroken = run(MemoryStore(), settings=FIXED, model=nan_at(set()))
+    assert run(MemoryStore(), settings=FIXED, model=nan_at({7, 14})) == unbroken
 
 
 def test_a_batch_that_is_no_whole_sequence_is_refused() -> None:

@@ -1,0 +1,32 @@
+"""A task's progress in Ray's Prometheus endpoint, where every node serves what its actors measure (`ray_bam_*`)."""
+
+from ray.util.metrics import Gauge
+
+from bam_ray.checkpoint.manifest import Kind
+from bam_ray.control.tasks import Progress
+
+GAUGES = {  # field of `Progress`: name and meaning
+    "step": ("bam_step", "Optimizer steps done"),
+    "total_steps": ("bam_total_steps", "Optimizer steps in all"),
+    "loss": ("bam_loss_nll", "NLL in nats a token, auxiliary losses not counted"),
+    "tokens_per_second": ("bam_tokens_per_second", "Training speed"),
+    "checkpoint_step": ("bam_checkpoint_step", "Step of the last committed checkpoint"),
+}
+
+
+class Gauges:
+    """The gauges of task `kind/name`."""
+
+    def __init__(self, kind: Kind, name: str) -> None:
+        self._tags = {"kind": kind, "name": name}
+        self._gauges = {
+            field: Gauge(metric, description, tag_keys=("kind", "name"))
+            for field, (metric, description) in GAUGES.items()
+        }
+
+    def show(self, progress: Progress | None) -> None:
+        """Set them to what a task says of itself."""
+        for field, gauge in self._gauges.items():
+            value = getattr(progress, field, None)
+            if value is not None:
+                gauge.set(value, tags=self._tags)

@@ -1,0 +1,57 @@
+"""The event log of one attempt at a task, in the blob store: what a person wants to know the next morning.
+
+<kind>/<id>/events/<attempt>.jsonl   one line an event: {"time": UTC, "event": name, ...facts}
+
+    started      attempt, host, pid
+    resumed      step                                 it goes on from there; 0: the start
+    computing    step, device, precision, micro_batch from this step on
+    micro_batch  step, sequences, before              halved, because memory ran out
+    checkpoint   step                                 committed
+    refused      checkpoint, error                    damaged, and passed over
+    rolled_back  step, to, error                      the loss was not finite
+    stopped      step                                 as it was asked to
+    finished     step
+    failed       step, error
+
+An attempt is the only writer of its log, so the whole of it is put each time. The log never holds up training and
+never fails it: what could not be written goes with the next event.
+"""
+
+import contextlib
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+from bam_ray.blobs import BlobStore
+from bam_ray.errors import StoreError
+
+
+class Events:
+    """The log of attempt `attempt` at the artifact under `prefix`; of no attempt (ranks above 0): written nowhere."""
+
+    def __init__(self, store: BlobStore, prefix: str, attempt: int | None) -> None:
+        self._store = store
+        self._key = None if attempt is None else f"{prefix}/events/{attempt:04d}.jsonl"
+        self._lines: list[str] = []
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
+
+    def tell(self, what: str, **facts: Any) -> None:
+        """Add an event; returns at once."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": what, **facts}
+        with self._lock:
+            self._lines.append(json.dumps(line))
+        if self._key is not None:
+            self._pool.submit(self._put, self._key)
+
+    def close(self) -> None:
+        """Wait for the last put."""
+        self._pool.shutdown(wait=True)
+
+    def _put(self, key: str) -> None:
+        with self._lock:
+            data = "\n".join(self._lines) + "\n"
+        with contextlib.suppress(StoreError):  # a log is not worth a run
+            self._store.put(key, data.encode())

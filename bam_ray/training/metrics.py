@@ -1,0 +1,134 @@
+"""Curves of training as TensorBoard event files in the blob store, and in Weights & Biases.
+
+    <kind>/<id>/tensorboard/<attempt>-<part>.tfevents
+
+A run that goes back (resumed from a checkpoint, or rolled back) begins a new file that tells TensorBoard to forget all
+steps past that one, so a curve has each step once. To look: `aws s3 sync` the folder, `tensorboard --logdir` it.
+"""
+
+import contextlib
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from bam_ray.blobs import BlobStore
+from bam_ray.errors import SettingsError, StoreError
+from bam_ray.settings import MetricsSettings
+
+LARGEST_FILE = 4 << 20  # bytes; a file is uploaded whole each time, so a long run begins others
+
+
+class Metrics:
+    """Writes scalars where `settings` say; `attempt` None (ranks above 0): nowhere."""
+
+    def __init__(
+        self, settings: MetricsSettings, store: BlobStore, prefix: str, name: str, attempt: int | None, step: int
+    ) -> None:
+        """Of the artifact under `prefix`, called `name`; goes on after `step`."""
+        self._board: _TensorBoard | None = None
+        self._wandb: Any = None
+        if attempt is None:
+            return
+        if settings.wandb_project is not None:
+            self._wandb = _wandb_run(settings.wandb_project, prefix, name)
+        if settings.tensorboard:
+            self._board = _TensorBoard(store, prefix, attempt, step)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Add one step."""
+        if self._board is not None:
+            self._board.write(step, scalars)
+            if step % 1000 == 0 and self._board.grown():
+                self._board.begin(step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)  # steps that it had before are ignored
+
+    def go_back(self, step: int) -> None:
+        """Forget what was written past `step`."""
+        if self._board is not None:
+            self._board.begin(step)
+
+    def flush(self) -> None:
+        """Upload what there is."""
+        if self._board is not None:
+            self._board.upload()
+
+    def close(self) -> None:
+        """Upload all, and end."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class _TensorBoard:
+    """Event files of one attempt. One thread writes; another may upload meanwhile."""
+
+    def __init__(self, store: BlobStore, prefix: str, attempt: int, step: int) -> None:
+        self._store, self._prefix, self._attempt = store, f"{prefix}/tensorboard", attempt
+        self._folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
+        self._lock = threading.Lock()
+        self._part = 0
+        self._step = step
+        self._writer = self._new_writer()
+
+    def begin(self, step: int) -> None:
+        """A new file, which says that what others have of steps past `step` does not hold."""
+        self.upload()
+        with self._lock:
+            self._writer.close()
+            self._part += 1
+            self._step = step
+            self._writer = self._new_writer()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._step = step
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def upload(self) -> None:
+        with self._lock:
+            self._writer.flush()
+            part = self._part
+        # TensorBoard reads files in the order of their names
+        key = f"{self._prefix}/{self._attempt:04d}-{part:04d}.tfevents"
+        with contextlib.suppress(StoreError):  # goes with the next
+            self._store.put_file(key, self._file(part))
+
+    def grown(self) -> bool:
+        """Whether it is time for another file."""
+        return self._file(self._part).stat().st_size > LARGEST_FILE
+
+    def close(self) -> None:
+        self.upload()
+        self._writer.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _new_writer(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports
+
+        return SummaryWriter(str(self._folder / str(self._part)), purge_step=self._step + 1)
+
+    def _file(self, part: int) -> Path:
+        (file,) = (self._folder / str(part)).iterdir()
+        return file
+
+
+def _wandb_run(project: str, prefix: str, name: str) -> Any:
+    """The run of this artifact in a project: a new one, or the one that it had; WANDB_MODE=offline needs no network."""
+    try:
+        import wandb
+    except ImportError:
+        raise SettingsError(
+            "metrics.wandb_project is set, but the package wandb is not installed: run `pip install wandb`"
+        ) from None
+    kind, _, id = prefix.partition("/")
+    try:
+        return wandb.init(project=project, id=id, name=name, group=kind, resume="allow", dir=tempfile.gettempdir())
+    except wandb.Error as error:
+        said = " ".join(str(error).split())
+        raise SettingsError(
+            f"Weights & Biases does not start ({said}): set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from None

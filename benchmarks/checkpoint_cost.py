@@ -1,0 +1,152 @@
+"""What checkpoints cost: training with them against training without, on a healthy S3 server of this machine.
+
+    python -m benchmarks.checkpoint_cost
+
+Both train the same dense model on random tokens, in turns; one writes a checkpoint of weights and optimizer every
+`--every` steps to SeaweedFS. Three times are compared, as medians of the ratios of neighbours: the wall clock's, the
+training thread's on its CPU (what checkpoints keep training from, whatever else the machine does), and that of all
+threads (what they cost where no core is idle; the server's own CPU is not in it). A recipe's default is a checkpoint
+every 409,600 tokens.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.leases import Lease
+from bam_ray.settings import TrainingSettings
+from bam_ray.training.checkpoints import Checkpoints, Retention
+from bam_ray.training.engine import TorchEngine
+from bam_ray.training.loop import Training
+from cluster.processes import Process
+from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
+
+TARGET = 1.03
+LENGTH, SEQUENCES = 256, 8
+CLOCKS = {"wall clock": time.perf_counter, "training thread": time.thread_time, "all threads": time.process_time}
+RESULTS = Path(__file__).parent / "results"
+
+
+class RandomTokens:
+    """A sampler of nothing in particular."""
+
+    def take(self, count: int) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 8192, (count, LENGTH))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def segment(store: BlobStore, name: str, steps: int, every: int, width: int, checkpoints: bool) -> dict[str, float]:
+    """Seconds of `steps` steps by each clock."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+    )
+    settings = TrainingSettings(
+        tokens=steps * LENGTH * SEQUENCES,
+        batch_tokens=LENGTH * SEQUENCES,
+        peak_lr=1e-4,
+        micro_batch_sequences=SEQUENCES,
+        checkpoint_every=every if checkpoints else steps + 1,
+    )
+    engine = TorchEngine(AutoModelForCausalLM.from_config(config), settings)
+    lease = Lease.take(store, f"branches/{name}")
+    kept = Checkpoints(store, "branches", name, lease, Retention(2, None))
+    training = Training(
+        engine, RandomTokens(), LENGTH, settings, kept, lambda point: None, lambda what, **facts: None, lambda: False
+    )
+    training._advance()  # allocates and warms up
+    before = {name: clock() for name, clock in CLOCKS.items()}
+    if checkpoints:
+        training._checkpoint()  # at the start of a segment, so that its upload runs beside steps as in a long run
+    training.run()
+    return {name: clock() - before[name] for name, clock in CLOCKS.items()}
+
+
+@contextmanager
+def s3() -> Iterator[BlobStore]:
+    """A store on an S3 server of its own."""
+    with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
+        process = Process("s3", Path(folder))
+        settings = start_s3_server(process, Path(folder) / "data", S3Settings.generate())
+        os.environ |= settings.environment()
+        try:
+            yield open_store("s3://bam/benchmark")
+        finally:
+            stop_s3_server(process, settings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40, help="of a segment")
+    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--width", type=int, default=256, help="of the model: hidden size, four layers")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pairs: list[tuple[dict[str, float], dict[str, float]]] = []
+    with s3() as store:
+        for number in range(options.pairs):
+            shape = (options.steps, options.every, options.width)
+            order = (True, False) if number % 2 else (False, True)
+            times = {which: segment(store, f"{number}-{which}".lower(), *shape, which) for which in order}
+            pairs.append((times[True], times[False]))
+    rows = {
+        clock: {
+            "with_s": statistics.median(one[clock] for one, _ in pairs),
+            "without_s": statistics.median(other[clock] for _, other in pairs),
+            "ratio": statistics.median(one[clock] / other[clock] for one, other in pairs),
+        }
+        for clock in CLOCKS
+    }
+    tokens = options.every * LENGTH * SEQUENCES
+    table = Table(title=f"Checkpoint every {tokens:,} tokens to S3, {options.pairs} pairs; target ≤ {TARGET}")
+    for heading in ("time", "with, s", "without, s", "ratio"):
+        table.add_column(heading, justify="left" if heading == "time" else "right")
+    for clock, row in rows.items():
+        table.add_row(clock, f"{row['with_s']:.2f}", f"{row['without_s']:.2f}", f"{row['ratio']:.3f}")
+    Console().print(table)
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "benchmark": "checkpoint_cost",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "load": os.getloadavg()[0],
+            "torch": torch.__version__,
+        },
+        "options": vars(options),
+        "target": TARGET,
+        "times": rows,
+    }
+    (RESULTS / "checkpoint_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

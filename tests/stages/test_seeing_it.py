@@ -1,0 +1,161 @@
+"""What a run leaves for people to see: its event log, and its curves."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_story import TRAINING, Context, make, recipe
+
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.control.graph import task_graph
+from bam_ray.errors import Interrupted, LossNotFinite, SettingsError
+from bam_ray.settings import Recipe
+from bam_ray.stages import run_stage
+from bam_ray.training.engine import TorchEngine
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+
+
+def seed_prefix(run: Recipe) -> str:
+    return f"seeds/{task_graph(run)[1].id}"
+
+
+def events(store: BlobStore, run: Recipe, attempt: int) -> list[dict[str, Any]]:
+    lines = store.get(f"{seed_prefix(run)}/events/{attempt:04d}.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def names(log: list[dict[str, Any]]) -> list[str]:
+    return [event["event"] for event in log]
+
+
+def curves(store: BlobStore, run: Recipe, folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves that TensorBoard would show."""
+    folder.mkdir()
+    for key in store.list(f"{seed_prefix(run)}/tensorboard/"):
+        store.get_file(key, folder / key.rpartition("/")[2])
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def interrupted_seed(run: Recipe, store: BlobStore, stop_at: int = 6) -> None:
+    make(run, store, ("corpora",))
+    with pytest.raises(Interrupted):
+        run_stage("seeds", "seed", run, store, Context(stop_at))
+
+
+def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    interrupted_seed(run, store)
+    newest = next(
+        key for key in store.list(f"{seed_prefix(run)}/steps/0001-00000006/") if key.endswith("r.safetensors")
+    )
+    store.put(newest, b"damaged")
+    context = Context()
+    manifest = run_stage("seeds", "seed", run, store, context)
+
+    first = events(store, run, 1)
+    assert [name for name in names(first) if name != "checkpoint"] == ["started", "resumed", "computing", "stopped"]
+    assert [event["step"] for event in first if event["event"] == "checkpoint"] == [0, 4, 6]
+    assert (first[-1]["step"], first[0]["attempt"]) == (6, 1)
+    computing = first[names(first).index("computing")]
+    assert {**computing, "time": ""} == {
+        "time": "", "event": "computing", "step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4,
+    }  # fmt: skip
+    assert all(event["time"].endswith("+00:00") for event in first)
+
+    second = events(store, run, 2)
+    assert names(second) == ["started", "refused", "resumed", "checkpoint", "finished"]
+    assert second[1]["checkpoint"] == "0001-00000006"
+    assert (second[2]["step"], second[-1]["step"]) == (4, 10)
+    assert context.heard[0].note.startswith("passed over a damaged checkpoint: ")
+    assert manifest.facts["refused_checkpoints"] == [second[1]["error"]]
+    assert manifest.facts["computed_on"] == [
+        {"step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4},
+    ]
+
+
+def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora",))
+    forward = TorchEngine._forward
+
+    def spoiled(self: TorchEngine, micro: torch.Tensor) -> Any:
+        done = max((progress.step for progress in context.heard), default=0)
+        if done == 2 and len(micro) > 2:
+            raise torch.OutOfMemoryError
+        loss = forward(self, micro)
+        return replace(loss, total=loss.total * torch.inf) if done == 5 else loss
+
+    monkeypatch.setattr(TorchEngine, "_forward", spoiled)
+    context = Context()
+    with pytest.raises(LossNotFinite, match="not at step 6 either"):
+        run_stage("seeds", "seed", run, store, context)
+    log = events(store, run, 1)
+    halved = next(event for event in log if event["event"] == "micro_batch")
+    assert (halved["step"], halved["before"], halved["sequences"]) == (3, 4, 2)
+    assert names(log)[-2:] == ["rolled_back", "failed"]
+    assert log[-1]["error"].startswith("LossNotFinite: step 5: ")
+    assert "went back from step 6 to 4" in context.heard[-1].note
+
+
+def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    interrupted_seed(run, store)
+    for key in list(store.list(f"{seed_prefix(run)}/steps/0001-00000006/")):
+        store.delete(key)  # as if it had been killed: goes on from step 4, having shown 5 and 6
+    run_stage("seeds", "seed", run, store, Context())
+    found = curves(store, run, tmp_path / "board")
+    assert set(found) == {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
+    for points in found.values():
+        assert [step for step, _ in points] == list(range(1, 11))
+    curve = json.loads(store.get(f"{seed_prefix(run)}/curve.json"))
+    assert [value for _, value in found["loss/nll"]] == pytest.approx([point["nll"] for point in curve])
+
+
+def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
+    run = recipe(tmp_path, metrics={"tensorboard": False})
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora", "seeds"))
+    assert not [key for key in store.list() if "tensorboard" in key]
+
+
+def test_wandb_is_imported_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import raises ImportError
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora", "seeds"))
+    changed = {
+        "metrics": {"wandb_project": "bam"},
+        "seed": {**run.seed.model_dump(), "training": {**TRAINING, "seed": 1}},
+    }
+    with pytest.raises(SettingsError, match="pip install wandb"):
+        make(recipe(tmp_path, **changed), store, ("seeds",))
+
+
+def test_wandb_gets_every_step_under_the_task_s_own_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[int] = []
+    started: dict[str, Any] = {}
+
+    def init(**named: Any) -> Any:
+        started.update(named)
+        return SimpleNamespace(log=lambda scalars, step: logged.append(step), finish=lambda: logged.append(-1))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    run = recipe(tmp_path, metrics={"wandb_project": "bam"})
+    make(run, open_store(run.store.uri), ("corpora", "seeds"))
+    assert logged == [*range(1, 11), -1]
+    assert (started["project"], started["id"], started["resume"]) == ("bam", task_graph(run)[1].id, "allow")

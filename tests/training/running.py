@@ -1,0 +1,70 @@
+"""One attempt at a tiny run, as tests of the loop and of checkpoints make them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.leases import Lease
+from bam_ray.model import BamConfig
+from bam_ray.settings import TrainingSettings
+from bam_ray.training.checkpoints import Checkpoints, Retention, Tell
+from bam_ray.training.engine import TorchEngine
+from bam_ray.training.loop import Point, Training
+
+LENGTH = 16
+RETENTION = Retention(last=2, every=None)
+SETTINGS = TrainingSettings(tokens=12 * 4 * LENGTH, batch_tokens=4 * LENGTH, peak_lr=1e-2, checkpoint_every=4)
+DENSE = tiny.CONFIGS["cohere"]
+BAM = BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2})
+
+
+class Counting:
+    """A sampler whose sequences are a function of its position."""
+
+    position = 0
+
+    def take(self, count: int) -> np.ndarray:
+        rows = [np.random.default_rng(self.position + i).integers(2, 96, LENGTH) for i in range(count)]
+        self.position += count
+        return np.stack(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def engine(config: Any = DENSE, settings: TrainingSettings = SETTINGS) -> TorchEngine:
+    torch.manual_seed(0)
+    return TorchEngine(AutoModelForCausalLM.from_config(config), settings)
+
+
+def run(
+    store: BlobStore,
+    should_stop: Callable[[int], bool] = lambda step: False,
+    settings: TrainingSettings = SETTINGS,
+    config: Any = DENSE,
+    model: PreTrainedModel | None = None,
+    tell: Tell = lambda what, **facts: None,
+) -> list[float]:
+    """One attempt; the losses of the whole curve."""
+    lease = Lease.take(store, "branches/x")
+    points: list[Point] = []
+    training = Training(
+        engine(config, settings) if model is None else TorchEngine(model, settings),
+        Counting(),
+        LENGTH,
+        settings,
+        Checkpoints(store, "branches", "x", lease, RETENTION, tell),
+        points.append,
+        tell,
+        lambda: should_stop(points[-1].step),
+    )
+    training.resume()
+    return [point.nll for point in training.run()]
