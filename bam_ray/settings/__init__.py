@@ -1,10 +1,12 @@
 """The recipe: everything a run is told, as strict frozen models."""
 
-from bam_ray.settings.load import apply_override, load_recipe, parse_recipe, validated
+from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
 from bam_ray.settings.recipe import (
     Blend,
+    BranchOverride,
     BranchSettings,
     DataSettings,
+    Demand,
     DomainSettings,
     EvaluateSettings,
     Losses,
@@ -16,6 +18,7 @@ from bam_ray.settings.recipe import (
     SeedSettings,
     ServeSettings,
     StoreSettings,
+    Strict,
     TokenizerSettings,
     TrainingSettings,
     UpcycleSettings,
@@ -23,8 +26,10 @@ from bam_ray.settings.recipe import (
 
 __all__ = [
     "Blend",
+    "BranchOverride",
     "BranchSettings",
     "DataSettings",
+    "Demand",
     "DomainSettings",
     "EvaluateSettings",
     "Losses",
@@ -36,10 +41,12 @@ __all__ = [
     "SeedSettings",
     "ServeSettings",
     "StoreSettings",
+    "Strict",
     "TokenizerSettings",
     "TrainingSettings",
     "UpcycleSettings",
     "apply_override",
+    "load_as",
     "load_recipe",
     "parse_recipe",
     "validated",
