@@ -10,20 +10,24 @@ One failed task stops only those that are made from it.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST, Kind
 from bam_ray.control import policies
 from bam_ray.control.launcher import Launcher
+from bam_ray.control.placement import Placement
 from bam_ray.control.sightings import Alive, Broke, Done, Sighting, Stopped
+from bam_ray.control.snapshot import Snapshot
+from bam_ray.control.speeds import Group, Speeds
 from bam_ray.control.states import (
     Blocked,
     Committed,
     Draining,
+    Ended,
     Failed,
     History,
     Node,
@@ -39,7 +43,15 @@ from bam_ray.errors import PlacementError, StoreUnavailable
 Outcome = Literal["running", "finished", "failed", "interrupted"]
 OnChange = Callable[[Task, State], None]
 
-DRAIN_PATIENCE = 120.0  # seconds that a task has for its last checkpoint when the run is asked to stop
+DRAIN_PATIENCE = 120.0  # seconds that a task has for its last checkpoint when it is asked to stop
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What was placed: the task with the demand that was taken, and how it is measured."""
+
+    task: Task
+    group: Group
 
 
 class Controller:
@@ -54,12 +66,16 @@ class Controller:
         on_change: OnChange | None = None,
     ) -> None:
         self.tasks = {task.id: task for task in tasks}
+        self.speeds = Speeds()
         self._store = store
         self._launcher = launcher
         self._clock = clock
         self._on_change = on_change
         self._stopping = False
         self._history = {task.id: History() for task in tasks}
+        self._placed: dict[str, _Attempt] = {}  # the last of each task
+        self._kinds: dict[str, str] = {}  # of nodes that were ever seen, by id
+        self._expected: list[str] = []
         with ThreadPoolExecutor(max_workers=16) as pool:  # one round trip to the store each
             committed = list(pool.map(self._is_committed, tasks))
         self.states: dict[str, State] = {
@@ -73,12 +89,16 @@ class Controller:
     def step(self) -> bool:
         """Poll, decide, act; returns whether a task changed its kind of state."""
         before = {task_id: type(state) for task_id, state in self.states.items()}
+        nodes = self._launcher.nodes()
+        self._kinds.update((node.id, node.kind) for node in nodes or ())
         for task_id, sighting in self._launcher.poll().items():
             self._see(self.tasks[task_id], sighting)
+        self._kill_deaf()
         if self._stopping:
-            self._drain()
+            self._drain_all()
         else:
-            self._place()
+            self._give_up_waiting(None if nodes is None else {node.id for node in nodes})
+            self._place(None if nodes is None else Snapshot(nodes))
         changed = [task_id for task_id, state in self.states.items() if type(state) is not before[task_id]]
         for task_id in changed:
             if self._on_change:
@@ -110,15 +130,33 @@ class Controller:
         """How many attempts at a task this controller has begun."""
         return self._history[task_id].attempts
 
+    def history(self, task_id: str) -> History:
+        """What this controller remembers of a task's attempts."""
+        return self._history[task_id]
+
+    def now(self) -> float:
+        """The time on the controller's clock, in seconds."""
+        return self._clock()
+
     def eta(self, task_id: str) -> float | None:
-        """Seconds until a running task is done at the speed of its present attempt."""
+        """Seconds until a running task is done, at the speed of this attempt, else at that measured on such nodes."""
         state = self.states[task_id]
         if not isinstance(state, Running):
             return None
-        done = state.progress.step - state.first_step
-        if done <= 0:
-            return None
-        return (state.progress.total_steps - state.progress.step) * (self._clock() - state.since) / done
+        task = self.tasks[task_id]
+        speed = state.steps_per_second
+        if speed is None and task.step_tokens:
+            kind = self._kinds.get(state.node.id, "")
+            speed = (self.speeds.measured(self._placed[task_id].group, kind) or 0.0) / task.step_tokens
+        return policies.remaining_steps(task, state.progress) / speed if speed else None
+
+    def remaining_steps(self, task_id: str) -> int:
+        """Steps still to be done, as far as is known."""
+        state = self.states[task_id]
+        if isinstance(state, Committed):
+            return 0
+        progress = None if isinstance(state, Blocked) else state.progress
+        return policies.remaining_steps(self.tasks[task_id], progress)
 
     def _is_committed(self, task: Task) -> bool:
         return self._store.exists(f"{task.kind}/{task.id}/{MANIFEST}")
@@ -129,29 +167,42 @@ class Controller:
             case Alive(node, progress):
                 self._see_alive(task, node, progress)
             case Done(node, progress):
-                self._see_end(task, Broke(f"{task.kind}/{task.name} ended without a manifest", node, progress))
+                self._see_end(task, Broke(f"{task.where} ended without a manifest", node, progress))
             case Stopped(node, progress):
-                if isinstance(self.states[task.id], Draining):
-                    self._launcher.free(task.id)
-                    self.states[task.id] = Waiting()
+                state = self.states[task.id]
+                if isinstance(state, Draining):
+                    if state.moving:
+                        self.speeds.saw_checkpoint(self._placed[task.id].group, self._clock() - state.since)
+                    self._leave(task, node, progress or state.progress, "moved" if state.moving else "stopped")
                 else:
                     self._see_end(task, Broke("it stopped without having been asked to", node, progress))
             case Broke():
                 self._see_end(task, sighting)
 
     def _see_alive(self, task: Task, node: Node, progress: Progress | None) -> None:
-        progress = progress or Progress(0, task.total_steps)
+        now = self._clock()
         match self.states[task.id]:
-            case Running(since=since, first_step=first_step):
+            case Running(first_step=0) as running if progress and progress.step > 0:
                 # Reading a checkpoint back is no work done: the clock starts at the first step that is reported
-                known = first_step > 0 or progress.step == 0
-                self.states[task.id] = Running(
-                    node, progress, since if known else self._clock(), first_step if known else progress.step
-                )
+                self.speeds.saw_start(self._placed[task.id].group, now - running.placed)
+                self.states[task.id] = Running(node, progress, now, progress.step, now, running.placed)
+            case Running() as running:
+                progress = progress or running.progress
+                seen = now if progress.step != running.progress.step else running.seen
+                running = replace(running, node=node, progress=progress, seen=seen)
+                self.states[task.id] = running
+                if seen == now and running.steps_per_second and node.id in self._kinds:
+                    rate = running.steps_per_second * task.step_tokens
+                    self.speeds.saw(self._placed[task.id].group, self._kinds[node.id], task.id, rate)
             case Draining() as draining:
-                self.states[task.id] = replace(draining, node=node, progress=progress)
-            case _:
-                self.states[task.id] = Running(node, progress, self._clock(), progress.step)
+                self.states[task.id] = replace(draining, node=node, progress=progress or draining.progress)
+            case state:
+                assert isinstance(state, Placing), state
+                # One that goes on says where it stands only with its next step
+                known = progress or state.progress or Progress(0, task.total_steps)
+                first = progress.step if progress else 0
+                placed = state.since if state.node_id else now  # until now it may have waited for its turn
+                self.states[task.id] = Running(node, known, now, first, now, placed)
 
     def _see_end(self, task: Task, broke: Broke) -> None:
         """An attempt is over. If the manifest is there it went well, whatever was seen; `broke` says what else it was.
@@ -162,6 +213,7 @@ class Controller:
             committed = self._is_committed(task)
         except StoreUnavailable:
             return  # seen again at the next step
+        self._note_end(task, broke.node, broke.progress, "committed" if committed else broke.error)
         self._launcher.free(task.id)
         if committed:
             self.states[task.id] = Committed(broke.progress)
@@ -170,19 +222,81 @@ class Controller:
         self._history[task.id] = history
         self.states[task.id] = state
 
-    def _place(self) -> None:
-        """Block what a failure cut off, and place what is ready."""
+    def _leave(self, task: Task, node: Node | None, progress: Progress | None, cause: str) -> None:
+        """End an attempt that nothing was wrong with; the task waits for the next."""
+        self._note_end(task, node, progress, cause)
+        self._launcher.free(task.id)
+        self.states[task.id] = Waiting(progress)
+
+    def _note_end(self, task: Task, node: Node | None, progress: Progress | None, cause: str) -> None:
+        state, now = self.states[task.id], self._clock()
+        placed = (
+            state.since
+            if isinstance(state, Placing)
+            else state.placed
+            if isinstance(state, Running | Draining)
+            else now
+        )
+        ended = Ended(node, placed, now, progress.step if progress else 0, cause)
+        history = self._history[task.id]
+        self._history[task.id] = replace(history, ended=(*history.ended, ended))
+
+    def _give_up_waiting(self, living: set[str] | None) -> None:
+        """Take back what was meant for a node that is gone, or that does not take it."""
         now = self._clock()
-        ready: list[Task] = []
-        pending = 0
+        for task_id, state in self.states.items():
+            match state:
+                case Placing(node_id=str(node_id), since=since) if living is not None and (
+                    node_id not in living or now - since > policies.PIN_PATIENCE
+                ):
+                    self._launcher.free(task_id)
+                    self.states[task_id] = Waiting(state.progress)
+
+    def _kill_deaf(self) -> None:
+        """Free what was asked to stop, and does not."""
+        now = self._clock()
+        for task_id, state in self.states.items():
+            if isinstance(state, Draining) and now - state.since > DRAIN_PATIENCE:
+                self._leave(self.tasks[task_id], state.node, state.progress, "killed: it did not stop")
+
+    def _place(self, snapshot: Snapshot | None) -> None:
+        """Block what a failure cut off, and place what is ready."""
+        ready = self._ready()
+        self._expect(ready)
+        apart = [task for task in ready if snapshot and task.trains_alone]
+        queued = [task for task in ready if not (snapshot and task.trains_alone)]
         active: Counter[Kind] = Counter()
+        pending = 0
+        for task_id, state in self.states.items():
+            active[self.tasks[task_id].kind] += isinstance(state, Placing | Running | Draining)
+            pending += isinstance(state, Placing) and state.node_id is None
+        for task in policies.choose(queued, pending, active, lambda task: self.remaining_steps(task.id)):
+            self._begin(task, snapshot)
+        if snapshot is None:
+            return
+        placement = Placement(snapshot, self.speeds, self._clock(), self._kinds)
+        for task_id, attempt in self._placed.items():
+            state = self.states[task_id]
+            if attempt.task.trains_alone and isinstance(state, Placing | Running | Draining):
+                placement.add_active(attempt.task, attempt.group, state)
+        for task in apart:
+            self._add_waiting(task, placement)
+        for task_id in placement.to_move():
+            state = self.states[task_id]
+            assert isinstance(state, Running)
+            self._launcher.drain(task_id)
+            self.states[task_id] = Draining(state.node, state.progress, self._clock(), state.placed, moving=True)
+            placement.leaves(task_id)
+        for task, node_id in placement.to_place():
+            self._begin(task, snapshot, node_id)
+
+    def _ready(self) -> list[Task]:
+        """What can be placed now."""
+        ready: list[Task] = []
+        now = self._clock()
         for task_id, state in self.states.items():  # parents first, so a block reaches all descendants
             task = self.tasks[task_id]
-            if isinstance(state, Placing | Running | Draining):
-                active[task.kind] += 1
             match state:
-                case Placing():
-                    pending += 1
                 case Waiting():
                     blocker = self._blocker(task)
                     if blocker:
@@ -191,41 +305,61 @@ class Controller:
                         ready.append(task)
                 case Retrying(not_before=not_before) if now >= not_before:
                     ready.append(task)
-        for task in policies.choose(ready, pending, active, self._remaining):
-            history = self._history[task.id]
-            try:
-                self._launcher.place(task, history.avoid)
-            except PlacementError as error:
-                self.states[task.id] = policies.after_no_place(history, error, now)
+        return ready
+
+    def _expect(self, ready: Iterable[Task]) -> None:
+        """Tell the launcher what could be worked on, where that has changed."""
+        active = (id for id, state in self.states.items() if isinstance(state, Placing | Running | Draining))
+        expected = sorted({*active, *(task.id for task in ready)})
+        if expected != self._expected:
+            self._expected = expected
+            self._launcher.expect([self.tasks[task_id] for task_id in expected])
+
+    def _add_waiting(self, task: Task, placement: Placement) -> None:
+        state = self.states[task.id]
+        progress = state.progress if isinstance(state, Waiting | Retrying) else None
+        try:
+            placement.add_waiting(task, progress, self._history[task.id].avoid)
+        except PlacementError as error:
+            self.states[task.id] = policies.after_no_place(self._history[task.id], error, self._clock())
+
+    def _begin(self, task: Task, snapshot: Snapshot | None, node_id: str | None = None) -> None:
+        """Place one task, with the first of its demands that can be met."""
+        history, now = self._history[task.id], self._clock()
+        state = self.states[task.id]
+        progress = state.progress if isinstance(state, Waiting | Retrying) else None
+        try:
+            if snapshot is None:
+                attempt, said = _Attempt(task, (task.model, "")), ""
             else:
-                self._history[task.id] = replace(history, attempts=history.attempts + 1)
-                self.states[task.id] = Placing()
+                taken = snapshot.taken(task)
+                attempt, said = _Attempt(replace(task, needs=taken.needs), taken.group), taken.said
+            self._launcher.place(attempt.task, history.avoid, node_id)
+        except PlacementError as error:
+            self.states[task.id] = policies.after_no_place(history, error, now)
+        else:
+            self._placed[task.id] = attempt
+            self._history[task.id] = replace(history, attempts=history.attempts + 1, said=said)
+            self.states[task.id] = Placing(now, node_id, progress)
 
     def _blocker(self, task: Task) -> str | None:
         """The failed task that `task` can never be made without."""
         for parent in task.parents:
             state = self.states[parent]
             if isinstance(state, Failed):
-                return f"{self.tasks[parent].kind}/{self.tasks[parent].name}"
+                return self.tasks[parent].where
             if isinstance(state, Blocked):
                 return state.by
         return None
 
-    def _drain(self) -> None:
-        """Towards a stop: running tasks are told, those on no node yet are forgotten, the deaf are killed."""
+    def _drain_all(self) -> None:
+        """Towards a stop: running tasks are told, those on no node yet are forgotten."""
         now = self._clock()
         for task_id, state in self.states.items():
             match state:
                 case Placing():
                     self._launcher.free(task_id)
-                    self.states[task_id] = Waiting()
-                case Running(node=node, progress=progress):
+                    self.states[task_id] = Waiting(state.progress)
+                case Running(node=node, progress=progress, placed=placed):
                     self._launcher.drain(task_id)
-                    self.states[task_id] = Draining(node, progress, now)
-                case Draining(since=since) if now - since > DRAIN_PATIENCE:
-                    self._launcher.free(task_id)
-                    self.states[task_id] = Waiting()
-
-    def _remaining(self, task: Task) -> int:
-        state = self.states[task.id]
-        return policies.remaining_steps(task, state.progress if isinstance(state, Retrying) else None)
+                    self.states[task_id] = Draining(node, progress, now, placed)

@@ -16,6 +16,8 @@ from bam_ray.checkpoint.manifest import Kind, identity
 from bam_ray.control.tasks import Task
 from bam_ray.settings.recipe import Needs, Recipe, TrainingSettings
 
+DENSE = "dense"  # the model of the seed and of all branches
+
 
 def task_graph(recipe: Recipe) -> list[Task]:
     """Every task of `recipe`, parents first."""
@@ -31,7 +33,8 @@ def task_graph(recipe: Recipe) -> list[Task]:
         },
         parents=(corpus.id,),
         needs=recipe.seed.needs,
-        total_steps=recipe.seed.training.steps if recipe.seed.training else 0,
+        training=recipe.seed.training,
+        model=DENSE,
     )
     branches = [
         _task(
@@ -43,8 +46,9 @@ def task_graph(recipe: Recipe) -> list[Task]:
                 "general_fraction": recipe.branch.general_fraction,
             },
             parents=(seed.id, corpus.id),
-            needs=recipe.branch.needs,
-            total_steps=recipe.branch.training.steps,
+            needs=recipe.branch.needs_of(domain),
+            training=recipe.branch.training,
+            model=DENSE,
             max_attempts=recipe.branch.max_attempts,
         )
         for domain in recipe.branch.domains
@@ -71,7 +75,8 @@ def task_graph(recipe: Recipe) -> list[Task]:
             parents=(start.id, corpus.id),
             needs=recipe.mix.needs,
             workers=recipe.mix.workers or recipe.mix.expert_parallel,
-            total_steps=recipe.mix.training.steps,
+            training=recipe.mix.training,
+            model=f"mixture {start.name}",
             max_attempts=recipe.mix.max_failures + 1,
             at_once=recipe.mix.at_once,
         )
@@ -112,7 +117,8 @@ def _task(
     parents: tuple[str, ...] = (),
     needs: Needs | None = None,
     workers: int = 1,
-    total_steps: int = 0,
+    training: TrainingSettings | None = None,
+    model: str = "",
     max_attempts: int = 4,
     at_once: int | None = None,
 ) -> Task:
@@ -124,9 +130,11 @@ def _task(
         parents=parents,
         needs=needs or Needs(),
         workers=workers,
-        total_steps=total_steps,
+        total_steps=training.steps if training else 0,
         max_attempts=max_attempts,
         at_once=at_once,
+        model=model if training else "",
+        step_tokens=training.batch_tokens if training else 0,
     )
 
 

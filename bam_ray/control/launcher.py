@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bam_ray.control.attempt import Attempt
+from bam_ray.control.nodes import NodeFacts
 from bam_ray.control.sightings import Queued, Sighting
 from bam_ray.control.states import Node
 from bam_ray.control.tasks import StageContext, Task
@@ -17,10 +18,18 @@ from bam_ray.control.tasks import StageContext, Task
 class Launcher(Protocol):
     """Runs attempts at tasks."""
 
-    def place(self, task: Task, avoid: frozenset[str]) -> None:
-        """Begin an attempt on a node whose id is none of `avoid` (where others will do), now or when one is free.
+    def nodes(self) -> Sequence[NodeFacts] | None:
+        """The living nodes, and what of them is free; None where the launcher alone chooses among its own."""
+        ...
 
-        Raises `PlacementError` where no node could ever hold it.
+    def expect(self, tasks: Sequence[Task]) -> None:
+        """Hear which tasks can be worked on by now, placed or not: a cluster that grows on demand grows for them."""
+        ...
+
+    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+        """Begin an attempt, on the node `node_id`, or (None) on one that is not in `avoid`, where others will do.
+
+        Where there is no room it is begun when there is. Raises `PlacementError` where it can never be.
         """
         ...
 
@@ -53,7 +62,13 @@ class InProcessLauncher:
         self._entries: dict[str, _Entry] = {}
         self._queue: list[str] = []
 
-    def place(self, task: Task, avoid: frozenset[str]) -> None:
+    def nodes(self) -> None:
+        return None
+
+    def expect(self, tasks: Sequence[Task]) -> None:
+        """Threads are there as they are wanted."""
+
+    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
         attempt = Attempt(lambda context: self._run(task, context))
         self._entries[task.id] = _Entry(task, attempt)
         self._queue.append(task.id)

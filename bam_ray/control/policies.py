@@ -28,6 +28,7 @@ FINAL = (SettingsError, DataError, StoreDenied, StaleLease, FamilyError, Upcycle
 MAX_PENDING = 32  # placed, but on no node yet: enough to keep nodes busy, few enough that the order stays ours
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles up to:
 LONGEST_DELAY = 60.0
+PIN_PATIENCE = 120.0  # seconds that a node has to take what was meant for it, before another is looked for
 PLACEMENT_DELAY = 15.0  # seconds between looks for a node that can hold a task whose node went away
 
 
@@ -38,7 +39,7 @@ def is_final(error: BaseException) -> bool:
 
 def remaining_steps(task: Task, progress: Progress | None) -> int:
     """Steps that `task` has still to do, as far as is known."""
-    return task.total_steps - (progress.step if progress else 0)
+    return max(0, task.total_steps - (progress.step if progress else 0))
 
 
 def choose(

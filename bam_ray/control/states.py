@@ -24,6 +24,8 @@ class Node:
 class Waiting:
     """For parents, or for its turn."""
 
+    progress: Progress | None = None  # of an attempt that was moved or stopped
+
 
 @dataclass(frozen=True)
 class Blocked:
@@ -36,6 +38,10 @@ class Blocked:
 class Placing:
     """Asked for; no node has taken it yet."""
 
+    since: float = 0.0
+    node_id: str | None = None  # the node it was meant for; None: any that has room
+    progress: Progress | None = None
+
 
 @dataclass(frozen=True)
 class Running:
@@ -43,8 +49,16 @@ class Running:
 
     node: Node
     progress: Progress
-    since: float  # when and at which step this attempt was first seen, for its speed
+    since: float  # when and at which step this attempt was first seen to train, for its speed
     first_step: int
+    seen: float  # when the step last changed
+    placed: float  # when this attempt was asked for
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Since the first step of this attempt; None where there was no other."""
+        steps, seconds = self.progress.step - self.first_step, self.seen - self.since
+        return steps / seconds if steps > 0 and seconds > 0 else None
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,8 @@ class Draining:
     node: Node | None
     progress: Progress | None
     since: float
+    placed: float
+    moving: bool = False  # to go on elsewhere; otherwise the run is being stopped
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,17 @@ State = Waiting | Blocked | Placing | Running | Draining | Retrying | Committed 
 
 
 @dataclass(frozen=True)
+class Ended:
+    """One attempt that is over. Times are the controller's clock's."""
+
+    node: Node | None
+    placed: float
+    ended: float
+    step: int  # that it reached
+    cause: str  # "committed", "moved", "stopped" or an error
+
+
+@dataclass(frozen=True)
 class History:
     """What the controller remembers of a task's attempts while it runs itself."""
 
@@ -93,3 +120,5 @@ class History:
     failures: int = 0  # of those that count against `Task.max_attempts`
     checkpoint_step: int = 0  # the furthest seen
     avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on
+    ended: tuple[Ended, ...] = ()
+    said: str = ""  # of the demand that was taken

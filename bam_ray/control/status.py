@@ -98,7 +98,7 @@ def _row(controller: Controller, task: Task) -> Row:
 
 
 def _progress(state: State) -> Progress | None:
-    return state.progress if isinstance(state, Running | Draining | Retrying | Committed | Failed) else None
+    return None if isinstance(state, Blocked) else state.progress
 
 
 def _word(state: State) -> RowState:

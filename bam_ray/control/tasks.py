@@ -19,11 +19,23 @@ class Task:
     name: str  # "corpus", "seed", a domain, a mixture, "report"
     id: str
     parents: tuple[str, ...]  # ids of tasks that must be committed first
-    needs: Needs  # of each worker
+    needs: Needs  # of each worker; once placed, the demand that was taken
     workers: int = 1  # more than 1: a group of processes that train together
     total_steps: int = 0
     max_attempts: int = 4
     at_once: int | None = None  # how many tasks of this kind may be worked on together; None: as many as fit
+    model: str = ""  # tasks of one model and one demand go at the same speed on nodes of one kind
+    step_tokens: int = 0  # tokens of a step; 0: the steps are no measure of work
+
+    @property
+    def where(self) -> str:
+        """For people: `branches/law`."""
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether one actor trains it, step by step: such a task is placed by speed, and moved."""
+        return self.kind != "mixtures" and self.step_tokens > 0 and self.total_steps > 0
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from bam_ray.control.attempt import one_line
+from bam_ray.control.nodes import resources_of
 from bam_ray.control.tasks import Progress
 from bam_ray.errors import BamError, Interrupted, TrainingError
-from bam_ray.on_ray.cluster import resources_of
 from bam_ray.on_ray.task_actor import here, quiet, use_threads
 from bam_ray.on_ray.work import Work
 

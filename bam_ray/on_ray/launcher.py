@@ -1,7 +1,8 @@
 """The controller's launcher on Ray: one actor per task.
 
-Ray's scheduler is the queue: an actor that finds no room waits there. What is asked of an actor never blocks the
-driver: each question is a reference that is looked at until it is answered.
+An actor is placed on the node that the controller chose, by a label that Ray gives each node, else wherever Ray finds
+room; where there is none it waits in Ray's queue. What is asked of an actor never blocks the driver: each question is a
+reference that is looked at until it is answered.
 
 An actor that cannot be reached may live on, cut off, and come back (`ActorUnavailableError` says no more than that).
 To begin another attempt then would make two, and Ray may well place the second on the node that is just dying. So such
@@ -9,21 +10,25 @@ an actor is asked again until it answers or Ray's head has declared it dead; a n
 """
 
 import time
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control.attempt import LOG_LINES
+from bam_ray.control.nodes import NODE_ID, NodeFacts, resources_of, selector_of
 from bam_ray.control.sightings import Alive, Broke, Queued, Sighting
 from bam_ray.control.states import Node
 from bam_ray.control.tasks import Progress, Task
-from bam_ray.on_ray.cluster import living_nodes, resources_of, selector_for
+from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.task_actor import remote_class
-from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work
+from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work, is_group
 from bam_ray.settings import Recipe
 
 ANSWER_WAIT = 0.5  # seconds that a poll waits for answers; those that come later are seen at the next
@@ -36,6 +41,7 @@ class _Placed:
 
     task: Task
     actor: Any
+    meant_for: str | None  # the id of a node
     question: Any  # of `start` while there is no node, of `poll` afterwards; None: ask
     node: Node | None = None
     last: Sighting = field(default_factory=Queued)
@@ -59,11 +65,35 @@ class RayLauncher:
         self._actors = remote_class()
         self._placed: dict[str, _Placed] = {}
 
-    def place(self, task: Task, avoid: frozenset[str]) -> None:
-        selector = selector_for(task, avoid, living_nodes())
+    def nodes(self) -> list[NodeFacts]:
+        """Of Ray's account of what is free, which may be a second old, what this launcher gave away is taken off."""
+        free = free_resources()
+        given: dict[str, Counter[str]] = defaultdict(Counter)
+        for placed in self._placed.values():
+            node_id = placed.node.id if placed.node else placed.meant_for
+            if node_id and not is_group(placed.task):
+                given[node_id].update(resources_of(placed.task.needs))
+        return [
+            replace(
+                node,
+                free={
+                    name: min(free.get(node.id, {}).get(name, 0.0), there - given[node.id][name])
+                    for name, there in node.resources.items()
+                },
+            )
+            for node in living_nodes()
+        ]
+
+    def expect(self, tasks: Sequence[Task]) -> None:
+        """Ray's autoscaler, where there is one, sees no queue: what has no node yet waits with the controller."""
+        bundles = [resources_of(task.needs) for task in tasks for _ in range(task.workers)]
+        request_resources(bundles=[bundle for bundle in bundles if bundle])
+
+    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+        selector = {**task.needs.labels, NODE_ID: node_id} if node_id else selector_of(task, avoid, living_nodes())
         work = Work(task, self._recipe, self._store, self._functions, self._engine_factory, selector)
         actor = self._actors.options(max_concurrency=2, **self._where(work)).remote()
-        self._placed[task.id] = _Placed(task, actor, actor.start.remote(work))
+        self._placed[task.id] = _Placed(task, actor, node_id, actor.start.remote(work))
 
     def poll(self) -> dict[str, Sighting]:
         for placed in self._placed.values():
@@ -84,12 +114,15 @@ class RayLauncher:
 
     def close(self) -> None:
         """Free everything."""
+        self.expect([])
         for task_id in list(self._placed):
             self.free(task_id)
 
     def _where(self, work: Work) -> dict[str, Any]:
         """Options that place an actor."""
-        if work.is_group:  # the actor only hosts the group, whose ranks Ray Train places; it does so beside the driver
+        if is_group(
+            work.task
+        ):  # the actor only hosts the group, whose ranks Ray Train places; it does so beside the driver
             driver_node = ray.get_runtime_context().get_node_id()
             return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(driver_node, soft=True)}
         resources = resources_of(work.task.needs)

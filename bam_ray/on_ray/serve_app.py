@@ -31,9 +31,10 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.graph import find_task, task_graph
+from bam_ray.control.nodes import NodeFacts, resources_of, room, said_of, said_of_nodes
 from bam_ray.control.tasks import Task
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
-from bam_ray.on_ray.cluster import NodeFacts, living_nodes, resources_of, room
+from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.settings import Recipe, ServeSettings, load_recipe
 
 APP = "bam"
@@ -150,13 +151,11 @@ def shutdown() -> None:
 
 def _spare_room(settings: ServeSettings, nodes: list[NodeFacts]) -> bool:
     """Whether one replica more would fit on idle nodes; raises `PlacementError` where not even the replicas do."""
-    replica = Task("mixtures", "endpoint", "endpoint", (), settings.needs, workers=settings.replicas + 1)
-    fitting = room(replica, nodes)
+    fitting = room(settings.needs, nodes, settings.replicas + 1)
     if fitting < settings.replicas:
-        demand = settings.needs.model_dump(exclude_defaults=True) or {"cpus": settings.needs.cpus}
         raise PlacementError(
-            f"{settings.replicas} replica(s) of {demand} can never fit on the {len(nodes)} living nodes: "
-            "mend serve.needs or serve.replicas, or add nodes"
+            f"{settings.replicas} replica(s) of {said_of(settings.needs)} can never fit on the {len(nodes)} living "
+            f"nodes ({said_of_nodes(nodes)}): mend serve.needs or serve.replicas, or add nodes"
         )
     return fitting > settings.replicas
 

@@ -56,7 +56,7 @@ class Work:
     engine_factory: EngineFactory | None = None
     selector: dict[str, str] = field(default_factory=dict)  # Ray's label selector for the nodes to use
 
-    @property
-    def is_group(self) -> bool:
-        """Whether a group of processes does it, under Ray Train."""
-        return self.task.kind == "mixtures"
+
+def is_group(task: Task) -> bool:
+    """Whether a group of processes does it, under Ray Train."""
+    return task.kind == "mixtures"

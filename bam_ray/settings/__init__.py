@@ -1,11 +1,13 @@
 """The recipe: everything a run is told, as strict frozen models."""
 
-from bam_ray.settings.load import apply_override, load_recipe, parse_recipe, validated
+from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
 from bam_ray.settings.recipe import (
     AverageSettings,
     Blend,
+    BranchOverride,
     BranchSettings,
     DataSettings,
+    Demand,
     DomainSettings,
     EvaluateSettings,
     Losses,
@@ -20,6 +22,7 @@ from bam_ray.settings.recipe import (
     ServeSettings,
     SplitSettings,
     StoreSettings,
+    Strict,
     TokenizerSettings,
     TrainingSettings,
     UpcycleSettings,
@@ -28,8 +31,10 @@ from bam_ray.settings.recipe import (
 __all__ = [
     "AverageSettings",
     "Blend",
+    "BranchOverride",
     "BranchSettings",
     "DataSettings",
+    "Demand",
     "DomainSettings",
     "EvaluateSettings",
     "Losses",
@@ -44,10 +49,12 @@ __all__ = [
     "ServeSettings",
     "SplitSettings",
     "StoreSettings",
+    "Strict",
     "TokenizerSettings",
     "TrainingSettings",
     "UpcycleSettings",
     "apply_override",
+    "load_as",
     "load_recipe",
     "parse_recipe",
     "validated",

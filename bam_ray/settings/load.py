@@ -14,26 +14,40 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read the recipe at `path`; raises `SettingsError`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"recipe {path} cannot be read: it is not text (UTF-8)") from None
-    return parse_recipe(text, str(path), overrides)
+    return parse_recipe(_read(path, "recipe"), str(path), overrides)
 
 
 def parse_recipe(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
     """A recipe from YAML text; `where` names it in errors."""
-    try:
-        plain = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"recipe {where} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(plain, dict):
-        raise SettingsError(f"recipe {where} is not a mapping of settings")
+    plain = _mapping(text, f"recipe {where}")
     for override in overrides or []:
         apply_override(plain, override)
     return validated(Recipe, plain, f"recipe {where}")
+
+
+def load_as(model: type[Model], path: str | Path, what: str) -> Model:
+    """Read the YAML file at `path` as a `model`; `what` it is stands in errors. Raises `SettingsError`."""
+    where = f"{what} {path}"
+    return validated(model, _mapping(_read(path, what), where), where)
+
+
+def _read(path: str | Path, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{what} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{what} {path} cannot be read: it is not text (UTF-8)") from None
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        plain = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plain, dict):
+        raise SettingsError(f"{where} is not a mapping of settings")
+    return plain
 
 
 def validated(model: type[Model], plain: dict[str, Any], where: str) -> Model:

@@ -92,13 +92,19 @@ class TrainingSettings(Strict):
         return -(-self.tokens // self.batch_tokens)
 
 
-class Needs(Strict):
+class Demand(Strict):
     """What one worker of a job needs of its node."""
 
     cpus: Annotated[float, Field(ge=0.0)] = 1.0
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     memory_gib: Annotated[float, Field(ge=0.0)] = 0.0
     labels: dict[str, str] = {}  # Ray's label selector: {"ray.io/accelerator-type": "in(A100,H100)"}
+
+
+class Needs(Demand):
+    """A demand, and what will do instead, in order, where no node of the cluster could ever meet it."""
+
+    fallback: tuple[Demand, ...] = ()
 
 
 class Scratch(Strict):
@@ -131,14 +137,32 @@ class SeedSettings(Strict):
         return self
 
 
+class BranchOverride(Strict):
+    """What is different for one branch; it never changes what the branch learns."""
+
+    needs: Needs  # in place of branch.needs, not merged with them
+
+
 class BranchSettings(Strict):
-    """One branch a domain, all alike. `training` without `peak_lr` takes half of the seed's (the paper's)."""
+    """One branch a domain, all trained alike. `training` without `peak_lr` takes half of the seed's (the paper's)."""
 
     domains: list[Name]
     training: TrainingSettings
     general_fraction: Fraction = 0.1  # of each branch's tokens (the paper's)
     needs: Needs = Needs()
+    overrides: dict[Name, BranchOverride] = {}  # by domain
     max_attempts: Count = 4
+
+    def needs_of(self, domain: str) -> Needs:
+        """What the branch of `domain` needs."""
+        return self.overrides[domain].needs if domain in self.overrides else self.needs
+
+    @model_validator(mode="after")
+    def _overrides_are_of_branches(self) -> Self:
+        unknown = sorted(set(self.overrides) - set(self.domains))
+        if unknown:
+            raise ValueError(f"branch.overrides names {unknown}, which is none of branch.domains {self.domains}")
+        return self
 
 
 class AverageSettings(Strict):
@@ -258,7 +282,7 @@ class ServeSettings(Strict):
     replicas: Count = 1
     slots: Count = 8  # requests decoded together
     max_length: Count = 512  # prompt and completion, in tokens
-    needs: Needs = Needs()
+    needs: Demand = Demand()
 
 
 class MetricsSettings(Strict):

@@ -46,7 +46,6 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
     scored by then is kept.
     """
     started = time.perf_counter()
-    torch.set_num_threads(max(1, int(recipe.evaluate.needs.cpus)))
     graph = task_graph(recipe)
     place = Place(recipe, store, "reports", name)
     finished = place.artifact.manifest()
@@ -121,7 +120,7 @@ class Evaluator:
             started = time.perf_counter()
             folder = Artifact(self._store, kind, task.id).fetch()
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            model.to("cuda" if self._settings.needs.gpus else "cpu")
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
             progress = Progress(step=step, total_steps=total_steps, note=label(kind, task.name))
             domains, routings = self._on_all_domains(model, progress)
             result = describe(task, kind, lineage, model, domains, routings)

@@ -26,9 +26,10 @@ from bam_ray.checkpoint.manifest import Kind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.graph import find_task, subset, task_graph
+from bam_ray.control.nodes import demand_met, selector_of, selects
 from bam_ray.control.states import Committed, Failed, Node, Running
 from bam_ray.errors import PlacementError, SettingsError
-from bam_ray.on_ray.cluster import living_nodes, selector_for, selects
+from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.submit import INTERRUPTED, follow, submit
 from bam_ray.on_ray.work import StageFunctions
@@ -199,8 +200,8 @@ def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Reci
     run = Run(recipe, ["branches"])
     assert run.join() == "failed"
     assert run.state("branches", "law").error == (
-        "branches/law needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give: "
-        "mend branch.needs or add nodes"
+        "branches/law needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give "
+        "(3 × 2 CPU, kind=plain; 1 × 0 CPU): mend branch.needs (or its override) or add nodes"
     )
 
 
@@ -209,15 +210,15 @@ def test_avoided_nodes_are_left_out_while_others_will_do(cluster: Cluster, recip
     nodes = living_nodes()
     workers = [node for node in nodes if node.resources.get("CPU")]
     one, *others = workers
-    selector = selector_for(task, frozenset({one.id, "long gone"}), nodes)
+    selector = selector_of(task, frozenset({one.id, "long gone"}), nodes)
     assert {node.id for node in nodes if selects(selector, node.labels)} == {node.id for node in nodes} - {one.id}
-    assert selector_for(task, frozenset(node.id for node in workers), nodes) == {}
+    assert selector_of(task, frozenset(node.id for node in workers), nodes) == {}
     wide = find_task(
         task_graph(recipe.model_copy(update={"mix": recipe.mix.model_copy(update={"workers": 6})})), "mixtures", "bam"
     )
-    assert selector_for(wide, frozenset({one.id}), nodes) == {}, "six workers need all three nodes"
+    assert selector_of(wide, frozenset({one.id}), nodes) == {}, "six workers need all three nodes"
     with pytest.raises(PlacementError, match="6 × \\(1 CPU\\)"):
-        selector_for(wide, frozenset(), others)
+        demand_met(wide, others)
 
 
 def test_a_group_trains_under_ray_train_and_stops_and_goes_on(cluster: Cluster, upcycled: Recipe) -> None:

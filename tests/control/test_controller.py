@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -14,11 +14,12 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import policies
 from bam_ray.control.controller import DRAIN_PATIENCE, Controller
 from bam_ray.control.launcher import InProcessLauncher
+from bam_ray.control.nodes import NodeFacts
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
 from bam_ray.control.states import Blocked, Committed, Draining, Failed, Node, Placing, Retrying, Running, Waiting
 from bam_ray.control.tasks import Progress, StageContext, Task
 from bam_ray.errors import DataError, Interrupted, PlacementError, StoreUnavailable
-from bam_ray.settings import Needs
+from bam_ray.settings import Demand, Needs
 
 HERE = Node("1", "one")
 
@@ -39,12 +40,22 @@ class Script:
         self.placed: list[tuple[str, frozenset[str]]] = []
         self.drained: list[str] = []
         self.nowhere: set[str] = set()
+        self.there: list[NodeFacts] | None = None  # None: this launcher chooses among its own
+        self.meant_for: dict[str, str | None] = {}
+        self.expected: list[list[str]] = []
 
-    def place(self, task: Task, avoid: frozenset[str]) -> None:
+    def nodes(self) -> list[NodeFacts] | None:
+        return self.there
+
+    def expect(self, tasks: Sequence[Task]) -> None:
+        self.expected.append([task.id for task in tasks])
+
+    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
         if task.id in self.nowhere:
             raise PlacementError(f"no node for {task.id}")
         assert task.id not in self.sightings, "two attempts at once"
         self.placed.append((task.id, avoid))
+        self.meant_for[task.id] = node_id
         self.sightings[task.id] = Queued()
 
     def poll(self) -> dict[str, Sighting]:
@@ -289,6 +300,108 @@ def test_changes_are_told() -> None:
     script.sightings["a"] = Alive(HERE, Progress(2, 10))
     assert not controller.step(), "progress alone is no change of state"
     assert told == [("a", Placing), ("a", Running)]
+
+
+# On nodes of which the launcher tells
+
+
+def node(name: str, free: float = 1.0, cpus: float = 1.0) -> NodeFacts:
+    return NodeFacts(name, name, "", {"CPU": cpus}, {"kind": name}, {"CPU": free})
+
+
+def trained(name: str, steps: int = 100) -> Task:
+    return replace(make(name, steps=steps), model="dense", step_tokens=10)
+
+
+class Nodes(Scene):
+    """A scene on two nodes, of which `fast` makes ten steps a second and `slow` one."""
+
+    def __init__(self, *tasks: Task) -> None:
+        super().__init__(*tasks)
+        self.script.there = [node("fast"), node("slow")]
+
+    def busy(self, *names: str) -> None:
+        self.script.there = [node(name, free=0.0 if name in names else 1.0) for name in ("fast", "slow")]
+
+    def measure(self) -> None:
+        """Let `a` and `b` start on the two nodes, and measure them."""
+        self.step()
+        self.busy("fast", "slow")
+        on = {"a": Node("fast", "fast"), "b": Node("slow", "slow")}
+        self.step(**{name: Alive(where, None) for name, where in on.items()})
+        self.now = 1.0
+        self.step(**{name: Alive(where, Progress(1, 100)) for name, where in on.items()})
+        self.now = 4.0
+        self.step(a=Alive(on["a"], Progress(31, 100)), b=Alive(on["b"], Progress(4, 100)))
+
+
+def test_where_nothing_is_measured_as_many_are_placed_as_fit() -> None:
+    scene = Nodes(trained("a"), trained("b", 90), trained("c", 80))
+    scene.step()
+    assert scene.script.meant_for == {"a": None, "b": None}
+    assert scene.script.expected == [["a", "b", "c"]], "a cluster that grows hears of all three"
+
+
+def test_the_longest_waits_for_the_fastest_node_once_speeds_are_known() -> None:
+    scene = Nodes(trained("a"), trained("b"), trained("c", 80), trained("d", 50))
+    scene.measure()
+    assert scene.controller.eta("a") == pytest.approx(6.9)
+    assert scene.controller.eta("b") == pytest.approx(96)
+    scene.busy()
+    commit(scene.store, scene.tasks["a"])
+    commit(scene.store, scene.tasks["b"])
+    scene.step(a=Done(HERE, Progress(100, 100)), b=Done(HERE, Progress(100, 100)))
+    assert scene.script.meant_for == {"a": None, "b": None, "c": "fast", "d": "slow"}
+
+
+def test_a_task_moves_to_a_faster_node_that_falls_free_and_goes_on_there() -> None:
+    scene = Nodes(trained("a"), trained("b"))
+    scene.measure()
+    slow = Node("slow", "slow")
+    scene.now = 12.0
+    scene.busy("slow")
+    scene.controller.speeds.saw_checkpoint(("dense", "1 CPU"), 1.0)
+    commit(scene.store, scene.tasks["a"])
+    scene.step(a=Done(Node("fast", "fast"), Progress(100, 100)), b=Alive(slow, Progress(12, 100)))
+    assert scene.kinds() == {"a": Committed, "b": Draining}
+    assert scene.script.drained == ["b"]
+    scene.now = 13.0
+    scene.busy()
+    scene.step(b=Stopped(slow, Progress(13, 100, checkpoint_step=13)))
+    assert scene.script.meant_for["b"] == "fast"
+    assert scene.controller.history("b").ended[0].cause == "moved"
+    scene.busy("fast")
+    scene.step(b=Alive(Node("fast", "fast"), None))
+    state = scene.controller.states["b"]
+    assert isinstance(state, Running)
+    assert state.progress.step == 13, "shown where it stands while it reads its checkpoint"
+    assert scene.controller.eta("b") == pytest.approx(8.7), "at the speed that was measured there"
+    assert scene.controller.history("b").failures == 0
+
+
+def test_what_was_meant_for_a_node_that_is_gone_or_deaf_is_placed_again() -> None:
+    scene = Nodes(trained("a"), trained("b"), trained("c", 80))
+    scene.measure()
+    scene.busy("slow")
+    scene.finish("a")
+    assert scene.script.meant_for["c"] == "fast"
+    scene.script.there = [node("fast-again"), node("slow", free=0.0)]
+    scene.step()
+    assert scene.script.meant_for["c"] == "fast-again"
+    scene.now += policies.PIN_PATIENCE + 1
+    scene.step()
+    assert scene.script.names.count("c") == 3, "it was not taken for too long: placed again"
+
+
+def test_a_fallback_is_taken_and_said() -> None:
+    needs = Needs(gpus=1, fallback=(Demand(cpus=1),))
+    scene = Nodes(replace(trained("a"), needs=needs), replace(trained("b"), needs=Needs(gpus=1)))
+    scene.step()
+    assert scene.script.names == ["a"]
+    assert scene.controller.history("a").said == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU"
+    state = scene.controller.states["b"]
+    assert isinstance(state, Failed)
+    assert "branches/b needs 1 CPU, 1 GPU, which the 2 living nodes can never give" in state.error
 
 
 # Over real threads

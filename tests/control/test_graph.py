@@ -3,7 +3,7 @@
 import pytest
 
 from bam_ray.control.graph import find_task, subset, task_graph
-from bam_ray.settings import Recipe, parse_recipe
+from bam_ray.settings import Demand, Needs, Recipe, parse_recipe
 
 RECIPE = """
 name: tiny
@@ -75,6 +75,7 @@ def test_steps_workers_and_attempts() -> None:
         "mix.expert_parallel=4",
         "mix.workers=4",
         "branch.needs.cpus=2",
+        "branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}",
         "mix.needs.memory_gib=8",
         "branch.max_attempts=1",
         "evaluate.batch_sequences=2",
@@ -106,6 +107,19 @@ def test_what_determines_content_changes_it_and_all_made_from_it(override: str, 
 
 def test_the_order_of_domains_is_the_order_of_experts() -> None:
     assert changed("branch.domains=[code, general, law]") >= {"upcycled/bam", "mixtures/bam"}
+
+
+def test_one_branch_can_have_needs_of_its_own() -> None:
+    tasks = task_graph(recipe("branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}", "branch.needs.cpus=2"))
+    assert find_task(tasks, "branches", "law").needs == Needs(gpus=1, fallback=(Demand(cpus=4),))
+    assert find_task(tasks, "branches", "code").needs == Needs(cpus=2)
+
+
+def test_what_can_be_measured_together() -> None:
+    tasks = task_graph(recipe())
+    alone = {task.where: (task.model, task.step_tokens) for task in tasks if task.trains_alone}
+    assert alone == dict.fromkeys(["seeds/seed", *BRANCHES], ("dense", 256))
+    assert find_task(tasks, "mixtures", "bam").model != find_task(tasks, "mixtures", "btx").model
 
 
 def test_subset_takes_kinds_and_what_they_are_made_from() -> None:

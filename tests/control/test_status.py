@@ -1,5 +1,6 @@
 """What people are shown of a run."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
+from bam_ray.control.nodes import NodeFacts
 from bam_ray.control.sightings import Broke, Sighting
 from bam_ray.control.states import Node
 from bam_ray.control.table import SILENCE, duration, headline, render
@@ -22,7 +24,13 @@ class Broken:
     def __init__(self) -> None:
         self.placed: list[str] = []
 
-    def place(self, task: Task, avoid: frozenset[str]) -> None:
+    def nodes(self) -> list[NodeFacts] | None:
+        return None
+
+    def expect(self, tasks: Sequence[Task]) -> None:
+        pass
+
+    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
         self.placed.append(task.id)
 
     def poll(self) -> dict[str, Sighting]:

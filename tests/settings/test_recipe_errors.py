@@ -63,6 +63,11 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("serve.port", 70000, "serve.port: Input should be less than or equal to 65535"),
         ("data.general", "prose", "data: data.general is 'prose', which is none of data.domains ['code', 'general']"),
         ("branch.domains", ["code", "law"], "branch.domains names ['law'], which is none of data.domains"),
+        (
+            "branch.overrides",
+            {"law": {"needs": {}}},
+            "branch: branch.overrides names ['law'], which is none of branch.d",
+        ),
         ("mix.blend", {"law": 1.0}, "mix.blend names ['law'], which is none of data.domains"),
         ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which is none of data.domains"),
         ("serve.mixture", "btx", "serve.mixture is 'btx', none of upcycle.mixtures ['bam']"),

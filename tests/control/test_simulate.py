@@ -1,0 +1,109 @@
+"""Runs on clusters that are not there: the real controller over simulated nodes and time."""
+
+from pathlib import Path
+
+import pytest
+
+from bam_ray.control.cluster_file import ClusterFile, load_cluster
+from bam_ray.control.matching import bound
+from bam_ray.control.simulate import Simulated, simulate
+from bam_ray.control.tasks import Task
+from bam_ray.errors import SettingsError
+from bam_ray.settings import Needs
+
+CLUSTERS = sorted((Path(__file__).parents[2] / "recipes" / "clusters").glob("*.yaml"))
+MIXED = {"fast": (2, 4000.0), "middle": (2, 2000.0), "slow": (4, 1000.0)}
+
+
+def cluster(nodes: dict[str, tuple[int, float]], preemptions_per_hour: float = 0.0) -> ClusterFile:
+    groups = {
+        kind: {
+            "count": count,
+            "cpus": 1,
+            "labels": {"speed": kind},
+            "tokens_per_second": speed,
+            "preemptions_per_hour": preemptions_per_hour,
+        }
+        for kind, (count, speed) in nodes.items()
+    }
+    return ClusterFile.model_validate({"name": "test", "nodes": groups, "start_seconds": 30, "checkpoint_seconds": 15})
+
+
+def branches(count: int, steps: int, needs: Needs | None = None) -> list[Task]:
+    return [
+        Task("branches", f"b{i}", f"b{i}", (), needs or Needs(), total_steps=steps, model="dense", step_tokens=1000)
+        for i in range(count)
+    ]
+
+
+def run(tasks: list[Task], where: ClusterFile, seed: int = 0) -> Simulated:
+    every = {task.id: 100 for task in tasks}
+    return simulate(tasks, where, lambda task, group: group.tokens_per_second, every, seed)
+
+
+def at_best(tasks: list[Task], nodes: dict[str, tuple[int, float]]) -> float:
+    speeds = [speed for count, speed in nodes.values() for _ in range(count)]
+    return bound([task.total_steps * task.step_tokens for task in tasks], speeds)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_shipped_clusters_load(path: Path) -> None:
+    assert load_cluster(path).name == path.stem
+
+
+def test_three_clusters_are_shipped() -> None:
+    assert [path.stem for path in CLUSTERS] == ["eight-mixed-nodes", "laptop", "spot-200"]
+
+
+@pytest.mark.parametrize(
+    ("count", "nodes"),
+    [
+        (12, MIXED),
+        (8, MIXED),
+        (4, {"one": (2, 1000.0), "half": (1, 500.0), "quarter": (1, 250.0)}),
+        (12, {"same": (8, 1000.0)}),
+    ],
+)
+def test_the_makespan_is_near_the_bound(count: int, nodes: dict[str, tuple[int, float]]) -> None:
+    tasks = branches(count, 28800)
+    result = run(tasks, cluster(nodes))
+    assert result.outcome == "finished"
+    assert 1.0 <= result.seconds / at_best(tasks, nodes) <= 1.05
+
+
+def test_twelve_branches_are_committed_on_eight_nodes_that_are_taken_away() -> None:
+    tasks = branches(12, 28800)
+    result = run(tasks, cluster(MIXED, preemptions_per_hour=0.3))
+    assert result.outcome == "finished"
+    assert result.preemptions >= 3
+    causes = [ended.cause for attempts in result.attempts.values() for ended in attempts]
+    assert causes.count("committed") == 12
+    assert any("was preempted" in cause for cause in causes)
+    assert result.moves > 0
+    assert result.seconds >= at_best(tasks, MIXED)
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    tasks, where = branches(12, 9000), cluster(MIXED, preemptions_per_hour=0.5)
+    assert run(tasks, where, seed=1) == run(tasks, where, seed=1)
+    assert run(tasks, where, seed=1) != run(tasks, where, seed=2)
+
+
+def test_a_cluster_that_can_never_hold_a_branch_fails_at_once() -> None:
+    result = run(branches(2, 100, Needs(gpus=1)), cluster(MIXED))
+    assert (result.outcome, result.seconds) == ("failed", 0.0)
+
+
+def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest() -> None:
+    task = Task("mixtures", "bam", "bam", (), Needs(), workers=4, total_steps=1000, model="bam", step_tokens=4000)
+    result = run([task], cluster({"fast": (3, 2000.0), "slow": (1, 500.0)}))
+    assert result.seconds == pytest.approx(30 + 4_000_000 / (4 * 500) + 15, abs=2)
+
+
+def test_a_node_needs_one_speed(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    path.write_text("{name: none, nodes: {a: {count: 1}}}")
+    with pytest.raises(SettingsError, match=r"cluster file .*: nodes\.a: give exactly one of"):
+        load_cluster(path)
+    with pytest.raises(SettingsError, match=r"cluster file nowhere\.yaml cannot be read"):
+        load_cluster("nowhere.yaml")
