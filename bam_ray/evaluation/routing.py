@@ -18,13 +18,13 @@ from bam_ray.model import BamCausalLMOutput, BamConfig
 class RoutingTally:
     """Sums over the tokens seen so far.
 
-    Shapes: M layers (0 of attention where it is averaged), T tokens, N experts, k experts a token.
+    Shapes: M layers that have experts (0 of attention where it is averaged), T tokens, N experts, k experts a token.
     """
 
     def __init__(self, config: BamConfig) -> None:
         self.top_k = config.num_experts_per_tok
         self.attention_top_k = config.num_attention_experts_per_tok
-        layers, experts = config.num_hidden_layers, config.num_experts
+        layers, experts = len(config.mixture_layers), config.num_experts
         attention_layers = 0 if config.attention_experts == "averaged" else layers
         self.tokens = 0
         self.choices = torch.zeros(layers, experts, dtype=torch.double)

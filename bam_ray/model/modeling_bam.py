@@ -27,6 +27,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_bam import ACTIVATIONS, BamConfig
 
@@ -173,7 +174,7 @@ class BamRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with maybe_autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
 
@@ -351,8 +352,9 @@ class BamExperts(nn.Module):
         """Apply expert i of those held here to its counts[i] rows: rows [R, d] sorted by expert -> [R, d]."""
         up, up_bias = getattr(self, f"{self.up_name}_proj"), getattr(self, f"{self.up_name}_bias")
         operands = [rows, up, self.down_proj, up_bias, self.down_bias]
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
+        device = rows.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             operands = [None if operand is None else operand.to(dtype) for operand in operands]
         rows, *weights = operands
         out: Tensor = expert_ffn(rows, counts, *weights, self.activation)[0]

@@ -73,7 +73,7 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
             own = [name for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, BamAttentionExperts):
             module.exchange = AttentionExchange(group)
-            module.register_forward_pre_hook(_refuse_what_is_not_exchanged, with_kwargs=True)
+            module.register_forward_pre_hook(_same_for_all_sequences, with_kwargs=True)
             own = [name for name, _ in module.named_parameters(recurse=False)]
             if module.kv_shared:  # of query heads here, which all read the one set of key/value heads
                 module.num_key_value_groups //= size
@@ -89,12 +89,20 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     return ExpertShards(group, group_name, frozenset(names))
 
 
-def _refuse_what_is_not_exchanged(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Only x and gates travel: what else differs between sequences would meet the wrong ones."""
+def _same_for_all_sequences(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Only x and gates travel: what else differs between sequences would meet the wrong ones.
+
+    Masks that depend on positions alone (sliding windows) are the same for all: one row of them is enough.
+    """
     mask, (cos, _) = kwargs["attention_mask"], kwargs["position_embeddings"]
     assert kwargs["cache"] is None, "expert-parallel attention has no cache: generate from a saved checkpoint"
-    assert mask is None or mask.shape[0] == 1, "expert-parallel attention needs packed sequences: leave out the mask"
     assert cos.shape[0] == 1, "expert-parallel attention needs packed sequences: leave out position_ids"
+    if mask is None:
+        return args, kwargs
+    assert bool((mask == mask[:1]).all()), "expert-parallel attention needs packed sequences: leave out the mask"
+    return args, {**kwargs, "attention_mask": mask[:1]}
 
 
 class _ExpertMarker(MoE):

@@ -32,7 +32,6 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.nodes import NodeFacts, resources_of, room, said_of, said_of_nodes
-from bam_ray.control.tasks import Task
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.settings import Recipe, ServeSettings, load_recipe

@@ -1,8 +1,10 @@
 """Floating-point operations of a model, by its configuration: two for each multiply-add of a matrix product.
 
-Forward, a token and layer, with hidden size d, query width q, key/value width c, FFN hidden f, context L (causal, so
-L/2 keys on average), k FFN experts a token and A attention experts (C of them with own keys and values):
-`2(A·2dq + C·2dc + k·3df + routers) + A·2Lq` (2df where the FFN has no gate). Training is three times the forward pass.
+Forward, a token and layer, with hidden size d, query width q, key/value width c, FFN hidden f in m matrices (3 where it
+is gated, else 2), K keys seen on average, k FFN experts a token, s the hidden size of an always-on expert, and A
+attention experts (C of them with own keys and values): `2(A·2dq + C·2dc + m·d(k·f + s) + routers) + 4·A·K·q`. Causal
+attention over a context of L sees L/2 keys on average, through a window of w < L tokens w - w²/2L. Training is three
+times the forward pass.
 """
 
 import re
@@ -12,21 +14,36 @@ from transformers import PreTrainedConfig
 
 def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
     """Operations of one forward pass, a token, averaged over a sequence of `context` tokens."""
-    d, f = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    q, c = config.num_attention_heads * head_dim, kv_heads * head_dim
-    experts, top_k, attention, own_keys, routers = 1, 1, 1, 1, 0
-    if config.model_type == "bam":
-        experts, top_k = config.num_experts, config.num_experts_per_tok
+    layers = range(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    flops: float = 2.0 * config.vocab_size * config.hidden_size
+    for layer, kind in zip(layers, kinds, strict=True):
+        window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+        reach = min(context, window or context)
+        flops += _layer(config, layer, reach - reach * reach / (2 * context))
+    return flops
+
+
+def _layer(config: PreTrainedConfig, layer: int, keys: float) -> float:
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or d // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    matrices = 3 if getattr(config, "mlp_gated", config.model_type != "gpt_neox") else 2
+    attention, own_keys, routed, routers = 1, 1, f, 0
+    if config.model_type == "bam" and layer in (config.dense_layers or ()):
+        routed = config.dense_intermediate_size or f
+        heads = config.dense_num_attention_heads or heads
+        kv_heads = config.dense_num_key_value_heads or kv_heads
+    elif config.model_type == "bam":
+        routed = config.num_experts_per_tok * f + (config.shared_expert_intermediate_size or 0)
         routers = 1
         if config.attention_experts != "averaged":
-            attention, routers = experts, 2
-            own_keys = 1 if config.attention_experts == "kv_shared" else experts
-    matrices = 3 if getattr(config, "mlp_gated", config.model_type != "gpt_neox") else 2
-    layer = 2 * (attention * 2 * d * q + own_keys * 2 * d * c + top_k * matrices * d * f + routers * experts * d)
-    layer += attention * 2 * context * q
-    return float(config.num_hidden_layers * layer + 2 * config.vocab_size * d)
+            attention, routers = config.num_experts, 2
+            own_keys = 1 if config.attention_experts == "kv_shared" else attention
+        routers *= config.num_experts
+    q, c = heads * head_dim, kv_heads * head_dim
+    products = attention * 2 * d * q + own_keys * 2 * d * c + matrices * d * routed + routers * d
+    return float(2 * products + 4 * attention * keys * q)
 
 
 def training_flops(config: PreTrainedConfig, context: int, tokens: int) -> float:

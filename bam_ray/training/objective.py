@@ -32,7 +32,7 @@ def objective(
     """
     out = model(input_ids=input_ids, use_cache=False, **({} if top_k is None else {"output_router_logits": True}))
     nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
-    if top_k is None:
+    if top_k is None or not out.router_logits:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, torch.stack((nll.detach(), zero, zero)))
     routing = routing_losses(out.router_logits, top_k, reduce)

@@ -46,7 +46,7 @@ class Case:
             return CohereForCausalLM(
                 CohereConfig(**DENSE, logit_scale=1.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
             )
-        model = BamForCausalLM(BamConfig(**DENSE, num_experts=4, **self.config))
+        model = BamForCausalLM(BamConfig(**{**DENSE, "num_experts": 4, **self.config}))
         if self.idle:  # logits v·u, -v·u, 0, 0: one of the first two is always the highest
             for layer in model.model.layers:
                 weight = layer.mlp.gate.weight.data
@@ -60,6 +60,14 @@ class Case:
 
 
 RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+BIASED = {
+    **RENORMALISED,
+    "attention_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "norm_bias": True,
+    "shared_expert_intermediate_size": 16,
+}
 TWO = {
     "kv_experts": Case(2),
     "kv_experts accumulated": Case(2, micro=3, config={"parallel_block": False, "norm_type": "rmsnorm"}),
@@ -69,6 +77,20 @@ TWO = {
     ),
     "averaged": Case(
         2, micro=2, config={"attention_experts": "averaged", **RENORMALISED, "tie_word_embeddings": False}
+    ),
+    "kv_experts biased, normed": Case(2, config={**BIASED, "qk_norm": "per_head"}),
+    "kv_shared biased, normed, sliding, one dense layer": Case(
+        2,
+        micro=3,
+        config={
+            **BIASED,
+            "attention_experts": "kv_shared",
+            "qk_norm": "full",
+            "sliding_window": 5,
+            "num_hidden_layers": 3,
+            "dense_layers": [0],
+            "mlp_gated": False,
+        },
     ),
     "idle rank": Case(2, idle=True),
     "dense": Case(2, micro=3, dense=True),

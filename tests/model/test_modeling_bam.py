@@ -48,7 +48,7 @@ def test_gradient_checkpointing_changes_nothing(attention: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
@@ -136,15 +136,7 @@ def test_losses_are_apart_and_evaluation_reports_nll() -> None:
 )
 def test_parameter_counts_of_the_paper(attention: str, total: float, active: float | None) -> None:
     """Table 9's small shape, to the 0.1 million that it gives."""
-    config = BamConfig(
-        vocab_size=256_000,
-        hidden_size=1024,
-        intermediate_size=2048,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        tie_word_embeddings=False,
-        attention_experts=attention,
-    )
+    config = BamConfig(**SMALL, attention_experts=attention)
     with torch.device("meta"):
         model = BamForCausalLM(config)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -153,6 +145,33 @@ def test_parameter_counts_of_the_paper(attention: str, total: float, active: flo
         idle = 6 * 3 * (3 * 1024 * 2048)  # of every layer's four experts, three rest
         routers = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in name)
         assert round((count - idle - routers) / 1e6, 1) == active  # the paper's active count leaves routers out
+
+
+LARGE = {
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 18,
+    "num_key_value_heads": 6,
+    "head_dim": 128,
+}
+SMALL = {
+    "vocab_size": 256_000,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(("sizes", "millions"), [(SMALL, 587.2), (LARGE, 1991.3)])
+def test_parameter_counts_of_the_dense_seeds(sizes: dict[str, Any], millions: float) -> None:
+    """587.2M and 1.991B: a mixture whose layers are all dense is the seed's block."""
+    with torch.device("meta"):
+        model = BamForCausalLM(BamConfig(**sizes, dense_layers=list(range(sizes["num_hidden_layers"]))))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
 
 
 @pytest.mark.slow
