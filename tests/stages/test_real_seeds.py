@@ -109,6 +109,9 @@ class Watched(MemoryStore):
     def get_file(self, key: str, path: Path) -> None:
         path.write_bytes(super().get(key))
 
+    def size(self, key: str) -> int:
+        return len(super().get(key))
+
 
 def test_a_seed_comes_from_a_store_without_being_held_in_memory(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
