@@ -1,0 +1,208 @@
+"""Upcycling against the floor (copying the same bytes) and against loading everything: time and peak memory.
+
+    python -m benchmarks.upcycling [--folder DIR] [--models 4] [--runs 3]
+
+Four models of 428 MB (bf16, Llama layout) become one mixture of experts. Every case runs in a process of its own;
+memory is the peak of RssAnon above what the process had when its imports were done (memory maps, which inflate RSS, do
+not count). The floor is `cat` of all sources to one file, flushed to disk as our writer's files are. `mergekit-moe` is
+run on the same sources where it is on the PATH (it keeps the seed's attention, so it writes less).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
+from bam_ray.checkpoint.writing import ModelWriter
+from benchmarks.measure import report
+
+LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 14, 1024, 3584, 8192
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTURES = {
+    "bam kv_experts": {"method": "bam"},
+    "btx": {"method": "btx"},
+}
+
+
+def make_models(folder: Path, count: int) -> list[Path]:
+    """`count` models of random weights, written once."""
+    from bam_ray.families import FAMILIES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    places = []
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    specs = [TensorSpec(name, torch.bfloat16, shapes[name]) for name in FAMILIES["llama"].expected(CONFIG)]
+    for number in range(count):
+        place = folder / f"model-{number}"
+        if not (place / "manifest.json").exists():
+            generator = torch.Generator().manual_seed(number)
+
+            def produce(spec: TensorSpec, generator: torch.Generator = generator) -> Iterator[torch.Tensor]:
+                yield torch.randn(spec.elements, generator=generator).mul_(0.02)
+
+            writer = ModelWriter(FolderStore(place))
+            writer.tensors(specs, produce)
+            writer.commit(json.dumps(CONFIG), Manifest(id=place.name, kind="seeds", name=place.name))
+            (place / "manifest.json").unlink()  # a hub's folder has none, so nothing is read twice to be compared
+            (place / ".made").touch()
+        places.append(place)
+    return places
+
+
+def streamed(sources: list[Path], out: Path, mixture: str) -> None:
+    """Ours."""
+    from bam_ray.settings import MixtureSettings
+    from bam_ray.upcycling import upcycle
+
+    readers = {f"m{number}": TensorReader(FolderStore(place)) for number, place in enumerate(sources)}
+    settings = MixtureSettings.model_validate(MIXTURES[mixture])
+    upcycle(readers, settings, ModelWriter(FolderStore(out)), Manifest(id="x", kind="upcycled", name="x"))
+
+
+def load_all(sources: list[Path], out: Path, mixture: str) -> None:
+    """All models in memory, stacked, saved by safetensors: the usual script."""
+    from safetensors.torch import load_file, save_file
+
+    models = [load_file(place / "model.safetensors") for place in sources]
+    out.mkdir()
+    made = {}
+    for name in models[0]:
+        tensors = [model[name] for model in models]
+        stacked = ".mlp." in name or (mixture != "btx" and "_proj" in name)
+        made[name] = torch.stack(tensors) if stacked else torch.stack([each.float() for each in tensors]).mean(0).bfloat16()
+    save_file(made, out / "model.safetensors")
+    with (out / "model.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def anonymous_memory() -> Iterator[Callable[[], int]]:
+    """Peak of RssAnon above the start, in bytes, sampled every 2 ms."""
+
+    def now() -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+    start = peak = now()
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.002):
+            peak = max(peak, now())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield lambda: max(peak, now()) - start
+    stop.set()
+    watcher.join()
+
+
+def child(case: str, mixture: str, sources: list[Path], out: Path) -> None:
+    """Run one case in this process and print what it took."""
+    import bam_ray.upcycling  # noqa: F401 (its import is no part of the work)
+
+    torch.set_num_threads(1)
+    with anonymous_memory() as peak:
+        started = time.perf_counter()
+        {"streamed": streamed, "load all": load_all}[case](sources, out, mixture)
+        print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak()}))
+
+
+def measured(command: list[str], out: Path) -> dict[str, float]:
+    """Run a command that writes to `out`, warm page cache; its own words, else its wall clock."""
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    wall = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    said = json.loads(done.stdout.splitlines()[-1]) if done.stdout.startswith("{") else {"seconds": wall, "peak": 0}
+    return {**said, "written": size}
+
+
+def mergekit(sources: list[Path], folder: Path, out: Path) -> list[str] | None:
+    """The command of mergekit-moe on the same sources, where it is installed."""
+    binary = shutil.which("mergekit-moe")
+    if binary is None:
+        return None
+    experts = [{"source_model": str(place), "positive_prompts": [""]} for place in sources]
+    config = folder / "mergekit.json"  # JSON is YAML
+    config.write_text(json.dumps({"base_model": str(sources[0]), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}))
+    return [binary, str(config), str(out), "--i-understand-this-is-not-useful-without-training"]
+
+
+def main() -> None:
+    """Run all cases in turns and report medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bam-upcycling")
+    parser.add_argument("--models", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sources = make_models(arguments.folder, arguments.models)
+    if arguments.child:
+        case, mixture, out = arguments.child
+        child(case, mixture, sources, Path(out))
+        return
+    out = arguments.folder / "out"
+    files = " ".join(str(place / "model.safetensors") for place in sources)
+    common = ["--folder", str(arguments.folder), "--models", str(arguments.models)]
+    cases = {
+        "cat of the sources (floor)": ["sh", "-c", f"mkdir {out} && cat {files} > {out}/all && sync {out}/all"],
+        "sha256 of the sources": ["sh", "-c", f"mkdir {out} && cat {files} | sha256sum > {out}/digest"],
+        **{
+            f"{case}: {mixture}": [sys.executable, "-m", "benchmarks.upcycling", *common, "--child", case, mixture, str(out)]
+            for mixture in MIXTURES
+            for case in ("streamed", "load all")
+        },
+    }
+    command = mergekit(sources, arguments.folder, out)
+    if command is not None:
+        cases["mergekit-moe"] = command
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for _ in range(arguments.runs):
+        for name, command in cases.items():
+            runs[name].append(measured(command, out))
+    shutil.rmtree(out, ignore_errors=True)
+    floor = statistics.median(run["seconds"] for run in runs["cat of the sources (floor)"])
+    rows = []
+    for name, each in runs.items():
+        seconds = statistics.median(run["seconds"] for run in each)
+        peak = statistics.median(run["peak"] for run in each)
+        rows.append((name, seconds, seconds / floor, peak / (1 << 20), each[0]["written"] / 1e6))
+    report("upcycling", ("case", "seconds", "÷ floor", "peak RssAnon MiB", "MB written"), rows)
+
+
+if __name__ == "__main__":
+    main()
