@@ -21,7 +21,7 @@ from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 INDEX = "model.safetensors.index.json"
 
 # Bytes from a store cannot be written to, and nothing here writes to a chunk

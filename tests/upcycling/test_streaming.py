@@ -1,0 +1,114 @@
+"""Upcycling in processes of their own: memory stays flat, a killed one leaves nothing, S3 is read and written directly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from upcycling.folders import reader
+
+from bam_ray.blobs.s3 import S3Store
+from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.upcycling import verify
+from cluster.s3_server import BUCKET, S3Settings
+
+pytestmark = pytest.mark.slow
+MIB = 1 << 20
+
+# Runs in the child: upcycle argv[2:] to argv[1], say the peak of anonymous memory above the start, or die half-way
+CHILD = """
+import json, os, signal, sys, threading
+from bam_ray.stages.folders import make_mixture, open_model
+from bam_ray.settings import MixtureSettings
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+out, *uris = sys.argv[1:]
+def progress(done, total):
+    if "DIE" in os.environ and done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+sources = {f"m{number}": open_model(uri) for number, uri in enumerate(uris)}
+start = peak = anonymous()
+stop = threading.Event()
+def watch():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+make_mixture(sources, MixtureSettings(method="bam"), out, progress=progress)
+stop.set()
+watcher.join()
+print(json.dumps(peak - start))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 model of 69 MB, its largest tensor 8 MB."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def child(out: str, *uris: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, out, *uris]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_memory_is_the_same_for_two_models_and_for_eight(model: Path, tmp_path: Path) -> None:
+    for count in (2, 8):
+        done = child(str(tmp_path / str(count)), *[str(model)] * count)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) < 64 * MIB
+        assert len(reader(tmp_path / str(count)).specs) > 0
+
+
+def test_a_killed_upcycle_leaves_nothing_that_is_seen(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mixture"
+    assert child(str(out), *[str(model)] * 2, DIE="1").returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+    assert child(str(out), *[str(model)] * 2).returncode == 0
+    assert all(receipt.passed for receipt in verify(reader(out)))
+
+
+@pytest.fixture
+def bucket(s3_server: S3Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], S3Store]]:
+    """Stores in a real S3 server, by prefix; its credentials in the environment."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    yield lambda prefix: S3Store(BUCKET, prefix)
+
+
+def test_from_s3_to_s3(model: Path, bucket: Callable[[str], S3Store]) -> None:
+    for path in model.iterdir():
+        bucket("upcycling/source").put_file(path.name, path)
+    source = f"s3://{BUCKET}/upcycling/source"
+    out = f"s3://{BUCKET}/upcycling/mixture"
+    assert child(out, *[source] * 3, DIE="1").returncode == -signal.SIGKILL
+    store = bucket("upcycling/mixture")
+    assert not store.exists("config.json") and not store.exists("manifest.json")  # no model, to whoever looks
+    for key in list(store.list()):
+        store.delete(key)
+    done = child(out, *[source] * 3)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) < (3 * 8 + 64) * MIB  # N times the largest tensor, and a constant
+    assert all(receipt.passed for receipt in verify(TensorReader(store)))
