@@ -1,0 +1,230 @@
+"""What a mixture's layers cost on one CPU thread, as ratios: FFN experts, attention experts, whole blocks.
+
+python -m benchmarks.mixture_arithmetic [--rounds 15] [--only ffn|attention|block] [--compile]
+
+Every row is a case's forward and backward pass over the same pass of its floor in the same run. `routing` says how
+tokens fall on the four experts: evenly, or 71 % on one.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from bam_ray.model import BamConfig
+from bam_ray.model.modeling_bam import (
+    AveragedAttention,
+    BamAttention,
+    BamDecoderLayer,
+    BamExperts,
+    BamFFN,
+    BamRotaryEmbedding,
+)
+from bam_ray.training.flops import forward_flops_per_token
+from benchmarks.measure import ratios, report, seconds
+
+EXPERTS = 4
+SHARES = {"balanced": (0.25, 0.25, 0.25, 0.25), "skewed": (0.71, 0.10, 0.10, 0.09)}
+Row = list[str | float]
+
+
+def passes(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """One training pass: forward, and the gradients of the input and of all parameters."""
+    grad = torch.randn_like(x)
+
+    def run() -> None:
+        for parameter in module.parameters():
+            parameter.grad = None
+        x.grad = None
+        forward(x).backward(grad)
+
+    x.requires_grad_()
+    return run
+
+
+def filled(module: Any, dtype: torch.dtype) -> Any:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return module.to(dtype).train()
+
+
+def sizes(d: int, **settings: Any) -> BamConfig:
+    return BamConfig(
+        hidden_size=d,
+        intermediate_size=4 * d,
+        num_attention_heads=max(1, d // 64),
+        num_hidden_layers=1,
+        vocab_size=1,
+        num_experts=EXPERTS,
+        attn_implementation="sdpa",
+        **settings,
+    )
+
+
+def ffn(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> list[Row]:
+    """FFN experts, top-1, against one dense FFN on the same tokens, and against peers."""
+    torch.manual_seed(0)
+    expert = torch.repeat_interleave(torch.tensor([round(share * tokens) for share in SHARES[routing]]))[:tokens]
+    expert = torch.cat((expert, expert.new_zeros(tokens - len(expert))))[torch.randperm(tokens)]
+    index, weights = expert.unsqueeze(1), torch.ones(tokens, 1, dtype=dtype)
+    config = sizes(d)
+    x = torch.randn(tokens, d, dtype=dtype)
+    dense = filled(BamFFN(config, config.intermediate_size), dtype)
+    ours = filled(BamExperts(config), dtype)
+    cases = {
+        "one dense FFN": passes(dense, lambda x: dense(x)[0], x),
+        "BamExperts": passes(ours, lambda x: ours(x, index, weights), x),
+    }
+    for implementation in ("eager", "grouped_mm"):
+        peer = filled(mixtral(config, implementation), dtype)
+        cases[f"transformers' Mixtral, {implementation}"] = passes(
+            peer, lambda x, peer=peer: peer(x, index, weights), x
+        )
+    cases["DeepSpeed's MoE layer"] = deepspeed_moe(config, dtype, x, expert)
+    times = ratios(seconds(cases, rounds), "one dense FFN")
+    shape = f"{tokens} tokens, d {d}, {str(dtype).removeprefix('torch.')}, {routing}"
+    return [["FFN " + shape, name, "one dense FFN", ratio] for name, ratio in times.items() if name != "one dense FFN"]
+
+
+def mixtral(config: BamConfig, implementation: str) -> MixtralExperts:
+    peer = MixtralConfig(
+        hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, num_local_experts=EXPERTS
+    )
+    peer._experts_implementation = implementation
+    return MixtralExperts(peer)
+
+
+def deepspeed_moe(config: BamConfig, dtype: torch.dtype, x: Tensor, expert: Tensor) -> Callable[[], None]:
+    """DeepSpeed's layer without dropping tokens, its gate reading the wanted expert off the first features."""
+    from deepspeed.moe.layer import MoE
+
+    class Expert(BamFFN):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)[0]
+
+    layer = MoE(
+        config.hidden_size,
+        Expert(config, config.intermediate_size),
+        num_experts=EXPERTS,
+        k=1,
+        drop_tokens=False,
+        use_rts=False,
+        min_capacity=0,
+    )
+    layer.set_deepspeed_parallelism()
+    layer = filled(layer, dtype)
+    gate = layer.deepspeed_moe.gate.wg.float().weight
+    gate.data = torch.eye(EXPERTS, config.hidden_size)
+    x = x.detach().clone()
+    x[:, :EXPERTS] = 20.0 * nn.functional.one_hot(expert, EXPERTS)
+    return passes(layer, lambda x: layer(x)[0], x)
+
+
+def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
+    """Soft attention experts as one call, against a loop over as many attentions."""
+    torch.manual_seed(0)
+    config = sizes(d)
+    shared_config = sizes(d, attention_experts="kv_shared")
+    one, shared = (filled(BamAttention(each, 0), torch.float32) for each in (config, shared_config))
+    loop = filled(nn.ModuleList(AveragedAttention(config, 0) for _ in range(EXPERTS)), torch.float32)
+    gate = one.gate
+    cos_sin = BamRotaryEmbedding(config)(torch.empty(0), torch.arange(length)[None])
+    more: dict[str, Any] = {"position_embeddings": cos_sin, "attention_mask": None, "cache": None}
+
+    def looped(x: Tensor) -> Tensor:
+        gates = gate(x).softmax(-1)
+        return sum(gates[..., i, None] * each(x, **more)[0] for i, each in enumerate(loop))  # type: ignore[return-value]
+
+    x = torch.randn(batch, length, d)
+    times = ratios(
+        seconds(
+            {
+                "loop over experts": passes(loop, looped, x),
+                "one call": passes(one, lambda x: one(x, **more)[0], x),
+                "one call, kv_shared": passes(shared, lambda x: shared(x, **more)[0], x),
+            },
+            rounds,
+        ),
+        "loop over experts",
+    )
+    shape = f"attention {batch}x{length} tokens, d {d}"
+    return [
+        [shape, "one call", "loop over experts", times["one call"]],
+        [shape, "kv_shared", "kv_experts", times["one call, kv_shared"] / times["one call"]],
+    ]
+
+
+def block(rounds: int, batch: int, length: int, d: int, dtype: torch.dtype, compiled: bool) -> list[Row]:
+    """Whole BAM blocks, top-1, against a dense block, over the counted ratio of operations; compiled against eager."""
+    torch.manual_seed(0)
+    configs = {
+        "dense": sizes(d, dense_layers=[0]),
+        "kv_experts": sizes(d),
+        "kv_shared": sizes(d, attention_experts="kv_shared"),
+        "averaged": sizes(d, attention_experts="averaged"),
+    }
+    cos_sin = BamRotaryEmbedding(configs["dense"])(torch.empty(0, dtype=dtype), torch.arange(length)[None])
+    more: dict[str, Any] = {"position_embeddings": cos_sin, "attention_mask": None, "cache": None}
+    x = torch.randn(batch, length, d, dtype=dtype)
+    cases = {}
+    for name, config in configs.items():
+        layer = filled(BamDecoderLayer(config, 0), dtype)
+        cases[name] = passes(layer, lambda x, layer=layer: layer(x, **more)[0], x)
+        if compiled and name != "averaged":
+            fast = torch.compile(layer, fullgraph=True)
+            cases[f"{name}, compiled"] = passes(layer, lambda x, fast=fast: fast(x, **more)[0], x)
+    taken = seconds(cases, rounds, warm_up=3)
+    shape = f"block {batch}x{length} tokens, d {d}, {str(dtype).removeprefix('torch.')}"
+    head = 2.0 * d  # of a vocabulary of one
+    flops = {name: forward_flops_per_token(config, length) - head for name, config in configs.items()}
+    rows: list[Row] = []
+    for name in ("kv_experts", "kv_shared", "averaged"):
+        ratio = taken[name] / taken["dense"]
+        rows += [
+            [shape, name, "dense", ratio],
+            [shape, f"{name} ÷ dense", "counted operations", ratio / (flops[name] / flops["dense"])],
+        ]
+    rows += [[shape, name, "eager", taken[name] / taken[name.split(",")[0]]] for name in cases if "compiled" in name]
+    return rows
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Passes of each case.")] = 15,
+    only: Annotated[str, typer.Option(help="ffn, attention or block.")] = "ffn,attention,block",
+    compiled: Annotated[bool, typer.Option("--compile", help="Time compiled blocks too (minutes of C++).")] = False,
+) -> None:
+    """Measure, print a table and write `benchmarks/results/mixture_arithmetic.json`."""
+    alone()
+    rows: list[Row] = []
+    if "ffn" in only:
+        for dtype in (torch.float32, torch.bfloat16):
+            for routing in SHARES:
+                rows += ffn(rounds, 2048, 512, dtype, routing)
+            rows += ffn(rounds, 512, 512, dtype, "balanced")
+    if "attention" in only:
+        for batch, length, d in ((4, 512, 512), (2, 128, 512), (2, 32, 64), (1, 16, 64)):
+            rows += attention(rounds if length > 128 else 10 * rounds, batch, length, d)
+    if "block" in only:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += block(rounds, 4, 512, 512, dtype, compiled)
+    report("mixture_arithmetic", ("shape", "case", "against", "ratio"), rows)
+
+
+def alone() -> None:
+    """A process group of this process, which DeepSpeed's layer asks for."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # else it compiles a C++ extension
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
