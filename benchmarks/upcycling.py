@@ -55,8 +55,9 @@ MIXTURES = {
 
 def make_models(folder: Path, count: int) -> list[Path]:
     """`count` models of random weights, written once."""
-    from bam_ray.families import FAMILIES
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from bam_ray.families import FAMILIES
 
     places = []
     with torch.device("meta"):
@@ -100,7 +101,8 @@ def load_all(sources: list[Path], out: Path, mixture: str) -> None:
     for name in models[0]:
         tensors = [model[name] for model in models]
         stacked = ".mlp." in name or (mixture != "btx" and "_proj" in name)
-        made[name] = torch.stack(tensors) if stacked else torch.stack([each.float() for each in tensors]).mean(0).bfloat16()
+        mean = torch.stack([each.float() for each in tensors]).mean(0).bfloat16() if not stacked else None
+        made[name] = torch.stack(tensors) if mean is None else mean
     save_file(made, out / "model.safetensors")
     with (out / "model.safetensors").open("rb") as file:
         os.fsync(file.fileno())
@@ -158,7 +160,8 @@ def mergekit(sources: list[Path], folder: Path, out: Path) -> list[str] | None:
         return None
     experts = [{"source_model": str(place), "positive_prompts": [""]} for place in sources]
     config = folder / "mergekit.json"  # JSON is YAML
-    config.write_text(json.dumps({"base_model": str(sources[0]), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}))
+    settings = {"base_model": str(sources[0]), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
+    config.write_text(json.dumps(settings))
     return [binary, str(config), str(out), "--i-understand-this-is-not-useful-without-training"]
 
 
@@ -177,12 +180,13 @@ def main() -> None:
         return
     out = arguments.folder / "out"
     files = " ".join(str(place / "model.safetensors") for place in sources)
-    common = ["--folder", str(arguments.folder), "--models", str(arguments.models)]
+    ours = [sys.executable, "-m", "benchmarks.upcycling"]
+    ours += ["--folder", str(arguments.folder), "--models", str(arguments.models), "--child"]
     cases = {
         "cat of the sources (floor)": ["sh", "-c", f"mkdir {out} && cat {files} > {out}/all && sync {out}/all"],
         "sha256 of the sources": ["sh", "-c", f"mkdir {out} && cat {files} | sha256sum > {out}/digest"],
         **{
-            f"{case}: {mixture}": [sys.executable, "-m", "benchmarks.upcycling", *common, "--child", case, mixture, str(out)]
+            f"{case}: {mixture}": [*ours, case, mixture, str(out)]
             for mixture in MIXTURES
             for case in ("streamed", "load all")
         },

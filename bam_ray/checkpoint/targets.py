@@ -21,7 +21,8 @@ def new_folder(uri: str, endpoint: str | None = None) -> Iterator[BlobStore]:
     store = open_store(uri, endpoint)
     place = Path(store.uri) if isinstance(store, FolderStore) else None
     if (place is not None and place.is_file()) or any(True for _ in store.list()):
-        raise CheckpointError(f"{uri} is not empty: name a place where nothing lies yet")
+        left = "" if place is not None or store.exists("config.json") else " (no model: left by what was interrupted?)"
+        raise CheckpointError(f"{uri} is not empty{left}: name a place where nothing lies yet, or delete what is there")
     if place is None:
         try:
             yield store

@@ -74,7 +74,7 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A `transformers` cache over slots. Say what the next forward pass is, then pass it as `past_key_values`."""
+    """A `transformers` cache over slots. Say what the next forward pass is, then pass it as `cache`."""
 
     def __init__(self, slots: int, max_length: int) -> None:
         self._window = _Window()

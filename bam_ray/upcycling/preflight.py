@@ -36,13 +36,16 @@ def check_sources(sources: Mapping[str, TensorReader]) -> Family:
 
 
 def check_config(source: TensorReader, name: str, seed: Mapping[str, Any], seed_name: str) -> None:
-    """Raise `UpcycleError` where a setting of `source` is not the seed's."""
-    for key in sorted((seed.keys() | source.config.keys()) - INDIFFERENT):
-        theirs, ours = source.config.get(key), seed.get(key)
-        if theirs != ours:
+    """Raise `UpcycleError` where a setting of `source` is not the seed's, both as transformers reads them."""
+    theirs, ours = ({"model_type": config.get("model_type")} for config in (source.config, seed))
+    if theirs == ours:
+        family = family_of(dict(seed), seed_name)
+        theirs, ours = family.read(source.config), family.read(dict(seed))
+    for key in sorted((ours.keys() | theirs.keys()) - INDIFFERENT):
+        if theirs.get(key) != ours.get(key):
             raise UpcycleError(
-                f"{source.uri}/config.json: {key} is {theirs!r} in {name!r} but {ours!r} in {seed_name!r}: "
-                "all branches must come from one seed"
+                f"{source.uri}/config.json: {key} is {theirs.get(key)!r} in {name!r} but {ours.get(key)!r} in "
+                f"{seed_name!r}: all branches must come from one seed"
             )
 
 

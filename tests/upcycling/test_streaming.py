@@ -1,11 +1,11 @@
-"""Upcycling in processes of their own: memory stays flat, a killed one leaves nothing, S3 is read and written directly."""
+"""Upcycling in processes of their own: memory stays flat, a killed one leaves nothing, S3 is read and written."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,11 +91,11 @@ def test_a_killed_upcycle_leaves_nothing_that_is_seen(model: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def bucket(s3_server: S3Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], S3Store]]:
+def bucket(s3_server: S3Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], S3Store]:
     """Stores in a real S3 server, by prefix; its credentials in the environment."""
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
-    yield lambda prefix: S3Store(BUCKET, prefix)
+    return lambda prefix: S3Store(BUCKET, prefix)
 
 
 def test_from_s3_to_s3(model: Path, bucket: Callable[[str], S3Store]) -> None:
