@@ -175,3 +175,16 @@ def test_no_file_holds_a_secret() -> None:
     texts = {path: path.read_text() for path in PUBLIC if path.is_file() and path.suffix != ".pyc"}
     assert len(texts) > 15
     assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}
+
+
+def test_the_guides_commands_parse_and_name_files_that_are_there() -> None:
+    guide = (ROOT / "docs/clusters.md").read_text()
+    named = set(re.findall(r"(?:cluster|recipes|jobs)/[\w./-]*\w", guide)) - {"recipes/my-run.yaml"}
+    assert {"cluster/aws.yaml", "cluster/gcp.yaml", "cluster/Containerfile"} <= named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    manifests = {path.name for path in (ROOT / "cluster/kuberay").iterdir()}
+    assert all(f"`{name}`" in guide for name in manifests)
+    blocks = re.findall(r"^```\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        subprocess.run(["bash", "-n", "-c", block], check=True)
