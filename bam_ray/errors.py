@@ -6,6 +6,7 @@ BamError
 ├── StoreError             the blob store failed
 │   ├── BlobNotFound       no such key
 │   ├── BlobExists         a conditional put lost: the key is there already
+│   ├── NoConditionalPut   the store cannot put a key only where it is absent
 │   ├── StoreDenied        wrong credentials or no permission
 │   └── StoreUnavailable   endpoint down, bucket missing, disk full
 ├── CheckpointError        a checkpoint cannot be used
@@ -43,6 +44,10 @@ class BlobNotFound(StoreError):
 
 class BlobExists(StoreError):
     """A conditional put lost: the key is there already."""
+
+
+class NoConditionalPut(StoreError):
+    """The store cannot put a key only where it is absent: racing writers could both believe that they won."""
 
 
 class StoreDenied(StoreError):

@@ -42,6 +42,7 @@ public addr = 127.0.0.1
 keyring = {home}/keyring
 auth allow insecure global id reclaim = false
 mon data = {home}/mon
+mon data avail crit = 1
 osd data = {home}/osd
 rgw data = {home}/rgw
 run dir = {home}

@@ -23,12 +23,13 @@ from botocore.exceptions import (
 )
 
 from bam_ray.blobs.store import checked
-from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
+from bam_ray.errors import BlobExists, BlobNotFound, NoConditionalPut, StoreDenied, StoreError, StoreUnavailable
 
 DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "Forbidden", "ExpiredToken"}
 MISSING = {"NoSuchKey", "404", "NotFound"}
 LOST = {"PreconditionFailed", "412"}
 RACING = {"ConditionalRequestConflict", "409"}  # another put of the same key is under way: its outcome is open
+UNKNOWN = {"NotImplemented", "501"}  # how a server says that it has no conditional puts
 RACE_TRIES = 6
 TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
 PART = 16 << 20  # bytes of a streamed blob that travel in one request: S3's 10,000 parts are then 156 GiB
@@ -36,12 +37,16 @@ PARTS_AT_ONCE = 4
 
 
 class S3Store:
-    """A `BlobStore` under `prefix` of `bucket`. The client is made at first use, so that a store can be pickled."""
+    """A `BlobStore` under `prefix` of `bucket`. The client is made at first use, so that a store can be pickled.
 
-    def __init__(self, bucket: str, prefix: str, endpoint: str | None = None) -> None:
+    Without `conditional_puts`, `put_if_absent` is not atomic.
+    """
+
+    def __init__(self, bucket: str, prefix: str, endpoint: str | None = None, conditional_puts: bool = True) -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/")
         self._endpoint = endpoint
+        self._conditional_puts = conditional_puts
         self._lazy_client: Any = None
 
     @property
@@ -53,13 +58,21 @@ class S3Store:
             self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
+        if not self._conditional_puts:  # between the look and the put another writer may come
+            if self.exists(key):
+                raise BlobExists(f"{self.uri}/{key} exists already")
+            self.put(key, data)
+            return
         with self._said(key):
             for attempt in range(RACE_TRIES):
                 try:
                     self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
                     return
                 except ClientError as error:
-                    if error.response["Error"].get("Code") not in RACING or attempt == RACE_TRIES - 1:
+                    code = error.response["Error"].get("Code")
+                    if code in UNKNOWN:
+                        raise NoConditionalPut(f"the store at {self.uri} has no conditional puts ({code})") from None
+                    if code not in RACING or attempt == RACE_TRIES - 1:
                         raise
                     time.sleep(0.05 * 2**attempt)
 
@@ -186,7 +199,7 @@ class S3Store:
         return self._lazy_client
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (S3Store, (self._bucket, self._prefix, self._endpoint))
+        return (S3Store, (self._bucket, self._prefix, self._endpoint, self._conditional_puts))
 
     @contextlib.contextmanager
     def _said(self, key: str) -> Iterator[None]:

@@ -14,8 +14,8 @@ from types import FrameType
 import ray
 from rich.console import Console
 
-from bam_ray.blobs import BlobStore, open_store
-from bam_ray.blobs.check import check_put_if_absent
+from bam_ray.blobs import BlobStore
+from bam_ray.blobs.check import checked_store
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, Outcome
@@ -44,8 +44,9 @@ def run_tasks(
     be used and `PlacementError` where there is no cluster; what goes wrong later is told in the table.
     """
     tasks = task_graph(recipe)
-    store = open_store(recipe.store.uri, recipe.store.endpoint)
-    check_put_if_absent(store)  # wrong credentials and a missing bucket are said now
+    store, weaker = checked_store(recipe.store)  # wrong credentials and a missing bucket are said now
+    if weaker:
+        Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
     connect()
     launcher = RayLauncher(recipe, store, engine_factory, functions)
     controller = Controller(tasks if kinds is None else subset(tasks, kinds), store, launcher)

@@ -22,6 +22,7 @@ class StoreSettings(Strict):
 
     uri: str
     endpoint: str | None = None  # an S3 server other than AWS; None: AWS_ENDPOINT_URL, else AWS
+    promise: Literal["strict", "weak"] = "strict"  # weak: a server without conditional puts will do, see blobs/check.py
 
 
 class DomainSettings(Strict):

@@ -3,13 +3,15 @@
 import gzip
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator
 
-from bam_ray.on_ray.cluster import NodeFacts
+from bam_ray.control.tasks import Task
+from bam_ray.on_ray.cluster import NodeFacts, room
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -40,6 +42,11 @@ def errors(validator: Draft202012Validator, plain: Any) -> list[str]:
 def facts(name: str, resources: dict[str, float], labels: dict[str, str]) -> NodeFacts:
     """A node as the placement check sees it."""
     return NodeFacts(name, name, "", resources, labels)
+
+
+def unmet(tasks: Sequence[Task], nodes: Sequence[NodeFacts]) -> list[str]:
+    """The tasks whose demand the nodes could never meet."""
+    return [task.id for task in tasks if room(task, nodes) < task.workers]
 
 
 def gib(quantity: str) -> float:

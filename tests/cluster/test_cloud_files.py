@@ -11,14 +11,12 @@ import botocore.session
 import jsonschema
 import pytest
 from botocore.validate import ParamValidator
-from manifests import ROOT, errors, facts, gce_validator, load
+from manifests import ROOT, errors, facts, gce_validator, load, unmet
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 from ray.util.accelerators import accelerators
 
 from bam_ray.control.graph import task_graph
-from bam_ray.control.tasks import Task
-from bam_ray.on_ray.cluster import NodeFacts, room
 from bam_ray.settings import load_recipe
 
 FILES = ["cluster/aws.yaml", "cluster/gcp.yaml"]
@@ -105,14 +103,13 @@ def test_the_head_is_on_demand_and_workers_are_spot_gpus_of_two_kinds(path: str)
 
 @pytest.mark.parametrize("path", FILES)
 def test_the_smallest_cluster_holds_every_task_of_a_recipe_on_gpus(path: str) -> None:
-    nodes: list[NodeFacts] = []
+    nodes = []
     for name, kind in kinds(path).items():
         count = 1 if name == load(path)["head_node_type"] else kind["min_workers"]
         nodes += [facts(f"{name}-{number}", kind["resources"], kind["labels"]) for number in range(count)]
-    tasks: list[Task] = task_graph(load_recipe(ROOT / "recipes/demo.yaml", ON_GPUS))
-    assert [task.id for task in tasks if room(task, nodes) < task.workers] == []
-    without_workers = nodes[:1]
-    assert [task for task in tasks if room(task, without_workers) < task.workers] != []
+    tasks = task_graph(load_recipe(ROOT / "recipes/demo.yaml", ON_GPUS))
+    assert unmet(tasks, nodes) == []
+    assert unmet(tasks, nodes[:1]) != []
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -175,3 +172,16 @@ def test_no_file_holds_a_secret() -> None:
     texts = {path: path.read_text() for path in PUBLIC if path.is_file() and path.suffix != ".pyc"}
     assert len(texts) > 15
     assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}
+
+
+def test_the_guides_commands_parse_and_name_files_that_are_there() -> None:
+    guide = (ROOT / "docs/clusters.md").read_text()
+    named = set(re.findall(r"(?:cluster|recipes|jobs)/[\w./-]*\w", guide)) - {"recipes/my-run.yaml"}
+    assert {"cluster/aws.yaml", "cluster/gcp.yaml", "cluster/Containerfile"} <= named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    manifests = {path.name for path in (ROOT / "cluster/kuberay").iterdir()}
+    assert all(f"`{name}`" in guide for name in manifests)
+    blocks = re.findall(r"^```\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        subprocess.run(["bash", "-n", "-c", block], check=True)

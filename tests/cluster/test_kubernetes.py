@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import ROOT, crd_validator, errors, facts, gib, load
+from manifests import ROOT, crd_validator, errors, facts, gib, load, unmet
 from packaging.specifiers import SpecifierSet
 from ray._common.utils import import_attr
 from ray.scripts.scripts import start
@@ -21,7 +21,6 @@ from ray.util.accelerators import accelerators
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control.graph import task_graph
 from bam_ray.errors import CheckpointError, SettingsError
-from bam_ray.on_ray.cluster import NodeFacts, room
 from bam_ray.on_ray.serve_app import mixture_of
 from bam_ray.settings import Recipe, load_recipe
 
@@ -147,7 +146,7 @@ def in_repository(path: str) -> Path:
 @every_kind
 def test_the_smallest_cluster_holds_what_it_is_for(kind: str) -> None:
     cluster = cluster_of(kind)
-    nodes: list[NodeFacts] = []
+    nodes = []
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         has = {"CPU": float(limits["cpu"]), "memory": gib(limits["memory"]) * 2**30}
@@ -159,7 +158,7 @@ def test_the_smallest_cluster_holds_what_it_is_for(kind: str) -> None:
         assert recipe.serve.needs.gpus <= sum(node.resources["GPU"] for node in nodes)
         assert recipe.serve.replicas <= sum(group["minReplicas"] for group in cluster["workerGroupSpecs"])
         return
-    assert [task.id for task in task_graph(recipe) if room(task, nodes) < task.workers] == []
+    assert unmet(task_graph(recipe), nodes) == []
 
 
 def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:

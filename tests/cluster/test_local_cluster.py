@@ -45,7 +45,7 @@ import sys
 from bam_ray.blobs import open_store
 from bam_ray.on_ray.submit import follow, submit
 
-sys.exit(follow(submit("recipe.yaml", []), open_store("s3://bam/run")))
+sys.exit(follow(submit("recipe.yaml", ["branch.training.tokens=512"]), open_store("s3://bam/run")))
 """
 ENDLESS = "import time, ray; ray.init(); time.sleep(1000)"
 

@@ -1,0 +1,106 @@
+"""Streamed uploads to S3, part by part, with a client that watches: how much is held, and what happens on a refusal."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from bam_ray.blobs import s3
+from bam_ray.blobs.s3 import PARTS_AT_ONCE, S3Store, in_parts
+from bam_ray.errors import StoreUnavailable
+
+PART = 1000
+
+
+class WatchingClient:
+    """An S3 client without a server. The part `refused` is answered with 503."""
+
+    def __init__(self, refused: int | None = None) -> None:
+        self.calls: list[str] = []
+        self.parts: dict[int, bytes] = {}
+        self.completed: list[int] = []
+        self._refused = refused
+        self._lock = threading.Lock()
+
+    def create_multipart_upload(self, **_: Any) -> dict[str, str]:
+        self.calls.append("create")
+        return {"UploadId": "upload"}
+
+    def upload_part(self, PartNumber: int, Body: bytes, **_: Any) -> dict[str, str]:
+        time.sleep(0.002)
+        if PartNumber == self._refused:
+            raise ClientError({"Error": {"Code": "SlowDown"}}, "UploadPart")
+        with self._lock:
+            self.parts[PartNumber] = bytes(Body)
+        return {"ETag": f"tag {PartNumber}", "ChecksumCRC32": f"sum {PartNumber}"}
+
+    def complete_multipart_upload(self, MultipartUpload: dict[str, Any], **_: Any) -> None:
+        self.calls.append("complete")
+        parts = MultipartUpload["Parts"]
+        for part in parts:
+            number = part["PartNumber"]
+            assert part == {"PartNumber": number, "ETag": f"tag {number}", "ChecksumCRC32": f"sum {number}"}
+        self.completed = [part["PartNumber"] for part in parts]
+
+    def abort_multipart_upload(self, UploadId: str, **_: Any) -> None:
+        assert UploadId == "upload"
+        self.calls.append("abort")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART", PART)
+
+
+def store_with(client: WatchingClient) -> S3Store:
+    store = S3Store("bucket", "")
+    store._lazy_client = client
+    return store
+
+
+def test_parts_are_sent_in_order_and_no_more_is_held_than_is_under_way() -> None:
+    client = WatchingClient()
+    taken = held = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal taken, held
+        for number in range(500):
+            held = max(held, taken - sum(map(len, list(client.parts.values()))))
+            chunk = bytes([number % 256]) * 137
+            taken += len(chunk)
+            yield chunk
+
+    store_with(client).put_stream("key", chunks())
+    assert client.calls == ["create", "complete"]
+    assert client.completed == list(range(1, taken // PART + 2))
+    assert b"".join(client.parts[number] for number in client.completed) == b"".join(
+        bytes([number % 256]) * 137 for number in range(500)
+    )
+    assert held <= (PARTS_AT_ONCE + 1) * PART + 137
+
+
+def test_a_refused_part_ends_the_upload_and_leaves_nothing() -> None:
+    client = WatchingClient(refused=3)
+    taken = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal taken
+        for _ in range(1000):
+            taken += 1
+            yield bytes(PART)
+
+    with pytest.raises(StoreUnavailable, match="key: the S3 server answered SlowDown"):
+        store_with(client).put_stream("key", chunks())
+    assert client.calls == ["create", "abort"]
+    assert taken <= 3 + 2 * PARTS_AT_ONCE
+
+
+def test_chunks_of_any_shape_are_cut_into_equal_parts() -> None:
+    numbers = memoryview(bytearray(range(24))).cast("B", (4, 6))
+    parts = list(in_parts(iter([b"", numbers, b"ab", memoryview(b""), bytes(20)]), 10))
+    assert [len(part) for part in parts] == [10, 10, 10, 10, 6]
+    assert b"".join(parts) == bytes(range(24)) + b"ab" + bytes(20)
+    assert list(in_parts(iter([]), 10)) == []
