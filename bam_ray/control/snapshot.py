@@ -24,6 +24,7 @@ class Snapshot:
     def __init__(self, nodes: Sequence[NodeFacts]) -> None:
         self.nodes = {node.id: node for node in nodes}
         self._free = {node.id: dict(node.free) for node in nodes}
+        self._fitting: dict[int, tuple[Needs, list[NodeFacts]]] = {}
         self._taken: dict[tuple[int, str, int], Taken] = {}
 
     def taken(self, task: Task) -> Taken:
@@ -36,10 +37,11 @@ class Snapshot:
 
     def fitting(self, needs: Needs) -> list[NodeFacts]:
         """The nodes that could hold a worker if they were idle."""
-        wanted = resources_of(needs)
-        return [
-            node for node in self.nodes.values() if selects(needs.labels, node.labels) and fits(wanted, node.resources)
-        ]
+        if id(needs) not in self._fitting:
+            wanted, labels, nodes = resources_of(needs), needs.labels, self.nodes.values()
+            fitting = [node for node in nodes if selects(labels, node.labels) and fits(wanted, node.resources)]
+            self._fitting[id(needs)] = needs, fitting
+        return self._fitting[id(needs)][1]
 
     def free(self, needs: Needs, nodes: Collection[NodeFacts]) -> dict[str, int]:
         """How many more workers each of `nodes` has room for now, by id, those with room alone."""

@@ -75,6 +75,16 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400}d {whole % 86400 // 3600}h"
 
 
+def amount(number: float) -> str:
+    """`950`, `1.2k`, `34M`, `5.6G`: in thousands, three digits at most."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or unit == "P":
+            break
+        number /= 1000.0
+    shown = f"{number:.3g}" if unit else f"{number:.0f}"
+    return f"{shown}{unit}"
+
+
 def _said(row: Row) -> Text | None:
     """What a task has to say for itself, below the table."""
     where = f"{row.kind}/{row.name}"
