@@ -12,7 +12,8 @@ from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.control import status as statuses
-from bam_ray.control.table import render
+from bam_ray.control.storage import stored_bytes
+from bam_ray.control.table import render, render_history, render_storage
 from bam_ray.errors import BamError, CheckpointError, SettingsError
 from bam_ray.settings import MixtureSettings, apply_override, load_recipe, validated
 
@@ -70,7 +71,7 @@ def status(
     store = open_store(run, endpoint)
     now = _status(store)
     if not watch:
-        console.print(render(now))
+        console.print(render(now), render_history(now), render_storage(stored_bytes(store)))
         return
     with Live(render(now), console=console, auto_refresh=False) as live:
         while now.state == "running":
