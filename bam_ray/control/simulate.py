@@ -105,8 +105,8 @@ class SimulatedLauncher:
         """The cluster is as large as it is."""
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-        self._runs[task.id] = _Run(task, node_id, avoid)
-        self._seat_queue()
+        run = self._runs[task.id] = _Run(task, node_id, avoid)
+        self._seat(run)
 
     def poll(self) -> dict[str, Sighting]:
         return {task_id: self._look(run) for task_id, run in self._runs.items()}

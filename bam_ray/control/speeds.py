@@ -58,8 +58,12 @@ class Speeds:
             return {}
         return {kind: rate or max(known) for kind, rate in measured.items()}
 
-    def cost(self, group: Group) -> float:
-        """Seconds of training that it costs a task to move to another node."""
+    def seen(self, group: Group) -> tuple[float, float]:
+        """Seconds of a start and of a last checkpoint, until one of them was seen as long as the other."""
         starts, checkpoints = self._starts.get(group), self._checkpoints.get(group)
         start = median(starts) if starts else DEFAULT_COST
-        return start + (median(checkpoints) if checkpoints else start)  # until one is seen: as much again
+        return start, median(checkpoints) if checkpoints else start
+
+    def cost(self, group: Group) -> float:
+        """Seconds of training that it costs a task to move to another node."""
+        return sum(self.seen(group))
