@@ -66,8 +66,9 @@ def _words(plan: Plan) -> list[str]:
         lines.append(f"{amount(tokens)} tokens in all; the seed's size is not known before the run")
     if plan.cluster and plan.simulated:
         run = plan.simulated
+        nodes = sum(group.count for group in plan.cluster.nodes.values())
         lines.append(
-            f"simulated on {plan.cluster.name} ({sum(group.count for group in plan.cluster.nodes.values())} nodes): "
+            f"simulated on {plan.cluster.name} ({nodes} node{'' if nodes == 1 else 's'}): "
             f"{run.outcome} after {duration(run.seconds)}, {run.preemptions} preemptions, {run.moves} moves"
         )
         lines += [
