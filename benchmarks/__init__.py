@@ -1,0 +1,1 @@
+"""Ratios against peers and floors: one command each, prints a table and writes JSON with date and hardware."""
