@@ -184,9 +184,11 @@ class SimulatedLauncher:
             selector = selector_of(run.task, run.avoid, [machine.facts for machine in living])
             fitting = [machine for machine in living if selects(selector, machine.facts.labels)]
             fitting.sort(key=lambda machine: sum(machine.free.values()), reverse=True)  # spread, as Ray is asked to
-        seats = [machine for machine in fitting for _ in range(fits(wanted, machine.free, run.task.workers))][
-            : run.task.workers
-        ]
+        seats: list[_Machine] = []
+        for machine in fitting:
+            seats += [machine] * fits(wanted, machine.free, run.task.workers - len(seats))
+            if len(seats) == run.task.workers:
+                break
         if len(seats) < run.task.workers:
             return
         run.machines = seats
