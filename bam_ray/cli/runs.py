@@ -6,13 +6,12 @@ from typing import Annotated
 
 import typer
 from rich.live import Live
-from rich.table import Table
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.cli.app import Endpoint, app, console
 from bam_ray.control import status as statuses
-from bam_ray.control.graph import task_graph
-from bam_ray.control.table import render
+from bam_ray.control.storage import stored_bytes
+from bam_ray.control.table import render, render_history, render_storage
 from bam_ray.errors import CheckpointError
 from bam_ray.settings import load_recipe
 
@@ -40,26 +39,18 @@ def serve(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Show what a run would make, with identities and needs, and start nothing."""
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    cluster: Annotated[Path | None, typer.Option(help="a cluster file: simulate the run on it")] = None,
+) -> None:
+    """Show what a run would make, need and store, and with a cluster file where and for how long. Starts nothing."""
+    from bam_ray.control.cluster_file import load_cluster
+    from bam_ray.control.plan_table import render_plan
+    from bam_ray.control.planner import make_plan
+
     settings = load_recipe(recipe, overrides)
-    table = Table(box=None, pad_edge=False, title=f"{settings.name} in {settings.store.uri}", title_justify="left")
-    for column in ("stage", "task", "id", "steps", "workers", "each needs", "from"):
-        table.add_column(column, no_wrap=column != "from")
-    tasks = task_graph(settings)
-    names = {task.id: task.name for task in tasks}
-    for task in tasks:
-        needs = task.needs.model_dump(exclude_defaults=True) or {"cpus": task.needs.cpus}
-        table.add_row(
-            task.kind,
-            task.name,
-            task.id,
-            str(task.total_steps or ""),
-            str(task.workers),
-            ", ".join(f"{key} {value}" for key, value in needs.items()),
-            ", ".join(names[parent] for parent in task.parents),
-        )
-    console.print(table)
+    console.print(render_plan(make_plan(settings, load_cluster(cluster) if cluster else None)))
 
 
 @app.command()
@@ -74,7 +65,7 @@ def status(
     store = open_store(run, endpoint)
     now = _status(store)
     if not watch:
-        console.print(render(now))
+        console.print(render(now), render_history(now), render_storage(stored_bytes(store)))
         return
     with Live(render(now), console=console, auto_refresh=False) as live:
         while now.state == "running":

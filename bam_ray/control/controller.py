@@ -43,7 +43,8 @@ from bam_ray.errors import PlacementError, StoreUnavailable
 Outcome = Literal["running", "finished", "failed", "interrupted"]
 OnChange = Callable[[Task, State], None]
 
-DRAIN_PATIENCE = 120.0  # seconds that a task has for its last checkpoint when it is asked to stop
+DRAIN_PATIENCE = 120.0  # seconds that a task has for its last checkpoint when the run is asked to stop
+MOVE_PATIENCE = 900.0  # and when it is to move: nobody waits for it, and killing it would lose work
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,9 @@ class Controller:
         """Free what was asked to stop, and does not."""
         now = self._clock()
         for task_id, state in self.states.items():
-            if isinstance(state, Draining) and now - state.since > DRAIN_PATIENCE:
+            if not isinstance(state, Draining):
+                continue
+            if now - state.since > (MOVE_PATIENCE if state.moving else DRAIN_PATIENCE):
                 self._leave(self.tasks[task_id], state.node, state.progress, "killed: it did not stop")
 
     def _place(self, snapshot: Snapshot | None) -> None:

@@ -53,6 +53,10 @@ class Floor:
         """Enough to make up for both standing still, and to last for a part of the time that is left."""
         return max(WORTH * self.cost * (faster + slower), APART * self.limit * (faster - slower))
 
+    def ends_soon(self, task: Level, slot: Slot) -> bool:
+        """Whether waiting for a slot is cheaper than taking it."""
+        return task.tokens < WORTH * self.cost * slot.speed
+
 
 def bound(levels: Sequence[float], speeds: Sequence[float]) -> float:
     """Seconds before which no schedule can have done all of `levels` on machines of `speeds`."""
@@ -153,7 +157,11 @@ def _swap(
     seat_of = {task.task_id: number for number, task in seats.items()}
     coming = [task for task in needed if seat_of.get(task.task_id, last) >= last]
     empty = [number for number in range(last) if number not in seats]
-    others = [number for number in range(last) if number in seats and seats[number].task_id not in wanted]
+    others = [
+        number
+        for number in range(last)
+        if number in seats and seats[number].task_id not in wanted and not floor.ends_soon(seats[number], slots[number])
+    ]
     others.sort(key=lambda number: seats[number].tokens)
     for task in coming:
         origin = seat_of.get(task.task_id)

@@ -4,7 +4,7 @@ Ray lets a demand that no node can meet wait for ever, without a word. So it is 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -57,13 +57,21 @@ def resources_of(demand: Demand) -> dict[str, float]:
 
 def fits(wanted: Mapping[str, float], there: Mapping[str, float], most: int = MANY) -> int:
     """How many times `wanted` goes into `there`; at most `most`, which is the answer where nothing is wanted."""
-    return min([most, *(int((there.get(name, 0.0) + 1e-6) / amount) for name, amount in wanted.items())])
+    for name, amount in wanted.items():
+        most = min(most, int((there.get(name, 0.0) + 1e-6) / amount))
+    return most
 
 
-def room(demand: Demand, nodes: Sequence[NodeFacts], most: int = MANY) -> int:
-    """How many workers with `demand`, at most `most` a node, would fit on `nodes` if these were idle."""
+def room(demand: Demand, nodes: Iterable[NodeFacts], most: int = MANY) -> int:
+    """How many workers with `demand`, counted up to `most`, would fit on `nodes` if these were idle."""
     wanted = resources_of(demand)
-    return sum(fits(wanted, node.resources, most) for node in nodes if selects(demand.labels, node.labels))
+    count = 0
+    for node in nodes:
+        if count >= most:
+            break
+        if selects(demand.labels, node.labels):
+            count += fits(wanted, node.resources, most)
+    return min(count, most)
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:

@@ -90,7 +90,7 @@ class Placement:
 
     def _matched(self, group: Group, members: _Members) -> Iterator[tuple[Task, str]]:
         """The longest to the fastest; a task that is leaving, and its room, count as if it had left."""
-        free = self._snapshot.free(members.needs, self._snapshot.fitting(members.needs))
+        free = self._snapshot.free(members.needs)
         levels = [*(level for _, level in members.waiting.values()), *members.leaving.values()]
         others = self._avoidable(members)
         matched = match(levels, self._slots(group, members, in_use=False), others)
@@ -112,7 +112,7 @@ class Placement:
         speeds = self._speeds.expected(group, {node.kind for node in fitting})
         if not speeds:
             return []
-        counts: dict[str, int] = defaultdict(int, self._snapshot.free(members.needs, fitting))
+        counts: dict[str, int] = defaultdict(int, self._snapshot.free(members.needs))
         for level in [*members.leaving.values(), *(members.active.values() if in_use else ())]:
             assert level.node_id is not None
             counts[level.node_id] += 1

@@ -1,14 +1,13 @@
 """A run on a cluster that is not there: the real controller and its policies, a simulated launcher and clock.
 
 Nothing sleeps: time jumps from event to event (a first step, an end, a node that is taken away or comes back), with a
-look of the controller at each and at least every `look_every` seconds. Nodes are taken away at random times, which
-follow from `seed` alone.
+look of the controller soon after each. Nodes are taken away at random times, which follow from `seed` alone.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.manifest import MANIFEST
@@ -16,11 +15,10 @@ from bam_ray.control.cluster_file import ClusterFile, NodeGroup
 from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.nodes import NODE_ID, NodeFacts, fits, resources_of, selector_of, selects
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
-from bam_ray.control.states import Ended, Node, Retrying
+from bam_ray.control.states import Committed, Ended, Failed, Node, Retrying
 from bam_ray.control.tasks import Progress, Task
 
 SpeedOf = Callable[[Task, NodeGroup], float | None]  # tokens a second of one worker; None: the task does not train
-LOOKS = 400  # of the controller in a run at least, where no event asks for one
 EVENTS = 1_000_000  # more than any run that ends
 
 
@@ -31,18 +29,15 @@ class _Machine:
     name: str
     group: NodeGroup
     facts: NodeFacts
-    used: dict[str, float] = field(default_factory=dict)
+    free: dict[str, float] = field(default_factory=dict)
     gone_at: float = math.inf
     back_at: float = math.inf
     alive: bool = True
 
-    @property
-    def free(self) -> dict[str, float]:
-        return {name: there - self.used.get(name, 0.0) for name, there in self.facts.resources.items()}
-
     def use(self, wanted: Mapping[str, float], times: int) -> None:
+        """Take (or with -1 give back) room; the facts that the controller sees are always the present ones."""
         for name, amount in wanted.items():
-            self.used[name] = self.used.get(name, 0.0) + times * amount
+            self.free[name] -= times * amount
 
 
 @dataclass
@@ -104,14 +99,14 @@ class SimulatedLauncher:
     # The protocol
 
     def nodes(self) -> list[NodeFacts]:
-        return [replace(machine.facts, free=machine.free) for machine in self._machines if machine.alive]
+        return [machine.facts for machine in self._machines if machine.alive]
 
     def expect(self, tasks: Sequence[Task]) -> None:
         """The cluster is as large as it is."""
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-        self._runs[task.id] = _Run(task, node_id, avoid)
-        self._seat_queue()
+        run = self._runs[task.id] = _Run(task, node_id, avoid)
+        self._seat(run)
 
     def poll(self) -> dict[str, Sighting]:
         return {task_id: self._look(run) for task_id, run in self._runs.items()}
@@ -139,7 +134,7 @@ class SimulatedLauncher:
         for run in self._runs.values():
             if run.machines and not run.broke:
                 first = run.trains_from + run.step_seconds
-                times.append(first if first > self.now else run.ends_at)
+                times.append(first if self.now < first < run.ends_at else run.ends_at)
         return min((time for time in times if time > self.now), default=math.inf)
 
     def advance(self, now: float) -> None:
@@ -159,8 +154,9 @@ class SimulatedLauncher:
         self._born += 1
         id = f"node-{self._born:05d}"
         labels = {**machine.group.all_labels, NODE_ID: id}
-        machine.facts = NodeFacts(id, machine.name, "", machine.group.resources, labels)
-        machine.alive, machine.used, machine.back_at = True, {}, math.inf
+        machine.free = dict(machine.group.resources)
+        machine.facts = NodeFacts(id, machine.name, "", machine.group.resources, labels, machine.free)
+        machine.alive, machine.back_at = True, math.inf
         rate = machine.group.preemptions_per_hour / 3600.0
         machine.gone_at = self.now + self._random.expovariate(rate) if rate else math.inf
 
@@ -187,10 +183,12 @@ class SimulatedLauncher:
         else:
             selector = selector_of(run.task, run.avoid, [machine.facts for machine in living])
             fitting = [machine for machine in living if selects(selector, machine.facts.labels)]
-            fitting.sort(key=lambda machine: sum(machine.used.values()))  # spread, as Ray is asked to
-        seats = [machine for machine in fitting for _ in range(fits(wanted, machine.free, run.task.workers))][
-            : run.task.workers
-        ]
+            fitting.sort(key=lambda machine: sum(machine.free.values()), reverse=True)  # spread, as Ray is asked to
+        seats: list[_Machine] = []
+        for machine in fitting:
+            seats += [machine] * fits(wanted, machine.free, run.task.workers - len(seats))
+            if len(seats) == run.task.workers:
+                break
         if len(seats) < run.task.workers:
             return
         run.machines = seats
@@ -246,6 +244,7 @@ class Simulated:
     seconds: float
     attempts: Mapping[str, tuple[Ended, ...]]  # by task id
     preemptions: int
+    errors: Mapping[str, str]  # of tasks that failed, by id
 
     @property
     def moves(self) -> int:
@@ -265,17 +264,27 @@ def simulate(
     checkpoint_every: Mapping[str, int],
     seed: int = 0,
     look_every: float = 60.0,
+    grain: float = 1.0,
 ) -> Simulated:
-    """Run `tasks` on `cluster` to their end."""
+    """Run `tasks` on `cluster` to their end.
+
+    The controller looks at least every `look_every` seconds, and `grain` seconds apart at the least.
+    """
     store = MemoryStore()
     launcher = SimulatedLauncher(cluster, store, speed_of, checkpoint_every, seed)
     controller = Controller(tasks, store, launcher, clock=lambda: launcher.now)
+    alone = [task.id for task in tasks if task.trains_alone]
     for _ in range(EVENTS):
-        controller.step()
+        changed = controller.step()
         if controller.outcome() != "running":
             break
         retries = [state.not_before for state in controller.states.values() if isinstance(state, Retrying)]
-        later = [time for time in [launcher.next_event(), *retries] if time > launcher.now]
-        launcher.advance(min([launcher.now + look_every, *later]))
+        times = [launcher.next_event(), *retries]
+        if changed:
+            times.append(launcher.now + grain)
+        if any(not isinstance(controller.states[task_id], Committed) for task_id in alone):
+            times.append(launcher.now + look_every)  # what moves, moves between events too
+        launcher.advance(max(launcher.now + grain, min(time for time in times if time > launcher.now)))
     histories = {task_id: controller.history(task_id).ended for task_id in controller.tasks}
-    return Simulated(controller.outcome(), launcher.now, histories, launcher.preemptions)
+    errors = {task_id: state.error for task_id, state in controller.states.items() if isinstance(state, Failed)}
+    return Simulated(controller.outcome(), launcher.now, histories, launcher.preemptions, errors)

@@ -1,12 +1,14 @@
 """The nodes at one look of the controller, and what of them it gives away while it looks."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from bam_ray.control.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, said_of, selects
 from bam_ray.control.speeds import Group
 from bam_ray.control.tasks import Task
 from bam_ray.settings.recipe import Needs
+
+_Key = tuple[float, float, float, tuple[tuple[str, str], ...]]  # what tells demands apart
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Snapshot:
     def __init__(self, nodes: Sequence[NodeFacts]) -> None:
         self.nodes = {node.id: node for node in nodes}
         self._free = {node.id: dict(node.free) for node in nodes}
+        self._rooms: dict[_Key, tuple[dict[str, float], dict[str, int]]] = {}
+        self._fitting: dict[_Key, list[NodeFacts]] = {}
         self._taken: dict[tuple[int, str, int], Taken] = {}
 
     def taken(self, task: Task) -> Taken:
@@ -36,29 +40,43 @@ class Snapshot:
 
     def fitting(self, needs: Needs) -> list[NodeFacts]:
         """The nodes that could hold a worker if they were idle."""
-        wanted = resources_of(needs)
-        return [
-            node for node in self.nodes.values() if selects(needs.labels, node.labels) and fits(wanted, node.resources)
-        ]
+        if _key(needs) not in self._fitting:
+            wanted, labels, nodes = resources_of(needs), needs.labels, self.nodes.values()
+            fitting = [node for node in nodes if selects(labels, node.labels) and fits(wanted, node.resources)]
+            self._fitting[_key(needs)] = fitting
+        return self._fitting[_key(needs)]
 
-    def free(self, needs: Needs, nodes: Collection[NodeFacts]) -> dict[str, int]:
-        """How many more workers each of `nodes` has room for now, by id, those with room alone."""
-        wanted = resources_of(needs)
-        most = MANY if wanted else 1
-        rooms = {node.id: fits(wanted, self._free[node.id], most) for node in nodes}
-        return {id: count for id, count in rooms.items() if count > 0}
+    def free(self, needs: Needs) -> dict[str, int]:
+        """How many more workers each node has room for now, by id, those with room alone."""
+        return {node_id: count for node_id, count in self._rooms_for(needs).items() if count > 0}
 
     def take(self, node_id: str, needs: Needs) -> None:
         """Give away room for one worker."""
         free = self._free[node_id]
         for name, amount in resources_of(needs).items():
             free[name] = free.get(name, 0.0) - amount
+        for wanted, rooms in self._rooms.values():
+            if wanted and node_id in rooms:
+                rooms[node_id] = fits(wanted, free)
 
     def take_any(self, needs: Needs, avoid: Collection[str] = ()) -> bool:
-        """Give away room for one worker on the node with the most; False where there is none."""
-        rooms = self.free(needs, self.fitting(needs))
-        others: Mapping[str, int] = {id: count for id, count in rooms.items() if id not in avoid} or rooms
-        if not others:
+        """Give away room for one worker on the node with the most, off those to `avoid` where others could ever do."""
+        rooms = self._rooms_for(needs)
+        others: Collection[str] = [node_id for node_id in rooms if node_id not in avoid] if avoid else rooms
+        best = max(others or rooms, key=rooms.__getitem__, default=None)
+        if best is None or rooms[best] < 1:
             return False
-        self.take(max(others, key=lambda id: others[id]), needs)
+        self.take(best, needs)
         return True
+
+    def _rooms_for(self, needs: Needs) -> dict[str, int]:
+        if _key(needs) not in self._rooms:
+            wanted = resources_of(needs)
+            most = MANY if wanted else 1
+            rooms = {node.id: fits(wanted, self._free[node.id], most) for node in self.fitting(needs)}
+            self._rooms[_key(needs)] = wanted, rooms
+        return self._rooms[_key(needs)][1]
+
+
+def _key(needs: Needs) -> _Key:
+    return needs.cpus, needs.gpus, needs.memory_gib, tuple(needs.labels.items())

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import median
 
-DEFAULT_COST = 30.0  # seconds for start or checkpoint, until one has been seen
+DEFAULT_COST = 30.0  # seconds, until a start has been seen
 LATEST = 32  # starts and checkpoints that are remembered
 
 Group = tuple[str, str]  # model, demand
@@ -58,7 +58,12 @@ class Speeds:
             return {}
         return {kind: rate or max(known) for kind, rate in measured.items()}
 
+    def seen(self, group: Group) -> tuple[float, float]:
+        """Seconds of a start and of a last checkpoint, until one of them was seen as long as the other."""
+        starts, checkpoints = self._starts.get(group), self._checkpoints.get(group)
+        start = median(starts) if starts else DEFAULT_COST
+        return start, median(checkpoints) if checkpoints else start
+
     def cost(self, group: Group) -> float:
         """Seconds of training that it costs a task to move to another node."""
-        starts, checkpoints = self._starts[group], self._checkpoints[group]
-        return (median(starts) if starts else DEFAULT_COST) + (median(checkpoints) if checkpoints else DEFAULT_COST)
+        return sum(self.seen(group))

@@ -4,7 +4,7 @@ The coordinator writes it every few seconds; `bam status` reads it from anywhere
 decided by it.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.controller import Controller, Outcome
+from bam_ray.control.matching import bound
 from bam_ray.control.states import Blocked, Committed, Draining, Failed, Placing, Retrying, Running, State
 from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import BlobNotFound, StoreError
@@ -19,6 +20,17 @@ from bam_ray.errors import BlobNotFound, StoreError
 STATUS = "status.json"
 
 RowState = Literal["waiting", "blocked", "placing", "running", "draining", "retrying", "committed", "failed"]
+
+
+class PastAttempt(BaseModel):
+    """One attempt that is over."""
+
+    model_config = ConfigDict(frozen=True)
+    node: str | None
+    began: datetime
+    seconds: float
+    step: int
+    cause: str  # "committed", "moved", "stopped" or an error
 
 
 class Row(BaseModel):
@@ -40,6 +52,7 @@ class Row(BaseModel):
     note: str = ""
     error: str | None = None
     log: tuple[str, ...] = ()
+    past: tuple[PastAttempt, ...] = ()  # of this coordinator and of those before it
 
 
 class Status(BaseModel):
@@ -50,12 +63,17 @@ class Status(BaseModel):
     run: str
     state: Outcome
     rows: tuple[Row, ...]
+    eta_kind: Kind | None = None  # the furthest stage whose end can be told
+    eta_seconds: float | None = None
 
 
-def build(run: str, controller: Controller) -> Status:
-    """How `controller`'s tasks stand now."""
-    rows = tuple(_row(controller, task) for task in controller.tasks.values())
-    return Status(updated=datetime.now(UTC), run=run, state=controller.outcome(), rows=rows)
+def build(run: str, controller: Controller, before: Status | None = None) -> Status:
+    """How `controller`'s tasks stand now; `before` is what an earlier coordinator of the same run last wrote."""
+    now = datetime.now(UTC)
+    earlier = {row.id: row.past for row in before.rows} if before else {}
+    rows = tuple(_row(controller, task, now, earlier.get(task.id, ())) for task in controller.tasks.values())
+    kind, seconds = _eta(controller)
+    return Status(updated=now, run=run, state=controller.outcome(), rows=rows, eta_kind=kind, eta_seconds=seconds)
 
 
 def write(store: BlobStore, status: Status) -> None:
@@ -73,8 +91,42 @@ def read(store: BlobStore) -> Status | None:
         raise StoreError(f"{store.uri}/{STATUS} is no status: {error.errors()[0]['msg']}") from None
 
 
-def _row(controller: Controller, task: Task) -> Row:
+def last(store: BlobStore) -> Status | None:
+    """As `read`, but what is unreadable is nothing: a new coordinator writes over it."""
+    try:
+        return read(store)
+    except StoreError:
+        return None
+
+
+def _eta(controller: Controller) -> tuple[Kind | None, float | None]:
+    """Seconds until the furthest stage that is being trained is done, on the nodes that train it now."""
+    speeds: dict[Kind, list[float]] = {}
+    for task_id, state in controller.states.items():
+        if isinstance(state, Running) and state.steps_per_second:
+            speeds.setdefault(controller.tasks[task_id].kind, []).append(state.steps_per_second)
+    if not speeds:
+        return None, None
+    kind = list(speeds)[-1]
+    unfinished = [task.id for task in controller.tasks.values() if task.kind == kind]
+    lost = (Committed, Failed, Blocked)
+    steps = [controller.remaining_steps(id) for id in unfinished if not isinstance(controller.states[id], lost)]
+    return kind, bound(steps, speeds[kind])
+
+
+def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastAttempt, ...]) -> Row:
     state = controller.states[task.id]
+    history = controller.history(task.id)
+    past = tuple(
+        PastAttempt(
+            node=ended.node.name if ended.node else None,
+            began=now - timedelta(seconds=controller.now() - ended.placed),
+            seconds=ended.ended - ended.placed,
+            step=ended.step,
+            cause=ended.cause,
+        )
+        for ended in history.ended
+    )
     progress = _progress(state) or Progress(0, task.total_steps)
     committed = isinstance(state, Committed)
     node = state.node if isinstance(state, Running | Draining | Failed) else None
@@ -91,10 +143,17 @@ def _row(controller: Controller, task: Task) -> Row:
         eta_seconds=controller.eta(task.id),
         checkpoint_step=progress.checkpoint_step,
         attempt=controller.attempts(task.id),
-        note=f"{state.by} failed" if isinstance(state, Blocked) else ("" if committed else progress.note),
+        note=_note(state, progress, history.said),
         error=state.error if isinstance(state, Failed | Retrying) else None,
         log=state.log if isinstance(state, Failed) else (),
+        past=(*earlier, *past),
     )
+
+
+def _note(state: State, progress: Progress, said: str) -> str:
+    if isinstance(state, Blocked):
+        return f"{state.by} failed"
+    return "" if isinstance(state, Committed) else "; ".join(word for word in (said, progress.note) if word)
 
 
 def _progress(state: State) -> Progress | None:

@@ -1,11 +1,13 @@
 """A status as one table, for a terminal and for the log of a job."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.status import Row, Status
 
 COLORS = {
@@ -55,10 +57,32 @@ def headline(status: Status, now: datetime | None = None) -> str:
     """One line: the run, how it stands, and whether its coordinator has fallen silent."""
     committed = sum(row.state == "committed" for row in status.rows)
     line = f"{status.run}: {status.state}, {committed} of {len(status.rows)} committed"
+    if status.state == "running" and status.eta_seconds is not None:
+        line += f", {status.eta_kind} done in {duration(status.eta_seconds)}"
     silent = (now or datetime.now(UTC)) - status.updated
     if status.state == "running" and silent > SILENCE:
         line += f"; nothing heard for {duration(silent.total_seconds())}: submit it again to go on"
     return line
+
+
+def render_history(status: Status) -> RenderableType:
+    """Every attempt that is over, oldest first; of tasks that went well at once there is nothing to tell."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title="attempts", title_justify="left")
+    for column in ("task", "node", "began", "lasted", "step", "ended by"):
+        right = column in ("lasted", "step")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "ended by")
+    told = [(past.began, row, past) for row in status.rows for past in row.past if len(row.past) > 1 or row.error]
+    for began, row, past in sorted(told, key=lambda each: each[0]):
+        when = began.astimezone().strftime("%d %b %H:%M:%S")
+        task = f"{row.kind}/{row.name}"
+        table.add_row(task, past.node or "", when, duration(past.seconds), str(past.step or ""), Text(past.cause))
+    return table if told else Group()
+
+
+def render_storage(stored: Mapping[Kind, int]) -> RenderableType:
+    """Bytes by kind, in one line."""
+    parts = [f"{kind} {amount(size)}B" for kind, size in stored.items()]
+    return Text(f"stored: {', '.join(parts)}; {amount(sum(stored.values()))}B in all" if parts else "nothing is stored")
 
 
 def duration(seconds: float | None) -> str:
@@ -73,6 +97,16 @@ def duration(seconds: float | None) -> str:
     if whole < 86400:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d {whole % 86400 // 3600}h"
+
+
+def amount(number: float) -> str:
+    """`950`, `1.2k`, `34M`, `5.6G`: in thousands, three digits at most."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or unit == "P":
+            break
+        number /= 1000.0
+    shown = f"{number:.3g}" if unit else f"{number:.0f}"
+    return f"{shown}{unit}"
 
 
 def _said(row: Row) -> Text | None:

@@ -69,6 +69,7 @@ class Narrator:
         self._store = store
         self._console = Console(width=TABLE_WIDTH, file=sys.stdout)
         self._written = self._printed = float("-inf")
+        self._before = status.last(store)
 
     def __call__(self, changed: bool) -> None:
         now = time.monotonic()
@@ -85,12 +86,12 @@ class Narrator:
 
     def _write(self) -> None:
         try:
-            status.write(self._store, status.build(self._run, self._controller))
+            status.write(self._store, status.build(self._run, self._controller, self._before))
         except StoreUnavailable as error:  # tasks may get through; they try for themselves
             self._console.print(f"status not written: {error}", style="yellow", highlight=False)
 
     def _print(self) -> None:
-        self._console.print(render(status.build(self._run, self._controller)), "", sep="\n")
+        self._console.print(render(status.build(self._run, self._controller, self._before)), "", sep="\n")
 
 
 def connect() -> None:

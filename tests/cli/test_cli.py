@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 from cli.command import bam, refusal
 
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.control import status
+from bam_ray.control.controller import Controller
+from bam_ray.control.launcher import InProcessLauncher
+
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 
 
@@ -59,3 +66,27 @@ def test_plan_names_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     out = capsys.readouterr().out
     for kind in ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"):
         assert kind in out
+
+
+def test_plan_simulates_a_cluster(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    laptop = DEMO.parent / "clusters" / "laptop.yaml"
+    assert bam(monkeypatch, "plan", str(DEMO), "--cluster", str(laptop)) == 0
+    assert "simulated on laptop (1 node): finished after" in capsys.readouterr().out
+    missing = refusal(monkeypatch, capsys, "plan", str(DEMO), "--cluster", "nowhere.yaml")
+    assert "cluster file nowhere.yaml cannot be read" in missing
+    assert "can never give" in refusal(
+        monkeypatch, capsys, "plan", str(DEMO), "branch.needs.gpus=1", "--cluster", str(laptop)
+    )
+
+
+def test_status_tells_what_is_stored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = FolderStore(str(tmp_path))
+    status.write(store, status.build("demo", Controller([], store, InProcessLauncher(lambda task, context: None))))
+    Artifact(store, "seeds", "seed-1").commit(Manifest(id="seed-1", kind="seeds", name="seed"))
+    assert bam(monkeypatch, "status", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "demo: finished, 0 of 0 committed" in out
+    size = store.size("seeds/seed-1/manifest.json")
+    assert f"stored: seeds {size}B; {size}B in all" in out

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
+from bam_ray.control.nodes import NodeFacts, demand_met
 from bam_ray.control.tasks import Task
-from bam_ray.on_ray.cluster import NodeFacts, room
+from bam_ray.errors import PlacementError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -46,7 +47,13 @@ def facts(name: str, resources: dict[str, float], labels: dict[str, str]) -> Nod
 
 def unmet(tasks: Sequence[Task], nodes: Sequence[NodeFacts]) -> list[str]:
     """The tasks whose demand the nodes could never meet."""
-    return [task.id for task in tasks if room(task, nodes) < task.workers]
+    missing = []
+    for task in tasks:
+        try:
+            demand_met(task, nodes)
+        except PlacementError:
+            missing.append(task.where)
+    return missing
 
 
 def gib(quantity: str) -> float:

@@ -4,6 +4,7 @@ The stages are stand-ins that train nothing, but everything around them is real:
 signals. A stand-in adds a line to a file of its own for every step, so that what was done twice can be counted.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.submit import INTERRUPTED, follow, submit
 from bam_ray.on_ray.work import StageFunctions
-from bam_ray.settings import Recipe, parse_recipe
+from bam_ray.settings import Needs, Recipe, parse_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -203,6 +204,39 @@ def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Reci
         "branches/law needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give "
         "(3 × 2 CPU, kind=plain; 1 × 0 CPU): mend branch.needs (or its override) or add nodes"
     )
+
+
+def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cluster: Cluster, seeded: Recipe) -> None:
+    """Two branches on a fast and a slow node: when the fast one has no more to do, or sooner, the other goes there."""
+    fallback = {"cpus": 1, "labels": {"seconds": "in(0.05,1.0)"}}
+    needs = Needs.model_validate({"cpus": 1, "gpus": 1, "fallback": [fallback]})
+    two = {"domains": ["code", "law"], "needs": needs}
+    two["training"] = seeded.branch.training.model_copy(update={"tokens": 300 * seeded.branch.training.batch_tokens})
+    recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update=two)})
+    nodes = [
+        cluster.add_node(num_cpus=1, object_store_memory=100 << 20, labels={"seconds": seconds})
+        for seconds in ("0.05", "1.0")
+    ]
+    try:
+        run = Run(recipe, ["branches"])
+        assert run.join() == "finished"
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+    fast, slow = (node.node_id for node in nodes)
+    steps = {name: [node for node, _ in run.done("branches", name)] for name in ("code", "law")}
+    behind = next(name for name in steps if steps[name][0] == slow)
+    assert steps[behind][-1] == fast, "it did not end where it began"
+    histories = {task.name: run.controller.history(task.id) for task in run.tasks if task.kind == "branches"}
+    for name, nodes_of_steps in steps.items():
+        assert len(nodes_of_steps) == 300, "nothing was done twice"
+        assert set(nodes_of_steps) <= {fast, slow}
+        changes = sum(here != there for here, there in itertools.pairwise(nodes_of_steps))
+        causes = [ended.cause for ended in histories[name].ended]
+        assert causes == ["moved"] * changes + ["committed"]
+        assert (
+            histories[name].said == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU, labels seconds=in(0.05,1.0)"
+        )
 
 
 def test_avoided_nodes_are_left_out_while_others_will_do(cluster: Cluster, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import policies
-from bam_ray.control.controller import DRAIN_PATIENCE, Controller
+from bam_ray.control.controller import DRAIN_PATIENCE, MOVE_PATIENCE, Controller
 from bam_ray.control.launcher import InProcessLauncher
 from bam_ray.control.nodes import NodeFacts
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
@@ -377,6 +377,23 @@ def test_a_task_moves_to_a_faster_node_that_falls_free_and_goes_on_there() -> No
     assert state.progress.step == 13, "shown where it stands while it reads its checkpoint"
     assert scene.controller.eta("b") == pytest.approx(8.7), "at the speed that was measured there"
     assert scene.controller.history("b").failures == 0
+
+
+def test_a_task_that_does_not_hear_that_it_should_move_is_killed_at_last() -> None:
+    scene = Nodes(trained("a"), trained("b"))
+    scene.measure()
+    scene.now = 12.0
+    scene.busy("slow")
+    commit(scene.store, scene.tasks["a"])
+    deaf = Alive(Node("slow", "slow"), Progress(12, 100))
+    scene.controller.speeds.saw_checkpoint(("dense", "1 CPU"), 1.0)
+    scene.step(a=Done(Node("fast", "fast"), Progress(100, 100)), b=deaf)
+    scene.now += DRAIN_PATIENCE + 1
+    scene.step(b=deaf)
+    assert scene.kinds()["b"] is Draining, "a large checkpoint may take longer than a run that stops would wait"
+    scene.now += MOVE_PATIENCE
+    scene.step(b=deaf)
+    assert scene.script.meant_for["b"] == "fast"
 
 
 def test_what_was_meant_for_a_node_that_is_gone_or_deaf_is_placed_again() -> None:

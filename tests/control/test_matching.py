@@ -43,6 +43,8 @@ def test_two_tasks_change_places_once_half_way() -> None:
     half_way = [running("a", 40 - 4 * 8, "fast"), running("b", 40 - 8, "slow")]
     assert set(to_move(half_way, [FAST, SLOW], cost=0.01)) == {"a", "b"}
     assert to_move(half_way, [FAST, SLOW], cost=100.0) == [], "not where moving costs more than it saves"
+    nearly = [running("a", 40 - 4 * 9.9, "fast"), running("b", 40 - 9.9, "slow")]
+    assert to_move(nearly, [FAST, SLOW], cost=0.2) == [], "the fast slot falls free by itself in a moment"
     fresh = [running("a", 8, "fast"), running("b", 32, "slow", movable=False)]
     assert to_move(fresh, [FAST, SLOW], cost=0.01) == [], "not straight after it has begun"
 

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.nodes import NodeFacts
-from bam_ray.control.sightings import Broke, Sighting
+from bam_ray.control.sightings import Alive, Broke, Sighting
 from bam_ray.control.states import Node
-from bam_ray.control.table import SILENCE, duration, headline, render
+from bam_ray.control.storage import stored_bytes
+from bam_ray.control.table import SILENCE, amount, duration, headline, render, render_history
 from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import StoreError
 from bam_ray.settings import Needs
@@ -102,6 +106,59 @@ def test_a_silent_coordinator_is_noticed(failed: status.Status) -> None:
     running = failed.model_copy(update={"state": "running"})
     assert "nothing heard" not in headline(running, running.updated + SILENCE)
     assert "nothing heard for 1m 00s" in headline(running, running.updated + timedelta(seconds=60))
+
+
+def test_a_new_coordinator_keeps_the_history_of_the_last(failed: status.Status) -> None:
+    tasks = [Task("branches", "law", "law-1", (), Needs(), total_steps=9)]
+    controller = Controller(tasks, MemoryStore(), Broken())
+    controller.run(pause=0.0)
+    again = status.build("demo", controller, failed)
+    assert [past.cause for past in again.rows[0].past] == ["loss is NaN", "loss is NaN"]
+    console = Console(width=110)
+    with console.capture() as capture:
+        console.print(render_history(again))
+    lines = capture.get().splitlines()
+    assert lines[1].split() == ["task", "node", "began", "lasted", "step", "ended", "by"]
+    assert [line.split()[:2] + line.split()[-4:] for line in lines[2:]] == [
+        ["branches/law", "127.0.0.7", "3", "loss", "is", "NaN"]
+    ] * 2
+
+
+def test_the_end_of_a_stage_is_foretold_from_what_is_left_and_how_fast_it_goes() -> None:
+    tasks = [Task("branches", f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
+    script = Broken()
+    now = [0.0]
+    controller = Controller(tasks, MemoryStore(), script, clock=lambda: now[0])
+    controller.step()
+    for now[0], step in ((1.0, None), (2.0, 10), (12.0, 30)):
+        progress = Progress(step, 100) if step else None
+        seen = {"b0": Alive(Node("1", "one"), progress), "b1": Alive(Node("2", "two"), progress)}
+        script.poll = lambda seen=seen: seen  # type: ignore[method-assign, misc]
+        controller.step()
+    shown = status.build("demo", controller)
+    assert shown.eta_kind == "branches"
+    assert shown.eta_seconds == pytest.approx((70 + 70 + 100) / 4)  # two nodes, two steps a second each
+    assert headline(shown).endswith(", branches done in 1m 00s")
+
+
+def test_storage_is_counted_by_manifests(tmp_path: Path) -> None:
+    store = MemoryStore()
+    (tmp_path / "weights").write_bytes(b"x" * 1000)
+    for kind, below in (("branches", ()), ("branches", ("steps", "0001-00000005")), ("seeds", ())):
+        artifact = Artifact(store, kind, "one-1", *below)  # type: ignore[arg-type]
+        artifact.publish(tmp_path, Manifest(id="one-1", kind=kind, name="one"))  # type: ignore[arg-type]
+    store.put("branches/one-1/half-uploaded", b"y" * 5000)
+    stored = stored_bytes(store)
+    written = sum(store.size(key) for key in store.list()) - 5000
+    assert sum(stored.values()) == written
+    assert stored["branches"] > 2000 > stored["seeds"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(0, "0"), (999, "999"), (1234, "1.23k"), (999_900, "1M"), (5.6e9, "5.6G"), (2e19, "2e+04P")]
+)
+def test_amounts(number: float, shown: str) -> None:
+    assert amount(number) == shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""A plan as tables, for a terminal."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bam_ray.control.nodes import GIB, said_of
+from bam_ray.control.planner import Plan, Planned
+from bam_ray.control.table import amount, duration
+
+NODES_SHOWN = 4  # of a task that moved often
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    """What would be made; with a cluster, where and when too."""
+    recipe = plan.recipe
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=f"{recipe.name} in {recipe.store.uri}")
+    table.title_justify = "left"
+    columns = ["stage", "task", "id", "steps", "tokens", "workers", "each needs", "memory", "stored"]
+    if plan.cluster:
+        columns = [*(column for column in columns if column != "id"), "where", "begins", "ends"]
+    for column in columns:
+        right = column in ("steps", "tokens", "workers", "memory", "stored", "begins", "ends")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column not in ("each needs", "where"))
+    for row in plan.rows:
+        cells = _cells(row)
+        table.add_row(*(cells[column] for column in columns))
+    return Group(table, *(Text(line) for line in _words(plan)), *(Text(line, "red") for line in _warnings(plan)))
+
+
+def _cells(row: Planned) -> dict[str, str]:
+    task = row.task
+    needs = " or ".join(said_of(demand) for demand in (task.needs, *task.needs.fallback))
+    left_out = ", …" if len(row.nodes) > NODES_SHOWN else ""
+    return {
+        "stage": task.kind,
+        "task": task.name,
+        "id": task.id,
+        "steps": str(task.total_steps or ""),
+        "tokens": amount(row.tokens) if row.tokens else "",
+        "workers": str(task.workers),
+        "each needs": needs,
+        "memory": f"{amount(row.memory)}B" if row.memory else "",
+        "stored": f"{amount(row.kept)}B" if row.kept else "",
+        "where": ", ".join(row.nodes[:NODES_SHOWN]) + left_out,
+        "begins": duration(row.begins),
+        "ends": duration(row.ends),
+    }
+
+
+def _words(plan: Plan) -> list[str]:
+    """The sums."""
+    lines = []
+    tokens = sum(row.tokens for row in plan.rows)
+    if plan.size:
+        written, kept, most = (
+            sum(value or 0 for value in values)
+            for values in zip(*((row.written, row.kept, row.most) for row in plan.rows), strict=True)
+        )
+        lines.append(
+            f"{amount(plan.size.parameters)} parameters a branch, {amount(tokens)} tokens in all; {amount(written)}B "
+            f"written to the blob store, {amount(most)}B there at most, {amount(kept)}B in the end (corpora left out)"
+        )
+        lines.append("memory is an estimate of weights, gradients, AdamW and activations in fp32 or as the recipe says")
+    else:
+        lines.append(f"{amount(tokens)} tokens in all; the seed's size is not known before the run")
+    if plan.cluster and plan.simulated:
+        run = plan.simulated
+        nodes = sum(group.count for group in plan.cluster.nodes.values())
+        lines.append(
+            f"simulated on {plan.cluster.name} ({nodes} node{'' if nodes == 1 else 's'}): "
+            f"{run.outcome} after {duration(run.seconds)}, {run.preemptions} preemptions, {run.moves} moves"
+        )
+        lines += [
+            f"{stage.kind}: {duration(stage.seconds)}, at best {duration(stage.at_best)} "
+            f"({stage.seconds / stage.at_best:.2f} ×)"
+            for stage in plan.stages
+        ]
+    return lines
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """What went wrong, and what looks too large for the nodes it ran on."""
+    if not plan.cluster or not plan.simulated:
+        return []
+    lines = [f"{row.task.where}: {error}" for row in plan.rows if (error := plan.simulated.errors.get(row.task.id))]
+    for kind, group in plan.cluster.nodes.items():
+        there = group.device_memory_gib if group.gpus else group.memory_gib
+        here = [row for row in plan.rows if any(node.startswith(f"{kind}-") for node in row.nodes)]
+        large = [row.task.where for row in here if there and (row.memory or 0) > there * GIB]
+        if large:
+            what = "a GPU" if group.gpus else "a node"
+            lines.append(f"{what} of {kind} has {there:g} GiB, too little for {', '.join(large)}: mend their needs")
+    return lines

@@ -1,0 +1,179 @@
+"""What a run would be, before anything starts: tokens, memory, bytes, and with a cluster file where and how long."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bam_ray.checkpoint.manifest import Kind
+from bam_ray.control.cluster_file import ClusterFile, NodeGroup
+from bam_ray.control.graph import task_graph
+from bam_ray.control.matching import bound
+from bam_ray.control.model_size import CHECKPOINT_BYTES, CHECKPOINTS_KEPT, WEIGHT_BYTES, ModelSize, seed_size
+from bam_ray.control.nodes import NodeFacts, demand_met, fits, resources_of, selects
+from bam_ray.control.simulate import Simulated, SpeedOf, simulate
+from bam_ray.control.tasks import Task
+from bam_ray.errors import SettingsError
+from bam_ray.settings.recipe import Recipe, TrainingSettings
+
+LOOKS = 150  # of the simulated controller, over the time that the longest stage takes at best
+TRAINED: tuple[Kind, ...] = ("seeds", "branches", "mixtures")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One task. Bytes are None where the model's size is not known before the run."""
+
+    task: Task
+    tokens: int
+    memory: int | None = None  # of each worker
+    written: int | None = None  # to the blob store, with checkpoints that are deleted again
+    kept: int | None = None  # there in the end
+    most: int | None = None  # there at once
+    nodes: tuple[str, ...] = ()  # that worked on it, in a simulated run
+    begins: float | None = None  # seconds from the begin of the run
+    ends: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The trained tasks of one kind, in a simulated run."""
+
+    kind: Kind
+    seconds: float
+    at_best: float  # no schedule could be faster on these nodes, were none of them taken away
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run."""
+
+    recipe: Recipe
+    rows: tuple[Planned, ...]
+    size: ModelSize | None
+    cluster: ClusterFile | None = None
+    simulated: Simulated | None = None
+    stages: tuple[Stage, ...] = ()
+
+
+def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0) -> Plan:
+    """Plan `recipe`, simulating it on `cluster` where one is given. Starts nothing.
+
+    Raises `PlacementError` where the cluster can never hold a task, `SettingsError` where its speeds cannot be told.
+    """
+    tasks = task_graph(recipe)
+    size = seed_size(recipe)
+    rows = tuple(_planned(task, recipe, size) for task in tasks)
+    if cluster is None:
+        return Plan(recipe, rows, size)
+    nodes = [
+        NodeFacts(f"{kind}-{number}", f"{kind}-{number}", "", group.resources, group.all_labels)
+        for kind, group in cluster.nodes.items()
+        for number in range(group.count)
+    ]
+    for task in tasks:
+        demand_met(task, nodes)
+    speed_of = _speeds(recipe, size)
+    of_kind = {kind: [task for task in tasks if task.kind == kind] for kind in TRAINED}
+    at_best = {kind: _at_best(of_kind[kind], nodes, cluster, speed_of) for kind in TRAINED}
+    every = {task.id: training.checkpoint_every for task in tasks if (training := _training(task, recipe))}
+    look = max(1.0, max(at_best.values()) / LOOKS)
+    simulated = simulate(tasks, cluster, speed_of, every, seed, look, grain=max(1.0, look / 4))
+    stages = []
+    for kind in TRAINED:
+        ids = [task.id for task in of_kind[kind] if simulated.attempts[task.id]]
+        if ids and at_best[kind]:
+            begin, end = simulated.span(ids)
+            stages.append(Stage(kind, end - begin, at_best[kind]))
+    return Plan(recipe, tuple(_timed(row, simulated) for row in rows), size, cluster, simulated, tuple(stages))
+
+
+def _planned(task: Task, recipe: Recipe, seed: ModelSize | None) -> Planned:
+    tokens = task.total_steps * task.step_tokens
+    size = _size(task, recipe, seed)
+    if size is None:
+        return Planned(task, tokens)
+    weights = WEIGHT_BYTES * size.parameters
+    training = _training(task, recipe)
+    if training is None:
+        return Planned(task, tokens, None, weights, weights, weights)
+    checkpoint = CHECKPOINT_BYTES * size.parameters
+    count = (task.total_steps - 1) // training.checkpoint_every
+    parallel = recipe.mix.expert_parallel if task.kind == "mixtures" else 1
+    return Planned(
+        task,
+        tokens,
+        memory=size.training_bytes(training, recipe.data.sequence_length, parallel),
+        written=count * checkpoint + weights,
+        kept=weights,
+        most=min(count, CHECKPOINTS_KEPT) * checkpoint + weights,
+    )
+
+
+def _timed(row: Planned, simulated: Simulated) -> Planned:
+    attempts = simulated.attempts[row.task.id]
+    if not attempts:
+        return row
+    names = [ended.node.name for ended in attempts if ended.node]
+    nodes = tuple(name for number, name in enumerate(names) if number == 0 or name != names[number - 1])
+    return Planned(
+        row.task, row.tokens, row.memory, row.written, row.kept, row.most, nodes, attempts[0].placed, attempts[-1].ended
+    )
+
+
+def _training(task: Task, recipe: Recipe) -> TrainingSettings | None:
+    match task.kind:
+        case "seeds":
+            return recipe.seed.training if recipe.seed.scratch else None
+        case "branches":
+            return recipe.branch.training
+        case "mixtures":
+            return recipe.mix.training
+        case _:
+            return None
+
+
+def _size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize | None:
+    """The model that `task` makes."""
+    if seed is None or task.kind in ("corpora", "reports"):
+        return None
+    if task.kind in ("seeds", "branches"):
+        return seed
+    return seed.mixed(recipe.upcycle.mixtures[task.name], 1 + len(recipe.branch.domains))
+
+
+def _speeds(recipe: Recipe, seed: ModelSize | None) -> SpeedOf:
+    """Tokens a second of one worker, by the size of what it trains."""
+    context = recipe.data.sequence_length
+
+    def speed_of(task: Task, group: NodeGroup) -> float | None:
+        if not task.step_tokens:
+            return None
+        size = _size(task, recipe, seed)
+        if group.tokens_per_second is not None:
+            larger = size.training_flops(context) / seed.training_flops(context) if size and seed else 1.0
+            return group.tokens_per_second / larger
+        if size is None:
+            raise SettingsError(
+                "the cluster file gives tflops, but how large the seed is cannot be known before the run "
+                f"(no config.json in {recipe.seed.folder or recipe.data.tokenizer.folder}): give tokens_per_second"
+            )
+        assert group.tflops is not None
+        return group.tflops * 1e12 / size.training_flops(context)
+
+    return speed_of
+
+
+def _at_best(tasks: Sequence[Task], nodes: Sequence[NodeFacts], cluster: ClusterFile, speed_of: SpeedOf) -> float:
+    """Seconds that these tasks take at the least, on all nodes that can hold them."""
+    trained = [task for task in tasks if task.total_steps]
+    if not trained:
+        return 0.0
+    demands = [demand_met(task, nodes)[0] for task in trained]
+    slots: list[float] = []
+    for group in cluster.nodes.values():
+        fitting = [resources_of(demand) for demand in demands if selects(demand.labels, group.all_labels)]
+        rooms = max((fits(wanted, group.resources, len(trained) * trained[0].workers) for wanted in fitting), default=0)
+        slots += [speed_of(trained[0], group) or 0.0] * (group.count * rooms)
+    slots.sort(reverse=True)
+    workers = trained[0].workers
+    groups = [sum(slots[first : first + workers]) for first in range(0, len(slots) - workers + 1, workers)]
+    return bound([task.total_steps * task.step_tokens for task in trained], groups)

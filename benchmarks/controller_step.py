@@ -1,0 +1,54 @@
+"""One look of the controller at 1,000 branches on 300 simulated nodes: `python -m benchmarks.controller_step`.
+
+Half a run of looks is timed, each with the launcher's answers: nodes, sightings, measuring, matching, placing. The
+launcher is the simulated one; what Ray takes to answer is not in it. CPU time, on one thread.
+"""
+
+import gc
+import statistics
+import time
+
+from bam_ray.blobs.memory import MemoryStore
+from bam_ray.control.cluster_file import ClusterFile
+from bam_ray.control.controller import Controller
+from bam_ray.control.simulate import SimulatedLauncher
+from bam_ray.control.states import Running
+from bam_ray.control.tasks import Task
+from bam_ray.settings import Needs
+from benchmarks.measure import report
+
+BRANCHES, LOOKS, LOOK_EVERY = 1000, 200, 120.0
+NODES = {
+    "fast": {"count": 60, "labels": {"speed": "fast"}, "tokens_per_second": 4000},
+    "middle": {"count": 90, "labels": {"speed": "middle"}, "tokens_per_second": 2000},
+    "slow": {"count": 150, "labels": {"speed": "slow"}, "tokens_per_second": 1000, "preemptions_per_hour": 0.1},
+}
+
+
+def main() -> None:
+    cluster = ClusterFile.model_validate({"name": "three-hundred", "nodes": NODES, "start_seconds": 60})
+    needs = Needs(cpus=8)
+    tasks = [
+        Task("branches", f"b{i}", f"b{i}", (), needs, total_steps=5000 + 5 * i, model="dense", step_tokens=4000)
+        for i in range(BRANCHES)
+    ]
+    store = MemoryStore()
+    launcher = SimulatedLauncher(
+        cluster, store, lambda task, group: group.tokens_per_second, {task.id: 100 for task in tasks}, seed=0
+    )
+    controller = Controller(tasks, store, launcher, clock=lambda: launcher.now)
+    gc.freeze()  # what `measure` has loaded, torch among it, is not in a driver's heap
+    taken: list[float] = []
+    for _ in range(LOOKS):
+        start = time.process_time()
+        controller.step()
+        taken.append(1000 * (time.process_time() - start))
+        launcher.advance(launcher.now + LOOK_EVERY)
+    running = sum(isinstance(state, Running) for state in controller.states.values())
+    taken.sort()
+    row = ["1,000 branches, 300 nodes", str(running), statistics.median(taken), taken[int(0.99 * LOOKS)], 50.0]
+    report("controller_step", ["what", "running at the end", "median ms", "99th of 100 ms", "target ms"], [row])
+
+
+if __name__ == "__main__":
+    main()

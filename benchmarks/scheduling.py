@@ -1,0 +1,108 @@
+"""Simulated makespan over the bound, against a static split and a barrier: `python -m benchmarks.scheduling`.
+
+bound     max(all work / all speeds, the m longest branches / the m fastest nodes): no schedule ends earlier
+bam_ray   the real controller over the cluster file; without preemptions, and with those of the file (median of seeds)
+static    each branch to the node that would end it first, longest first; never moved
+barrier   synchronous data parallel: all nodes train every branch together, at the speed of the slowest
+
+Static split and barrier are spared preemptions, and the barrier its communication too.
+"""
+
+import statistics
+from pathlib import Path
+
+from bam_ray.control.cluster_file import ClusterFile, NodeGroup, load_cluster
+from bam_ray.control.matching import bound
+from bam_ray.control.simulate import Simulated, simulate
+from bam_ray.control.tasks import Task
+from bam_ray.settings import Needs
+from benchmarks.measure import report
+
+CLUSTERS = Path(__file__).parents[1] / "recipes" / "clusters"
+TRAINING_FLOPS = 2.5e9  # a token: a model of some 340 million parameters
+HOURS = 10.0  # that the run takes at best
+SEEDS = 3
+
+
+def main() -> None:
+    cases: list[tuple[str, ClusterFile, int]] = [
+        ("eight-mixed-nodes", load_cluster(CLUSTERS / "eight-mixed-nodes.yaml"), 12),
+        ("spot-200", load_cluster(CLUSTERS / "spot-200.yaml"), 240),
+        ("laptop", load_cluster(CLUSTERS / "laptop.yaml"), 6),
+        ("speeds 1, 1, 1/2, 1/4", speeds(1000.0, 1000.0, 500.0, 250.0), 4),
+        ("speeds 4, 2, 1", speeds(4000.0, 2000.0, 1000.0), 9),
+    ]
+    rows = [compare(name, cluster, branches) for name, cluster, branches in cases]
+    columns = ["cluster", "branches", "bam_ray", "with preemptions", "moves a branch", "static", "barrier"]
+    report("scheduling", columns, rows)
+
+
+def compare(name: str, cluster: ClusterFile, branches: int) -> list[str | float]:
+    slots = [
+        speed_of(group)
+        for group in cluster.nodes.values()
+        for _ in range(group.count * (1 if group.gpus else int(group.cpus)))
+    ]
+    work = HOURS * 3600.0 * sum(slots) / branches
+    at_best = bound([work] * branches, slots)
+    work *= HOURS * 3600.0 / at_best
+    at_best = bound([work] * branches, slots)
+    step = min(slots) * 10.0  # tokens of a step: ten seconds on the slowest
+    gpus = float(any(group.gpus for group in cluster.nodes.values()))
+    tasks = [
+        Task(
+            "branches",
+            f"b{i}",
+            f"b{i}",
+            (),
+            Needs(gpus=gpus),
+            total_steps=round(work / step),
+            model="dense",
+            step_tokens=round(step),
+        )
+        for i in range(branches)
+    ]
+    steady = {kind: group.model_copy(update={"preemptions_per_hour": 0.0}) for kind, group in cluster.nodes.items()}
+    calm = run(tasks, cluster.model_copy(update={"nodes": steady}), 0)
+    spot = [run(tasks, cluster, seed) for seed in range(SEEDS)]
+    return [
+        name,
+        str(branches),
+        calm.seconds / at_best,
+        statistics.median(each.seconds for each in spot) / at_best,
+        calm.moves / branches,
+        static(work, branches, slots, cluster.start_seconds + cluster.checkpoint_seconds) / at_best,
+        work * branches / (len(slots) * min(slots)) / at_best,
+    ]
+
+
+def run(tasks: list[Task], cluster: ClusterFile, seed: int) -> Simulated:
+    every = {task.id: 30 for task in tasks}
+    result = simulate(tasks, cluster, lambda task, group: speed_of(group), every, seed, look_every=240.0, grain=30.0)
+    assert result.outcome == "finished"
+    return result
+
+
+def static(work: float, branches: int, slots: list[float], overhead: float) -> float:
+    """The makespan of a split that is made once."""
+    ends = [0.0] * len(slots)
+    for _ in range(branches):
+        soonest = min(range(len(slots)), key=lambda slot: ends[slot] + overhead + work / slots[slot])
+        ends[soonest] += overhead + work / slots[soonest]
+    return max(ends)
+
+
+def speed_of(group: NodeGroup) -> float:
+    return group.tokens_per_second or (group.tflops or 0.0) * 1e12 / TRAINING_FLOPS
+
+
+def speeds(*tokens_per_second: float) -> ClusterFile:
+    nodes = {
+        f"node-{number}": {"count": 1, "cpus": 1, "labels": {"node": str(number)}, "tokens_per_second": speed}
+        for number, speed in enumerate(tokens_per_second)
+    }
+    return ClusterFile.model_validate({"name": "speeds", "nodes": nodes})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Plans: sizes counted without torch, runs simulated without a cluster."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bam_ray.control.cluster_file import ClusterFile, load_cluster
+from bam_ray.control.model_size import ModelSize, seed_size
+from bam_ray.control.plan_table import render_plan
+from bam_ray.control.planner import Plan, make_plan
+from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.settings import Recipe, parse_recipe
+from bam_ray.training.flops import training_flops
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+name: night
+store: {uri: 's3://bam/night'}
+data:
+  domains: {general: {source: x}, code: {source: x}, law: {source: x}, math: {source: x}}
+  sequence_length: 1024
+  tokenizer: {vocab_size: 32000}
+seed:
+  scratch: {hidden_size: 512, intermediate_size: 1536, layers: 8, heads: 8, kv_heads: 4}
+  training: {tokens: 100000000, batch_tokens: 131072, peak_lr: 0.001}
+  needs: {gpus: 1}
+branch:
+  domains: [code, law, math]
+  training: {tokens: 1000000000, batch_tokens: 131072, peak_lr: 0.001, checkpoint_every: 100}
+  needs: {gpus: 1}
+upcycle: {mixtures: {bam: {method: bam}, btx: {method: btx, num_experts_per_tok: 2}}}
+mix: {workers: 2, training: {tokens: 100000000, batch_tokens: 131072, peak_lr: 0.001}, needs: {gpus: 1}}
+"""
+
+
+def recipe(*overrides: str) -> Recipe:
+    return parse_recipe(RECIPE, "test", list(overrides))
+
+
+def eight() -> ClusterFile:
+    return load_cluster(ROOT / "recipes" / "clusters" / "eight-mixed-nodes.yaml")
+
+
+def text(plan: Plan) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(render_plan(plan))
+    return capture.get()
+
+
+def test_a_scratch_seed_is_counted_as_transformers_does() -> None:
+    from bam_ray.stages.dense import scratch_config
+
+    class Corpus:
+        vocab_size, end_of_text_id = 32000, 0
+
+    settings = recipe().seed.scratch
+    assert settings is not None
+    config = scratch_config(settings, Corpus())  # type: ignore[arg-type]
+    size = seed_size(recipe())
+    assert size is not None
+    assert size.parameters == AutoModelForCausalLM.from_config(config).num_parameters()
+    assert size.training_flops(1024) == pytest.approx(training_flops(config, 1024, 1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folders_model_is_counted_by_its_configuration(tmp_path: Path, tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    config.save_pretrained(tmp_path)
+    size = seed_size(recipe(f"seed={{folder: {tmp_path}}}"))
+    assert size is not None
+    assert size.parameters == AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def test_the_papers_mixtures_are_counted() -> None:
+    """Table 9 of the paper, small seed: in all 587.2M, BTX 700.5M, BAM with shared and with own keys 738.3M, 776.0M."""
+    seed = ModelSize(1024, 2048, 6, 1024, 1024, 256_000, tied=False, norms=1)
+    settings = recipe("upcycle.mixtures.shared={method: bam, attention_experts: kv_shared}").upcycle.mixtures
+    sizes = [seed, *(seed.mixed(settings[name], 4) for name in ("btx", "shared", "bam"))]
+    assert [round(size.parameters / 1e6, 1) for size in sizes] == [587.2, 700.5, 738.3, 776.0]
+
+
+def test_an_unknown_size_leaves_memory_out(tmp_path: Path) -> None:
+    unknown = recipe(f"seed={{folder: {tmp_path}}}")
+    plan = make_plan(unknown)
+    assert all(row.memory is None and row.kept is None for row in plan.rows)
+    assert "not known before the run" in text(plan)
+    with pytest.raises(SettingsError, match="give tokens_per_second"):
+        make_plan(unknown, eight())
+
+
+def test_memory_and_bytes() -> None:
+    rows = {row.task.where: row for row in make_plan(recipe()).rows}
+    law, size = rows["branches/law"], seed_size(recipe())
+    assert size is not None
+    assert law.tokens == 7630 * 131072
+    assert law.kept == 4 * size.parameters
+    assert law.written == 76 * 12 * size.parameters + 4 * size.parameters
+    assert law.most == 2 * 12 * size.parameters + 4 * size.parameters
+    assert law.memory is not None and law.memory > 16 * size.parameters
+    half = make_plan(recipe("branch.training.micro_batch_sequences=4")).rows[2].memory
+    assert half is not None and 16 * size.parameters < half < law.memory
+
+
+def test_a_plan_names_every_task_and_when_it_would_be_done() -> None:
+    plan = make_plan(recipe(), eight())
+    assert plan.simulated is not None and plan.simulated.outcome == "finished"
+    ends = {row.task.where: row.ends for row in plan.rows}
+    begins = {row.task.where: row.begins for row in plan.rows}
+    assert all(end is not None for end in ends.values())
+    assert max(end for end in ends.values() if end) == ends["reports/report"] == plan.simulated.seconds
+    assert begins["branches/law"] >= ends["seeds/seed"]  # type: ignore[operator]
+    for stage in plan.stages:
+        assert stage.seconds >= stage.at_best
+    shown = text(plan)
+    for words in (
+        "branches law",
+        "mixtures bam",
+        "spot-l4-0",
+        "simulated on eight-mixed-nodes (8 nodes): finished after",
+    ):
+        assert words in " ".join(shown.split())
+
+
+def test_what_a_cluster_can_never_hold_is_said() -> None:
+    with pytest.raises(
+        PlacementError, match="branches/code needs 1 CPU, 8 GPU, which the 8 living nodes can never give"
+    ):
+        make_plan(recipe("branch.needs.gpus=8"), eight())
+    plan = make_plan(recipe("branch.training.micro_batch_sequences=64"), eight())
+    assert "a GPU of spot-l4 has 24 GiB, too little for branches/code" in text(plan)
+
+
+def test_two_hundred_nodes_are_planned() -> None:
+    domains = {"general": {"source": "x"}, **{f"d{i}": {"source": "x"} for i in range(63)}}
+    wide = recipe(
+        f"data.domains={json.dumps(domains)}", f"branch.domains={json.dumps(sorted(domains))}", "mix.expert_parallel=1"
+    )
+    plan = make_plan(wide, load_cluster(ROOT / "recipes" / "clusters" / "spot-200.yaml"))
+    assert plan.simulated is not None and plan.simulated.outcome == "finished"
+
+
+def test_planning_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from bam_ray.control.planner import make_plan;"
+        "from bam_ray.control.cluster_file import load_cluster;"
+        "from bam_ray.settings import load_recipe;"
+        "make_plan(load_recipe('recipes/demo.yaml'), load_cluster('recipes/clusters/laptop.yaml'));"
+        "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
