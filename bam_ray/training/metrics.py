@@ -130,7 +130,15 @@ def _wandb_run(project: str, prefix: str, name: str) -> Any:
         ) from None
     kind, _, id = prefix.partition("/")
     try:
-        return wandb.init(project=project, id=id, name=name, group=kind, resume="allow", dir=tempfile.gettempdir())
+        return wandb.init(
+            project=project,
+            id=id,
+            name=name,
+            group=kind,
+            resume="allow",
+            dir=tempfile.gettempdir(),
+            settings=wandb.Settings(silent=True),
+        )
     except wandb.Error as error:
         said = " ".join(str(error).split())
         raise SettingsError(
