@@ -116,9 +116,7 @@ class Checkpoints:
         """
         assert self._lease is not None
         self.settle(MOST_PENDING - 1)
-        folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
-        if state.live:  # the next step would change it
-            _written(state, folder)
+        folder = _written(state) if state.live else None  # the next step would change it
         self._pending.append(self._pool.submit(self._upload, state, folder, trainer, self._lease))
 
     def settle(self, pending: int = MOST_PENDING) -> None:
@@ -136,11 +134,10 @@ class Checkpoints:
             if not self._retention.for_good(below):
                 self._delete(below)
 
-    def _upload(self, state: State, folder: Path, trainer: dict[str, Any], lease: Lease) -> None:
+    def _upload(self, state: State, folder: Path | None, trainer: dict[str, Any], lease: Lease) -> None:
         step = trainer["step"]
+        folder = folder or _written(state)
         try:
-            if not state.live:
-                _written(state, folder)
             (folder / TRAINER).write_text(json.dumps(trainer, default=asdict))
             self._retrying(self._commit, folder, step, lease)
             self.committed_step = step
@@ -179,11 +176,14 @@ class Checkpoints:
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
 
-def _written(state: State, folder: Path) -> None:
-    """Write `state` to a local folder; raises `TrainingError` where that cannot be."""
+def _written(state: State) -> Path:
+    """A local folder with `state` in it; raises `TrainingError` where that cannot be."""
+    folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
     try:
         state.write(folder)
     except Exception as error:  # the operating system's, wrapped in a type of safetensors' own
+        shutil.rmtree(folder, ignore_errors=True)
         raise TrainingError(
-            f"no checkpoint can be written to {folder}: {error}; make room there or set TMPDIR"
+            f"no checkpoint can be written to {folder.parent}: {error}; make room there or set TMPDIR"
         ) from error
+    return folder

@@ -35,6 +35,7 @@ class Events:
         self._store = store
         self._key = None if attempt is None else f"{prefix}/events/{attempt:04d}.jsonl"
         self._lines: list[str] = []
+        self._put_lines = 0
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
 
@@ -52,6 +53,10 @@ class Events:
 
     def _put(self, key: str) -> None:
         with self._lock:
+            lines = len(self._lines)
             data = "\n".join(self._lines) + "\n"
+        if lines == self._put_lines:  # a slow store has been told of this event with one before
+            return
         with contextlib.suppress(StoreError):  # a log is not worth a run
             self._store.put(key, data.encode())
+        self._put_lines = lines

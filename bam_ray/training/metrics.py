@@ -71,6 +71,7 @@ class _TensorBoard:
         self._folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
         self._lock = threading.Lock()
         self._part = 0
+        self._sent = 0  # parts before it lie in the store as they will stay
         self._step = step
         self._writer = self._new_writer()
 
@@ -89,13 +90,16 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def upload(self) -> None:
+        """Put the file that is being written, and those before it that the store did not take."""
         with self._lock:
             self._writer.flush()
-            part = self._part
-        # TensorBoard reads files in the order of their names
-        key = f"{self._prefix}/{self._attempt:04d}-{part:04d}.tfevents"
+            last = self._part
         with contextlib.suppress(StoreError):  # goes with the next
-            self._store.put_file(key, self._file(part))
+            for part in range(self._sent, last + 1):
+                # TensorBoard reads files in the order of their names
+                key = f"{self._prefix}/{self._attempt:04d}-{part:04d}.tfevents"
+                self._store.put_file(key, self._file(part))
+                self._sent = part
 
     def grown(self) -> bool:
         """Whether it is time for another file."""
@@ -126,7 +130,15 @@ def _wandb_run(project: str, prefix: str, name: str) -> Any:
         ) from None
     kind, _, id = prefix.partition("/")
     try:
-        return wandb.init(project=project, id=id, name=name, group=kind, resume="allow", dir=tempfile.gettempdir())
+        return wandb.init(
+            project=project,
+            id=id,
+            name=name,
+            group=kind,
+            resume="allow",
+            dir=tempfile.gettempdir(),
+            settings=wandb.Settings(silent=True),
+        )
     except wandb.Error as error:
         said = " ".join(str(error).split())
         raise SettingsError(

@@ -1,19 +1,26 @@
 """What ranks do in the distributed tests, and the same cases for one process to be compared with."""
 
+import itertools
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.leases import Lease
 from bam_ray.errors import TrainingError
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Losses, TrainingSettings
+from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.engine import Engine
+from bam_ray.training.loop import Training
 
 SHARE, LENGTH, VOCABULARY = 4, 12, 64  # sequences of a rank a step, tokens of a sequence
 STEPS, LR = 3, 5e-5
@@ -144,6 +151,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     results = all_cases(TWO | {"bf16": BF16}, folder)
     results["resumed"] = unbroken_and_resumed(folder)
     results["refused"] = refusals(folder)
+    results["spoiled"] = unbroken_and_spoiled(folder)
     results["dispatched"] = dispatched()
     return results
 
@@ -173,6 +181,59 @@ def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
     resumed = train(engine, STEPS, STEPS)
     save(engine, folder / "whole, resumed")
     return {"unbroken": unbroken, "resumed": resumed}
+
+
+class Shares:
+    """The global batches in their order, as a sampler."""
+
+    position = 0
+
+    def take(self, count: int) -> np.ndarray:
+        self.position += 1
+        return shares(2, self.position).flatten(0, 1).numpy()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def unbroken_and_spoiled(folder: Path) -> list[list[float]]:
+    """The losses of the training loop, undisturbed and with one that is NaN on rank 1 alone, which is rolled back."""
+    os.environ["BAM_CACHE"] = str(folder / f"cache {dist.get_rank()}")  # as on two nodes
+    curves = []
+    for spoiled in (None, 4):
+        tokens = 6 * 2 * SHARE * LENGTH
+        settings = RESUMED.settings(SHARE).model_copy(
+            update={"tokens": tokens, "batch_tokens": tokens // 6, "checkpoint_every": 2}
+        )
+        engine = deepspeed_engine(RESUMED.model(), settings, LOSSES, 2)
+        calls = itertools.count(1)
+
+        def spoil(module: Any, inputs: Any, out: Any, calls: Any = calls, spoiled: int | None = spoiled) -> None:
+            if next(calls) == spoiled and dist.get_rank() == 1:
+                out.logits = out.logits * float("nan")
+
+        engine.model.register_forward_hook(spoil)
+        store = FolderStore(folder / f"store {spoiled}")
+        lease = Lease.take(store, "mixtures/x") if engine.rank == 0 else None
+        kept = Checkpoints(store, "mixtures", "x", lease, Retention(2, None))
+        told: list[str] = []
+        training = Training(
+            engine,
+            Shares(),
+            LENGTH,
+            settings,
+            kept,
+            lambda point: None,
+            lambda what, told=told, **facts: told.append(what),
+            lambda: False,
+        )
+        training.resume()
+        curves.append([point.nll for point in training.run()])
+        assert ("rolled_back" in told) == (spoiled is not None)
+    return curves
 
 
 def refusals(folder: Path) -> dict[str, str]:

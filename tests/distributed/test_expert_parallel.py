@@ -154,6 +154,13 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
     assert_same_training(folder / "after all", tmp_path)
 
 
+def test_a_loss_that_is_nan_on_one_rank_rolls_all_of_them_back(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        unbroken, spoiled = rank["spoiled"]
+        assert len(unbroken) == 6
+        assert spoiled == unbroken
+
+
 def test_ranks_may_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:
     whole = [torch.cat(parts) for parts in zip(*(routed(rank) for rank in range(2)), strict=True)]
     wanted = ffn(Case(1).model(), *whole)

@@ -154,7 +154,7 @@ def test_wandb_gets_every_step_under_the_task_s_own_id(tmp_path: Path, monkeypat
         started.update(named)
         return SimpleNamespace(log=lambda scalars, step: logged.append(step), finish=lambda: logged.append(-1))
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, Settings=dict))
     run = recipe(tmp_path, metrics={"wandb_project": "bam"})
     make(run, open_store(run.store.uri), ("corpora", "seeds"))
     assert logged == [*range(1, 11), -1]

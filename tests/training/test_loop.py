@@ -4,19 +4,24 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny
 import torch
 from running import BAM, DENSE, LENGTH, SETTINGS, run
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.control.policies import is_final
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError
 from bam_ray.settings import TrainingSettings
+from bam_ray.training.engine import TorchEngine
 from bam_ray.training.schedule import learning_rate
 
+DROPOUT = LlamaConfig(**tiny.SIZES, attention_dropout=0.3)
 
-@pytest.mark.parametrize("config", [BAM, DENSE], ids=["mixture", "dense"])
+
+@pytest.mark.parametrize("config", [BAM, DENSE, DROPOUT], ids=["mixture", "dense", "dropout"])
 def test_stopped_and_resumed_is_bitwise_the_unbroken_run(config: Any) -> None:
     unbroken = run(MemoryStore(), config=config)
     assert len(unbroken) == 12
@@ -38,6 +43,27 @@ def test_killed_between_checkpoints_goes_on_from_the_last_one() -> None:
     with pytest.raises(ZeroDivisionError):
         run(store, die)
     assert run(store) == unbroken
+
+
+def test_losses_do_not_depend_on_the_memory_of_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun on a node that holds the whole batch, gone on with on one that holds a sequence, ended on one between."""
+    unbroken = run(MemoryStore())
+    store = MemoryStore()
+    legs: list[tuple[int, int]] = []
+
+    def tell(what: str, **facts: Any) -> None:
+        if what in ("computing", "micro_batch"):
+            legs.append((facts["step"], facts.get("micro_batch") or facts["sequences"]))
+
+    def on_a_node_that_holds(sequences: int, stop_at: int) -> list[float]:
+        monkeypatch.setattr(TorchEngine, "_fit", lambda self, input_ids: min(len(input_ids), sequences))
+        return run(store, lambda step: step == stop_at, tell=tell)
+
+    for sequences, stop_at in ((4, 3), (1, 7)):
+        with pytest.raises(Interrupted):
+            on_a_node_that_holds(sequences, stop_at)
+    np.testing.assert_allclose(on_a_node_that_holds(2, 12), unbroken, atol=1e-5)
+    assert legs == [(1, 4), (4, 1), (8, 2)]
 
 
 def nan_at(steps: set[int]) -> PreTrainedModel:
