@@ -20,7 +20,7 @@ from bam_ray.checkpoint.manifest import MANIFEST, Kind
 from bam_ray.control import policies
 from bam_ray.control.launcher import Launcher
 from bam_ray.control.placement import Placement
-from bam_ray.control.sightings import Alive, Broke, Done, Sighting, Stopped
+from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
 from bam_ray.control.snapshot import Snapshot
 from bam_ray.control.speeds import Group, Speeds
 from bam_ray.control.states import (
@@ -165,6 +165,10 @@ class Controller:
     def _see(self, task: Task, sighting: Sighting) -> None:
         """Move one task according to what the launcher saw of it."""
         match sighting:
+            case Queued():
+                state = self.states[task.id]
+                if isinstance(state, Placing) and state.node_id is None:  # it waits for its turn, which is no start
+                    self.states[task.id] = replace(state, since=self._clock())
             case Alive(node, progress):
                 self._see_alive(task, node, progress)
             case Done(node, progress):
@@ -202,8 +206,7 @@ class Controller:
                 # One that goes on says where it stands only with its next step
                 known = progress or state.progress or Progress(0, task.total_steps)
                 first = progress.step if progress else 0
-                placed = state.since if state.node_id else now  # until now it may have waited for its turn
-                self.states[task.id] = Running(node, known, now, first, now, placed)
+                self.states[task.id] = Running(node, known, now, first, now, placed=state.since)
 
     def _see_end(self, task: Task, broke: Broke) -> None:
         """An attempt is over. If the manifest is there it went well, whatever was seen; `broke` says what else it was.

@@ -38,7 +38,7 @@ class Blocked:
 class Placing:
     """Asked for; no node has taken it yet."""
 
-    since: float = 0.0
+    since: float = 0.0  # asked for; with no node meant: last seen in the launcher's queue
     node_id: str | None = None  # the node it was meant for; None: any that has room
     progress: Progress | None = None
 
