@@ -78,25 +78,32 @@ class ModelSize:
         return 6.0 * (self.layers * (matrices + scores) + self.vocabulary * self.hidden)
 
     def training_bytes(self, training: TrainingSettings, context: int, expert_parallel: int = 1) -> int:
-        """Memory of one process: weights, gradients, Adam and what one micro batch keeps for the backward pass."""
+        """Memory of one process: weights, gradients, Adam and what one micro batch keeps for the backward pass.
+
+        A micro batch that is fitted to the memory needs room for one sequence at least.
+        """
+        sequences = 1 if training.micro_batch_sequences == "auto" else training.micro_batch_sequences
         number = 2 if training.precision == "bf16" else 4
         layer = 2 * self.hidden + 3 * self.attention * self.query + 3 * self.keys * self.key
         layer += 3 * self.ffn_active * self.ffn
         # Scores over the vocabulary and their gradient are in fp32
         token = number * self.layers * layer + 8 * self.vocabulary
-        activations = training.micro_batch_sequences * context * token
+        activations = sequences * context * token
         return TRAINING_BYTES * (self.shared_parameters + self.expert_parameters // expert_parallel) + activations
 
-    def mixed(self, mixture: MixtureSettings, experts: int) -> "ModelSize":
-        """The mixture of `experts` models of this size."""
-        attention = mixture.method == "bam"
-        own_keys = attention and mixture.attention_experts == "kv_experts"
+    def mixed(self, mixture: MixtureSettings, models: int) -> "ModelSize":
+        """The mixture of `models` models of this size, or of one where the method takes the seed alone."""
+        experts = mixture.num_experts or models
+        slices = experts if mixture.method == "split" else 1
+        groups = mixture.method == "split" and mixture.split.attention == "groups"
+        attention = mixture.method == "bam" or groups
+        own_keys = groups or (attention and mixture.attention_experts == "kv_experts")
         return ModelSize(
             hidden=self.hidden,
-            ffn=self.ffn,
+            ffn=self.ffn // slices,
             layers=self.layers,
-            query=self.query,
-            key=self.key,
+            query=self.query // experts if groups else self.query,
+            key=self.key // experts if groups else self.key,
             vocabulary=self.vocabulary,
             tied=self.tied,
             norms=self.norms,
