@@ -1,0 +1,131 @@
+"""Makespan on a real local Ray cluster of nodes of speed 4 : 2 : 1, nine branches: `python -m benchmarks.makespan`.
+
+The branches are stand-ins that sleep for each step, as long as their node's label says; everything around them is real:
+actors, starts, checkpoints asked for and resumed from, the blob store. The floor is total work over total speed. What
+the simulator foretells is computed from the speeds, starts and checkpoints that the real run measured.
+"""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from bam_ray.blobs import BlobStore
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.control.cluster_file import ClusterFile
+from bam_ray.control.controller import Controller
+from bam_ray.control.graph import find_task, subset, task_graph
+from bam_ray.control.simulate import simulate
+from bam_ray.control.tasks import Progress, StageContext
+from bam_ray.errors import Interrupted
+from bam_ray.on_ray.cluster import living_nodes
+from bam_ray.on_ray.launcher import RayLauncher
+from bam_ray.on_ray.work import StageFunctions
+from bam_ray.settings import Recipe, parse_recipe
+from benchmarks.measure import report
+
+STEP_SECONDS = {"fast": 0.1, "middle": 0.2, "slow": 0.4}
+BRANCHES, STEPS, STEP_TOKENS = 9, 600, 256
+RECIPE = {
+    "name": "makespan",
+    "data": {"domains": {name: {"source": "none"} for name in ["general", *(f"d{i}" for i in range(BRANCHES))]}},
+    "seed": {"scratch": {}, "training": {"tokens": STEP_TOKENS, "batch_tokens": STEP_TOKENS, "peak_lr": 0.01}},
+    "branch": {
+        "domains": [f"d{i}" for i in range(BRANCHES)],
+        "training": {"tokens": STEPS * STEP_TOKENS, "batch_tokens": STEP_TOKENS, "peak_lr": 0.01},
+    },
+    "upcycle": {"mixtures": {"bam": {"method": "bam"}}},
+    "mix": {"training": {"tokens": STEP_TOKENS, "batch_tokens": STEP_TOKENS, "peak_lr": 0.01}},
+}
+
+
+def sleeping(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+    """A stage that sleeps for each step, and goes on from the last when it was stopped."""
+    here = ray.get_runtime_context().get_node_id()
+    labels = next(node.labels for node in living_nodes() if node.id == here)
+    task = find_task(task_graph(recipe), kind, name)
+    key = f"steps/{name}.json"
+    first = json.loads(store.get(key)) if store.exists(key) else 0
+    for step in range(first, task.total_steps):
+        if context.should_stop():
+            store.put(key, json.dumps(step).encode())
+            raise Interrupted("stopped")
+        time.sleep(STEP_SECONDS[labels["speed"]])
+        context.report(Progress(step + 1, task.total_steps, checkpoint_step=first))
+    Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name, step=task.total_steps))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="bam-span-") as folder:
+        recipe = parse_recipe(json.dumps({**RECIPE, "store": {"uri": f"{folder}/store"}}), "benchmark")
+        controller, seconds = run(recipe, folder)
+    tasks = [replace(task, parents=()) for task in controller.tasks.values() if task.kind == "branches"]
+    group = ("dense", "1 CPU")
+    rates = {kind: controller.speeds.measured(group, f"1 CPU, speed={kind}") for kind in STEP_SECONDS}
+    floor = BRANCHES * STEPS / sum(1 / each for each in STEP_SECONDS.values())
+    start, checkpoint = controller.speeds.seen(group)
+    nodes = {
+        kind: {"count": 1, "cpus": 1, "labels": {"speed": kind}, "tokens_per_second": rate}
+        for kind, rate in rates.items()
+    }
+    cluster = ClusterFile.model_validate(
+        {"name": "foretold", "nodes": nodes, "start_seconds": start, "checkpoint_seconds": checkpoint}
+    )
+    foretold = simulate(
+        tasks,
+        cluster,
+        lambda task, group: group.tokens_per_second,
+        {task.id: 50 for task in tasks},
+        look_every=0.5,
+        grain=0.5,
+    )
+    moves = sum(ended.cause == "moved" for task in tasks for ended in controller.history(task.id).ended)
+    columns = ["what", "seconds", "over the floor"]
+    rows: list[list[str | float]] = [
+        ["total work / total speed", floor, 1.0],
+        [f"measured, {moves} moves", seconds, seconds / floor],
+        [f"foretold, {foretold.moves} moves", foretold.seconds, foretold.seconds / floor],
+        ["median start", start, start / floor],
+        ["median checkpoint", checkpoint, checkpoint / floor],
+    ]
+    report("makespan", columns, rows)
+
+
+def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
+    """The controller of a finished run, and how long the run took."""
+    (Path(folder) / "ray").mkdir()
+    os.environ |= {
+        "RAY_TMPDIR": folder,
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    store = FolderStore(recipe.store.uri)
+    for task in subset(task_graph(recipe), ["seeds"]):
+        Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
+    small = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    try:
+        for kind in STEP_SECONDS:
+            cluster.add_node(num_cpus=1, labels={"speed": kind}, **small)
+        ray.init(address=cluster.address, log_to_driver=False)
+        launcher = RayLauncher(recipe, store, None, StageFunctions(sleeping))
+        controller = Controller(subset(task_graph(recipe), ["branches"]), store, launcher)
+        begin = time.monotonic()
+        outcome = controller.run(pause=0.2)
+        seconds = time.monotonic() - begin
+        assert outcome == "finished", outcome
+        return controller, seconds
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
