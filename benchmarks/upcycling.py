@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from benchmarks.measure import report
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 14, 1024, 3584, 8192
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": VOCABULARY,
@@ -47,13 +48,14 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TINY = CONFIG | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 2, "vocab_size": 64}
 MIXTURES = {
     "bam kv_experts": {"method": "bam"},
     "btx": {"method": "btx"},
 }
 
 
-def make_models(folder: Path, count: int) -> list[Path]:
+def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> list[Path]:
     """`count` models of random weights, written once."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,12 +63,12 @@ def make_models(folder: Path, count: int) -> list[Path]:
 
     places = []
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
-    specs = [TensorSpec(name, torch.bfloat16, shapes[name]) for name in FAMILIES["llama"].expected(CONFIG)]
+    specs = [TensorSpec(name, torch.bfloat16, shapes[name]) for name in FAMILIES["llama"].expected(settings)]
     for number in range(count):
         place = folder / f"model-{number}"
-        if not (place / "manifest.json").exists():
+        if not (place / ".made").exists():
             generator = torch.Generator().manual_seed(number)
 
             def produce(spec: TensorSpec, generator: torch.Generator = generator) -> Iterator[torch.Tensor]:
@@ -74,7 +76,7 @@ def make_models(folder: Path, count: int) -> list[Path]:
 
             writer = ModelWriter(FolderStore(place))
             writer.tensors(specs, produce)
-            writer.commit(json.dumps(CONFIG), Manifest(id=place.name, kind="seeds", name=place.name))
+            writer.commit(json.dumps(settings), Manifest(id=place.name, kind="seeds", name=place.name))
             (place / "manifest.json").unlink()  # a hub's folder has none, so nothing is read twice to be compared
             (place / ".made").touch()
         places.append(place)
@@ -133,9 +135,12 @@ def anonymous_memory() -> Iterator[Callable[[], int]]:
 
 def child(case: str, mixture: str, sources: list[Path], out: Path) -> None:
     """Run one case in this process and print what it took."""
-    import bam_ray.upcycling  # noqa: F401 (its import is no part of the work)
-
     torch.set_num_threads(1)
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # what only the first mixture loads (code, mostly) is no part of the work
+        tiny = make_models(Path(folder), 2, TINY)
+        streamed(tiny, Path(folder) / "out", mixture)
     with anonymous_memory() as peak:
         started = time.perf_counter()
         {"streamed": streamed, "load all": load_all}[case](sources, out, mixture)

@@ -32,7 +32,7 @@ RACING = {"ConditionalRequestConflict", "409"}  # another put of the same key is
 UNKNOWN = {"NotImplemented", "501"}  # how a server says that it has no conditional puts
 RACE_TRIES = 6
 TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
-PART = 16 << 20  # bytes of a streamed blob that travel in one request: S3's 10,000 parts are then 156 GiB
+PART = 8 << 20  # bytes of a streamed blob that travel in one request: S3's 10,000 parts are then 78 GiB
 PARTS_AT_ONCE = 4
 
 

@@ -38,7 +38,7 @@ class BlobStore(Protocol):
         """Write what `chunks` gives, of unknown length, over what was at `key`, in bounded memory.
 
         Where `chunks` raises, its own exception passes unchanged and nothing of the blob is visible. A chunk is copied
-        before the next one is asked for, so its buffer may be used again. S3 takes at most 156 GiB this way.
+        before the next one is asked for, so its buffer may be used again. S3 takes at most 78 GiB this way.
         """
         ...
 

@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,9 @@ from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20  # a few are in flight at once, and what C's allocator keeps of those before: tens of MiB
+REMOTE_CHUNK_BYTES = 8 << 20  # each costs a round trip
+REMOTE_AHEAD = 4  # requests under way at once, for one tensor
 INDEX = "model.safetensors.index.json"
 
 # Bytes from a store cannot be written to, and nothing here writes to a chunk
@@ -89,13 +93,27 @@ class TensorReader:
         return torch.frombuffer(bytearray(data), dtype=spec.dtype).view(spec.shape)
 
     def chunks(self, name: str, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
-        """One tensor (or its elements [first, last)), flat, in pieces of at most `CHUNK_BYTES` that cannot be written
-        to."""
+        """One tensor (or its elements [first, last)), flat, in pieces that cannot be written to."""
         spec = self.specs[name]
         size = spec.dtype.itemsize
-        stop = (spec.elements if last is None else last) * size
-        for start in range(first * size, stop, CHUNK_BYTES):
-            yield torch.frombuffer(self._range(name, start, min(CHUNK_BYTES, stop - start)), dtype=spec.dtype)
+        start, stop = first * size, (spec.elements if last is None else last) * size
+        remote = self.store.uri.startswith("s3://")
+        length = REMOTE_CHUNK_BYTES if remote else CHUNK_BYTES
+        ranges = [(at, min(length, stop - at)) for at in range(start, stop, length)]
+        fetched = (self._range(name, *each) for each in ranges)
+        for data in self._side_by_side(name, ranges) if remote and len(ranges) > 1 else fetched:
+            yield torch.frombuffer(data, dtype=spec.dtype)
+
+    def _side_by_side(self, name: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Ranges of a tensor in order, `REMOTE_AHEAD` requests under way at once."""
+        with ThreadPoolExecutor(max_workers=REMOTE_AHEAD) as pool:
+            waiting: deque[Future[bytes]] = deque()
+            for each in ranges:
+                waiting.append(pool.submit(self._range, name, *each))
+                if len(waiting) == REMOTE_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def file(self, name: str) -> bytes | None:
         """Another file of the folder (a tokenizer's, say), or None."""

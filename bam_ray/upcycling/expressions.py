@@ -68,7 +68,7 @@ class Take:
         spec = reader.specs[self.tensor]
         width = spec.elements // spec.shape[0]
         if spec.bytes <= CHUNK_BYTES:  # one request for all rows
-            (tensor,) = reader.chunks(self.tensor)
+            tensor = torch.cat(list(reader.chunks(self.tensor)))
             rows = [tensor[start * width : stop * width] for start, stop in self.rows]
             yield finite(torch.cat(rows), self, reader)
             return

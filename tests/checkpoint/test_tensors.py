@@ -1,6 +1,7 @@
 """Tensors through a blob store: what is written shard by shard is read one by one, and is what safetensors reads."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,6 +143,25 @@ def test_parts_of_tensors_are_read_without_the_rest(tmp_path: Path, monkeypatch:
     assert max(piece.numel() for piece in pieces) == 4
     assert torch.equal(torch.cat(pieces), tensor.flatten())
     assert torch.equal(torch.cat(list(reader.chunks("x", 6, 15))), torch.arange(6.0, 15.0))
+
+
+def test_many_requests_at_once_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bam_ray.checkpoint.tensors.REMOTE_CHUNK_BYTES", 16)
+    tensor = torch.arange(100.0)
+    written(tmp_path, {"x": tensor}, 1 << 20)
+
+    class Slow(FolderStore):
+        """Each answer takes longer than the next one's."""
+
+        uri = "s3://far/away"
+
+        def get_range(self, key: str, start: int, length: int) -> bytes:
+            time.sleep(0.02 / (1 + start % 64))
+            return super().get_range(key, start, length)
+
+    pieces = list(TensorReader(Slow(tmp_path)).chunks("x"))
+    assert len(pieces) == 25
+    assert torch.equal(torch.cat(pieces), tensor)
 
 
 def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from cluster.s3_server import BUCKET, S3Settings
 pytestmark = pytest.mark.slow
 MIB = 1 << 20
 
-# Runs in the child: upcycle argv[2:] to argv[1], say the peak of anonymous memory above the start, or die half-way
+# Runs in the child: upcycle argv[3:] to argv[2], say the peak of anonymous memory above the start, or die half-way.
+# What only the first mixture of a process loads (code, mostly) is loaded for a tiny one, of the model at argv[1].
 CHILD = """
-import json, os, signal, sys, threading
+import json, os, signal, sys, tempfile, threading
 from bam_ray.stages.folders import make_mixture, open_model
 from bam_ray.settings import MixtureSettings
 
@@ -31,11 +32,13 @@ def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
-out, *uris = sys.argv[1:]
+tiny, out, *uris = sys.argv[1:]
 def progress(done, total):
     if "DIE" in os.environ and done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
 sources = {f"m{number}": open_model(uri) for number, uri in enumerate(uris)}
+with tempfile.TemporaryDirectory() as folder:
+    make_mixture({name: open_model(tiny) for name in ("one", "other")}, MixtureSettings(method="bam"), folder + "/out")
 start = peak = anonymous()
 stop = threading.Event()
 def watch():
@@ -54,28 +57,29 @@ print(json.dumps(peak - start))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 model of 69 MB, its largest tensor 8 MB."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("models")
+    for name, width in (("tiny", 64), ("model", 1024)):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=4096,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            tie_word_embeddings=True,
+        )
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder / name)
+    return folder / "model"
 
 
-def child(out: str, *uris: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD, out, *uris]
+def child(model: Path, out: str, *uris: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, str(model.with_name("tiny")), out, *uris]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 def test_memory_is_the_same_for_two_models_and_for_eight(model: Path, tmp_path: Path) -> None:
     for count in (2, 8):
-        done = child(str(tmp_path / str(count)), *[str(model)] * count)
+        done = child(model, str(tmp_path / str(count)), *[str(model)] * count)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) < 64 * MIB
         assert len(reader(tmp_path / str(count)).specs) > 0
@@ -83,10 +87,10 @@ def test_memory_is_the_same_for_two_models_and_for_eight(model: Path, tmp_path: 
 
 def test_a_killed_upcycle_leaves_nothing_that_is_seen(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "mixture"
-    assert child(str(out), *[str(model)] * 2, DIE="1").returncode == -signal.SIGKILL
+    assert child(model, str(out), *[str(model)] * 2, DIE="1").returncode == -signal.SIGKILL
     assert not out.exists()
     assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-    assert child(str(out), *[str(model)] * 2).returncode == 0
+    assert child(model, str(out), *[str(model)] * 2).returncode == 0
     assert all(receipt.passed for receipt in verify(reader(out)))
 
 
@@ -103,12 +107,12 @@ def test_from_s3_to_s3(model: Path, bucket: Callable[[str], S3Store]) -> None:
         bucket("upcycling/source").put_file(path.name, path)
     source = f"s3://{BUCKET}/upcycling/source"
     out = f"s3://{BUCKET}/upcycling/mixture"
-    assert child(out, *[source] * 3, DIE="1").returncode == -signal.SIGKILL
+    assert child(model, out, *[source] * 3, DIE="1").returncode == -signal.SIGKILL
     store = bucket("upcycling/mixture")
     assert not store.exists("config.json") and not store.exists("manifest.json")  # no model, to whoever looks
     for key in list(store.list()):
         store.delete(key)
-    done = child(out, *[source] * 3)
+    done = child(model, out, *[source] * 3)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) < (3 * 8 + 64) * MIB  # N times the largest tensor, and a constant
     assert all(receipt.passed for receipt in verify(TensorReader(store)))
