@@ -59,6 +59,7 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
     """`count` models of random weights, written once."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from bam_ray.data.tokenizer import train_tokenizer
     from bam_ray.families import FAMILIES
 
     places = []
@@ -76,6 +77,7 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
 
             writer = ModelWriter(FolderStore(place))
             writer.tensors(specs, produce)
+            train_tokenizer(iter(["mergekit wants one"]), 300, place)
             writer.commit(json.dumps(settings), Manifest(id=place.name, kind="seeds", name=place.name))
             (place / "manifest.json").unlink()  # a hub's folder has none, so nothing is read twice to be compared
             (place / ".made").touch()

@@ -24,7 +24,7 @@ from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = 2 << 20  # a few are in flight at once, and what C's allocator keeps of those before: tens of MiB
-REMOTE_CHUNK_BYTES = 8 << 20  # each costs a round trip
+REMOTE_CHUNK_BYTES = 4 << 20  # each costs a round trip
 REMOTE_AHEAD = 4  # requests under way at once, for one tensor
 INDEX = "model.safetensors.index.json"
 
