@@ -1,16 +1,15 @@
 """The recipe: everything a run is told, as strict frozen models."""
 
 from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
+from bam_ray.settings.mixing import Losses, Mixing, Ramp
 from bam_ray.settings.recipe import (
     AverageSettings,
-    Blend,
     BranchOverride,
     BranchSettings,
     DataSettings,
     Demand,
     DomainSettings,
     EvaluateSettings,
-    Losses,
     MetricsSettings,
     MixSettings,
     MixtureSettings,
@@ -20,13 +19,14 @@ from bam_ray.settings.recipe import (
     Scratch,
     SeedSettings,
     ServeSettings,
+    Spike,
     SplitSettings,
     StoreSettings,
-    Strict,
     TokenizerSettings,
     TrainingSettings,
     UpcycleSettings,
 )
+from bam_ray.settings.strict import Blend, Strict
 
 __all__ = [
     "AverageSettings",
@@ -40,13 +40,16 @@ __all__ = [
     "Losses",
     "MetricsSettings",
     "MixSettings",
+    "Mixing",
     "MixtureSettings",
     "Needs",
+    "Ramp",
     "Recipe",
     "RouterSettings",
     "Scratch",
     "SeedSettings",
     "ServeSettings",
+    "Spike",
     "SplitSettings",
     "StoreSettings",
     "Strict",

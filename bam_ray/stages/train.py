@@ -23,6 +23,7 @@ from bam_ray.errors import Interrupted
 from bam_ray.settings import Blend, MetricsSettings, TrainingSettings
 from bam_ray.stages.lineage import Place
 from bam_ray.training.checkpoints import Checkpoints, Retention, patient
+from bam_ray.training.documents import keep_apart
 from bam_ray.training.engine import Engine
 from bam_ray.training.events import Events
 from bam_ray.training.flops import peak_flops, training_flops
@@ -34,6 +35,7 @@ CURVE = "curve.json"
 NOTES = {  # what a person who looks at the run's table should know
     "refused": "passed over a damaged checkpoint: {error}",
     "micro_batch": "out of memory: micro batch {before} halved to {sequences}",
+    "skipped": "left out a batch at step {step}: {error}",
     "rolled_back": "went back from step {step} to {to}: {error}",
 }
 
@@ -61,10 +63,13 @@ def train_to_artifact(
 
     Raises `Interrupted` after a checkpoint where the context says stop.
     """
+    corpus = Corpus(job.corpus_folder)
+    if not corpus.attend_across_documents:
+        keep_apart(model, corpus.end_of_text_id)
     engine = make_engine(model)
     lease = Lease.take(store, place.artifact.prefix) if engine.rank == 0 else None
     events = Events(store, place.artifact.prefix, lease.number if lease else None)
-    attempt = _Attempt(place, store, job, engine, lease, events, context)
+    attempt = _Attempt(place, store, job, corpus, engine, lease, events, context)
     try:
         manifest = attempt.make()
     except Interrupted:
@@ -88,6 +93,7 @@ class _Attempt:
         place: Place,
         store: BlobStore,
         job: Job,
+        corpus: Corpus,
         engine: Engine,
         lease: Lease | None,
         events: Events,
@@ -98,7 +104,7 @@ class _Attempt:
         self._started = time.monotonic()
         self._note = ""
         self._point: Point | None = None
-        self._corpus = Corpus(job.corpus_folder)
+        self._corpus = corpus
         settings = job.training
         retention = Retention(settings.keep_last, settings.keep_every)
         task = place.task

@@ -8,7 +8,8 @@
     micro_batch  step, sequences, before              halved, because memory ran out
     checkpoint   step                                 committed
     refused      checkpoint, error                    damaged, and passed over
-    rolled_back  step, to, error                      the loss was not finite
+    rolled_back  step, to, error                      the loss was not finite, or spiked
+    skipped      step, error                          the loss spiked, and its batch was left out
     stopped      step                                 as it was asked to
     finished     step
     failed       step, error

@@ -23,7 +23,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         (folder / domain).mkdir()
         rows = np.stack([np.full(size, number), np.arange(size)], axis=1).astype("<u2")
         rows.tofile(folder / domain / "train.bin")
-    facts = {"sequence_length": 2, "vocab_size": 300, "end_of_text_id": 0, "dtype": "<u2", "domains": dict(SIZES)}
+    facts = {
+        "sequence_length": 2,
+        "vocab_size": 300,
+        "end_of_text_id": 0,
+        "dtype": "<u2",
+        "attend_across_documents": True,
+    }
+    facts |= {"domains": dict(SIZES)}
     (folder / "corpus.json").write_text(json.dumps(facts))
     return Corpus(folder)
 

@@ -14,7 +14,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.control.graph import task_graph
 from bam_ray.control.tasks import Progress
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
-from bam_ray.settings import Losses, Recipe, TrainingSettings
+from bam_ray.settings import Mixing, Recipe, TrainingSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
 
@@ -64,9 +64,9 @@ def recipe(folder: Path, **changes: object) -> Recipe:
     return Recipe.model_validate({**plain, **changes})
 
 
-def one_process(model: PreTrainedModel, settings: TrainingSettings, losses: Losses, size: int) -> TorchEngine:
+def one_process(model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, size: int) -> TorchEngine:
     """An engine factory for the mixture: all experts here."""
-    return TorchEngine(model, settings, losses)
+    return TorchEngine(model, settings, mixing)
 
 
 def make(run: Recipe, store: BlobStore, kinds: tuple[str, ...]) -> None:

@@ -7,8 +7,8 @@ import pytest
 import tiny
 from transformers import PreTrainedModel
 
-from bam_ray.evaluation.perplexity import count_parameters
 from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.model.parameters import count_parameters
 from bam_ray.training.flops import forward_flops_per_token, training_flops
 
 MIXTURES: dict[str, dict[str, Any]] = {
