@@ -71,6 +71,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
             {
                 "training": _content(recipe.mix.training),
                 "blend": recipe.mix.blend,
+                "dynamic_blend": _plain(recipe.mix.dynamic_blend),
                 **recipe.mix.model_dump(mode="json", include=set(Mixing.model_fields)),
             },
             parents=(start.id, corpus.id),

@@ -25,7 +25,7 @@ from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.engine import NO_LIMITS, Limits, StepResult, name_of, precision_on
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
-from bam_ray.training.objective import Load, as_mixture, balance, load_of, objective, parts_of
+from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
 from bam_ray.training.state import State
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our errors say, or nothing to act on
@@ -159,6 +159,18 @@ class DeepSpeedEngine:
     def _done(self) -> float:
         """The fraction of all steps that is done."""
         return self._updates / self.settings.steps
+
+    def evaluate(self, input_ids: Tensor) -> float:
+        """See `training.engine.Engine`. A collective."""
+        mine = held_out_nll(self.model, self._forward, input_ids.to(self.device), self.micro_batch)
+        return self.mean(mine)
+
+    def mean(self, value: float) -> float:
+        """See `training.engine.Engine`. A collective."""
+        return self._mean(torch.tensor(value, dtype=torch.double, device=self.device)).item()
+
+    def _forward(self, micro: Tensor) -> Objective:
+        return objective(self.deepspeed, micro, self.mixing.losses.at(self._done), self.mixture, reduce=self._mean)
 
     def any_rank(self, flag: bool) -> bool:
         """See `training.engine.Engine`. A collective."""

@@ -1,7 +1,7 @@
 """The recipe: everything a run is told, as strict frozen models."""
 
 from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
-from bam_ray.settings.mixing import Losses, Mixing, Ramp
+from bam_ray.settings.mixing import DynamicBlend, Losses, Mixing, Ramp
 from bam_ray.settings.recipe import (
     AverageSettings,
     BranchOverride,
@@ -16,6 +16,7 @@ from bam_ray.settings.recipe import (
     Needs,
     Recipe,
     RouterSettings,
+    RoutingSettings,
     Scratch,
     SeedSettings,
     ServeSettings,
@@ -36,6 +37,7 @@ __all__ = [
     "DataSettings",
     "Demand",
     "DomainSettings",
+    "DynamicBlend",
     "EvaluateSettings",
     "Losses",
     "MetricsSettings",
@@ -46,6 +48,7 @@ __all__ = [
     "Ramp",
     "Recipe",
     "RouterSettings",
+    "RoutingSettings",
     "Scratch",
     "SeedSettings",
     "ServeSettings",

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from bam_ray.settings.strict import Fraction, NotNegative, Positive, Strict
+from bam_ray.settings.strict import Count, Fraction, Name, NotNegative, Positive, Strict
 
 
 class Ramp(Strict):
@@ -58,3 +58,15 @@ class Mixing(Strict):
         if self.train == "routers" and self.router_warmup_fraction:
             raise ValueError("router_warmup_fraction comes before the rest is trained, which train: routers never does")
         return self
+
+
+class DynamicBlend(Strict):
+    """Data goes where the mixture is furthest behind: Sheared-LLaMA's rule (arXiv 2310.06694), which LLaMA-MoE took.
+
+    Every weight is multiplied by e to the power of how far the domain's held-out loss is above its reference (not below
+    0), and all are made to sum to 1 again. The blend they begin with is `mix.blend`.
+    """
+
+    every: Count = 170  # steps (LLaMA-MoE: 2.5 billion tokens, of 14.7 million a step)
+    sequences: Count = 64  # of held-out text of each domain
+    reference: dict[Name, NotNegative] | None = None  # nats a token; None: of each domain's branch, else of the seed

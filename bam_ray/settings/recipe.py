@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bam_ray.settings.mixing import Mixing
+from bam_ray.settings.mixing import DynamicBlend, Mixing
 from bam_ray.settings.strict import Blend, Count, Fraction, Name, Strict
 
 
@@ -251,6 +251,7 @@ class MixSettings(Mixing):
     workers: Count | None = None  # processes in all; None: expert_parallel
     at_once: Count | None = None  # mixtures trained together; None: as many as fit
     blend: Blend | None = None  # None: all domains alike (the paper's 25 % each)
+    dynamic_blend: DynamicBlend | None = None  # that follows held-out losses; None: the blend stays as it is
     needs: Needs = Needs()  # of each process
     max_failures: Annotated[int, Field(ge=0)] = 3
 
@@ -281,11 +282,20 @@ class ServeSettings(Strict):
     needs: Demand = Demand()
 
 
+class RoutingSettings(Strict):
+    """How mixtures' routers are watched; the bounds are multiples of an even share of the load, and ours."""
+
+    every: Count = 10  # steps, whose mean is shown
+    dead_below: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    overloaded_above: Annotated[float, Field(gt=1.0)] = 3.0
+
+
 class MetricsSettings(Strict):
     """Where curves of training go, besides the run's table and Ray's Prometheus endpoint."""
 
     tensorboard: bool = True  # event files under <kind>/<id>/tensorboard/ of the store
     wandb_project: str | None = None  # needs the package wandb, and its key in the environment
+    routing: RoutingSettings = RoutingSettings()
 
 
 class UpcycleSettings(Strict):
@@ -337,6 +347,12 @@ class Recipe(Strict):
             unknown = sorted(set(names) - known)
             if unknown:
                 raise ValueError(f"{where} names {unknown}, which is none of data.domains {sorted(known)}")
+        blended = {domain for domain in known if self.mix.blend is None or self.mix.blend.get(domain)}
+        dynamic = self.mix.dynamic_blend
+        if dynamic is not None and dynamic.reference is not None and set(dynamic.reference) != blended:
+            raise ValueError(
+                f"mix.dynamic_blend.reference names {sorted(dynamic.reference)}, but the blend is of {sorted(blended)}"
+            )
         if self.serve.mixture is not None and self.serve.mixture not in self.upcycle.mixtures:
             raise ValueError(
                 f"serve.mixture is {self.serve.mixture!r}, none of upcycle.mixtures {sorted(self.upcycle.mixtures)}"

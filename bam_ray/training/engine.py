@@ -18,7 +18,7 @@ from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.fitting import largest_that_fits, ran_out, too_small
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import Memory, memory_of
-from bam_ray.training.objective import Load, Objective, as_mixture, balance, load_of, objective, parts_of
+from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
 from bam_ray.training.state import ADAM_STATES, State, read_optimizer, read_weights, snapshot
 
 Precision = Literal["fp32", "bf16"]
@@ -76,8 +76,16 @@ class Engine(Protocol):
         """
         ...
 
+    def evaluate(self, input_ids: Tensor) -> float:
+        """The mean NLL of all ranks' rows, in nats a token; this one's are [B, L] int64, as many as every rank's."""
+        ...
+
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; the same answer on all, when all have asked."""
+        ...
+
+    def mean(self, value: float) -> float:
+        """The mean over ranks; the same on all, when all have given theirs."""
         ...
 
     def state(self) -> State | None:
@@ -205,8 +213,14 @@ class TorchEngine:
         """The fraction of all steps that is done."""
         return self._updates / self.settings.steps
 
+    def evaluate(self, input_ids: Tensor) -> float:
+        return held_out_nll(self.model, self._forward, input_ids.to(self.device), self.micro_batch)
+
     def any_rank(self, flag: bool) -> bool:
         return flag
+
+    def mean(self, value: float) -> float:
+        return value
 
     def state(self) -> State:
         states = {

@@ -6,6 +6,8 @@
     resumed      step                                 it goes on from there; 0: the start
     computing    step, device, precision, micro_batch from this step on
     micro_batch  step, sequences, before              halved, because memory ran out
+    blend        step, weights, held_out, reference   of a dynamic blend, by domain
+    experts      step, dead, overloaded               of a mixture, where these are others than before
     checkpoint   step                                 committed
     refused      checkpoint, error                    damaged, and passed over
     rolled_back  step, to, error                      the loss was not finite, or spiked

@@ -80,7 +80,9 @@ class Training:
         report: Callable[[Point], None],
         tell: Tell,
         should_stop: Callable[[], bool],
+        after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
+        """`after_step` is called on all ranks between a step and its checkpoint, but for the last step."""
         self._sequences = settings.batch_tokens // sequence_length
         if self._sequences == 0 or self._sequences % engine.world_size:
             raise SettingsError(
@@ -93,6 +95,7 @@ class Training:
         self._engine, self._sampler, self._settings = engine, sampler, settings
         self._tokens = self._sequences * sequence_length
         self._checkpoints, self._report, self._tell, self._should_stop = checkpoints, report, tell, should_stop
+        self._after_step = after_step
         self.step = 0
         self.curve: list[Point] = []
         self.legs: list[Leg] = []
@@ -129,6 +132,8 @@ class Training:
                 bad = None
             if self.step >= self._spiked:
                 self._spikes = 0
+            if self.step < settings.steps:
+                self._after_step(self.step)
             stop = self._engine.any_rank(self._should_stop())
             if self.step < settings.steps and (stop or self.step % settings.checkpoint_every == 0):
                 self._checkpoint()

@@ -73,6 +73,20 @@ def load_of(parts: Tensor, mixture: BamForCausalLM | None) -> Load | None:
     return Load(share.view(layers, -1), entropy)
 
 
+@torch.no_grad()
+def held_out_nll(
+    model: PreTrainedModel, forward: Callable[[Tensor], Objective], input_ids: Tensor, micro_batch: int | None
+) -> float:
+    """The mean NLL of `input_ids` [B, L], no noise and no dropout in it; `forward` calls `model`."""
+    model.eval()
+    try:
+        micros = input_ids.split(micro_batch or 1)
+        sums = [forward(micro).parts[0] * len(micro) for micro in micros]
+    finally:
+        model.train()
+    return float(torch.stack(sums).sum() / len(input_ids))
+
+
 def as_mixture(model: PreTrainedModel) -> BamForCausalLM | None:
     """`model` where it is a mixture."""
     return model if isinstance(model, BamForCausalLM) else None

@@ -58,6 +58,20 @@ def test_resume_is_exact(corpus: Corpus, before: int, after: int, seed: int) -> 
     assert resumed.state_dict() == unbroken.state_dict()
 
 
+def test_other_weights_hold_from_there_on_and_are_resumed(corpus: Corpus) -> None:
+    sampler, plain = BlendedSampler(corpus, BLEND, 0), BlendedSampler(corpus, BLEND, 0)
+    assert np.array_equal(sampler.take(50), plain.take(50))
+    weights = {"law": 7.0, "code": 2.0, "general": 1.0}
+    sampler.reweigh(weights)
+    assert sampler.weights == pytest.approx({"code": 0.2, "general": 0.1, "law": 0.7})
+    resumed = BlendedSampler(corpus, BLEND, 0)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    before = sampler.drawn
+    assert np.array_equal(sampler.take(2000), resumed.take(2000))
+    drawn = {domain: (count - before[domain]) / 2000 for domain, count in sampler.drawn.items()}
+    assert drawn == pytest.approx(sampler.weights, abs=0.04)
+
+
 def test_every_row_comes_once_an_epoch_in_a_new_order(corpus: Corpus) -> None:
     rows = BlendedSampler(corpus, {"code": 1.0}, 3).take(7 * 20)[:, 1].reshape(20, 7)
     assert (np.sort(rows, axis=1) == np.arange(7)).all()
@@ -84,7 +98,7 @@ def test_seeds_differ_and_the_order_of_names_does_not_matter(corpus: Corpus) -> 
 
 def test_far_positions_are_reached_without_replay(corpus: Corpus) -> None:
     sampler = BlendedSampler(corpus, {"general": 1.0}, 0)
-    sampler.load_state_dict({"position": 10**12, "drawn": {"general": 10**12}})
+    sampler.load_state_dict({"position": 10**12, "drawn": {"general": 10**12}, "weights": {"general": 1.0}})
     assert sampler.take(3).shape == (3, 2)
     assert sampler.drawn == {"general": 10**12 + 3}
 

@@ -199,7 +199,8 @@ def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
     engine.load(folder / "half")
     resumed = train(engine, STEPS, STEPS)
     save(engine, folder / "whole, resumed")
-    return {"unbroken": unbroken, "resumed": resumed}
+    held_out = engine.evaluate(shares(2, 99)[engine.rank])
+    return {"unbroken": unbroken, "resumed": resumed, "held out": held_out, "mean": engine.mean(float(engine.rank))}
 
 
 def refusals(folder: Path) -> dict[str, str]:

@@ -144,6 +144,10 @@ def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_pa
         assert vars(engine.step(shares(2, step).view(-1, LENGTH), LR)) == pytest.approx(wanted, rel=1e-5)
     engine.state().write(tmp_path)
     assert_same_training(tmp_path, folder / "whole")
+    held_out = engine.evaluate(shares(2, 99).view(-1, LENGTH))
+    for rank in two:
+        assert rank["resumed"]["held out"] == pytest.approx(held_out, rel=1e-5)
+        assert rank["resumed"]["mean"] == 0.5
 
 
 def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
