@@ -113,6 +113,7 @@ class Scratch(Strict):
     layers: Count = 4
     heads: Count = 4
     kv_heads: Count = 4
+    tie_embeddings: bool = True
     initializer_range: float = 0.02
 
 
