@@ -54,6 +54,7 @@ class DeepSpeedEngine:
         self.precision = precision_on(get_accelerator().device_name(), settings.precision)
         self.mixture = as_mixture(model)
         self.last_load: Load | None = None
+        self.last_exchange: float | None = None
         self.model = model.train()
         self.shards = apply_expert_parallelism(model, expert_parallel)
         freeze(model, mixing)
@@ -134,13 +135,17 @@ class DeepSpeedEngine:
             raise LossNotFinite(f"the gradient ({norm:.4g}) of the loss ({nll:.4g}) is not finite")
         self._updates += 1
         self.last_load = load_of(sums, self.mixture)
+        self.last_exchange = self.shards.wire.seconds() if self.shards.wire else None
         balance(self.mixture, self.last_load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, norm)
 
     def _update(self, limits: Limits) -> float:
         """DeepSpeed's step; the norm. Leaves everything as it was where that is not finite, or above its limit."""
         zero = self.deepspeed.optimizer
-        own, found = zero.scaled_global_norm, []
+        if limits.grad_norm == math.inf:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm())
+        own, found = zero.scaled_global_norm, [math.inf]
 
         def limited() -> Tensor:
             norm: Tensor = own()
@@ -153,7 +158,7 @@ class DeepSpeedEngine:
             self.deepspeed.step()
         finally:
             del zero.scaled_global_norm
-        return found[-1] if found else math.inf
+        return found[-1]
 
     @property
     def _done(self) -> float:

@@ -24,16 +24,21 @@ from torch.distributed import ProcessGroup
 
 from bam_ray.errors import TrainingError
 from bam_ray.model.modeling_bam import BamAttentionExperts, BamExperts, BamModel, masks_of
-from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, gathered
+from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, Wire, gathered
 
 
 @dataclass(frozen=True)
 class ExpertShards:
     """Which parameters hold this rank's experts alone, and how they become whole again."""
 
-    group: ProcessGroup | None = None  # None: all experts are here
+    wire: Wire | None = None  # that tokens take to the experts; None: all experts are here
     group_name: str = ""  # DeepSpeed's
     names: frozenset[str] = frozenset()
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks that share the experts; None: all experts are here."""
+        return self.wire.group if self.wire else None
 
     def mine(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a parameter, or of a state of it: [N, ...] -> [n, ...]; a replicated one as it is."""
@@ -67,14 +72,15 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     group_name = f"ep_size_{size}"
     group: ProcessGroup = groups._get_expert_parallel_group(group_name)
     inner: Any = model.model
+    wire = Wire(group)
     positions = _Positions(inner, group)
     names = []
     for path, module in model.named_modules():
         if isinstance(module, BamExperts):
-            module.dispatcher = AllToAllDispatcher(group)
+            module.dispatcher = AllToAllDispatcher(wire)
             own = [name for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, BamAttentionExperts):
-            module.exchange = AttentionExchange(group)
+            module.exchange = AttentionExchange(wire)
             module.register_forward_pre_hook(positions, with_kwargs=True)
             own = [name for name, _ in module.named_parameters(recurse=False)]
             if module.kv_shared:  # of query heads here, which all read the one set of key/value heads
@@ -88,7 +94,7 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
             mine.allreduce, mine.group_name = False, group_name  # type: ignore[attr-defined] # read by ZeRO
             setattr(module, name, mine)
             names.append(f"{path}.{name}")
-    return ExpertShards(group, group_name, frozenset(names))
+    return ExpertShards(wire, group_name, frozenset(names))
 
 
 class _Positions:

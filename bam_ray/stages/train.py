@@ -167,7 +167,8 @@ class _Attempt:
                     f"mix.dynamic_blend looks at {min(len(found), sequences)} held-out sequences of {domain}, fewer "
                     f"than the {ranks} processes: raise its sequences or data.held_out_fraction"
                 )
-            rows[domain] = found[:count][self._engine.rank :: ranks].astype(np.int64)
+            spread = found[np.arange(count) * len(found) // count]
+            rows[domain] = spread[self._engine.rank :: ranks].astype(np.int64)
         return FollowingSampler(
             self._sampler,
             following.settings,
@@ -264,6 +265,7 @@ class _Attempt:
         }
         if point.load_balance or point.router_z:
             scalars |= {"loss/load_balance": point.load_balance, "loss/router_z": point.router_z}
+        scalars |= {f"time/{what}": seconds for what, seconds in self._training.times.items()}
         peak = peak_flops(engine.device_name)
         if peak is not None:
             flops = point.tokens_per_second * self._flops(1)

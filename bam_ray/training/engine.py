@@ -62,6 +62,7 @@ class Engine(Protocol):
     memory: Memory
     model: PreTrainedModel
     last_load: Load | None  # of the global batch of the last step; None for dense models
+    last_exchange: float | None  # seconds of the last step that tokens were on their way; None: all experts are here
 
     @property
     def device_name(self) -> str:
@@ -136,6 +137,7 @@ class TorchEngine:
         self.micro_batch = None if settings.micro_batch_sequences == "auto" else settings.micro_batch_sequences
         self.mixture = as_mixture(model)
         self.last_load: Load | None = None
+        self.last_exchange: float | None = None
         freeze(model, self.mixing)
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.optimizer = torch.optim.AdamW(

@@ -100,6 +100,8 @@ class Training:
         self.curve: list[Point] = []
         self.legs: list[Leg] = []
         self.refused: list[str] = []  # damaged checkpoints of all attempts so far
+        self.times: dict[str, float] = {}  # seconds of the last step, by what they went into
+        self._checkpointing = 0.0  # seconds since the last step
         self._spikes, self._spiked = 0, 0  # met one after the other; the last one's step
 
     def resume(self) -> None:
@@ -151,10 +153,16 @@ class Training:
         engine, settings = self._engine, self._settings
         torch.manual_seed((settings.seed << 32) + (self.step << 8) + engine.rank)  # dropout, should there be any
         batch = torch.from_numpy(self._sampler.take(self._sequences)[self._mine])
+        taken = time.perf_counter()
         lr = learning_rate(settings, self.step)
         result = engine.step(batch, lr, self._limits())
         self.step += 1
-        speed = self._tokens / (time.perf_counter() - started)
+        done = time.perf_counter()
+        self.times = {"data": taken - started, "compute": done - taken, "checkpoint": self._checkpointing}
+        if engine.last_exchange is not None:
+            self.times |= {"all_to_all": engine.last_exchange, "compute": done - taken - engine.last_exchange}
+        self._checkpointing = 0.0
+        speed = self._tokens / (done - started)
         self.curve.append(
             Point(self.step, result.nll, result.load_balance, result.router_z, result.grad_norm, lr, round(speed, 1))
         )
@@ -225,6 +233,7 @@ class Training:
         return True
 
     def _checkpoint(self) -> None:
+        started = time.perf_counter()
         state = self._engine.state()
         if state is not None:
             trainer = {
@@ -235,3 +244,4 @@ class Training:
                 "refused": list(self.refused),
             }
             self._checkpoints.save(state, trainer)
+        self._checkpointing += time.perf_counter() - started

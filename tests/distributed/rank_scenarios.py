@@ -119,6 +119,11 @@ NOISY = Case(
     config={"noisy_gate": True, **RENORMALISED, "num_experts_per_tok": 1},
     mixing=Mixing(losses=Losses(load_balance=0.5), gate="noisy"),
 )
+FROZEN = replace(
+    NOISY,
+    config={**NOISY.config, "selection_bias": True},
+    mixing=Mixing(losses=Losses(bias_rate=0.02), gate="noisy", train="routers_and_shared"),
+)
 BF16 = Case(2, precision="bf16")
 FOUR = {
     "kv_experts on 1": Case(1),
@@ -170,6 +175,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     noisy = {f"noisy on {size}": replace(NOISY, expert_parallel=size) for size in (1, 2)}
     results = all_cases(TWO | {"bf16": BF16} | noisy, folder)
     results["resumed"] = unbroken_and_resumed(folder)
+    results["resumed, partly frozen"] = partly_frozen_and_resumed(folder)
     results["refused"] = refusals(folder)
     results["dispatched"] = dispatched()
     return results
@@ -200,7 +206,24 @@ def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
     resumed = train(engine, STEPS, STEPS)
     save(engine, folder / "whole, resumed")
     held_out = engine.evaluate(shares(2, 99)[engine.rank])
-    return {"unbroken": unbroken, "resumed": resumed, "held out": held_out, "mean": engine.mean(float(engine.rank))}
+    found = {"held out": held_out, "mean": engine.mean(float(engine.rank)), "exchange": engine.last_exchange}
+    return {"unbroken": unbroken, "resumed": resumed, **found}
+
+
+def partly_frozen_and_resumed(folder: Path) -> dict[str, Any]:
+    """As `unbroken_and_resumed`, with what is trained, and what is no parameter, by the settings of mixtures."""
+
+    def engine() -> Engine:
+        return deepspeed_engine(FROZEN.model(), FROZEN.settings(SHARE), FROZEN.mixing, 2)
+
+    first = engine()
+    train(first, 0, STEPS)
+    save(first, folder / "half, frozen")
+    unbroken = train(first, STEPS, STEPS)
+    save(first, folder / "whole, frozen")
+    again = engine()
+    again.load(folder / "half, frozen")
+    return {"unbroken": unbroken, "resumed": train(again, STEPS, STEPS)}
 
 
 def refusals(folder: Path) -> dict[str, str]:

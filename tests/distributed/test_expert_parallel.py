@@ -125,6 +125,15 @@ def test_resuming_at_the_same_size_is_exact(two: list[dict[str, Any]], folder: P
     torch.testing.assert_close(state(folder / "whole, resumed"), state(folder / "whole"), rtol=0, atol=0)
 
 
+def test_resuming_is_exact_where_not_all_is_trained(two: list[dict[str, Any]], folder: Path) -> None:
+    for rank in two:
+        assert rank["resumed, partly frozen"]["resumed"] == rank["resumed, partly frozen"]["unbroken"]
+    before, after = state(folder / "half, frozen"), state(folder / "whole, frozen")
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) == (".experts." in name), name
+        assert not (".experts." in name and "exp_avg" in name), name
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_resuming_at_another_size(
     size: int, two: list[dict[str, Any]], four: list[dict[str, Any]], folder: Path
@@ -148,6 +157,8 @@ def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_pa
     for rank in two:
         assert rank["resumed"]["held out"] == pytest.approx(held_out, rel=1e-5)
         assert rank["resumed"]["mean"] == 0.5
+        assert rank["resumed"]["exchange"] > 0
+    assert engine.last_exchange is None
 
 
 def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:

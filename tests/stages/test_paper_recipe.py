@@ -76,8 +76,7 @@ def test_its_identities_follow_from_what_it_says_alone(recipe: Recipe) -> None:
 def test_its_plan_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: Recipe) -> None:
     assert bam(monkeypatch, "plan", str(PAPER)) == 0
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) == 2 + len(task_graph(recipe))  # a title and the columns' names
-    assert shown.count(" 95368 ") == 3 + 4  # steps of branches and mixtures
+    assert all(name in shown for name in (*recipe.branch.domains, *recipe.upcycle.mixtures))
 
 
 def test_llama_moe_s_presets_are_settings() -> None:

@@ -119,7 +119,11 @@ def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
         store.delete(key)  # as if it had been killed: goes on from step 4, having shown 5 and 6
     run_stage("seeds", "seed", run, store, Context())
     found = curves(store, seed_prefix(run), tmp_path / "board")
-    assert set(found) == {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
+    times = {f"time/{what}" for what in ("data", "compute", "checkpoint")}
+    plain = {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
+    assert set(found) == plain | times
+    # A checkpoint's time stands with the step that follows it; step 5 follows none of the attempt that shows it
+    assert [step for step, seconds in found["time/checkpoint"] if seconds] == [1, 9]
     for points in found.values():
         assert [step for step, _ in points] == list(range(1, 11))
     curve = json.loads(store.get(f"{seed_prefix(run)}/curve.json"))
