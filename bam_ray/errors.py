@@ -16,7 +16,8 @@ BamError
 ├── UpcycleError           seed and branches cannot become one mixture
 ├── PlacementError         no node can ever meet a demand
 ├── TrainingError          a training run cannot go on (out of memory, no checkpoint can be written)
-│   └── LossNotFinite      the loss or its gradient is NaN or infinite
+│   ├── LossNotFinite      the loss or its gradient is NaN or infinite
+│   └── LossSpiked         the loss or its gradient is far above what it was
 ├── ServingError           the server cannot start or a request cannot be met
 └── Interrupted            work was asked to stop and stopped cleanly: the same command goes on
 """
@@ -88,6 +89,10 @@ class TrainingError(BamError):
 
 class LossNotFinite(TrainingError):
     """The loss or its gradient is NaN or infinite."""
+
+
+class LossSpiked(TrainingError):
+    """The loss or its gradient is far above what it was."""
 
 
 class ServingError(BamError):

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from bam_ray.checkpoint.manifest import Kind, identity
 from bam_ray.control.tasks import Task
+from bam_ray.settings.mixing import Mixing
 from bam_ray.settings.recipe import Needs, Recipe, TrainingSettings
 
 DENSE = "dense"  # the model of the seed and of all branches
@@ -70,7 +71,8 @@ def task_graph(recipe: Recipe) -> list[Task]:
             {
                 "training": _content(recipe.mix.training),
                 "blend": recipe.mix.blend,
-                "losses": _plain(recipe.mix.losses),
+                "dynamic_blend": _plain(recipe.mix.dynamic_blend),
+                **recipe.mix.model_dump(mode="json", include=set(Mixing.model_fields)),
             },
             parents=(start.id, corpus.id),
             needs=recipe.mix.needs,

@@ -17,6 +17,7 @@ from bam_ray.errors import (
     DataError,
     FamilyError,
     LossNotFinite,
+    LossSpiked,
     PlacementError,
     SettingsError,
     StaleLease,
@@ -24,7 +25,17 @@ from bam_ray.errors import (
     UpcycleError,
 )
 
-FINAL = (SettingsError, DataError, StoreDenied, StaleLease, FamilyError, UpcycleError, PlacementError, LossNotFinite)
+FINAL = (
+    SettingsError,
+    DataError,
+    StoreDenied,
+    StaleLease,
+    FamilyError,
+    UpcycleError,
+    PlacementError,
+    LossNotFinite,
+    LossSpiked,
+)
 MAX_PENDING = 32  # placed, but on no node yet: enough to keep nodes busy, few enough that the order stays ours
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles up to:
 LONGEST_DELAY = 60.0

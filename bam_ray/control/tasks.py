@@ -48,6 +48,8 @@ class Progress:
     tokens_per_second: float | None = None
     checkpoint_step: int | None = None  # the last committed
     note: str = ""  # what it does now: "tokenising law"
+    load_imbalance: float | None = None  # of a mixture's experts: largest over mean share, in the worst layer
+    dead_experts: int | None = None  # of all layers
 
 
 class StageContext(Protocol):

@@ -65,6 +65,7 @@ def build_corpus(settings: DataSettings, folder: Path, note: Callable[[str], Non
             "vocab_size": tokens.vocab_size,
             "end_of_text_id": tokens.end_of_text_id,
             "dtype": dtype.str,
+            "attend_across_documents": settings.attend_across_documents,
             "domains": {},
         }
         for name, part in domains.items():

@@ -36,6 +36,7 @@ class Corpus:
         self.sequence_length: int = self.facts["sequence_length"]
         self.vocab_size: int = self.facts["vocab_size"]
         self.end_of_text_id: int = self.facts["end_of_text_id"]
+        self.attend_across_documents: bool = self.facts["attend_across_documents"]
         self._dtype = np.dtype(self.facts["dtype"])
 
     @property

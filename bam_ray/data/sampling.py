@@ -3,7 +3,7 @@
 Each sequence draws its domain by weight from a counter-based generator: draw number i is a function of (seed, i), so
 the order is the same however it is cut into batches and whoever reads it. Within a domain, rows come in an order that
 is shuffled anew every epoch, each row once, by (seed, domain, epoch). What a training job must remember is two numbers
-a domain: nothing is replayed when it resumes.
+a domain, and the weights where they have changed on the way: nothing is replayed when it resumes.
 """
 
 import zlib
@@ -27,8 +27,7 @@ class BlendedSampler:
             raise DataError(f"a blend needs weights of 0 or more, at least one above 0: {blend}")
         self._rows: dict[str, Rows] = {domain: corpus.train(domain) for domain in weights}
         self._length = corpus.sequence_length
-        cumulative = np.cumsum(list(weights.values()), dtype=np.float64)
-        self._bounds = cumulative[:-1] / cumulative[-1]  # a draw below the first bound is the first domain
+        self._weigh(weights)
         self._seed = seed
         self._position = 0
         self._drawn = dict.fromkeys(weights, 0)
@@ -38,6 +37,17 @@ class BlendedSampler:
     def drawn(self) -> dict[str, int]:
         """Sequences taken so far, by domain."""
         return dict(self._drawn)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the next sequence's domain; they sum to 1."""
+        total = sum(self._weights.values())
+        return {domain: weight / total for domain, weight in self._weights.items()}
+
+    def reweigh(self, weights: dict[str, float]) -> None:
+        """Draw by other weights from here on, above 0, of the same domains."""
+        assert set(weights) == set(self._weights) and all(weight > 0 for weight in weights.values())
+        self._weigh({domain: weights[domain] for domain in self._weights})
 
     def take(self, count: int) -> NDArray[np.int64]:
         """The next `count` sequences, [count, sequence_length]."""
@@ -51,7 +61,7 @@ class BlendedSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, as plain JSON values."""
-        return {"position": self._position, "drawn": dict(self._drawn)}
+        return {"position": self._position, "drawn": dict(self._drawn), "weights": dict(self._weights)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; raises `DataError` where that was another blend."""
@@ -63,6 +73,12 @@ class BlendedSampler:
             )
         self._position = int(state["position"])
         self._drawn = {domain: int(drawn[domain]) for domain in self._drawn}
+        self._weigh(state["weights"])
+
+    def _weigh(self, weights: dict[str, float]) -> None:
+        self._weights = weights  # not made to sum to 1: bounds must be the same to the bit when they are read again
+        cumulative = np.cumsum(list(weights.values()), dtype=np.float64)
+        self._bounds = cumulative[:-1] / cumulative[-1]  # a draw below the first bound is the first domain
 
     def _choices(self, start: int, count: int) -> NDArray[np.int64]:
         """The domain number of draws [start, start + count)."""

@@ -39,7 +39,7 @@ def score(
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise DataError(f"held-out sequences of shape {list(sequences.shape)} hold nothing to predict: add text")
     mixed = model.config.model_type == "bam" and model.config.mixture_layers
-    tally = RoutingTally(model.config) if mixed else None
+    tally = RoutingTally(model.config, model.selection_biases()) if mixed else None
     wanted: dict[str, Any] = {} if tally is None else {"output_router_logits": True}
     was_training = model.training
     model.eval()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat
 
-from bam_ray.settings.recipe import Strict
+from bam_ray.settings import Strict
 
 RESAMPLES = 1000
 MEAN = "mean"  # the column of means, beside those of the domains

@@ -1,8 +1,7 @@
 """Which experts the tokens of a domain meet in a mixture, layer by layer.
 
-The FFN's choices are recomputed from the router logits of the forward pass by the model's own rule (softmax over all
-experts, then the top k); the attention gates likewise. Sums are kept in double precision, so the batch size does not
-show in the result.
+The FFN's choices are recomputed from the router logits of the forward pass by the model's own rule; the attention gates
+likewise. Sums are kept in double precision, so the batch size does not show in the result.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bam_ray.evaluation.results import DomainRouting, LayerRouting, Routing
-from bam_ray.model import BamCausalLMOutput, BamConfig
+from bam_ray.model import BamCausalLMOutput, BamConfig, choose
 
 
 class RoutingTally:
@@ -21,7 +20,9 @@ class RoutingTally:
     Shapes: M layers that have experts (0 of attention where it is averaged), T tokens, N experts, k experts a token.
     """
 
-    def __init__(self, config: BamConfig) -> None:
+    def __init__(self, config: BamConfig, bias: Tensor | None = None) -> None:
+        """`bias` [M, N]: the selection biases, where there are any."""
+        self.bias = None if bias is None else bias.unsqueeze(1)
         self.top_k = config.num_experts_per_tok
         self.attention_top_k = config.num_attention_experts_per_tok
         layers, experts = len(config.mixture_layers), config.num_experts
@@ -37,7 +38,7 @@ class RoutingTally:
         """Count the tokens of one forward pass with `output_router_logits`."""
         assert out.router_logits is not None and out.attention_router_logits is not None
         probability = torch.stack(out.router_logits).float().softmax(-1)  # [M, T, N]
-        chosen = probability.topk(self.top_k, dim=-1).indices
+        chosen = choose(probability, self.top_k, self.bias)
         self.tokens += probability.shape[1]
         self.choices += F.one_hot(chosen, probability.shape[-1]).sum((1, 2)).cpu()
         self.probability += probability.sum(1, dtype=torch.double).cpu()

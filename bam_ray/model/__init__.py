@@ -7,9 +7,9 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bam_ray.model.configuration_bam import BamConfig
-from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM, RoutingLosses, routing_losses
+from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM, RoutingLosses, choose, routing_losses
 
-__all__ = ["BamCausalLMOutput", "BamConfig", "BamForCausalLM", "RoutingLosses", "routing_losses"]
+__all__ = ["BamCausalLMOutput", "BamConfig", "BamForCausalLM", "RoutingLosses", "choose", "routing_losses"]
 
 AutoConfig.register("bam", BamConfig, exist_ok=True)
 AutoModelForCausalLM.register(BamConfig, BamForCausalLM, exist_ok=True)

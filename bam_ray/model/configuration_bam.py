@@ -33,6 +33,9 @@ class BamConfig(PreTrainedConfig):
     num_experts (`int`): N, the FFN experts of every layer, and its attention experts where it has them.
     num_experts_per_tok (`int`): k, the FFN experts a token meets (BAM: 1, BTX: 2).
     norm_topk_prob (`bool`): False keeps the softmax over all N as it is (BAM); True makes the k chosen sum to 1 (BTX).
+    noisy_gate (`bool`): the FFN's router logits get noise of a learned size in training (LLaMA-MoE, arXiv 1701.06538).
+    selection_bias (`bool`): a bias an expert is added to its probability when experts are chosen, and only then; it is
+        a buffer, moved by training without gradients (arXiv 2408.15664).
     ffn_output_scale (`float`): factor on the routed FFN output (LLaMA-MoE's scale factor).
     attention_experts (`str`): "kv_experts" (q, k, v, o per expert), "kv_shared" (q and o per expert, one mean k and v),
         "averaged" (one attention, the mean of all: BTX).
@@ -105,6 +108,8 @@ class BamConfig(PreTrainedConfig):
     num_experts: int = 4
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
+    noisy_gate: bool = False
+    selection_bias: bool = False
     ffn_output_scale: float = 1.0
     attention_experts: str = "kv_experts"
     num_attention_experts_per_tok: int = 0

@@ -36,10 +36,12 @@ FEW_TOKENS = 64  # below this, reading the weights dominates and no GEMM is wort
 
 @dataclass(frozen=True)
 class RoutingLosses:
-    """Auxiliary losses of the FFN routers, each summed over layers: scalars."""
+    """Auxiliary losses of the FFN routers, each summed over layers, and what they were computed from, by layer."""
 
-    load_balance: Tensor
-    router_z: Tensor
+    load_balance: Tensor  # scalar
+    router_z: Tensor  # scalar
+    share: Tensor  # [layers, N], no gradient: of all choices
+    entropy: Tensor  # [layers], no gradient: mean over tokens of that of a token's probabilities, in nats
 
 
 def routing_losses(
@@ -47,26 +49,69 @@ def routing_losses(
     top_k: int,
     reduce: Callable[[Tensor], Tensor] | None = None,
     real: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> RoutingLosses:
     """Load-balance and z-loss of FFN routers, summed over layers.
 
     `L_LB = N · Σ_i f_i · P_i`, with f_i the fraction of all choices that fell on expert i (no gradient) and P_i its
     mean probability (Switch; 1 when balanced); `L_z = mean (logsumexp logits)²` (ST-MoE).
-    `router_logits`: one [T, N] a layer. `reduce` averages f over data-parallel ranks, so that their mean loss is the
-    loss of the global batch. `real` [T]: padding tokens, which are left out, are False.
+
+    Of noisy gates in training, `L_LB = CV²(importance) + CV²(load)` (LLaMA-MoE; 0 when balanced), see `noisy_balance`.
+
+    `router_logits`: one [T, N] a layer, or [3, T, N] of noisy gates in training (`BamMoE.forward`). `reduce` averages
+    over data-parallel ranks, so that their mean loss is the loss of the global batch. `real` [T]: padding tokens, which
+    are left out, are False. `bias` [layers, N]: the selection biases, where there are any.
     """
-    logits = torch.stack(router_logits).float()  # [layers, T, N]
+    logits = torch.stack(router_logits).float()  # [layers, T, N], or [layers, 3, T, N]
     if real is not None:
-        logits = logits[:, real]
+        logits = logits[..., real, :]
+    noisy = logits.ndim == 4
+    routed, clean = (logits[:, 0], logits[:, 1]) if noisy else (logits, logits)
     experts = logits.shape[-1]
-    probabilities = logits.softmax(-1)
-    chosen = probabilities.detach().topk(top_k, dim=-1).indices  # [layers, T, k]
-    fraction = F.one_hot(chosen, experts).float().mean((1, 2))  # [layers, N]
+    probabilities = routed.softmax(-1)
+    chosen = choose(probabilities.detach(), top_k, None if bias is None else bias.unsqueeze(1))  # [layers, T, k]
+    share = F.one_hot(chosen, experts).float().mean((1, 2))  # [layers, N]
     if reduce is not None:
-        fraction = reduce(fraction)
-    load_balance = experts * (fraction * probabilities.mean(1)).sum()
-    router_z = logits.logsumexp(-1).square().mean(1).sum()
-    return RoutingLosses(load_balance=load_balance, router_z=router_z)
+        share = reduce(share)
+    if noisy:
+        load_balance = noisy_balance(routed, clean, logits[:, 2], top_k, reduce)
+    else:
+        load_balance = experts * (share * probabilities.mean(1)).sum()
+    router_z = clean.logsumexp(-1).square().mean(1).sum()
+    entropy = torch.special.entr(probabilities.detach()).sum(-1).mean(1)
+    return RoutingLosses(load_balance, router_z, share, entropy)
+
+
+def choose(probabilities: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
+    """The k experts of each token, by probability [..., T, N] and the selection bias [..., N]: [..., T, k]."""
+    return (probabilities if bias is None else probabilities + bias).topk(top_k, dim=-1).indices
+
+
+def noisy_balance(
+    noisy: Tensor, clean: Tensor, scale: Tensor, top_k: int, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """LLaMA-MoE's balance loss, summed over layers, from logits with and without noise and its scale: [layers, T, N].
+
+    `CV²(importance) + CV²(load)` (arXiv 1701.06538): importance is an expert's mean gate, a softmax over the k chosen;
+    load the mean probability that it is among the k when its own noise is drawn again, which has a gradient. Both are
+    those of the global batch; each rank's gradient is that of its own tokens' part.
+    """
+    experts = noisy.shape[-1]
+    highest, index = noisy.topk(min(top_k + 1, experts), dim=-1)
+    gates = torch.zeros_like(noisy).scatter(-1, index[..., :top_k], highest[..., :top_k].softmax(-1))
+    if top_k < experts:
+        least_in, best_out = highest[..., top_k - 1 : top_k], highest[..., top_k:]
+        rival = torch.where(noisy > best_out, best_out, least_in)  # the k-th highest of the others
+        load = torch.special.ndtr((clean - rival) / scale)
+    else:
+        load = torch.ones_like(noisy)
+    total = noisy.new_zeros(())
+    for part in (gates, load):
+        mean = part.mean(1)  # [layers, N]
+        if reduce is not None:
+            mean = mean + (reduce(mean.detach().clone()) - mean.detach())
+        total = total + (mean.var(-1) / (mean.mean(-1).square() + 1e-10)).sum()
+    return total
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: BamConfig) -> Tensor:
@@ -169,13 +214,25 @@ def eager_attention(
 class BamRouter(nn.Module):
     """A linear router without bias: [..., d] -> logits [..., N], in fp32 whatever autocast says."""
 
-    def __init__(self, config: BamConfig) -> None:
+    selection_bias: Tensor | None
+
+    def __init__(self, config: BamConfig, noisy: bool = False, biased: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.noise_weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size)) if noisy else None
+        self.register_buffer("selection_bias", torch.zeros(config.num_experts) if biased else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.weight)
+
+    def noise_scale(self, x: Tensor) -> Tensor:
+        """The standard deviation of the noise on each logit, [..., d] -> [..., N] (constants are LLaMA-MoE's)."""
+        assert self.noise_weight is not None
+        return F.softplus(self.linear(x, self.noise_weight)) + 1e-2
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         with maybe_autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            return F.linear(x.float(), weight.float())
 
 
 class LocalDispatcher:
@@ -424,23 +481,32 @@ class BamMoE(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.scale = config.ffn_output_scale
-        self.gate = BamRouter(config)
+        self.gate = BamRouter(config, config.noisy_gate, config.selection_bias)
         self.experts = BamExperts(config)
         width = config.shared_expert_intermediate_size
         self.shared_expert = BamFFN(config, width) if width else None
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [T, N] -> the k experts of each token and their weights: [T, k] both."""
-        weights, index = logits.softmax(-1).topk(self.top_k, dim=-1)
+        probabilities = logits.softmax(-1)
+        index = choose(probabilities, self.top_k, self.gate.selection_bias)
+        weights = probabilities.gather(-1, index)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return index, weights * self.scale
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, L, d] -> output [B, L, d], router logits [T, N]."""
+        """[B, L, d] -> output [B, L, d], router logits [T, N].
+
+        With a noisy gate, in training, [3, T, N]: the logits with noise, those without, and the noise's scale.
+        """
         flat = x.reshape(-1, x.shape[-1])
-        logits = self.gate(flat)
-        index, weights = self.route(logits)
+        logits = routed = self.gate(flat)
+        if self.training and self.gate.noise_weight is not None:
+            scale = self.gate.noise_scale(flat)
+            routed = logits + torch.randn_like(logits) * scale
+            logits = torch.stack((routed, logits, scale))
+        index, weights = self.route(routed)
         out = self.experts(flat, index, weights).view_as(x)
         return out if self.shared_expert is None else out + self.shared_expert(x)[0], logits
 
@@ -703,6 +769,27 @@ class BamCausalLMOutput(ModelOutput):
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
+def masks_of(
+    config: BamConfig,
+    inputs_embeds: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
+) -> dict[str, Tensor | None]:
+    """The attention masks of every kind of layer. Without `attention_mask` and cache, positions [B, L] that begin anew
+    within a sequence part it into documents, which do not see each other."""
+    return {
+        kind: MASKS[kind](
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache=cache,
+            position_ids=position_ids,
+        )
+        for kind in sorted(set(config.layer_types or ()))
+    }
+
+
 class BamPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of the model."""
 
@@ -725,8 +812,12 @@ class BamPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
                 elif name.endswith("_norm"):
                     init.ones_(parameter)
+                elif name == "noise_weight":  # as LLaMA-MoE
+                    init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
         elif isinstance(module, BamNorm):
             init.ones_(module.weight)
             if module.bias is not None:
@@ -772,16 +863,7 @@ class BamModel(BamPreTrainedModel):
         if isinstance(attention_mask, dict):  # `generate` has made them
             masks = attention_mask
         else:
-            masks = {
-                kind: MASKS[kind](
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    cache=cache,
-                    position_ids=position_ids,
-                )
-                for kind in sorted(set(self.config.layer_types))
-            }
+            masks = masks_of(self.config, inputs_embeds, position_ids, attention_mask, cache)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         x = inputs_embeds
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -791,6 +873,7 @@ class BamModel(BamPreTrainedModel):
                 x,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[kind],
+                position_ids=position_ids,
                 cache=cache,
                 **kwargs,
             )
@@ -821,6 +904,12 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def selection_biases(self) -> Tensor | None:
+        """[mixture layers, N], where there are any."""
+        if not self.config.selection_bias:
+            return None
+        return torch.stack([self.model.layers[layer].mlp.gate.selection_bias for layer in self.config.mixture_layers])
+
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # as theirs
     def forward(
         self,
@@ -847,7 +936,9 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
                 real = None
                 if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
                     real = attention_mask[:, -out.last_hidden_state.shape[1] :].flatten().bool()
-                auxiliary = routing_losses(out.router_logits, self.config.num_experts_per_tok, real=real)
+                auxiliary = routing_losses(
+                    out.router_logits, self.config.num_experts_per_tok, real=real, bias=self.selection_biases()
+                )
             if auxiliary and self.training:
                 loss = (
                     nll

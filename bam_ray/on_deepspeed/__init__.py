@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bam_ray.settings import Losses, TrainingSettings
+    from bam_ray.settings import Mixing, TrainingSettings
     from bam_ray.training.engine import Engine
 
 __all__ = ["deepspeed_engine"]
 
 
 def deepspeed_engine(
-    model: "PreTrainedModel", settings: "TrainingSettings", losses: "Losses", expert_parallel: int
+    model: "PreTrainedModel", settings: "TrainingSettings", mixing: "Mixing", expert_parallel: int
 ) -> "Engine":
     """An engine over all processes, called on each with the whole model, equal on all.
 
@@ -34,4 +34,4 @@ def deepspeed_engine(
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from bam_ray.on_deepspeed.engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, settings, losses, expert_parallel)
+    return DeepSpeedEngine(model, settings, mixing, expert_parallel)

@@ -5,6 +5,7 @@ parameter through DeepSpeed's own accessors. DeepSpeed's native checkpoints are 
 of ranks, and would leave out experts that are not of its own classes: they are not used.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from bam_ray.errors import CheckpointError
@@ -29,10 +31,10 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | No
         whole = shards.whole(name, tensor)
         if first:
             weights[name] = whole
-    step = _steps(zero)
+    step = steps(zero)
     if step:
         _link_states(zero)
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained(model):
             for kind in ADAM_STATES:
                 whole = shards.whole(name, safe_get_full_optimizer_state(parameter, kind))
                 if first:
@@ -53,6 +55,9 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
             found = "missing" if whole is None else f"{list(whole.shape)}"
             raise CheckpointError(f"{folder}: {name} is {found}: it is the checkpoint of another model")
         parameter.data.copy_(shards.mine(name, whole))
+    for name, buffer in model.named_buffers():
+        if name in weights:  # those that are no function of the configuration
+            buffer.copy_(weights[name])
     zero.refresh_fp32_params()
     zero.optimizer.state.clear()
     if not step:
@@ -63,13 +68,18 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
             **{kind: torch.zeros_like(partition) for kind in ADAM_STATES},
         }
     _link_states(zero)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         for kind in ADAM_STATES:
             whole = states[f"{name}.{kind}"].to(parameter.device)
             safe_set_full_optimizer_state(parameter, shards.mine(name, whole), kind)
 
 
-def _steps(zero: Any) -> int:
+def trained(model: PreTrainedModel) -> Iterator[tuple[str, Parameter]]:
+    """The parameters that the optimizer has states of."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def steps(zero: Any) -> int:
     """Updates made so far."""
     return max((int(state["step"]) for state in zero.optimizer.state.values()), default=0)
 

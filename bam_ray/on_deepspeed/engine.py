@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from bam_ray.errors import LossNotFinite, TrainingError
 from bam_ray.on_deepspeed import canonical
 from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
-from bam_ray.settings import Losses, TrainingSettings
-from bam_ray.training.engine import StepResult, decayed, name_of, precision_on
+from bam_ray.settings import Mixing, TrainingSettings
+from bam_ray.training.engine import NO_LIMITS, Limits, StepResult, name_of, precision_on
+from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
-from bam_ray.training.objective import objective
+from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
 from bam_ray.training.state import State
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our errors say, or nothing to act on
@@ -38,7 +39,7 @@ class DeepSpeedEngine:
     """One of the processes; see `bam_ray.on_deepspeed.deepspeed_engine`."""
 
     def __init__(
-        self, model: PreTrainedModel, settings: TrainingSettings, losses: Losses, expert_parallel: int
+        self, model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, expert_parallel: int
     ) -> None:
         if get_accelerator().device_name() == "cpu":
             # Else the first collective compiles a C++ extension for a minute, or fails without a compiler.
@@ -47,13 +48,17 @@ class DeepSpeedEngine:
             dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.settings, self.losses = settings, losses
+        self.settings, self.mixing = settings, mixing
         chosen = settings.micro_batch_sequences
         self.micro_batch: int | None = AUTO_MICRO_BATCH if chosen == "auto" else chosen
         self.precision = precision_on(get_accelerator().device_name(), settings.precision)
-        self.top_k: int | None = getattr(model.config, "num_experts_per_tok", None)
+        self.mixture = as_mixture(model)
+        self.last_load: Load | None = None
+        self.last_exchange: float | None = None
         self.model = model.train()
         self.shards = apply_expert_parallelism(model, expert_parallel)
+        freeze(model, mixing)
+        self._updates = 0
         with announced_experts(model, self.shards):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -70,18 +75,12 @@ class DeepSpeedEngine:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """TorchEngine's, its groups split where ZeRO must reduce and partition experts over ranks of their own."""
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            groups.setdefault((is_moe_param(parameter), decayed(name, parameter)), []).append(parameter)
+        found = groups(self.model, self.settings.weight_decay)
+        for group in found:
+            if is_moe_param(group["params"][0]):
+                group |= {"moe": True, "name": self.shards.group_name}
         return torch.optim.AdamW(
-            [
-                {
-                    "params": parameters,
-                    "weight_decay": self.settings.weight_decay if decays else 0.0,
-                    **({"moe": True, "name": self.shards.group_name} if expert else {}),
-                }
-                for (expert, decays), parameters in sorted(groups.items())
-            ],
+            found,
             lr=self.settings.peak_lr,
             betas=self.settings.betas,
             eps=1e-8,
@@ -112,26 +111,71 @@ class DeepSpeedEngine:
         dist.all_reduce(x)
         return x.div_(self.world_size)
 
-    def step(self, input_ids: Tensor, lr: float) -> StepResult:
+    def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         """See `training.engine.Engine`. Every rank brings the same shape, so that the mean of ranks is the batch's."""
         self._check_shares(input_ids)
-        sums = torch.zeros(3, device=self.device)
+        sums = torch.zeros(parts_of(self.mixture), device=self.device)
         for micro in input_ids.to(self.device).split(self.micro_batch):
             share = micro.shape[0] / input_ids.shape[0]
-            loss = objective(self.deepspeed, micro, self.losses, self.top_k, reduce=self._mean)
+            loss = objective(self.deepspeed, micro, self.mixing.losses.at(self._done), self.mixture, reduce=self._mean)
             self.deepspeed.backward(loss.total * share, scale_wrt_gas=False)
             sums += loss.parts * share
-        nll, load_balance, router_z = self._mean(sums).tolist()
-        if not math.isfinite(nll):
+        nll, load_balance, router_z = self._mean(sums)[:3].tolist()
+        try:
+            if not math.isfinite(nll):
+                raise LossNotFinite(f"the loss ({nll:.4g}) is not finite")
+            limits.check(nll)
+        except TrainingError:
             self.deepspeed.optimizer.zero_grad()
-            raise LossNotFinite(f"the loss ({nll:.4g}) is not finite")
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
-        self.deepspeed.step()  # leaves everything as it was where the norm is not finite
-        norm = float(self.deepspeed.get_global_grad_norm())
+            raise
+        set_rates(self.deepspeed.optimizer.param_groups, lr, self.mixing, self._done)
+        norm = self._update(limits)
+        limits.check(nll, norm)
         if not math.isfinite(norm):
             raise LossNotFinite(f"the gradient ({norm:.4g}) of the loss ({nll:.4g}) is not finite")
+        self._updates += 1
+        self.last_load = load_of(sums, self.mixture)
+        self.last_exchange = self.shards.wire.seconds() if self.shards.wire else None
+        balance(self.mixture, self.last_load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, norm)
+
+    def _update(self, limits: Limits) -> float:
+        """DeepSpeed's step; the norm. Leaves everything as it was where that is not finite, or above its limit."""
+        zero = self.deepspeed.optimizer
+        if limits.grad_norm == math.inf:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm())
+        own, found = zero.scaled_global_norm, [math.inf]
+
+        def limited() -> Tensor:
+            norm: Tensor = own()
+            found.append(float(norm))
+            # To ZeRO 0.19.8 a norm that is not finite means that there is nothing to update with: there is no setting
+            return norm if found[-1] <= limits.grad_norm else torch.full_like(norm, math.inf)
+
+        zero.scaled_global_norm = limited
+        try:
+            self.deepspeed.step()
+        finally:
+            del zero.scaled_global_norm
+        return found[-1]
+
+    @property
+    def _done(self) -> float:
+        """The fraction of all steps that is done."""
+        return self._updates / self.settings.steps
+
+    def evaluate(self, input_ids: Tensor) -> float:
+        """See `training.engine.Engine`. A collective."""
+        mine = held_out_nll(self.model, self._forward, input_ids.to(self.device), self.micro_batch)
+        return self.mean(mine)
+
+    def mean(self, value: float) -> float:
+        """See `training.engine.Engine`. A collective."""
+        return self._mean(torch.tensor(value, dtype=torch.double, device=self.device)).item()
+
+    def _forward(self, micro: Tensor) -> Objective:
+        return objective(self.deepspeed, micro, self.mixing.losses.at(self._done), self.mixture, reduce=self._mean)
 
     def any_rank(self, flag: bool) -> bool:
         """See `training.engine.Engine`. A collective."""
@@ -158,3 +202,4 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """See `training.engine.Engine`. Every rank reads the whole folder."""
         canonical.load(folder, self.model, self.deepspeed.optimizer, self.shards)
+        self._updates = canonical.steps(self.deepspeed.optimizer)

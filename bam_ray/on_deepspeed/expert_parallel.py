@@ -23,17 +23,22 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from bam_ray.errors import TrainingError
-from bam_ray.model.modeling_bam import BamAttentionExperts, BamExperts
-from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, gathered
+from bam_ray.model.modeling_bam import BamAttentionExperts, BamExperts, BamModel, masks_of
+from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, Wire, gathered
 
 
 @dataclass(frozen=True)
 class ExpertShards:
     """Which parameters hold this rank's experts alone, and how they become whole again."""
 
-    group: ProcessGroup | None = None  # None: all experts are here
+    wire: Wire | None = None  # that tokens take to the experts; None: all experts are here
     group_name: str = ""  # DeepSpeed's
     names: frozenset[str] = frozenset()
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks that share the experts; None: all experts are here."""
+        return self.wire.group if self.wire else None
 
     def mine(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a parameter, or of a state of it: [N, ...] -> [n, ...]; a replicated one as it is."""
@@ -66,14 +71,17 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     groups._create_expert_and_data_parallel(size)  # does nothing where they exist
     group_name = f"ep_size_{size}"
     group: ProcessGroup = groups._get_expert_parallel_group(group_name)
+    inner: Any = model.model
+    wire = Wire(group)
+    positions = _Positions(inner, group)
     names = []
     for path, module in model.named_modules():
         if isinstance(module, BamExperts):
-            module.dispatcher = AllToAllDispatcher(group)
+            module.dispatcher = AllToAllDispatcher(wire)
             own = [name for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, BamAttentionExperts):
-            module.exchange = AttentionExchange(group)
-            module.register_forward_pre_hook(_same_for_all_sequences, with_kwargs=True)
+            module.exchange = AttentionExchange(wire)
+            module.register_forward_pre_hook(positions, with_kwargs=True)
             own = [name for name, _ in module.named_parameters(recurse=False)]
             if module.kv_shared:  # of query heads here, which all read the one set of key/value heads
                 module.num_key_value_groups //= size
@@ -86,23 +94,45 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
             mine.allreduce, mine.group_name = False, group_name  # type: ignore[attr-defined] # read by ZeRO
             setattr(module, name, mine)
             names.append(f"{path}.{name}")
-    return ExpertShards(group, group_name, frozenset(names))
+    return ExpertShards(wire, group_name, frozenset(names))
 
 
-def _same_for_all_sequences(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Only x and gates travel: what else differs between sequences would meet the wrong ones.
+class _Positions:
+    """Forward pre-hook of attention experts: gives them positions and masks of all sequences that come to them.
 
-    Masks that depend on positions alone (sliding windows) are the same for all: one row of them is enough.
+    Where positions are the same for every sequence, so are masks (causal, sliding windows), and one row of them is
+    enough. Else positions travel, once a forward pass, and masks are made of them here: whether there is any to make
+    (documents that end within a sequence) may differ between ranks.
     """
-    mask, (cos, _) = kwargs["attention_mask"], kwargs["position_embeddings"]
-    assert kwargs["cache"] is None, "expert-parallel attention has no cache: generate from a saved checkpoint"
-    assert cos.shape[0] == 1, "expert-parallel attention needs packed sequences: leave out position_ids"
-    if mask is None:
-        return args, kwargs
-    assert bool((mask == mask[:1]).all()), "expert-parallel attention needs packed sequences: leave out the mask"
-    return args, {**kwargs, "attention_mask": mask[:1]}
+
+    def __init__(self, model: BamModel, group: ProcessGroup) -> None:
+        self._rotary, self._config, self._group = model.rotary_emb, model.config, group
+        self._mine: Tensor | None = None  # the last positions seen, and what was made of all ranks' together
+        self._embeddings: tuple[Tensor, Tensor]
+        self._masks: dict[str, Tensor | None]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mine, mask, x = kwargs["position_ids"], kwargs["attention_mask"], args[0]
+        assert kwargs["cache"] is None, "expert-parallel attention has no cache: generate from a saved checkpoint"
+        if mine.shape[0] < x.shape[0]:
+            if mask is None:
+                return args, kwargs
+            assert bool((mask == mask[:1]).all()), "expert-parallel attention knows no padding: leave out the mask"
+            return args, {**kwargs, "attention_mask": mask[:1]}
+        if mine is not self._mine:
+            self._mine = mine
+            everyones = gathered(mine, self._group)
+            self._embeddings = self._rotary(kwargs["position_embeddings"][0], everyones)
+            self._masks = masks_of(self._config, x.new_empty(*everyones.shape, 0), everyones)
+        kind = self._config.layer_types[module.layer_idx]
+        return args, {
+            **kwargs,
+            "position_embeddings": self._embeddings,
+            "attention_mask": self._masks[kind],
+            "position_ids": None,
+        }
 
 
 class _ExpertMarker(MoE):
@@ -123,8 +153,8 @@ class _ExpertMarker(MoE):
 
 @contextmanager
 def announced_experts(model: nn.Module, shards: ExpertShards) -> Iterator[None]:
-    """Let `deepspeed.initialize` see that the model has experts; leaves no trace in the model."""
-    if shards.group is None:
+    """Let `deepspeed.initialize` see that the model has experts to train; leaves no trace in the model."""
+    if not any(parameter.requires_grad for name, parameter in model.named_parameters() if name in shards.names):
         yield
         return
     config: Any = model.config

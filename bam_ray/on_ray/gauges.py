@@ -10,6 +10,8 @@ GAUGES = {  # field of `Progress`: name and meaning
     "total_steps": ("bam_total_steps", "Optimizer steps in all"),
     "loss": ("bam_loss_nll", "NLL in nats a token, auxiliary losses not counted"),
     "tokens_per_second": ("bam_tokens_per_second", "Training speed"),
+    "load_imbalance": ("bam_load_imbalance", "Largest over mean share of the choices of an expert, in the worst layer"),
+    "dead_experts": ("bam_dead_experts", "Experts of all layers that are hardly ever chosen"),
     "checkpoint_step": ("bam_checkpoint_step", "Step of the last committed checkpoint"),
 }
 

@@ -2,19 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-Blend = dict[Name, Annotated[float, Field(ge=0.0)]]
-"""Data sampling weights over domains; they need not sum to 1."""
-
-
-class Strict(BaseModel):
-    """Frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from bam_ray.settings.mixing import DynamicBlend, Mixing
+from bam_ray.settings.strict import Blend, Count, Fraction, Name, Strict
 
 
 class StoreSettings(Strict):
@@ -52,6 +43,8 @@ class DataSettings(Strict):
     sequence_length: Count = 256
     held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     tokenizer: TokenizerSettings = TokenizerSettings()
+    # Documents lie end to end in a sequence; false: they do not see each other, and each has positions of its own
+    attend_across_documents: bool = True
     seed: int = 0
 
     @model_validator(mode="after")
@@ -61,11 +54,12 @@ class DataSettings(Strict):
         return self
 
 
-class Losses(Strict):
-    """Coefficients of the auxiliary losses of FFN routers; the paper gives none, these are BTX's and ST-MoE's."""
+class Spike(Strict):
+    """A loss or gradient norm so many times the median of the last steps; the numbers are ours, papers judge by eye."""
 
-    load_balance: float = 0.01
-    router_z: float = 0.001
+    loss: Annotated[float, Field(gt=1.0)] = 1.5
+    grad_norm: Annotated[float, Field(gt=1.0)] = 10.0
+    window: Count = 50  # steps; before so many are done nothing is a spike
 
 
 class TrainingSettings(Strict):
@@ -79,6 +73,9 @@ class TrainingSettings(Strict):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    # skip: the batch is left out. roll_back: to the last checkpoint, and on with the data after the spike (PaLM's)
+    on_spike: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
+    spike: Spike = Spike()
     # On each device; never changes what a dense model learns. auto: the largest power of two that fits its memory
     micro_batch_sequences: Count | Literal["auto"] = "auto"
     checkpoint_every: Count = 50  # steps
@@ -99,7 +96,7 @@ class Demand(Strict):
     cpus: Annotated[float, Field(ge=0.0)] = 1.0
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     memory_gib: Annotated[float, Field(ge=0.0)] = 0.0
-    labels: dict[str, str] = {}  # Ray's label selector: {"ray.io/accelerator-type": "in(A100,H100)"}
+    labels: dict[str, str] = Field(default={})  # Ray's label selector: {"ray.io/accelerator-type": "in(A100,H100)"}
 
 
 class Needs(Demand):
@@ -117,6 +114,7 @@ class Scratch(Strict):
     layers: Count = 4
     heads: Count = 4
     kv_heads: Count = 4
+    tie_embeddings: bool = True
     initializer_range: float = 0.02
 
 
@@ -151,7 +149,7 @@ class BranchSettings(Strict):
     training: TrainingSettings
     general_fraction: Fraction = 0.1  # of each branch's tokens (the paper's)
     needs: Needs = Needs()
-    overrides: dict[Name, BranchOverride] = {}  # by domain
+    overrides: dict[Name, BranchOverride] = Field(default={})  # by domain
     max_attempts: Count = 4
 
     def needs_of(self, domain: str) -> Needs:
@@ -170,7 +168,7 @@ class AverageSettings(Strict):
     """How the parameters that all experts share come from the models."""
 
     how: Literal["mean", "ties"] = "mean"  # ties: TIES-merging of the branches' changes to the seed
-    weights: dict[Name, Annotated[float, Field(ge=0.0)]] = {}  # of models in the mean; those not named weigh 1
+    weights: Blend = Field(default={})  # of models in the mean; those not named weigh 1
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2  # ties: the share of each branch's changes that is kept
     scale: Annotated[float, Field(gt=0.0)] = 1.0  # ties: factor on the merged changes
 
@@ -247,7 +245,7 @@ class MixtureSettings(Strict):
         return self.router.needs_text or (self.method == "split" and self.split.construction in ("inner", "inter"))
 
 
-class MixSettings(Strict):
+class MixSettings(Mixing):
     """Training of the mixtures: the same for each, so that they can be compared."""
 
     training: TrainingSettings
@@ -255,7 +253,7 @@ class MixSettings(Strict):
     workers: Count | None = None  # processes in all; None: expert_parallel
     at_once: Count | None = None  # mixtures trained together; None: as many as fit
     blend: Blend | None = None  # None: all domains alike (the paper's 25 % each)
-    losses: Losses = Losses()
+    dynamic_blend: DynamicBlend | None = None  # that follows held-out losses; None: the blend stays as it is
     needs: Needs = Needs()  # of each process
     max_failures: Annotated[int, Field(ge=0)] = 3
 
@@ -286,11 +284,20 @@ class ServeSettings(Strict):
     needs: Demand = Demand()
 
 
+class RoutingSettings(Strict):
+    """How mixtures' routers are watched; the bounds are multiples of an even share of the load, and ours."""
+
+    every: Count = 10  # steps, whose mean is shown
+    dead_below: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    overloaded_above: Annotated[float, Field(gt=1.0)] = 3.0
+
+
 class MetricsSettings(Strict):
     """Where curves of training go, besides the run's table and Ray's Prometheus endpoint."""
 
     tensorboard: bool = True  # event files under <kind>/<id>/tensorboard/ of the store
     wandb_project: str | None = None  # needs the package wandb, and its key in the environment
+    routing: RoutingSettings = RoutingSettings()
 
 
 class UpcycleSettings(Strict):
@@ -342,6 +349,12 @@ class Recipe(Strict):
             unknown = sorted(set(names) - known)
             if unknown:
                 raise ValueError(f"{where} names {unknown}, which is none of data.domains {sorted(known)}")
+        blended = {domain for domain in known if self.mix.blend is None or self.mix.blend.get(domain)}
+        dynamic = self.mix.dynamic_blend
+        if dynamic is not None and dynamic.reference is not None and set(dynamic.reference) != blended:
+            raise ValueError(
+                f"mix.dynamic_blend.reference names {sorted(dynamic.reference)}, but the blend is of {sorted(blended)}"
+            )
         if self.serve.mixture is not None and self.serve.mixture not in self.upcycle.mixtures:
             raise ValueError(
                 f"serve.mixture is {self.serve.mixture!r}, none of upcycle.mixtures {sorted(self.upcycle.mixtures)}"

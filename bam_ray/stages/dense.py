@@ -54,6 +54,7 @@ def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
         num_hidden_layers=scratch.layers,
         num_attention_heads=scratch.heads,
         num_key_value_heads=scratch.kv_heads,
+        tie_word_embeddings=scratch.tie_embeddings,
         initializer_range=scratch.initializer_range,
         logit_scale=1.0,
         max_position_embeddings=8192,

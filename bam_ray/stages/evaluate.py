@@ -33,6 +33,7 @@ from bam_ray.model.parameters import count_parameters
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import CURVE
+from bam_ray.training.documents import keep_apart
 from bam_ray.training.flops import forward_flops_per_token
 
 MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
@@ -121,6 +122,8 @@ class Evaluator:
             folder = Artifact(self._store, kind, task.id).fetch()
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
+            if not self.corpus.attend_across_documents:
+                keep_apart(model, self.corpus.end_of_text_id)
             progress = Progress(step=step, total_steps=total_steps, note=label(kind, task.name))
             domains, routings = self._on_all_domains(model, progress)
             result = describe(task, kind, lineage, model, domains, routings)

@@ -7,11 +7,13 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore
@@ -19,23 +21,38 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Compute, Manifest
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import BlendedSampler, Corpus
-from bam_ray.errors import Interrupted
-from bam_ray.settings import Blend, MetricsSettings, TrainingSettings
+from bam_ray.errors import Interrupted, SettingsError
+from bam_ray.settings import Blend, DynamicBlend, MetricsSettings, TrainingSettings
 from bam_ray.stages.lineage import Place
+from bam_ray.training.blending import FollowingSampler
 from bam_ray.training.checkpoints import Checkpoints, Retention, patient
+from bam_ray.training.documents import keep_apart
 from bam_ray.training.engine import Engine
 from bam_ray.training.events import Events
 from bam_ray.training.flops import peak_flops, training_flops
 from bam_ray.training.loop import Point, Training
 from bam_ray.training.memory import GIB
 from bam_ray.training.metrics import Metrics
+from bam_ray.training.objective import as_mixture
+from bam_ray.training.watching import RoutingReport, RoutingWatch
 
 CURVE = "curve.json"
 NOTES = {  # what a person who looks at the run's table should know
     "refused": "passed over a damaged checkpoint: {error}",
     "micro_batch": "out of memory: micro batch {before} halved to {sequences}",
+    "skipped": "left out a batch at step {step}: {error}",
+    "experts": "experts without work: {dead}; with too much: {overloaded}",
     "rolled_back": "went back from step {step} to {to}: {error}",
 }
+
+
+@dataclass(frozen=True)
+class Following:
+    """How a blend follows held-out losses. `reference(domain, rows)`: what a domain's mean NLL on rows [S, L] should
+    be, in nats."""
+
+    settings: DynamicBlend
+    reference: Callable[[str, np.ndarray], float]
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,7 @@ class Job:
     blend: Blend
     training: TrainingSettings
     metrics: MetricsSettings
+    following: Following | None = None
     carried: tuple[Path, ...] = ()  # further files for the artifact's folder
 
 
@@ -61,10 +79,13 @@ def train_to_artifact(
 
     Raises `Interrupted` after a checkpoint where the context says stop.
     """
+    corpus = Corpus(job.corpus_folder)
+    if not corpus.attend_across_documents:
+        keep_apart(model, corpus.end_of_text_id)
     engine = make_engine(model)
     lease = Lease.take(store, place.artifact.prefix) if engine.rank == 0 else None
     events = Events(store, place.artifact.prefix, lease.number if lease else None)
-    attempt = _Attempt(place, store, job, engine, lease, events, context)
+    attempt = _Attempt(place, store, job, corpus, engine, lease, events, context)
     try:
         manifest = attempt.make()
     except Interrupted:
@@ -80,6 +101,12 @@ def train_to_artifact(
         events.close()
 
 
+def in_words(experts: Sequence[str], most: int = 4) -> str:
+    """Some of them, and how many more there are."""
+    more = f" and {len(experts) - most} more" if len(experts) > most else ""
+    return ", ".join(experts[:most]) + more if experts else "none"
+
+
 class _Attempt:
     """One attempt: the training loop, with those who listen to it, and the artifact at its end."""
 
@@ -88,6 +115,7 @@ class _Attempt:
         place: Place,
         store: BlobStore,
         job: Job,
+        corpus: Corpus,
         engine: Engine,
         lease: Lease | None,
         events: Events,
@@ -98,7 +126,7 @@ class _Attempt:
         self._started = time.monotonic()
         self._note = ""
         self._point: Point | None = None
-        self._corpus = Corpus(job.corpus_folder)
+        self._corpus = corpus
         settings = job.training
         retention = Retention(settings.keep_last, settings.keep_every)
         task = place.task
@@ -107,18 +135,48 @@ class _Attempt:
         # mixtures
         order = zlib.crc32(f"{task.kind}/{settings.seed}".encode())
         self._sampler = BlendedSampler(self._corpus, job.blend, order)
+        following = self._following(job.following) if job.following else None
         self._training = Training(
             engine,
-            self._sampler,
+            following or self._sampler,
             self._corpus.sequence_length,
             settings,
             self._checkpoints,
             self._report,
             self._tell,
             context.should_stop,
+            following.follow if following else lambda step: None,
         )
         self._store = store
         self._metrics: Metrics | None = None
+        self._watch: RoutingWatch | None = None
+        mixture = as_mixture(engine.model)
+        if lease is not None and mixture is not None and mixture.config.mixture_layers:
+            self._watch = RoutingWatch(mixture, job.metrics.routing)
+        self._routing: RoutingReport | None = None
+
+    def _following(self, following: Following) -> FollowingSampler:
+        """The sampler whose blend follows losses, on this rank's share of held-out rows."""
+        ranks, sequences = self._engine.world_size, following.settings.sequences
+        rows: dict[str, np.ndarray] = {}
+        for domain in self._sampler.weights:
+            found = self._corpus.held_out(domain)
+            count = min(len(found), sequences) // ranks * ranks
+            if not count:
+                raise SettingsError(
+                    f"mix.dynamic_blend looks at {min(len(found), sequences)} held-out sequences of {domain}, fewer "
+                    f"than the {ranks} processes: raise its sequences or data.held_out_fraction"
+                )
+            spread = found[np.arange(count) * len(found) // count]
+            rows[domain] = spread[self._engine.rank :: ranks].astype(np.int64)
+        return FollowingSampler(
+            self._sampler,
+            following.settings,
+            {domain: torch.from_numpy(mine) for domain, mine in rows.items()},
+            lambda domain: following.reference(domain, rows[domain]),
+            self._engine,
+            self._tell,
+        )
 
     @property
     def step(self) -> int:
@@ -145,10 +203,25 @@ class _Attempt:
 
     def _report(self, point: Point) -> None:
         """A step is done."""
-        if self._metrics is not None:
-            self._metrics.write(point.step, self._scalars(point))
         self._point = point
+        scalars = self._scalars(point) | self._watched(point.step)
+        if self._metrics is not None:
+            self._metrics.write(point.step, scalars)
         self._say()
+
+    def _watched(self, step: int) -> dict[str, float]:
+        """What a mixture's routers did, from time to time."""
+        load = self._engine.last_load
+        if self._watch is None or load is None:
+            return {}
+        self._watch.add(load)
+        if step % self._job.metrics.routing.every:
+            return {}
+        before, self._routing = self._routing, self._watch.report()
+        dead, overloaded = self._routing.dead, self._routing.overloaded
+        if (dead, overloaded) != ((before.dead, before.overloaded) if before else ((), ())):
+            self._tell("experts", step=step, dead=in_words(dead), overloaded=in_words(overloaded))
+        return self._routing.scalars
 
     def _say(self) -> None:
         """Report how far it is."""
@@ -160,6 +233,8 @@ class _Attempt:
                 tokens_per_second=self._point.tokens_per_second if self._point else None,
                 checkpoint_step=self._checkpoints.committed_step,
                 note=self._note,
+                load_imbalance=self._routing.imbalance if self._routing else None,
+                dead_experts=len(self._routing.dead) if self._routing else None,
             )
         )
 
@@ -170,6 +245,10 @@ class _Attempt:
             self._metrics.flush()
         if what == "rolled_back" and self._metrics is not None:
             self._metrics.go_back(facts["to"])
+        if what == "blend" and self._metrics is not None:
+            named = (("blend", facts["weights"]), ("held_out", facts["held_out"]))
+            scalars = {f"{name}/{domain}": value for name, by in named for domain, value in by.items()}
+            self._metrics.write(facts["step"], scalars)
         if what in NOTES:
             self._note = NOTES[what].format(**facts)
             self._say()
@@ -186,6 +265,7 @@ class _Attempt:
         }
         if point.load_balance or point.router_z:
             scalars |= {"loss/load_balance": point.load_balance, "loss/router_z": point.router_z}
+        scalars |= {f"time/{what}": seconds for what, seconds in self._training.times.items()}
         peak = peak_flops(engine.device_name)
         if peak is not None:
             flops = point.tokens_per_second * self._flops(1)

@@ -4,6 +4,7 @@ The loop decides what to train on and how fast; an engine does one step of it ex
 on one device; `on_deepspeed` has the expert-parallel one. Both give the same numbers.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bam_ray.errors import LossNotFinite
-from bam_ray.settings import Losses, TrainingSettings
+from bam_ray.errors import LossNotFinite, LossSpiked, TrainingError
+from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.fitting import largest_that_fits, ran_out, too_small
+from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import Memory, memory_of
-from bam_ray.training.objective import Objective, objective
+from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
 from bam_ray.training.state import ADAM_STATES, State, read_optimizer, read_weights, snapshot
 
 Precision = Literal["fp32", "bf16"]
@@ -32,6 +34,24 @@ class StepResult:
     grad_norm: float
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the loss and the norm of its gradient must not be above."""
+
+    nll: float = math.inf
+    grad_norm: float = math.inf
+
+    def check(self, nll: float, grad_norm: float = 0.0) -> None:
+        """Raise `LossSpiked` where one is."""
+        if nll > self.nll:
+            raise LossSpiked(f"the loss ({nll:.4g}) is above {self.nll:.4g}")
+        if grad_norm > self.grad_norm:
+            raise LossSpiked(f"the gradient's norm ({grad_norm:.4g}) is above {self.grad_norm:.4g}")
+
+
+NO_LIMITS = Limits()
+
+
 class Engine(Protocol):
     """One model and its optimizer."""
 
@@ -41,21 +61,32 @@ class Engine(Protocol):
     micro_batch: int | None  # sequences that go through the model at once; None: not known before the first step
     memory: Memory
     model: PreTrainedModel
+    last_load: Load | None  # of the global batch of the last step; None for dense models
+    last_exchange: float | None  # seconds of the last step that tokens were on their way; None: all experts are here
 
     @property
     def device_name(self) -> str:
         """What it computes on, for people."""
         ...
 
-    def step(self, input_ids: Tensor, lr: float) -> StepResult:
+    def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         """Forward, backward in micro batches, clip, update; on this rank's share [B, L] int64 of the global batch.
 
-        Raises `LossNotFinite` where the loss or the gradient is not finite; nothing is updated then.
+        Raises `LossNotFinite` where the loss or the gradient is not finite, `LossSpiked` where one is above `limits`;
+        nothing is updated then.
         """
+        ...
+
+    def evaluate(self, input_ids: Tensor) -> float:
+        """The mean NLL of all ranks' rows, in nats a token; this one's are [B, L] int64, as many as every rank's."""
         ...
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; the same answer on all, when all have asked."""
+        ...
+
+    def mean(self, value: float) -> float:
+        """The mean over ranks; the same on all, when all have given theirs."""
         ...
 
     def state(self) -> State | None:
@@ -79,11 +110,6 @@ def name_of(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases, stacked ones included."""
-    return parameter.ndim > 1 and "norm" not in name and not name.endswith("bias")
-
-
 class TorchEngine:
     """One process, one device, fp32 AdamW; bf16 by autocast where the settings or the device say so.
 
@@ -97,25 +123,26 @@ class TorchEngine:
         self,
         model: PreTrainedModel,
         settings: TrainingSettings,
-        losses: Losses | None = None,
+        mixing: Mixing | None = None,
         device: str = "cpu",
         memory_gib: float = 0.0,
     ) -> None:
         self.model = model.to(device).train()
         self.settings = settings
-        self.losses = losses or Losses()
+        self.mixing = mixing or Mixing()
         self.device = device
         self.precision = precision_on(device, settings.precision)
         self.memory = memory_of(device, memory_gib)
         self._host = memory_of("cpu", memory_gib)
         self.micro_batch = None if settings.micro_batch_sequences == "auto" else settings.micro_batch_sequences
-        self.top_k: int | None = getattr(model.config, "num_experts_per_tok", None)
-        self.parameters = dict(model.named_parameters())  # tied weights once
-        groups = [
-            {"params": [p for n, p in self.parameters.items() if decayed(n, p)], "weight_decay": settings.weight_decay},
-            {"params": [p for n, p in self.parameters.items() if not decayed(n, p)], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, eps=1e-8, fused=True)
+        self.mixture = as_mixture(model)
+        self.last_load: Load | None = None
+        self.last_exchange: float | None = None
+        freeze(model, self.mixing)
+        self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            groups(model, settings.weight_decay), lr=settings.peak_lr, betas=settings.betas, eps=1e-8, fused=True
+        )
         # Adam's states from the start: memory is then measured with them, and an update can never run out of it
         self._set_states({}, 0)
 
@@ -123,21 +150,27 @@ class TorchEngine:
     def device_name(self) -> str:
         return name_of(self.device)
 
-    def step(self, input_ids: Tensor, lr: float) -> StepResult:
+    def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         sums = self._accumulate(input_ids.to(self.device))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
-        nll, load_balance, router_z = sums.tolist()
-        if not torch.isfinite(norm + sums[0]):
+        nll, load_balance, router_z = sums[:3].tolist()
+        try:
+            if not torch.isfinite(norm + sums[0]):
+                raise LossNotFinite(f"the loss ({nll:.4g}) or its gradient ({norm:.4g}) is not finite")
+            limits.check(nll, float(norm))
+        except TrainingError:
             self.optimizer.zero_grad(set_to_none=True)
-            raise LossNotFinite(f"the loss ({nll:.4g}) or its gradient ({norm:.4g}) is not finite")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            raise
+        set_rates(self.optimizer.param_groups, lr, self.mixing, self._done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._updates += 1
+        self.last_load = load_of(sums, self.mixture)
+        balance(self.mixture, self.last_load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, float(norm))
 
     def _accumulate(self, input_ids: Tensor) -> Tensor:
-        """Gradients of the mean over `input_ids`, and its three losses [3], in micro batches that fit memory.
+        """Gradients of the mean over `input_ids`, and its `Objective.parts`, in micro batches that fit memory.
 
         One that does not is halved, and the whole share begun again: nothing of it was used yet. Random numbers are
         taken up again too, so a model with dropout sees those of an undisturbed step of that micro batch.
@@ -145,7 +178,7 @@ class TorchEngine:
         random = _random_state(self.device)
         if self.micro_batch is None:
             self.micro_batch = self._fit(input_ids)
-        sums = torch.zeros(3, device=self.device)
+        sums = torch.zeros(parts_of(self.mixture), device=self.device)
 
         def work(micro_batch: int) -> None:
             _set_random_state(self.device, random)
@@ -175,10 +208,21 @@ class TorchEngine:
 
     def _forward(self, micro: Tensor) -> Objective:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return objective(self.model, micro, self.losses, self.top_k)
+            return objective(self.model, micro, self.mixing.losses.at(self._done), self.mixture)
+
+    @property
+    def _done(self) -> float:
+        """The fraction of all steps that is done."""
+        return self._updates / self.settings.steps
+
+    def evaluate(self, input_ids: Tensor) -> float:
+        return held_out_nll(self.model, self._forward, input_ids.to(self.device), self.micro_batch)
 
     def any_rank(self, flag: bool) -> bool:
         return flag
+
+    def mean(self, value: float) -> float:
+        return value
 
     def state(self) -> State:
         states = {
@@ -186,7 +230,7 @@ class TorchEngine:
             for name, parameter in self.parameters.items()
             for kind in ADAM_STATES
         }
-        step = max(int(state["step"]) for state in self.optimizer.state.values())
+        step = self._updates
         return snapshot(self.model, self.model.state_dict(), states if step else {}, step, self._host.room())
 
     def load(self, folder: Path) -> None:
@@ -194,7 +238,8 @@ class TorchEngine:
         self._set_states(*read_optimizer(folder))
 
     def _set_states(self, states: dict[str, Tensor], step: int) -> None:
-        """Adam's, those not given being zero."""
+        """Adam's after `step` updates, those not given being zero."""
+        self._updates = step
         for name, parameter in self.parameters.items():
             given = {kind: states.get(f"{name}.{kind}") for kind in ADAM_STATES}
             self.optimizer.state[parameter] = {

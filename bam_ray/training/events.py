@@ -6,9 +6,12 @@
     resumed      step                                 it goes on from there; 0: the start
     computing    step, device, precision, micro_batch from this step on
     micro_batch  step, sequences, before              halved, because memory ran out
+    blend        step, weights, held_out, reference   of a dynamic blend, by domain
+    experts      step, dead, overloaded               of a mixture, where these are others than before
     checkpoint   step                                 committed
     refused      checkpoint, error                    damaged, and passed over
-    rolled_back  step, to, error                      the loss was not finite
+    rolled_back  step, to, error                      the loss was not finite, or spiked
+    skipped      step, error                          the loss spiked, and its batch was left out
     stopped      step                                 as it was asked to
     finished     step
     failed       step, error

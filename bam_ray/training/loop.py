@@ -5,9 +5,11 @@ its share of rows, and random numbers are seeded by step, so a run that was stop
 losses of one that was not.
 
 A loss that is not finite may be the hardware's fault: the loop goes back to the last checkpoint once, and gives up
-where it comes again. Spikes are left alone.
+where it comes again. A spike is the data's, so it would come again: going back, the loop goes on with the data after
+it. What is a spike follows from the curve so far, which checkpoints hold.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bam_ray.errors import CheckpointError, Interrupted, LossNotFinite, SettingsError
+from bam_ray.errors import CheckpointError, Interrupted, LossNotFinite, LossSpiked, SettingsError, TrainingError
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, Tell
-from bam_ray.training.engine import Engine
+from bam_ray.training.engine import NO_LIMITS, Engine, Limits
 from bam_ray.training.schedule import learning_rate
+
+MOST_SPIKES = 10  # met one after the other, before training is given up
 
 
 class Sampler(Protocol):
@@ -76,7 +80,9 @@ class Training:
         report: Callable[[Point], None],
         tell: Tell,
         should_stop: Callable[[], bool],
+        after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
+        """`after_step` is called on all ranks between a step and its checkpoint, but for the last step."""
         self._sequences = settings.batch_tokens // sequence_length
         if self._sequences == 0 or self._sequences % engine.world_size:
             raise SettingsError(
@@ -89,10 +95,14 @@ class Training:
         self._engine, self._sampler, self._settings = engine, sampler, settings
         self._tokens = self._sequences * sequence_length
         self._checkpoints, self._report, self._tell, self._should_stop = checkpoints, report, tell, should_stop
+        self._after_step = after_step
         self.step = 0
         self.curve: list[Point] = []
         self.legs: list[Leg] = []
         self.refused: list[str] = []  # damaged checkpoints of all attempts so far
+        self.times: dict[str, float] = {}  # seconds of the last step, by what they went into
+        self._checkpointing = 0.0  # seconds since the last step
+        self._spikes, self._spiked = 0, 0  # met one after the other; the last one's step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, where there is one; else write one, to have something to go back to."""
@@ -101,7 +111,7 @@ class Training:
 
     def run(self) -> list[Point]:
         """Train to the last step and return the curve. Where `should_stop` says so, write a checkpoint and raise
-        `Interrupted`; raises `LossNotFinite` where the loss is that twice."""
+        `Interrupted`; raises `LossNotFinite` where the loss is that twice, `LossSpiked` as the settings say."""
         settings, checkpoints = self._settings, self._checkpoints
         bad: tuple[int, LossNotFinite] | None = None
         while self.step < settings.steps:
@@ -117,8 +127,15 @@ class Training:
                 bad = (self.step + 1, error)
                 self._go_back(error)
                 continue
+            except LossSpiked as error:
+                self._meet(error)
+                continue
             if bad is not None and self.step > bad[0]:
                 bad = None
+            if self.step >= self._spiked:
+                self._spikes = 0
+            if self.step < settings.steps:
+                self._after_step(self.step)
             stop = self._engine.any_rank(self._should_stop())
             if self.step < settings.steps and (stop or self.step % settings.checkpoint_every == 0):
                 self._checkpoint()
@@ -136,10 +153,16 @@ class Training:
         engine, settings = self._engine, self._settings
         torch.manual_seed((settings.seed << 32) + (self.step << 8) + engine.rank)  # dropout, should there be any
         batch = torch.from_numpy(self._sampler.take(self._sequences)[self._mine])
+        taken = time.perf_counter()
         lr = learning_rate(settings, self.step)
-        result = engine.step(batch, lr)
+        result = engine.step(batch, lr, self._limits())
         self.step += 1
-        speed = self._tokens / (time.perf_counter() - started)
+        done = time.perf_counter()
+        self.times = {"data": taken - started, "compute": done - taken, "checkpoint": self._checkpointing}
+        if engine.last_exchange is not None:
+            self.times |= {"all_to_all": engine.last_exchange, "compute": done - taken - engine.last_exchange}
+        self._checkpointing = 0.0
+        speed = self._tokens / (done - started)
         self.curve.append(
             Point(self.step, result.nll, result.load_balance, result.router_z, result.grad_norm, lr, round(speed, 1))
         )
@@ -159,7 +182,34 @@ class Training:
         else:
             self._tell("computing", **asdict(leg))
 
-    def _go_back(self, error: LossNotFinite) -> None:
+    def _limits(self) -> Limits:
+        """Above which the next step is a spike."""
+        spike = self._settings.spike
+        if self._settings.on_spike == "ignore" or len(self.curve) < spike.window:
+            return NO_LIMITS
+        last = self.curve[-spike.window :]
+        return Limits(
+            nll=spike.loss * statistics.median(point.nll for point in last),
+            grad_norm=spike.grad_norm * statistics.median(point.grad_norm for point in last),
+        )
+
+    def _meet(self, spike: LossSpiked) -> None:
+        """Do what the settings say about a spike at the next step."""
+        self._spiked = max(self._spiked, self.step + 1)
+        self._spikes += 1
+        if self._settings.on_spike == "stop" or self._spikes > MOST_SPIKES:
+            raise LossSpiked(
+                f"step {self.step + 1}: {spike} ({self._spikes} in a row): lower peak_lr, look at the data, or set "
+                "on_spike and spike to bear it"
+            ) from None
+        if self._settings.on_spike == "skip":
+            self._tell("skipped", step=self.step + 1, error=str(spike))
+            return
+        after = self._sampler.state_dict()
+        self._go_back(spike)
+        self._sampler.load_state_dict(after)
+
+    def _go_back(self, error: TrainingError) -> None:
         """To the newest checkpoint, all ranks to the same."""
         came_from = self.step + 1
         self._checkpoints.wait()
@@ -183,6 +233,7 @@ class Training:
         return True
 
     def _checkpoint(self) -> None:
+        started = time.perf_counter()
         state = self._engine.state()
         if state is not None:
             trainer = {
@@ -193,3 +244,4 @@ class Training:
                 "refused": list(self.refused),
             }
             self._checkpoints.save(state, trainer)
+        self._checkpointing += time.perf_counter() - started

@@ -6,35 +6,99 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from bam_ray.model import routing_losses
+from bam_ray.model import BamForCausalLM, routing_losses
 from bam_ray.settings import Losses
+
+
+@dataclass(frozen=True)
+class Load:
+    """How the tokens of a batch met the FFN experts of M layers that have any."""
+
+    share: Tensor  # [M, N], of all choices
+    entropy: Tensor  # [M], of a token's router probabilities, in nats
 
 
 @dataclass
 class Objective:
-    """NLL plus the weighted auxiliary losses of one micro batch; tensors, NLL and auxiliaries detached."""
+    """NLL plus the weighted auxiliary losses of one micro batch."""
 
     total: Tensor
-    parts: Tensor  # [3]: nll, load balance, router z
+    parts: Tensor  # [3], detached: nll, load balance, router z; of mixtures [3 + M·(N + 1)]: then the `Load`'s numbers
 
 
 def objective(
     model: torch.nn.Module,
     input_ids: Tensor,
     losses: Losses,
-    top_k: int | None,
+    mixture: BamForCausalLM | None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Objective:
-    """The training loss of `input_ids` [B, L]: next-token NLL, and for mixtures (`top_k` given) the routers' losses.
+    """The training loss of `input_ids` [B, L]: next-token NLL, and for mixtures the routers' losses.
 
-    `reduce` averages routing statistics over data-parallel ranks (`model.routing_losses`).
+    `model` is what is called: `mixture` itself, or an engine around it; of dense models `mixture` is None. `reduce`
+    averages routing statistics over data-parallel ranks (`model.routing_losses`).
     """
-    out = model(input_ids=input_ids, use_cache=False, **({} if top_k is None else {"output_router_logits": True}))
+    routed = mixture is not None and mixture.config.mixture_layers
+    out = model(input_ids=input_ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
     nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
-    if top_k is None or not out.router_logits:
+    if mixture is None or not routed:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, torch.stack((nll.detach(), zero, zero)))
-    routing = routing_losses(out.router_logits, top_k, reduce)
-    total = nll + losses.load_balance * routing.load_balance + losses.router_z * routing.router_z
-    return Objective(total, torch.stack((nll, routing.load_balance, routing.router_z)).detach())
+    routing = routing_losses(
+        out.router_logits, mixture.config.num_experts_per_tok, reduce, bias=mixture.selection_biases()
+    )
+    coefficient = losses.load_balance
+    assert isinstance(coefficient, float), "a ramp: use Losses.at"
+    total = nll + coefficient * routing.load_balance + losses.router_z * routing.router_z
+    parts = torch.stack((nll, routing.load_balance, routing.router_z)).detach()
+    return Objective(total, torch.cat((parts, routing.share.flatten(), routing.entropy)))
+
+
+def parts_of(mixture: BamForCausalLM | None) -> int:
+    """How many numbers `Objective.parts` has."""
+    if mixture is None:
+        return 3
+    numbers: int = 3 + len(mixture.config.mixture_layers) * (mixture.config.num_experts + 1)
+    return numbers
+
+
+def load_of(parts: Tensor, mixture: BamForCausalLM | None) -> Load | None:
+    """The load in (a mean of) `Objective.parts`."""
+    if mixture is None or not mixture.config.mixture_layers:
+        return None
+    layers = len(mixture.config.mixture_layers)
+    share, entropy = parts[3:].split((layers * mixture.config.num_experts, layers))
+    return Load(share.view(layers, -1), entropy)
+
+
+@torch.no_grad()
+def held_out_nll(
+    model: PreTrainedModel, forward: Callable[[Tensor], Objective], input_ids: Tensor, micro_batch: int | None
+) -> float:
+    """The mean NLL of `input_ids` [B, L], no noise and no dropout in it; `forward` calls `model`."""
+    model.eval()
+    try:
+        micros = input_ids.split(micro_batch or 1)
+        sums = [forward(micro).parts[0] * len(micro) for micro in micros]
+    finally:
+        model.train()
+    return float(torch.stack(sums).sum() / len(input_ids))
+
+
+def as_mixture(model: PreTrainedModel) -> BamForCausalLM | None:
+    """`model` where it is a mixture."""
+    return model if isinstance(model, BamForCausalLM) else None
+
+
+@torch.no_grad()
+def balance(mixture: BamForCausalLM | None, load: Load | None, rate: float) -> None:
+    """Move every selection bias by `rate`: up where an expert's share of the last batch's choices is too small, down
+    where it is too large. Nothing for a rate of 0 or a model without experts."""
+    if mixture is None or load is None or not rate:
+        return
+    lack = 1.0 / mixture.config.num_experts - load.share
+    towards = torch.where(lack.abs() < 1e-6, 0.0, lack.sign() * rate)  # what rounding makes of none depends on ranks
+    for layer, step in zip(mixture.config.mixture_layers, towards, strict=True):
+        mixture.model.layers[layer].mlp.gate.selection_bias += step

@@ -52,6 +52,7 @@ def check_fits(config: BamConfig) -> None:
     for wrong, what in (
         (config.attention_experts != "averaged", f"attention experts ({config.attention_experts})"),
         (bool(config.shared_expert_intermediate_size), "a shared expert"),
+        (config.selection_bias, "selection biases"),
         (bool(config.dense_layers), f"dense layers {config.dense_layers}"),
         (not config.norm_topk_prob and not whole, "gates that are not renormalised (norm_topk_prob false)"),
         (seed_config(config)["model_type"] not in ("llama", "mistral"), f"a {seed_config(config)['model_type']} block"),
@@ -99,6 +100,8 @@ def _outputs(spec: TensorSpec, config: BamConfig, sources: dict[str, TensorReade
     moe = f"{layer}.block_sparse_moe"
     if kind == "gate.weight":
         return [Output(TensorSpec(f"{moe}.gate.weight", spec.dtype, spec.shape), Take(MIXTURE, spec.name))]
+    if kind == "gate.noise_weight":  # of training alone
+        return []
     rows = spec.shape[1]
     parts: dict[str, tuple[int, int]]
     parts = {"w1": (0, rows // 2), "w3": (rows // 2, rows)} if kind == "experts.gate_up_proj" else {"w2": (0, rows)}

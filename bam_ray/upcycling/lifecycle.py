@@ -166,7 +166,7 @@ class _Changed:
         ]
 
     def _made(self, spec: TensorSpec) -> Expression:
-        if spec.name.endswith(".gate.weight"):
+        if ".gate." in spec.name:
             return self._slots(spec, self._router_row(spec))
         if ".experts." in spec.name and spec.shape[0] == self.config.num_experts:
             return self._slots(spec, self._branch(spec.name, stacked=True) if self.branch else None)
@@ -179,7 +179,8 @@ class _Changed:
     def _router_row(self, spec: TensorSpec) -> Expression:
         if self.change.row is not None:
             return Take(MIXTURE, spec.name, ((self.change.row, self.change.row + 1),))
-        return Draw((1, spec.shape[1]), self.config.initializer_range, f"{self.seed}/{spec.name}/{self.branch}")
+        std = self.config.initializer_range if spec.name.endswith(".weight") else 0.0  # noise and bias begin at zero
+        return Draw((1, *spec.shape[1:]), std, f"{self.seed}/{spec.name}/{self.branch}")
 
     def _branch(self, name: str, stacked: bool) -> Expression:
         """The branch's part of a tensor, [1, ...] where that is stacked."""

@@ -111,7 +111,7 @@ def mixture_config(
             "attention_experts": method.attention_experts,
             "num_attention_experts_per_tok": settings.num_attention_experts_per_tok,
             "dense_layers": sorted(set(settings.dense_layers)) or None,
-            "router_aux_loss_coef": losses.load_balance,
+            "router_aux_loss_coef": losses.at(1.0).load_balance,
             "router_z_loss_coef": losses.router_z,
             "expert_names": [expert.name for expert in experts],
             "seed_config": seed.config,

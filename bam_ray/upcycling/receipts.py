@@ -88,7 +88,9 @@ def _files(reader: TensorReader) -> Receipt:
 def _tensors(reader: TensorReader, config: BamConfig) -> Receipt:
     with torch.device("meta"):
         model = BamForCausalLM(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    saved = model.state_dict()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    expected = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *buffers)}  # tied ones once
     found = {name: spec.shape for name, spec in reader.specs.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -214,6 +216,7 @@ def _mixture(
     model = model_of(changed, weights)
     for name, module in model.named_modules():
         if only is not None and name.endswith(".gate"):
+            module.selection_bias = None
             module.register_forward_hook(lambda _, __, logits: _one_hot_logits(logits, only))
     return model
 
@@ -239,7 +242,7 @@ def _is_stacked(name: str) -> bool:
 
 
 def _is_router(name: str) -> bool:
-    return name.endswith(".gate.weight")
+    return ".gate." in name
 
 
 def _first_for_all(stacked: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import FiniteFloat
 from rich.table import Table
 
-from bam_ray.settings.recipe import Strict
+from bam_ray.settings import Strict
 
 Initialisation = Literal["random", "means", "ridge"]
 RouterKind = Literal["attention", "ffn"]

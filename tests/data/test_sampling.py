@@ -23,7 +23,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         (folder / domain).mkdir()
         rows = np.stack([np.full(size, number), np.arange(size)], axis=1).astype("<u2")
         rows.tofile(folder / domain / "train.bin")
-    facts = {"sequence_length": 2, "vocab_size": 300, "end_of_text_id": 0, "dtype": "<u2", "domains": dict(SIZES)}
+    facts = {
+        "sequence_length": 2,
+        "vocab_size": 300,
+        "end_of_text_id": 0,
+        "dtype": "<u2",
+        "attend_across_documents": True,
+    }
+    facts |= {"domains": dict(SIZES)}
     (folder / "corpus.json").write_text(json.dumps(facts))
     return Corpus(folder)
 
@@ -49,6 +56,20 @@ def test_resume_is_exact(corpus: Corpus, before: int, after: int, seed: int) -> 
     resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
     assert np.array_equal(resumed.take(after), unbroken.take(after))
     assert resumed.state_dict() == unbroken.state_dict()
+
+
+def test_other_weights_hold_from_there_on_and_are_resumed(corpus: Corpus) -> None:
+    sampler, plain = BlendedSampler(corpus, BLEND, 0), BlendedSampler(corpus, BLEND, 0)
+    assert np.array_equal(sampler.take(50), plain.take(50))
+    weights = {"law": 7.0, "code": 2.0, "general": 1.0}
+    sampler.reweigh(weights)
+    assert sampler.weights == pytest.approx({"code": 0.2, "general": 0.1, "law": 0.7})
+    resumed = BlendedSampler(corpus, BLEND, 0)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    before = sampler.drawn
+    assert np.array_equal(sampler.take(2000), resumed.take(2000))
+    drawn = {domain: (count - before[domain]) / 2000 for domain, count in sampler.drawn.items()}
+    assert drawn == pytest.approx(sampler.weights, abs=0.04)
 
 
 def test_every_row_comes_once_an_epoch_in_a_new_order(corpus: Corpus) -> None:
@@ -77,7 +98,7 @@ def test_seeds_differ_and_the_order_of_names_does_not_matter(corpus: Corpus) -> 
 
 def test_far_positions_are_reached_without_replay(corpus: Corpus) -> None:
     sampler = BlendedSampler(corpus, {"general": 1.0}, 0)
-    sampler.load_state_dict({"position": 10**12, "drawn": {"general": 10**12}})
+    sampler.load_state_dict({"position": 10**12, "drawn": {"general": 10**12}, "weights": {"general": 1.0}})
     assert sampler.take(3).shape == (3, 2)
     assert sampler.drawn == {"general": 10**12 + 3}
 

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.errors import TrainingError
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed import deepspeed_engine
-from bam_ray.settings import Losses, TrainingSettings
+from bam_ray.settings import Losses, Mixing, Ramp, TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, Retention
-from bam_ray.training.engine import Engine
+from bam_ray.training.documents import keep_apart
+from bam_ray.training.engine import Engine, Limits
 from bam_ray.training.loop import Training
 
 SHARE, LENGTH, VOCABULARY = 4, 12, 64  # sequences of a rank a step, tokens of a sequence
 STEPS, LR = 3, 5e-5
-LOSSES = Losses(load_balance=0.05, router_z=0.01)
+END_OF_TEXT = 7  # one token in 64: some ranks have sequences that it parts, when others have none
+LOSSES = Mixing(losses=Losses(load_balance=0.05, router_z=0.01))
 DENSE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -46,6 +48,8 @@ class Case:
     dense: bool = False
     idle: bool = False  # no token ever chooses the upper half of the experts: with EP 2, rank 1 has nothing to do
     precision: str = "fp32"
+    mixing: Mixing = LOSSES
+    apart: bool = False  # documents within a sequence do not see each other
 
     def model(self) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -54,6 +58,8 @@ class Case:
                 CohereConfig(**DENSE, logit_scale=1.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
             )
         model = BamForCausalLM(BamConfig(**{**DENSE, "num_experts": 4, **self.config}))
+        if self.apart:
+            keep_apart(model, END_OF_TEXT)
         if self.idle:  # logits v·u, -v·u, 0, 0: one of the first two is always the highest
             for layer in model.model.layers:
                 weight = layer.mlp.gate.weight.data
@@ -99,9 +105,32 @@ TWO = {
             "mlp_gated": False,
         },
     ),
+    "frozen experts": Case(2, mixing=Mixing(losses=LOSSES.losses, train="routers_and_shared")),
+    "warm-up, own rate, ramp, biases": Case(
+        2,
+        micro=3,
+        config={"selection_bias": True, **RENORMALISED},
+        mixing=Mixing(
+            losses=Losses(load_balance=Ramp(start=0.5, end=0.05), bias_rate=0.02),
+            router_warmup_fraction=0.5,  # the first step: what follows is after the last that settings know of
+            expert_lr_factor=0.5,
+        ),
+    ),
+    "documents apart": Case(2, micro=1, config={"sliding_window": 5, "nope_layers": [0]}, apart=True),
+    "kv_shared, documents apart": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}, apart=True),
     "idle rank": Case(2, idle=True),
     "dense": Case(2, micro=3, dense=True),
 }
+NOISY = Case(
+    2,
+    config={"noisy_gate": True, **RENORMALISED, "num_experts_per_tok": 1},
+    mixing=Mixing(losses=Losses(load_balance=0.5), gate="noisy"),
+)
+FROZEN = replace(
+    NOISY,
+    config={**NOISY.config, "selection_bias": True},
+    mixing=Mixing(losses=Losses(bias_rate=0.02), gate="noisy", train="routers_and_shared"),
+)
 BF16 = Case(2, precision="bf16")
 FOUR = {
     "kv_experts on 1": Case(1),
@@ -122,9 +151,11 @@ def shares(world_size: int, step: int) -> Tensor:
 
 
 def train(engine: Engine, first: int, steps: int) -> list[dict[str, float]]:
-    return [
-        asdict(engine.step(shares(engine.world_size, step)[engine.rank], LR)) for step in range(first, first + steps)
-    ]
+    results = []
+    for step in range(first, first + steps):
+        torch.manual_seed(step * engine.world_size + engine.rank)  # as the loop does, for noisy gates
+        results.append(asdict(engine.step(shares(engine.world_size, step)[engine.rank], LR)))
+    return results
 
 
 def save(engine: Engine, folder: Path) -> None:
@@ -140,7 +171,7 @@ def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
     """Train every case, save it to folder / its name -> its step results."""
     results: dict[str, Any] = {}
     for name, case in cases.items():
-        engine = deepspeed_engine(case.model(), case.settings(case.micro), LOSSES, case.expert_parallel)
+        engine = deepspeed_engine(case.model(), case.settings(case.micro), case.mixing, case.expert_parallel)
         results[name] = train(engine, 0, STEPS)
         save(engine, folder / name)
     return results
@@ -148,8 +179,10 @@ def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
 
 def on_two(folder: Path) -> dict[str, Any]:
     """Everything that two ranks are needed for."""
-    results = all_cases(TWO | {"bf16": BF16}, folder)
+    noisy = {f"noisy on {size}": replace(NOISY, expert_parallel=size) for size in (1, 2)}
+    results = all_cases(TWO | {"bf16": BF16} | noisy, folder)
     results["resumed"] = unbroken_and_resumed(folder)
+    results["resumed, partly frozen"] = partly_frozen_and_resumed(folder)
     results["refused"] = refusals(folder)
     results["spoiled"] = unbroken_and_spoiled(folder)
     results["dispatched"] = dispatched()
@@ -180,7 +213,25 @@ def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
     engine.load(folder / "half")
     resumed = train(engine, STEPS, STEPS)
     save(engine, folder / "whole, resumed")
-    return {"unbroken": unbroken, "resumed": resumed}
+    held_out = engine.evaluate(shares(2, 99)[engine.rank])
+    found = {"held out": held_out, "mean": engine.mean(float(engine.rank)), "exchange": engine.last_exchange}
+    return {"unbroken": unbroken, "resumed": resumed, **found}
+
+
+def partly_frozen_and_resumed(folder: Path) -> dict[str, Any]:
+    """As `unbroken_and_resumed`, with what is trained, and what is no parameter, by the settings of mixtures."""
+
+    def engine() -> Engine:
+        return deepspeed_engine(FROZEN.model(), FROZEN.settings(SHARE), FROZEN.mixing, 2)
+
+    first = engine()
+    train(first, 0, STEPS)
+    save(first, folder / "half, frozen")
+    unbroken = train(first, STEPS, STEPS)
+    save(first, folder / "whole, frozen")
+    again = engine()
+    again.load(folder / "half, frozen")
+    return {"unbroken": unbroken, "resumed": train(again, STEPS, STEPS)}
 
 
 class Shares:
@@ -208,7 +259,7 @@ def unbroken_and_spoiled(folder: Path) -> list[list[float]]:
         settings = RESUMED.settings(SHARE).model_copy(
             update={"tokens": tokens, "batch_tokens": tokens // 6, "checkpoint_every": 2}
         )
-        engine = deepspeed_engine(RESUMED.model(), settings, LOSSES, 2)
+        engine = deepspeed_engine(RESUMED.model(), settings, RESUMED.mixing, 2)
         calls = itertools.count(1)
 
         def spoil(module: Any, inputs: Any, out: Any, calls: Any = calls, spoiled: int | None = spoiled) -> None:
@@ -263,6 +314,12 @@ def refusals(folder: Path) -> dict[str, str]:
         if hook is not None:
             hook.remove()
         save(engine, folder / f"after a {case}")
+    for name, limits in (("spike", Limits(grad_norm=1e-3)), ("high loss", Limits(nll=1e-3))):
+        try:
+            engine.step(batch, LR, limits)
+        except TrainingError as error:
+            messages[name] = str(error)
+        save(engine, folder / f"after a {name}")
     engine.step(batch, LR)  # goes on
     save(engine, folder / "after all")
     try:

@@ -1,5 +1,6 @@
 """Expert-parallel training on 2 and 4 gloo processes is training on one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def in_order_of_micro_batches(batch: torch.Tensor, micro: int) -> torch.Tensor:
 
 def alone(case: Case, world_size: int, folder: Path) -> list[dict[str, float]]:
     """The same training by `TorchEngine`, saved to `folder`."""
-    engine = TorchEngine(case.model(), case.settings(case.micro * world_size), LOSSES)
+    engine = TorchEngine(case.model(), case.settings(case.micro * world_size), case.mixing)
     batches = [in_order_of_micro_batches(shares(world_size, step), case.micro) for step in range(STEPS)]
     results = [vars(engine.step(batch, LR)) for batch in batches]
     engine.state().write(folder)
@@ -104,6 +105,14 @@ def test_four_ranks_equal_one(name: str, four: list[dict[str, Any]], folder: Pat
     assert_same_training(folder / name, tmp_path)
 
 
+def test_noisy_gates_wherever_the_experts_are(two: list[dict[str, Any]], folder: Path) -> None:
+    """Each rank draws noise of its own for its tokens, so one process alone has other noise."""
+    for rank in two:
+        for step, wanted in zip(rank["noisy on 2"], rank["noisy on 1"], strict=True):
+            assert step == pytest.approx(wanted, rel=1e-5)
+    assert_same_training(folder / "noisy on 2", folder / "noisy on 1")
+
+
 def test_bf16_is_close_and_kept_in_fp32(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     assert_equals_one_process(BF16, [rank["bf16"] for rank in two], alone(BF16, 2, tmp_path), 1e-2)
     assert two[0]["bf16"] != two[0]["kv_experts"]
@@ -114,6 +123,15 @@ def test_resuming_at_the_same_size_is_exact(two: list[dict[str, Any]], folder: P
     for rank in two:
         assert rank["resumed"]["resumed"] == rank["resumed"]["unbroken"]
     torch.testing.assert_close(state(folder / "whole, resumed"), state(folder / "whole"), rtol=0, atol=0)
+
+
+def test_resuming_is_exact_where_not_all_is_trained(two: list[dict[str, Any]], folder: Path) -> None:
+    for rank in two:
+        assert rank["resumed, partly frozen"]["resumed"] == rank["resumed, partly frozen"]["unbroken"]
+    before, after = state(folder / "half, frozen"), state(folder / "whole, frozen")
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) == (".experts." in name), name
+        assert not (".experts." in name and "exp_avg" in name), name
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -135,6 +153,12 @@ def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_pa
         assert vars(engine.step(shares(2, step).view(-1, LENGTH), LR)) == pytest.approx(wanted, rel=1e-5)
     engine.state().write(tmp_path)
     assert_same_training(tmp_path, folder / "whole")
+    held_out = engine.evaluate(shares(2, 99).view(-1, LENGTH))
+    for rank in two:
+        assert rank["resumed"]["held out"] == pytest.approx(held_out, rel=1e-5)
+        assert rank["resumed"]["mean"] == 0.5
+        assert rank["resumed"]["exchange"] > 0
+    assert engine.last_exchange is None
 
 
 def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
@@ -143,10 +167,12 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
     assert f"({SHARE}, {LENGTH}), ({SHARE - 1}, {LENGTH})" in first["uneven"]
     assert "the loss (nan) is not finite" in first["loss"]
     assert "the gradient (inf)" in first["gradient"]
+    assert re.fullmatch(r"the gradient's norm \(.*\) is above 0.001", first["spike"])
+    assert re.fullmatch(r"the loss \(.*\) is above 0.001", first["high loss"])
     assert "divides the 4 experts and the 2 processes" in first["group"]
     assert first["any"] == "[True, False]"
     before = state(folder / "before")
-    for case in ("after a loss", "after a gradient"):
+    for case in ("after a loss", "after a gradient", "after a spike", "after a high loss"):
         torch.testing.assert_close(state(folder / case), before, rtol=0, atol=0)
     engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
     engine.step(shares(2, 0).view(-1, LENGTH), LR)

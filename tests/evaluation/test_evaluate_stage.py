@@ -59,7 +59,13 @@ def make_recipe(store: Path, batch_sequences: int = 4) -> Recipe:
 
 def write_corpus(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    facts = {"sequence_length": LENGTH, "vocab_size": 96, "end_of_text_id": 1, "dtype": "<u2"}
+    facts = {
+        "sequence_length": LENGTH,
+        "vocab_size": 96,
+        "end_of_text_id": 1,
+        "dtype": "<u2",
+        "attend_across_documents": True,
+    }
     (folder / "corpus.json").write_text(
         json.dumps({**facts, "domains": {name: {"held_out_tokens": 30 * LENGTH, "leak": 0.0} for name in DOMAINS}})
     )

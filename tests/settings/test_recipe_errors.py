@@ -69,6 +69,13 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             "branch: branch.overrides names ['law'], which is none of branch.d",
         ),
         ("mix.blend", {"law": 1.0}, "mix.blend names ['law'], which is none of data.domains"),
+        (
+            "mix.dynamic_blend",
+            {"reference": {"code": 1.0}},
+            "mix.dynamic_blend.reference names ['code'], but the blend is of ['code', 'general']",
+        ),
+        ("mix.train", "experts", "mix.train: Input should be 'all', 'routers_and_shared' or 'routers'"),
+        ("mix.losses.load_balance", {"start": 1.0}, "mix.losses.load_balance"),
         ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which is none of data.domains"),
         ("serve.mixture", "btx", "serve.mixture is 'btx', none of upcycle.mixtures ['bam']"),
         ("mix.expert_parallel", 3, "does not divide the 2 experts of mixture"),

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_story import TRAINING, Context, make, recipe
+from test_story import TRAINING, Context, make, one_process, recipe
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.control.graph import task_graph
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_stage
+from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
 
 
@@ -29,8 +29,8 @@ def seed_prefix(run: Recipe) -> str:
     return f"seeds/{task_graph(run)[1].id}"
 
 
-def events(store: BlobStore, run: Recipe, attempt: int) -> list[dict[str, Any]]:
-    lines = store.get(f"{seed_prefix(run)}/events/{attempt:04d}.jsonl").decode().splitlines()
+def events(store: BlobStore, prefix: str, attempt: int) -> list[dict[str, Any]]:
+    lines = store.get(f"{prefix}/events/{attempt:04d}.jsonl").decode().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -38,10 +38,10 @@ def names(log: list[dict[str, Any]]) -> list[str]:
     return [event["event"] for event in log]
 
 
-def curves(store: BlobStore, run: Recipe, folder: Path) -> dict[str, list[tuple[int, float]]]:
+def curves(store: BlobStore, prefix: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The curves that TensorBoard would show."""
     folder.mkdir()
-    for key in store.list(f"{seed_prefix(run)}/tensorboard/"):
+    for key in store.list(f"{prefix}/tensorboard/"):
         store.get_file(key, folder / key.rpartition("/")[2])
     found = EventAccumulator(str(folder))
     found.Reload()
@@ -65,7 +65,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     context = Context()
     manifest = run_stage("seeds", "seed", run, store, context)
 
-    first = events(store, run, 1)
+    first = events(store, seed_prefix(run), 1)
     assert [name for name in names(first) if name != "checkpoint"] == ["started", "resumed", "computing", "stopped"]
     assert [event["step"] for event in first if event["event"] == "checkpoint"] == [0, 4, 6]
     assert (first[-1]["step"], first[0]["attempt"]) == (6, 1)
@@ -75,7 +75,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(event["time"].endswith("+00:00") for event in first)
 
-    second = events(store, run, 2)
+    second = events(store, seed_prefix(run), 2)
     assert names(second) == ["started", "refused", "resumed", "checkpoint", "finished"]
     assert second[1]["checkpoint"] == "0001-00000006"
     assert (second[2]["step"], second[-1]["step"]) == (4, 10)
@@ -103,7 +103,7 @@ def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, mon
     context = Context()
     with pytest.raises(LossNotFinite, match="not at step 6 either"):
         run_stage("seeds", "seed", run, store, context)
-    log = events(store, run, 1)
+    log = events(store, seed_prefix(run), 1)
     halved = next(event for event in log if event["event"] == "micro_batch")
     assert (halved["step"], halved["before"], halved["sequences"]) == (3, 4, 2)
     assert names(log)[-2:] == ["rolled_back", "failed"]
@@ -118,12 +118,39 @@ def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
     for key in list(store.list(f"{seed_prefix(run)}/steps/0001-00000006/")):
         store.delete(key)  # as if it had been killed: goes on from step 4, having shown 5 and 6
     run_stage("seeds", "seed", run, store, Context())
-    found = curves(store, run, tmp_path / "board")
-    assert set(found) == {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
+    found = curves(store, seed_prefix(run), tmp_path / "board")
+    times = {f"time/{what}" for what in ("data", "compute", "checkpoint")}
+    plain = {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
+    assert set(found) == plain | times
+    # A checkpoint's time stands with the step that follows it; step 5 follows none of the attempt that shows it
+    assert [step for step, seconds in found["time/checkpoint"] if seconds] == [1, 9]
     for points in found.values():
         assert [step for step, _ in points] == list(range(1, 11))
     curve = json.loads(store.get(f"{seed_prefix(run)}/curve.json"))
     assert [value for _, value in found["loss/nll"]] == pytest.approx([point["nll"] for point in curve])
+
+
+def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
+    run = recipe(tmp_path, metrics={"routing": {"every": 5, "dead_below": 0.999}})
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    context = Context()
+    manifest = train_mixture("bam", run, store, context, one_process)
+    assert manifest is not None
+    found = curves(store, f"mixtures/{manifest.id}", tmp_path / "board")
+    below = "routing/layer_0/"
+    for name in ("load_seed", "load_code", "entropy", "imbalance", "drift", "attention_drift"):
+        assert [step for step, _ in found[below + name]] == [5, 10], name
+    seed, code = found[below + "load_seed"][1][1], found[below + "load_code"][1][1]
+    assert seed + code == pytest.approx(1.0)
+    assert found["load_imbalance"][1][1] == pytest.approx(2 * max(seed, code))
+    assert 0 < found[below + "drift"][0][1] < found[below + "drift"][1][1]
+    last = context.heard[-1]
+    assert (last.load_imbalance, last.dead_experts) == (pytest.approx(2 * max(seed, code)), 1)
+    lighter = "code" if code < seed else "seed"
+    told = [event for event in events(store, f"mixtures/{manifest.id}", 1) if event["event"] == "experts"]
+    assert (told[-1]["dead"], told[-1]["overloaded"]) == (f"layer 0 {lighter}", "none")
+    assert last.note == f"experts without work: layer 0 {lighter}; with too much: none"
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:

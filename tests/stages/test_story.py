@@ -1,6 +1,7 @@
 """The story in one process, without a cluster: every stage makes its artifact from those before it."""
 
 import json
+import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.control.graph import task_graph
+from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.tasks import Progress
+from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
-from bam_ray.settings import Losses, Recipe, TrainingSettings
+from bam_ray.evaluation.perplexity import perplexity
+from bam_ray.settings import Mixing, Recipe, TrainingSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
 
@@ -64,9 +67,9 @@ def recipe(folder: Path, **changes: object) -> Recipe:
     return Recipe.model_validate({**plain, **changes})
 
 
-def one_process(model: PreTrainedModel, settings: TrainingSettings, losses: Losses, size: int) -> TorchEngine:
+def one_process(model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, size: int) -> TorchEngine:
     """An engine factory for the mixture: all experts here."""
-    return TorchEngine(model, settings, losses)
+    return TorchEngine(model, settings, mixing)
 
 
 def make(run: Recipe, store: BlobStore, kinds: tuple[str, ...]) -> None:
@@ -131,6 +134,44 @@ def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         assert context.heard[0].step == (1 if stop_at is None else 7)
         weights.append((Artifact(store, "branches", manifest.id).fetch() / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_a_blend_follows_held_out_losses_and_resumes_exactly(tmp_path: Path) -> None:
+    mix = {"training": TRAINING, "dynamic_blend": {"every": 3, "sequences": 8}}
+    run = recipe(tmp_path, mix=mix)
+    curves = []
+    for number, stop_at in enumerate((None, 7)):
+        store = open_store(str(tmp_path / f"store-{number}"))
+        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        if stop_at is not None:
+            with pytest.raises(Interrupted, match="step 7 of 10"):
+                train_mixture("bam", run, store, Context(stop_at), one_process)
+        manifest = train_mixture("bam", run, store, Context(), one_process)
+        assert manifest is not None
+        curves.append([point["nll"] for point in manifest_curve(store, manifest.id)])
+        if stop_at is None:
+            log = store.get(f"mixtures/{manifest.id}/events/0001.jsonl").decode().splitlines()
+            moves = [event for event in map(json.loads, log) if event["event"] == "blend"]
+            assert [move["step"] for move in moves] == [3, 6, 9]
+            weights = {"code": 0.5, "general": 0.5}
+            for move in moves:
+                behind = {each: max(0.0, move["held_out"][each] - move["reference"][each]) for each in weights}
+                grown = {each: weight * math.exp(behind[each]) for each, weight in weights.items()}
+                weights = {each: weight / sum(grown.values()) for each, weight in grown.items()}
+                assert move["weights"] == pytest.approx(weights)
+            assert weights["code"] != pytest.approx(0.5, abs=1e-3)
+            branch = Artifact(store, "branches", find_task(task_graph(run), "branches", "code").id).fetch()
+            corpus = Corpus(Artifact(store, "corpora", task_graph(run)[0].id).fetch())
+            rows = corpus.held_out("code")
+            rows = rows[[number * len(rows) // 8 for number in range(8)]]
+            nll = perplexity(AutoModelForCausalLM.from_pretrained(branch), rows, 4).nll
+            assert moves[0]["reference"]["code"] == pytest.approx(nll)
+    assert curves[0] == curves[1]
+
+
+def manifest_curve(store: BlobStore, id: str) -> list[dict[str, float]]:
+    points: list[dict[str, float]] = json.loads(store.get(f"mixtures/{id}/curve.json"))
+    return points
 
 
 def test_a_stage_without_its_parents_says_which(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.model import BamConfig
-from bam_ray.settings import TrainingSettings
+from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, Retention, Tell
 from bam_ray.training.engine import TorchEngine
 from bam_ray.training.loop import Point, Training
@@ -40,9 +40,9 @@ class Counting:
         self.position = state["position"]
 
 
-def engine(config: Any = DENSE, settings: TrainingSettings = SETTINGS) -> TorchEngine:
+def engine(config: Any = DENSE, settings: TrainingSettings = SETTINGS, mixing: Mixing | None = None) -> TorchEngine:
     torch.manual_seed(0)
-    return TorchEngine(AutoModelForCausalLM.from_config(config), settings)
+    return TorchEngine(AutoModelForCausalLM.from_config(config), settings, mixing)
 
 
 def run(
@@ -52,12 +52,13 @@ def run(
     config: Any = DENSE,
     model: PreTrainedModel | None = None,
     tell: Tell = lambda what, **facts: None,
+    mixing: Mixing | None = None,
 ) -> list[float]:
     """One attempt; the losses of the whole curve."""
     lease = Lease.take(store, "branches/x")
     points: list[Point] = []
     training = Training(
-        engine(config, settings) if model is None else TorchEngine(model, settings),
+        engine(config, settings, mixing) if model is None else TorchEngine(model, settings),
         Counting(),
         LENGTH,
         settings,

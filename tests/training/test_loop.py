@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.control.policies import is_final
-from bam_ray.errors import Interrupted, LossNotFinite, SettingsError
-from bam_ray.settings import TrainingSettings
+from bam_ray.errors import Interrupted, LossNotFinite, LossSpiked, SettingsError
+from bam_ray.settings import Spike, TrainingSettings
 from bam_ray.training.engine import TorchEngine
 from bam_ray.training.schedule import learning_rate
 
@@ -66,15 +66,15 @@ def test_losses_do_not_depend_on_the_memory_of_the_nodes(monkeypatch: pytest.Mon
     assert legs == [(1, 4), (4, 1), (8, 2)]
 
 
-def nan_at(steps: set[int]) -> PreTrainedModel:
-    """A model whose loss is NaN at the given calls of `forward`, counted from 1."""
+def nan_at(steps: set[int], factor: float = float("nan")) -> PreTrainedModel:
+    """A model whose loss is NaN, or high, at the given calls of `forward`, counted from 1."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(DENSE)
     calls = itertools.count(1)
 
     def spoil(module: object, inputs: object, out: Any) -> Any:
         if next(calls) in steps:
-            out.logits = out.logits * float("nan")
+            out.logits = out.logits * factor
         return out
 
     model.register_forward_hook(spoil)
@@ -113,6 +113,78 @@ def test_a_loss_that_stays_not_finite_ends_the_run_for_good() -> None:
 def test_two_losses_far_apart_are_two_rollbacks() -> None:
     unbroken = run(MemoryStore(), settings=FIXED, model=nan_at(set()))
     assert run(MemoryStore(), settings=FIXED, model=nan_at({7, 14})) == unbroken
+
+
+SPIKE = 100.0  # on the logits
+FEW = Spike(window=4, loss=3.0, grad_norm=1000.0)
+
+
+def with_spikes(on_spike: str, spike: Spike = FEW) -> TrainingSettings:
+    return FIXED.model_copy(update={"on_spike": on_spike, "spike": spike})
+
+
+def spiky(on_spike: str, calls: set[int], store: MemoryStore | None = None, **named: Any) -> tuple[list[float], Any]:
+    """The losses of a run with spikes at the given calls, and what it told."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    losses = run(
+        store or MemoryStore(),
+        settings=with_spikes(on_spike, named.pop("spike", FEW)),
+        model=nan_at(calls, SPIKE),
+        tell=lambda what, **facts: told.append((what, facts)),
+        **named,
+    )
+    return losses, [(facts["step"], facts.get("to")) for what, facts in told if what in ("skipped", "rolled_back")]
+
+
+def test_a_spike_is_left_alone_by_default() -> None:
+    losses, told = spiky("ignore", {7})
+    assert losses[6] > 3 * losses[5]
+    assert not told
+
+
+def test_a_spike_is_skipped_with_its_batch() -> None:
+    unbroken = run(MemoryStore(), settings=FIXED)
+    losses, told = spiky("skip", {7})
+    assert told == [(7, None)]
+    assert losses[:6] == unbroken[:6]
+    assert max(losses) < 3 * unbroken[0]
+    assert losses[6] != unbroken[6], "the batch after it takes its place"
+
+
+def test_a_high_gradient_is_a_spike_too() -> None:
+    losses, told = spiky("skip", {7}, spike=Spike(window=4, loss=1000.0, grad_norm=3.0))
+    assert told == [(7, None)]
+    assert max(losses) < 3 * losses[0]
+
+
+def test_going_back_from_a_spike_leaves_its_data_out() -> None:
+    losses, told = spiky("roll_back", {7})
+    assert told == [(7, 4)]
+    unbroken = run(MemoryStore(), settings=FIXED)
+    assert losses[:4] == unbroken[:4]
+    assert losses[4] != unbroken[4], "the batches of steps 5 to 7 are left out"
+    assert max(losses) < 3 * unbroken[0]
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "roll_back"])
+def test_a_run_that_met_a_spike_resumes_exactly(on_spike: str) -> None:
+    unbroken, _ = spiky(on_spike, {7})
+    store = MemoryStore()
+    with pytest.raises(Interrupted):
+        spiky(on_spike, {7}, store, should_stop=lambda step: step == 8)
+    assert run(store, settings=with_spikes(on_spike), model=nan_at(set())) == unbroken
+
+
+def test_a_spike_stops_the_run_where_it_should() -> None:
+    with pytest.raises(LossSpiked, match=r"^step 7: the loss \(.*\) is above .*: lower peak_lr") as error:
+        spiky("stop", {7})
+    assert is_final(error.value)
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "roll_back"])
+def test_spikes_without_end_end_the_run(on_spike: str) -> None:
+    with pytest.raises(LossSpiked, match=r"\(11 in a row\)"):
+        spiky(on_spike, set(range(5, 1000)))
 
 
 def test_a_batch_that_is_no_whole_sequence_is_refused() -> None:

@@ -1,0 +1,157 @@
+"""What a mixture learns by: losses counted once, biases that balance, and only what is to be trained moves."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from running import BAM, LENGTH, SETTINGS, engine, run
+
+from bam_ray.blobs.memory import MemoryStore
+from bam_ray.errors import Interrupted
+from bam_ray.model import BamConfig
+from bam_ray.settings import Losses, Mixing, Ramp
+from bam_ray.training.engine import TorchEngine
+from bam_ray.training.groups import kinds
+
+IDS = tiny.tokens(4, LENGTH)
+KV_SHARED = BamConfig(**{**tiny.SIZES, "attention_experts": "kv_shared", "num_experts_per_tok": 2})
+BALANCED = BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2, "noisy_gate": True, "selection_bias": True})
+
+
+def after(trainer: TorchEngine, steps: int = 1, lr: float = 1e-2) -> dict[str, torch.Tensor]:
+    for _ in range(steps):
+        trainer.step(IDS, lr)
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def moved(before: dict[str, torch.Tensor], trainer: TorchEngine) -> set[str]:
+    """The kinds of parameters that changed at all; asserts that all of a kind do, or none."""
+    changed: dict[str, set[bool]] = {}
+    for name, parameter, kind in kinds(trainer.model):
+        changed.setdefault(kind, set()).add(not torch.equal(parameter.detach(), before[name]))
+    assert all(len(each) == 1 for each in changed.values()), changed
+    return {kind for kind, each in changed.items() if each == {True}}
+
+
+def test_recomputation_counts_the_routers_losses_once() -> None:
+    found = []
+    for recomputed in (False, True):
+        trainer = engine(BAM, mixing=Mixing(losses=Losses(load_balance=1.0, router_z=0.5)))
+        if recomputed:
+            trainer.model.activation_checkpointing_enable()
+        result = trainer.step(IDS, 1e-3)
+        found.append((vars(result), {k: v["exp_avg"] for k, v in trainer.optimizer.state.items()}.values()))
+    (plain, gradients), (again, others) = found
+    assert again == pytest.approx(plain, rel=1e-6)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_ramp() -> None:
+    ramp = Ramp(start=0.1, end=0.0, steps_fraction=0.5)
+    assert [ramp.at(done) for done in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.1, 0.05, 0.0, 0.0])
+    assert Losses(load_balance=ramp).at(0.25).load_balance == pytest.approx(0.05)
+
+
+def test_the_coefficient_of_a_step_is_the_ramps_and_stays_so_on_resume() -> None:
+    falling = Mixing(losses=Losses(load_balance=Ramp(start=1.0, end=0.0), router_z=0.0))
+    constant = Mixing(losses=Losses(load_balance=0.5, router_z=0.0))
+    trainer, other = engine(BAM, mixing=falling), engine(BAM, mixing=constant)
+    for each in (trainer, other):  # as when a checkpoint of step 6 of 12 is loaded
+        each._set_states({}, 6)
+    one, two = after(trainer), after(other)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_biases_move_towards_balance_by_their_rate() -> None:
+    trainer = engine(BALANCED, mixing=Mixing(losses=Losses(bias_rate=0.01)))
+    trainer.step(IDS, 0.0)
+    load = trainer.last_load
+    assert load is not None
+    torch.testing.assert_close(load.share.sum(-1), torch.ones(2))
+    bias = trainer.model.selection_biases()
+    assert bias is not None
+    torch.testing.assert_close(bias, torch.where(load.share < 0.25, 0.01, torch.where(load.share > 0.25, -0.01, 0.0)))
+    torch.manual_seed(0)
+    imbalance = []
+    for _ in range(60):
+        trainer.step(IDS, 0.0)
+        imbalance.append(trainer.last_load.share.max().item())
+    assert sum(imbalance[-10:]) < sum(imbalance[:10])
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        Mixing(losses=Losses(bias_rate=0.01, load_balance=Ramp(start=0.1, end=0.01)), gate="noisy"),
+        Mixing(train="routers_and_shared", router_warmup_fraction=0.4),
+        Mixing(router_warmup_fraction=0.4, expert_lr_factor=0.1),
+    ],
+    ids=["noise, biases, ramp", "frozen experts", "warm-up"],
+)
+def test_stopped_and_resumed_is_bitwise_the_unbroken_run(mixing: Mixing) -> None:
+    config = BALANCED if mixing.gate == "noisy" else BAM
+    unbroken = run(MemoryStore(), config=config, mixing=mixing)
+    store = MemoryStore()
+    with pytest.raises(Interrupted):
+        run(store, lambda step: step == 6, config=config, mixing=mixing)
+    assert run(store, config=config, mixing=mixing) == unbroken
+
+
+@pytest.mark.parametrize("config", [BAM, KV_SHARED], ids=["kv_experts", "kv_shared"])
+@pytest.mark.parametrize(
+    ("train", "kinds_trained"),
+    [("all", {"expert", "router", "shared"}), ("routers_and_shared", {"router", "shared"}), ("routers", {"router"})],
+)
+def test_only_what_is_trained_moves_and_has_states(config: BamConfig, train: Any, kinds_trained: set[str]) -> None:
+    trainer = engine(config, mixing=Mixing(train=train))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    passed: list[str] = []
+    for name, parameter, kind in kinds(trainer.model):
+        if kind in kinds_trained:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: passed.append(name))
+        else:
+            assert not parameter.requires_grad
+    trainer.step(IDS, 1e-2)
+    assert moved(before, trainer) == kinds_trained
+    names = {name for name, _, kind in kinds(trainer.model) if kind in kinds_trained}
+    assert set(passed) == names
+    state = trainer.state()
+    assert {name.rpartition(".exp_avg")[0] for name in state.optimizer} == names
+
+
+def test_keys_and_values_that_all_experts_share_are_no_experts() -> None:
+    found = {name.partition("self_attn.")[2]: kind for name, _, kind in kinds(engine(KV_SHARED).model)}
+    assert found["experts.q_proj"] == found["experts.o_proj"] == "expert"
+    assert found["experts.k_proj"] == found["experts.v_proj"] == "shared"
+
+
+def test_all_but_the_routers_wait_out_their_warm_up() -> None:
+    trainer = engine(BAM, mixing=Mixing(router_warmup_fraction=0.25))  # of 12 steps
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    after(trainer, 3)
+    assert moved(before, trainer) == {"router"}
+    after(trainer)
+    assert moved(before, trainer) == {"router", "shared", "expert"}
+
+
+def test_experts_have_a_rate_of_their_own() -> None:
+    before = {name: tensor.clone() for name, tensor in engine(BAM).model.state_dict().items()}
+    no_decay = SETTINGS.model_copy(update={"weight_decay": 0.0})
+    plain, slowed = (after(engine(BAM, no_decay, Mixing(expert_lr_factor=factor))) for factor in (1.0, 0.1))
+    for name, _, kind in kinds(engine(BAM).model):
+        whole, part = plain[name] - before[name], slowed[name] - before[name]
+        torch.testing.assert_close(part, whole * (0.1 if kind == "expert" else 1.0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train": "routers", "router_warmup_fraction": 0.1}, "router_warmup_fraction comes before"),
+        ({"train": "routers_and_shared", "expert_lr_factor": 0.5}, "expert_lr_factor is of experts"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Mixing(**settings)
