@@ -35,10 +35,12 @@ class Snapshot:
         return self._taken[key]
 
     def fitting(self, needs: Needs) -> list[NodeFacts]:
-        """The nodes that could hold a worker if they were idle."""
+        """The nodes that could hold a worker if they were idle, and will stay."""
         wanted = resources_of(needs)
         return [
-            node for node in self.nodes.values() if selects(needs.labels, node.labels) and fits(wanted, node.resources)
+            node
+            for node in self.nodes.values()
+            if not node.leaving and selects(needs.labels, node.labels) and fits(wanted, node.resources)
         ]
 
     def free(self, needs: Needs, nodes: Collection[NodeFacts]) -> dict[str, int]:

@@ -393,6 +393,35 @@ def test_what_was_meant_for_a_node_that_is_gone_or_deaf_is_placed_again() -> Non
     assert scene.script.names.count("c") == 3, "it was not taken for too long: placed again"
 
 
+def test_a_node_that_will_be_taken_away_is_left_in_time_and_given_nothing() -> None:
+    scene = Nodes(trained("a"), trained("b"), replace(trained("c", 80), needs=Needs(labels={"kind": "fast"})))
+    scene.measure()
+    assert scene.script.there is not None
+    fast, slow = scene.script.there
+    scene.script.there = [replace(fast, leaving=True), slow]
+    scene.step()
+    assert scene.script.drained == ["a"]
+    scene.script.there = [replace(fast, leaving=True, free={"CPU": 1.0}), slow]
+    scene.step(a=Stopped(Node("fast", "fast"), Progress(40, 100, checkpoint_step=40)))
+    assert scene.kinds() == {"a": Waiting, "b": Running, "c": Waiting}, "c may yet be met, but not there"
+    assert (scene.controller.history("a").ended[0].cause, scene.controller.history("a").failures) == ("moved", 0)
+    scene.script.there = [node("new"), slow]
+    scene.step()
+    assert scene.script.meant_for["a"] == "new"
+    assert scene.script.drained == ["a"]
+
+
+def test_work_without_checkpoints_stays_where_a_node_is_leaving() -> None:
+    scene = Nodes(make("a", steps=0))
+    scene.step()
+    scene.step(a=Alive(Node("fast", "fast"), None))
+    scene.script.there = [replace(node("fast"), leaving=True), node("slow")]
+    scene.step()
+    assert scene.script.drained == []
+    scene.finish("a")
+    assert scene.controller.outcome() == "finished"
+
+
 def test_a_fallback_is_taken_and_said() -> None:
     needs = Needs(gpus=1, fallback=(Demand(cpus=1),))
     scene = Nodes(replace(trained("a"), needs=needs), replace(trained("b"), needs=Needs(gpus=1)))
