@@ -176,6 +176,26 @@ def test_an_attempt_that_got_further_is_not_counted() -> None:
     assert scene.kinds() == {"a": Failed}
 
 
+def test_a_store_that_was_away_is_no_fault_of_task_or_node_but_not_waited_for_without_end() -> None:
+    scene = Scene(make("a", attempts=2))
+    away = Broke("no S3 server answers", HERE, store_fault=True)
+    for count in range(1, policies.MOST_OUTAGES):
+        scene.step()
+        scene.step(a=away)
+        assert scene.controller.history("a").outages == count
+        scene.now += policies.LONGEST_DELAY
+    assert scene.script.placed[-1] == ("a", frozenset()), "no node is avoided for it"
+    scene.step()
+    scene.step(a=Broke("boom", HERE))
+    assert (scene.controller.history("a").outages, scene.controller.history("a").failures) == (0, 1)
+    for _ in range(policies.MOST_OUTAGES):
+        assert scene.kinds() == {"a": Retrying}
+        scene.now += policies.LONGEST_DELAY
+        scene.step()
+        scene.step(a=away)
+    assert scene.kinds() == {"a": Failed}
+
+
 def test_one_failure_stops_only_what_is_made_from_it() -> None:
     scene = Scene(make("a"), make("b"), make("of_a", "a"), make("of_of_a", "of_a", "b"), make("of_b", "b"))
     scene.step()
