@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOGS := .bam/logs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-up cluster-down cluster-status demo test test-fast check ceph clean
+.PHONY: help setup cluster-up cluster-down cluster-status demo test test-fast soak check ceph clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: setup ## all tests, those with Ray clusters and servers too
 
 test-fast: setup ## the tests that need no server and no cluster
 	@$(BIN)/pytest -n auto -m 'not slow' --ignore=tests/cluster --ignore=tests/distributed --ignore=tests/end_to_end
+
+soak: setup ## faults at random over a local cluster for ten minutes (BAM_SOAK_SECONDS, BAM_SOAK_SEED)
+	@PYTHONPATH=tests $(BIN)/python -m faults.soak
 
 check: setup ## format, lint, types, directions of imports
 	@$(BIN)/ruff format --check .

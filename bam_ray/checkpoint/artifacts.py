@@ -11,12 +11,13 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Kind, Manifest
-from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch
+from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch, StoreError
 
 
 class Artifact:
@@ -40,16 +41,25 @@ class Artifact:
         except BlobNotFound:
             return None
 
-    def publish(self, folder: Path, manifest: Manifest) -> Manifest:
+    def publish(self, folder: Path, manifest: Manifest, check: Callable[[], None] = lambda: None) -> Manifest:
         """Upload every file of `folder`, then commit `manifest` with their digests.
 
         Where the artifact was committed meanwhile (another attempt won), theirs is returned and ours is dropped:
         the same identity means the same content.
+
+        `check` raises where this attempt may not write any more. It is asked before each file and before the manifest:
+        one that was cut off in the middle of an upload must not go on with it over what another has made since.
         """
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         entries = {name: file_entry(folder / name) for name in names}
+
+        def put(name: str) -> None:
+            check()
+            self.store.put_file(f"{self.prefix}/{name}", folder / name)
+
         with ThreadPoolExecutor(max_workers=4) as pool:
-            list(pool.map(lambda name: self.store.put_file(f"{self.prefix}/{name}", folder / name), names))
+            list(pool.map(put, names))
+        check()
         return self.commit(manifest.model_copy(update={"files": entries}))
 
     def commit(self, manifest: Manifest) -> Manifest:
@@ -65,7 +75,8 @@ class Artifact:
     def fetch(self, cache: Path | None = None) -> Path:
         """Download and verify all files into a folder of the local cache; a folder fetched before is returned as is.
 
-        Raises `CheckpointError` where it is not committed, `DigestMismatch` where a file is not what was committed.
+        Raises `CheckpointError` where it is not committed, `DigestMismatch` where a file is not what was committed, and
+        `StoreError` where the cache has no room for it: that says nothing of the artifact.
         """
         manifest = self.manifest()
         if manifest is None:
@@ -76,6 +87,11 @@ class Artifact:
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(entry.size for entry in manifest.files.values()), shutil.disk_usage(target.parent).free
+        if needed > free:
+            raise StoreError(
+                f"{target.parent} has {free:,} bytes left, {self.uri} takes {needed:,}: make room or set BAM_CACHE"
+            )
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
             for name, entry in manifest.files.items():

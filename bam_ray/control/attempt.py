@@ -12,7 +12,7 @@ from bam_ray.control.policies import is_final
 from bam_ray.control.sightings import Alive, Broke, Done, Sighting, Stopped
 from bam_ray.control.states import Node
 from bam_ray.control.tasks import Progress, StageContext
-from bam_ray.errors import BamError, Interrupted
+from bam_ray.errors import BamError, Interrupted, StoreUnavailable
 
 LOG_LINES = 20
 
@@ -65,6 +65,7 @@ class Attempt:
             progress=self._progress,
             log=(*_lines(self._error), *self._log)[-LOG_LINES:],
             final=is_final(self._error),
+            store_fault=isinstance(self._error, StoreUnavailable),
         )
 
     def _run(self) -> None:

@@ -98,7 +98,8 @@ class Controller:
         if self._stopping:
             self._drain_all()
         else:
-            self._give_up_waiting(None if nodes is None else {node.id for node in nodes})
+            self._leave_nodes({node.id for node in nodes or () if node.leaving})
+            self._give_up_waiting(None if nodes is None else {node.id for node in nodes if not node.leaving})
             self._place(None if nodes is None else Snapshot(nodes))
         changed = [task_id for task_id, state in self.states.items() if type(state) is not before[task_id]]
         for task_id in changed:
@@ -256,6 +257,18 @@ class Controller:
                     self._launcher.free(task_id)
                     self.states[task_id] = Waiting(state.progress)
 
+    def _leave_nodes(self, leaving: set[str]) -> None:
+        """Move what trains on nodes that will be taken away, while there is time for a checkpoint; what has none to
+        write may get done."""
+        for task_id, state in self.states.items():
+            if isinstance(state, Running) and state.node.id in leaving and self.tasks[task_id].total_steps:
+                self._move(task_id, state)
+
+    def _move(self, task_id: str, state: Running) -> None:
+        """Ask for a checkpoint, to go on elsewhere."""
+        self._launcher.drain(task_id)
+        self.states[task_id] = Draining(state.node, state.progress, self._clock(), state.placed, moving=True)
+
     def _kill_deaf(self) -> None:
         """Free what was asked to stop, and does not."""
         now = self._clock()
@@ -290,8 +303,7 @@ class Controller:
         for task_id in placement.to_move():
             state = self.states[task_id]
             assert isinstance(state, Running)
-            self._launcher.drain(task_id)
-            self.states[task_id] = Draining(state.node, state.progress, self._clock(), state.placed, moving=True)
+            self._move(task_id, state)
             placement.leaves(task_id)
         for task, node_id in placement.to_place():
             self._begin(task, snapshot, node_id)

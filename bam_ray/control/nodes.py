@@ -39,6 +39,7 @@ class NodeFacts:
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     free: Mapping[str, float] = field(default_factory=dict)
+    leaving: bool = False  # it will soon be taken away: nothing more is placed there
 
     @cached_property
     def kind(self) -> str:

@@ -47,7 +47,8 @@ class Placement:
         if node_id is None:  # in the launcher's queue: it will take some room
             self._snapshot.take_any(task.needs)
             return
-        if node_id not in self._snapshot.nodes:  # died, and that will soon be seen
+        node = self._snapshot.nodes.get(node_id)
+        if node is None or node.leaving:  # it died, which will soon be seen, or will
             return
         level = Level(task.id, _tokens(task, state.progress), node_id, self._may_move(group, state))
         if isinstance(state, Draining):

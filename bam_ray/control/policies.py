@@ -2,7 +2,8 @@
 
 Retries: an error that would only repeat itself (settings, data, weights that do not fit) fails at once. Everything else
 is tried again, at most `Task.max_attempts` times without moving the last checkpoint on: an attempt that got further
-than all before it is not counted, so a long task on nodes that are often taken away still ends.
+than all before it is not counted, so a long task on nodes that are often taken away still ends. Neither is one that
+the blob store was away for, which is no fault of the task or of its node: those have a longer patience of their own.
 """
 
 from collections import Counter
@@ -39,6 +40,7 @@ FINAL = (
 MAX_PENDING = 32  # placed, but on no node yet: enough to keep nodes busy, few enough that the order stays ours
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles up to:
 LONGEST_DELAY = 60.0
+MOST_OUTAGES = 16  # attempts in a row for which the store was away: with their delays, ten minutes
 PIN_PATIENCE = 120.0  # seconds that a node has to take what was meant for it, before another is looked for
 PLACEMENT_DELAY = 15.0  # seconds between looks for a node that can hold a task whose node went away
 
@@ -75,17 +77,19 @@ def after_failure(task: Task, history: History, broke: Broke, now: float) -> tup
     """Try again or give up, when the attempt last placed has ended badly."""
     reached = (broke.progress.checkpoint_step if broke.progress else None) or 0
     got_further = reached > history.checkpoint_step
-    failures = history.failures + (not got_further)
+    failures = history.failures + (not got_further and not broke.store_fault)
+    outages = history.outages + 1 if broke.store_fault else 0
     history = replace(
         history,
         failures=failures,
+        outages=outages,
         checkpoint_step=max(history.checkpoint_step, reached),
-        avoid=history.avoid | ({broke.node.id} if broke.node else frozenset()),
+        avoid=history.avoid | ({broke.node.id} if broke.node and not broke.store_fault else frozenset()),
     )
-    if broke.final or failures >= task.max_attempts:
+    if broke.final or failures >= task.max_attempts or outages >= MOST_OUTAGES:
         tries = "" if broke.final else f" ({history.attempts} attempts)"
         return history, Failed(broke.error + tries, broke.node, broke.log, broke.progress)
-    delay = 0.0 if broke.node_fault else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** max(0, failures - 1))
+    delay = 0.0 if broke.node_fault else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** max(0, failures - 1, outages - 1))
     return history, Retrying(broke.error, now + delay, broke.progress)
 
 

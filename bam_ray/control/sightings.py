@@ -45,6 +45,7 @@ class Broke:
     log: tuple[str, ...] = ()
     final: bool = False  # another attempt would end the same way
     node_fault: bool = False  # the node died, not the task
+    store_fault: bool = False  # the blob store was away
 
 
 Sighting = Queued | Alive | Done | Stopped | Broke

@@ -39,10 +39,11 @@ class Snapshot:
         return self._taken[key]
 
     def fitting(self, needs: Needs) -> list[NodeFacts]:
-        """The nodes that could hold a worker if they were idle."""
+        """The nodes that could hold a worker if they were idle, and will stay."""
         if _key(needs) not in self._fitting:
-            wanted, labels, nodes = resources_of(needs), needs.labels, self.nodes.values()
-            fitting = [node for node in nodes if selects(labels, node.labels) and fits(wanted, node.resources)]
+            wanted, labels = resources_of(needs), needs.labels
+            staying = [node for node in self.nodes.values() if not node.leaving]
+            fitting = [node for node in staying if selects(labels, node.labels) and fits(wanted, node.resources)]
             self._fitting[_key(needs)] = fitting
         return self._fitting[_key(needs)]
 

@@ -312,6 +312,4 @@ class _Attempt:
                 facts=facts,
                 attempt=self._lease.number,
             )
-            patiently = patient()
-            patiently(self._lease.check)
-            return patiently(self._place.artifact.publish, folder, manifest)
+            return patient()(self._place.artifact.publish, folder, manifest, self._lease.check)

@@ -157,7 +157,7 @@ class Checkpoints:
         # After a rollback a damaged checkpoint of this very attempt may lie there: its manifest is not ours
         self._store.delete(f"{self._prefix}{below}/{MANIFEST}")
         manifest = Manifest(id=self._id, kind=self._kind, name=below, step=step, attempt=lease.number)
-        Artifact(self._store, self._kind, self._id, "steps", below).publish(folder, manifest)
+        Artifact(self._store, self._kind, self._id, "steps", below).publish(folder, manifest, lease.check)
 
     def _prune(self) -> None:
         for below in self._committed()[: -self._retention.last]:

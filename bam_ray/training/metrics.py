@@ -10,6 +10,7 @@ import contextlib
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +35,41 @@ class Metrics:
         if settings.wandb_project is not None:
             self._wandb = _wandb_run(settings.wandb_project, prefix, name)
         if settings.tensorboard:
-            self._board = _TensorBoard(store, prefix, attempt, step)
+            with contextlib.suppress(OSError):
+                self._board = _TensorBoard(store, prefix, attempt, step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Add one step."""
-        if self._board is not None:
-            self._board.write(step, scalars)
-            if step % 1000 == 0 and self._board.grown():
-                self._board.begin(step)
+        self._draw(lambda board: board.write(step, scalars))
+        if step % 1000 == 0:
+            self._draw(lambda board: board.begin(step) if board.grown() else None)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)  # steps that it had before are ignored
 
     def go_back(self, step: int) -> None:
         """Forget what was written past `step`."""
-        if self._board is not None:
-            self._board.begin(step)
+        self._draw(lambda board: board.begin(step))
 
     def flush(self) -> None:
         """Upload what there is."""
-        if self._board is not None:
-            self._board.upload()
+        self._draw(lambda board: board.upload())
 
     def close(self) -> None:
         """Upload all, and end."""
-        if self._board is not None:
-            self._board.close()
+        self._draw(lambda board: board.close())
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _draw(self, what: Callable[["_TensorBoard"], None]) -> None:
+        """Where there is a board still: a curve ends where the disk is full. It is not worth a run, and whether the run
+        can go on its checkpoints will tell."""
+        board = self._board
+        if board is not None:
+            try:
+                what(board)
+            except OSError:
+                self._board = None
+                shutil.rmtree(board.folder, ignore_errors=True)
 
 
 class _TensorBoard:
@@ -68,7 +77,7 @@ class _TensorBoard:
 
     def __init__(self, store: BlobStore, prefix: str, attempt: int, step: int) -> None:
         self._store, self._prefix, self._attempt = store, f"{prefix}/tensorboard", attempt
-        self._folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
         self._lock = threading.Lock()
         self._part = 0
         self._sent = 0  # parts before it lie in the store as they will stay
@@ -108,15 +117,15 @@ class _TensorBoard:
     def close(self) -> None:
         self.upload()
         self._writer.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _new_writer(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # a second of imports
 
-        return SummaryWriter(str(self._folder / str(self._part)), purge_step=self._step + 1)
+        return SummaryWriter(str(self.folder / str(self._part)), purge_step=self._step + 1)
 
     def _file(self, part: int) -> Path:
-        (file,) = (self._folder / str(part)).iterdir()
+        (file,) = (self.folder / str(part)).iterdir()
         return file
 
 

@@ -1,13 +1,16 @@
 """Artifacts: whole or invisible, verified when fetched, the same wherever they are committed twice."""
 
+import itertools
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact, cache_folder, file_entry
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
-from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, StoreUnavailable
+from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, StaleLease, StoreError, StoreUnavailable
 
 ID = "code-0123456789ab"
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.json": b"[1]"}
@@ -115,6 +118,35 @@ def test_a_damaged_blob_is_never_handed_out(damage: bytes, folder: Path, tmp_pat
             artifact.fetch(tmp_path / "cache")
         assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_without_room_is_said_and_no_fault_of_the_artifact(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Artifact(MemoryStore(), "branches", ID)
+    artifact.publish(folder, manifest())
+    size = sum(len(data) for data in FILES.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    with pytest.raises(StoreError, match=rf"has {size - 1:,} bytes left, .*{ID} takes {size:,}: make room") as caught:
+        artifact.fetch(tmp_path / "cache")
+    assert not isinstance(caught.value, CheckpointError), "a checkpoint would be taken for a damaged one"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    assert artifact.fetch(tmp_path / "cache").is_dir()
+
+
+@pytest.mark.parametrize("allowed", range(len(FILES) + 1))
+def test_one_that_may_not_write_any_more_writes_nothing_over_what_was_made_since(allowed: int, folder: Path) -> None:
+    artifact = Artifact(MemoryStore(), "branches", ID)
+    asked = itertools.count()
+
+    def check() -> None:
+        if next(asked) == allowed:  # cut off here for a while
+            raise StaleLease("attempt 2 took over")
+
+    with pytest.raises(StaleLease):
+        artifact.publish(folder, manifest(), check)
+    assert artifact.manifest() is None
+    assert len(list(artifact.store.list())) == len(FILES) - (allowed < len(FILES))
 
 
 def test_a_missing_blob_is_named(folder: Path, tmp_path: Path) -> None:

@@ -176,6 +176,26 @@ def test_an_attempt_that_got_further_is_not_counted() -> None:
     assert scene.kinds() == {"a": Failed}
 
 
+def test_a_store_that_was_away_is_no_fault_of_task_or_node_but_not_waited_for_without_end() -> None:
+    scene = Scene(make("a", attempts=2))
+    away = Broke("no S3 server answers", HERE, store_fault=True)
+    for count in range(1, policies.MOST_OUTAGES):
+        scene.step()
+        scene.step(a=away)
+        assert scene.controller.history("a").outages == count
+        scene.now += policies.LONGEST_DELAY
+    assert scene.script.placed[-1] == ("a", frozenset()), "no node is avoided for it"
+    scene.step()
+    scene.step(a=Broke("boom", HERE))
+    assert (scene.controller.history("a").outages, scene.controller.history("a").failures) == (0, 1)
+    for _ in range(policies.MOST_OUTAGES):
+        assert scene.kinds() == {"a": Retrying}
+        scene.now += policies.LONGEST_DELAY
+        scene.step()
+        scene.step(a=away)
+    assert scene.kinds() == {"a": Failed}
+
+
 def test_one_failure_stops_only_what_is_made_from_it() -> None:
     scene = Scene(make("a"), make("b"), make("of_a", "a"), make("of_of_a", "of_a", "b"), make("of_b", "b"))
     scene.step()
@@ -408,6 +428,35 @@ def test_what_was_meant_for_a_node_that_is_gone_or_deaf_is_placed_again() -> Non
     scene.now += policies.PIN_PATIENCE + 1
     scene.step()
     assert scene.script.names.count("c") == 3, "it was not taken for too long: placed again"
+
+
+def test_a_node_that_will_be_taken_away_is_left_in_time_and_given_nothing() -> None:
+    scene = Nodes(trained("a"), trained("b"), replace(trained("c", 80), needs=Needs(labels={"kind": "fast"})))
+    scene.measure()
+    assert scene.script.there is not None
+    fast, slow = scene.script.there
+    scene.script.there = [replace(fast, leaving=True), slow]
+    scene.step()
+    assert scene.script.drained == ["a"]
+    scene.script.there = [replace(fast, leaving=True, free={"CPU": 1.0}), slow]
+    scene.step(a=Stopped(Node("fast", "fast"), Progress(40, 100, checkpoint_step=40)))
+    assert scene.kinds() == {"a": Waiting, "b": Running, "c": Waiting}, "c may yet be met, but not there"
+    assert (scene.controller.history("a").ended[0].cause, scene.controller.history("a").failures) == ("moved", 0)
+    scene.script.there = [node("new"), slow]
+    scene.step()
+    assert scene.script.meant_for["a"] == "new"
+    assert scene.script.drained == ["a"]
+
+
+def test_work_without_checkpoints_stays_where_a_node_is_leaving() -> None:
+    scene = Nodes(make("a", steps=0))
+    scene.step()
+    scene.step(a=Alive(Node("fast", "fast"), None))
+    scene.script.there = [replace(node("fast"), leaving=True), node("slow")]
+    scene.step()
+    assert scene.script.drained == []
+    scene.finish("a")
+    assert scene.controller.outcome() == "finished"
 
 
 def test_a_fallback_is_taken_and_said() -> None:
