@@ -146,7 +146,8 @@ def test_one_that_may_not_write_any_more_writes_nothing_over_what_was_made_since
     with pytest.raises(StaleLease):
         artifact.publish(folder, manifest(), check)
     assert artifact.manifest() is None
-    assert len(list(artifact.store.list())) == len(FILES) - (allowed < len(FILES))
+    # The one that was cut off is not written; those whose turn had not come may be left out too
+    assert len(list(artifact.store.list())) <= len(FILES) - (allowed < len(FILES))
 
 
 def test_a_missing_blob_is_named(folder: Path, tmp_path: Path) -> None:
