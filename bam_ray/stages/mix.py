@@ -1,8 +1,10 @@
 """Mix: train a mixture, its experts spread over a group of processes."""
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
@@ -27,9 +29,11 @@ def train_mixture(
     start = place.other("upcycled", name).fetch()
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     mix = recipe.mix
+    # A group that lost nodes may have become too small for as many to share the experts
+    sharing = math.gcd(mix.expert_parallel, dist.get_world_size() if dist.is_initialized() else 1)
 
     def make_engine(model: PreTrainedModel) -> Engine:
-        return engine_factory(model, mix.training, mix.losses, mix.expert_parallel)
+        return engine_factory(model, mix.training, mix.losses, sharing)
 
     blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
     job = Job(corpus_folder, blend, mix.training, recipe.metrics, carried=(start / "lineage.json",))

@@ -1,15 +1,16 @@
 """What ranks do in the distributed tests, and the same cases for one process to be compared with."""
 
-from dataclasses import asdict, dataclass, field
+import itertools
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from bam_ray.errors import TrainingError
+from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Losses, TrainingSettings
@@ -27,6 +28,8 @@ DENSE = {
     "num_key_value_heads": 2,
     "initializer_range": 0.2,  # gradients well above rounding, which Adam's first steps would enlarge
 }
+COHERE = CohereConfig(**DENSE, logit_scale=1.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+QWEN = Qwen3Config(**DENSE, head_dim=6, tie_word_embeddings=True)  # six values are not shared alike by four ranks
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,15 @@ class Case:
     expert_parallel: int
     micro: int = SHARE
     config: dict[str, Any] = field(default_factory=dict)
-    dense: bool = False
+    dense: PreTrainedConfig | None = None
     idle: bool = False  # no token ever chooses the upper half of the experts: with EP 2, rank 1 has nothing to do
     precision: str = "fp32"
+    zero_stage: int = 1
 
     def model(self) -> PreTrainedModel:
         torch.manual_seed(0)
-        if self.dense:
-            return CohereForCausalLM(
-                CohereConfig(**DENSE, logit_scale=1.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
-            )
+        if self.dense is not None:
+            return AutoModelForCausalLM.from_config(self.dense)
         model = BamForCausalLM(BamConfig(**{**DENSE, "num_experts": 4, **self.config}))
         if self.idle:  # logits v·u, -v·u, 0, 0: one of the first two is always the highest
             for layer in model.model.layers:
@@ -55,8 +57,18 @@ class Case:
 
     def settings(self, micro: int) -> TrainingSettings:
         return TrainingSettings(
-            tokens=1, peak_lr=LR, clip_norm=0.5, micro_batch_sequences=micro, precision=self.precision, weight_decay=1.0
+            tokens=1,
+            peak_lr=LR,
+            clip_norm=0.5,
+            micro_batch_sequences=micro,
+            precision=self.precision,
+            weight_decay=1.0,
+            zero_stage=self.zero_stage,
         )
+
+    def engine(self, micro: int | None = None) -> Engine:
+        """An engine over all ranks."""
+        return deepspeed_engine(self.model(), self.settings(micro or self.micro), LOSSES, self.expert_parallel)
 
 
 RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -93,7 +105,12 @@ TWO = {
         },
     ),
     "idle rank": Case(2, idle=True),
-    "dense": Case(2, micro=3, dense=True),
+    "kv_experts, ZeRO-2": Case(2, micro=3, zero_stage=2),
+    "averaged, ZeRO-2": Case(2, micro=1, config={"attention_experts": "averaged", **RENORMALISED}, zero_stage=2),
+    "dense": Case(2, micro=3, dense=COHERE),
+    "dense, ZeRO-2": Case(1, micro=3, dense=QWEN, zero_stage=2),
+    "dense, ZeRO-3": Case(1, micro=3, dense=QWEN, zero_stage=3),
+    "experts not spread, ZeRO-3": Case(1, zero_stage=3),
 }
 BF16 = Case(2, precision="bf16")
 FOUR = {
@@ -104,8 +121,17 @@ FOUR = {
     "kv_shared on 4": Case(4, micro=2, config={"attention_experts": "kv_shared"}),
     "averaged on 4": Case(4, config={"attention_experts": "averaged", **RENORMALISED}),
     "idle ranks on 4": Case(4, idle=True),
+    "kv_experts on 1, ZeRO-2": Case(1, zero_stage=2),
+    "kv_experts on 2, ZeRO-2": Case(2, micro=3, zero_stage=2),
+    "kv_shared on 4, ZeRO-2": Case(4, micro=2, config={"attention_experts": "kv_shared"}, zero_stage=2),
+    "dense, ZeRO-3": Case(1, micro=3, dense=QWEN, zero_stage=3),
 }
 RESUMED = Case(2, config={"attention_experts": "kv_shared"})
+OTHER_STAGES = {
+    "mixture, ZeRO-2": Case(2, config={"attention_experts": "kv_shared"}, zero_stage=2),
+    "dense, ZeRO-2": Case(1, dense=QWEN, zero_stage=2),
+    "dense, ZeRO-3": Case(1, dense=QWEN, zero_stage=3),
+}
 
 
 def shares(world_size: int, step: int) -> Tensor:
@@ -133,7 +159,7 @@ def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
     """Train every case, save it to folder / its name -> its step results."""
     results: dict[str, Any] = {}
     for name, case in cases.items():
-        engine = deepspeed_engine(case.model(), case.settings(case.micro), LOSSES, case.expert_parallel)
+        engine = case.engine()
         results[name] = train(engine, 0, STEPS)
         save(engine, folder / name)
     return results
@@ -144,6 +170,9 @@ def on_two(folder: Path) -> dict[str, Any]:
     results = all_cases(TWO | {"bf16": BF16}, folder)
     results["resumed"] = unbroken_and_resumed(folder)
     results["refused"] = refusals(folder)
+    for name, case in OTHER_STAGES.items():
+        results[f"{name} resumed"] = unbroken_and_resumed(folder / f"{name} resumed", case)
+        results[f"{name} spoiled"] = spoiled(folder / f"{name} spoiled", case)
     results["dispatched"] = dispatched()
     return results
 
@@ -158,21 +187,60 @@ def on_four(folder: Path) -> dict[str, Any]:
         batches = [shares(2, step).view(4, SHARE // 2, LENGTH) for step in range(STEPS, 2 * STEPS)]
         results[f"resumed on {size}"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
         save(engine, folder / f"resumed on {size}")
+    for name, case in OTHER_STAGES.items():
+        engine = replace(case, expert_parallel=2 * case.expert_parallel).engine(SHARE // 2)
+        engine.load(folder / f"{name} resumed" / "half")
+        save(engine, folder / f"{name} resumed" / "half again")
+        results[f"{name} resumed"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
     return results
 
 
-def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
-    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+def unbroken_and_resumed(folder: Path, case: Case = RESUMED) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    engine = case.engine()
     train(engine, 0, STEPS)
     save(engine, folder / "half")
     unbroken = train(engine, STEPS, STEPS)
     save(engine, folder / "whole")
-    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+    engine = case.engine()
     train(engine, 7, 1)  # what is loaded replaces all of this
     engine.load(folder / "half")
     resumed = train(engine, STEPS, STEPS)
     save(engine, folder / "whole, resumed")
     return {"unbroken": unbroken, "resumed": resumed}
+
+
+def spoiled(folder: Path, case: Case) -> list[str]:
+    """A loss and a gradient that are not finite on rank 1 alone -> the messages; then a step as if nothing had been."""
+    folder.mkdir(exist_ok=True)
+    messages = []
+    engine = case.engine(SHARE // 2)
+    batch = shares(2, 0)[engine.rank]
+    model: Any = engine.model
+    for what in ("loss", "gradient"):
+        calls = itertools.count()
+
+        def spoil(module: Any, inputs: Any, out: Any, what: str = what, calls: Any = calls) -> None:
+            if next(calls) == 1 and engine.rank == 1:  # the second micro batch
+                if what == "loss":
+                    out.logits = out.logits * float("nan")
+                else:
+                    out.logits.register_hook(lambda grad: grad * float("inf"))
+
+        hook = model.register_forward_hook(spoil)
+        try:
+            engine.step(batch, LR)
+        except LossNotFinite as error:
+            messages.append(str(error))
+        hook.remove()
+    save(engine, folder / "before")
+    engine.step(batch, LR)
+    save(engine, folder / "after")
+    for name, steps in (("before, undisturbed", 0), ("after, undisturbed", 1)):
+        engine = case.engine(SHARE // 2)
+        train(engine, 0, steps)
+        save(engine, folder / name)
+    return messages
 
 
 def refusals(folder: Path) -> dict[str, str]:
@@ -208,6 +276,10 @@ def refusals(folder: Path) -> dict[str, str]:
         deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 3)
     except TrainingError as error:
         messages["group"] = str(error)
+    try:
+        replace(RESUMED, zero_stage=3).engine()
+    except SettingsError as error:
+        messages["stage"] = str(error)
     messages["any"] = str([engine.any_rank(rank == 1), engine.any_rank(False)])
     return messages
 

@@ -12,6 +12,7 @@ from rank_scenarios import (
     LENGTH,
     LOSSES,
     LR,
+    OTHER_STAGES,
     RESUMED,
     SHARE,
     STEPS,
@@ -128,6 +129,32 @@ def test_resuming_at_another_size(
     assert_same_training(folder / f"resumed on {size}", folder / "whole")
 
 
+@pytest.mark.parametrize("name", OTHER_STAGES)
+def test_resuming_at_other_zero_stages(
+    name: str, two: list[dict[str, Any]], four: list[dict[str, Any]], folder: Path
+) -> None:
+    wanted = two[0][f"{name} resumed"]
+    assert wanted["resumed"] == wanted["unbroken"]
+    saved = folder / f"{name} resumed"
+    torch.testing.assert_close(state(saved / "whole, resumed"), state(saved / "whole"), rtol=0, atol=0)
+    torch.testing.assert_close(state(saved / "half again"), state(saved / "half"), rtol=0, atol=0)
+    for step, unbroken in zip(four[0][f"{name} resumed"], wanted["unbroken"], strict=True):
+        assert step == pytest.approx(unbroken, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_STAGES)
+def test_what_is_not_finite_leaves_no_trace_at_other_zero_stages(
+    name: str, two: list[dict[str, Any]], folder: Path
+) -> None:
+    first, second = (rank[f"{name} spoiled"] for rank in two)
+    assert first == second
+    assert "the loss (nan) is not finite" in first[0]
+    assert "the gradient (inf)" in first[1]
+    for when in ("before", "after"):
+        saved = folder / f"{name} spoiled"
+        torch.testing.assert_close(state(saved / when), state(saved / f"{when}, undisturbed"), rtol=0, atol=0)
+
+
 def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
     engine.load(folder / "half")
@@ -144,6 +171,7 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
     assert "the loss (nan) is not finite" in first["loss"]
     assert "the gradient (inf)" in first["gradient"]
     assert "divides the 4 experts and the 2 processes" in first["group"]
+    assert "use zero_stage 1 or 2, or expert_parallel 1" in first["stage"]
     assert first["any"] == "[True, False]"
     before = state(folder / "before")
     for case in ("after a loss", "after a gradient"):
