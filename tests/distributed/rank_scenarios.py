@@ -55,7 +55,7 @@ class Case:
                 weight[1:] = torch.stack((-weight[0], torch.zeros_like(weight[0]), torch.zeros_like(weight[0])))
         return model
 
-    def settings(self, micro: int) -> TrainingSettings:
+    def settings(self, micro: int | str) -> TrainingSettings:
         return TrainingSettings(
             tokens=1,
             peak_lr=LR,
@@ -66,7 +66,7 @@ class Case:
             zero_stage=self.zero_stage,
         )
 
-    def engine(self, micro: int | None = None) -> Engine:
+    def engine(self, micro: int | str | None = None) -> Engine:
         """An engine over all ranks."""
         return deepspeed_engine(self.model(), self.settings(micro or self.micro), LOSSES, self.expert_parallel)
 
@@ -174,6 +174,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         results[f"{name} resumed"] = unbroken_and_resumed(folder / f"{name} resumed", case)
         results[f"{name} spoiled"] = spoiled(folder / f"{name} spoiled", case)
     results["dispatched"] = dispatched()
+    results["short of memory"] = short_of_memory(folder / "short of memory")
     return results
 
 
@@ -282,6 +283,30 @@ def refusals(folder: Path) -> dict[str, str]:
         messages["stage"] = str(error)
     messages["any"] = str([engine.any_rank(rank == 1), engine.any_rank(False)])
     return messages
+
+
+def short_of_memory(folder: Path) -> dict[str, Any]:
+    """Rank 1 alone cannot hold four sequences of a dense model, and from the second step on not even two."""
+    engine = Case(1, dense=COHERE).engine("auto")
+    most = [SHARE // 2]
+
+    def run_out(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if engine.rank == 1 and len(kwargs["input_ids"]) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    results, micro_batches = [], []
+    for step in range(STEPS):
+        results += train(engine, step, 1)
+        micro_batches.append(engine.micro_batch)
+        most[0] = 1
+    save(engine, folder)
+    most[0] = 0
+    try:
+        train(engine, STEPS, 1)
+    except TrainingError as error:
+        return {"results": results, "micro batches": micro_batches, "refused": str(error)}
+    raise AssertionError("it went on without memory")
 
 
 TOKENS = (0, 7)  # of rank 0 and rank 1

@@ -8,6 +8,7 @@ import torch
 from gloo_ranks import run_on_ranks
 from rank_scenarios import (
     BF16,
+    COHERE,
     FOUR,
     LENGTH,
     LOSSES,
@@ -180,6 +181,15 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
     engine.step(shares(2, 0).view(-1, LENGTH), LR)
     engine.state().write(tmp_path)
     assert_same_training(folder / "after all", tmp_path)
+
+
+def test_ranks_halve_their_micro_batches_together(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    case = Case(1, dense=COHERE)
+    found = [rank["short of memory"] for rank in two]
+    assert [rank["micro batches"] for rank in found] == [[2, 1, 1]] * 2
+    assert_equals_one_process(case, [rank["results"] for rank in found], alone(case, 2, tmp_path), 1e-5)
+    assert_same_training(folder / "short of memory", tmp_path)
+    assert all("out of memory with a micro batch of one sequence" in rank["refused"] for rank in found)
 
 
 def test_ranks_may_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:
