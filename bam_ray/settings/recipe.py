@@ -367,6 +367,18 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _fewer_workers_are_fewer(self) -> Self:
+        mix, branch = self.mix, self.branch
+        for where, least, most in (
+            ("seed", self.seed.min_workers, self.seed.workers),
+            ("branch", branch.min_workers, max(map(branch.workers_of, branch.domains), default=branch.workers)),
+            ("mix", mix.min_workers, mix.workers or mix.expert_parallel),
+        ):
+            if least is not None and least > most:
+                raise ValueError(f"{where}.min_workers is {least}, more than {where}.workers, which is {most}")
+        return self
+
+    @model_validator(mode="after")
     def _domains_are_known(self) -> Self:
         known = set(self.data.domains)
         for where, names in (

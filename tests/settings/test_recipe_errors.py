@@ -81,6 +81,8 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             "branch.workers is 64, which cannot share a batch of 32 sequences alike: use one of [1, 2, ",
         ),
         ("seed", {"folder": "some/model", "workers": 2}, "seed: seed.workers is of a seed that is trained"),
+        ("branch.min_workers", 2, "branch.min_workers is 2, more than branch.workers, which is 1"),
+        ("mix.min_workers", 3, "mix.min_workers is 3, more than mix.workers, which is 2"),
         ("seed.folder", "some/model", "seed: seed needs exactly one of `scratch` and `folder`"),
         ("seed.training", None, "seed: seed.scratch needs seed.training"),
     ],
