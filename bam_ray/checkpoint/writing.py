@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest
-from bam_ray.checkpoint.tensors import DTYPE_NAMES, INDEX, TensorSpec
+from bam_ray.checkpoint.tensors import CHUNK_BYTES, DTYPE_NAMES, INDEX, TensorSpec
+from bam_ray.errors import DigestMismatch
 
 MAX_SHARD_BYTES = 4 << 30
 AHEAD = 2  # chunks made but not sent yet
@@ -65,6 +66,24 @@ class ModelWriter:
         """Write another file."""
         self.store.put(self._key(name), data)
         self.entries[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def copy(self, name: str, source: BlobStore, key: str, entry: FileEntry) -> None:
+        """Write a file that lies at `key` of another store, chunk by chunk.
+
+        Raises `DigestMismatch` where it is not what `entry` says.
+        """
+        digest = hashlib.sha256()
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            for start in range(0, entry.size, CHUNK_BYTES):
+                piece = source.get_range(key, start, min(CHUNK_BYTES, entry.size - start))
+                digest.update(piece)
+                yield piece
+            if digest.hexdigest() != entry.sha256:
+                raise DigestMismatch(f"{source.uri}/{key} is not what its manifest says: it was changed or damaged")
+
+        self.store.put_stream(self._key(name), ahead(pieces()))
+        self.entries[name] = entry
 
     def commit(self, config: str, manifest: Manifest) -> Manifest:
         """Write config.json, then the manifest with the digests of all files; returns the manifest.

@@ -17,7 +17,7 @@ from typing import Literal
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST, Kind
-from bam_ray.control import policies
+from bam_ray.control import elastic, policies
 from bam_ray.control.launcher import Launcher
 from bam_ray.control.placement import Placement
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
@@ -289,8 +289,11 @@ class Controller:
         for task_id, state in self.states.items():
             active[self.tasks[task_id].kind] += isinstance(state, Placing | Running | Draining)
             pending += isinstance(state, Placing) and state.node_id is None
+        if snapshot is not None:
+            self._give_up_gathering(snapshot)
         for task in policies.choose(queued, pending, active, lambda task: self.remaining_steps(task.id)):
-            self._begin(task, snapshot)
+            if snapshot is None or self._has_room(task, snapshot):
+                self._begin(task, snapshot)
         if snapshot is None:
             return
         placement = Placement(snapshot, self.speeds, self._clock(), self._kinds)
@@ -307,6 +310,25 @@ class Controller:
             placement.leaves(task_id)
         for task, node_id in placement.to_place():
             self._begin(task, snapshot, node_id)
+
+    def _give_up_gathering(self, snapshot: Snapshot) -> None:
+        """Take back groups that wait for ranks on nodes that have died since."""
+        now = self._clock()
+        for task_id, attempt in self._placed.items():
+            match self.states[task_id]:
+                case Running(first_step=0) as state if (
+                    attempt.task.is_group
+                    and now - state.placed > elastic.PATIENCE
+                    and not snapshot.can_hold(attempt.task)
+                ):
+                    self._leave(attempt.task, state.node, state.progress, "nodes died before it began")
+
+    def _has_room(self, task: Task, snapshot: Snapshot) -> bool:
+        """Whether all workers of a group fit now; where they do not, what is free is kept for them."""
+        if not task.is_group or not snapshot.can_hold(task):
+            return True
+        needs, avoid = snapshot.taken(task).needs, self._history[task.id].avoid
+        return all([snapshot.take_any(needs, avoid) for _ in range(task.workers)])
 
     def _ready(self) -> list[Task]:
         """What can be placed now."""
@@ -343,22 +365,36 @@ class Controller:
 
     def _begin(self, task: Task, snapshot: Snapshot | None, node_id: str | None = None) -> None:
         """Place one task, with the first of its demands that can be met."""
-        history, now = self._history[task.id], self._clock()
+        now = self._clock()
         state = self.states[task.id]
         progress = state.progress if isinstance(state, Waiting | Retrying) else None
         try:
             if snapshot is None:
                 attempt, said = _Attempt(task, (task.model, "")), ""
             else:
-                taken = snapshot.taken(task)
-                attempt, said = _Attempt(replace(task, needs=taken.needs), taken.group), taken.said
-            self._launcher.place(attempt.task, history.avoid, node_id)
+                sized = self._sized(task, snapshot)
+                taken = snapshot.taken(sized)
+                attempt, said = _Attempt(replace(sized, needs=taken.needs), taken.group), taken.said
+                if sized.workers < task.workers:
+                    said = f"goes on with {sized.workers} of {task.workers} workers"
+            self._launcher.place(attempt.task, self._history[task.id].avoid, node_id)
         except PlacementError as error:
-            self.states[task.id] = policies.after_no_place(history, error, now)
+            hope = snapshot is not None and elastic.shrunk(task, snapshot.can_hold) is not None
+            self.states[task.id] = policies.after_no_place(self._history[task.id], error, now, hope)
         else:
             self._placed[task.id] = attempt
+            history = self._history[task.id]
             self._history[task.id] = replace(history, attempts=history.attempts + 1, said=said)
             self.states[task.id] = Placing(now, node_id, progress)
+
+    def _sized(self, task: Task, snapshot: Snapshot) -> Task:
+        """`task`, with fewer workers where nodes could not hold all of them for too long."""
+        history, now = self._history[task.id], self._clock()
+        since = None if snapshot.can_hold(task) else now if history.no_place_since is None else history.no_place_since
+        self._history[task.id] = replace(history, no_place_since=since)
+        if since is None or now - since < elastic.PATIENCE:
+            return task
+        return elastic.shrunk(task, snapshot.can_hold) or task
 
     def _blocker(self, task: Task) -> str | None:
         """The failed task that `task` can never be made without."""

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from bam_ray.checkpoint.manifest import Kind, identity
+from bam_ray.control.elastic import fewer_workers
 from bam_ray.control.tasks import Task
 from bam_ray.settings.mixing import Mixing
 from bam_ray.settings.recipe import Needs, Recipe, TrainingSettings
@@ -34,6 +35,9 @@ def task_graph(recipe: Recipe) -> list[Task]:
         },
         parents=(corpus.id,),
         needs=recipe.seed.needs,
+        workers=recipe.seed.workers,
+        min_workers=recipe.seed.min_workers,
+        sequence_length=recipe.data.sequence_length,
         training=recipe.seed.training,
         model=DENSE,
     )
@@ -48,6 +52,9 @@ def task_graph(recipe: Recipe) -> list[Task]:
             },
             parents=(seed.id, corpus.id),
             needs=recipe.branch.needs_of(domain),
+            workers=recipe.branch.workers_of(domain),
+            min_workers=recipe.branch.min_workers,
+            sequence_length=recipe.data.sequence_length,
             training=recipe.branch.training,
             model=DENSE,
             max_attempts=recipe.branch.max_attempts,
@@ -77,6 +84,9 @@ def task_graph(recipe: Recipe) -> list[Task]:
             parents=(start.id, corpus.id),
             needs=recipe.mix.needs,
             workers=recipe.mix.workers or recipe.mix.expert_parallel,
+            min_workers=recipe.mix.min_workers,
+            sequence_length=recipe.data.sequence_length,
+            expert_parallel=recipe.mix.expert_parallel,
             training=recipe.mix.training,
             model=f"mixture {start.name}",
             max_attempts=recipe.mix.max_failures + 1,
@@ -119,12 +129,16 @@ def _task(
     parents: tuple[str, ...] = (),
     needs: Needs | None = None,
     workers: int = 1,
+    min_workers: int | None = None,
+    sequence_length: int = 1,
+    expert_parallel: int = 1,
     training: TrainingSettings | None = None,
     model: str = "",
     max_attempts: int = 4,
     at_once: int | None = None,
 ) -> Task:
     """A task whose identity is that of its settings and parents."""
+    sequences = training.batch_tokens // sequence_length if training else 0
     return Task(
         kind=kind,
         name=name,
@@ -132,6 +146,7 @@ def _task(
         parents=parents,
         needs=needs or Needs(),
         workers=workers,
+        fewer_workers=fewer_workers(workers, min_workers, sequences, expert_parallel),
         total_steps=training.steps if training else 0,
         max_attempts=max_attempts,
         at_once=at_once,
@@ -148,5 +163,5 @@ def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
     """The part of training settings that determines the weights."""
     if training is None:
         return None
-    how = {"micro_batch_sequences", "checkpoint_every", "keep_last", "keep_every"}
+    how = {"micro_batch_sequences", "checkpoint_every", "keep_last", "keep_every", "zero_stage"}
     return training.model_dump(mode="json", exclude=how)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from bam_ray.control.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, said_of, selects
 from bam_ray.control.speeds import Group
 from bam_ray.control.tasks import Task
+from bam_ray.errors import PlacementError
 from bam_ray.settings.recipe import Needs
 
 _Key = tuple[float, float, float, tuple[tuple[str, str], ...]]  # what tells demands apart
@@ -37,6 +38,14 @@ class Snapshot:
             demand, said = demand_met(task, list(self.nodes.values()))
             self._taken[key] = Taken(as_needs(demand), (task.model, said_of(demand)), said)
         return self._taken[key]
+
+    def can_hold(self, task: Task) -> bool:
+        """Whether the nodes could hold all workers of `task` if they were idle."""
+        try:
+            self.taken(task)
+        except PlacementError:
+            return False
+        return True
 
     def fitting(self, needs: Needs) -> list[NodeFacts]:
         """The nodes that could hold a worker if they were idle, and will stay."""

@@ -123,3 +123,4 @@ class History:
     avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on
     ended: tuple[Ended, ...] = ()
     said: str = ""  # of the demand that was taken
+    no_place_since: float | None = None  # since when no nodes could hold it

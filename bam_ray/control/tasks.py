@@ -21,6 +21,7 @@ class Task:
     parents: tuple[str, ...]  # ids of tasks that must be committed first
     needs: Needs  # of each worker; once placed, the demand that was taken
     workers: int = 1  # more than 1: a group of processes that train together
+    fewer_workers: tuple[int, ...] = ()  # what will do where nodes are gone for good, best first
     total_steps: int = 0
     max_attempts: int = 4
     at_once: int | None = None  # how many tasks of this kind may be worked on together; None: as many as fit
@@ -33,9 +34,14 @@ class Task:
         return f"{self.kind}/{self.name}"
 
     @property
+    def is_group(self) -> bool:
+        """Whether processes that train together do it; a mixture's are a group even where they are one."""
+        return self.workers > 1 or self.kind == "mixtures"
+
+    @property
     def trains_alone(self) -> bool:
         """Whether one actor trains it, step by step: such a task is placed by speed, and moved."""
-        return self.kind != "mixtures" and self.step_tokens > 0 and self.total_steps > 0
+        return not self.is_group and self.step_tokens > 0 and self.total_steps > 0
 
 
 @dataclass(frozen=True)

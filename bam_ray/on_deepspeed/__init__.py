@@ -21,12 +21,15 @@ __all__ = ["deepspeed_engine"]
 
 
 def deepspeed_engine(
-    model: "PreTrainedModel", settings: "TrainingSettings", mixing: "Mixing", expert_parallel: int
+    model: "PreTrainedModel",
+    settings: "TrainingSettings",
+    mixing: "Mixing | None" = None,
+    expert_parallel: int = 1,
 ) -> "Engine":
     """An engine over all processes, called on each with the whole model, equal on all.
 
     Needs torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or an initialised
-    process group. `expert_parallel` processes share the experts of a mixture; a dense model has none to share.
+    process group. `losses` and `expert_parallel`, how many processes share the experts, are of mixtures.
     """
     import torch
 

@@ -1,17 +1,25 @@
 """DeepSpeed's state to and from the canonical form (`training.state`), which says nothing of ranks.
 
-Weights are fp32 on every rank, equal to ZeRO's partitioned masters, and Adam's states are read and set parameter by
-parameter through DeepSpeed's own accessors. DeepSpeed's native checkpoints are pickles, resume only at the same number
-of ranks, and would leave out experts that are not of its own classes: they are not used.
+Weights are fp32 and equal to ZeRO's partitioned masters. Parameter by parameter they and Adam's states become whole on
+all ranks for a moment, and stay on rank 0 alone; they are read from files that way too, so that no rank but rank 0 ever
+holds more of the model than its own part and one parameter. DeepSpeed's native checkpoints are pickles, resume only at
+the same number of ranks, and would leave out experts that are not of its own classes: they are not used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+import torch.nn.functional as F
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -19,19 +27,26 @@ from transformers import PreTrainedModel
 from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed.expert_parallel import ExpertShards
 from bam_ray.training.memory import HostMemory
-from bam_ray.training.state import ADAM_STATES, State, read_optimizer, read_weights, snapshot
+from bam_ray.training.state import ADAM_STATES, OPTIMIZER, State, TensorFiles, snapshot
 
 
 def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | None:
     """The state of `model` and its ZeRO optimizer on rank 0, None elsewhere; called on all ranks."""
     first = dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
-    states: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        whole = shards.whole(name, tensor)
+    names: dict[int, str] = {}  # of parameters that were gathered: tied ones are one
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not is_partitioned(tensor):
+            whole = shards.whole(name, tensor.detach())
+        elif id(tensor) in names:
+            whole = weights.get(names[id(tensor)], tensor)
+        else:
+            whole = safe_get_full_fp32_param(tensor).cpu()
+            names[id(tensor)] = name
         if first:
             weights[name] = whole
     step = steps(zero)
+    states: dict[str, Tensor] = {}
     if step:
         _link_states(zero)
         for name, parameter in trained(model):
@@ -47,22 +62,25 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
 
     Raises `CheckpointError` where the folder holds another model.
     """
-    weights = read_weights(folder)
-    states, step = read_optimizer(folder)
+    weights = TensorFiles(sorted(folder.glob("model*.safetensors")))
     for name, parameter in model.named_parameters():
         whole = weights.get(name)
-        if whole is None or shards.mine(name, whole).shape != parameter.shape:
+        if whole is None or shards.mine(name, whole).shape != shape_of(parameter):
             found = "missing" if whole is None else f"{list(whole.shape)}"
             raise CheckpointError(f"{folder}: {name} is {found}: it is the checkpoint of another model")
-        parameter.data.copy_(shards.mine(name, whole))
+        with GatheredParameters([parameter] if is_partitioned(parameter) else [], modifier_rank=0):
+            if not is_partitioned(parameter) or dist.get_rank() == 0:
+                parameter.data.copy_(shards.mine(name, whole))
     for name, buffer in model.named_buffers():
         if name in weights:  # those that are no function of the configuration
             buffer.copy_(weights[name])
     zero.refresh_fp32_params()
     zero.optimizer.state.clear()
+    states = TensorFiles([folder / OPTIMIZER])
+    step = int(states["step"])
     if not step:
         return
-    for partition in zero.single_partition_of_fp32_groups:
+    for partition in _masters(zero):
         zero.optimizer.state[partition] = {
             "step": torch.tensor(float(step), device=partition.device),
             **{kind: torch.zeros_like(partition) for kind in ADAM_STATES},
@@ -70,8 +88,36 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
     _link_states(zero)
     for name, parameter in trained(model):
         for kind in ADAM_STATES:
-            whole = states[f"{name}.{kind}"].to(parameter.device)
-            safe_set_full_optimizer_state(parameter, shards.mine(name, whole), kind)
+            mine = shards.mine(name, states[f"{name}.{kind}"])
+            if is_partitioned(parameter):
+                safe_set_local_optimizer_state(parameter, _part(mine, parameter), kind)
+            else:
+                safe_set_full_optimizer_state(parameter, mine.to(parameter.device), kind)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it is a parameter of which ZeRO-3 keeps a part on each rank."""
+    return hasattr(tensor, "ds_id")
+
+
+def shape_of(parameter: Any) -> torch.Size:
+    """The shape of a parameter as the model has it, whole (but for experts on other ranks)."""
+    shape: torch.Size = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+    return shape
+
+
+def _part(whole: Tensor, parameter: Any) -> Tensor:
+    """This rank's part of a parameter's state, as ZeRO-3 cuts it: all of one length, the last filled up with zeros."""
+    size = parameter.ds_tensor.numel()
+    padded = F.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
+    return padded[size * dist.get_rank() :][:size]
+
+
+def _masters(zero: Any) -> Iterable[Tensor]:
+    """What ZeRO's own optimizer updates on this rank."""
+    stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    masters: Iterable[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+    return masters
 
 
 def trained(model: PreTrainedModel) -> Iterator[tuple[str, Parameter]]:
@@ -85,10 +131,11 @@ def steps(zero: Any) -> int:
 
 
 def _link_states(zero: Any) -> None:
-    """Let DeepSpeed's accessors find Adam's states.
+    """Let the accessors of DeepSpeed's stages 1 and 2 find Adam's states.
 
     DeepSpeed 0.19.8 links them once, after the first parameter group's first update, when the other groups have none:
     those of the experts would be missing.
     """
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()

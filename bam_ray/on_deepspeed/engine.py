@@ -1,8 +1,9 @@
 """The engine over many processes: each trains on its share of the global batch, and all hold the same numbers.
 
-ZeRO stage 1: weights are whole on every rank (but for the experts), fp32 masters and Adam's states are partitioned. Its
-clipping knows the true global norm with experts on different ranks, which stage 0's doesn't. bf16 is autocast over fp32
-parameters, as in `TorchEngine`: the checkpoint is the same in both precisions.
+ZeRO stages 1 and 2: weights are whole on every rank (but for the experts), fp32 masters and Adam's states are
+partitioned. Their clipping knows the true global norm with experts on different ranks, which stage 0's doesn't. Stage 3
+partitions the weights too, of models whose experts are not spread already. bf16 is autocast over fp32 parameters, as in
+`TorchEngine`: the checkpoint is the same in both precisions.
 """
 
 import logging
@@ -18,11 +19,12 @@ from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bam_ray.errors import LossNotFinite, TrainingError
+from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import canonical
 from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
 from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.engine import NO_LIMITS, Limits, StepResult, name_of, precision_on
+from bam_ray.training.fitting import halved_to_fit, largest_that_fits
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
 from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
@@ -32,14 +34,14 @@ deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our erro
 # torch 2.13 renames two collectives; torch 2.11 and DeepSpeed know the old names only.
 warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
 
-AUTO_MICRO_BATCH = 8  # sequences; no trial: ranks that ran out of memory at different sizes would wait for each other
+AUTO_MICRO_BATCH = 8  # sequences, of a mixture: its balance is that of a micro batch, and must not follow the memory
 
 
 class DeepSpeedEngine:
     """One of the processes; see `bam_ray.on_deepspeed.deepspeed_engine`."""
 
     def __init__(
-        self, model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, expert_parallel: int
+        self, model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing | None, expert_parallel: int
     ) -> None:
         if get_accelerator().device_name() == "cpu":
             # Else the first collective compiles a C++ extension for a minute, or fails without a compiler.
@@ -48,21 +50,27 @@ class DeepSpeedEngine:
             dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.settings, self.mixing = settings, mixing
+        self.settings, self.mixing = settings, mixing or Mixing()
         chosen = settings.micro_batch_sequences
-        self.micro_batch: int | None = AUTO_MICRO_BATCH if chosen == "auto" else chosen
         self.precision = precision_on(get_accelerator().device_name(), settings.precision)
         self.mixture = as_mixture(model)
+        auto = None if self.mixture is None else AUTO_MICRO_BATCH
+        self.micro_batch = auto if chosen == "auto" else chosen
+        # Else ranks wait for one another within a micro batch, and one that ran out of memory would be waited for
+        self._apart = settings.zero_stage == 1 and self.mixture is None
         self.last_load: Load | None = None
         self.last_exchange: float | None = None
         self.model = model.train()
         self.shards = apply_expert_parallelism(model, expert_parallel)
-        freeze(model, mixing)
+        freeze(model, self.mixing)
         self._updates = 0
+        optimizer = self._optimizer()  # by the shapes of whole parameters
+        if settings.zero_stage == 3:
+            self._partition_weights()
         with announced_experts(model, self.shards):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=self._optimizer(),
+                optimizer=optimizer,
                 config=self._config(),
             )
         self.device = torch.device(self.deepspeed.device)
@@ -72,6 +80,17 @@ class DeepSpeedEngine:
     def device_name(self) -> str:
         """See `training.engine.Engine`."""
         return name_of(str(self.device))
+
+    def _partition_weights(self) -> None:
+        """Keep this rank's part of every parameter, on its device: the whole model may be larger than that."""
+        if self.shards.group is not None:
+            raise SettingsError(
+                "zero_stage 3 partitions all weights, but those of experts are spread by expert_parallel already: "
+                "use zero_stage 1 or 2, or expert_parallel 1"
+            )
+        deepspeed.zero.Init(module=self.model, config_dict_or_path=self._config())
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(get_accelerator().current_device_name())
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """TorchEngine's, its groups split where ZeRO must reduce and partition experts over ranks of their own."""
@@ -88,14 +107,16 @@ class DeepSpeedEngine:
         )
 
     def _config(self) -> dict[str, object]:
+        size = sum(canonical.shape_of(parameter).numel() for parameter in self.model.parameters())
         return {
-            "train_micro_batch_size_per_gpu": self.micro_batch,  # only for its own statistics
+            "train_micro_batch_size_per_gpu": self.micro_batch or 1,  # only for its own statistics
             "gradient_accumulation_steps": 1,  # `step` weighs micro batches itself: the last may be smaller
             "managed_gradient_accumulation": False,  # gradients add up until `step` reduces them
             "zero_optimization": {
-                "stage": 1,
+                "stage": self.settings.zero_stage,
                 # The bucket is allocated whole, so no larger than what can fill it.
-                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.model.parameters())),
+                "reduce_bucket_size": min(500_000_000, size),
+                "stage3_param_persistence_threshold": min(100_000, size // 1000),  # smaller ones stay whole
             },
             "gradient_clipping": self.settings.clip_norm,
             "torch_autocast": {
@@ -114,19 +135,14 @@ class DeepSpeedEngine:
     def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         """See `training.engine.Engine`. Every rank brings the same shape, so that the mean of ranks is the batch's."""
         self._check_shares(input_ids)
-        sums = torch.zeros(parts_of(self.mixture), device=self.device)
-        for micro in input_ids.to(self.device).split(self.micro_batch):
-            share = micro.shape[0] / input_ids.shape[0]
-            loss = objective(self.deepspeed, micro, self.mixing.losses.at(self._done), self.mixture, reduce=self._mean)
-            self.deepspeed.backward(loss.total * share, scale_wrt_gas=False)
-            sums += loss.parts * share
+        sums = self._accumulate(input_ids.to(self.device))
         nll, load_balance, router_z = self._mean(sums)[:3].tolist()
         try:
             if not math.isfinite(nll):
                 raise LossNotFinite(f"the loss ({nll:.4g}) is not finite")
             limits.check(nll)
         except TrainingError:
-            self.deepspeed.optimizer.zero_grad()
+            self._drop_gradients()
             raise
         set_rates(self.deepspeed.optimizer.param_groups, lr, self.mixing, self._done)
         norm = self._update(limits)
@@ -176,6 +192,46 @@ class DeepSpeedEngine:
 
     def _forward(self, micro: Tensor) -> Objective:
         return objective(self.deepspeed, micro, self.mixing.losses.at(self._done), self.mixture, reduce=self._mean)
+
+    def _accumulate(self, input_ids: Tensor) -> Tensor:
+        """Gradients of the mean over this rank's share, and its `Objective.parts`, in micro batches that fit memory."""
+        if self.micro_batch is None:
+            self.micro_batch = self._fit(input_ids)
+        sums = torch.zeros(parts_of(self.mixture), device=self.device)
+
+        def work(micro_batch: int) -> None:
+            self._drop_gradients()
+            sums.zero_()
+            for micro in input_ids.split(micro_batch):
+                share = micro.shape[0] / input_ids.shape[0]
+                sums.add_(self._backward(micro, share) * share)
+
+        if self._apart:
+            self.micro_batch = halved_to_fit(work, self.micro_batch, self.memory, self.any_rank)
+        else:
+            work(self.micro_batch)
+        return sums
+
+    def _fit(self, input_ids: Tensor) -> int:
+        """The micro batch for shares like `input_ids`, by passes over some of it; gradients are dropped after them."""
+
+        def trial(size: int) -> None:
+            self._backward(input_ids[:size], 1.0)
+
+        return largest_that_fits(trial, len(input_ids), self.memory, self.any_rank)
+
+    def _backward(self, micro: Tensor, share: float) -> Tensor:
+        """Add the gradients of a micro batch's mean, times `share`; its `Objective.parts`."""
+        loss = self._forward(micro)
+        self.deepspeed.backward(loss.total * share, scale_wrt_gas=False)
+        return loss.parts
+
+    def _drop_gradients(self) -> None:
+        """Forget what micro batches have added up to, those parts too that ZeRO-2 has reduced and put away."""
+        zero = self.deepspeed.optimizer
+        zero.zero_grad()
+        for parts in (zero.averaged_gradients, getattr(zero, "all_grad_tensors", {})):
+            parts.update(dict.fromkeys(parts))
 
     def any_rank(self, flag: bool) -> bool:
         """See `training.engine.Engine`. A collective."""

@@ -1,4 +1,4 @@
-"""A mixture's processes: a group of ranks that train together, under Ray Train.
+"""The processes of a mixture, or of a seed or branch with several workers: ranks that train together, under Ray Train.
 
 Ray Train places the ranks, joins them into a torch process group and takes all of them down when one is lost. Nothing
 else of it is used: checkpoints go to the blob store as everything does, and whether to try again is the controller's
@@ -27,7 +27,7 @@ EXCHANGE_EVERY = 1.0  # seconds between rank 0's words with the driver
 
 
 def run_group(work: Work, host: Any) -> None:
-    """Train a mixture on `work.task.workers` processes; `host` is the `TaskActor` they report to.
+    """Do a training task on `work.task.workers` processes; `host` is the `TaskActor` they report to.
 
     Returns when all ranks have returned; raises the error that ended the group.
     """
@@ -66,7 +66,8 @@ def run_rank(work: Work, host: Any) -> None:
     use_threads(work.task.needs.cpus)
     context = RankContext(host)
     try:
-        work.functions.train_mixture(work.task.name, work.recipe, work.store, context, work.engine_factory)
+        task = work.task
+        work.functions.run_rank(task.kind, task.name, work.recipe, work.store, context, work.engine_factory)
     except Interrupted:
         # Ray Train ends the group with the first rank that fails. None does here, and none leaves early: rank 0 may
         # still be writing the checkpoint

@@ -28,7 +28,7 @@ from bam_ray.control.states import Node
 from bam_ray.control.tasks import Progress, Task
 from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.task_actor import remote_class
-from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work, is_group
+from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work
 from bam_ray.settings import Recipe
 
 ANSWER_WAIT = 0.5  # seconds that a poll waits for answers; those that come later are seen at the next
@@ -71,7 +71,7 @@ class RayLauncher:
         given: dict[str, Counter[str]] = defaultdict(Counter)
         for placed in self._placed.values():
             node_id = placed.node.id if placed.node else placed.meant_for
-            if node_id and not is_group(placed.task):
+            if node_id and not placed.task.is_group:
                 given[node_id].update(resources_of(placed.task.needs))
         return [
             replace(
@@ -120,9 +120,7 @@ class RayLauncher:
 
     def _where(self, work: Work) -> dict[str, Any]:
         """Options that place an actor."""
-        if is_group(
-            work.task
-        ):  # the actor only hosts the group, whose ranks Ray Train places; it does so beside the driver
+        if work.task.is_group:  # the actor only hosts it: Ray Train places the ranks, and does so beside the driver
             driver_node = ray.get_runtime_context().get_node_id()
             return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(driver_node, soft=True)}
         resources = resources_of(work.task.needs)

@@ -19,7 +19,7 @@ from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.gauges import Gauges
-from bam_ray.on_ray.work import Work, is_group
+from bam_ray.on_ray.work import Work
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -43,7 +43,7 @@ class TaskActor:
 
     def start(self, work: Work) -> Node:
         """Begin; returns where."""
-        run = self._run_group if is_group(work.task) else self._run_stage
+        run = self._run_group if work.task.is_group else self._run_stage
         self._attempt = Attempt(lambda context: run(work, context), self._log)
         self._gauges = Gauges(work.task.kind, work.task.name)
         self._attempt.start()

@@ -14,10 +14,10 @@ from bam_ray.control.tasks import StageContext, Task
 from bam_ray.settings import Recipe
 
 EngineFactory = Callable[..., Any]
-"""Makes the engine of a mixture's training; comes from `on_deepspeed`, and is only passed on here."""
+"""Makes the engine of a group's training; comes from `on_deepspeed`, and is only passed on here."""
 
 RunStage = Callable[[Kind, str, Recipe, BlobStore, StageContext], object]
-TrainMixture = Callable[[str, Recipe, BlobStore, StageContext, EngineFactory | None], object]
+RunRank = Callable[[Kind, str, Recipe, BlobStore, StageContext, EngineFactory | None], object]
 
 
 def run_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> object:
@@ -27,22 +27,22 @@ def run_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: 
     return stages.run_stage(kind, name, recipe, store, context)
 
 
-def train_mixture(
-    name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory | None
+def run_rank(
+    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory | None
 ) -> object:
-    """`stages.mix.train_mixture`, on one rank of a process group."""
-    from bam_ray.stages import mix
+    """`stages.run_rank`."""
+    from bam_ray import stages
 
-    assert engine_factory is not None, "mixtures are trained by an engine of on_deepspeed: jobs pass its factory in"
-    return mix.train_mixture(name, recipe, store, context, engine_factory)
+    assert engine_factory is not None, "groups train with an engine of on_deepspeed: jobs pass its factory in"
+    return stages.run_rank(kind, name, recipe, store, context, engine_factory)
 
 
 @dataclass(frozen=True)
 class StageFunctions:
-    """What does the work: all kinds but mixtures in one process, mixtures on each rank of a group."""
+    """What does the work: of a task in one process, and on each rank of a group."""
 
     run_stage: RunStage = run_stage
-    train_mixture: TrainMixture = train_mixture
+    run_rank: RunRank = run_rank
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,3 @@ class Work:
     functions: StageFunctions = field(default_factory=StageFunctions)
     engine_factory: EngineFactory | None = None
     selector: dict[str, str] = field(default_factory=dict)  # Ray's label selector for the nodes to use
-
-
-def is_group(task: Task) -> bool:
-    """Whether a group of processes does it, under Ray Train."""
-    return task.kind == "mixtures"

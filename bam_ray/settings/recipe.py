@@ -82,7 +82,15 @@ class TrainingSettings(Strict):
     keep_last: Count = 2  # checkpoints kept: the last, and the one before should the last be damaged
     keep_every: Count | None = None  # steps; checkpoints at its multiples stay for good
     precision: Literal["fp32", "bf16", "auto"] = "auto"  # auto: bf16 on GPUs that compute in it, else fp32
+    # Of several workers, each keeps a part of the optimizer's states (1), of gradients too (2), of weights too (3)
+    zero_stage: Literal[1, 2, 3] = 1
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _spikes_are_seen_before_the_update(self) -> Self:
+        if self.zero_stage == 3 and self.on_spike != "ignore":
+            raise ValueError("zero_stage 3 updates before a spike is seen: use zero_stage 1 or 2, or on_spike: ignore")
+        return self
 
     @property
     def steps(self) -> int:
@@ -125,7 +133,9 @@ class SeedSettings(Strict):
     folder: str | None = None
     training: TrainingSettings | None = None
     blend: Blend | None = None  # None: all domains alike
-    needs: Needs = Needs()
+    workers: Count = 1  # more than 1: processes that train it together, sharing each batch
+    min_workers: Count | None = None  # where nodes are gone for good, go on with so many at least; None: wait for them
+    needs: Needs = Needs()  # of each worker
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -133,13 +143,16 @@ class SeedSettings(Strict):
             raise ValueError("seed needs exactly one of `scratch` and `folder`")
         if self.scratch is not None and self.training is None:
             raise ValueError("seed.scratch needs seed.training")
+        if self.folder is not None and self.workers > 1:
+            raise ValueError("seed.workers is of a seed that is trained: leave it out, a folder is only copied")
         return self
 
 
 class BranchOverride(Strict):
     """What is different for one branch; it never changes what the branch learns."""
 
-    needs: Needs  # in place of branch.needs, not merged with them
+    needs: Needs | None = None  # in place of branch.needs, not merged with them
+    workers: Count | None = None  # in place of branch.workers
 
 
 class BranchSettings(Strict):
@@ -148,13 +161,19 @@ class BranchSettings(Strict):
     domains: list[Name]
     training: TrainingSettings
     general_fraction: Fraction = 0.1  # of each branch's tokens (the paper's)
-    needs: Needs = Needs()
+    workers: Count = 1  # more than 1: processes that train each branch together, sharing its batches
+    min_workers: Count | None = None  # see seed.min_workers
+    needs: Needs = Needs()  # of each worker
     overrides: dict[Name, BranchOverride] = Field(default={})  # by domain
     max_attempts: Count = 4
 
     def needs_of(self, domain: str) -> Needs:
         """What the branch of `domain` needs."""
-        return self.overrides[domain].needs if domain in self.overrides else self.needs
+        return self.overrides.get(domain, BranchOverride()).needs or self.needs
+
+    def workers_of(self, domain: str) -> int:
+        """How many workers train the branch of `domain`."""
+        return self.overrides.get(domain, BranchOverride()).workers or self.workers
 
     @model_validator(mode="after")
     def _overrides_are_of_branches(self) -> Self:
@@ -251,6 +270,7 @@ class MixSettings(Mixing):
     training: TrainingSettings
     expert_parallel: Count = 2  # processes that share the experts
     workers: Count | None = None  # processes in all; None: expert_parallel
+    min_workers: Count | None = None  # see seed.min_workers; experts are then shared by as many as still divide
     at_once: Count | None = None  # mixtures trained together; None: as many as fit
     blend: Blend | None = None  # None: all domains alike (the paper's 25 % each)
     dynamic_blend: DynamicBlend | None = None  # that follows held-out losses; None: the blend stays as it is
@@ -261,6 +281,11 @@ class MixSettings(Mixing):
     def _whole_groups(self) -> Self:
         if (self.workers or self.expert_parallel) % self.expert_parallel:
             raise ValueError(f"mix.workers {self.workers} is no multiple of mix.expert_parallel {self.expert_parallel}")
+        if self.training.zero_stage == 3 and self.expert_parallel > 1:
+            raise ValueError(
+                "mix.training.zero_stage 3 partitions all weights, but those of experts are spread by "
+                "mix.expert_parallel already: use zero_stage 1 or 2"
+            )
         return self
 
 
@@ -337,6 +362,35 @@ class Recipe(Strict):
                 "branch.training.peak_lr is missing: it is half of seed.training.peak_lr, where that is given"
             )
         return {**plain, "branch": {**branch, "training": {**training, "peak_lr": rate / 2}}}
+
+    @model_validator(mode="after")
+    def _workers_share_batches(self) -> Self:
+        """Each of a seed's or a branch's workers takes as many sequences of a batch as the others."""
+        branch = self.branch
+        found = [("branch", branch.training, branch.workers_of(domain)) for domain in branch.domains]
+        if self.seed.training is not None:
+            found.append(("seed", self.seed.training, self.seed.workers))
+        for where, training, workers in found:
+            sequences = training.batch_tokens // self.data.sequence_length
+            if workers > 1 and (sequences == 0 or sequences % workers):
+                fits = [number for number in range(1, sequences + 1) if sequences % number == 0]
+                raise ValueError(
+                    f"{where}.workers is {workers}, which cannot share a batch of {sequences} sequences alike: "
+                    f"use one of {fits} or another {where}.training.batch_tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fewer_workers_are_fewer(self) -> Self:
+        mix, branch = self.mix, self.branch
+        for where, least, most in (
+            ("seed", self.seed.min_workers, self.seed.workers),
+            ("branch", branch.min_workers, max(map(branch.workers_of, branch.domains), default=branch.workers)),
+            ("mix", mix.min_workers, mix.workers or mix.expert_parallel),
+        ):
+            if least is not None and least > most:
+                raise ValueError(f"{where}.min_workers is {least}, more than {where}.workers, which is {most}")
+        return self
 
     @model_validator(mode="after")
     def _domains_are_known(self) -> Self:

@@ -2,7 +2,7 @@
 
     corpora ─▶ seeds ─▶ branches × N ─▶ upcycled ─▶ mixtures ─▶ reports
 
-`run_stage` is what a worker calls for a stage that needs one process; `train_mixture` runs on every rank of a group.
+`run_stage` is what a worker calls for a stage that needs one process; `run_rank` is what every rank of a group calls.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,42 @@ from bam_ray.stages.dense import train_branch, train_seed
 from bam_ray.stages.evaluate import evaluate
 from bam_ray.stages.mix import train_mixture
 from bam_ray.stages.upcycle import upcycle_mixture
+from bam_ray.training.engine import Engine
 
-__all__ = ["run_stage", "train_mixture"]
+__all__ = ["run_rank", "run_stage", "train_mixture"]
 
-Stage = Callable[[str, Recipe, BlobStore, StageContext], Manifest]
-
-STAGES: dict[Kind, Stage] = {
+STAGES: dict[Kind, Callable[[str, Recipe, BlobStore, StageContext], Manifest | None]] = {
     "corpora": make_corpus,
     "seeds": train_seed,
     "branches": train_branch,
     "upcycled": upcycle_mixture,
     "reports": evaluate,
 }
+GROUP_STAGES: dict[Kind, Callable[[str, Recipe, BlobStore, StageContext, Callable[..., Engine]], Manifest | None]] = {
+    "seeds": train_seed,
+    "branches": train_branch,
+    "mixtures": train_mixture,
+}
 
 
 def run_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
     """Make the artifact of task `kind/name` in this process, unless it is there; returns its manifest."""
     task = find_task(task_graph(recipe), kind, name)
-    return Artifact(store, kind, task.id).manifest() or STAGES[kind](name, recipe, store, context)
+    manifest = Artifact(store, kind, task.id).manifest() or STAGES[kind](name, recipe, store, context)
+    assert manifest is not None  # one process is rank 0
+    return manifest
+
+
+def run_rank(
+    kind: Kind,
+    name: str,
+    recipe: Recipe,
+    store: BlobStore,
+    context: StageContext,
+    engine_factory: Callable[..., Engine],
+) -> Manifest | None:
+    """One rank's part in making the artifact of task `kind/name`; returns the manifest on rank 0, None elsewhere.
+
+    `engine_factory(model, training settings)` makes an engine over all ranks; mixtures give it more than that.
+    """
+    return GROUP_STAGES[kind](name, recipe, store, context, engine_factory)

@@ -1,6 +1,7 @@
-"""Seed and branches: dense language models, each trained by one process that talks to no other."""
+"""Seed and branches: dense language models, each trained by one process or one group, which talks to no other."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,14 +14,22 @@ from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import family_of
-from bam_ray.settings import Recipe, Scratch
+from bam_ray.settings import Recipe, Scratch, TrainingSettings
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import Job, train_to_artifact
 from bam_ray.training.engine import Engine, TorchEngine
 
+EngineFactory = Callable[[PreTrainedModel, TrainingSettings], Engine]
+"""Makes an engine over all ranks of a group."""
 
-def train_seed(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
-    """The seed: trained from scratch on its blend, or a Hugging Face folder brought into the store."""
+
+def train_seed(
+    name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory | None = None
+) -> Manifest | None:
+    """The seed: trained from scratch on its blend, or a Hugging Face folder brought into the store.
+
+    With `engine_factory` it is called on every rank of a group, and returns the manifest on rank 0 alone.
+    """
     place = Place(recipe, store, "seeds", name)
     corpus_folder = place.other("corpora", "corpus").fetch()
     settings = recipe.seed
@@ -31,18 +40,23 @@ def train_seed(name: str, recipe: Recipe, store: BlobStore, context: StageContex
     model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, Corpus(corpus_folder)))
     blend = settings.blend or dict.fromkeys(recipe.data.domains, 1.0)
     job = Job(corpus_folder, blend, settings.training, recipe.metrics)
-    return _train_dense(place, store, job, model, context)
+    return _train_dense(place, store, job, model, context, engine_factory)
 
 
-def train_branch(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
-    """The branch of domain `name`: the seed, trained on that domain with a part of general text."""
+def train_branch(
+    name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory | None = None
+) -> Manifest | None:
+    """The branch of domain `name`: the seed, trained on that domain with a part of general text.
+
+    With `engine_factory` it is called on every rank of a group, and returns the manifest on rank 0 alone.
+    """
     place = Place(recipe, store, "branches", name)
     corpus_folder = place.other("corpora", "corpus").fetch()
     model = AutoModelForCausalLM.from_pretrained(place.other("seeds", "seed").fetch(), dtype=torch.float32)
     blend = {recipe.data.general: recipe.branch.general_fraction}
     blend[name] = blend.get(name, 0.0) + 1.0 - recipe.branch.general_fraction
     job = Job(corpus_folder, blend, recipe.branch.training, recipe.metrics)
-    return _train_dense(place, store, job, model, context)
+    return _train_dense(place, store, job, model, context, engine_factory)
 
 
 def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
@@ -65,15 +79,22 @@ def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
     )
 
 
-def _train_dense(place: Place, store: BlobStore, job: Job, model: PreTrainedModel, context: StageContext) -> Manifest:
+def _train_dense(
+    place: Place,
+    store: BlobStore,
+    job: Job,
+    model: PreTrainedModel,
+    context: StageContext,
+    engine_factory: EngineFactory | None,
+) -> Manifest | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def make_engine(model: PreTrainedModel) -> Engine:
+        if engine_factory is not None:
+            return engine_factory(model, job.training)
         return TorchEngine(model, job.training, device=device, memory_gib=place.task.needs.memory_gib)
 
-    manifest = train_to_artifact(place, store, job, model, make_engine, context)
-    assert manifest is not None  # one process is rank 0
-    return manifest
+    return train_to_artifact(place, store, job, model, make_engine, context)
 
 
 def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context: StageContext) -> Manifest:

@@ -1,10 +1,12 @@
 """Mix: train a mixture, its experts spread over a group of processes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
@@ -34,9 +36,11 @@ def train_mixture(
     start = place.other("upcycled", name).fetch()
     mix = recipe.mix
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, **gate_config(mix))
+    # A group that lost nodes may have become too small for as many to share the experts
+    sharing = math.gcd(mix.expert_parallel, dist.get_world_size() if dist.is_initialized() else 1)
 
     def make_engine(model: PreTrainedModel) -> Engine:
-        return engine_factory(model, mix.training, mix, mix.expert_parallel)
+        return engine_factory(model, mix.training, mix, sharing)
 
     blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
     following = None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import LossNotFinite, LossSpiked, TrainingError
 from bam_ray.settings import Mixing, TrainingSettings
-from bam_ray.training.fitting import largest_that_fits, ran_out, too_small
+from bam_ray.training.fitting import halved_to_fit, largest_that_fits
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import Memory, memory_of
 from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
@@ -190,11 +190,7 @@ class TorchEngine:
                 (loss.total * share).backward()
                 sums.add_(loss.parts * share)
 
-        while ran_out(work, self.micro_batch):
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.micro_batch == 1:
-                raise too_small(self.memory)
-            self.micro_batch //= 2
+        self.micro_batch = halved_to_fit(work, self.micro_batch, self.memory)
         return sums
 
     def _fit(self, input_ids: Tensor) -> int:

@@ -6,9 +6,10 @@
 It says nothing of ranks, so it loads at any number of processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -54,6 +55,24 @@ def snapshot(
     if size > room:
         return State(model, weights, optimizer, step, live=True)
     return State(model, _copies(weights), _copies(optimizer), step, live=False)
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of safetensors files, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        files: list[Any] = [safe_open(path, framework="pt") for path in paths]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -82,10 +82,12 @@ def failing_law(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context
     stand_in(kind, name, recipe, store, context)
 
 
-def summing_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any) -> None:
+def summing_rank(
+    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
+) -> None:
     """A group's stand-in: every step sums the ranks over gloo; rank 0 keeps the count."""
-    task = find_task(task_graph(recipe), "mixtures", name)
-    key = f"steps/mixtures-{name}.json"
+    task = find_task(task_graph(recipe), kind, name)
+    key = f"steps/{kind}-{name}.json"
     rank = dist.get_rank()
     done = json.loads(store.get(key)) if store.exists(key) else []
     for step in range(len(done), task.total_steps):
@@ -106,10 +108,12 @@ def summing_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
             store.put(key, json.dumps(done).encode())
         context.report(Progress(step + 1, task.total_steps, checkpoint_step=step + 1))
     if rank == 0:
-        Artifact(store, "mixtures", task.id).commit(Manifest(id=task.id, kind="mixtures", name=name))
+        Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name))
 
 
-def rank_one_refuses(name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any) -> None:
+def rank_one_refuses(
+    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
+) -> None:
     if dist.get_rank() == 1:
         raise UpcycleError("experts do not fit")
     dist.barrier()
@@ -119,4 +123,4 @@ def an_engine() -> str:
     return "an engine"
 
 
-STAND_INS = StageFunctions(stand_in, summing_mixture)
+STAND_INS = StageFunctions(stand_in, summing_rank)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from stand_ins import PROJECT, RECIPE, STAND_INS, an_engine, failing_law, rank_one_refuses, stand_in, summing_mixture
+from stand_ins import PROJECT, RECIPE, STAND_INS, an_engine, failing_law, rank_one_refuses, stand_in, summing_rank
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
@@ -183,7 +183,7 @@ def test_a_killed_worker_is_replaced(cluster: Cluster, seeded: Recipe) -> None:
 
 def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: Recipe) -> None:
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"max_attempts": 2})})
-    run = Run(recipe, ["upcycled"], StageFunctions(failing_law, summing_mixture))
+    run = Run(recipe, ["upcycled"], StageFunctions(failing_law, summing_rank))
     assert run.join() == "failed"
     law = run.state("branches", "law")
     assert isinstance(law, Failed)

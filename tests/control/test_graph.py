@@ -67,6 +67,7 @@ def test_steps_workers_and_attempts() -> None:
     "override",
     [
         "seed.training.micro_batch_sequences=1",
+        "seed.training.zero_stage=3",
         "branch.training.checkpoint_every=3",
         "mix.training.micro_batch_sequences=2",
         "branch.training.keep_last=5",

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.errors import TrainingError
+from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Losses, Mixing, Ramp, TrainingSettings
@@ -36,6 +36,8 @@ DENSE = {
     "num_key_value_heads": 2,
     "initializer_range": 0.2,  # gradients well above rounding, which Adam's first steps would enlarge
 }
+COHERE = CohereConfig(**DENSE, logit_scale=1.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+QWEN = Qwen3Config(**DENSE, head_dim=6, tie_word_embeddings=True)  # six values are not shared alike by four ranks
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,17 @@ class Case:
     expert_parallel: int
     micro: int = SHARE
     config: dict[str, Any] = field(default_factory=dict)
-    dense: bool = False
+    dense: PreTrainedConfig | None = None
     idle: bool = False  # no token ever chooses the upper half of the experts: with EP 2, rank 1 has nothing to do
     precision: str = "fp32"
     mixing: Mixing = LOSSES
     apart: bool = False  # documents within a sequence do not see each other
+    zero_stage: int = 1
 
     def model(self) -> PreTrainedModel:
         torch.manual_seed(0)
-        if self.dense:
-            return CohereForCausalLM(
-                CohereConfig(**DENSE, logit_scale=1.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
-            )
+        if self.dense is not None:
+            return AutoModelForCausalLM.from_config(self.dense)
         model = BamForCausalLM(BamConfig(**{**DENSE, "num_experts": 4, **self.config}))
         if self.apart:
             keep_apart(model, END_OF_TEXT)
@@ -66,10 +67,20 @@ class Case:
                 weight[1:] = torch.stack((-weight[0], torch.zeros_like(weight[0]), torch.zeros_like(weight[0])))
         return model
 
-    def settings(self, micro: int) -> TrainingSettings:
+    def settings(self, micro: int | str) -> TrainingSettings:
         return TrainingSettings(
-            tokens=1, peak_lr=LR, clip_norm=0.5, micro_batch_sequences=micro, precision=self.precision, weight_decay=1.0
+            tokens=1,
+            peak_lr=LR,
+            clip_norm=0.5,
+            micro_batch_sequences=micro,
+            precision=self.precision,
+            weight_decay=1.0,
+            zero_stage=self.zero_stage,
         )
+
+    def engine(self, micro: int | str | None = None) -> Engine:
+        """An engine over all ranks."""
+        return deepspeed_engine(self.model(), self.settings(micro or self.micro), self.mixing, self.expert_parallel)
 
 
 RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -119,7 +130,12 @@ TWO = {
     "documents apart": Case(2, micro=1, config={"sliding_window": 5, "nope_layers": [0]}, apart=True),
     "kv_shared, documents apart": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}, apart=True),
     "idle rank": Case(2, idle=True),
-    "dense": Case(2, micro=3, dense=True),
+    "kv_experts, ZeRO-2": Case(2, micro=3, zero_stage=2),
+    "averaged, ZeRO-2": Case(2, micro=1, config={"attention_experts": "averaged", **RENORMALISED}, zero_stage=2),
+    "dense": Case(2, micro=3, dense=COHERE),
+    "dense, ZeRO-2": Case(1, micro=3, dense=QWEN, zero_stage=2),
+    "dense, ZeRO-3": Case(1, micro=3, dense=QWEN, zero_stage=3),
+    "experts not spread, ZeRO-3": Case(1, zero_stage=3),
 }
 NOISY = Case(
     2,
@@ -140,8 +156,17 @@ FOUR = {
     "kv_shared on 4": Case(4, micro=2, config={"attention_experts": "kv_shared"}),
     "averaged on 4": Case(4, config={"attention_experts": "averaged", **RENORMALISED}),
     "idle ranks on 4": Case(4, idle=True),
+    "kv_experts on 1, ZeRO-2": Case(1, zero_stage=2),
+    "kv_experts on 2, ZeRO-2": Case(2, micro=3, zero_stage=2),
+    "kv_shared on 4, ZeRO-2": Case(4, micro=2, config={"attention_experts": "kv_shared"}, zero_stage=2),
+    "dense, ZeRO-3": Case(1, micro=3, dense=QWEN, zero_stage=3),
 }
 RESUMED = Case(2, config={"attention_experts": "kv_shared"})
+OTHER_STAGES = {
+    "mixture, ZeRO-2": Case(2, config={"attention_experts": "kv_shared"}, zero_stage=2),
+    "dense, ZeRO-2": Case(1, dense=QWEN, zero_stage=2),
+    "dense, ZeRO-3": Case(1, dense=QWEN, zero_stage=3),
+}
 
 
 def shares(world_size: int, step: int) -> Tensor:
@@ -171,7 +196,7 @@ def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
     """Train every case, save it to folder / its name -> its step results."""
     results: dict[str, Any] = {}
     for name, case in cases.items():
-        engine = deepspeed_engine(case.model(), case.settings(case.micro), case.mixing, case.expert_parallel)
+        engine = case.engine()
         results[name] = train(engine, 0, STEPS)
         save(engine, folder / name)
     return results
@@ -185,7 +210,11 @@ def on_two(folder: Path) -> dict[str, Any]:
     results["resumed, partly frozen"] = partly_frozen_and_resumed(folder)
     results["refused"] = refusals(folder)
     results["spoiled"] = unbroken_and_spoiled(folder)
+    for name, case in OTHER_STAGES.items():
+        results[f"{name} resumed"] = unbroken_and_resumed(folder / f"{name} resumed", case)
+        results[f"{name} spoiled"] = spoiled(folder / f"{name} spoiled", case)
     results["dispatched"] = dispatched()
+    results["short of memory"] = short_of_memory(folder / "short of memory")
     return results
 
 
@@ -199,16 +228,22 @@ def on_four(folder: Path) -> dict[str, Any]:
         batches = [shares(2, step).view(4, SHARE // 2, LENGTH) for step in range(STEPS, 2 * STEPS)]
         results[f"resumed on {size}"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
         save(engine, folder / f"resumed on {size}")
+    for name, case in OTHER_STAGES.items():
+        engine = replace(case, expert_parallel=2 * case.expert_parallel).engine(SHARE // 2)
+        engine.load(folder / f"{name} resumed" / "half")
+        save(engine, folder / f"{name} resumed" / "half again")
+        results[f"{name} resumed"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
     return results
 
 
-def unbroken_and_resumed(folder: Path) -> dict[str, Any]:
-    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+def unbroken_and_resumed(folder: Path, case: Case = RESUMED) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    engine = case.engine()
     train(engine, 0, STEPS)
     save(engine, folder / "half")
     unbroken = train(engine, STEPS, STEPS)
     save(engine, folder / "whole")
-    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+    engine = case.engine()
     train(engine, 7, 1)  # what is loaded replaces all of this
     engine.load(folder / "half")
     resumed = train(engine, STEPS, STEPS)
@@ -287,6 +322,39 @@ def unbroken_and_spoiled(folder: Path) -> list[list[float]]:
     return curves
 
 
+def spoiled(folder: Path, case: Case) -> list[str]:
+    """A loss and a gradient that are not finite on rank 1 alone -> the messages; then a step as if nothing had been."""
+    folder.mkdir(exist_ok=True)
+    messages = []
+    engine = case.engine(SHARE // 2)
+    batch = shares(2, 0)[engine.rank]
+    model: Any = engine.model
+    for what in ("loss", "gradient"):
+        calls = itertools.count()
+
+        def spoil(module: Any, inputs: Any, out: Any, what: str = what, calls: Any = calls) -> None:
+            if next(calls) == 1 and engine.rank == 1:  # the second micro batch
+                if what == "loss":
+                    out.logits = out.logits * float("nan")
+                else:
+                    out.logits.register_hook(lambda grad: grad * float("inf"))
+
+        hook = model.register_forward_hook(spoil)
+        try:
+            engine.step(batch, LR)
+        except LossNotFinite as error:
+            messages.append(str(error))
+        hook.remove()
+    save(engine, folder / "before")
+    engine.step(batch, LR)
+    save(engine, folder / "after")
+    for name, steps in (("before, undisturbed", 0), ("after, undisturbed", 1)):
+        engine = case.engine(SHARE // 2)
+        train(engine, 0, steps)
+        save(engine, folder / name)
+    return messages
+
+
 def refusals(folder: Path) -> dict[str, str]:
     """The messages of errors, which must come on all ranks alike."""
     messages = {}
@@ -326,8 +394,36 @@ def refusals(folder: Path) -> dict[str, str]:
         deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 3)
     except TrainingError as error:
         messages["group"] = str(error)
+    try:
+        replace(RESUMED, zero_stage=3).engine()
+    except SettingsError as error:
+        messages["stage"] = str(error)
     messages["any"] = str([engine.any_rank(rank == 1), engine.any_rank(False)])
     return messages
+
+
+def short_of_memory(folder: Path) -> dict[str, Any]:
+    """Rank 1 alone cannot hold four sequences of a dense model, and from the second step on not even two."""
+    engine = Case(1, dense=COHERE).engine("auto")
+    most = [SHARE // 2]
+
+    def run_out(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if engine.rank == 1 and len(kwargs["input_ids"]) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    results, micro_batches = [], []
+    for step in range(STEPS):
+        results += train(engine, step, 1)
+        micro_batches.append(engine.micro_batch)
+        most[0] = 1
+    save(engine, folder)
+    most[0] = 0
+    try:
+        train(engine, STEPS, 1)
+    except TrainingError as error:
+        return {"results": results, "micro batches": micro_batches, "refused": str(error)}
+    raise AssertionError("it went on without memory")
 
 
 TOKENS = (0, 7)  # of rank 0 and rank 1

@@ -9,10 +9,12 @@ import torch
 from gloo_ranks import run_on_ranks
 from rank_scenarios import (
     BF16,
+    COHERE,
     FOUR,
     LENGTH,
     LOSSES,
     LR,
+    OTHER_STAGES,
     RESUMED,
     SHARE,
     STEPS,
@@ -146,6 +148,32 @@ def test_resuming_at_another_size(
     assert_same_training(folder / f"resumed on {size}", folder / "whole")
 
 
+@pytest.mark.parametrize("name", OTHER_STAGES)
+def test_resuming_at_other_zero_stages(
+    name: str, two: list[dict[str, Any]], four: list[dict[str, Any]], folder: Path
+) -> None:
+    wanted = two[0][f"{name} resumed"]
+    assert wanted["resumed"] == wanted["unbroken"]
+    saved = folder / f"{name} resumed"
+    torch.testing.assert_close(state(saved / "whole, resumed"), state(saved / "whole"), rtol=0, atol=0)
+    torch.testing.assert_close(state(saved / "half again"), state(saved / "half"), rtol=0, atol=0)
+    for step, unbroken in zip(four[0][f"{name} resumed"], wanted["unbroken"], strict=True):
+        assert step == pytest.approx(unbroken, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_STAGES)
+def test_what_is_not_finite_leaves_no_trace_at_other_zero_stages(
+    name: str, two: list[dict[str, Any]], folder: Path
+) -> None:
+    first, second = (rank[f"{name} spoiled"] for rank in two)
+    assert first == second
+    assert "the loss (nan) is not finite" in first[0]
+    assert "the gradient (inf)" in first[1]
+    for when in ("before", "after"):
+        saved = folder / f"{name} spoiled"
+        torch.testing.assert_close(state(saved / when), state(saved / f"{when}, undisturbed"), rtol=0, atol=0)
+
+
 def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
     engine.load(folder / "half")
@@ -170,6 +198,7 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
     assert re.fullmatch(r"the gradient's norm \(.*\) is above 0.001", first["spike"])
     assert re.fullmatch(r"the loss \(.*\) is above 0.001", first["high loss"])
     assert "divides the 4 experts and the 2 processes" in first["group"]
+    assert "use zero_stage 1 or 2, or expert_parallel 1" in first["stage"]
     assert first["any"] == "[True, False]"
     before = state(folder / "before")
     for case in ("after a loss", "after a gradient", "after a spike", "after a high loss"):
@@ -185,6 +214,15 @@ def test_a_loss_that_is_nan_on_one_rank_rolls_all_of_them_back(two: list[dict[st
         unbroken, spoiled = rank["spoiled"]
         assert len(unbroken) == 6
         assert spoiled == unbroken
+
+
+def test_ranks_halve_their_micro_batches_together(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    case = Case(1, dense=COHERE)
+    found = [rank["short of memory"] for rank in two]
+    assert [rank["micro batches"] for rank in found] == [[2, 1, 1]] * 2
+    assert_equals_one_process(case, [rank["results"] for rank in found], alone(case, 2, tmp_path), 1e-5)
+    assert_same_training(folder / "short of memory", tmp_path)
+    assert all("out of memory with a micro batch of one sequence" in rank["refused"] for rank in found)
 
 
 def test_ranks_may_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:

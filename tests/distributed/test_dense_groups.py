@@ -1,0 +1,72 @@
+"""Seeds and branches trained by groups of any size, which change their size on the way, are those of one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gloo_ranks import run_on_ranks
+from group_scenarios import make_together
+from stages.test_story import TRAINING, Context, make, recipe
+
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Kind
+from bam_ray.control.graph import find_task, task_graph
+from bam_ray.errors import Interrupted
+from bam_ray.settings import Recipe
+from bam_ray.stages import run_stage
+
+pytestmark = pytest.mark.slow
+
+
+def staged(folder: Path, store: str, zero_stage: int) -> Recipe:
+    training = {**TRAINING, "zero_stage": zero_stage}
+    plain = recipe(folder).model_dump()
+    seed = {**plain["seed"], "training": training, "workers": 2}
+    return recipe(
+        folder,
+        store={"uri": str(folder / store)},
+        seed=seed,
+        branch={"domains": ["code"], "training": training, "workers": 2},
+    )
+
+
+def curve(run: Recipe, kind: Kind, name: str) -> list[dict[str, Any]]:
+    task = find_task(task_graph(run), kind, name)
+    artifact = Artifact(open_store(run.store.uri), kind, task.id)
+    points: list[dict[str, Any]] = json.loads((artifact.fetch() / "curve.json").read_text())
+    return points
+
+
+def test_a_group_trains_as_one_process_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+    alone = staged(tmp_path, "alone", 1)
+    make(alone, open_store(alone.store.uri), ("corpora", "seeds", "branches"))
+
+    second, third = (staged(tmp_path, "together", stage) for stage in (2, 3))
+    store = open_store(second.store.uri)
+    make(second, store, ("corpora",))
+    tasks: list[tuple[Kind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
+    first, other = run_on_ranks(2, make_together, second, tasks, str(tmp_path / "of-ranks"))
+    seed, branch = task_graph(second)[1:3]
+    assert (first[0], other[0]) == (seed.id, "nothing")
+    assert first[1] == other[1] == "stopped at step 3 of 10; the same command goes on from there"
+    with pytest.raises(Interrupted, match="step 6 of 10"):
+        run_stage("branches", "code", third, store, Context(6))
+    said = run_on_ranks(4, make_together, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
+    assert said == [[branch.id], ["nothing"], ["nothing"], ["nothing"]]
+    assert task_graph(alone) == task_graph(third), "how many work on it is no part of an identity"
+
+    for kind, name in (("seeds", "seed"), ("branches", "code")):
+        pairs = list(zip(curve(third, kind, name), curve(alone, kind, name), strict=True))
+        assert len(pairs) == 10
+        for made, wanted in pairs:
+            assert made["nll"] == pytest.approx(wanted["nll"], rel=1e-5)
+            assert made["lr"] == wanted["lr"]
+    manifest = Artifact(store, "branches", branch.id).manifest()
+    assert manifest is not None
+    assert manifest.attempt == 3
+    assert manifest.facts["sequences_drawn"]["code"] > 0
+    events = [key for key in store.list(f"branches/{branch.id}/events/")]
+    assert len(events) == 3, "rank 0's alone"

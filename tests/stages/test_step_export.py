@@ -1,0 +1,91 @@
+"""Training checkpoints, copied out of a run as Hugging Face folders."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_story import Context, make, one_process, recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bam_ray import cli
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.cli.app import app
+from bam_ray.control.graph import find_task, task_graph
+from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, SettingsError
+from bam_ray.settings import Recipe
+from bam_ray.stages import train_mixture
+from bam_ray.stages.step_export import export_step
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run that was stopped in the middle of its mixture."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("run")
+        patch.setenv("BAM_CACHE", str(folder / "cache"))
+        run = recipe(folder)
+        store = open_store(run.store.uri)
+        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        with pytest.raises(Interrupted, match="step 6 of 10"):
+            train_mixture("bam", run, store, Context(6), one_process)
+    return run
+
+
+@pytest.fixture
+def store(run: Recipe) -> BlobStore:
+    return open_store(run.store.uri)
+
+
+def test_the_newest_step_is_a_folder_that_loads_anywhere(
+    run: Recipe, store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["bam", "export-step", run.store.uri, "mixtures/bam", "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "(mixtures/bam at step 6, attempt 1)" in " ".join(capsys.readouterr().out.split())
+
+    task = find_task(task_graph(run), "mixtures", "bam")
+    saved = TensorReader(store, f"mixtures/{task.id}/steps/0001-00000006")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for name, tensor in model.state_dict().items():
+        if name in saved.specs:
+            assert torch.equal(tensor, saved.read(name))
+    assert AutoTokenizer.from_pretrained(out).encode("abc")
+    names = {path.name for path in out.iterdir()}
+    assert {"modeling_bam.py", "configuration_bam.py", "config.json", "tokenizer.json"} <= names
+    assert not {"optimizer.safetensors", "trainer.json"} & names
+    manifest = TensorReader(open_store(str(out))).manifest()
+    assert manifest is not None
+    assert (manifest.id, manifest.name, manifest.step) == (task.id, "bam", 6)
+    assert set(manifest.files) == names - {"manifest.json"}
+    assert TensorReader(open_store(str(out))).check_digests() == len(manifest.files)
+
+
+def test_a_step_can_be_named(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
+    assert export_step(store, "mixtures", "bam", str(tmp_path / "four"), step=4).step == 4
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 5 \(of \[4, 6\]\)"):
+        export_step(store, "mixtures", "bam", str(tmp_path / "five"), step=5)
+
+
+def test_what_cannot_be_exported_is_said(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint; its last step is the artifact itself"):
+        export_step(store, "branches", "code", str(tmp_path / "code"))
+    with pytest.raises(CheckpointError, match="has 0 artifacts called branches/law"):
+        export_step(store, "branches", "law", str(tmp_path / "law"))
+    with pytest.raises(SettingsError, match="'corpora/corpus' is not KIND/NAME with a kind of seeds, branches"):
+        app(["export-step", run.store.uri, "corpora/corpus", "--out", "x"], standalone_mode=False)
+
+
+def test_a_damaged_checkpoint_leaves_nothing(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
+    task = find_task(task_graph(run), "mixtures", "bam")
+    key = f"mixtures/{task.id}/steps/0001-00000006/model.safetensors"
+    whole = store.get(key)
+    store.put(key, whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DigestMismatch, match="is not what its manifest says"):
+        export_step(store, "mixtures", "bam", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+    store.put(key, whole)
