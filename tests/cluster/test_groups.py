@@ -1,0 +1,182 @@
+"""Groups that train for real lose a rank, a node and their driver, and come to what an undisturbed group does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+from stages.test_story import TRAINING, make, recipe
+from test_controller_on_ray import add_node
+from test_controller_on_ray import cluster as a_cluster
+
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Kind
+from bam_ray.control.graph import find_task, task_graph
+from bam_ray.settings import Recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+cluster = a_cluster  # the fixture
+STEPS = 60
+
+
+def of_two(folder: Path, store: str, **mix: Any) -> Recipe:
+    """A recipe whose branch and mixture are trained by two workers, long enough to be disturbed."""
+    training = {**TRAINING, "tokens": STEPS * TRAINING["batch_tokens"], "peak_lr": 0.005, "checkpoint_every": 5}
+    return recipe(
+        folder,
+        store={"uri": str(folder / store)},
+        branch={"domains": ["code"], "training": training, "workers": 2},
+        upcycle={"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 2, "norm_topk_prob": True}}},
+        mix={"training": training, "expert_parallel": 2, **mix},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store `unbroken` in it, of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("groups")
+    run = of_two(folder, "unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BAM_CACHE", str(folder / "cache"))
+        make(run, open_store(run.store.uri), ("corpora", "seeds"))
+    Driver(cluster.address, folder, run, "mixtures", step_seconds=0.0).join()
+    return folder
+
+
+class Driver:
+    """A process that drives one kind of task on the cluster."""
+
+    def __init__(
+        self, address: str, folder: Path, run: Recipe, kind: Kind, *patience: str, step_seconds: float = 0.3
+    ) -> None:
+        file = folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+        self.store = open_store(run.store.uri)
+        self.made = artifact(run, kind)
+        self._log = folder / "driver.log"
+        self._arguments = [sys.executable, str(Path(__file__).with_name("paced.py")), str(file), kind]
+        self._arguments += [str(step_seconds), *patience]
+        self._environment = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(Path(__file__).parents[2])}
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(self._arguments, env=self._environment, stdout=log, stderr=log)
+
+    def rank(self, other_than: int = 0) -> list[Any]:
+        """[node id, process id] of rank 1 of two, once it is another process than one that died and has trained on."""
+        found: list[list[Any]] = []
+        known = self.steps()
+
+        def trains() -> bool:
+            if not self.store.exists("ranks/2-1.json"):
+                return False
+            found.append(json.loads(self.store.get("ranks/2-1.json")))
+            return found[-1][1] != other_than and len(self.steps() - known) >= 2
+
+        self.wait_for(trains)
+        return found[-1]
+
+    def steps(self) -> set[str]:
+        """All checkpoints that there are."""
+        return {key for key in self.store.list(f"{self.made.prefix}/steps/") if key.endswith("/manifest.json")}
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        until = time.monotonic() + 240
+        while not condition():
+            assert self.process.poll() is None, self._log.read_text()
+            assert time.monotonic() < until, self._log.read_text()
+            time.sleep(0.2)
+
+    def join(self) -> None:
+        assert self.process.wait(timeout=300) == 0, self._log.read_text()
+
+
+def artifact(run: Recipe, kind: Kind) -> Artifact:
+    """The branch or the mixture of a run."""
+    name = "code" if kind == "branches" else "bam"
+    return Artifact(open_store(run.store.uri), kind, find_task(task_graph(run), kind, name).id)
+
+
+def losses(made: Artifact) -> list[tuple[float, ...]]:
+    """Of every step: NLL, balance, and the gradient's norm."""
+    folder = made.fetch()
+    return [
+        (point["nll"], point["load_balance"], point["grad_norm"])
+        for point in json.loads((folder / "curve.json").read_text())
+    ]
+
+
+def before(folder: Path, kind: Kind, store: str) -> None:
+    """A store in which all is there that a task of `kind` is made from."""
+    made = ["branches", "upcycled", "mixtures"]
+    shutil.copytree(
+        folder / "unbroken", folder / store, ignore=shutil.ignore_patterns("ranks", *made[made.index(kind) :])
+    )
+
+
+def kill_node(running: Cluster, node_id: str) -> None:
+    victim = next(node for node in running.list_all_nodes() if node.node_id == node_id)
+    os.kill(victim.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    running.remove_node(victim, allow_graceful=False)
+
+
+@pytest.mark.parametrize("kind", ["branches", "mixtures"])
+def test_a_group_outlives_a_rank_a_node_and_its_driver(
+    cluster: Cluster,
+    folder: Path,
+    kind: Kind,
+    tmp_path: Path,
+) -> None:
+    before(folder, kind, kind)
+    run = of_two(folder, kind)
+    driver = Driver(cluster.address, tmp_path, run, kind)
+    _, pid = driver.rank()
+    os.kill(pid, signal.SIGKILL)
+    node_id, pid = driver.rank(other_than=pid)
+    kill_node(cluster, node_id)
+    try:
+        _, pid = driver.rank(other_than=pid)
+        driver.process.kill()
+        driver.process.wait()
+        driver.start()
+        driver.join()
+    finally:
+        add_node(cluster)
+    assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), kind))
+    leases = list(driver.store.list(f"{driver.made.prefix}/leases/"))
+    assert len(leases) == 4, "as many attempts as were undone, and the last"
+
+
+def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(
+    cluster: Cluster,
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    before(folder, "mixtures", "elastic")
+    run = of_two(folder, "elastic", min_workers=1, needs={"cpus": 2})
+    driver = Driver(cluster.address, tmp_path, run, "mixtures", "1")
+    driver.rank()
+    nodes = [json.loads(driver.store.get(f"ranks/2-{rank}.json"))[0] for rank in (0, 1)]
+    for node_id in nodes:
+        kill_node(cluster, node_id)
+    try:
+        driver.join()
+    finally:
+        add_node(cluster)
+        add_node(cluster)
+    assert driver.store.exists("ranks/1-0.json")
+    unbroken = losses(artifact(of_two(folder, "unbroken"), "mixtures"))
+    for step, wanted in zip(losses(driver.made), unbroken, strict=True):
+        assert step == pytest.approx(wanted, rel=1e-5)
