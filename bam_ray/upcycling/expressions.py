@@ -8,7 +8,6 @@ Whole tensors and their concatenations and means never hold more than a chunk of
 columns, redraws or trims holds the whole tensors that it works on.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from bam_ray.checkpoint.tensors import CHUNK_BYTES, TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.upcycling.averaging import ties
+from bam_ray.upcycling.router_rows import generator
 
 Sources = Mapping[str, TensorReader]
 Rows = tuple[tuple[int, int], ...]
@@ -238,7 +238,8 @@ class Redrawn:
     part: Expression
     index: tuple[int, ...]
     dim: int
-    seed: str
+    seed: int
+    label: str  # what is drawn, whatever else is
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
         return self.part.shape(sources)
@@ -248,14 +249,20 @@ class Redrawn:
         index = torch.tensor(self.index)
         dropped = tensor.index_select(self.dim, index).float()
         std, mean = torch.std_mean(dropped, correction=0)
-        fresh = torch.randn(dropped.shape, generator=generator(self.seed)) * std + mean
+        fresh = torch.randn(dropped.shape, generator=generator(self.seed, self.label)) * std + mean
         yield tensor.index_copy_(self.dim, index, fresh.to(tensor.dtype)).flatten()
 
     def held(self, sources: Sources) -> int:
         return 4 * math.prod(self.part.shape(sources)) * 2
 
     def origin(self) -> dict[str, Any]:
-        return {"redrawn": self.part.origin(), "dim": self.dim, "count": len(self.index), "seed": self.seed}
+        return {
+            "redrawn": self.part.origin(),
+            "dim": self.dim,
+            "count": len(self.index),
+            "seed": self.seed,
+            "label": self.label,
+        }
 
 
 @dataclass(frozen=True)
@@ -284,23 +291,26 @@ class Ties:
 
 @dataclass(frozen=True)
 class Draw:
-    """New: normal with deviation `std`, zeros where that is 0. Seeded by name, so the draw depends on no order."""
+    """New: normal with deviation `std`, zeros where that is 0. Seeded by a label too, so the draw depends on no order."""
 
     sizes: tuple[int, ...]
     std: float
-    seed: str
+    seed: int
+    label: str
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
         return self.sizes
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
-        yield (torch.randn(self.sizes, generator=generator(self.seed)) * self.std).flatten()
+        yield (torch.randn(self.sizes, generator=generator(self.seed, self.label)) * self.std).flatten()
 
     def held(self, sources: Sources) -> int:
         return 4 * math.prod(self.sizes)
 
     def origin(self) -> dict[str, Any]:
-        return {"new": "normal", "std": self.std, "seed": self.seed} if self.std else {"new": "zeros"}
+        return (
+            {"new": "normal", "std": self.std, "seed": self.seed, "label": self.label} if self.std else {"new": "zeros"}
+        )
 
 
 @dataclass(frozen=True)
@@ -327,9 +337,3 @@ def whole(part: Expression, sources: Sources) -> Tensor:
     """All of an expression's values, in its shape."""
     pieces = list(part.pieces(sources))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.shape(sources))
-
-
-def generator(seed: str) -> torch.Generator:
-    """A generator for everything that is drawn under this name."""
-    digest = hashlib.sha256(seed.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))

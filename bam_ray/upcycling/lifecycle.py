@@ -180,7 +180,7 @@ class _Changed:
         if self.change.row is not None:
             return Take(MIXTURE, spec.name, ((self.change.row, self.change.row + 1),))
         std = self.config.initializer_range if spec.name.endswith(".weight") else 0.0  # noise and bias begin at zero
-        return Draw((1, *spec.shape[1:]), std, f"{self.seed}/{spec.name}/{self.branch}")
+        return Draw((1, *spec.shape[1:]), std, self.seed, f"{spec.name}/{self.branch}")
 
     def _branch(self, name: str, stacked: bool) -> Expression:
         """The branch's part of a tensor, [1, ...] where that is stacked."""

@@ -24,9 +24,9 @@ from bam_ray.upcycling.expressions import (
     Scaled,
     Take,
     Ties,
-    generator,
 )
 from bam_ray.upcycling.methods import KEY_SIDE, QUERY_SIDE, Operation, method_of
+from bam_ray.upcycling.router_rows import generator
 
 COLUMNS = (Role.DOWN, Role.OUTPUT)  # whose inputs, not outputs, belong to neurons or heads
 
@@ -218,7 +218,7 @@ class Planner:
         if init in ("means", "ridge"):
             return Fitted(shape, init)
         std = self.config.initializer_range if init == "random" else 0.0
-        return Draw(shape, std, f"{self.settings.seed}/{name}")
+        return Draw(shape, std, self.settings.seed, name)
 
     def _output(self, name: str, place: Place, made: Expression) -> Output:
         dtype = self.sources[self.seed].specs[place.name].dtype
@@ -264,10 +264,10 @@ class Planner:
         if not fraction or not copy or place.role not in FFN_ROLES or place.role is Role.DOWN_BIAS:
             return take
         neurons = self.config.intermediate_size
-        label = f"{self.settings.seed}/{expert.name}/{place.layer}"
-        index = torch.randperm(neurons, generator=generator(label))[: round(neurons * fraction)].sort().values
+        seed, label = self.settings.seed, f"{expert.name}/{place.layer}"
+        index = torch.randperm(neurons, generator=generator(seed, label))[: round(neurons * fraction)].sort().values
         dim = 1 if place.role in COLUMNS else 0
-        return Redrawn(take, tuple(index.tolist()), dim, f"{label}/{place.role}")
+        return Redrawn(take, tuple(index.tolist()), dim, seed, f"{label}/{place.role}")
 
     def _slice(self, place: Place, number: int) -> Expression:
         """Expert `number`'s part of the seed's tensor."""
