@@ -291,7 +291,7 @@ class Ties:
 
 @dataclass(frozen=True)
 class Draw:
-    """New: normal with deviation `std`, zeros where that is 0. Seeded by a label too, so the draw depends on no order."""
+    """New: normal with deviation `std`, zeros where that is 0. Seeded by a label too: the draw depends on no order."""
 
     sizes: tuple[int, ...]
     std: float
