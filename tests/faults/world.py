@@ -39,6 +39,7 @@ HEALTH = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # after which drivers and nodes give up a head
 }
 START_TRIES = 3
 PATIENCE = 180.0  # seconds for anything to happen; a busy machine needs a part of it
