@@ -231,6 +231,7 @@ class MixtureSettings(Strict):
     num_attention_experts_per_tok: Annotated[int, Field(ge=0)] = 0  # 0: soft, all of them
     dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()  # that get no experts
     redraw_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # Drop-Upcycling, of copies of the seed (there 0.5)
+    same_seed: bool = True  # refuse branches whose weights have nothing of the seed's
     average: AverageSettings = AverageSettings()
     router: RouterSettings = RouterSettings()
     split: SplitSettings = SplitSettings()

@@ -11,15 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
-from bam_ray.families import Family, family_of
+from bam_ray.families import Family, Role, family_of
 from bam_ray.upcycling.expressions import Take, aligned
 from bam_ray.upcycling.write import Planned
 
 # What may differ between copies of one model without any effect on its weights' meaning
 INDIFFERENT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 TOKENIZER = "tokenizer.json"
+SAMPLED = 4  # matrices that are looked at to tell a branch from an unrelated model,
+SAMPLED_ELEMENTS = 1 << 18  # so many elements of each:
+UNRELATED = 0.1  # a cosine that chance hardly reaches, and training hardly leaves
 
 
 def check_sources(sources: Mapping[str, TensorReader]) -> Family:
@@ -75,6 +81,29 @@ def check_tokenizer(source: TensorReader, name: str, seed: TensorReader, seed_na
             f"{source.uri}/{TOKENIZER} of {name!r} {_what(theirs)} but that of {seed_name!r} {_what(ours)}: "
             "tokens must mean the same to all models"
         )
+
+
+def check_seed(sources: Mapping[str, TensorReader], family: Family) -> None:
+    """Raise `UpcycleError` where a branch's weights have nothing of the seed's (the first source's).
+
+    Looks at the beginning of a few FFN matrices: the cosine of a model with one trained from it is near 1, with an
+    unrelated one, which may well have the same configuration, near 0.
+    """
+    seed_name, seed = next(iter(sources.items()))
+    ups = [place.name for place in family.places(seed.config) if place.role is Role.UP]
+    names = ups[:: max(1, len(ups) // SAMPLED)]
+
+    def sample(source: TensorReader, name: str) -> Tensor:
+        return next(source.chunks(name, 0, min(source.specs[name].elements, SAMPLED_ELEMENTS))).float()
+
+    for branch, source in sources.items():
+        cosines = [float(torch.cosine_similarity(sample(seed, name), sample(source, name), dim=0)) for name in names]
+        mean = sum(cosines) / len(cosines)
+        if mean < UNRELATED:
+            raise UpcycleError(
+                f"{source.uri}: {names[0]} of {branch!r} has nothing of {seed_name!r} (cosine {mean:.2f}; 1 is the "
+                "same): branches must come from one seed (same_seed=false lets it pass)"
+            )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.settings import Losses, MixtureSettings
 from bam_ray.upcycling.plan import Partition, Planner, experts_of, mixture_config
-from bam_ray.upcycling.preflight import check_sources
+from bam_ray.upcycling.preflight import check_seed, check_sources
 from bam_ray.upcycling.slices import partitions_of
 from bam_ray.upcycling.write import Planned, Progress, Upcycled, write_mixture
 
@@ -46,6 +46,8 @@ def plan(
 ) -> tuple[Planned, list[Partition]]:
     """What `upcycle` would write, all checks made; and for a split which neurons go where, by layer."""
     family = check_sources(sources)
+    if settings.same_seed:
+        check_seed(sources, family)
     seed = next(iter(sources.values()))
     if not settings.has_branches and len(sources) > 1:
         raise UpcycleError(f"method {settings.method} makes its experts of the seed alone: leave out the branches")

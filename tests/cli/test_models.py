@@ -25,7 +25,11 @@ Run = Callable[..., str]
 def folder(tmp_path: Path) -> Path:
     """Seed and two branches with a tokenizer, and text of two kinds."""
     for number, name in enumerate(NAMES):
-        tiny.dense(CONFIG, number).save_pretrained(tmp_path / name)
+        model = tiny.dense(CONFIG, 0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * number * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / name)
         train_tokenizer(iter(["some text to learn bytes from"]), 300, tmp_path / name)
     (tmp_path / "prose.txt").write_text("It was a dark and stormy night. " * 60)
     (tmp_path / "code.txt").write_text("def f(x):\n    return x[0]\n" * 80)
@@ -200,6 +204,11 @@ def test_a_branch_whose_digest_is_wrong(run: Run, refused: Run, folder: Path) ->
 )
 def test_a_mistake_is_one_line(refused: Run, arguments: tuple[str, ...], said: str) -> None:
     assert said in refused(*arguments)
+
+
+def test_a_branch_of_another_seed_is_named(refused: Run, folder: Path) -> None:
+    tiny.dense(CONFIG, 1).save_pretrained(folder / "law")
+    assert "of 'law' has nothing of 'seed'" in refused(*UPCYCLE)
 
 
 def test_an_unknown_architecture_is_named(refused: Run, folder: Path) -> None:

@@ -242,6 +242,17 @@ def test_settings_that_contradict_each_other(given: dict[str, object], said: str
         validated(MixtureSettings, given, "mixture")
 
 
+def test_branches_of_another_seed_are_refused(tmp_path: Path) -> None:
+    models = {"seed": tiny.dense("llama", 0), "code": tiny.dense("llama", 0), "law": tiny.dense("llama", 1)}
+    with torch.no_grad():
+        for parameter in models["code"].parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std())  # far, but a child of the seed
+    sources = tiny.sources(tmp_path, models)
+    with pytest.raises(UpcycleError, match=r"law: model.layers.0.mlp.up_proj.weight of 'law' has nothing of 'seed'"):
+        make(tmp_path / "out", sources, settings(same_seed=True))
+    make(tmp_path / "out", {name: sources[name] for name in ("seed", "code")}, settings(same_seed=True))
+
+
 def test_settings_that_do_not_fit_the_models(tmp_path: Path) -> None:
     sources = tiny.sources(tmp_path, branches())
     seed = {"seed": sources["seed"]}
