@@ -29,7 +29,7 @@ def deepspeed_engine(
     """An engine over all processes, called on each with the whole model, equal on all.
 
     Needs torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or an initialised
-    process group. `losses` and `expert_parallel`, how many processes share the experts, are of mixtures.
+    process group. `mixing` and `expert_parallel`, how many processes share the experts, are of mixtures.
     """
     import torch
 

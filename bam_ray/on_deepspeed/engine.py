@@ -10,6 +10,7 @@ import logging
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -54,12 +55,12 @@ class DeepSpeedEngine:
         chosen = settings.micro_batch_sequences
         self.precision = precision_on(get_accelerator().device_name(), settings.precision)
         self.mixture = as_mixture(model)
+        self.last_load: Load | None = None
+        self.last_exchange: float | None = None
         auto = None if self.mixture is None else AUTO_MICRO_BATCH
         self.micro_batch = auto if chosen == "auto" else chosen
         # Else ranks wait for one another within a micro batch, and one that ran out of memory would be waited for
         self._apart = settings.zero_stage == 1 and self.mixture is None
-        self.last_load: Load | None = None
-        self.last_exchange: float | None = None
         self.model = model.train()
         self.shards = apply_expert_parallelism(model, expert_parallel)
         freeze(model, self.mixing)
@@ -161,19 +162,23 @@ class DeepSpeedEngine:
         if limits.grad_norm == math.inf:
             self.deepspeed.step()
             return float(self.deepspeed.get_global_grad_norm())
-        own, found = zero.scaled_global_norm, [math.inf]
+        method = "_get_norm_groups" if self.settings.zero_stage == 3 else "scaled_global_norm"
+        own, found = getattr(zero, method), [math.inf]
 
-        def limited() -> Tensor:
-            norm: Tensor = own()
-            found.append(float(norm))
+        def limited() -> Any:
+            norms = own()  # of all gradients, or (stage 3) of each group of them
+            found.append(math.hypot(*map(float, norms)) if isinstance(norms, list) else float(norms))
+            if found[-1] <= limits.grad_norm:
+                return norms
             # To ZeRO 0.19.8 a norm that is not finite means that there is nothing to update with: there is no setting
-            return norm if found[-1] <= limits.grad_norm else torch.full_like(norm, math.inf)
+            infinite = torch.tensor(math.inf, device=self.device)
+            return [infinite] if isinstance(norms, list) else infinite
 
-        zero.scaled_global_norm = limited
+        setattr(zero, method, limited)
         try:
             self.deepspeed.step()
         finally:
-            del zero.scaled_global_norm
+            delattr(zero, method)
         return found[-1]
 
     @property

@@ -86,12 +86,6 @@ class TrainingSettings(Strict):
     zero_stage: Literal[1, 2, 3] = 1
     seed: int = 0
 
-    @model_validator(mode="after")
-    def _spikes_are_seen_before_the_update(self) -> Self:
-        if self.zero_stage == 3 and self.on_spike != "ignore":
-            raise ValueError("zero_stage 3 updates before a spike is seen: use zero_stage 1 or 2, or on_spike: ignore")
-        return self
-
     @property
     def steps(self) -> int:
         """Optimizer steps: enough to see `tokens`, the last one whole."""

@@ -80,7 +80,8 @@ class Case:
 
     def engine(self, micro: int | str | None = None) -> Engine:
         """An engine over all ranks."""
-        return deepspeed_engine(self.model(), self.settings(micro or self.micro), self.mixing, self.expert_parallel)
+        settings = self.settings(micro or self.micro)
+        return deepspeed_engine(self.model(), settings, self.mixing, self.expert_parallel)
 
 
 RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -345,6 +346,10 @@ def spoiled(folder: Path, case: Case) -> list[str]:
         except LossNotFinite as error:
             messages.append(str(error))
         hook.remove()
+    try:
+        engine.step(batch, LR, Limits(grad_norm=1e-3))
+    except TrainingError as error:
+        messages.append(str(error))
     save(engine, folder / "before")
     engine.step(batch, LR)
     save(engine, folder / "after")

@@ -169,6 +169,7 @@ def test_what_is_not_finite_leaves_no_trace_at_other_zero_stages(
     assert first == second
     assert "the loss (nan) is not finite" in first[0]
     assert "the gradient (inf)" in first[1]
+    assert re.fullmatch(r"the gradient's norm \(.*\) is above 0.001", first[2])
     for when in ("before", "after"):
         saved = folder / f"{name} spoiled"
         torch.testing.assert_close(state(saved / when), state(saved / f"{when}, undisturbed"), rtol=0, atol=0)

@@ -52,7 +52,6 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("data.domains.code.sauce", "x", "data.domains.code.sauce: unknown key"),
         ("branch.training.tokens", "many", "branch.training.tokens: Input should be a valid integer"),
         ("branch.training.tokens", 0, "branch.training.tokens: Input should be greater than or equal to 1"),
-        ("mix.training", {"tokens": 1, "peak_lr": 1, "zero_stage": 3, "on_spike": "skip"}, "use zero_stage 1 or 2"),
         ("branch.training.peak_lr", -1, "branch.training.peak_lr: Input should be greater than 0"),
         ("branch.domains", "code", "branch.domains: Input should be a valid list"),
         (
