@@ -30,6 +30,7 @@ from bam_ray.errors import BlobNotFound
 
 DOMAINS = ("code", "law", "prose", "verse")
 STEPS = 400
+PACE = 0.1  # seconds a step: most of a branch's life is then training, not the start of its process
 # Faults come by the minute here, not by the day: a branch may be hit many times before its next checkpoint
 MAX_ATTEMPTS = 1000
 
@@ -62,7 +63,7 @@ class Soak:
         self.store: BlobStore = self.world.store(name)
         self.recipe = self._tale.recipe(self.world.uri(name), self.world.proxy.endpoint, MAX_ATTEMPTS)
         self._tale.begin(self.store)
-        self.run: Run = self.world.submit(self.recipe)
+        self.run: Run = self.world.submit(self.recipe, PACE)
 
     def look(self) -> None:
         """Submit again what lost its driver; check a run that ended, and begin the next."""
@@ -72,7 +73,7 @@ class Soak:
         if code != 0:
             assert self._driver_lost, f"the run ended with {code}:\n{self.run.said[-3000:]}"
             self._driver_lost = False
-            self.run = self.world.submit(self.recipe)
+            self.run = self.world.submit(self.recipe, PACE)
             return
         self.check()
         self._begin()
