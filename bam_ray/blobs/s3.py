@@ -1,6 +1,7 @@
 """A blob store in an S3 bucket, on AWS or any server that speaks its protocol."""
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.loaders import Loader
 
 from bam_ray.blobs.store import checked
 from bam_ray.errors import BlobExists, BlobNotFound, NoConditionalPut, StoreDenied, StoreError, StoreUnavailable
@@ -34,6 +36,12 @@ RACE_TRIES = 6
 TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
 PART = 8 << 20  # bytes of a streamed blob that travel in one request: S3's 10,000 parts are then 78 GiB
 PARTS_AT_ONCE = 4
+
+
+@functools.cache
+def _loader() -> Loader:
+    """botocore's descriptions of services, megabytes of them, once a process; credentials are every store's own."""
+    return Loader()
 
 
 class S3Store:
@@ -190,8 +198,10 @@ class S3Store:
                 read_timeout=60,
                 max_pool_connections=16,
             )
+            session = boto3.session.Session()
+            session._session.register_component("data_loader", _loader())
             try:
-                self._lazy_client = boto3.session.Session().client("s3", endpoint_url=self._endpoint, config=config)
+                self._lazy_client = session.client("s3", endpoint_url=self._endpoint, config=config)
             except ValueError as error:  # "Invalid endpoint: ..."
                 raise StoreUnavailable(
                     f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT"
