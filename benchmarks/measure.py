@@ -55,6 +55,7 @@ def hardware() -> dict[str, str]:
         "accelerator": accelerator,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the minute before: what else the machine did
     }
 
 

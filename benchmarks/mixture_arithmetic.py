@@ -17,11 +17,11 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from bam_ray.model import BamConfig
+from bam_ray.model.experts_bam import BamExperts
 from bam_ray.model.modeling_bam import (
     AveragedAttention,
     BamAttention,
     BamDecoderLayer,
-    BamExperts,
     BamFFN,
     BamRotaryEmbedding,
 )

@@ -1,13 +1,14 @@
 """The mixture model, registered with transformers' Auto classes. torch and transformers only.
 
-`configuration_bam.py` and `modeling_bam.py` are also copied into every saved mixture, so that it loads with
+The files `*_bam.py` are also copied into every saved mixture, so that it loads with
 `trust_remote_code=True` where this package is not installed.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bam_ray.model.configuration_bam import BamConfig
-from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM, RoutingLosses, choose, routing_losses
+from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM
+from bam_ray.model.routing_bam import RoutingLosses, choose, routing_losses
 
 __all__ = ["BamCausalLMOutput", "BamConfig", "BamForCausalLM", "RoutingLosses", "choose", "routing_losses"]
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from bam_ray.model.modeling_bam import LocalDispatcher
+from bam_ray.model.experts_bam import LocalDispatcher
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 

@@ -32,7 +32,8 @@ CARRIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-MODEL_CODE = ("configuration_bam.py", "modeling_bam.py")  # for `trust_remote_code` where this package is not installed
+# For `trust_remote_code` where this package is not installed
+MODEL_CODE = ("configuration_bam.py", "experts_bam.py", "modeling_bam.py", "routing_bam.py")
 AUTO_MAP = {"AutoConfig": "configuration_bam.BamConfig", "AutoModelForCausalLM": "modeling_bam.BamForCausalLM"}
 
 Progress = Callable[[int, int], None]

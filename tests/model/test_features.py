@@ -15,7 +15,8 @@ from torch import Tensor
 import bam_ray.model.modeling_bam as modeling
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.configuration_bam import ACTIVATIONS, QK_NORMS
-from bam_ray.model.modeling_bam import AveragedAttention, BamAttention, expert_ffn
+from bam_ray.model.experts_bam import expert_ffn
+from bam_ray.model.modeling_bam import AveragedAttention, BamAttention
 
 EVERYTHING: dict[str, Any] = {
     "attention_experts": "kv_shared",
@@ -195,7 +196,7 @@ def test_a_second_copy_of_the_code_in_one_process(tmp_path: Path, monkeypatch: p
     package.mkdir()
     (package / "__init__.py").touch()
     folder = Path(modeling.__file__).parent
-    for name in ("configuration_bam.py", "modeling_bam.py"):
+    for name in ("configuration_bam.py", "experts_bam.py", "modeling_bam.py", "routing_bam.py"):
         shutil.copy(folder / name, package)
     monkeypatch.syspath_prepend(tmp_path)
     copied = importlib.import_module("copied_mixture.modeling_bam")
