@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -172,7 +173,7 @@ def inspect(
     table.add_column(overflow="fold")
     table.add_row("architecture", facts.architecture)
     table.add_row("parameters", f"{total:,}" + (f", of which a token meets {active:,}" if active != total else ""))
-    table.add_row("weights", f"{facts.bytes / 1e6:,.1f} MB in {len(facts.files)} files")
+    table.add_row("weights", f"{decimal(facts.bytes)} in {len(facts.files)} files")
     for key, value in (facts.sizes | facts.mixture).items():
         if value is not None:
             table.add_row(key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
@@ -256,7 +257,7 @@ def _bar(what: str) -> Iterator["Told"]:
 
 
 def _print_flight(flight: "Flight") -> None:
-    table = Table(title="Drift from the seed: ‖branch - seed‖ / ‖seed‖", title_justify="left")
+    table = Table(title="Drift from the seed, relative", title_justify="left")
     table.add_column("layer")
     for name in flight.drifts:
         table.add_column(name, justify="right")
@@ -275,9 +276,10 @@ def _print_flight(flight: "Flight") -> None:
         else ""
     )
     console.print(
-        f"reads {estimate.read / 1e9:.2f} GB, writes {estimate.written / 1e9:.2f} GB, "
-        f"holds {estimate.memory / 1e6:.0f} MB of whole tensors{time}; all checks passed, nothing written",
+        f"reads {decimal(estimate.read)}, writes {decimal(estimate.written)}, "
+        f"holds {decimal(estimate.memory)} of whole tensors{time}; all checks passed, nothing written",
         highlight=False,
+        soft_wrap=True,
     )
 
 

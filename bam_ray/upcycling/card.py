@@ -34,6 +34,7 @@ tags: [moe, merge, bam_ray]
 {% for step in lineage.history %}
 {% for verb, settings in step.items() %}- {{ verb }}: `{{ settings | tojson }}`
 {% endfor %}{% endfor %}
+
 `lineage.json` says of every tensor which operation made it of which inputs; `manifest.json` has the SHA-256 of every
 file. `bam verify` checks both this folder and its arithmetic.
 

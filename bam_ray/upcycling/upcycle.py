@@ -66,5 +66,6 @@ def plan(
     partitions = partitions_of(family, seed, settings, texts) if settings.method == "split" else []
     config = mixture_config(family, seed, experts, settings, losses, partitions)
     planner = Planner(family, sources, experts, config, settings, partitions)
-    history = [{"upcycle": settings.model_dump(mode="json"), "of": {name: each.uri for name, each in sources.items()}}]
+    chosen = settings.model_dump(mode="json", exclude_defaults=True)  # all of them are in the configuration
+    history = [{"upcycle": chosen, "of": {name: each.uri for name, each in sources.items()}}]
     return Planned(config, planner.outputs(), planner.routers(), history, settings.seed), partitions
