@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_story import TRAINING, Context, make, one_process, recipe
 
 from bam_ray.blobs import BlobStore, open_store
-from bam_ray.control.graph import task_graph
+from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
@@ -144,7 +145,12 @@ def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
     seed, code = found[below + "load_seed"][1][1], found[below + "load_code"][1][1]
     assert seed + code == pytest.approx(1.0)
     assert found["load_imbalance"][1][1] == pytest.approx(2 * max(seed, code))
-    assert 0 < found[below + "drift"][0][1] < found[below + "drift"][1][1]
+    before, after = (
+        TensorReader(store, f"{task.kind}/{task.id}").read("model.layers.0.mlp.gate.weight").float()
+        for task in (find_task(task_graph(run), kind, "bam") for kind in ("upcycled", "mixtures"))
+    )
+    assert found[below + "drift"][1][1] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
+    assert found[below + "drift"][0][1] > 0
     last = context.heard[-1]
     assert (last.load_imbalance, last.dead_experts) == (pytest.approx(2 * max(seed, code)), 1)
     lighter = "code" if code < seed else "seed"
