@@ -18,7 +18,7 @@ from bam_ray.families import family_of
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, MixtureSettings
 from bam_ray.stages.texts import token_rows
-from bam_ray.upcycling import Change, Progress, Upcycled, change, export_mixtral, load_model, plan, upcycle
+from bam_ray.upcycling import Change, Progress, Upcycled, change, export_mixtral, load_model, plan, write_mixture
 from bam_ray.upcycling.preflight import Drift, Estimate, drift, estimate
 
 BATCH_SEQUENCES = 8
@@ -39,7 +39,7 @@ class Flight:
 
 def preflight(sources: Mapping[str, TensorReader], settings: MixtureSettings, texts: Mapping[str, Tensor]) -> Flight:
     """Make all checks and read all weights once, writing nothing."""
-    planned, _ = plan(sources, settings, Losses(), texts)
+    planned = plan(sources, settings, Losses(), texts)
     seed, *branches = sources
     family = family_of(sources[seed].config, sources[seed].uri)
     for source in sources.values():
@@ -57,7 +57,7 @@ def make_mixture(
     progress: Progress | None = None,
 ) -> Upcycled:
     """Upcycle `sources` (the seed first) to `out`."""
-    planned, _ = plan(sources, settings, Losses(), texts or {})
+    planned = plan(sources, settings, Losses(), texts or {})
     check_space(out, estimate(planned, sources).written)
     for source in sources.values():
         source.check_digests()
@@ -70,7 +70,7 @@ def make_mixture(
         settings=settings.model_dump(mode="json"),
     )
     with new_folder(out, endpoint) as store:
-        return upcycle(sources, settings, ModelWriter(store), manifest, texts=texts, progress=progress)
+        return write_mixture(planned, sources, ModelWriter(store), manifest, texts, progress)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bam_ray.upcycling.loading import load_model
 from bam_ray.upcycling.methods import METHODS, Method, Operation, method_of
 from bam_ray.upcycling.receipts import Receipt, verify
 from bam_ray.upcycling.upcycle import plan, upcycle
-from bam_ray.upcycling.write import Progress, Upcycled
+from bam_ray.upcycling.write import Progress, Upcycled, write_mixture
 
 __all__ = [
     "METHODS",
@@ -40,4 +40,5 @@ __all__ = [
     "replaced",
     "upcycle",
     "verify",
+    "write_mixture",
 ]

@@ -14,10 +14,10 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.settings import Losses, MixtureSettings
-from bam_ray.upcycling.plan import Partition, Planner, experts_of, mixture_config
+from bam_ray.upcycling.plan import Planner, experts_of, mixture_config
 from bam_ray.upcycling.preflight import check_seed, check_sources
 from bam_ray.upcycling.slices import partitions_of
-from bam_ray.upcycling.write import Planned, Progress, Upcycled, write_mixture
+from bam_ray.upcycling.write import PARTITION, Planned, Progress, Upcycled, write_mixture
 
 
 def upcycle(
@@ -35,16 +35,14 @@ def upcycle(
     any are needed. Raises `UpcycleError` where the sources do not fit each other or hold values that are not finite,
     `BlobExists` where there is a committed mixture.
     """
-    planned, partitions = plan(sources, settings, losses or Losses(), texts or {})
-    plain = [{"experts": each.experts, "shared": each.shared} for each in partitions]
-    more = {"partition.json": json.dumps(plain, separators=(",", ":")).encode()} if plain else {}
-    return write_mixture(planned, sources, writer, manifest, texts, progress, more)
+    planned = plan(sources, settings, losses or Losses(), texts or {})
+    return write_mixture(planned, sources, writer, manifest, texts, progress)
 
 
 def plan(
     sources: Mapping[str, TensorReader], settings: MixtureSettings, losses: Losses, texts: Mapping[str, Tensor]
-) -> tuple[Planned, list[Partition]]:
-    """What `upcycle` would write, all checks made; and for a split which neurons go where, by layer."""
+) -> Planned:
+    """What `upcycle` would write, all checks made."""
     family = check_sources(sources)
     if settings.same_seed:
         check_seed(sources, family)
@@ -68,4 +66,6 @@ def plan(
     planner = Planner(family, sources, experts, config, settings, partitions)
     chosen = settings.model_dump(mode="json", exclude_defaults=True)  # all of them are in the configuration
     history = [{"upcycle": chosen, "of": {name: each.uri for name, each in sources.items()}}]
-    return Planned(config, planner.outputs(), planner.routers(), history, settings.seed), partitions
+    plain = [{"experts": each.experts, "shared": each.shared} for each in partitions]
+    more = {PARTITION: json.dumps(plain, separators=(",", ":")).encode()} if plain else {}
+    return Planned(config, planner.outputs(), planner.routers(), history, settings.seed, more)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -20,6 +20,7 @@ from bam_ray.upcycling.separation import Separation
 
 LINEAGE = "lineage.json"
 SEPARATION = "separation.json"
+PARTITION = "partition.json"
 CARD = "README.md"
 CARRIED = (
     "tokenizer.json",
@@ -49,6 +50,7 @@ class Planned:
     routers: list[Output]
     history: list[dict[str, Any]]
     seed: int = 0  # of what is drawn while routers are fitted
+    more: Mapping[str, bytes] = field(default_factory=dict)  # further files
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,10 @@ def write_mixture(
     manifest: Manifest,
     texts: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
-    more: Mapping[str, bytes] | None = None,
 ) -> Upcycled:
     """Write a mixture and commit it with `manifest`; where anything fails before that, there is none.
 
-    `texts` are rows of tokens, int64 [S, L], by expert name: for routers that are fitted. `more` are further files.
+    `texts` are rows of tokens, int64 [S, L], by expert name: for routers that are fitted.
     """
     separation = _write_tensors(planned, sources, writer, texts or {}, progress)
     lineage = {
@@ -86,7 +87,7 @@ def write_mixture(
         data = next(iter(sources.values())).file(name)
         if data is not None:
             writer.file(name, data)
-    for name, data in (more or {}).items():
+    for name, data in planned.more.items():
         writer.file(name, data)
     writer.file(CARD, model_card(planned.config, lineage).encode())
     for name in MODEL_CODE:
