@@ -116,7 +116,7 @@ class Checkpoints:
         """
         assert self._lease is not None
         self.settle(MOST_PENDING - 1)
-        folder = _written(state) if state.live else None  # the next step would change it
+        folder = _written(state, trainer) if state.live else None  # the next step would change it
         self._pending.append(self._pool.submit(self._upload, state, folder, trainer, self._lease))
 
     def settle(self, pending: int = MOST_PENDING) -> None:
@@ -136,9 +136,8 @@ class Checkpoints:
 
     def _upload(self, state: State, folder: Path | None, trainer: dict[str, Any], lease: Lease) -> None:
         step = trainer["step"]
-        folder = folder or _written(state)
+        folder = folder or _written(state, trainer)
         try:
-            (folder / TRAINER).write_text(json.dumps(trainer, default=asdict))
             self._retrying(self._commit, folder, step, lease)
             self.committed_step = step
             self._tell("checkpoint", step=step)
@@ -176,14 +175,17 @@ class Checkpoints:
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
 
-def _written(state: State) -> Path:
-    """A local folder with `state` in it; raises `TrainingError` where that cannot be."""
-    folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
+def _written(state: State, trainer: dict[str, Any]) -> Path:
+    """A local folder with both in it; raises `TrainingError` where that cannot be."""
+    folder = None
     try:
+        folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
         state.write(folder)
-    except Exception as error:  # the operating system's, wrapped in a type of safetensors' own
-        shutil.rmtree(folder, ignore_errors=True)
+        (folder / TRAINER).write_text(json.dumps(trainer, default=asdict))
+    except Exception as error:  # the operating system's, at times wrapped in a type of safetensors' own
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise TrainingError(
-            f"no checkpoint can be written to {folder.parent}: {error}; make room there or set TMPDIR"
+            f"no checkpoint can be written to {tempfile.gettempdir()}: {error}; make room there or set TMPDIR"
         ) from error
     return folder

@@ -235,12 +235,13 @@ def test_a_live_state_is_written_before_training_goes_on() -> None:
         assert torch.equal(again.model.state_dict()[name], weight), name
 
 
-def test_no_room_for_the_local_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: State, folder: Path) -> None:
+@pytest.mark.parametrize("where", ["tempfile.mkdtemp", "pathlib.Path.write_text", "bam_ray.training.state.State.write"])
+def test_no_room_for_the_local_folder_is_said(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(State, "write", full)
-    kept = checkpoints(MemoryStore())
-    kept.save(state(), trainer(1))
+    kept, found = checkpoints(MemoryStore()), state()
+    monkeypatch.setattr(where, full)
+    kept.save(found, trainer(1))
     with pytest.raises(TrainingError, match="No space left on device; make room there or set TMPDIR"):
         kept.wait()
