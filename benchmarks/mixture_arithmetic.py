@@ -6,15 +6,12 @@ Every row is a case's forward and backward pass over the same pass of its floor 
 tokens fall on the four experts: evenly, or 71 % on one.
 """
 
-import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from bam_ray.model import BamConfig
 from bam_ray.model.experts_bam import BamExperts
@@ -27,9 +24,9 @@ from bam_ray.model.modeling_bam import (
 )
 from bam_ray.training.flops import forward_flops_per_token
 from benchmarks.measure import ratios, report, seconds
+from benchmarks.peers import SHARES, AutoEP, MoE, chosen, filled, marked, mixtral, start_deepspeed
 
 EXPERTS = 4
-SHARES = {"balanced": (0.25, 0.25, 0.25, 0.25), "skewed": (0.71, 0.10, 0.10, 0.09)}
 Row = list[str | float]
 
 
@@ -45,12 +42,6 @@ def passes(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) ->
 
     x.requires_grad_()
     return run
-
-
-def filled(module: Any, dtype: torch.dtype) -> Any:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return module.to(dtype).train()
 
 
 def sizes(d: int, **settings: Any) -> BamConfig:
@@ -69,8 +60,7 @@ def sizes(d: int, **settings: Any) -> BamConfig:
 def ffn(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> list[Row]:
     """FFN experts, top-1, against one dense FFN on the same tokens, and against peers."""
     torch.manual_seed(0)
-    expert = torch.repeat_interleave(torch.tensor([round(share * tokens) for share in SHARES[routing]]))[:tokens]
-    expert = torch.cat((expert, expert.new_zeros(tokens - len(expert))))[torch.randperm(tokens)]
+    expert = chosen(routing, tokens)
     index, weights = expert.unsqueeze(1), torch.ones(tokens, 1, dtype=dtype)
     config = sizes(d)
     x = torch.randn(tokens, d, dtype=dtype)
@@ -85,44 +75,12 @@ def ffn(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> l
         cases[f"transformers' Mixtral, {implementation}"] = passes(
             peer, lambda x, peer=peer: peer(x, index, weights), x
         )
-    cases["DeepSpeed's MoE layer"] = deepspeed_moe(config, dtype, x, expert)
+    told = marked(x, expert, EXPERTS)
+    for name, peer in (("DeepSpeed's MoE layer", MoE(config, dtype)), ("DeepSpeed's AutoEP", AutoEP(config, dtype))):
+        cases[name] = passes(peer, peer, told)
     times = ratios(seconds(cases, rounds), "one dense FFN")
     shape = f"{tokens} tokens, d {d}, {str(dtype).removeprefix('torch.')}, {routing}"
     return [["FFN " + shape, name, "one dense FFN", ratio] for name, ratio in times.items() if name != "one dense FFN"]
-
-
-def mixtral(config: BamConfig, implementation: str) -> MixtralExperts:
-    peer = MixtralConfig(
-        hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, num_local_experts=EXPERTS
-    )
-    peer._experts_implementation = implementation
-    return MixtralExperts(peer)
-
-
-def deepspeed_moe(config: BamConfig, dtype: torch.dtype, x: Tensor, expert: Tensor) -> Callable[[], None]:
-    """DeepSpeed's layer without dropping tokens, its gate reading the wanted expert off the first features."""
-    from deepspeed.moe.layer import MoE
-
-    class Expert(BamFFN):
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(x)[0]
-
-    layer = MoE(
-        config.hidden_size,
-        Expert(config, config.intermediate_size),
-        num_experts=EXPERTS,
-        k=1,
-        drop_tokens=False,
-        use_rts=False,
-        min_capacity=0,
-    )
-    layer.set_deepspeed_parallelism()
-    layer = filled(layer, dtype)
-    gate = layer.deepspeed_moe.gate.wg.float().weight
-    gate.data = torch.eye(EXPERTS, config.hidden_size)
-    x = x.detach().clone()
-    x[:, :EXPERTS] = 20.0 * nn.functional.one_hot(expert, EXPERTS)
-    return passes(layer, lambda x: layer(x)[0], x)
 
 
 def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
@@ -199,7 +157,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile", help="Time compiled blocks too (minutes of C++).")] = False,
 ) -> None:
     """Measure, print a table and write `benchmarks/results/mixture_arithmetic.json`."""
-    alone()
+    start_deepspeed()
     rows: list[Row] = []
     if "ffn" in only:
         for dtype in (torch.float32, torch.bfloat16):
@@ -213,17 +171,6 @@ def main(
         for dtype in (torch.float32, torch.bfloat16):
             rows += block(rounds, 4, 512, 512, dtype, compiled)
     report("mixture_arithmetic", ("shape", "case", "against", "ratio"), rows)
-
-
-def alone() -> None:
-    """A process group of this process, which DeepSpeed's layer asks for."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # else it compiles a C++ extension
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 
 
 if __name__ == "__main__":

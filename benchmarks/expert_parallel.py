@@ -1,0 +1,243 @@
+"""Experts on two processes of this machine: the layer against DeepSpeed's two, whole steps against one group of copies.
+
+    python -m benchmarks.expert_parallel [--rounds 9] [--only layer,step]
+
+Two gloo ranks, a thread each. `layer`: FFN experts forward and backward, two of four on each rank, `routing` saying how
+tokens fall on them; `step`: training steps of a mixture with its experts spread over both ranks (EP 2), and with all of
+them on both (EP 1, data-parallel), at the same global batch. Of each: the wall clock and the CPU time of the slower
+rank, medians over rounds in which each case has one turn. The bytes that leave a rank are counted where the exchanges
+call torch.distributed, over the least that could: a row there and back for each token and rank that has an expert of
+its choice, in the forward and in the backward pass; for soft attention experts every token to every rank.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from torch import Tensor, nn
+
+from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.model.experts_bam import BamExperts
+from bam_ray.settings import Mixing, TrainingSettings
+from benchmarks.measure import report
+from benchmarks.peers import SHARES, AutoEP, MoE, chosen, filled, marked, start_deepspeed
+
+RANKS, EXPERTS = 2, 4
+LENGTH, SEQUENCES = 256, 8  # of a step, on each rank
+Row = list[str | float]
+Case = Callable[[], object]
+
+
+class Traffic:
+    """torch.distributed (or DeepSpeed's) for one module, counting the bytes that this rank sends to others."""
+
+    sent = 0  # by all modules
+
+    def __init__(self, module: Any) -> None:
+        self._dist = module.dist
+        module.dist = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dist, name)
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **more: Any
+    ) -> Any:
+        splits = input_split_sizes or [len(input) // RANKS] * RANKS
+        Traffic.sent += (sum(splits) - splits[dist.get_rank()]) * (input[:1].nbytes if len(input) else 0)
+        return self._dist.all_to_all_single(output, input, output_split_sizes, input_split_sizes, **more)
+
+    def all_gather_into_tensor(self, output: Tensor, input: Tensor, **more: Any) -> Any:
+        Traffic.sent += input.nbytes * (RANKS - 1)
+        return self._dist.all_gather_into_tensor(output, input, **more)
+
+    def reduce_scatter_tensor(self, output: Tensor, input: Tensor, **more: Any) -> Any:
+        Traffic.sent += output.nbytes * (RANKS - 1)
+        return self._dist.reduce_scatter_tensor(output, input, **more)
+
+
+def count_traffic() -> None:
+    """Of our exchanges and of DeepSpeed's two; not of what ZeRO does with gradients and weights."""
+    from deepspeed.module_inject import auto_ep_layer
+    from deepspeed.moe import sharded_moe
+
+    from bam_ray.on_deepspeed import dispatch
+
+    for module in (dispatch, sharded_moe, auto_ep_layer):
+        Traffic(module)
+
+
+def measured(cases: dict[str, Case], rounds: int) -> dict[str, tuple[float, float, int]]:
+    """Wall seconds, CPU seconds and bytes sent of each case: of the rank that has most."""
+    taken: dict[str, list[Tensor]] = {name: [] for name in cases}
+    for number in range(-2, rounds):
+        for name, run in cases.items():
+            dist.barrier()
+            Traffic.sent = 0
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            spent = [time.perf_counter() - wall, time.process_time() - cpu, float(Traffic.sent)]
+            most = torch.tensor(spent, dtype=torch.double)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            if number >= 0:  # those before warm up
+                taken[name].append(most)
+    medians = {name: torch.stack(each).median(0).values.tolist() for name, each in taken.items()}
+    return {name: (wall, cpu, int(sent)) for name, (wall, cpu, sent) in medians.items()}
+
+
+class Ours(nn.Module):
+    """`BamExperts`, two on each rank: [T, d] -> [T, d]."""
+
+    def __init__(self, config: BamConfig, dtype: torch.dtype, expert: Tensor) -> None:
+        super().__init__()
+        from deepspeed.utils import groups
+
+        from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, Wire
+
+        self.experts = filled(BamExperts(config), dtype)
+        groups._create_expert_and_data_parallel(RANKS)
+        self.experts.dispatcher = AllToAllDispatcher(Wire(groups._get_expert_parallel_group(f"ep_size_{RANKS}")))
+        for name, whole in list(self.experts.named_parameters()):
+            setattr(self.experts, name, nn.Parameter(whole.detach().chunk(RANKS)[dist.get_rank()].clone()))
+        self.index, self.weights = expert[:, None], torch.ones(len(expert), 1, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.experts(x, self.index, self.weights)
+        return out
+
+
+def layer(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> list[Row]:
+    """One layer of FFN experts, forward and backward."""
+    torch.manual_seed(dist.get_rank())
+    config = sizes(d, 1)
+    expert = chosen(routing, tokens)
+    x = marked(torch.randn(tokens, d, dtype=dtype), expert, EXPERTS).requires_grad_()
+    grad = torch.randn_like(x)
+    modules = {
+        "ours": Ours(config, dtype, expert),
+        "DeepSpeed's MoE layer": MoE(config, dtype, RANKS),
+        "DeepSpeed's AutoEP": AutoEP(config, dtype, RANKS, dist.get_rank()),
+    }
+
+    def passes(module: nn.Module) -> Case:
+        def run() -> None:
+            module.zero_grad()
+            x.grad = None
+            module(x).backward(grad)
+
+        return run
+
+    taken = measured({name: passes(module) for name, module in modules.items()}, rounds)
+    least = least_rows(expert[:, None]) * d * x.element_size()
+    shape = f"layer, {RANKS} × {tokens} tokens, d {d}, {str(dtype).removeprefix('torch.')}, {routing}"
+    return [[shape, name, *over(times, taken["ours"]), times[2] / least] for name, times in taken.items()]
+
+
+def least_rows(index: Tensor) -> int:
+    """Rows that a rank must send where its tokens chose `index` [T, k]: its own there, the other's back, and gradients.
+
+    With two ranks that is the same on both. A collective.
+    """
+    away = (index // (EXPERTS // RANKS) != dist.get_rank()).any(1).sum()
+    dist.all_reduce(away)
+    return 2 * int(away)
+
+
+def step(rounds: int, d: int, layers: int, **settings: Any) -> list[Row]:
+    """Whole training steps, EP 2 against EP 1."""
+    from bam_ray.on_deepspeed import deepspeed_engine
+
+    training = TrainingSettings(tokens=1 << 30, batch_tokens=RANKS * SEQUENCES * LENGTH, peak_lr=1e-4)
+    config = sizes(d, layers, vocab_size=4096, **settings)
+    batch = torch.randint(0, 4096, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(dist.get_rank()))
+    cases: dict[str, Case] = {}
+    for size in (2, 1):
+        torch.manual_seed(0)
+        model = BamForCausalLM(config)
+        engine = deepspeed_engine(model, training, Mixing(), size)
+        cases[f"EP {size}"] = lambda engine=engine: engine.step(batch, 1e-4)  # type: ignore[misc]
+        if size == RANKS:
+            rows = least_rows_of(model, cases[f"EP {size}"])
+    taken = measured(cases, rounds)
+    soft = config.attention_experts != "averaged"
+    rows += soft * layers * 4 * SEQUENCES * LENGTH
+    shape = f"step, {layers} layers, d {d}, {'BAM' if soft else 'BTX'}, top {config.num_experts_per_tok}"
+    return [
+        [shape, "EP 2", *over(taken["EP 2"], taken["EP 1"]), taken["EP 2"][2] / (rows * d * 4)],
+    ]
+
+
+def least_rows_of(model: nn.Module, run: Case) -> int:
+    """`least_rows` of all FFN layers in one step; the first, whose routers are those of every later step but for a few
+    updates."""
+    found: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments: found.append(least_rows(arguments[1])))
+        for module in model.modules()
+        if isinstance(module, BamExperts)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return sum(found)
+
+
+def over(times: tuple[float, float, int], floor: tuple[float, float, int]) -> list[float]:
+    """Wall clock and CPU time as ratios."""
+    return [times[0] / floor[0], times[1] / floor[1]]
+
+
+def sizes(d: int, layers: int, vocab_size: int = 1, **settings: Any) -> BamConfig:
+    return BamConfig(
+        hidden_size=d,
+        intermediate_size=4 * d,
+        num_attention_heads=max(1, d // 64),
+        num_hidden_layers=layers,
+        vocab_size=vocab_size,
+        num_experts=EXPERTS,
+        attn_implementation="sdpa",
+        **settings,
+    )
+
+
+def rank(number: int, folder: str, rounds: int, only: str) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    start_deepspeed(number, RANKS, dist.FileStore(f"{folder}/store", RANKS))
+    count_traffic()
+    layers: list[Row] = []
+    steps: list[Row] = []
+    if "layer" in only:
+        for dtype in (torch.float32, torch.bfloat16):
+            for routing in SHARES:
+                layers += layer(rounds, 2048, 512, dtype, routing)
+    if "step" in only:
+        steps += step(rounds, 256, 4)
+        steps += step(rounds, 256, 4, attention_experts="averaged", num_experts_per_tok=2, norm_topk_prob=True)
+    torch.save((layers, steps), Path(folder, f"{number}.pt"))
+    dist.barrier()
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Turns of each case.")] = 9,
+    only: Annotated[str, typer.Option(help="layer or step.")] = "layer,step",
+) -> None:
+    """Measure, print tables and write `benchmarks/results/expert_parallel_*.json`."""
+    with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
+        mp.start_processes(rank, (folder, rounds, only), nprocs=RANKS, start_method="spawn")
+        layers, steps = torch.load(Path(folder, "0.pt"))
+    if layers:
+        columns = ("shape", "case", "wall clock ÷ ours", "CPU ÷ ours", "bytes ÷ least")
+        report("expert_parallel_layer", columns, layers)
+    if steps:
+        report("expert_parallel_step", ("shape", "case", "wall clock ÷ EP 1", "CPU ÷ EP 1", "bytes ÷ least"), steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,132 @@
+"""Layers of FFN experts to compare with: transformers' Mixtral, DeepSpeed's MoE and DeepSpeed's AutoEP.
+
+Each routes every token to the one expert that `expert` [T] names, and drops none.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from bam_ray.model import BamConfig
+from bam_ray.model.modeling_bam import BamFFN
+
+SHARES = {"balanced": (0.25, 0.25, 0.25, 0.25), "skewed": (0.71, 0.10, 0.10, 0.09)}
+"""How tokens fall on four experts."""
+
+
+def chosen(routing: str, tokens: int) -> Tensor:
+    """The expert of each token, in random order: [tokens] int64."""
+    counts = [round(share * tokens) for share in SHARES[routing]]
+    expert = torch.repeat_interleave(torch.tensor(counts))[:tokens]
+    return torch.cat((expert, expert.new_zeros(tokens - len(expert))))[torch.randperm(tokens)]
+
+
+def filled(module: Any, dtype: torch.dtype) -> Any:
+    """`module` with random weights."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return module.to(dtype).train()
+
+
+def marked(x: Tensor, expert: Tensor, experts: int) -> Tensor:
+    """`x` [T, d] with the wanted expert in its first features, where `reading` gates find it."""
+    x = x.detach().clone()
+    x[:, :experts] = 20.0 * nn.functional.one_hot(expert, experts)
+    return x
+
+
+def reading(gate: nn.Linear) -> None:
+    """Make a router read what `marked` wrote."""
+    gate.weight.data = torch.eye(*gate.weight.shape, dtype=gate.weight.dtype)
+
+
+def mixtral(config: BamConfig, implementation: str) -> MixtralExperts:
+    """transformers' experts, to be called as ours are."""
+    peer = mixtral_config(config)
+    peer._experts_implementation = implementation
+    return MixtralExperts(peer)
+
+
+def mixtral_config(config: BamConfig, **more: Any) -> MixtralConfig:
+    """A Mixtral of the sizes of `config`."""
+    return MixtralConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        num_local_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        **more,
+    )
+
+
+class MoE(nn.Module):
+    """DeepSpeed's layer without dropping tokens: [T, d] `marked` -> [T, d]."""
+
+    def __init__(self, config: BamConfig, dtype: torch.dtype, size: int = 1) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE as Layer
+
+        class Expert(BamFFN):
+            def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+                return super().forward(x)[0]
+
+        layer = Layer(
+            config.hidden_size,
+            Expert(config, config.intermediate_size),
+            num_experts=config.num_experts,
+            ep_size=size,
+            k=1,
+            drop_tokens=False,
+            use_rts=False,
+            min_capacity=0,
+        )
+        layer.set_deepspeed_parallelism()
+        self.layer = filled(layer, dtype)
+        reading(self.layer.deepspeed_moe.gate.wg.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)[0]
+        return out
+
+
+class AutoEP(nn.Module):
+    """The layer that DeepSpeed's AutoEP makes of Mixtral's: [T, d] `marked` -> [T, d]."""
+
+    def __init__(self, config: BamConfig, dtype: torch.dtype, size: int = 1, rank: int = 0) -> None:
+        super().__init__()
+        from deepspeed.module_inject.auto_ep import AutoEP as Injection
+        from deepspeed.module_inject.auto_ep_config import AutoEPConfig
+        from deepspeed.utils import groups
+
+        model = filled(MixtralForCausalLM(mixtral_config(config)), dtype)
+        injection = Injection(model, AutoEPConfig(enabled=True, autoep_size=size, preset_model="mixtral"))
+        (found,) = injection.ep_parser()
+        # What the public call does besides, DeepSpeed 0.19.8 cannot with transformers 5.24: recorders of router logits
+        self.layer = injection._replace_moe_layer_without_retarget(found, size, rank)[0].train()
+        reading(self.layer.router.gate)
+        if size > 1:
+            groups._create_expert_and_data_parallel(size)
+            self.layer.ep_group = groups._get_expert_parallel_group(f"ep_size_{size}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x[None])
+        return out[0]
+
+
+def start_deepspeed(rank: int = 0, world_size: int = 1, store: Any = None) -> None:
+    """The process group that DeepSpeed's layers ask for; of this process alone where no `store` is given."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # else it compiles a C++ extension
+    store = store or torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
