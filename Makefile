@@ -36,10 +36,11 @@ demo: cluster-up ## branch, upcycle and mix a small model on the local cluster (
 	@. .bam/env && $(BIN)/bam run recipes/demo.yaml
 
 test: setup ## all tests, those with Ray clusters and servers too
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto -m 'not slow'
+	@$(BIN)/pytest -m slow
 
 test-fast: setup ## the tests that need no server and no cluster
-	@$(BIN)/pytest -n auto -m 'not slow' --ignore=tests/cluster --ignore=tests/distributed --ignore=tests/end_to_end
+	@$(BIN)/pytest -n auto -m 'not slow'
 
 soak: setup ## faults at random over a local cluster for ten minutes (BAM_SOAK_SECONDS, BAM_SOAK_SEED)
 	@PYTHONPATH=tests $(BIN)/python -m faults.soak
