@@ -8,7 +8,8 @@ of one expert a token has as many as the dense model. An update is no part of th
 its share falls with the tokens of a step. transformers' Mixtral is the same size as BTX, with that library's defaults.
 """
 
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -18,7 +19,7 @@ from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.engine import TorchEngine
 from bam_ray.training.flops import forward_flops_per_token
-from benchmarks.measure import report, seconds
+from benchmarks.measure import ratios, report, seconds
 from benchmarks.peers import mixtral_config
 
 LENGTH, SEQUENCES, VOCABULARY = 256, 16, 4096
@@ -54,13 +55,8 @@ def models(width: int, layers: int) -> dict[str, PreTrainedModel]:
     }
 
 
-def main(
-    rounds: Annotated[int, typer.Option(help="Steps of each case.")] = 7,
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 256,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-) -> None:
-    """Measure, print a table and write `benchmarks/results/training_step.json`."""
+def steps(rounds: int, width: int, layers: int, precision: Literal["fp32", "bf16"]) -> list[list[str | float]]:
+    """A row a model."""
     torch.manual_seed(0)
     batch = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
     settings = TrainingSettings(
@@ -68,20 +64,33 @@ def main(
         batch_tokens=SEQUENCES * LENGTH,
         peak_lr=1e-4,
         micro_batch_sequences=8,
-        precision=precision,  # type: ignore[arg-type] # the settings check it
+        precision=precision,
     )
     made = models(width, layers)
     engines = {name: TorchEngine(model, settings) for name, model in made.items()}
-    taken = seconds({name: lambda each=each: each.step(batch, 1e-4) for name, each in engines.items()}, rounds)  # type: ignore[misc]
+    cases = {name: partial(engine.step, batch, 1e-4) for name, engine in engines.items()}
+    taken = ratios(seconds(cases, rounds), "dense")
     flops = {name: forward_flops_per_token(model.config, LENGTH) for name, model in made.items()}
     # Mixtral's operations are those of BTX; the count knows our configurations alone
     flops["transformers' Mixtral, top 2"] = flops["BTX, top 2"]
     rows: list[list[str | float]] = []
-    for name in made:
-        time, floor = taken[name] / taken["dense"], flops[name] / flops["dense"]
-        parameters = sum(parameter.numel() for parameter in made[name].parameters()) / 1e6
-        rows.append([f"{layers} layers, d {width}, {precision}", name, parameters, time, floor, time / floor])
-    report("training_step", ("shape", "model", "parameters, M", "time ÷ dense", "operations ÷ dense", "÷"), rows)
+    for name, model in made.items():
+        floor = flops[name] / flops["dense"]
+        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        shape = f"{layers} layers, d {width}, {precision}"
+        rows.append([shape, name, parameters, taken[name], floor, taken[name] / floor])
+    return rows
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Steps of each case.")] = 7,
+    width: Annotated[int, typer.Option(help="Hidden size.")] = 256,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
+) -> None:
+    """Measure, print a table and write `benchmarks/results/training_step.json`."""
+    rows = [*steps(rounds, width, layers, "fp32"), *steps(rounds, width, layers, "bf16")]
+    columns = ("shape", "model", "parameters, M", "time ÷ dense", "operations ÷ dense", "time ÷ operations")
+    report("training_step", columns, rows)
 
 
 if __name__ == "__main__":
