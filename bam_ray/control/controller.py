@@ -38,6 +38,7 @@ from bam_ray.control.states import (
     Waiting,
 )
 from bam_ray.control.tasks import Progress, Task
+from bam_ray.control.waits import Waits
 from bam_ray.errors import PlacementError, StoreUnavailable
 
 Outcome = Literal["running", "finished", "failed", "interrupted"]
@@ -65,6 +66,7 @@ class Controller:
         launcher: Launcher,
         clock: Callable[[], float] = time.monotonic,
         on_change: OnChange | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.tasks = {task.id: task for task in tasks}
         self.speeds = Speeds()
@@ -73,6 +75,7 @@ class Controller:
         self._clock = clock
         self._on_change = on_change
         self._stopping = False
+        self._waits = Waits(store, wall)
         self._history = {task.id: History() for task in tasks}
         self._placed: dict[str, _Attempt] = {}  # the last of each task
         self._kinds: dict[str, str] = {}  # of nodes that were ever seen, by id
@@ -99,6 +102,7 @@ class Controller:
             self._drain_all()
         else:
             self._leave_nodes({node.id for node in nodes or () if node.leaving})
+            self._call_to_absorb()
             self._give_up_waiting(None if nodes is None else {node.id for node in nodes if not node.leaving})
             self._place(None if nodes is None else Snapshot(nodes))
         changed = [task_id for task_id, state in self.states.items() if type(state) is not before[task_id]]
@@ -120,7 +124,7 @@ class Controller:
     def outcome(self) -> Outcome:
         """How the run stands."""
         states = self.states.values()
-        if all(isinstance(state, Committed) for state in states):
+        if all(isinstance(state, Committed) or self._is_spared(id) for id, state in self.states.items()):
             return "finished"
         if any(isinstance(state, Placing | Running | Draining) for state in states):
             return "running"
@@ -160,6 +164,12 @@ class Controller:
         progress = None if isinstance(state, Blocked) else state.progress
         return policies.remaining_steps(self.tasks[task_id], progress)
 
+    def _is_spared(self, task_id: str) -> bool:
+        """Whether a task failed that others could be, and were, made without."""
+        without = [task for task in self.tasks.values() if task.quorum and task_id in dict(task.quorum.branches)]
+        made = [isinstance(self.states[task.id], Committed) for task in without]
+        return isinstance(self.states[task_id], Failed | Blocked) and bool(made) and all(made)
+
     def _is_committed(self, task: Task) -> bool:
         return self._store.exists(f"{task.kind}/{task.id}/{MANIFEST}")
 
@@ -179,7 +189,7 @@ class Controller:
                 if isinstance(state, Draining):
                     if state.moving:
                         self.speeds.saw_checkpoint(self._placed[task.id].group, self._clock() - state.since)
-                    self._leave(task, node, progress or state.progress, "moved" if state.moving else "stopped")
+                    self._leave(task, node, progress or state.progress, state.cause)
                 else:
                     self._see_end(task, Broke("it stopped without having been asked to", node, progress))
             case Broke():
@@ -264,10 +274,22 @@ class Controller:
             if isinstance(state, Running) and state.node.id in leaving and self.tasks[task_id].total_steps:
                 self._move(task_id, state)
 
-    def _move(self, task_id: str, state: Running) -> None:
-        """Ask for a checkpoint, to go on elsewhere."""
+    def _call_to_absorb(self) -> None:
+        """End attempts at mixtures that could begin without branches which have arrived since: the next takes them in.
+
+        What an attempt is made of it says itself, once it trains.
+        """
+        for task_id, state in self.states.items():
+            quorum = self.tasks[task_id].quorum
+            if quorum and isinstance(state, Running) and state.first_step and state.progress.experts:
+                late = [name for name in policies.arrived(quorum, self.states) if name not in state.progress.experts]
+                if late:
+                    self._move(task_id, state, f"to absorb {', '.join(late)}")
+
+    def _move(self, task_id: str, state: Running, cause: str = "moved") -> None:
+        """Ask for a checkpoint, to go on elsewhere or with more."""
         self._launcher.drain(task_id)
-        self.states[task_id] = Draining(state.node, state.progress, self._clock(), state.placed, moving=True)
+        self.states[task_id] = Draining(state.node, state.progress, self._clock(), state.placed, True, cause)
 
     def _kill_deaf(self) -> None:
         """Free what was asked to stop, and does not."""
@@ -341,7 +363,7 @@ class Controller:
                     blocker = self._blocker(task)
                     if blocker:
                         self.states[task_id] = Blocked(blocker)
-                    elif all(isinstance(self.states[parent], Committed) for parent in task.parents):
+                    elif self._has_parents(task):
                         ready.append(task)
                 case Retrying(not_before=not_before) if now >= not_before:
                     ready.append(task)
@@ -396,10 +418,20 @@ class Controller:
             return task
         return elastic.shrunk(task, snapshot.can_hold) or task
 
+    def _has_parents(self, task: Task) -> bool:
+        """Whether all that `task` is made from is there, or as much as its quorum says."""
+        late = dict(task.quorum.branches) if task.quorum else {}
+        if not all(isinstance(self.states[parent], Committed) for parent in task.parents if parent not in late):
+            return False
+        return task.quorum is None or policies.enough(task.quorum, self.states, self._waits.seconds(task, task.quorum))
+
     def _blocker(self, task: Task) -> str | None:
         """The failed task that `task` can never be made without."""
+        late = dict(task.quorum.branches) if task.quorum and policies.can_meet(task.quorum, self.states) else {}
         for parent in task.parents:
             state = self.states[parent]
+            if parent in late:
+                continue
             if isinstance(state, Failed):
                 return self.tasks[parent].where
             if isinstance(state, Blocked):

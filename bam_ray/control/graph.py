@@ -7,16 +7,18 @@ all are known before anything runs. What only says how or where the work is done
 checkpoints, expert parallelism, what a worker needs) is no part of them: changing it goes on with the same artifacts.
 """
 
+import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel
 
 from bam_ray.checkpoint.manifest import Kind, identity
 from bam_ray.control.elastic import fewer_workers
-from bam_ray.control.tasks import Task
+from bam_ray.control.tasks import Quorum, Task
 from bam_ray.settings.mixing import Mixing
-from bam_ray.settings.recipe import Needs, Recipe, TrainingSettings
+from bam_ray.settings.recipe import MixtureSettings, Needs, Recipe, TrainingSettings
 
 DENSE = "dense"  # the model of the seed and of all branches
 
@@ -61,13 +63,15 @@ def task_graph(recipe: Recipe) -> list[Task]:
         )
         for domain in recipe.branch.domains
     ]
+    quorum = _quorum(recipe, branches)
     upcycled = [
         _task(
             "upcycled",
             name,
-            mixture,
+            _upcycled_content(recipe, mixture),
             parents=(seed.id, *(branch.id for branch in branches if mixture.has_branches)),
             needs=recipe.upcycle.needs,
+            quorum=quorum if mixture.has_branches else None,
         )
         for name, mixture in recipe.upcycle.mixtures.items()
     ]
@@ -91,6 +95,8 @@ def task_graph(recipe: Recipe) -> list[Task]:
             model=f"mixture {start.name}",
             max_attempts=recipe.mix.max_failures + 1,
             at_once=recipe.mix.at_once,
+            # It starts with what was upcycled, and absorbs what arrives later
+            quorum=replace(start.quorum, at_least=0, deadline=0.0) if start.quorum else None,
         )
         for start in upcycled
     ]
@@ -100,6 +106,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
         {"tokens_per_domain": recipe.evaluate.tokens_per_domain},
         parents=tuple(task.id for task in [corpus, seed, *branches, *mixtures]),
         needs=recipe.evaluate.needs,
+        quorum=replace(quorum, at_least=0, deadline=math.inf) if quorum else None,
     )
     return [corpus, seed, *branches, *upcycled, *mixtures, report]
 
@@ -136,6 +143,7 @@ def _task(
     model: str = "",
     max_attempts: int = 4,
     at_once: int | None = None,
+    quorum: Quorum | None = None,
 ) -> Task:
     """A task whose identity is that of its settings and parents."""
     sequences = training.batch_tokens // sequence_length if training else 0
@@ -152,7 +160,25 @@ def _task(
         at_once=at_once,
         model=model if training else "",
         step_tokens=training.batch_tokens if training else 0,
+        quorum=quorum,
     )
+
+
+def _quorum(recipe: Recipe, branches: Sequence[Task]) -> Quorum | None:
+    """With which of `branches` mixtures start; None: with all."""
+    when = recipe.upcycle.when
+    if when == "all":
+        return None
+    deadline = when.deadline_hours * 3600.0 if when.deadline_hours else 0.0
+    return Quorum(tuple((branch.id, branch.name) for branch in branches), when.at_least, deadline)
+
+
+def _upcycled_content(recipe: Recipe, mixture: MixtureSettings) -> BaseModel | dict[str, Any]:
+    """A mixture of some branches must not be taken for that of all."""
+    when = recipe.upcycle.when
+    if when == "all" or not mixture.has_branches:
+        return mixture
+    return {**mixture.model_dump(mode="json"), "when": when.model_dump(mode="json")}
 
 
 def _plain(settings: BaseModel | None) -> dict[str, Any] | None:

@@ -51,6 +51,11 @@ def _cells(row: Planned) -> dict[str, str]:
 def _words(plan: Plan) -> list[str]:
     """The sums."""
     lines = []
+    when = plan.recipe.upcycle.when
+    if when != "all":
+        hours = f", {when.deadline_hours:g} hours after they can begin" if when.deadline_hours else ""
+        branches = len(plan.recipe.branch.domains)
+        lines.append(f"mixing starts with at least {when.at_least} of {branches} branches{hours}, and absorbs the rest")
     tokens = sum(row.tokens for row in plan.rows)
     if plan.size:
         written, kept, most = (

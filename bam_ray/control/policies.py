@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.sightings import Broke
-from bam_ray.control.states import Failed, History, Retrying
-from bam_ray.control.tasks import Progress, Task
+from bam_ray.control.states import Blocked, Committed, Failed, History, Retrying, State
+from bam_ray.control.tasks import Progress, Quorum, Task
 from bam_ray.errors import (
     DataError,
     FamilyError,
@@ -53,6 +53,28 @@ def is_final(error: BaseException) -> bool:
 def remaining_steps(task: Task, progress: Progress | None) -> int:
     """Steps that `task` has still to do, as far as is known."""
     return max(0, task.total_steps - (progress.step if progress else 0))
+
+
+def arrived(quorum: Quorum, states: Mapping[str, State]) -> list[str]:
+    """The names of its branches that are committed; `states` are all tasks', by id."""
+    return [name for id, name in quorum.branches if isinstance(states[id], Committed)]
+
+
+def coming(quorum: Quorum, states: Mapping[str, State]) -> int:
+    """How many of its branches are neither committed nor failed."""
+    return sum(not isinstance(states[id], Committed | Failed | Blocked) for id, _ in quorum.branches)
+
+
+def enough(quorum: Quorum, states: Mapping[str, State], waited: float) -> bool:
+    """Whether to begin with the branches that there are, `waited` seconds after all could."""
+    if len(arrived(quorum, states)) < quorum.at_least:
+        return False
+    return waited >= quorum.deadline or not coming(quorum, states)
+
+
+def can_meet(quorum: Quorum, states: Mapping[str, State]) -> bool:
+    """Whether there are enough branches, or may yet be."""
+    return len(arrived(quorum, states)) + coming(quorum, states) >= quorum.at_least
 
 
 def choose(

@@ -51,6 +51,7 @@ class _Run:
     first_step: int = 0  # that it goes on from
     trains_from: float = math.inf
     step_seconds: float = math.inf
+    experts: tuple[str, ...] = ()  # of a mixture that may absorb others
     stops_at: float = math.inf
     ends_at: float = math.inf
     broke: bool = False
@@ -199,6 +200,8 @@ class SimulatedLauncher:
     def _begin(self, run: _Run) -> None:
         speeds = [self._speed_of(run.task, machine.group) for machine in run.machines]
         run.first_step = self._durable.get(run.task.id, 0)
+        late = run.task.quorum.branches if run.task.quorum else ()
+        run.experts = tuple(name for id, name in late if self._store.exists(f"branches/{id}/{MANIFEST}"))
         started = self.now + self._cluster.start_seconds
         known = [speed for speed in speeds if speed]
         if not known or not run.task.total_steps:
@@ -223,7 +226,7 @@ class SimulatedLauncher:
         total = run.task.total_steps
         durable = self._durable.get(run.task.id)
         trained = step > run.first_step
-        progress = Progress(step, total, checkpoint_step=durable) if trained else None
+        progress = Progress(step, total, checkpoint_step=durable, experts=run.experts) if trained else None
         if run.broke:
             lost = Progress(durable or 0, total, checkpoint_step=durable)
             return Broke(f"node {run.node.name} was preempted", run.node, lost, node_fault=True)
@@ -272,7 +275,7 @@ def simulate(
     """
     store = MemoryStore()
     launcher = SimulatedLauncher(cluster, store, speed_of, checkpoint_every, seed)
-    controller = Controller(tasks, store, launcher, clock=lambda: launcher.now)
+    controller = Controller(tasks, store, launcher, clock=lambda: launcher.now, wall=lambda: launcher.now)
     alone = [task.id for task in tasks if task.trains_alone]
     for _ in range(EVENTS):
         changed = controller.step()

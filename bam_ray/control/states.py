@@ -69,7 +69,8 @@ class Draining:
     progress: Progress | None
     since: float
     placed: float
-    moving: bool = False  # to go on elsewhere; otherwise the run is being stopped
+    moving: bool = False  # to go on, elsewhere or with more; otherwise the run is being stopped
+    cause: str = "stopped"  # that its end will have
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Ended:
     placed: float
     ended: float
     step: int  # that it reached
-    cause: str  # "committed", "moved", "stopped" or an error
+    cause: str  # "committed", "moved", "to absorb law", "stopped" or an error
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Kind
+from bam_ray.control import policies
 from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.matching import bound
-from bam_ray.control.states import Blocked, Committed, Draining, Failed, Placing, Retrying, Running, State
+from bam_ray.control.states import Blocked, Committed, Draining, Failed, Placing, Retrying, Running, State, Waiting
 from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import BlobNotFound, StoreError
 
@@ -143,7 +144,7 @@ def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastA
         eta_seconds=controller.eta(task.id),
         checkpoint_step=progress.checkpoint_step,
         attempt=controller.attempts(task.id),
-        note=_note(state, progress, history.said),
+        note=_note(state, progress, history.said) or _arrivals(controller, task),
         error=state.error if isinstance(state, Failed | Retrying) else None,
         log=state.log if isinstance(state, Failed) else (),
         past=(*earlier, *past),
@@ -154,6 +155,20 @@ def _note(state: State, progress: Progress, said: str) -> str:
     if isinstance(state, Blocked):
         return f"{state.by} failed"
     return "" if isinstance(state, Committed) else "; ".join(word for word in (said, progress.note) if word)
+
+
+def _arrivals(controller: Controller, task: Task) -> str:
+    """Which branches a task that can do without some waits for, or a mixture was made without."""
+    state, quorum = controller.states[task.id], task.quorum
+    if quorum is None:
+        return ""
+    arrived = policies.arrived(quorum, controller.states)
+    if isinstance(state, Waiting) and quorum.at_least:
+        return f"{len(arrived)} of {len(quorum.branches)} branches have arrived, {quorum.at_least} are enough"
+    if isinstance(state, Committed) and state.progress and state.progress.experts:
+        left_out = [name for _, name in quorum.branches if name not in state.progress.experts]
+        return f"made without {', '.join(left_out)}: `bam absorb` adds what arrives now" if left_out else ""
+    return ""
 
 
 def _progress(state: State) -> Progress | None:

@@ -12,6 +12,15 @@ from bam_ray.settings.recipe import Needs
 
 
 @dataclass(frozen=True)
+class Quorum:
+    """The branches that a task need not wait for, and how many of them are enough."""
+
+    branches: tuple[tuple[str, str], ...]  # id and name
+    at_least: int
+    deadline: float  # seconds for which those that are still to come are waited for; inf: for all that can come
+
+
+@dataclass(frozen=True)
 class Task:
     """One artifact to make."""
 
@@ -27,6 +36,7 @@ class Task:
     at_once: int | None = None  # how many tasks of this kind may be worked on together; None: as many as fit
     model: str = ""  # tasks of one model and one demand go at the same speed on nodes of one kind
     step_tokens: int = 0  # tokens of a step; 0: the steps are no measure of work
+    quorum: Quorum | None = None  # None: all parents must be committed first
 
     @property
     def where(self) -> str:
@@ -56,6 +66,7 @@ class Progress:
     note: str = ""  # what it does now: "tokenising law"
     load_imbalance: float | None = None  # of a mixture's experts: largest over mean share, in the worst layer
     dead_experts: int | None = None  # of all layers
+    experts: tuple[str, ...] = ()  # of a mixture: their names
 
 
 class StageContext(Protocol):

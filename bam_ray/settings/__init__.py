@@ -2,6 +2,7 @@
 
 from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
 from bam_ray.settings.mixing import DynamicBlend, Losses, Mixing, Ramp
+from bam_ray.settings.quorum import Quorum
 from bam_ray.settings.recipe import (
     AverageSettings,
     BranchOverride,
@@ -45,6 +46,7 @@ __all__ = [
     "Mixing",
     "MixtureSettings",
     "Needs",
+    "Quorum",
     "Ramp",
     "Recipe",
     "RouterSettings",

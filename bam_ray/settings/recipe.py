@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bam_ray.settings.mixing import DynamicBlend, Mixing
+from bam_ray.settings.quorum import Quorum, When
 from bam_ray.settings.strict import Blend, Count, Fraction, Name, Strict
 
 
@@ -324,6 +325,7 @@ class UpcycleSettings(Strict):
     """The mixtures to make, by name."""
 
     mixtures: dict[Name, MixtureSettings]
+    when: When = "all"  # or a quorum: {at_least, deadline_hours}
     needs: Needs = Needs()
 
 
@@ -422,4 +424,22 @@ class Recipe(Strict):
                     f"mix.expert_parallel is {self.mix.expert_parallel}, which does not divide the {experts} experts "
                     f"of mixture {name}: use one of {fits}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_quorum_is_enough(self) -> Self:
+        """What mixing may start with must do for every mixture."""
+        when, branches = self.upcycle.when, len(self.branch.domains)
+        if not isinstance(when, Quorum):
+            return self
+        if when.at_least > branches:
+            raise ValueError(f"upcycle.when.at_least is {when.at_least}, more than the {branches} branches there are")
+        for name, mixture in self.upcycle.mixtures.items():
+            experts = (mixture.num_experts or 1 + branches) - branches + when.at_least
+            for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
+                if mixture.has_branches and getattr(mixture, key) > experts:
+                    raise ValueError(
+                        f"upcycle.mixtures.{name}.{key} is {getattr(mixture, key)}, but with upcycle.when.at_least "
+                        f"{when.at_least} mixing may start with {experts} experts: raise at_least or lower {key}"
+                    )
         return self

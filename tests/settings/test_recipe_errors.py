@@ -92,6 +92,11 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("mix.min_workers", 3, "mix.min_workers is 3, more than mix.workers, which is 2"),
         ("seed.folder", "some/model", "seed: seed needs exactly one of `scratch` and `folder`"),
         ("seed.training", None, "seed: seed.scratch needs seed.training"),
+        ("upcycle.when", "some", "upcycle.when.all: Input should be 'all'"),
+        ("upcycle.when", {"at_leest": 1}, "upcycle.when.quorum.at_leest: unknown key"),
+        ("upcycle.when", {}, "upcycle.when.quorum: give at_least, deadline_hours or both, or `when: all`"),
+        ("upcycle.when", {"deadline_hours": 0}, "upcycle.when.quorum.deadline_hours: Input should be greater than 0"),
+        ("upcycle.when", {"at_least": 2}, "upcycle.when.at_least is 2, more than the 1 branches there are"),
     ],
 )
 def test_a_wrong_setting_is_named(place: str, value: object, words: str) -> None:
@@ -104,6 +109,18 @@ def test_a_wrong_setting_is_named(place: str, value: object, words: str) -> None
     message = said(yaml.safe_dump(recipe))
     assert message.startswith("recipe here.yaml: ")
     assert words in message
+
+
+def test_a_quorum_must_be_enough_for_every_mixture() -> None:
+    recipe = plain()
+    recipe["data"]["domains"]["law"] = {"source": "package:licences"}
+    recipe["branch"]["domains"] = ["code", "law", "general"]
+    recipe["upcycle"] = {"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 3}}, "when": {"at_least": 1}}
+    assert "num_experts_per_tok is 3, but with upcycle.when.at_least 1 mixing may start with 2 experts" in said(
+        yaml.safe_dump(recipe)
+    )
+    recipe["upcycle"]["when"]["at_least"] = 2
+    parse_recipe(yaml.safe_dump(recipe), "here.yaml")
 
 
 def test_a_missing_setting_is_named() -> None:
