@@ -8,7 +8,7 @@ models evaluates none of them again.
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -52,13 +52,15 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
     finished = place.artifact.manifest()
     if finished is not None:
         return finished
+    missing = missing_branches(place.task, store)
+    graph = [task for task in graph if task.id not in missing]
     made = {task.id: _committed(task, store) for task in graph if task.id != place.task.id}
     lease = Lease.take(store, place.artifact.prefix)
     evaluator = Evaluator(recipe, store, place.other("corpora", "corpus"), lease, context)
     models = [(task, kind) for task in graph for kind in MODEL_KINDS if task.kind == kind]
     scores = []
     for step, (task, kind) in enumerate(models):
-        lineage = [made[id] for id in ancestors(task.id, graph)]
+        lineage = [made[id] for id in ancestors(task.id, made)]
         scores.append(evaluator.model_score(task, kind, lineage, step, len(models)))
     context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
     results = Results.of(recipe.name, scores)
@@ -79,7 +81,7 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
             id=place.task.id,
             kind="reports",
             name=name,
-            parents=place.task.parents,
+            parents=tuple(id for id in place.task.parents if id in made),
             settings=recipe.evaluate.model_dump(mode="json"),
             compute=Compute(device_seconds=wall, wall_seconds=wall),
             metrics={f"perplexity/{MEAN}/{model.label}": results.means[model.id] for model in results.models},
@@ -205,13 +207,18 @@ def held_out_rows(rows: np.ndarray, tokens: int) -> np.ndarray:
     return np.asarray(rows[np.arange(count) * len(rows) // max(1, count)])
 
 
-def ancestors(id: str, graph: Sequence[Task]) -> list[str]:
-    """`id`, first, and the ids of everything it was made from, each once."""
-    parents = {task.id: task.parents for task in graph}
+def ancestors(id: str, made: Mapping[str, Manifest]) -> list[str]:
+    """`id`, first, and the ids of everything it was made from, each once; `made` are all of these, by id."""
     found = [id]
     for current in found:  # grows while it is walked
-        found += [parent for parent in parents[current] if parent not in found]
+        found += [parent for parent in made[current].parents if parent not in found]
     return found
+
+
+def missing_branches(report: Task, store: BlobStore) -> set[str]:
+    """The ids of branches that are not committed, of those that a report can do without."""
+    branches = report.quorum.branches if report.quorum else ()
+    return {id for id, _ in branches if Artifact(store, "branches", id).manifest() is None}
 
 
 def _committed(task: Task, store: BlobStore) -> Manifest:

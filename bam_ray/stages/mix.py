@@ -1,7 +1,8 @@
 """Mix: train a mixture, its experts spread over a group of processes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control.tasks import StageContext
 from bam_ray.data import Corpus
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.settings import Mixing, MixSettings, Recipe, TrainingSettings
+from bam_ray.stages.absorb import absorb_late, checkpoints_of
 from bam_ray.stages.lineage import Place
-from bam_ray.stages.train import Following, Job, train_to_artifact
+from bam_ray.stages.train import Following, Job, sampler_of, train_to_artifact
 from bam_ray.training.documents import keep_apart
 from bam_ray.training.engine import Engine
+from bam_ray.upcycling.write import LINEAGE
 
 BATCH_SEQUENCES = 8
 EngineFactory = Callable[[PreTrainedModel, TrainingSettings, Mixing, int], Engine]
@@ -33,27 +37,72 @@ def train_mixture(
     """Train the mixture `name`; called on every rank of the group, returns the manifest on rank 0 alone."""
     place = Place(recipe, store, "mixtures", name)
     corpus_folder = place.other("corpora", "corpus").fetch()
-    start = place.other("upcycled", name).fetch()
+    start = place.other("upcycled", name)
+    began = folder = start.fetch()
     mix = recipe.mix
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, **gate_config(mix))
-    # A group that lost nodes may have become too small for as many to share the experts
-    sharing = math.gcd(mix.expert_parallel, dist.get_world_size() if dist.is_initialized() else 1)
+    blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+    def load(folder: Path) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gate_config(mix))
+        return model
+
+    lease, absorbed = None, []
+    if place.task.quorum is not None:
+        if rank == 0:
+            lease = Lease.take(store, place.artifact.prefix)
+            cursor = sampler_of(place, Corpus(corpus_folder), blend, mix.training).state_dict()
+            absorbed = absorb_late(place, store, recipe, lease, load, cursor)
+        if world_size > 1:
+            dist.barrier()  # now all ranks find the same
+        newest = checkpoints_of(place, store, mix.training).latest()
+        folder = newest.folder if newest else began
+    model = load(folder)
+    experts = model.config.num_experts
+    # A group that lost nodes may have become too small for as many to share the experts; late ones may make them odd
+    sharing = math.gcd(mix.expert_parallel, world_size, experts)
 
     def make_engine(model: PreTrainedModel) -> Engine:
         return engine_factory(model, mix.training, mix, sharing)
 
-    blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
     following = None
     if mix.dynamic_blend is not None:
-        branched = recipe.branch.domains if recipe.upcycle.mixtures[name].has_branches else []
+        has_branches = recipe.upcycle.mixtures[name].has_branches
+        branched = set(recipe.branch.domains) & set(model.config.expert_names) if has_branches else set()
 
         def reference(domain: str, rows: np.ndarray) -> float:
             origin = place.other("branches", domain) if domain in branched else place.other("seeds", "seed")
             return dense_nll(origin, Corpus(corpus_folder), rows)
 
         following = Following(mix.dynamic_blend, reference)
-    job = Job(corpus_folder, blend, mix.training, recipe.metrics, following, (start / "lineage.json",))
-    return train_to_artifact(place, store, job, model, make_engine, context)
+    news: list[tuple[str, dict[str, Any]]] = [("absorbed", {"branch": branch}) for branch in absorbed]
+    if experts % mix.expert_parallel:
+        news.append(("shared", {"experts": experts, "processes": sharing, "wanted": mix.expert_parallel}))
+    job = Job(
+        corpus_folder,
+        blend,
+        mix.training,
+        recipe.metrics,
+        following,
+        began,
+        carried=(folder / LINEAGE,),
+        news=news,
+        **_arrivals(place, start, model.config.expert_names),
+    )
+    return train_to_artifact(place, store, job, model, make_engine, context, lease)
+
+
+def _arrivals(place: Place, start: Artifact, experts: Sequence[str]) -> dict[str, Any]:
+    """For a mixture that starts without all branches: which were absorbed since, as parents, and which left out."""
+    if place.task.quorum is None:
+        return {}
+    first = start.manifest()
+    assert first is not None
+    late = [(id, name) for id, name in place.task.quorum.branches if id not in first.parents]
+    return {
+        "parents": tuple(id for id, name in late if name in experts),
+        "facts": {"left_out": [name for _, name in late if name not in experts]},
+    }
 
 
 def gate_config(mix: MixSettings) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from bam_ray.training.loop import Point, Training
 from bam_ray.training.memory import GIB
 from bam_ray.training.metrics import Metrics
 from bam_ray.training.objective import as_mixture
+from bam_ray.training.state import TensorFiles
 from bam_ray.training.watching import RoutingReport, RoutingWatch
 
 CURVE = "curve.json"
@@ -41,6 +42,8 @@ NOTES = {  # what a person who looks at the run's table should know
     "refused": "passed over a damaged checkpoint: {error}",
     "micro_batch": "out of memory: micro batch {before} halved to {sequences}",
     "skipped": "left out a batch at step {step}: {error}",
+    "absorbed": "took in {branch}, which came late, at step {step}",
+    "shared": "{experts} experts do not go into {wanted} processes alike: {processes} share them",
     "experts": "experts without work: {dead}; with too much: {overloaded}",
     "rolled_back": "went back from step {step} to {to}: {error}",
 }
@@ -64,7 +67,11 @@ class Job:
     training: TrainingSettings
     metrics: MetricsSettings
     following: Following | None = None
-    carried: tuple[Path, ...] = ()  # further files for the artifact's folder
+    began: Path | None = None  # a mixture's folder at step 0
+    carried: tuple[Path, ...] = ()  # further files for the folders of the artifact and its checkpoints
+    parents: tuple[str, ...] = ()  # of the artifact, beside the task's
+    facts: Mapping[str, Any] = field(default_factory=dict)  # further ones, for its manifest
+    news: Sequence[tuple[str, dict[str, Any]]] = ()  # events of this attempt, from before it trains
 
 
 def train_to_artifact(
@@ -74,16 +81,18 @@ def train_to_artifact(
     model: PreTrainedModel,
     make_engine: Callable[[PreTrainedModel], Engine],
     context: StageContext,
+    lease: Lease | None = None,
 ) -> Manifest | None:
     """Train `model` and publish it as a Hugging Face folder; called on every rank, None on those above 0.
 
-    Raises `Interrupted` after a checkpoint where the context says stop.
+    `lease`: rank 0's, where it has one already. Raises `Interrupted` after a checkpoint where the context says stop.
     """
     corpus = Corpus(job.corpus_folder)
     if not corpus.attend_across_documents:
         keep_apart(model, corpus.end_of_text_id)
     engine = make_engine(model)
-    lease = Lease.take(store, place.artifact.prefix) if engine.rank == 0 else None
+    if engine.rank == 0 and lease is None:
+        lease = Lease.take(store, place.artifact.prefix)
     events = Events(store, place.artifact.prefix, lease.number if lease else None)
     attempt = _Attempt(place, store, job, corpus, engine, lease, events, context)
     try:
@@ -99,6 +108,13 @@ def train_to_artifact(
         return manifest
     finally:
         events.close()
+
+
+def sampler_of(place: Place, corpus: Corpus, blend: Blend, training: TrainingSettings) -> BlendedSampler:
+    """What a task trains on, from its begin."""
+    # Another order a stage, so that a branch does not begin with what the seed began with; the same for all mixtures
+    order = zlib.crc32(f"{place.task.kind}/{training.seed}".encode())
+    return BlendedSampler(corpus, blend, order)
 
 
 def in_words(experts: Sequence[str], most: int = 4) -> str:
@@ -130,11 +146,8 @@ class _Attempt:
         settings = job.training
         retention = Retention(settings.keep_last, settings.keep_every)
         task = place.task
-        self._checkpoints = Checkpoints(store, task.kind, task.id, lease, retention, self._tell)
-        # Another order a stage, so that a branch does not begin with what the seed began with; the same for all
-        # mixtures
-        order = zlib.crc32(f"{task.kind}/{settings.seed}".encode())
-        self._sampler = BlendedSampler(self._corpus, job.blend, order)
+        self._checkpoints = Checkpoints(store, task.kind, task.id, lease, retention, self._tell, carried=job.carried)
+        self._sampler = sampler_of(place, corpus, job.blend, settings)
         following = self._following(job.following) if job.following else None
         self._training = Training(
             engine,
@@ -151,8 +164,10 @@ class _Attempt:
         self._metrics: Metrics | None = None
         self._watch: RoutingWatch | None = None
         mixture = as_mixture(engine.model)
-        if lease is not None and mixture is not None and mixture.config.mixture_layers:
-            self._watch = RoutingWatch(mixture, job.metrics.routing)
+        self._experts = tuple(mixture.config.expert_names or ()) if mixture is not None else ()
+        if lease is not None and mixture is not None and mixture.config.mixture_layers and job.began is not None:
+            began = TensorFiles(sorted(job.began.glob("model*.safetensors")))
+            self._watch = RoutingWatch(mixture, job.metrics.routing, began)
         self._routing: RoutingReport | None = None
 
     def _following(self, following: Following) -> FollowingSampler:
@@ -189,6 +204,8 @@ class _Attempt:
         self._tell("started", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
         self._training.resume()
         self._tell("resumed", step=self.step)
+        for what, facts in self._job.news:
+            self._tell(what, step=self.step, **facts)
         task = self._place.task
         prefix, metrics = self._place.artifact.prefix, self._job.metrics
         self._metrics = Metrics(metrics, self._store, prefix, task.name, attempt, self.step)
@@ -235,6 +252,7 @@ class _Attempt:
                 note=self._note,
                 load_imbalance=self._routing.imbalance if self._routing else None,
                 dead_experts=len(self._routing.dead) if self._routing else None,
+                experts=self._experts,
             )
         )
 
@@ -294,12 +312,13 @@ class _Attempt:
                 "sequences_drawn": self._sampler.drawn,
                 "computed_on": [asdict(leg) for leg in self._training.legs],
                 "refused_checkpoints": self._training.refused,
+                **self._job.facts,
             }
             manifest = Manifest(
                 id=task.id,
                 kind=task.kind,
                 name=task.name,
-                parents=task.parents,
+                parents=(*task.parents, *self._job.parents),
                 settings={"training": settings.model_dump(mode="json"), "blend": self._job.blend},
                 step=settings.steps,
                 tokens=tokens,

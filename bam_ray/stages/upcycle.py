@@ -1,5 +1,9 @@
 """Upcycle: seed and branches to a mixture at step 0, from store to store."""
 
+import contextlib
+import json
+from collections.abc import Collection, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +14,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import Corpus
-from bam_ray.errors import BlobExists, Interrupted
+from bam_ray.errors import BlobExists, CheckpointError, Interrupted
 from bam_ray.settings import MixtureSettings, Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.upcycling import upcycle
@@ -24,8 +28,10 @@ def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
     place = Place(recipe, store, "upcycled", name)
     settings = recipe.upcycle.mixtures[name]
     origins = {"seed": place.other("seeds", "seed")}
+    branches = branches_of(place, recipe, store)
     if settings.has_branches:
-        origins |= {domain: place.other("branches", domain) for domain in recipe.branch.domains}
+        origins |= {domain: place.other("branches", domain) for domain in branches}
+        settings = of_fewer(settings, len(recipe.branch.domains) - len(branches), origins)
     sources = {source: TensorReader(store, artifact.prefix) for source, artifact in origins.items()}
     for source in sources.values():
         source.check_digests()
@@ -40,7 +46,7 @@ def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
         id=task.id,
         kind=task.kind,
         name=name,
-        parents=task.parents,
+        parents=tuple(artifact.id for artifact in origins.values()),
         settings=settings.model_dump(mode="json"),
     )
     try:
@@ -50,7 +56,7 @@ def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
             ModelWriter(store, place.artifact.prefix),
             manifest,
             recipe.mix.losses,
-            _texts(settings, recipe, place),
+            _texts(settings, recipe, place, branches),
             progress,
         )
     except BlobExists:  # another attempt was faster; what has one identity has one content
@@ -60,12 +66,41 @@ def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
     return made.manifest
 
 
-def _texts(settings: MixtureSettings, recipe: Recipe, place: Place) -> dict[str, Tensor]:
+def branches_of(place: Place, recipe: Recipe, store: BlobStore) -> list[str]:
+    """The branches that the mixture starts with: all, or those that have arrived when this is first asked.
+
+    That is decided once, in the store, for every attempt. Raises `CheckpointError` where they are too few.
+    """
+    quorum = place.task.quorum
+    if quorum is None:
+        return recipe.branch.domains
+    arrived = [name for _, name in quorum.branches if place.other("branches", name).manifest() is not None]
+    if len(arrived) < quorum.at_least:
+        raise CheckpointError(
+            f"{len(arrived)} of the {len(quorum.branches)} branches are committed, and upcycle.when asks for at least "
+            f"{quorum.at_least}: run the stage that makes them"
+        )
+    key = f"{place.artifact.prefix}/quorum/branches.json"
+    with contextlib.suppress(BlobExists):
+        store.put_if_absent(key, json.dumps(arrived).encode())
+    decided: list[str] = json.loads(store.get(key))
+    return decided
+
+
+def of_fewer(settings: MixtureSettings, missing: int, models: Collection[str]) -> MixtureSettings:
+    """The settings of a mixture of `models` alone: with an expert less for each one that is missing."""
+    weights = {name: weight for name, weight in settings.average.weights.items() if name in models}
+    average = settings.average.model_copy(update={"weights": weights}) if missing else settings.average
+    count = settings.num_experts and settings.num_experts - missing
+    return settings.model_copy(update={"num_experts": count, "average": average})
+
+
+def _texts(settings: MixtureSettings, recipe: Recipe, place: Place, branches: Sequence[str]) -> dict[str, Tensor]:
     """Rows of tokens by expert, spread evenly over each domain's training text; the seed stands for general text."""
     if not settings.needs_text:
         return {}
     corpus = Corpus(place.other("corpora", "corpus").fetch())
-    domains = {"seed": recipe.data.general, **{name: name for name in recipe.branch.domains}}
+    domains = {"seed": recipe.data.general, **{name: name for name in branches}}
     count = max(settings.router.sequences, settings.split.sequences)
 
     def rows(domain: str) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,9 +61,10 @@ class Retention:
 
 @dataclass(frozen=True)
 class Resumable:
-    """A checkpoint found: its local folder, and what the loop had written into trainer.json."""
+    """A checkpoint found: its local folder and where it lies, and what the loop had written into trainer.json."""
 
     folder: Path
+    uri: str
     step: int
     trainer: dict[str, Any]
 
@@ -80,11 +81,14 @@ class Checkpoints:
         retention: Retention,
         tell: Tell = lambda what, **facts: None,
         retrying: Retrying | None = None,
+        carried: Sequence[Path] = (),
     ) -> None:
+        """`carried`: files that every checkpoint written from now on has a copy of."""
         self._store, self._kind, self._id = store, kind, id
         self._prefix = f"{kind}/{id}/steps/"
         self._lease = lease  # None: this process never writes (ranks above 0)
         self._retention = retention
+        self._carried = carried
         self._tell = tell
         self._retrying = retrying or patient()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
@@ -95,15 +99,16 @@ class Checkpoints:
     def latest(self) -> Resumable | None:
         """The newest checkpoint that is whole; damaged ones are passed over, told of, and added to `refused`."""
         for below in reversed(self._committed()):
+            artifact = Artifact(self._store, self._kind, self._id, "steps", below)
             try:
-                folder = self._retrying(Artifact(self._store, self._kind, self._id, "steps", below).fetch)
+                folder = self._retrying(artifact.fetch)
                 trainer = json.loads((folder / TRAINER).read_text())
             except (CheckpointError, BlobNotFound) as error:
                 self.refused.append(str(error))
                 self._tell("refused", checkpoint=below, error=str(error))
                 continue
             self.committed_step = trainer["step"]
-            return Resumable(folder, trainer["step"], trainer)
+            return Resumable(folder, artifact.uri, trainer["step"], trainer)
         return None
 
     def save(self, state: State, trainer: dict[str, Any]) -> None:
@@ -116,7 +121,7 @@ class Checkpoints:
         """
         assert self._lease is not None
         self.settle(MOST_PENDING - 1)
-        folder = _written(state, trainer) if state.live else None  # the next step would change it
+        folder = _written(state, trainer, self._carried) if state.live else None  # the next step would change it
         self._pending.append(self._pool.submit(self._upload, state, folder, trainer, self._lease))
 
     def settle(self, pending: int = MOST_PENDING) -> None:
@@ -136,7 +141,7 @@ class Checkpoints:
 
     def _upload(self, state: State, folder: Path | None, trainer: dict[str, Any], lease: Lease) -> None:
         step = trainer["step"]
-        folder = folder or _written(state, trainer)
+        folder = folder or _written(state, trainer, self._carried)
         try:
             self._retrying(self._commit, folder, step, lease)
             self.committed_step = step
@@ -175,13 +180,15 @@ class Checkpoints:
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
 
-def _written(state: State, trainer: dict[str, Any]) -> Path:
-    """A local folder with both in it; raises `TrainingError` where that cannot be."""
+def _written(state: State, trainer: dict[str, Any], carried: Sequence[Path]) -> Path:
+    """A local folder with all of it; raises `TrainingError` where that cannot be."""
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
         state.write(folder)
         (folder / TRAINER).write_text(json.dumps(trainer, default=asdict))
+        for path in carried:
+            shutil.copy(path, folder)
     except Exception as error:  # the operating system's, at times wrapped in a type of safetensors' own
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,8 @@
     computing    step, device, precision, micro_batch from this step on
     micro_batch  step, sequences, before              halved, because memory ran out
     blend        step, weights, held_out, reference   of a dynamic blend, by domain
+    absorbed     step, branch                         arrived late, and is an expert from here on
+    shared       step, experts, processes, wanted     fewer processes than wanted divide the experts
     experts      step, dead, overloaded               of a mixture, where these are others than before
     checkpoint   step                                 committed
     refused      checkpoint, error                    damaged, and passed over

@@ -92,6 +92,17 @@ def read_optimizer(folder: Path) -> tuple[dict[str, Tensor], int]:
     return tensors, int(tensors.pop("step"))
 
 
+def grown(states: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Adam's states for `model`, whose parameters may have got rows at their end since: those rows' are zero."""
+    parameters = dict(model.named_parameters())
+
+    def filled(state: Tensor, length: int) -> Tensor:
+        missing = length - state.shape[0]
+        return torch.cat([state, state.new_zeros(missing, *state.shape[1:])]) if missing else state
+
+    return {name: filled(state, len(parameters[name.rpartition(".")[0]])) for name, state in states.items()}
+
+
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in host memory. Tensors that are one (tied weights) stay one."""
     copies: dict[tuple[int, torch.Size], Tensor] = {}

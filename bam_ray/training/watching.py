@@ -3,13 +3,14 @@
     routing/layer_<l>/load_<expert>     share of all choices
     routing/layer_<l>/entropy           of a token's probabilities, in nats
     routing/layer_<l>/imbalance         largest share over the mean share
-    routing/layer_<l>/drift             of the FFN router, relative to step 0 in L2 norm
+    routing/layer_<l>/drift             of the FFN router, relative to step 0 in L2 norm (experts that came later: not)
     routing/layer_<l>/attention_drift   of the attention router, where there is one
     routing/dead_experts, routing/overloaded_experts, load_imbalance: of all layers, the last the worst of them
 
 Loads are means over the steps since they were last reported.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +33,14 @@ class RoutingReport:
 
 
 class RoutingWatch:
-    """Watches `mixture`, which is as it was at step 0 when this is made."""
+    """Watches `mixture`; `began` has the routers' weights at step 0, by the names that its parameters have."""
 
-    def __init__(self, mixture: BamForCausalLM, settings: RoutingSettings) -> None:
+    def __init__(self, mixture: BamForCausalLM, settings: RoutingSettings, began: Mapping[str, Tensor]) -> None:
         config = mixture.config
         self._mixture, self._settings = mixture, settings
         self._layers: list[int] = config.mixture_layers
         self._names = config.expert_names or [str(number) for number in range(config.num_experts)]
-        self._began = {path: weight.detach().clone() for path, weight in self._routers()}
+        self._began = {name: began[name].to(weight) for _, name, weight in self._routers()}
         self._seen: list[Load] = []
 
     def add(self, load: Load) -> None:
@@ -60,9 +61,10 @@ class RoutingWatch:
                 scalars[f"{below}/load_{name}"] = part
             scalars[f"{below}/entropy"] = entropy[number].item()
             scalars[f"{below}/imbalance"] = imbalance[number].item()
-        for path, weight in self._routers():
-            began = self._began[path]
-            scalars[path] = ((weight.detach() - began).norm() / began.norm().clamp(min=1e-12)).item()
+        for path, name, weight in self._routers():
+            began = self._began[name]
+            drift = weight.detach()[: len(began)] - began
+            scalars[path] = (drift.norm() / began.norm().clamp(min=1e-12)).item()
         dead = self._where(relative < self._settings.dead_below)
         overloaded = self._where(relative > self._settings.overloaded_above)
         worst = imbalance.max().item()
@@ -73,14 +75,16 @@ class RoutingWatch:
         }
         return RoutingReport(scalars, worst, dead, overloaded)
 
-    def _routers(self) -> list[tuple[str, Tensor]]:
-        """Every router's weights, by the name that its drift has."""
+    def _routers(self) -> list[tuple[str, str, Tensor]]:
+        """Every router's weights, with the name that its drift has and its own."""
         found = []
         for layer in self._layers:
             block: Any = self._mixture.model.layers[layer]
-            found.append((f"routing/layer_{layer}/drift", block.mlp.gate.weight))
+            below, own = f"routing/layer_{layer}", f"model.layers.{layer}"
+            found.append((f"{below}/drift", f"{own}.mlp.gate.weight", block.mlp.gate.weight))
             if hasattr(block.self_attn, "gate"):
-                found.append((f"routing/layer_{layer}/attention_drift", block.self_attn.gate.weight))
+                weight = block.self_attn.gate.weight
+                found.append((f"{below}/attention_drift", f"{own}.self_attn.gate.weight", weight))
         return found
 
     def _where(self, mask: Tensor) -> tuple[str, ...]:

@@ -87,8 +87,9 @@ def change(
     average_weight: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    step: int | None = None,
 ) -> Upcycled:
-    """Write the changed mixture and commit it with `manifest`.
+    """Write the changed mixture and commit it with `manifest`. `step`, to be recorded: up to which it was trained.
 
     `average_weight` of the branch in what experts share; None: 1/(n + 1) where it is one more, 0 where it replaces
     another. Router rows of a new expert are drawn with the model's `initializer_range`. Raises `UpcycleError` where
@@ -110,8 +111,10 @@ def change(
     changed = BamConfig.from_dict(
         {**mixture.config, "num_experts": len(change.slots), "expert_names": list(change.names)}
     )
-    step = {"experts": change.names, "average_weight": average_weight, "seed": seed}
-    history = [*_history(mixture), {change.verb: step, "of": {name: each.uri for name, each in sources.items()}}]
+    how = {"experts": change.names, "average_weight": average_weight, "seed": seed}
+    if step is not None:
+        how["step"] = step
+    history = [*_history(mixture), {change.verb: how, "of": {name: each.uri for name, each in sources.items()}}]
     return write_mixture(Planned(changed, outputs, [], history), sources, writer, manifest, progress=progress)
 
 

@@ -19,7 +19,8 @@ def load(first: list[float], second: list[float]) -> Load:
 def test_a_report_is_of_the_steps_since_the_last() -> None:
     sizes = {**tiny.SIZES, "num_hidden_layers": 3, "dense_layers": [1]}
     mixture = BamForCausalLM(BamConfig(**sizes, expert_names=NAMES))
-    watch = RoutingWatch(mixture, RoutingSettings(dead_below=0.1, overloaded_above=3.0))
+    began = {name: weight.clone() for name, weight in mixture.state_dict().items()}
+    watch = RoutingWatch(mixture, RoutingSettings(dead_below=0.1, overloaded_above=3.0), began)
     watch.add(load([1.0, 0.0, 0.0, 0.0], [0.25] * 4))
     watch.report()
     watch.add(load([0.0, 0.0, 0.2, 0.8], [0.25] * 4))

@@ -1,0 +1,330 @@
+"""Mixing starts with the branches that have arrived; a late one becomes an expert of the newest checkpoint."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_story import TRAINING, Context, make, one_process, recipe
+from transformers import AutoModelForCausalLM
+
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.control.controller import Controller
+from bam_ray.control.graph import find_task, task_graph
+from bam_ray.control.launcher import InProcessLauncher
+from bam_ray.control.tasks import Progress, StageContext, Task
+from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, UpcycleError
+from bam_ray.evaluation.results import Results
+from bam_ray.settings import Recipe
+from bam_ray.stages import run_stage, train_mixture
+from bam_ray.stages.step_export import export_step
+
+EVERYTHING = {  # that `mix` knows and that has something of an expert's own, or of a branch's
+    "training": {**TRAINING, "keep_every": 1},
+    "expert_parallel": 1,
+    "gate": "noisy",
+    "losses": {"bias_rate": 0.01},
+    "dynamic_blend": {"every": 3, "sequences": 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+
+
+class Run:
+    """A run of two branches, `code` and the late `general`, of which one is enough."""
+
+    def __init__(self, folder: Path, store: str = "store", **changes: object) -> None:
+        upcycle = {"mixtures": {"bam": {"method": "bam"}}, "when": {"at_least": 1}}
+        settings: dict[str, object] = {"upcycle": upcycle, "mix": EVERYTHING, **changes}
+        self.recipe: Recipe = recipe(folder, branch={"domains": ["code", "general"], "training": TRAINING}, **settings)
+        self.store: BlobStore = open_store(str(folder / store))
+        self.mixture = self.task("mixtures", "bam")
+
+    def task(self, kind: Any, name: str) -> Task:
+        return find_task(task_graph(self.recipe), kind, name)
+
+    def branch(self, name: str) -> Manifest:
+        return run_stage("branches", name, self.recipe, self.store, Context())
+
+    def start(self) -> None:
+        """Everything up to the mixture at step 0, of the branch `code` alone."""
+        make(self.recipe, self.store, ("corpora", "seeds"))
+        self.branch("code")
+        make(self.recipe, self.store, ("upcycled",))
+
+    def mix(self, stop_at: int | None = None) -> Manifest | None:
+        """An attempt at the mixture; None where it stopped as it was asked to."""
+        try:
+            return train_mixture("bam", self.recipe, self.store, Context(stop_at), one_process)
+        except Interrupted:
+            return None
+
+    def step(self, below: str) -> Path:
+        """A training checkpoint's folder."""
+        return Artifact(self.store, "mixtures", self.mixture.id, "steps", below).fetch()
+
+    def events(self, what: str) -> list[dict[str, Any]]:
+        logs = [self.store.get(key).decode() for key in self.store.list(f"mixtures/{self.mixture.id}/events/")]
+        told = [json.loads(line) for log in logs for line in log.splitlines()]
+        return [event for event in told if event["event"] == what]
+
+    def losses(self) -> list[float]:
+        curve = json.loads(self.store.get(f"mixtures/{self.mixture.id}/curve.json"))
+        return [point["nll"] for point in curve]
+
+
+def experts_of(folder: Path) -> list[str]:
+    names: list[str] = json.loads((folder / "config.json").read_text())["expert_names"]
+    return names
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = json.loads((folder / "lineage.json").read_text())["history"]
+    return history
+
+
+def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    assert run.mix(stop_at=6) is None
+    late = run.branch("general")
+    assert run.mix(stop_at=8) is None
+    assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(6, "general")]
+
+    before, after = run.step("0001-00000006"), run.step("0002-00000006")
+    assert experts_of(before) == ["seed", "code"]
+    assert experts_of(after) == ["seed", "code", "general"]
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    branch = load_file(Artifact(run.store, "branches", late.id).fetch() / "model.safetensors")
+    assert set(old) == set(new)
+    for name, weight in old.items():
+        assert torch.equal(new[name][: len(weight)], weight), f"{name}: what was there is as it was"
+        assert (len(new[name]) == 3) == (len(weight) == 2 and (".gate." in name or ".experts." in name)), name
+    assert torch.equal(new["model.layers.0.mlp.experts.down_proj"][2], branch["model.layers.0.mlp.down_proj.weight"])
+    assert new["model.layers.0.mlp.gate.weight"][2].std() == pytest.approx(0.02, rel=0.5)
+    for zero in ("noise_weight", "selection_bias"):
+        assert not new[f"model.layers.0.mlp.gate.{zero}"][2].any()
+        assert old[f"model.layers.0.mlp.gate.{zero}"].any(), "it had been trained"
+    old, new = load_file(before / "optimizer.safetensors"), load_file(after / "optimizer.safetensors")
+    assert set(old) == set(new)
+    for name, state in old.items():
+        if name == "step":
+            assert state == new[name]
+            continue
+        assert torch.equal(new[name][: len(state)], state), name
+        assert not new[name][len(state) :].any(), f"{name}: nothing is known of the new expert's gradients"
+    first, second = (json.loads((folder / "trainer.json").read_text()) for folder in (before, after))
+    assert second == {**first, "sampler": {**first["sampler"], "reference": None}}
+
+    # An attempt that died after it goes on with what was absorbed, and absorbs nothing again
+    manifest = run.mix()
+    assert manifest is not None
+    folder = Artifact(run.store, "mixtures", manifest.id).fetch()
+    assert experts_of(folder) == AutoModelForCausalLM.from_pretrained(folder).config.expert_names
+    assert experts_of(folder) == ["seed", "code", "general"]
+    assert len(run.events("absorbed")) == 1
+    assert len(run.losses()) == 10
+    upcycled, absorb = history_of(folder)
+    assert list(upcycled["of"]) == ["seed", "code"]
+    assert (absorb["absorb"]["experts"], absorb["absorb"]["step"]) == (["seed", "code", "general"], 6)
+    assert absorb["of"] == {
+        "mixture": f"{run.store.uri}/mixtures/{run.mixture.id}/steps/0001-00000006",
+        "general": f"{run.store.uri}/branches/{late.id}",
+    }
+    assert manifest.parents == (*run.mixture.parents, late.id)
+    assert manifest.facts["left_out"] == []
+    export_step(run.store, "mixtures", "bam", str(tmp_path / "eight"), step=8)
+    assert history_of(tmp_path / "eight") == [upcycled, absorb]
+
+
+def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) -> None:
+    losses = []
+    for number, stops in enumerate(((4, None), (4, 7, None), (4, 4, None))):  # the last: stopped right after it
+        run = Run(tmp_path, f"store-{number}")
+        run.start()
+        first, *others = stops
+        run.mix(first)
+        run.branch("general")
+        for stop_at in others:
+            run.mix(stop_at)
+        losses.append(run.losses())
+        assert [move["step"] for move in run.events("blend")] == [3, 6, 9]
+    assert losses[0] == losses[1] == losses[2]
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_a_branch_that_arrives_before_the_first_step_is_there_from_it_on(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.branch("general")
+    run.mix(stop_at=2)
+    assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(0, "general")]
+    assert experts_of(run.step("0001-00000000")) == ["seed", "code", "general"]
+    manifest = run.mix()
+    assert manifest is not None
+    assert history_of(Artifact(run.store, "mixtures", manifest.id).fetch())[-1]["absorb"]["step"] == 0
+
+
+def test_what_comes_too_late_is_left_out_and_said(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    manifest = run.mix()
+    assert manifest is not None
+    run.branch("general")
+    assert manifest.facts["left_out"] == ["general"]
+    assert manifest.parents == run.mixture.parents
+    report = run_stage("reports", "report", run.recipe, run.store, Context())
+    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    mixture = next(model for model in results.models if model.kind == "mixtures")
+    assert mixture.routing is not None
+    assert mixture.routing.expert_names == ("seed", "code")
+    assert mixture.lineage_tokens == 3 * 1280, "of the seed, one branch and its own"
+
+
+def test_a_report_does_without_a_branch_that_never_came(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.mix()
+    report = run_stage("reports", "report", run.recipe, run.store, Context())
+    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
+    assert run.task("branches", "general").id not in report.parents
+
+
+def test_with_which_branches_it_starts_is_decided_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    make(run.recipe, run.store, ("corpora", "seeds"))
+    with pytest.raises(
+        CheckpointError, match=r"0 of the 2 branches are committed, and upcycle\.when asks for at least 1"
+    ):
+        make(run.recipe, run.store, ("upcycled",))
+    run.branch("code")
+
+    class Stopped(Context):
+        def should_stop(self) -> bool:
+            return True
+
+    with pytest.raises(Interrupted):
+        run_stage("upcycled", "bam", run.recipe, run.store, Stopped())
+    late = run.branch("general")
+    manifest = run_stage("upcycled", "bam", run.recipe, run.store, Context())
+    assert experts_of(Artifact(run.store, "upcycled", manifest.id).fetch()) == ["seed", "code"]
+    assert late.id not in manifest.parents and len(manifest.parents) == 2
+
+
+def test_averages_copies_and_router_fits_are_of_what_is_there(tmp_path: Path) -> None:
+    mixture = {
+        "method": "btx",
+        "num_experts": 4,
+        "average": {"weights": {"code": 2.0, "general": 3.0}},
+        "router": {"init": "means", "sequences": 8},
+    }
+    mix = {"training": {**TRAINING, "keep_every": 1}, "expert_parallel": 2}
+    run = Run(tmp_path, upcycle={"mixtures": {"bam": mixture}, "when": {"at_least": 1}}, mix=mix)
+    run.start()
+    run.mix(stop_at=2)
+    assert experts_of(run.step("0001-00000002")) == ["seed", "code", "seed-2"]
+    assert [(event["experts"], event["processes"]) for event in run.events("shared")] == [(3, 1)]
+    run.branch("general")
+    manifest = run.mix()
+    assert manifest is not None
+    assert experts_of(Artifact(run.store, "mixtures", manifest.id).fetch()) == ["seed", "code", "seed-2", "general"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "words"),
+    [
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"),
+            DigestMismatch,
+            "is not what its manifest says",
+        ),
+        (lambda path: save_file({"x": torch.zeros(1)}, path), DigestMismatch, "is not what its manifest says"),
+    ],
+    ids=["damaged", "another"],
+)
+def test_a_late_branch_that_is_damaged_ends_the_attempt_and_harms_nothing(
+    tmp_path: Path, harm: Any, error: type[Exception], words: str
+) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.mix(stop_at=4)
+    late = run.branch("general")
+    harm(tmp_path / "store" / "branches" / late.id / "model.safetensors")
+    with pytest.raises(error, match=words):
+        train_mixture("bam", run.recipe, run.store, Context(), one_process)
+    assert [key for key in run.store.list(f"mixtures/{run.mixture.id}/steps/") if "/0002-" in key] == []
+
+
+def test_a_late_branch_with_values_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.mix(stop_at=4)
+    task = run.task("branches", "general")
+    ruined = tmp_path / "ruined"
+    code = Artifact(run.store, "branches", run.task("branches", "code").id)
+    ruined.mkdir()
+    for path in code.fetch().iterdir():
+        (ruined / path.name).write_bytes(path.read_bytes())
+    weights = load_file(ruined / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, ruined / "model.safetensors")
+    Artifact(run.store, "branches", task.id).publish(ruined, Manifest(id=task.id, kind="branches", name="general"))
+    with pytest.raises(UpcycleError, match="not finite"):
+        train_mixture("bam", run.recipe, run.store, Context(), one_process)
+
+
+# With the controller
+
+
+class Paced:
+    """The mixture's context: the first attempt waits at step 4 until it is asked to stop."""
+
+    def __init__(self, context: StageContext, reached: threading.Event) -> None:
+        self._context, self._reached = context, reached
+
+    def report(self, progress: Progress) -> None:
+        self._context.report(progress)
+        if progress.step == 4 and "general" not in progress.experts:
+            self._reached.set()
+            end = time.monotonic() + 60.0
+            while not self._context.should_stop() and time.monotonic() < end:
+                time.sleep(0.01)
+
+    def should_stop(self) -> bool:
+        return self._context.should_stop()
+
+
+def test_a_run_starts_mixing_early_and_takes_in_the_slow_branch(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    mixing = threading.Event()
+
+    def work(task: Task, context: StageContext) -> None:
+        if task.kind == "mixtures":
+            train_mixture(task.name, run.recipe, run.store, Paced(context, mixing), one_process)
+        else:
+            if task.name == "general":
+                assert mixing.wait(60.0), "mixing did not start without it"
+            run_stage(task.kind, task.name, run.recipe, run.store, context)
+
+    tasks = [replace(task, max_attempts=1) for task in task_graph(run.recipe)]  # nothing may fail
+    controller = Controller(tasks, run.store, InProcessLauncher(work, slots=4))
+    assert controller.run(pause=0.01) == "finished"
+    causes = [ended.cause for ended in controller.history(run.mixture.id).ended]
+    assert causes == ["to absorb general", "committed"]
+    assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(4, "general")]
+    folder = Artifact(run.store, "mixtures", run.mixture.id).fetch()
+    assert experts_of(folder) == ["seed", "code", "general"]
+    report = run.task("reports", "report")
+    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    assert next(model for model in results.models if model.kind == "mixtures").lineage_tokens == 4 * 1280
