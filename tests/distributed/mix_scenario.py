@@ -10,7 +10,7 @@ from bam_ray.blobs import open_store
 from bam_ray.errors import Interrupted
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Recipe
-from bam_ray.stages import train_mixture
+from bam_ray.stages import run_stage, train_mixture
 
 
 def mix(run: Recipe, uri: str, stop_at: int | None, cache: str) -> dict[str, Any]:
@@ -25,3 +25,27 @@ def mix(run: Recipe, uri: str, stop_at: int | None, cache: str) -> dict[str, Any
         manifest = train_mixture("bam", run, open_store(uri), context, deepspeed_engine)
     last = context.heard[-1]
     return {"id": manifest.id if manifest else None, "steps": last.step, "imbalance": last.load_imbalance}
+
+
+def absorb(run: Recipe, uri: str, stops: tuple[int | None, ...], cache: str) -> dict[str, Any]:
+    """Train the mixture `bam` in as many attempts as there are `stops`; after the first a late branch arrives."""
+    os.environ["BAM_CACHE"] = cache
+    dist.init_process_group("gloo")
+    store = open_store(uri)
+    shared = []  # experts that each attempt had on this rank
+    for number, stop_at in enumerate(stops):
+        if number == 1 and dist.get_rank() == 0:
+            run_stage("branches", "general", run, store, Context())
+        dist.barrier()
+        context, engines = Context(stop_at), []
+
+        def factory(*arguments: Any, engines: list[Any] = engines) -> Any:
+            engines.append(deepspeed_engine(*arguments))
+            return engines[-1]
+
+        try:
+            train_mixture("bam", run, store, context, factory)
+        except Interrupted:
+            dist.barrier()  # rank 0 has written its checkpoint
+        shared.append(len(engines[0].model.model.layers[0].mlp.experts.down_proj))
+    return {"experts": context.heard[-1].experts, "shared": shared}

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from gloo_ranks import run_on_ranks
-from mix_scenario import mix
-from stages.test_story import TRAINING, make, recipe
+from mix_scenario import absorb, mix
+from stages.test_story import TRAINING, Context, make, recipe
 
-from bam_ray.blobs import open_store
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.control.graph import find_task, task_graph
+from bam_ray.stages import run_stage
 
 pytestmark = pytest.mark.slow
 
@@ -49,3 +51,34 @@ def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypa
         config = json.loads(store.get(f"{prefix}/config.json"))
         assert config["noisy_gate"] and config["selection_bias"]
     assert curves[0] == curves[1]
+
+
+def test_a_late_branch_joins_experts_that_are_spread_over_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three experts, which two processes cannot share, become four, which they can."""
+    cache = str(tmp_path / "cache")
+    monkeypatch.setenv("BAM_CACHE", cache)
+    run = recipe(
+        tmp_path,
+        branch={"domains": ["code", "general"], "training": TRAINING},
+        upcycle={"mixtures": {"bam": {"method": "bam", "num_experts": 4}}, "when": {"at_least": 1}},
+        mix={**MIX, "expert_parallel": 2},
+    )
+    curves = []
+    for number, stops in enumerate(((4, None), (4, 7, None))):
+        uri = str(tmp_path / f"store-{number}")
+        store = open_store(uri)
+        make(run, store, ("corpora", "seeds"))
+        run_stage("branches", "code", run, store, Context())
+        make(run, store, ("upcycled",))
+        first, _ = run_on_ranks(2, absorb, run, uri, stops, cache)
+        assert first["experts"] == ("seed", "code", "seed-2", "general")
+        assert first["shared"] == [3, *(2 for _ in stops[1:])]
+        curves.append(losses(store, find_task(task_graph(run), "mixtures", "bam").id))
+    assert len(curves[0]) == 10
+    assert curves[0] == curves[1]
+
+
+def losses(store: BlobStore, id: str) -> list[float]:
+    return [point["nll"] for point in json.loads(store.get(f"mixtures/{id}/curve.json"))]
