@@ -21,8 +21,9 @@ from test_controller_on_ray import cluster as a_cluster
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
+from bam_ray.control import status
 from bam_ray.control.graph import find_task, task_graph
-from bam_ray.settings import Recipe
+from bam_ray.settings import Recipe, UpcycleSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -180,3 +181,35 @@ def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(
     unbroken = losses(artifact(of_two(folder, "unbroken"), "mixtures"))
     for step, wanted in zip(losses(driver.made), unbroken, strict=True):
         assert step == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_late_branch_is_absorbed_and_outlives_a_rank(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(
+        folder / "unbroken", folder / "late", ignore=shutil.ignore_patterns("ranks", "upcycled", "mixtures")
+    )
+    unbroken = of_two(folder, "late")
+    run = unbroken.model_copy(
+        update={
+            "branch": unbroken.branch.model_copy(update={"domains": ["code", "general"]}),
+            "upcycle": UpcycleSettings.model_validate(
+                {"mixtures": {"bam": {"method": "bam", "num_experts": 4}}, "when": {"at_least": 1}}
+            ),
+        }
+    )
+    driver = Driver(cluster.address, tmp_path, run, "mixtures")
+    driver.wait_for(lambda: any("/0002-" in key for key in driver.steps()))
+    _, pid = driver.rank()
+    os.kill(pid, signal.SIGKILL)
+    driver.join()
+    made = driver.made.fetch()
+    assert json.loads((made / "config.json").read_text())["expert_names"] == ["seed", "code", "seed-2", "general"]
+    upcycled, absorb = json.loads((made / "lineage.json").read_text())["history"]
+    assert list(upcycled["of"]) == ["seed", "code"]
+    assert list(absorb["of"]) == ["mixture", "general"]
+    assert 5 <= absorb["absorb"]["step"] < STEPS
+    assert len(losses(driver.made)) == STEPS
+    told = status.read(driver.store)
+    assert told is not None
+    past = next(row for row in told.rows if row.id == driver.made.id).past
+    assert past[0].cause == "to absorb general" and past[-1].cause == "committed"
+    assert len(list(driver.store.list(f"{driver.made.prefix}/leases/"))) == 3

@@ -83,6 +83,19 @@ class Run:
         return [point["nll"] for point in curve]
 
 
+class Dying(Context):
+    """The context of an attempt whose process dies."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def report(self, progress: Progress) -> None:
+        if progress.step == self._at:
+            raise ConnectionAbortedError
+        super().report(progress)
+
+
 def experts_of(folder: Path) -> list[str]:
     names: list[str] = json.loads((folder / "config.json").read_text())["expert_names"]
     return names
@@ -98,7 +111,8 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path:
     run.start()
     assert run.mix(stop_at=6) is None
     late = run.branch("general")
-    assert run.mix(stop_at=8) is None
+    with pytest.raises(ConnectionAbortedError):
+        train_mixture("bam", run.recipe, run.store, Dying(at=7), one_process)
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(6, "general")]
 
     before, after = run.step("0001-00000006"), run.step("0002-00000006")
@@ -126,9 +140,10 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path:
     first, second = (json.loads((folder / "trainer.json").read_text()) for folder in (before, after))
     assert second == {**first, "sampler": {**first["sampler"], "reference": None}}
 
-    # An attempt that died after it goes on with what was absorbed, and absorbs nothing again
+    # The next attempt goes on with what was absorbed, and absorbs nothing again
     manifest = run.mix()
     assert manifest is not None
+    assert [event["step"] for event in run.events("resumed")] == [0, 6, 6]
     folder = Artifact(run.store, "mixtures", manifest.id).fetch()
     assert experts_of(folder) == AutoModelForCausalLM.from_pretrained(folder).config.expert_names
     assert experts_of(folder) == ["seed", "code", "general"]
