@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.cluster_file import ClusterFile, NodeGroup
@@ -12,7 +13,7 @@ from bam_ray.control.nodes import NodeFacts, demand_met, fits, resources_of, sel
 from bam_ray.control.simulate import Simulated, SpeedOf, simulate
 from bam_ray.control.tasks import Task
 from bam_ray.errors import SettingsError
-from bam_ray.settings.recipe import Recipe, TrainingSettings
+from bam_ray.settings.recipe import MixtureSettings, Recipe, TrainingSettings
 
 LOOKS = 150  # of the simulated controller, over the time that the longest stage takes at best
 TRAINED: tuple[Kind, ...] = ("seeds", "branches", "mixtures")
@@ -97,15 +98,31 @@ def _planned(task: Task, recipe: Recipe, seed: ModelSize | None) -> Planned:
         return Planned(task, tokens, None, weights, weights, weights)
     checkpoint = CHECKPOINT_BYTES * size.parameters
     count = (task.total_steps - 1) // training.checkpoint_every
-    parallel = recipe.mix.expert_parallel if task.kind == "mixtures" else 1
+    if task.kind == "mixtures":
+        assert seed is not None
+        memory = _mixing_bytes(recipe, recipe.upcycle.mixtures[task.name], seed, size.experts)
+    else:
+        memory = size.training_bytes(training, recipe.data.sequence_length)
     return Planned(
         task,
         tokens,
-        memory=size.training_bytes(training, recipe.data.sequence_length, parallel),
+        memory=memory,
         written=count * checkpoint + weights,
         kept=weights,
         most=min(count, CHECKPOINTS_KEPT) * checkpoint + weights,
     )
+
+
+def _mixing_bytes(recipe: Recipe, mixture: MixtureSettings, seed: ModelSize, experts: int) -> int:
+    """Memory of each worker that trains a mixture, at most: while branches are missing, fewer may share the experts."""
+    when = recipe.upcycle.when
+    late = len(recipe.branch.domains) - when.at_least if when != "all" and mixture.has_branches else 0
+    needs = []
+    for count in range(experts - late, experts + 1):
+        size = seed.mixed(mixture.model_copy(update={"num_experts": count}), count)
+        sharing = gcd(recipe.mix.expert_parallel, count)
+        needs.append(size.training_bytes(recipe.mix.training, recipe.data.sequence_length, sharing))
+    return max(needs)
 
 
 def _timed(row: Planned, simulated: Simulated) -> Planned:

@@ -56,7 +56,7 @@ def absorb_late(
     trainer["refused"] += found.refused
     if recipe.mix.dynamic_blend is not None:  # a new expert's domain is now measured against its branch
         trainer["sampler"]["reference"] = recipe.mix.dynamic_blend.reference
-    step = trainer["step"]
+    step = trainer["changed"] = trainer["step"]
     with tempfile.TemporaryDirectory(prefix="bam-absorb-") as temporary:
         for name, artifact in late.items():
             branch = TensorReader(store, artifact.prefix)

@@ -101,6 +101,7 @@ class Training:
         self.legs: list[Leg] = []
         self.refused: list[str] = []  # damaged checkpoints of all attempts so far
         self.times: dict[str, float] = {}  # seconds of the last step, by what they went into
+        self._changed = 0  # the step at which the model last got experts: losses before it are another model's
         self._checkpointing = 0.0  # seconds since the last step
         self._spikes, self._spiked = 0, 0  # met one after the other; the last one's step
 
@@ -185,9 +186,9 @@ class Training:
     def _limits(self) -> Limits:
         """Above which the next step is a spike."""
         spike = self._settings.spike
-        if self._settings.on_spike == "ignore" or len(self.curve) < spike.window:
+        last = [point for point in self.curve[-spike.window :] if point.step > self._changed]
+        if self._settings.on_spike == "ignore" or len(last) < spike.window:
             return NO_LIMITS
-        last = self.curve[-spike.window :]
         return Limits(
             nll=spike.loss * statistics.median(point.nll for point in last),
             grad_norm=spike.grad_norm * statistics.median(point.grad_norm for point in last),
@@ -228,6 +229,7 @@ class Training:
         self._sampler.load_state_dict(found.trainer["sampler"])
         self.curve = [Point(**point) for point in found.trainer["curve"]]
         self.legs = [Leg(**leg) for leg in found.trainer["legs"]]
+        self._changed = found.trainer.get("changed", 0)
         self.refused = list(dict.fromkeys([*found.trainer["refused"], *self.refused]))
         self.step = found.step
         return True
@@ -242,6 +244,7 @@ class Training:
                 "curve": list(self.curve),
                 "legs": list(self.legs),
                 "refused": list(self.refused),
+                "changed": self._changed,
             }
             self._checkpoints.save(state, trainer)
         self._checkpointing += time.perf_counter() - started

@@ -116,6 +116,17 @@ def test_memory_and_bytes() -> None:
     assert eight - four == 4 * (four - law.memory) / 3 > 0
 
 
+def test_memory_is_that_of_the_fewest_processes_that_can_share_the_experts() -> None:
+    def memory(*overrides: str) -> int:
+        row = next(row for row in make_plan(recipe(*overrides)).rows if row.task.where == "mixtures/btx")
+        assert row.memory is not None
+        return row.memory
+
+    assert memory("upcycle.when={at_least: 3}") == memory()
+    odd = "upcycle.when={at_least: 2}"  # three experts: two processes cannot share them
+    assert memory() < memory(odd) < memory("mix.expert_parallel=1")
+
+
 def test_a_plan_names_every_task_and_when_it_would_be_done() -> None:
     plan = make_plan(recipe(), eight())
     assert plan.simulated is not None and plan.simulated.outcome == "finished"

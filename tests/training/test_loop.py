@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from running import BAM, DENSE, LENGTH, SETTINGS, run
+from running import BAM, DENSE, LENGTH, RETENTION, SETTINGS, engine, run
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.leases import Lease
 from bam_ray.control.policies import is_final
 from bam_ray.errors import Interrupted, LossNotFinite, LossSpiked, SettingsError
 from bam_ray.settings import Spike, TrainingSettings
+from bam_ray.training.checkpoints import Checkpoints
 from bam_ray.training.engine import TorchEngine
 from bam_ray.training.schedule import learning_rate
 
@@ -173,6 +175,23 @@ def test_a_run_that_met_a_spike_resumes_exactly(on_spike: str) -> None:
     with pytest.raises(Interrupted):
         spiky(on_spike, {7}, store, should_stop=lambda step: step == 8)
     assert run(store, settings=with_spikes(on_spike), model=nan_at(set())) == unbroken
+
+
+@pytest.mark.parametrize("changed", [0, 6])
+def test_what_is_a_spike_is_not_told_by_losses_from_before_the_model_got_experts(changed: int) -> None:
+    store = MemoryStore()
+    with pytest.raises(Interrupted):
+        spiky("skip", set(), store, should_stop=lambda step: step == 6)
+    kept = Checkpoints(store, "branches", "x", Lease.take(store, "branches/x"), RETENTION)
+    found, grown = kept.latest(), engine(settings=FIXED)
+    assert found is not None
+    grown.load(found.folder)
+    kept.save(grown.state(), {**found.trainer, "changed": changed})
+    kept.wait()
+    with pytest.raises(Interrupted):  # a checkpoint after it knows too
+        spiky("skip", set(), store, should_stop=lambda step: step == 7)
+    _, told = spiky("skip", {2}, store)
+    assert told == ([] if changed else [(9, None)])
 
 
 def test_a_spike_stops_the_run_where_it_should() -> None:
