@@ -9,6 +9,7 @@ make a new one.
     seeds/<id>/                a Hugging Face folder
     branches/<id>/             the same, one a domain
     upcycled/<id>/             a mixture at step 0, a Hugging Face folder
+    upcycled/<id>/quorum/      since when branches were waited for, and which it was made of
     mixtures/<id>/             a trained mixture
     evaluations/<id>/          one model's perplexities and routing
     reports/<id>/              results.json, report.html

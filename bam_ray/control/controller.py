@@ -166,9 +166,11 @@ class Controller:
 
     def _is_spared(self, task_id: str) -> bool:
         """Whether a task failed that others could be, and were, made without."""
+        if not isinstance(self.states[task_id], Failed | Blocked):
+            return False
         without = [task for task in self.tasks.values() if task.quorum and task_id in dict(task.quorum.branches)]
         made = [isinstance(self.states[task.id], Committed) for task in without]
-        return isinstance(self.states[task_id], Failed | Blocked) and bool(made) and all(made)
+        return bool(made) and all(made)
 
     def _is_committed(self, task: Task) -> bool:
         return self._store.exists(f"{task.kind}/{task.id}/{MANIFEST}")
@@ -289,7 +291,9 @@ class Controller:
     def _move(self, task_id: str, state: Running, cause: str = "moved") -> None:
         """Ask for a checkpoint, to go on elsewhere or with more."""
         self._launcher.drain(task_id)
-        self.states[task_id] = Draining(state.node, state.progress, self._clock(), state.placed, True, cause)
+        self.states[task_id] = Draining(
+            state.node, state.progress, self._clock(), state.placed, moving=True, cause=cause
+        )
 
     def _kill_deaf(self) -> None:
         """Free what was asked to stop, and does not."""

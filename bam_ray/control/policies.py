@@ -4,6 +4,9 @@ Retries: an error that would only repeat itself (settings, data, weights that do
 is tried again, at most `Task.max_attempts` times without moving the last checkpoint on: an attempt that got further
 than all before it is not counted, so a long task on nodes that are often taken away still ends. Neither is one that
 the blob store was away for, which is no fault of the task or of its node: those have a longer patience of their own.
+
+A quorum is met by the branches that have arrived: at once, or, where there is a deadline, when it has passed or nothing
+more can come.
 """
 
 from collections import Counter

@@ -7,10 +7,12 @@ since the branch began, and stays as it is.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
@@ -18,8 +20,9 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
-from bam_ray.settings import Recipe, TrainingSettings
+from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
+from bam_ray.stages.train import News
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.state import State, grown, read_optimizer
 from bam_ray.upcycling.dense import mixture_config_of
@@ -30,18 +33,43 @@ Load = Callable[[Path], PreTrainedModel]
 """A mixture's folder -> the model that is trained."""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What an attempt goes on from."""
+
+    folder: Path  # the newest checkpoint, else the mixture at step 0
+    lease: Lease | None  # rank 0's
+    news: Sequence[News]
+
+
+def begin(place: Place, store: BlobStore, recipe: Recipe, load: Load, cursor: dict[str, Any]) -> Begun:
+    """Bring a mixture that need not have all its branches up to date. Called on every rank.
+
+    `cursor` is where its data begins.
+    """
+    lease, news = None, []
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        lease = Lease.take(store, place.artifact.prefix)
+        news = absorb_late(place, store, recipe, lease, load, cursor)
+    if dist.is_initialized():
+        dist.barrier()  # from now on all ranks find the same
+    newest = _checkpoints(place, store, recipe).latest()
+    return Begun(newest.folder if newest else place.other("upcycled", place.task.name).fetch(), lease, news)
+
+
 def absorb_late(
     place: Place, store: BlobStore, recipe: Recipe, lease: Lease, load: Load, cursor: dict[str, Any]
-) -> list[str]:
-    """Take in every branch of the task's quorum that is committed and no expert yet; returns their names.
+) -> list[News]:
+    """Take in every branch of the task's quorum that is committed and no expert yet; returns what there is to tell.
 
-    `cursor` is where the data begins. Raises `UpcycleError` where a branch does not fit, `DigestMismatch` where one is
-    damaged; the checkpoints are then as they were.
+    Raises `UpcycleError` where a branch does not fit, `DigestMismatch` where one is damaged; the checkpoints are then
+    as they were.
     """
-    task, training = place.task, recipe.mix.training
+    task = place.task
     assert task.quorum is not None
     start = place.other("upcycled", task.name)
-    found = checkpoints_of(place, store, training)
+    news: list[News] = []
+    found = _checkpoints(place, store, recipe, tell=lambda what, **facts: news.append((what, facts)))
     newest = found.latest()
     folder, uri = (newest.folder, newest.uri) if newest else (start.fetch(), start.uri)
     first = TensorReader(store, start.prefix)
@@ -75,22 +103,18 @@ def absorb_late(
             mixture = _Named(folder, uri, first)
         model = load(folder)
         states = grown(read_optimizer(newest.folder)[0], model) if newest else {}
-        taken_in = checkpoints_of(place, store, training, lease, (folder / LINEAGE,))
-        taken_in.save(State(model, model.state_dict(), states, step, live=True), trainer)
-        taken_in.wait()
-    return list(late)
+        grew = _checkpoints(place, store, recipe, lease, carried=(folder / LINEAGE,))
+        grew.save(State(model, model.state_dict(), states, step, live=True), trainer)
+        grew.wait()
+    return news + [("absorbed", {"step": step, "branch": name}) for name in late]
 
 
-def checkpoints_of(
-    place: Place,
-    store: BlobStore,
-    training: TrainingSettings,
-    lease: Lease | None = None,
-    carried: tuple[Path, ...] = (),
+def _checkpoints(
+    place: Place, store: BlobStore, recipe: Recipe, lease: Lease | None = None, **named: Any
 ) -> Checkpoints:
-    """The training checkpoints of a task; without a `lease` they are only read."""
-    retention = Retention(training.keep_last, training.keep_every)
-    return Checkpoints(store, place.task.kind, place.task.id, lease, retention, carried=carried)
+    """The mixture's training checkpoints; without a `lease` they are only read."""
+    retention = Retention(recipe.mix.training.keep_last, recipe.mix.training.keep_every)
+    return Checkpoints(store, place.task.kind, place.task.id, lease, retention, **named)
 
 
 class _Named(TensorReader):

@@ -1,7 +1,9 @@
 """Mix: train a mixture, its experts spread over a group of processes."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.control.tasks import StageContext
+from bam_ray.control.tasks import Quorum, StageContext
 from bam_ray.data import Corpus
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.settings import Mixing, MixSettings, Recipe, TrainingSettings
-from bam_ray.stages.absorb import absorb_late, checkpoints_of
+from bam_ray.stages.absorb import Begun, begin
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import Following, Job, sampler_of, train_to_artifact
 from bam_ray.training.documents import keep_apart
@@ -38,28 +39,23 @@ def train_mixture(
     place = Place(recipe, store, "mixtures", name)
     corpus_folder = place.other("corpora", "corpus").fetch()
     start = place.other("upcycled", name)
-    began = folder = start.fetch()
+    at_step_0 = start.fetch()
     mix = recipe.mix
     blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
-    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
     def load(folder: Path) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gate_config(mix))
         return model
 
-    lease, absorbed = None, []
-    if place.task.quorum is not None:
-        if rank == 0:
-            lease = Lease.take(store, place.artifact.prefix)
-            cursor = sampler_of(place, Corpus(corpus_folder), blend, mix.training).state_dict()
-            absorbed = absorb_late(place, store, recipe, lease, load, cursor)
-        if world_size > 1:
-            dist.barrier()  # now all ranks find the same
-        newest = checkpoints_of(place, store, mix.training).latest()
-        folder = newest.folder if newest else began
-    model = load(folder)
+    if place.task.quorum is None:
+        begun = Begun(at_step_0, None, [])
+    else:
+        cursor = sampler_of(place, Corpus(corpus_folder), blend, mix.training).state_dict()
+        begun = begin(place, store, recipe, load, cursor)
+    model = load(begun.folder)
     experts = model.config.num_experts
-    # A group that lost nodes may have become too small for as many to share the experts; late ones may make them odd
+    # A group that lost nodes may be too small for as many to share the experts, and these too few while branches lack
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
     sharing = math.gcd(mix.expert_parallel, world_size, experts)
 
     def make_engine(model: PreTrainedModel) -> Engine:
@@ -75,33 +71,26 @@ def train_mixture(
             return dense_nll(origin, Corpus(corpus_folder), rows)
 
         following = Following(mix.dynamic_blend, reference)
-    news: list[tuple[str, dict[str, Any]]] = [("absorbed", {"branch": branch}) for branch in absorbed]
+    news = list(begun.news)
     if experts % mix.expert_parallel:
         news.append(("shared", {"experts": experts, "processes": sharing, "wanted": mix.expert_parallel}))
-    job = Job(
-        corpus_folder,
-        blend,
-        mix.training,
-        recipe.metrics,
-        following,
-        began,
-        carried=(folder / LINEAGE,),
-        news=news,
-        **_arrivals(place, start, model.config.expert_names),
-    )
-    return train_to_artifact(place, store, job, model, make_engine, context, lease)
+    lineage = begun.folder / LINEAGE
+    job = Job(corpus_folder, blend, mix.training, recipe.metrics, following, at_step_0, (lineage,), news=news)
+    if place.task.quorum is not None:
+        job = replace(job, **_arrivals(place.task.quorum, start, model.config.expert_names, lineage))
+    return train_to_artifact(place, store, job, model, make_engine, context, begun.lease)
 
 
-def _arrivals(place: Place, start: Artifact, experts: Sequence[str]) -> dict[str, Any]:
-    """For a mixture that starts without all branches: which were absorbed since, as parents, and which left out."""
-    if place.task.quorum is None:
-        return {}
+def _arrivals(quorum: Quorum, start: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:
+    """What a `Job` must know of branches that came after the mixture had begun, or did not."""
     first = start.manifest()
     assert first is not None
-    late = [(id, name) for id, name in place.task.quorum.branches if id not in first.parents]
+    late = [(id, name) for id, name in quorum.branches if id not in first.parents]
+    absorbed = [step["absorb"] for step in json.loads(lineage.read_text())["history"] if "absorb" in step]
     return {
         "parents": tuple(id for id, name in late if name in experts),
         "facts": {"left_out": [name for _, name in late if name not in experts]},
+        "grew": [(step["step"], len(step["experts"]) - 1) for step in absorbed],
     }
 
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ NOTES = {  # what a person who looks at the run's table should know
 }
 
 
+News = tuple[str, dict[str, Any]]
+"""An event and its facts."""
+
+
 @dataclass(frozen=True)
 class Following:
     """How a blend follows held-out losses. `reference(domain, rows)`: what a domain's mean NLL on rows [S, L] should
@@ -71,7 +76,8 @@ class Job:
     carried: tuple[Path, ...] = ()  # further files for the folders of the artifact and its checkpoints
     parents: tuple[str, ...] = ()  # of the artifact, beside the task's
     facts: Mapping[str, Any] = field(default_factory=dict)  # further ones, for its manifest
-    news: Sequence[tuple[str, dict[str, Any]]] = ()  # events of this attempt, from before it trains
+    news: Sequence[News] = ()  # events of this attempt, from before it trains
+    grew: Sequence[tuple[int, int]] = ()  # (step, experts): up to that step a mixture had so few
 
 
 def train_to_artifact(
@@ -205,7 +211,7 @@ class _Attempt:
         self._training.resume()
         self._tell("resumed", step=self.step)
         for what, facts in self._job.news:
-            self._tell(what, step=self.step, **facts)
+            self._tell(what, **facts)
         task = self._place.task
         prefix, metrics = self._place.artifact.prefix, self._job.metrics
         self._metrics = Metrics(metrics, self._store, prefix, task.name, attempt, self.step)
@@ -293,6 +299,18 @@ class _Attempt:
     def _flops(self, tokens: int) -> float:
         return training_flops(self._engine.model.config, self._corpus.sequence_length, tokens)
 
+    def _spent(self) -> float:
+        """FLOPs of all steps, each with the experts that there were."""
+        settings, config = self._job.training, self._engine.model.config
+        spent, done = 0.0, 0
+        for step, experts in (*self._job.grew, (settings.steps, None)):
+            had = copy(config)
+            if experts is not None:
+                had.num_experts = experts
+            spent += training_flops(had, self._corpus.sequence_length, (step - done) * settings.batch_tokens)
+            done = step
+        return spent
+
     def _publish(self, curve: list[Point]) -> Manifest | None:
         state = self._engine.state()
         if state is None or self._lease is None:
@@ -323,7 +341,7 @@ class _Attempt:
                 step=settings.steps,
                 tokens=tokens,
                 compute=Compute(
-                    flops=self._flops(tokens),
+                    flops=self._spent(),
                     device_seconds=round(seconds * self._engine.world_size, 1),
                     wall_seconds=round(time.monotonic() - self._started, 1),
                 ),

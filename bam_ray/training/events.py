@@ -8,7 +8,7 @@
     micro_batch  step, sequences, before              halved, because memory ran out
     blend        step, weights, held_out, reference   of a dynamic blend, by domain
     absorbed     step, branch                         arrived late, and is an expert from here on
-    shared       step, experts, processes, wanted     fewer processes than wanted divide the experts
+    shared       experts, processes, wanted           fewer processes than wanted divide the experts
     experts      step, dead, overloaded               of a mixture, where these are others than before
     checkpoint   step                                 committed
     refused      checkpoint, error                    damaged, and passed over

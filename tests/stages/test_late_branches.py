@@ -25,6 +25,7 @@ from bam_ray.evaluation.results import Results
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.stages.step_export import export_step
+from bam_ray.training.flops import training_flops
 
 EVERYTHING = {  # that `mix` knows and that has something of an expert's own, or of a branch's
     "training": {**TRAINING, "keep_every": 1},
@@ -158,6 +159,12 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path:
     }
     assert manifest.parents == (*run.mixture.parents, late.id)
     assert manifest.facts["left_out"] == []
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    three = training_flops(config, 32, 1)
+    config.num_experts = 2
+    two = training_flops(config, 32, 1)
+    assert manifest.compute.flops == pytest.approx(128 * (6 * two + 4 * three))
+    assert two < three
     export_step(run.store, "mixtures", "bam", str(tmp_path / "eight"), step=8)
     assert history_of(tmp_path / "eight") == [upcycled, absorb]
 
