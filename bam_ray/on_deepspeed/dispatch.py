@@ -130,12 +130,21 @@ class AllToAllDispatcher:
         self.wire = wire
         self.local = LocalDispatcher()
 
-    def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor, num_experts: int, compute: Compute) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        compute: Compute,
+        kept: Tensor | None = None,
+    ) -> Tensor:
         """hidden [T, d], index and weights [T, k] -> Σ_k weight · expert(hidden): [T, d].
 
-        `compute(rows [R, d], counts [n])` applies each local expert to its consecutive rows.
+        `compute(rows [R, d], counts [n])` applies each local expert to its consecutive rows. Choices that are not
+        `kept` [T, k] (None: all are) do not travel.
         """
-        return self.local(hidden, index, weights, num_experts, partial(self.apply, compute))
+        return self.local(hidden, index, weights, num_experts, partial(self.apply, compute), kept)
 
     def apply(self, compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
         """Apply expert i of all N to its counts[i] rows, wherever it is: rows [R, d] sorted by expert -> [R, d]."""
