@@ -4,7 +4,8 @@ Shapes: B batch, L length, T = B·L tokens, d hidden, N experts, k experts a tok
 h head_dim, f FFN hidden, V vocabulary.
 
 The model knows nothing of ranks. Tokens reach their experts through two seams, `BamExperts.dispatcher` and
-`BamAttentionExperts.exchange`: here they stay in place; expert-parallel training puts collectives in their place.
+`BamAttentionExperts.exchange`: here they stay in place; expert-parallel training puts collectives in their place. What
+an exchange gives may be under way until it has passed `BamDecoderLayer.arrived`, in a parallel block beside the FFN.
 """
 
 from collections.abc import Callable
@@ -383,6 +384,11 @@ class AveragedAttention(AttentionCall):
         return out, None
 
 
+def at_hand(attended: Tensor) -> Tensor:
+    """Attention's output, which is here as soon as it is computed."""
+    return attended
+
+
 class BamDecoderLayer(GradientCheckpointingLayer):
     """One block, parallel or sequential, of experts or dense."""
 
@@ -394,6 +400,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         width = config.dense_intermediate_size or config.intermediate_size
         self.mlp = BamFFN(config, width) if dense else BamMoE(config)
         self.parallel = config.parallel_block
+        self.arrived: Callable[[Tensor], Tensor] = at_hand
         before = config.norm_placement == "before"
         ffn_norm = not self.parallel or config.separate_ffn_norm
         self.input_layernorm = block_norm(config) if before else None
@@ -412,8 +419,9 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         attended, attention_logits = self.self_attn(u, **kwargs)
         if self.parallel:
             routed, logits = self.mlp(u if second is None else second(x), real)
-            return x + attended + routed, logits, attention_logits
+            return x + self.arrived(attended) + routed, logits, attention_logits
         assert second is not None
+        attended = self.arrived(attended)
         if third is None:
             x = x + attended
             routed, logits = self.mlp(second(x), real)
