@@ -8,9 +8,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bam_ray.model.configuration_bam import BamConfig
 from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM
-from bam_ray.model.routing_bam import RoutingLosses, choose, routing_losses
+from bam_ray.model.routing_bam import RoutingLosses, choose, dropped_share, routing_losses
 
-__all__ = ["BamCausalLMOutput", "BamConfig", "BamForCausalLM", "RoutingLosses", "choose", "routing_losses"]
+__all__ = [
+    "BamCausalLMOutput",
+    "BamConfig",
+    "BamForCausalLM",
+    "RoutingLosses",
+    "choose",
+    "dropped_share",
+    "routing_losses",
+]
 
 AutoConfig.register("bam", BamConfig, exist_ok=True)
 AutoModelForCausalLM.register(BamConfig, BamForCausalLM, exist_ok=True)

@@ -36,6 +36,8 @@ class BamConfig(PreTrainedConfig):
     noisy_gate (`bool`): the FFN's router logits get noise of a learned size in training (LLaMA-MoE, arXiv 1701.06538).
     selection_bias (`bool`): a bias an expert is added to its probability when experts are chosen, and only then; it is
         a buffer, moved by training without gradients (arXiv 2408.15664).
+    capacity_factor (`float`, *optional*): in training, an FFN expert takes at most `⌈capacity_factor · k · L / N⌉` of a
+        sequence's L tokens, and drops the choices past that (`routing_bam.within_capacity`). None: drops none.
     ffn_output_scale (`float`): factor on the routed FFN output (LLaMA-MoE's scale factor).
     attention_experts (`str`): "kv_experts" (q, k, v, o per expert), "kv_shared" (q and o per expert, one mean k and v),
         "averaged" (one attention, the mean of all: BTX).
@@ -110,6 +112,7 @@ class BamConfig(PreTrainedConfig):
     norm_topk_prob: bool = False
     noisy_gate: bool = False
     selection_bias: bool = False
+    capacity_factor: float | None = None
     ffn_output_scale: float = 1.0
     attention_experts: str = "kv_experts"
     num_attention_experts_per_tok: int = 0
@@ -152,6 +155,10 @@ class BamConfig(PreTrainedConfig):
             raise ValueError("layer_types has 'sliding_attention' but sliding_window is None")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: use 1 to {self.num_experts}")
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(
+                f"capacity_factor is {self.capacity_factor}: use a number above 0, or None to drop nothing"
+            )
         if self.expert_names is not None and len(self.expert_names) != self.num_experts:
             raise ValueError(f"expert_names has {len(self.expert_names)} names for {self.num_experts} experts")
         if not set(self.dense_layers or ()) <= set(range(self.num_hidden_layers)):

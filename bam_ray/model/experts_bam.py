@@ -1,6 +1,7 @@
 """The FFN experts of a mixture: tokens to the experts they chose, and the experts' arithmetic as one operator.
 
-Shapes: T tokens, R = T·k rows sorted by expert, d hidden, f FFN hidden, N experts, k experts a token.
+Shapes: T tokens, R rows sorted by expert (T·k where no choice is dropped), d hidden, f FFN hidden, N experts,
+k experts a token.
 """
 
 import re
@@ -24,13 +25,18 @@ class LocalDispatcher:
         weights: Tensor,
         num_experts: int,
         compute: Callable[[Tensor, Tensor], Tensor],
+        kept: Tensor | None = None,
     ) -> Tensor:
         """hidden [T, d], index and weights [T, k] -> Σ_k weight · expert(hidden): [T, d].
 
-        `compute(rows [R, d], counts [N])` applies each expert to its consecutive rows.
+        `compute(rows [R, d], counts [N])` applies each expert to its consecutive rows. Choices that are not `kept`
+        [T, k] (None: all are) have no row.
         """
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)
+        if kept is not None:
+            order = order[kept.reshape(-1)[order]]
+            flat = flat[order]
         token = order // index.shape[1]
         counts = (flat.unsqueeze(1) == torch.arange(num_experts, device=flat.device)).sum(0)
         rows = compute(hidden.index_select(0, token), counts)
@@ -217,9 +223,11 @@ class BamExperts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(N, d)) if config.mlp_bias else None
         self.dispatcher: Callable[..., Tensor] = LocalDispatcher()
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, d], [T, k], [T, k] -> [T, d]."""
-        return self.dispatcher(hidden_states, top_k_index, top_k_weights, self.num_experts, self.compute)
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
+        """[T, d], [T, k], [T, k] -> [T, d]; `kept` [T, k]: the choices that count (None: all)."""
+        return self.dispatcher(hidden_states, top_k_index, top_k_weights, self.num_experts, self.compute, kept)
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Apply expert i of those held here to its counts[i] rows: rows [R, d] sorted by expert -> [R, d]."""

@@ -4,7 +4,8 @@ Shapes: B batch, L length, T = B·L tokens, d hidden, N experts, k experts a tok
 h head_dim, f FFN hidden, V vocabulary.
 
 The model knows nothing of ranks. Tokens reach their experts through two seams, `BamExperts.dispatcher` and
-`BamAttentionExperts.exchange`: here they stay in place; expert-parallel training puts collectives in their place.
+`BamAttentionExperts.exchange`: here they stay in place; expert-parallel training puts collectives in their place. What
+an exchange gives may be under way until it has passed `BamDecoderLayer.arrived`, in a parallel block beside the FFN.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_bam import BamConfig
 from .experts_bam import BamExperts
-from .routing_bam import BamRouter, choose, routing_losses
+from .routing_bam import BamRouter, choose, routing_losses, within_capacity
 
 FEW_TOKENS = 64  # below this, reading the weights dominates and no GEMM is worth copying them for
 
@@ -142,7 +143,7 @@ class BamFFN(nn.Module):
         self.down_proj = nn.Linear(width, d, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, None]:
         """[B, L, d] -> output [B, L, d], no router logits."""
         up = self.up_proj(x)
         out: Tensor = self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
@@ -156,6 +157,7 @@ class BamMoE(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.capacity_factor = config.capacity_factor
         self.scale = config.ffn_output_scale
         self.gate = BamRouter(config, config.noisy_gate, config.selection_bias)
         self.experts = BamExperts(config)
@@ -171,8 +173,8 @@ class BamMoE(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return index, weights * self.scale
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, L, d] -> output [B, L, d], router logits [T, N].
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, L, d] -> output [B, L, d], router logits [T, N]; padding tokens are False in `real` [B, L].
 
         With a noisy gate, in training, [3, T, N]: the logits with noise, those without, and the noise's scale.
         """
@@ -183,7 +185,11 @@ class BamMoE(nn.Module):
             routed = logits + torch.randn_like(logits) * scale
             logits = torch.stack((routed, logits, scale))
         index, weights = self.route(routed)
-        out = self.experts(flat, index, weights).view_as(x)
+        kept = None
+        if self.training and self.capacity_factor is not None:
+            by_sequence = index.view(*x.shape[:-1], -1)
+            kept = within_capacity(by_sequence, logits.shape[-1], self.capacity_factor, real).view_as(index)
+        out = self.experts(flat, index, weights, kept).view_as(x)
         return out if self.shared_expert is None else out + self.shared_expert(x)[0], logits
 
 
@@ -378,6 +384,11 @@ class AveragedAttention(AttentionCall):
         return out, None
 
 
+def at_hand(attended: Tensor) -> Tensor:
+    """Attention's output, which is here as soon as it is computed."""
+    return attended
+
+
 class BamDecoderLayer(GradientCheckpointingLayer):
     """One block, parallel or sequential, of experts or dense."""
 
@@ -389,27 +400,34 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         width = config.dense_intermediate_size or config.intermediate_size
         self.mlp = BamFFN(config, width) if dense else BamMoE(config)
         self.parallel = config.parallel_block
+        self.arrived: Callable[[Tensor], Tensor] = at_hand
         before = config.norm_placement == "before"
         ffn_norm = not self.parallel or config.separate_ffn_norm
         self.input_layernorm = block_norm(config) if before else None
         self.post_attention_layernorm = block_norm(config) if ffn_norm else None
         self.post_feedforward_layernorm = None if before else block_norm(config)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[B, L, d] -> [B, L, d], FFN router logits [T, N], attention router logits [T, N]: None where it has none."""
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, L, d] -> [B, L, d], FFN router logits [T, N], attention router logits [T, N]: None where it has none.
+
+        `real` [B, L]: padding tokens are False; None: there are none.
+        """
         first, second, third = self.input_layernorm, self.post_attention_layernorm, self.post_feedforward_layernorm
         u = x if first is None else first(x)
         attended, attention_logits = self.self_attn(u, **kwargs)
         if self.parallel:
-            routed, logits = self.mlp(u if second is None else second(x))
-            return x + attended + routed, logits, attention_logits
+            routed, logits = self.mlp(u if second is None else second(x), real)
+            return x + self.arrived(attended) + routed, logits, attention_logits
         assert second is not None
+        attended = self.arrived(attended)
         if third is None:
             x = x + attended
-            routed, logits = self.mlp(second(x))
+            routed, logits = self.mlp(second(x), real)
             return x + routed, logits, attention_logits
         x = x + second(attended)
-        routed, logits = self.mlp(x)
+        routed, logits = self.mlp(x, real)
         return x + third(routed), logits, attention_logits
 
 
@@ -464,6 +482,13 @@ def masks_of(
         )
         for kind in sorted(set(config.layer_types or ()))
     }
+
+
+def real_tokens(attention_mask: Any, length: int) -> Tensor | None:
+    """Which of the last `length` tokens are no padding: bool [B, length]; None where the mask is not of that kind."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].bool()
 
 
 class BamPreTrainedModel(PreTrainedModel):
@@ -541,12 +566,14 @@ class BamModel(BamPreTrainedModel):
         else:
             masks = masks_of(self.config, inputs_embeds, position_ids, attention_mask, cache)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        real = real_tokens(attention_mask, inputs_embeds.shape[1])
         x = inputs_embeds
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states, routers, attention_routers = [x], [], []
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x, logits, attention_logits = layer(
                 x,
+                real=real,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
@@ -609,11 +636,12 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = nll = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if out.router_logits:
-                real = None
-                if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-                    real = attention_mask[:, -out.last_hidden_state.shape[1] :].flatten().bool()
+                real = real_tokens(attention_mask, out.last_hidden_state.shape[1])
                 auxiliary = routing_losses(
-                    out.router_logits, self.config.num_experts_per_tok, real=real, bias=self.selection_biases()
+                    out.router_logits,
+                    self.config.num_experts_per_tok,
+                    real=None if real is None else real.flatten(),
+                    bias=self.selection_biases(),
                 )
             if auxiliary and self.training:
                 loss = (

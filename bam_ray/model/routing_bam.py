@@ -67,6 +67,41 @@ def choose(probabilities: Tensor, top_k: int, bias: Tensor | None = None) -> Ten
     return (probabilities if bias is None else probabilities + bias).topk(top_k, dim=-1).indices
 
 
+def within_capacity(index: Tensor, experts: int, factor: float, real: Tensor | None = None) -> Tensor:
+    """Which choices [..., L, k] of sequences find room with their experts: bool [..., L, k].
+
+    An expert takes `⌈factor · k · L / N⌉` tokens of a sequence, those that come first (Switch's capacity, a sequence
+    being GShard's group): who is dropped depends on neither the micro batch nor the ranks, and never on later tokens,
+    which GShard's "first choices first" would let push out earlier ones' second choices. Padding (`real` [..., L] is
+    False) takes no room, is none of the L tokens, and finds no expert.
+    """
+    chosen = F.one_hot(index, experts).sum(-2)  # [..., L, N]: 0 or 1
+    length: int | Tensor = index.shape[-2]
+    if real is not None:
+        chosen = chosen * real.unsqueeze(-1)
+        length = real.sum(-1)[..., None, None].double()
+    before = (chosen.cumsum(-2) - chosen).gather(-1, index)  # tokens that the same expert was chosen by
+    kept = before < factor * index.shape[-1] * length / experts
+    return kept if real is None else kept & real.unsqueeze(-1)
+
+
+@torch.no_grad()
+def dropped_share(
+    router_logits: tuple[Tensor, ...], config: BamConfig, sequences: int, bias: Tensor | None = None
+) -> Tensor:
+    """Which share of all choices found no room in training: [layers]; arguments as in `routing_losses`.
+
+    Of `sequences` of one length, without padding.
+    """
+    logits = torch.stack(router_logits).float()
+    if config.capacity_factor is None:
+        return logits.new_zeros(len(logits))
+    routed = logits[:, 0] if logits.ndim == 4 else logits
+    chosen = choose(routed.softmax(-1), config.num_experts_per_tok, None if bias is None else bias.unsqueeze(1))
+    kept = within_capacity(chosen.unflatten(1, (sequences, -1)), config.num_experts, config.capacity_factor)
+    return 1.0 - kept.float().mean((1, 2, 3))
+
+
 def noisy_balance(
     noisy: Tensor, clean: Tensor, scale: Tensor, top_k: int, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:

@@ -1,8 +1,9 @@
 """Tokens to experts on other ranks and back: the expert-parallel sides of the model's two seams.
 
-FFN experts are sparse, so only the tokens that chose one travel to it: an uneven all-to-all, dropless, no padding.
+FFN experts are sparse, so only the tokens that chose one travel to it: an uneven all-to-all, no padding.
 Attention experts are soft (every token meets every expert), so all tokens travel to all: an all-gather along the batch,
-the local experts' weighted outputs, and a reduce-scatter that sums them.
+the local experts' weighted outputs, and a reduce-scatter that sums them. In a parallel block the latter is under way
+while the FFN exchanges rows and computes (`Flight`), and so is, in the backward pass, the all-gather of its gradient.
 
 Each collective's gradient is the reverse collective, with SUM: the ranks of the group then hold gradients of the sum of
 their losses. ZeRO divides every gradient by the number of all ranks, which makes them those of the mean loss.
@@ -24,40 +25,50 @@ from torch.distributed import ProcessGroup
 from bam_ray.model.experts_bam import LocalDispatcher
 
 Compute = Callable[[Tensor, Tensor], Tensor]
+Begun = tuple[Tensor, dist.Work]
+"""A collective under way: its output, and what to wait for before reading that."""
+Collective = Callable[[Tensor], Begun]
+
+
+def gathering(x: Tensor, group: ProcessGroup) -> Begun:
+    """[B, ...] of each rank -> [E·B, ...], in the order of ranks."""
+    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    return out, dist.all_gather_into_tensor(out, x.contiguous(), group=group, async_op=True)
+
+
+def summing(x: Tensor, group: ProcessGroup) -> Begun:
+    """[E·B, ...] of each rank -> this rank's [B, ...] of their sum."""
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return out, dist.reduce_scatter_tensor(out, x.contiguous(), group=group, async_op=True)
+
+
+def exchanging(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Begun:
+    """Send the first sent[0] rows to rank 0, and so on -> received[0] rows of rank 0, and so on."""
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    return out, dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group, async_op=True)
 
 
 def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[B, ...] of each rank -> [E·B, ...], in the order of ranks."""
-    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
-
-
-def scattered_sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[E·B, ...] of each rank -> this rank's [B, ...] of their sum."""
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
-    return out
-
-
-def exchanged(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
-    """Send the first sent[0] rows to rank 0, and so on -> received[0] rows of rank 0, and so on."""
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    """`gathering`, done."""
+    out, work = gathering(x, group)
+    work.wait()
     return out
 
 
 class Wire:
-    """The way that tokens take between the ranks of a group, and how long they are on it."""
+    """The way that tokens take between the ranks of a group, and how long these wait for them.
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+    `aside` are the same ranks once more, for what is to overlap: collectives of one process group wait for one another.
+    """
+
+    def __init__(self, group: ProcessGroup, aside: ProcessGroup | None = None) -> None:
+        self.group, self.aside = group, aside or group
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def busy(self, device: torch.device) -> Iterator[None]:
-        """Tokens are on their way; on a GPU, once it comes to that."""
+        """Tokens are waited for; on a GPU, once it comes to that."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -70,7 +81,10 @@ class Wire:
             self._seconds += time.perf_counter() - started
 
     def seconds(self) -> float:
-        """Since this was last asked; what ranks wait for one another is in it. Waits for the GPU."""
+        """Since this was last asked; ranks waiting for one another is in it, what is computed meanwhile is not.
+
+        Waits for the GPU.
+        """
         if self._events:
             self._events[-1][1].synchronize()
         seconds: float = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
@@ -79,43 +93,63 @@ class Wire:
         return seconds
 
 
-class _Gather(torch.autograd.Function):
+class Flight:
+    """A collective under way, and in the backward pass its reverse: begun in one place and awaited in another.
+
+    What is computed between `depart` and `arrive` runs beside it, and so does, as gradients go the other way, its
+    backward pass. Every rank must begin all collectives in the same order.
+    """
+
+    def __init__(self, wire: Wire, there: Collective, back: Collective) -> None:
+        self.wire, self.there, self.back = wire, there, back
+        self._begun: Begun
+
+    def depart(self, x: Tensor) -> Tensor:
+        """Begin -> what must not be read before it has passed `arrive`."""
+        out: Tensor = _Depart.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def arrive(self, x: Tensor) -> Tensor:
+        """Wait for what `depart` gave."""
+        out: Tensor = _Arrive.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def begin(self, x: Tensor, collective: Collective) -> Tensor:
+        """Begin `there` or `back`, without gradient."""
+        self._begun = collective(x)
+        return self._begun[0]
+
+    def wait(self) -> Tensor:
+        """Wait for what has begun."""
+        out, work = self._begun
+        del self._begun
+        with self.wire.busy(out.device):
+            work.wait()
+        return out
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wire: Wire) -> Tensor:
-        ctx.wire = wire
-        with wire.busy(x.device):
-            return gathered(x, wire.group)
+    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.begin(x, flight.there)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        with ctx.wire.busy(grads[0].device):
-            return scattered_sum(grads[0], ctx.wire.group), None
+        return ctx.flight.wait(), None
 
 
-class _ScatterSum(torch.autograd.Function):
+class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wire: Wire) -> Tensor:
-        ctx.wire = wire
-        with wire.busy(x.device):
-            return scattered_sum(x, wire.group)
+    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        ctx.save_for_backward(x.new_empty(0))  # so that recomputation comes as far as this and leaves none under way
+        return flight.wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        with ctx.wire.busy(grads[0].device):
-            return gathered(grads[0], ctx.wire.group), None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], wire: Wire) -> Tensor:
-        ctx.sent, ctx.received, ctx.wire = sent, received, wire
-        with wire.busy(rows.device):
-            return exchanged(rows, sent, received, wire.group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        with ctx.wire.busy(grads[0].device):
-            return exchanged(grads[0], ctx.received, ctx.sent, ctx.wire.group), None, None, None
+        ctx.flight.begin(grads[0], ctx.flight.back)
+        return grads[0], None  # of the shape that autograd asks for; `_Depart` gives what comes of it
 
 
 class AllToAllDispatcher:
@@ -130,12 +164,21 @@ class AllToAllDispatcher:
         self.wire = wire
         self.local = LocalDispatcher()
 
-    def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor, num_experts: int, compute: Compute) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        compute: Compute,
+        kept: Tensor | None = None,
+    ) -> Tensor:
         """hidden [T, d], index and weights [T, k] -> Σ_k weight · expert(hidden): [T, d].
 
-        `compute(rows [R, d], counts [n])` applies each local expert to its consecutive rows.
+        `compute(rows [R, d], counts [n])` applies each local expert to its consecutive rows. Choices that are not
+        `kept` [T, k] (None: all are) do not travel.
         """
-        return self.local(hidden, index, weights, num_experts, partial(self.apply, compute))
+        return self.local(hidden, index, weights, num_experts, partial(self.apply, compute), kept)
 
     def apply(self, compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
         """Apply expert i of all N to its counts[i] rows, wherever it is: rows [R, d] sorted by expert -> [R, d]."""
@@ -144,14 +187,16 @@ class AllToAllDispatcher:
         with self.wire.busy(rows.device):
             dist.all_to_all_single(incoming, outgoing, group=self.wire.group)
         sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
-        rows = _Exchange.apply(rows, sent, received, self.wire)  # type: ignore[no-untyped-call]
+        there = partial(exchanging, sent=sent, received=received, group=self.wire.group)
+        back = partial(exchanging, sent=received, received=sent, group=self.wire.group)
+        flight = Flight(self.wire, there, back)
+        rows = flight.depart(rows)
         # They come sorted by rank, then expert; an expert wants its rows of all ranks together.
         expert = torch.arange(incoming.shape[1], device=rows.device).repeat(incoming.shape[0])
         order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)
-        rows = compute(rows.index_select(0, order), incoming.sum(0))
-        rows = rows.index_select(0, order.argsort())
-        back: Tensor = _Exchange.apply(rows, received, sent, self.wire)  # type: ignore[no-untyped-call]
-        return back
+        rows = compute(flight.arrive(rows).index_select(0, order), incoming.sum(0))
+        flight = Flight(self.wire, back, there)
+        return flight.arrive(flight.depart(rows.index_select(0, order.argsort())))
 
 
 class AttentionExchange:
@@ -162,15 +207,22 @@ class AttentionExchange:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
+        self._gather, self._sum = (partial(collective, group=wire.aside) for collective in (gathering, summing))
+        self._under_way: Flight
 
     def __call__(self, x: Tensor, gates: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """x [B, L, d], gates [B, L, N] -> Σ_i gate_i · Attention_i(x): [B, L, d].
+        """x [B, L, d], gates [B, L, N] -> Σ_i gate_i · Attention_i(x): [B, L, d], once it has `arrived`.
 
         `attend(x [E·B, L, d], gates [E·B, L, n])` is the weighted sum over the local experts.
         """
-        x = _Gather.apply(x, self.wire)  # type: ignore[no-untyped-call]
-        gates = _Gather.apply(gates, self.wire)  # type: ignore[no-untyped-call]
+        flights = [Flight(self.wire, self._gather, self._sum) for _ in range(2)]
+        x, gates = (flight.depart(each) for flight, each in zip(flights, (x, gates), strict=True))
+        x, gates = (flight.arrive(each) for flight, each in zip(flights, (x, gates), strict=True))
         group = self.wire.group
         mine = gates.chunk(group.size(), dim=-1)[group.rank()]
-        out: Tensor = _ScatterSum.apply(attend(x, mine), self.wire)  # type: ignore[no-untyped-call]
-        return out
+        self._under_way = Flight(self.wire, self._sum, self._gather)
+        return self._under_way.depart(attend(x, mine))
+
+    def arrived(self, x: Tensor) -> Tensor:
+        """The last call's output [B, L, d], to be read from now on."""
+        return self._under_way.arrive(x)

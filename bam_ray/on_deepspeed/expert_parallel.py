@@ -73,7 +73,8 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     group_name = f"ep_size_{size}"
     group: ProcessGroup = groups._get_expert_parallel_group(group_name)
     inner: Any = model.model
-    wire = Wire(group)
+    # In a parallel block, attention's sums are under way beside what the FFN exchanges
+    wire = Wire(group, dist.new_subgroups(size)[0] if config.parallel_block else None)
     positions = _Positions(inner, group)
     names = []
     for path, module in model.named_modules():
@@ -82,6 +83,7 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
             own = [name for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, BamAttentionExperts):
             module.exchange = AttentionExchange(wire)
+            inner.layers[module.layer_idx].arrived = module.exchange.arrived
             module.register_forward_pre_hook(positions, with_kwargs=True)
             own = [name for name, _ in module.named_parameters(recurse=False)]
             if module.kv_shared:  # of query heads here, which all read the one set of key/value heads

@@ -47,6 +47,8 @@ class Mixing(Strict):
     losses: Losses = Losses()
     # noisy: LLaMA-MoE's, with noise on the logits in training and a balance loss of its own (`model.routing_losses`)
     gate: Literal["plain", "noisy"] = "plain"
+    # In training, an expert takes at most so many times an even share of a sequence's choices; None: all that come
+    capacity_factor: Positive | None = None
     train: Literal["all", "routers_and_shared", "routers"] = "all"  # shared: what is no expert's own
     router_warmup_fraction: Fraction = 0.0  # of the steps, in which all but the routers stand still
     expert_lr_factor: Positive = 1.0  # on the learning rate of what is an expert's own

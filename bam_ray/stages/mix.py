@@ -100,6 +100,7 @@ def gate_config(mix: MixSettings) -> dict[str, Any]:
     return {
         "noisy_gate": mix.gate == "noisy",
         "selection_bias": mix.losses.bias_rate > 0,
+        "capacity_factor": mix.capacity_factor,
         "router_aux_loss_coef": losses.load_balance,
         "router_z_loss_coef": losses.router_z,
     }

@@ -4,7 +4,7 @@ Forward, a token and layer, with hidden size d, query width q, key/value width c
 is gated, else 2), K keys seen on average, k FFN experts a token, s the hidden size of an always-on expert, and A
 attention experts (C of them with own keys and values): `2(A·2dq + C·2dc + m·d(k·f + s) + routers) + 4·A·K·q`. Causal
 attention over a context of L sees L/2 keys on average, through a window of w < L tokens w - w²/2L. Training is three
-times the forward pass.
+times the forward pass. Choices that a capacity drops are counted like the others.
 """
 
 import re

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bam_ray.model import BamForCausalLM, routing_losses
+from bam_ray.model import BamForCausalLM, dropped_share, routing_losses
 from bam_ray.settings import Losses
 
 
@@ -18,6 +18,7 @@ class Load:
 
     share: Tensor  # [M, N], of all choices
     entropy: Tensor  # [M], of a token's router probabilities, in nats
+    dropped: Tensor  # [M], of all choices, those past an expert's capacity
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Objective:
     """NLL plus the weighted auxiliary losses of one micro batch."""
 
     total: Tensor
-    parts: Tensor  # [3], detached: nll, load balance, router z; of mixtures [3 + M·(N + 1)]: then the `Load`'s numbers
+    parts: Tensor  # [3], detached: nll, load balance, router z; of mixtures [3 + M·(N + 2)]: then the `Load`'s
 
 
 def objective(
@@ -46,21 +47,21 @@ def objective(
     if mixture is None or not routed:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, torch.stack((nll.detach(), zero, zero)))
-    routing = routing_losses(
-        out.router_logits, mixture.config.num_experts_per_tok, reduce, bias=mixture.selection_biases()
-    )
+    biases = mixture.selection_biases()
+    routing = routing_losses(out.router_logits, mixture.config.num_experts_per_tok, reduce, bias=biases)
+    dropped = dropped_share(out.router_logits, mixture.config, len(input_ids), biases)
     coefficient = losses.load_balance
     assert isinstance(coefficient, float), "a ramp: use Losses.at"
     total = nll + coefficient * routing.load_balance + losses.router_z * routing.router_z
     parts = torch.stack((nll, routing.load_balance, routing.router_z)).detach()
-    return Objective(total, torch.cat((parts, routing.share.flatten(), routing.entropy)))
+    return Objective(total, torch.cat((parts, routing.share.flatten(), routing.entropy, dropped)))
 
 
 def parts_of(mixture: BamForCausalLM | None) -> int:
     """How many numbers `Objective.parts` has."""
     if mixture is None:
         return 3
-    numbers: int = 3 + len(mixture.config.mixture_layers) * (mixture.config.num_experts + 1)
+    numbers: int = 3 + len(mixture.config.mixture_layers) * (mixture.config.num_experts + 2)
     return numbers
 
 
@@ -69,8 +70,8 @@ def load_of(parts: Tensor, mixture: BamForCausalLM | None) -> Load | None:
     if mixture is None or not mixture.config.mixture_layers:
         return None
     layers = len(mixture.config.mixture_layers)
-    share, entropy = parts[3:].split((layers * mixture.config.num_experts, layers))
-    return Load(share.view(layers, -1), entropy)
+    share, entropy, dropped = parts[3:].split((layers * mixture.config.num_experts, layers, layers))
+    return Load(share.view(layers, -1), entropy, dropped)
 
 
 @torch.no_grad()

@@ -3,9 +3,11 @@
     routing/layer_<l>/load_<expert>     share of all choices
     routing/layer_<l>/entropy           of a token's probabilities, in nats
     routing/layer_<l>/imbalance         largest share over the mean share
+    routing/layer_<l>/dropped           share of all choices that were past an expert's capacity, where there is one
     routing/layer_<l>/drift             of the FFN router, relative to step 0 in L2 norm (experts that came later: not)
     routing/layer_<l>/attention_drift   of the attention router, where there is one
-    routing/dead_experts, routing/overloaded_experts, load_imbalance: of all layers, the last the worst of them
+    routing/dead_experts, routing/overloaded_experts, load_imbalance, routing/dropped: of all layers, the last two the
+        worst of them
 
 Loads are means over the steps since they were last reported.
 """
@@ -51,6 +53,7 @@ class RoutingWatch:
         """What was seen since the last report; there must be something."""
         share = torch.stack([load.share for load in self._seen]).mean(0).cpu()  # [M, N]
         entropy = torch.stack([load.entropy for load in self._seen]).mean(0).cpu()  # [M]
+        dropped = torch.stack([load.dropped for load in self._seen]).mean(0).cpu()  # [M]
         self._seen.clear()
         relative = share * share.shape[1]  # 1: an even share
         imbalance = relative.max(1).values
@@ -61,6 +64,9 @@ class RoutingWatch:
                 scalars[f"{below}/load_{name}"] = part
             scalars[f"{below}/entropy"] = entropy[number].item()
             scalars[f"{below}/imbalance"] = imbalance[number].item()
+            if self._mixture.config.capacity_factor is not None:
+                scalars[f"{below}/dropped"] = dropped[number].item()
+                scalars["routing/dropped"] = dropped.max().item()
         for path, name, weight in self._routers():
             began = self._began[name]
             drift = weight.detach()[: len(began)] - began

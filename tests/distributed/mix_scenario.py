@@ -16,6 +16,7 @@ from bam_ray.stages import run_stage, train_mixture
 def mix(run: Recipe, uri: str, stop_at: int | None, cache: str) -> dict[str, Any]:
     """Train the mixture `bam`, stopped and begun again where `stop_at` says so."""
     os.environ["BAM_CACHE"] = cache
+    dist.init_process_group("gloo")  # as whoever starts the ranks of a group does: both halves share the experts alike
     context = Context(stop_at)
     try:
         manifest = train_mixture("bam", run, open_store(uri), context, deepspeed_engine)

@@ -131,6 +131,8 @@ TWO = {
     "documents apart": Case(2, micro=1, config={"sliding_window": 5, "nope_layers": [0]}, apart=True),
     "kv_shared, documents apart": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}, apart=True),
     "idle rank": Case(2, idle=True),
+    "limited capacity": Case(2, micro=3, config={**BIASED, "capacity_factor": 0.5}),
+    "idle rank, limited capacity": Case(2, micro=1, idle=True, config={"capacity_factor": 0.75}),
     "kv_experts, ZeRO-2": Case(2, micro=3, zero_stage=2),
     "averaged, ZeRO-2": Case(2, micro=1, config={"attention_experts": "averaged", **RENORMALISED}, zero_stage=2),
     "dense": Case(2, micro=3, dense=COHERE),
@@ -149,6 +151,7 @@ FROZEN = replace(
     mixing=Mixing(losses=Losses(bias_rate=0.02), gate="noisy", train="routers_and_shared"),
 )
 BF16 = Case(2, precision="bf16")
+LIMITED = {**RENORMALISED, "capacity_factor": 0.75}
 FOUR = {
     "kv_experts on 1": Case(1),
     "kv_experts on 2": Case(2, micro=3),
@@ -157,6 +160,9 @@ FOUR = {
     "kv_shared on 4": Case(4, micro=2, config={"attention_experts": "kv_shared"}),
     "averaged on 4": Case(4, config={"attention_experts": "averaged", **RENORMALISED}),
     "idle ranks on 4": Case(4, idle=True),
+    "limited capacity on 1": Case(1, micro=2, config=LIMITED),
+    "limited capacity on 2": Case(2, micro=3, config=LIMITED),
+    "limited capacity on 4": Case(4, micro=1, config=LIMITED),
     "kv_experts on 1, ZeRO-2": Case(1, zero_stage=2),
     "kv_experts on 2, ZeRO-2": Case(2, micro=3, zero_stage=2),
     "kv_shared on 4, ZeRO-2": Case(4, micro=2, config={"attention_experts": "kv_shared"}, zero_stage=2),

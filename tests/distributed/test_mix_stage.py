@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 MIX = {
     "training": {**TRAINING, "micro_batch_sequences": 1, "on_spike": "skip", "spike": {"window": 3}},
     "gate": "noisy",
+    "capacity_factor": 0.75,
     "losses": {"load_balance": {"start": 0.1, "end": 0.01, "steps_fraction": 0.5}, "bias_rate": 0.01},
     "router_warmup_fraction": 0.2,
     "expert_lr_factor": 0.5,
@@ -49,7 +50,7 @@ def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypa
         moves = [event for event in log if event["event"] == "blend"]
         assert [move["step"] for move in moves] == [3, 6, 9]
         config = json.loads(store.get(f"{prefix}/config.json"))
-        assert config["noisy_gate"] and config["selection_bias"]
+        assert config["noisy_gate"] and config["selection_bias"] and config["capacity_factor"] == 0.75
     assert curves[0] == curves[1]
 
 

@@ -81,6 +81,21 @@ def test_biases_move_towards_balance_by_their_rate() -> None:
     assert sum(imbalance[-10:]) < sum(imbalance[:10])
 
 
+def test_a_step_tells_what_its_experts_had_no_room_for() -> None:
+    """Of the whole batch, in whatever micro batches it was computed: a sequence's room is its own."""
+    found = []
+    for factor, micro_batch in ((0.5, 4), (0.5, 1), (None, 4)):
+        config = BamConfig(**{**KV_SHARED.to_dict(), "capacity_factor": factor})
+        trainer = engine(config, SETTINGS.model_copy(update={"micro_batch_sequences": micro_batch}))
+        result = trainer.step(IDS, 1e-3)
+        assert trainer.last_load is not None
+        found.append((result.nll, trainer.last_load.dropped.tolist()))
+    whole, parts, without = found
+    assert parts == (pytest.approx(whole[0]), pytest.approx(whole[1]))
+    assert min(whole[1]) > 0
+    assert without[1] == [0.0, 0.0] and without[0] != pytest.approx(whole[0])
+
+
 @pytest.mark.parametrize(
     "mixing",
     [

@@ -12,8 +12,8 @@ from bam_ray.training.watching import RoutingWatch
 NAMES = ["seed", "code", "law", "math"]
 
 
-def load(first: list[float], second: list[float]) -> Load:
-    return Load(torch.tensor([first, second]), torch.tensor([0.5, 1.0]))
+def load(first: list[float], second: list[float], dropped: tuple[float, float] = (0.0, 0.0)) -> Load:
+    return Load(torch.tensor([first, second]), torch.tensor([0.5, 1.0]), torch.tensor(dropped))
 
 
 def test_a_report_is_of_the_steps_since_the_last() -> None:
@@ -38,4 +38,14 @@ def test_a_report_is_of_the_steps_since_the_last() -> None:
     assert report.scalars["routing/layer_2/drift"] == pytest.approx(0.5)
     assert report.scalars["routing/layer_0/drift"] == report.scalars["routing/layer_2/attention_drift"] == 0.0
     assert report.scalars["routing/dead_experts"] == 2.0
-    assert not [name for name in report.scalars if "layer_1" in name]
+    assert not [name for name in report.scalars if "layer_1" in name or "dropped" in name]
+
+
+def test_what_is_dropped_is_told_where_there_is_a_capacity() -> None:
+    watch = RoutingWatch(BamForCausalLM(BamConfig(**tiny.SIZES, capacity_factor=1.0)), RoutingSettings())
+    watch.add(load([0.25] * 4, [0.25] * 4, (0.1, 0.2)))
+    watch.add(load([0.25] * 4, [0.25] * 4, (0.3, 0.2)))
+    watch.add(load([0.25] * 4, [0.25] * 4, (0.5, 0.2)))
+    scalars = watch.report().scalars
+    assert scalars["routing/layer_0/dropped"] == scalars["routing/dropped"] == pytest.approx(0.3)
+    assert scalars["routing/layer_1/dropped"] == pytest.approx(0.2)

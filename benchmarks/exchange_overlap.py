@@ -1,0 +1,151 @@
+"""What it gains that the branches of a parallel block overlap their communication: 2 gloo ranks of one thread each.
+
+python -m benchmarks.exchange_overlap [--rounds 20] [--megabits 100]
+
+A mixture's forward and backward pass, with attention's sum awaited after the FFN (as it is trained) over the same pass
+with the sum awaited at once (as in a sequential block), in turns in the same processes. Once over the loopback device,
+whose bytes are moved by the very cores that compute: little can be hidden there. Once with every collective held back
+as if a wire of so many megabits a second lay between the ranks, shared evenly by all that is under way: that is no
+network, but it shows what the order of things hides where cores are free while the wire is busy.
+"""
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from torch import Tensor
+
+from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.on_deepspeed.dispatch import Wire
+from benchmarks.measure import report
+from benchmarks.peers import start_deepspeed
+
+RANKS = 2
+COLUMNS = ("wire", "tokens", "one after the other, s", "of that waiting", "overlapped ÷ it", "waiting ÷ its waiting")
+Row = list[str | float]
+
+
+class SlowWire:
+    """Holds back what `torch.distributed` does from now on, until a wire shared by all that is under way carried it."""
+
+    def __init__(self, megabits: float) -> None:
+        self.bytes_per_second = megabits * 1e6 / 8
+        self.under_way: list[Held] = []
+        self.at = time.perf_counter()
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"):
+            setattr(dist, name, self.held(getattr(dist, name)))
+
+    def held(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(out: Tensor, sent: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            self.advance()
+            crossing = max(out.nbytes, sent.nbytes) / RANKS  # the other part stays
+            work = Held(collective(out, sent, *args, async_op=True, **kwargs), self, crossing)
+            self.under_way.append(work)
+            return work if async_op else work.wait()
+
+        return call
+
+    def advance(self) -> None:
+        """Carry what time there was for, as much of each."""
+        now = time.perf_counter()
+        carried, self.at = (now - self.at) * self.bytes_per_second, now
+        while self.under_way and carried > 0:
+            part = min(carried / len(self.under_way), *(each.left for each in self.under_way))
+            for each in self.under_way:
+                each.left -= part
+            carried -= part * len(self.under_way)
+            self.under_way = [each for each in self.under_way if each.left > 0]
+
+
+class Held:
+    """A collective with so many bytes left to carry."""
+
+    def __init__(self, work: dist.Work, wire: SlowWire, left: float) -> None:
+        self.work, self.wire, self.left = work, wire, left
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.wire.advance()
+        while self.left > 0:
+            time.sleep(self.left / self.wire.bytes_per_second)
+            self.wire.advance()
+
+
+def compared(run: Callable[[bool], None], wire: Wire, rounds: int) -> list[float]:
+    """Medians over pairs of passes: `run(False)` in seconds and the part of these that this rank waited, and what
+    `run(True)` takes of its seconds and of its wait. All ranks begin and end together."""
+    pairs = []
+    for number in range(rounds + 1):
+        taken = {}
+        for overlapped in (True, False) if number % 2 else (False, True):
+            dist.barrier()
+            start = time.perf_counter()
+            run(overlapped)
+            dist.barrier()
+            taken[overlapped] = time.perf_counter() - start, wire.seconds()
+        (wall, wait), (wall_overlapped, wait_overlapped) = taken[False], taken[True]
+        pairs.append((wall, wait / wall, wall_overlapped / wall, wait_overlapped / wait))
+    return [statistics.median(column) for column in zip(*pairs[1:], strict=True)]  # the first warms up
+
+
+def training_pass(model: BamForCausalLM, ids: Tensor) -> Callable[[bool], None]:
+    """Forward and backward, with or without overlap."""
+    layers: Any = model.model.layers
+    exchanges = [layer.self_attn.experts.exchange for layer in layers]
+
+    def run(overlapped: bool) -> None:
+        for layer, exchange in zip(layers, exchanges, strict=True):
+            layer.arrived = exchange.arrived if overlapped else lambda attended: attended
+            layer.self_attn.experts.exchange = (
+                exchange if overlapped else lambda *args, exchange=exchange: exchange.arrived(exchange(*args))
+            )
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+
+    return run
+
+
+def measure(rank: int, folder: str, rounds: int, megabits: float) -> None:
+    from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism
+
+    warnings.filterwarnings("ignore", r".* is deprecated", FutureWarning)
+    torch.set_num_threads(1)
+    start_deepspeed(rank, RANKS, dist.FileStore(f"{folder}/store", RANKS))
+    rows: list[Row] = []
+    for wire in ("loopback", f"held to {megabits:g} Mbit/s"):
+        if wire != "loopback":
+            SlowWire(megabits)
+        for batch, length, d in ((4, 64, 256), (4, 64, 512)):
+            torch.manual_seed(0)
+            config = BamConfig(
+                hidden_size=d, intermediate_size=4 * d, num_attention_heads=d // 64, num_hidden_layers=2, vocab_size=512
+            )
+            model = BamForCausalLM(config).train()
+            shards = apply_expert_parallelism(model, RANKS)
+            assert shards.wire is not None
+            torch.manual_seed(rank)
+            found = compared(training_pass(model, torch.randint(0, 512, (batch, length))), shards.wire, rounds)
+            rows.append([wire, f"{RANKS} x {batch}x{length}, d {d}", *found])
+    if rank == 0:
+        report("exchange_overlap", COLUMNS, rows)
+    dist.barrier()
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Passes of each schedule.")] = 20,
+    megabits: Annotated[float, typer.Option(help="Of the wire that is imitated, a second.")] = 100.0,
+) -> None:
+    """Measure, print a table and write `benchmarks/results/exchange_overlap.json`."""
+    with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
+        mp.start_processes(measure, (folder, rounds, megabits), nprocs=RANKS, start_method="spawn")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,73 @@
+"""In a parallel block attention's sum is under way beside all that the FFN does, and so is its gradient."""
+
+import time
+from typing import Any, cast
+
+import pytest
+import torch
+from gloo_ranks import run_on_ranks
+from overlap_scenario import pass_of_a_block
+from torch.distributed import ProcessGroup
+
+from bam_ray.on_deepspeed.dispatch import Flight, Wire
+
+GATHERED = ["gather begins", "gather begins", "gather ends", "gather ends"]  # hidden states and gates
+EXCHANGED = ["exchange begins", "exchange ends"]
+FORWARD = 3 * EXCHANGED  # counts, rows there, rows back
+BACKWARD = 2 * EXCHANGED
+INPUT_GRADIENTS = ["sum begins", "sum begins", "sum ends", "sum ends"]
+
+
+def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    first, second = ((rank["forward"], rank["backward"]) for rank in ranks)
+    assert first == second, "ranks that begin collectives in different orders wait for each other for ever"
+    return first
+
+
+@pytest.mark.slow
+def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
+    plain, recomputed = (run_on_ranks(2, pass_of_a_block, True, again) for again in (False, True))
+    forward = [*GATHERED, "sum begins", *FORWARD, "sum ends"]
+    assert order(plain) == (forward, ["gather begins", *BACKWARD, "gather ends", *INPUT_GRADIENTS])
+    assert order(recomputed) == (forward, ["gather begins", *forward, *BACKWARD, "gather ends", *INPUT_GRADIENTS])
+    for one, other in zip(plain, recomputed, strict=True):
+        assert min(gradient.abs().max() for gradient in one["gradients"].values()) > 0
+        torch.testing.assert_close(other["gradients"], one["gradients"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
+    forward, backward = order(run_on_ranks(2, pass_of_a_block, False, False))
+    assert forward == [*GATHERED, "sum begins", "sum ends", *FORWARD]
+    assert backward == [*BACKWARD, "gather begins", "gather ends", *INPUT_GRADIENTS]
+
+
+def test_only_what_is_waited_counts_as_time_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Work:
+        def wait(self) -> None:
+            now[0] += 2.0
+
+    class Computing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            now[0] += 5.0
+            return x * 3
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            now[0] += 5.0
+            return grads[0] * 3
+
+    wire = Wire(cast(ProcessGroup, None))
+    flight = Flight(wire, lambda x: (x * 10, Work()), lambda x: (x * 100, Work()))
+    x = torch.ones(2, requires_grad=True)
+    under_way = flight.depart(x)
+    computed = Computing.apply(x)
+    out = flight.arrive(under_way) + computed
+    assert (out.tolist(), wire.seconds()) == ([13.0, 13.0], 2.0)
+    out.sum().backward()
+    assert x.grad is not None
+    assert (x.grad.tolist(), wire.seconds(), now[0]) == ([103.0, 103.0], 2.0, 14.0)
