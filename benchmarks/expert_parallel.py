@@ -102,7 +102,8 @@ class Ours(nn.Module):
 
         self.experts = filled(BamExperts(config), dtype)
         groups._create_expert_and_data_parallel(RANKS)
-        self.experts.dispatcher = AllToAllDispatcher(Wire(groups._get_expert_parallel_group(f"ep_size_{RANKS}")))
+        group = groups._get_expert_parallel_group(f"ep_size_{RANKS}")
+        self.experts.dispatcher = AllToAllDispatcher(Wire(group, group))
         for name, whole in list(self.experts.named_parameters()):
             setattr(self.experts, name, nn.Parameter(whole.detach().chunk(RANKS)[dist.get_rank()].clone()))
         self.index, self.weights = expert[:, None], torch.ones(len(expert), 1, dtype=dtype)

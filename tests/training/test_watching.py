@@ -42,7 +42,8 @@ def test_a_report_is_of_the_steps_since_the_last() -> None:
 
 
 def test_what_is_dropped_is_told_where_there_is_a_capacity() -> None:
-    watch = RoutingWatch(BamForCausalLM(BamConfig(**tiny.SIZES, capacity_factor=1.0)), RoutingSettings())
+    mixture = BamForCausalLM(BamConfig(**tiny.SIZES, capacity_factor=1.0))
+    watch = RoutingWatch(mixture, RoutingSettings(), mixture.state_dict())
     watch.add(load([0.25] * 4, [0.25] * 4, (0.1, 0.2)))
     watch.add(load([0.25] * 4, [0.25] * 4, (0.3, 0.2)))
     watch.add(load([0.25] * 4, [0.25] * 4, (0.5, 0.2)))
