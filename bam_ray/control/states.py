@@ -53,6 +53,7 @@ class Running:
     first_step: int
     seen: float  # when the step last changed
     placed: float  # when this attempt was asked for
+    nodes: frozenset[str] = frozenset()  # ids of all that a group's ranks are on; `node` is rank 0's
 
     @property
     def steps_per_second(self) -> float | None:

@@ -47,7 +47,8 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # `python` of jobs
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers unpickle the stand-ins
+        tests = Path(__file__).parent  # workers unpickle the stand-ins
+        patch.setenv("PYTHONPATH", f"{tests}:{tests.parents[1]}")
         patch.delenv("RAY_ADDRESS", raising=False)
         running = Cluster(
             initialize_head=True,

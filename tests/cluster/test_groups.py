@@ -1,4 +1,5 @@
-"""Groups that train for real lose a rank, a node and their driver, and come to what an undisturbed group does."""
+"""Groups that train for real lose a rank, a node and their driver, or hear in time that they will lose a node, and come
+to what an undisturbed group does."""
 
 import json
 import os
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from stages.test_story import TRAINING, make, recipe
 from test_controller_on_ray import add_node
 from test_controller_on_ray import cluster as a_cluster
@@ -30,13 +33,13 @@ cluster = a_cluster  # the fixture
 STEPS = 60
 
 
-def of_two(folder: Path, store: str, **mix: Any) -> Recipe:
+def of_two(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix: Any) -> Recipe:
     """A recipe whose branch and mixture are trained by two workers, long enough to be disturbed."""
     training = {**TRAINING, "tokens": STEPS * TRAINING["batch_tokens"], "peak_lr": 0.005, "checkpoint_every": 5}
     return recipe(
         folder,
         store={"uri": str(folder / store)},
-        branch={"domains": ["code"], "training": training, "workers": 2},
+        branch={"domains": ["code"], "training": training, "workers": 2, **(branch or {})},
         upcycle={"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 2, "norm_topk_prob": True}}},
         mix={"training": training, "expert_parallel": 2, **mix},
     )
@@ -157,6 +160,30 @@ def test_a_group_outlives_a_rank_a_node_and_its_driver(
     assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), kind))
     leases = list(driver.store.list(f"{driver.made.prefix}/leases/"))
     assert len(leases) == 4, "as many attempts as were undone, and the last"
+
+
+def test_a_group_leaves_before_a_node_of_any_rank_is_taken_away(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+    before(folder, "branches", "noticed")
+    run = of_two(folder, "noticed", branch={"needs": {"cpus": 2}})
+    driver = Driver(cluster.address, tmp_path, run, "branches")
+    node_id, pid = driver.rank()
+    assert json.loads(driver.store.get("ranks/2-0.json"))[0] != node_id, "not rank 0's, which is shown as the branch's"
+    in_a_minute = time.time_ns() // 1_000_000 + 60_000
+    assert GcsClient(address=cluster.address).drain_node(node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", in_a_minute)[0]
+    try:
+        driver.rank(other_than=pid)
+        kill_node(cluster, node_id)  # which nobody is on any more
+        driver.join()
+    finally:
+        add_node(cluster)
+    assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), "branches"))
+    first, second = (
+        [json.loads(line) for line in driver.store.get(key).splitlines()]
+        for key in driver.store.list(f"{driver.made.prefix}/events/")
+    )
+    (stopped,) = [event["step"] for event in first if event["event"] == "stopped"]
+    (resumed,) = [event["step"] for event in second if event["event"] == "resumed"]
+    assert stopped == resumed, "not a step was done twice"
 
 
 def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(
