@@ -50,9 +50,7 @@ def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store `unbroken` in it, of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("groups")
     run = of_two(folder, "unbroken")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BAM_CACHE", str(folder / "cache"))
-        make(run, open_store(run.store.uri), ("corpora", "seeds"))
+    make(run, open_store(run.store.uri), ("corpora", "seeds"))
     Driver(cluster.address, folder, run, "mixtures", step_seconds=0.0).join()
     return folder
 
@@ -68,9 +66,8 @@ class Driver:
         self.store = open_store(run.store.uri)
         self.made = artifact(run, kind)
         self._log = folder / "driver.log"
-        self._arguments = [sys.executable, str(Path(__file__).with_name("paced.py")), str(file), kind]
-        self._arguments += [str(step_seconds), *patience]
-        self._environment = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(Path(__file__).parents[2])}
+        self._arguments = [sys.executable, "-m", "faults.pace", str(file), kind, str(step_seconds), *patience]
+        self._environment = os.environ | {"RAY_ADDRESS": address}
         self.start()
 
     def start(self) -> None:

@@ -155,7 +155,7 @@ class Run:
         path = world.home / f"recipe-{number}.yaml"
         path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
         self.log = world.home / f"driver-{number}.log"
-        command = [sys.executable, "-m", "faults.pace", str(path), str(pace)]
+        command = [sys.executable, "-m", "faults.pace", str(path), "branches", str(pace)]
         environment = world.environment() | {"RAY_ADDRESS": world.address}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
