@@ -90,7 +90,9 @@ class RankContext:
         self._progress: Progress | None = None
         self._asked_to_stop = False
         self._closed = threading.Event()
-        ray.get(host.join.remote(self.rank, here()))
+        where = here()
+        self.node = where.name
+        ray.get(host.join.remote(self.rank, where))
         self._thread = threading.Thread(target=self._exchange_often, daemon=True)
         if self.rank == 0:
             self._thread.start()

@@ -32,6 +32,7 @@ class Paced:
 
     def __init__(self, context: StageContext, seconds: float) -> None:
         self._context = context
+        self.node = context.node
         self._seconds = seconds
 
     def report(self, progress: Progress) -> None:
