@@ -534,6 +534,22 @@ def test_errors_of_threads_carry_their_type_and_traceback(monkeypatch: pytest.Mo
     assert sorted(begun) == ["bug", "bug", "own"]
 
 
+def test_work_that_the_store_was_away_for_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "FIRST_DELAY", 0.001)
+    store, tries = MemoryStore(), 0
+
+    def work(task: Task, context: StageContext) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise StoreUnavailable("the checkpoint of step 4 could not be written: no S3 server answers")
+        commit(store, task)
+
+    controller = in_threads([make("a", attempts=1)], store, work)
+    assert controller.run(pause=0.001) == "finished"
+    assert (tries, controller.history("a").failures) == (4, 0)
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_stood() -> None:
     store = MemoryStore()
     steps: dict[str, int] = {}  # stands for step checkpoints
