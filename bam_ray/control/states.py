@@ -118,7 +118,7 @@ class History:
     """What the controller remembers of a task's attempts while it runs itself."""
 
     attempts: int = 0  # begun
-    failures: int = 0  # of those that count against `Task.max_attempts`
+    failures: int = 0  # in a row, of those that count against `Task.max_attempts`
     outages: int = 0  # the last so many ended because the blob store was away
     checkpoint_step: int = 0  # the furthest seen
     avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on

@@ -164,14 +164,15 @@ def test_an_error_is_retried_later_elsewhere_and_at_last_given_up() -> None:
     assert scene.controller.outcome() == "failed"
 
 
-def test_an_attempt_that_got_further_is_not_counted() -> None:
+def test_an_attempt_that_got_further_is_not_counted_and_begins_the_count_anew() -> None:
     scene = Scene(make("a", attempts=2))
     for checkpoint in (2, 4, 6):
         scene.now += policies.LONGEST_DELAY
         scene.step()
         scene.step(a=Broke("node died", HERE, Progress(checkpoint, 10, checkpoint_step=checkpoint), node_fault=True))
         assert scene.kinds() == {"a": Placing}, "a node's fault is retried at once"
-    scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
+        scene.step(a=Broke("node died", HERE, node_fault=True))
+        assert scene.kinds() == {"a": Placing}, "the first that got no further"
     scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
     assert scene.kinds() == {"a": Failed}
 
