@@ -67,9 +67,9 @@ class Soak:
 
     def look(self) -> None:
         """Submit again what lost its driver; check a run that ended, and begin the next."""
-        code = self.run.process.poll()
-        if code is None:
+        if self.run.goes_on:
             return
+        code = self.run.join()
         if code != 0:
             assert self._driver_lost, f"the run ended with {code}:\n{self.run.said[-3000:]}"
             self._driver_lost = False
