@@ -3,16 +3,22 @@
     python -m faults.pace RECIPE KIND SECONDS [PATIENCE]
 
 So a fault comes in the middle of the training, however fast the machine is; what is computed is what it always is.
+A file `nan` in a node's folder for temporary files breaks the weights of the branch on it, once, as bad memory might.
 Ranks of groups write down where they are, [node id, process id], as ranks/<of how many>-<rank>.json in the store.
 PATIENCE is how many seconds a group waits for nodes before it goes on with fewer.
 """
 
 import functools
 import json
+import math
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Kind
@@ -46,8 +52,30 @@ class Paced:
 def paced_stage(
     seconds: float, kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext
 ) -> object:
-    """`stages.run_stage`; branches at that pace."""
-    return run_stage(kind, name, recipe, store, Paced(context, seconds) if kind == "branches" else context)
+    """`stages.run_stage`; branches at that pace, and with weights that can be broken."""
+    if kind != "branches":
+        return run_stage(kind, name, recipe, store, context)
+    from bam_ray.training.engine import TorchEngine  # torch: on workers alone
+
+    with mock.patch.object(TorchEngine, "step", breakable(TorchEngine.step)):
+        return run_stage(kind, name, recipe, store, Paced(context, seconds))
+
+
+def breakable(step: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine's `step` that makes a weight NaN before it, where the file `nan` says so; not again before training is
+    past the steps done then, for a loss that is not finite twice ends a branch."""
+    mark = Path(tempfile.gettempdir()) / "nan"
+    broken_at = -1
+
+    def stepping(engine: Any, *batch: Any) -> Any:
+        nonlocal broken_at
+        if engine._updates > broken_at and mark.exists():
+            mark.unlink()
+            broken_at = engine._updates
+            next(iter(engine.parameters.values())).data.fill_(math.nan)
+        return step(engine, *batch)
+
+    return stepping
 
 
 def paced_rank(

@@ -171,6 +171,12 @@ class Soak:
         yield
 
     @contextlib.contextmanager
+    def loss_not_finite(self, target: int) -> Iterator[None]:
+        mark = self.workers[target].break_weights()
+        yield
+        mark.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
     def disk_full(self, target: int) -> Iterator[None]:
         self.disks[target].fill()
         yield
@@ -189,6 +195,7 @@ WEIGHTS: dict[Callable[[Soak, int], contextlib.AbstractContextManager[None]], in
     Soak.store_refusing: 2,
     Soak.store_slow: 1,
     Soak.checkpoint_damaged: 1,
+    Soak.loss_not_finite: 1,
     Soak.disk_full: 1,
 }
 FAULTS = {fault.__name__: fault for fault in WEIGHTS}

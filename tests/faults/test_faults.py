@@ -272,7 +272,19 @@ def test_a_node_is_cut_off_and_comes_back(story: Story) -> None:
     assert (len(logs["code"]), len(logs["law"])) == (2, 1)
 
 
-def test_a_loss_that_is_not_finite(world: World, tale: Tale) -> None:
+def test_a_loss_that_is_not_finite_once(story: Story) -> None:
+    story.log("code")
+    mark = story.world.nodes[story.node("code")].break_weights()
+    logs = story.finish()
+    assert not mark.exists()
+    (log,) = logs["code"]
+    (back,) = log.named("rolled_back")
+    assert "is not finite" in back["error"]
+    assert back["to"] < back["step"]
+    assert not logs["law"][0].named("rolled_back")
+
+
+def test_a_loss_that_is_not_finite_again(world: World, tale: Tale) -> None:
     recipe = tale.recipe(world.uri("nan"), world.proxy.endpoint, peak_lr=1e30)
     story = Story(world, tale, recipe, world.store("nan"))
     assert story.run.join() == 1

@@ -137,6 +137,12 @@ class Node:
         )
         assert accepted, why
 
+    def break_weights(self) -> Path:
+        """Make the next loss of the branch that trains there NaN, once (`faults.pace`); returns what asks for it."""
+        mark = self.temporary / "nan"
+        mark.touch()
+        return mark
+
     def freeze(self) -> list[int]:
         """Stop all of its processes where they stand, as if it were cut off; returns their pids."""
         family = sorted(self._process.family())
