@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from faults.checking import Log, attempts, check_branches
 from faults.disk import SmallDisk
+from faults.metadata import Metadata
 from faults.tale import Tale, branch_id, branch_manifest
 from faults.world import Job, Run, World, send, wait_for
 
@@ -146,10 +147,11 @@ def test_a_raylet_is_asked_to_stop(story: Story) -> None:
 def test_a_notice_says_that_a_node_will_be_taken_away(story: Story) -> None:
     story.log("code")
     node = story.node("code")
-    story.world.nodes[node].drain(seconds=20)
-    deadline = time.monotonic() + 20
+    with Metadata() as metadata:
+        ear = story.world.nodes[node].listen_for_notice(metadata.url)
+        metadata.notice()
+        assert ear.wait(60) == 0, "Ray was told"
     wait_for("the branch has stopped", lambda: attempts(story.store, story.recipe, "code")[0].named("stopped"), 20)
-    time.sleep(max(0.0, deadline - time.monotonic()))
     story.world.nodes[node].kill()
     logs = story.finish()
     first, second = logs["code"]

@@ -137,6 +137,12 @@ class Node:
         )
         assert accepted, why
 
+    def listen_for_notice(self, metadata: str) -> subprocess.Popen[bytes]:
+        """Start what tells Ray when the machine's metadata server says that it will be taken away."""
+        command = [sys.executable, "-m", "bam_ray.on_ray.spot", "aws", self._world.address]
+        command += [f"--node-ip={self._world.network}.{self._number}", f"--metadata={metadata}"]
+        return subprocess.Popen(command, env=self._world.environment())
+
     def break_weights(self) -> Path:
         """Make the next loss of the branch that trains there NaN, once (`faults.pace`); returns what asks for it."""
         mark = self.temporary / "nan"
