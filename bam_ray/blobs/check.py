@@ -26,7 +26,7 @@ def checked_store(settings: StoreSettings) -> tuple[BlobStore, str | None]:
         if settings.promise == "strict":
             raise NoConditionalPut(
                 f"{error}, so two attempts could both commit: use a server that honours If-None-Match (AWS, SeaweedFS, "
-                "Ceph) or a folder, or accept that with store.promise=weak"
+                "Ceph) or a folder, or accept that with store.promise=weak in a recipe, --weak-store on a command line"
             ) from None
         weaker = "a commit only looks first whether another is there: two at the same moment may both think they won"
         return open_store(

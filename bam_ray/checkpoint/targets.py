@@ -7,23 +7,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.blobs.check import checked_store
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.errors import CheckpointError, StoreUnavailable
+from bam_ray.settings import StoreSettings
 
 
 @contextmanager
-def new_folder(uri: str, endpoint: str | None = None) -> Iterator[BlobStore]:
-    """A store to write a model folder to, which is to lie at `uri` (a path or s3://) when the block ends well.
+def new_folder(out: StoreSettings) -> Iterator[BlobStore]:
+    """A store to write a model folder to, which is to lie at `out` (a path or s3://) when the block ends well.
 
-    Raises `CheckpointError` where something lies there already. Where the block fails, nothing is left. On S3 files
-    appear as they are written, the configuration and the manifest last.
+    Raises `CheckpointError` where something lies there already, `NoConditionalPut` where the store does not promise
+    what is asked of it. Where the block fails, nothing is left. On S3 files appear as they are written, the
+    configuration and the manifest last.
     """
-    store = open_store(uri, endpoint)
+    store = open_store(out.uri, out.endpoint)
     place = Path(store.uri) if isinstance(store, FolderStore) else None
     if (place is not None and place.is_file()) or any(True for _ in store.list()):
         left = "" if place is not None or store.exists("config.json") else " (no model: left by what was interrupted?)"
-        raise CheckpointError(f"{uri} is not empty{left}: name a place where nothing lies yet, or delete what is there")
+        raise CheckpointError(
+            f"{out.uri} is not empty{left}: name a place where nothing lies yet, or delete what is there"
+        )
     if place is None:
+        store, _ = checked_store(out)
         try:
             yield store
         except BaseException:

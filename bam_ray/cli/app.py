@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from bam_ray.errors import BamError
+from bam_ray.settings import StoreSettings
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +20,16 @@ app = typer.Typer(
 console = Console()
 
 Endpoint = Annotated[str | None, typer.Option(help="URL of an S3 server other than AWS (default: AWS_ENDPOINT_URL)")]
+
+WeakStore = Annotated[
+    bool,
+    typer.Option("--weak-store", help="write to an S3 server that has no conditional puts too, as store.promise=weak"),
+]
+
+
+def target(out: str, endpoint: str | None, weak_store: bool) -> StoreSettings:
+    """Where a command writes to."""
+    return StoreSettings(uri=out, endpoint=endpoint, promise="weak" if weak_store else "strict")
 
 
 def main() -> None:

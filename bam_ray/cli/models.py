@@ -13,9 +13,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from bam_ray.cli.app import Endpoint, app, console
+from bam_ray.cli.app import Endpoint, WeakStore, app, console, target
 from bam_ray.errors import BamError, SettingsError
-from bam_ray.settings import MixtureSettings, apply_override, validated
+from bam_ray.settings import MixtureSettings, StoreSettings, apply_override, validated
 
 if TYPE_CHECKING:
     from bam_ray.checkpoint.tensors import TensorReader
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Out = Annotated[str, typer.Option(help="where the result goes: a path or s3://, nothing may lie there")]
 Mixture = Annotated[str, typer.Argument(help="the mixture's folder: a path or s3://")]
+Branch = Annotated[str, typer.Option(help="NAME=URI of the branch that comes")]
+Expert = Annotated[str, typer.Option(help="the name of the expert that goes")]
 Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="NAME=SOURCE, text of a domain: files, a URI, or package:NAME; NAME is the expert's"),
@@ -50,6 +52,7 @@ def upcycle(
     length: Length = 256,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, measure drift, estimate; write nothing")] = False,
     endpoint: Endpoint = None,
+    weak_store: WeakStore = False,
 ) -> None:
     """Turn a seed and branches into a mixture."""
     settings = _mixture_settings(method, set or [])
@@ -67,7 +70,7 @@ def upcycle(
         _print_flight(preflight(sources, settings, texts))
         return
     with _bar("upcycling") as told:
-        made = make_mixture(sources, settings, out, endpoint, texts, told)
+        made = make_mixture(sources, settings, target(out, endpoint, weak_store), texts, told)
     if made.separation is not None:
         console.print(separation_table(made.separation))
     _print_written(out, made.config.expert_names)
@@ -76,13 +79,14 @@ def upcycle(
 @app.command()
 def absorb(
     mixture: Mixture,
-    branch: Annotated[str, typer.Option(help="NAME=URI of the branch")],
+    branch: Branch,
     out: Out,
     text: Texts = None,
     average_weight: Weight = None,
     sequences: Sequences = 16,
     length: Length = 256,
     endpoint: Endpoint = None,
+    weak_store: WeakStore = False,
 ) -> None:
     """Add a branch to a mixture, trained or not; its other experts stay as they are."""
     from bam_ray.stages.folders import open_model
@@ -91,38 +95,42 @@ def absorb(
     ((name, uri),) = _named([branch], "--branch").items()
     before = open_model(mixture, endpoint)
     what = absorbed(mixture_config_of(before), name)
-    _change(before, what, open_model(uri, endpoint), out, text, average_weight, sequences, length, endpoint)
+    to = target(out, endpoint, weak_store)
+    _change(before, what, open_model(uri, endpoint), to, text, average_weight, sequences, length)
 
 
 @app.command()
 def remove(
     mixture: Mixture,
-    expert: Annotated[str, typer.Option(help="its name")],
+    expert: Expert,
     out: Out,
     text: Texts = None,
     sequences: Sequences = 16,
     length: Length = 256,
     endpoint: Endpoint = None,
+    weak_store: WeakStore = False,
 ) -> None:
     """Take an expert out of a mixture."""
     from bam_ray.stages.folders import open_model
     from bam_ray.upcycling import mixture_config_of, removed
 
     before = open_model(mixture, endpoint)
-    _change(before, removed(mixture_config_of(before), expert), None, out, text, None, sequences, length, endpoint)
+    what = removed(mixture_config_of(before), expert)
+    _change(before, what, None, target(out, endpoint, weak_store), text, None, sequences, length)
 
 
 @app.command()
 def replace(
     mixture: Mixture,
-    expert: Annotated[str, typer.Option(help="the name of the expert that goes")],
-    branch: Annotated[str, typer.Option(help="NAME=URI of the branch that comes")],
+    expert: Expert,
+    branch: Branch,
     out: Out,
     text: Texts = None,
     average_weight: Weight = None,
     sequences: Sequences = 16,
     length: Length = 256,
     endpoint: Endpoint = None,
+    weak_store: WeakStore = False,
 ) -> None:
     """Put a branch in the place of an expert; it takes over that expert's router rows."""
     from bam_ray.stages.folders import open_model
@@ -131,7 +139,8 @@ def replace(
     ((name, uri),) = _named([branch], "--branch").items()
     before = open_model(mixture, endpoint)
     what = replaced(mixture_config_of(before), expert, name)
-    _change(before, what, open_model(uri, endpoint), out, text, average_weight, sequences, length, endpoint)
+    to = target(out, endpoint, weak_store)
+    _change(before, what, open_model(uri, endpoint), to, text, average_weight, sequences, length)
 
 
 @app.command()
@@ -189,6 +198,7 @@ def export(
     out: Out,
     format: Annotated[str, typer.Option(help="mixtral")] = "mixtral",
     endpoint: Endpoint = None,
+    weak_store: WeakStore = False,
 ) -> None:
     """Write a mixture in another architecture's form, for runtimes that know only that."""
     if format != "mixtral":
@@ -197,7 +207,7 @@ def export(
     from bam_ray.stages.folders import open_model
 
     with _bar("exporting") as told:
-        export_to(open_model(mixture, endpoint), out, endpoint, told)
+        export_to(open_model(mixture, endpoint), target(out, endpoint, weak_store), told)
     console.print(f"written: {out} (MixtralForCausalLM)", highlight=False)
 
 
@@ -205,20 +215,19 @@ def _change(
     mixture: "TensorReader",
     what: "Change",
     branch: "TensorReader | None",
-    out: str,
+    out: StoreSettings,
     text: list[str] | None,
     average_weight: float | None,
     sequences: int,
     length: int,
-    endpoint: str | None,
 ) -> None:
     from bam_ray.stages.folders import change_mixture, texts_of
 
     texts = texts_of(_named(text or [], "--text"), mixture, sequences, length)
     with _bar(what.verb) as told:
-        changed = change_mixture(mixture, what, branch, out, endpoint, average_weight, texts, told)
+        changed = change_mixture(mixture, what, branch, out, average_weight, texts, told)
     _print_changed(changed)
-    _print_written(out, list(what.names))
+    _print_written(out.uri, list(what.names))
 
 
 def _mixture_settings(method: str, overrides: list[str]) -> MixtureSettings:

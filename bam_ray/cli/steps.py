@@ -6,7 +6,7 @@ import typer
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.cli.app import Endpoint, app, console
+from bam_ray.cli.app import Endpoint, WeakStore, app, console, target
 from bam_ray.errors import SettingsError
 
 TRAINED = ("seeds", "branches", "mixtures")
@@ -19,6 +19,7 @@ def export_step(
     out: Annotated[str, typer.Option(help="where the folder is to lie: a path or s3://, nothing there yet")],
     step: Annotated[int | None, typer.Option(help="of which step (default: the newest checkpoint)")] = None,
     endpoint: Endpoint = None,
+    weak_store: WeakStore = False,
 ) -> None:
     """Copy a training checkpoint out of a run, as a Hugging Face folder with its tokenizer; loads no model."""
     kind, _, name = what.partition("/")
@@ -26,5 +27,6 @@ def export_step(
         raise SettingsError(f"{what!r} is not KIND/NAME with a kind of {', '.join(TRAINED)}")
     from bam_ray.stages.step_export import export_step as export_to
 
-    made = export_to(open_store(run, endpoint), cast(Kind, kind), name, out, endpoint, step)
+    to = target(out, endpoint, weak_store)
+    made = export_to(open_store(run, endpoint), cast(Kind, kind), name, to, step)
     console.print(f"written: {out} ({what} at step {made.step}, attempt {made.attempt})", highlight=False)

@@ -20,7 +20,8 @@ LOG_LINES = 20
 class Attempt:
     """Runs `work(self)` on a thread; a `StageContext` to the work, a mailbox to everyone else."""
 
-    def __init__(self, work: Callable[[StageContext], object], log: Iterable[str] = ()) -> None:
+    def __init__(self, work: Callable[[StageContext], object], where: Node, log: Iterable[str] = ()) -> None:
+        self.where = where
         self._work = work
         self._log = log  # what the process has logged lately, to be shown with an error
         self._thread = threading.Thread(target=self._run, name="attempt", daemon=True)
@@ -33,6 +34,11 @@ class Attempt:
         """Begin."""
         self._started = True
         self._thread.start()
+
+    @property
+    def node(self) -> str:
+        """Of `StageContext`."""
+        return self.where.name
 
     def report(self, progress: Progress) -> None:
         """Of `StageContext`."""
@@ -51,17 +57,17 @@ class Attempt:
         """Whether the work goes on."""
         return self._thread.is_alive()
 
-    def look(self, node: Node) -> Sighting:
-        """How it stands; `node` is where this is."""
+    def look(self) -> Sighting:
+        """How it stands."""
         if not self._started or self._thread.is_alive():
-            return Alive(node, self._progress)
+            return Alive(self.where, self._progress)
         if self._error is None:
-            return Done(node, self._progress)
+            return Done(self.where, self._progress)
         if isinstance(self._error, Interrupted):
-            return Stopped(node, self._progress)
+            return Stopped(self.where, self._progress)
         return Broke(
             error=one_line(self._error),
-            node=node,
+            node=self.where,
             progress=self._progress,
             log=(*_lines(self._error), *self._log)[-LOG_LINES:],
             final=is_final(self._error),

@@ -182,8 +182,8 @@ class Controller:
                 state = self.states[task.id]
                 if isinstance(state, Placing) and state.node_id is None:  # it waits for its turn, which is no start
                     self.states[task.id] = replace(state, since=self._clock())
-            case Alive(node, progress):
-                self._see_alive(task, node, progress)
+            case Alive():
+                self._see_alive(task, sighting)
             case Done(node, progress):
                 self._see_end(task, Broke(f"{task.where} ended without a manifest", node, progress))
             case Stopped(node, progress):
@@ -197,17 +197,17 @@ class Controller:
             case Broke():
                 self._see_end(task, sighting)
 
-    def _see_alive(self, task: Task, node: Node, progress: Progress | None) -> None:
-        now = self._clock()
+    def _see_alive(self, task: Task, alive: Alive) -> None:
+        now, node, progress = self._clock(), alive.node, alive.progress
         match self.states[task.id]:
             case Running(first_step=0) as running if progress and progress.step > 0:
                 # Reading a checkpoint back is no work done: the clock starts at the first step that is reported
                 self.speeds.saw_start(self._placed[task.id].group, now - running.placed)
-                self.states[task.id] = Running(node, progress, now, progress.step, now, running.placed)
+                self.states[task.id] = Running(node, progress, now, progress.step, now, running.placed, alive.nodes)
             case Running() as running:
                 progress = progress or running.progress
                 seen = now if progress.step != running.progress.step else running.seen
-                running = replace(running, node=node, progress=progress, seen=seen)
+                running = replace(running, node=node, progress=progress, seen=seen, nodes=alive.nodes)
                 self.states[task.id] = running
                 if seen == now and running.steps_per_second and node.id in self._kinds:
                     rate = running.steps_per_second * task.step_tokens
@@ -219,7 +219,7 @@ class Controller:
                 # One that goes on says where it stands only with its next step
                 known = progress or state.progress or Progress(0, task.total_steps)
                 first = progress.step if progress else 0
-                self.states[task.id] = Running(node, known, now, first, now, placed=state.since)
+                self.states[task.id] = Running(node, known, now, first, now, state.since, alive.nodes)
 
     def _see_end(self, task: Task, broke: Broke) -> None:
         """An attempt is over. If the manifest is there it went well, whatever was seen; `broke` says what else it was.
@@ -270,10 +270,12 @@ class Controller:
                     self.states[task_id] = Waiting(state.progress)
 
     def _leave_nodes(self, leaving: set[str]) -> None:
-        """Move what trains on nodes that will be taken away, while there is time for a checkpoint; what has none to
-        write may get done."""
+        """Move what trains on nodes that will be taken away, a group if one of its nodes will be, while there is time
+        for a checkpoint; what has none to write may get done."""
         for task_id, state in self.states.items():
-            if isinstance(state, Running) and state.node.id in leaving and self.tasks[task_id].total_steps:
+            if not isinstance(state, Running) or not self.tasks[task_id].total_steps:
+                continue
+            if leaving & {state.node.id, *state.nodes}:
                 self._move(task_id, state)
 
     def _call_to_absorb(self) -> None:

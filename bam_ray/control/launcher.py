@@ -69,7 +69,7 @@ class InProcessLauncher:
         """Threads are there as they are wanted."""
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-        attempt = Attempt(lambda context: self._run(task, context))
+        attempt = Attempt(lambda context: self._run(task, context), self._node)
         self._entries[task.id] = _Entry(task, attempt)
         self._queue.append(task.id)
         self._start()
@@ -78,7 +78,7 @@ class InProcessLauncher:
         self._start()
         waiting = set(self._queue)
         return {
-            task_id: Queued() if task_id in waiting else entry.attempt.look(self._node)
+            task_id: Queued() if task_id in waiting else entry.attempt.look()
             for task_id, entry in self._entries.items()
         }
 

@@ -16,7 +16,6 @@ from bam_ray.settings.recipe import MixtureSettings, Recipe, Scratch, TrainingSe
 TRAINING_BYTES = 16  # a parameter: weight, gradient, two states of Adam
 CHECKPOINT_BYTES = 12  # weight and Adam's states
 WEIGHT_BYTES = 4
-CHECKPOINTS_KEPT = 2
 
 
 @dataclass(frozen=True)

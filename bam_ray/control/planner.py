@@ -8,7 +8,7 @@ from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control.cluster_file import ClusterFile, NodeGroup
 from bam_ray.control.graph import task_graph
 from bam_ray.control.matching import bound
-from bam_ray.control.model_size import CHECKPOINT_BYTES, CHECKPOINTS_KEPT, WEIGHT_BYTES, ModelSize, seed_size
+from bam_ray.control.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
 from bam_ray.control.nodes import NodeFacts, demand_met, fits, resources_of, selects
 from bam_ray.control.simulate import Simulated, SpeedOf, simulate
 from bam_ray.control.tasks import Task
@@ -96,21 +96,29 @@ def _planned(task: Task, recipe: Recipe, seed: ModelSize | None) -> Planned:
     training = _training(task, recipe)
     if training is None:
         return Planned(task, tokens, None, weights, weights, weights)
-    checkpoint = CHECKPOINT_BYTES * size.parameters
-    count = (task.total_steps - 1) // training.checkpoint_every
     if task.kind == "mixtures":
         assert seed is not None
         memory = _mixing_bytes(recipe, recipe.upcycle.mixtures[task.name], seed, size.experts)
     else:
         memory = size.training_bytes(training, recipe.data.sequence_length)
-    return Planned(
-        task,
-        tokens,
-        memory=memory,
-        written=count * checkpoint + weights,
-        kept=weights,
-        most=min(count, CHECKPOINTS_KEPT) * checkpoint + weights,
-    )
+    return Planned(task, tokens, memory, *_stored(training, weights, CHECKPOINT_BYTES * size.parameters))
+
+
+def _stored(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:
+    """Bytes written, kept in the end, and there at most, of a model of `weights` bytes and its checkpoints."""
+    steps = range(0, training.steps, training.checkpoint_every)
+    sizes = [checkpoint if step else weights for step in steps]  # Adam has no states yet at the start
+    for_good = [
+        size if training.keep_every and step % training.keep_every == 0 else 0
+        for step, size in zip(steps, sizes, strict=True)
+    ]
+
+    def with_newest(count: int) -> int:
+        return sum(for_good[:-count]) + sum(sizes[-count:])
+
+    # One more than the recipe keeps is there before the oldest is deleted; the model itself comes when they are fewer
+    most = max(with_newest(training.keep_last + 1), with_newest(training.keep_last) + weights)
+    return sum(sizes) + weights, sum(for_good) + weights, most
 
 
 def _mixing_bytes(recipe: Recipe, mixture: MixtureSettings, seed: ModelSize, experts: int) -> int:

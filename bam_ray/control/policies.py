@@ -1,9 +1,10 @@
 """What to do, as pure functions of states: no clock, no store, no launcher.
 
 Retries: an error that would only repeat itself (settings, data, weights that do not fit) fails at once. Everything else
-is tried again, at most `Task.max_attempts` times without moving the last checkpoint on: an attempt that got further
-than all before it is not counted, so a long task on nodes that are often taken away still ends. Neither is one that
-the blob store was away for, which is no fault of the task or of its node: those have a longer patience of their own.
+is tried again, at most `Task.max_attempts` times in a row without moving the last checkpoint on: an attempt that got
+further than all before it begins the count anew, so a long task on nodes that are often taken away still ends. One that
+the blob store was away for does not count, being no fault of the task or of its node: those have a longer patience of
+their own.
 
 A quorum is met by the branches that have arrived: at once, or, where there is a deadline, when it has passed or nothing
 more can come.
@@ -102,7 +103,7 @@ def after_failure(task: Task, history: History, broke: Broke, now: float) -> tup
     """Try again or give up, when the attempt last placed has ended badly."""
     reached = (broke.progress.checkpoint_step if broke.progress else None) or 0
     got_further = reached > history.checkpoint_step
-    failures = history.failures + (not got_further and not broke.store_fault)
+    failures = 0 if got_further else history.failures + (not broke.store_fault)
     outages = history.outages + 1 if broke.store_fault else 0
     history = replace(
         history,

@@ -17,6 +17,7 @@ class Alive:
 
     node: Node
     progress: Progress | None
+    nodes: frozenset[str] = frozenset()  # ids of all that a group's ranks are on, as far as they have said so
 
 
 @dataclass(frozen=True)

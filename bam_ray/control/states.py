@@ -53,6 +53,7 @@ class Running:
     first_step: int
     seen: float  # when the step last changed
     placed: float  # when this attempt was asked for
+    nodes: frozenset[str] = frozenset()  # ids of all that a group's ranks are on; `node` is rank 0's
 
     @property
     def steps_per_second(self) -> float | None:
@@ -118,7 +119,7 @@ class History:
     """What the controller remembers of a task's attempts while it runs itself."""
 
     attempts: int = 0  # begun
-    failures: int = 0  # of those that count against `Task.max_attempts`
+    failures: int = 0  # in a row, of those that count against `Task.max_attempts`
     outages: int = 0  # the last so many ended because the blob store was away
     checkpoint_step: int = 0  # the furthest seen
     avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on

@@ -72,6 +72,11 @@ class Progress:
 class StageContext(Protocol):
     """A stage's line to whoever runs it."""
 
+    @property
+    def node(self) -> str:
+        """The name of the node that the stage runs on, as `bam status` shows it."""
+        ...
+
     def report(self, progress: Progress) -> None:
         """Say how far the stage is; cheap enough for every step."""
         ...

@@ -79,7 +79,7 @@ def run_rank(work: Work, host: Any) -> None:
 
 
 class RankContext:
-    """The `StageContext` of one rank. Only rank 0's speaks with the host.
+    """The `StageContext` of one rank. Each tells the host where it is; after that only rank 0's speaks with it.
 
     The training loop stops where any rank should stop, so all stop at the same step.
     """
@@ -90,7 +90,9 @@ class RankContext:
         self._progress: Progress | None = None
         self._asked_to_stop = False
         self._closed = threading.Event()
-        self._node = here()
+        where = here()
+        self.node = where.name
+        ray.get(host.join.remote(self.rank, where))
         self._thread = threading.Thread(target=self._exchange_often, daemon=True)
         if self.rank == 0:
             self._thread.start()
@@ -113,7 +115,7 @@ class RankContext:
         while True:
             last = self._closed.wait(EXCHANGE_EVERY)
             try:
-                self._asked_to_stop = ray.get(self._host.exchange.remote(self._node, self._progress))
+                self._asked_to_stop = ray.get(self._host.exchange.remote(self._progress))
             except RayActorError:
                 return  # without a host Ray Train takes this process down
             if last:

@@ -8,12 +8,13 @@ that the driver can read them whatever they are made of.
 import logging
 import os
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from bam_ray.control.attempt import LOG_LINES, Attempt
-from bam_ray.control.sightings import Queued, Sighting
+from bam_ray.control.sightings import Alive, Queued, Sighting
 from bam_ray.control.states import Node
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import Interrupted
@@ -37,35 +38,41 @@ class TaskActor:
         quiet()
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         keep_log(self._log)
-        self._node = here()
         self._attempt: Attempt | None = None
+        self._nodes: set[str] = set()  # of a group's ranks
         self._group_stopped = False
 
     def start(self, work: Work) -> Node:
         """Begin; returns where."""
         run = self._run_group if work.task.is_group else self._run_stage
-        self._attempt = Attempt(lambda context: run(work, context), self._log)
+        self._attempt = Attempt(lambda context: run(work, context), here(), self._log)
         self._gauges = Gauges(work.task.kind, work.task.name)
         self._attempt.start()
-        return self._node
+        return self._attempt.where
 
     def poll(self) -> Sighting:
         """How the attempt stands."""
         assert self._attempt is not None
-        sighting = self._attempt.look(self._node)
+        sighting = self._attempt.look()
         if not isinstance(sighting, Queued):
             self._gauges.show(sighting.progress)
-        return sighting
+        return replace(sighting, nodes=frozenset(self._nodes)) if isinstance(sighting, Alive) else sighting
 
     def drain(self) -> None:
         """Ask the stage to write a checkpoint and stop."""
         assert self._attempt is not None
         self._attempt.drain()
 
-    def exchange(self, node: Node, progress: Progress | None) -> bool:
-        """Rank 0 of a group says where it is and how far, and learns whether the group should stop."""
+    def join(self, rank: int, node: Node) -> None:
+        """A rank of a group says where it is."""
         assert self._attempt is not None
-        self._node = node
+        self._nodes.add(node.id)
+        if rank == 0:
+            self._attempt.where = node
+
+    def exchange(self, progress: Progress | None) -> bool:
+        """Rank 0 of a group says how far it is, and learns whether the group should stop."""
+        assert self._attempt is not None
         if progress:
             self._attempt.report(progress)
         return self._attempt.should_stop()

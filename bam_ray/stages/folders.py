@@ -16,7 +16,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
 from bam_ray.model import BamConfig
-from bam_ray.settings import Losses, MixtureSettings
+from bam_ray.settings import Losses, MixtureSettings, StoreSettings
 from bam_ray.stages.texts import token_rows
 from bam_ray.upcycling import Change, Progress, Upcycled, change, export_mixtral, load_model, plan, write_mixture
 from bam_ray.upcycling.preflight import Drift, Estimate, drift, estimate
@@ -51,16 +51,13 @@ def preflight(sources: Mapping[str, TensorReader], settings: MixtureSettings, te
 def make_mixture(
     sources: Mapping[str, TensorReader],
     settings: MixtureSettings,
-    out: str,
-    endpoint: str | None = None,
+    out: StoreSettings,
     texts: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Upcycled:
     """Upcycle `sources` (the seed first) to `out`."""
     planned = plan(sources, settings, Losses(), texts or {})
-    check_space(out, estimate(planned, sources).written)
-    for source in sources.values():
-        source.check_digests()
+    check_space(out.uri, estimate(planned, sources).written)
     uris = tuple(source.uri for source in sources.values())
     manifest = Manifest(
         id=identity(settings.method, settings, uris),
@@ -69,7 +66,9 @@ def make_mixture(
         parents=uris,
         settings=settings.model_dump(mode="json"),
     )
-    with new_folder(out, endpoint) as store:
+    with new_folder(out) as store:
+        for source in sources.values():
+            source.check_digests()
         return write_mixture(planned, sources, ModelWriter(store), manifest, texts, progress)
 
 
@@ -86,26 +85,25 @@ def change_mixture(
     mixture: TensorReader,
     what: Change,
     branch: TensorReader | None,
-    out: str,
-    endpoint: str | None = None,
+    out: StoreSettings,
     average_weight: float | None = None,
     texts: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Changed:
     """Add, remove or replace an expert of `mixture`, the result at `out`; with `texts`, both are evaluated on them."""
     sources = [mixture] if branch is None else [mixture, branch]
-    check_space(out, sum(spec.bytes for source in sources for spec in source.specs.values()))
-    for source in sources:
-        source.check_digests()
+    check_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
     uris = tuple(source.uri for source in sources)
     settings = {"verb": what.verb, "experts": what.names, "average_weight": average_weight}
     manifest = Manifest(
         id=identity(what.verb, settings, uris), kind="upcycled", name=what.verb, parents=uris, settings=settings
     )
-    with new_folder(out, endpoint) as store:
+    with new_folder(out) as store:
+        for source in sources:
+            source.check_digests()
         upcycled = change(mixture, what, branch, ModelWriter(store), manifest, average_weight, progress=progress)
     before = perplexities(mixture, texts or {})
-    return Changed(upcycled, before, perplexities(open_model(out, endpoint), texts or {}))
+    return Changed(upcycled, before, perplexities(open_model(out.uri, out.endpoint), texts or {}))
 
 
 def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -116,14 +114,14 @@ def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, 
     return {name: perplexity(loaded, rows.numpy(), BATCH_SEQUENCES).perplexity for name, rows in texts.items()}
 
 
-def export(mixture: TensorReader, out: str, endpoint: str | None = None, progress: Progress | None = None) -> None:
+def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None = None) -> None:
     """Write a mixture as a Mixtral folder."""
-    check_space(out, sum(spec.bytes for spec in mixture.specs.values()))
-    mixture.check_digests()
+    check_space(out.uri, sum(spec.bytes for spec in mixture.specs.values()))
     manifest = Manifest(
         id=identity("mixtral", {}, (mixture.uri,)), kind="upcycled", name="mixtral", parents=(mixture.uri,)
     )
-    with new_folder(out, endpoint) as store:
+    with new_folder(out) as store:
+        mixture.check_digests()
         export_mixtral(mixture, ModelWriter(store), manifest, progress)
 
 

@@ -11,6 +11,7 @@ from bam_ray.checkpoint.targets import check_space, new_folder
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
 from bam_ray.errors import CheckpointError
+from bam_ray.settings import StoreSettings
 from bam_ray.training.checkpoints import TRAINER
 from bam_ray.training.state import OPTIMIZER
 
@@ -23,9 +24,7 @@ class Step:
     manifest: Manifest  # named <attempt>-<step>
 
 
-def export_step(
-    run: BlobStore, kind: Kind, name: str, out: str, endpoint: str | None = None, step: int | None = None
-) -> Manifest:
+def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step: int | None = None) -> Manifest:
     """Copy the newest checkpoint of `kind/name` (or that of `step`) to a new folder at `out`, with the tokenizer.
 
     Returns its manifest. Raises `CheckpointError` where there is no such checkpoint, `DigestMismatch` where one of its
@@ -46,8 +45,8 @@ def export_step(
         for name, entry in tokenizer.files.items()
         if name.startswith("tokenizer/")
     }
-    check_space(out, sum(entry.size for _, entry in files.values()))
-    with new_folder(out, endpoint) as store:
+    check_space(out.uri, sum(entry.size for _, entry in files.values()))
+    with new_folder(out) as store:
         writer = ModelWriter(store)
         for file, (key, entry) in files.items():
             writer.copy(file, run, key, entry)

@@ -207,7 +207,7 @@ class _Attempt:
     def make(self) -> Manifest | None:
         """Train from the newest checkpoint to the end, and publish."""
         attempt = self._lease.number if self._lease else None
-        self._tell("started", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
+        self._tell("started", attempt=attempt, node=self._context.node, host=socket.gethostname(), pid=os.getpid())
         self._training.resume()
         self._tell("resumed", step=self.step)
         for what, facts in self._job.news:

@@ -116,7 +116,7 @@ class Checkpoints:
 
         Waits where two are on their way already.
 
-        Raises what an upload before this one raised: `StaleLease` where a newer attempt took over, `TrainingError`
+        Raises what an upload before this one raised: `StaleLease` where a newer attempt took over, `StoreUnavailable`
         where the store was down for too long.
         """
         assert self._lease is not None
@@ -148,7 +148,7 @@ class Checkpoints:
             self._tell("checkpoint", step=step)
             self._retrying(self._prune)
         except StoreUnavailable as error:
-            raise TrainingError(
+            raise StoreUnavailable(
                 f"the checkpoint of step {step} could not be written to {self._store.uri}: {error}; "
                 "mend the store, the same command goes on from the checkpoint before"
             ) from error

@@ -2,7 +2,7 @@
 
 <kind>/<id>/events/<attempt>.jsonl   one line an event: {"time": UTC, "event": name, ...facts}
 
-    started      attempt, host, pid
+    started      attempt, node, host, pid
     resumed      step                                 it goes on from there; 0: the start
     computing    step, device, precision, micro_batch from this step on
     micro_batch  step, sequences, before              halved, because memory ran out

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from blobs.conftest import credentials, moto_endpoint  # noqa: F401 (fixtures)
+from blobs.test_promise import weak_server  # noqa: F401
 from cli.command import bam, refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralForCausalLM
 
+from bam_ray.blobs import open_store
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.data.tokenizer import train_tokenizer
 
@@ -135,6 +138,32 @@ def test_to_and_from_a_store(run: Run, refused: Run, folder: Path, memory: Memor
     damage(folder / "law", {"model.norm.weight": torch.full((32,), float("nan"))})
     assert "not finite" in refused(*UPCYCLE[:-1], "--out=memory://x")
     assert list(memory.list()) == []
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_store_that_cannot_tell_who_was_first_is_refused_unless_it_is_asked_for(
+    run: Run,
+    refused: Run,
+    weak_server: tuple[str, str],  # noqa: F811
+) -> None:
+    endpoint, _ = weak_server
+    run(*UPCYCLE)
+    out = "s3://bam/of-cli"
+    for command in (
+        UPCYCLE[:-1],
+        ("absorb", "mixture", "--branch=more=law"),
+        ("remove", "mixture", "--expert=law"),
+        ("replace", "mixture", "--expert=law", "--branch=more=law"),
+    ):
+        said = refused(*command, f"--out={out}", f"--endpoint={endpoint}")
+        assert "two attempts could both commit" in said
+        assert "--weak-store" in said
+        assert list(open_store(out, endpoint).list()) == []
+        assert f"written: {out}" in run(*command, f"--out={out}", f"--endpoint={endpoint}", "--weak-store")
+        assert "FAIL" not in run("verify", out, f"--endpoint={endpoint}")
+        store = open_store(out, endpoint)
+        for key in list(store.list()):
+            store.delete(key)
 
 
 def damage(folder: Path, tensors: dict[str, torch.Tensor | None]) -> None:

@@ -119,7 +119,7 @@ def test_commands_parse_and_start_ray_with_a_token_and_a_private_dashboard(path:
     for command in [command for name in lists for command in ready[name]]:
         subprocess.run(["bash", "-n", "-c", command], check=True)
     for name, head in (("head_start_ray_commands", True), ("worker_start_ray_commands", False)):
-        stopping, starting = ready[name]
+        stopping, starting, *more = ready[name]
         assert stopping == "~/venv/bin/ray stop"
         assert "RAY_AUTH_MODE=token" in starting
         options = ray_start_options(starting)
@@ -129,6 +129,11 @@ def test_commands_parse_and_start_ray_with_a_token_and_a_private_dashboard(path:
             assert options["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
         else:
             assert options["address"] == "$RAY_HEAD_IP:6379"
+            (listening,) = more
+            cloud = load(path)["provider"]["type"]
+            assert (
+                f"-m bam_ray.on_ray.spot {cloud} $RAY_HEAD_IP:6379" in listening and "RAY_AUTH_MODE=token" in listening
+            )
 
 
 def ray_start_options(command: str) -> dict[str, Any]:

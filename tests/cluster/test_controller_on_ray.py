@@ -47,7 +47,9 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # `python` of jobs
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers unpickle the stand-ins
+        here = Path(__file__).parent  # workers unpickle the stand-ins
+        patch.setenv("PYTHONPATH", f"{here}:{here.parent}:{here.parents[1]}")
+        patch.setenv("BAM_CACHE", f"{folder}/cache")
         patch.delenv("RAY_ADDRESS", raising=False)
         running = Cluster(
             initialize_head=True,

@@ -1,4 +1,5 @@
-"""Groups that train for real lose a rank, a node and their driver, and come to what an undisturbed group does."""
+"""Groups that train for real lose a rank, a node and their driver, or hear in time that they will lose a node, and come
+to what an undisturbed group does."""
 
 import json
 import os
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from stages.test_story import TRAINING, make, recipe
 from test_controller_on_ray import add_node
 from test_controller_on_ray import cluster as a_cluster
@@ -31,13 +34,13 @@ cluster = a_cluster  # the fixture
 STEPS = 60
 
 
-def of_two(folder: Path, store: str, **mix: Any) -> Recipe:
+def of_two(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix: Any) -> Recipe:
     """A recipe whose branch and mixture are trained by two workers, long enough to be disturbed."""
     training = {**TRAINING, "tokens": STEPS * TRAINING["batch_tokens"], "peak_lr": 0.005, "checkpoint_every": 5}
     return recipe(
         folder,
         store={"uri": str(folder / store)},
-        branch={"domains": ["code"], "training": training, "workers": 2},
+        branch={"domains": ["code"], "training": training, "workers": 2, **(branch or {})},
         upcycle={"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 2, "norm_topk_prob": True}}},
         mix={"training": training, "expert_parallel": 2, **mix},
     )
@@ -48,9 +51,7 @@ def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store `unbroken` in it, of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("groups")
     run = of_two(folder, "unbroken")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BAM_CACHE", str(folder / "cache"))
-        make(run, open_store(run.store.uri), ("corpora", "seeds"))
+    make(run, open_store(run.store.uri), ("corpora", "seeds"))
     Driver(cluster.address, folder, run, "mixtures", step_seconds=0.0).join()
     return folder
 
@@ -66,9 +67,8 @@ class Driver:
         self.store = open_store(run.store.uri)
         self.made = artifact(run, kind)
         self._log = folder / "driver.log"
-        self._arguments = [sys.executable, str(Path(__file__).with_name("paced.py")), str(file), kind]
-        self._arguments += [str(step_seconds), *patience]
-        self._environment = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(Path(__file__).parents[2])}
+        self._arguments = [sys.executable, "-m", "faults.pace", str(file), kind, str(step_seconds), *patience]
+        self._environment = os.environ | {"RAY_ADDRESS": address}
         self.start()
 
     def start(self) -> None:
@@ -158,6 +158,30 @@ def test_a_group_outlives_a_rank_a_node_and_its_driver(
     assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), kind))
     leases = list(driver.store.list(f"{driver.made.prefix}/leases/"))
     assert len(leases) == 4, "as many attempts as were undone, and the last"
+
+
+def test_a_group_leaves_before_a_node_of_any_rank_is_taken_away(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+    before(folder, "branches", "noticed")
+    run = of_two(folder, "noticed", branch={"needs": {"cpus": 2}})
+    driver = Driver(cluster.address, tmp_path, run, "branches")
+    node_id, pid = driver.rank()
+    assert json.loads(driver.store.get("ranks/2-0.json"))[0] != node_id, "not rank 0's, which is shown as the branch's"
+    in_a_minute = time.time_ns() // 1_000_000 + 60_000
+    assert GcsClient(address=cluster.address).drain_node(node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", in_a_minute)[0]
+    try:
+        driver.rank(other_than=pid)
+        kill_node(cluster, node_id)  # which nobody is on any more
+        driver.join()
+    finally:
+        add_node(cluster)
+    assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), "branches"))
+    first, second = (
+        [json.loads(line) for line in driver.store.get(key).splitlines()]
+        for key in driver.store.list(f"{driver.made.prefix}/events/")
+    )
+    (stopped,) = [event["step"] for event in first if event["event"] == "stopped"]
+    (resumed,) = [event["step"] for event in second if event["event"] == "resumed"]
+    assert stopped == resumed, "not a step was done twice"
 
 
 def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(

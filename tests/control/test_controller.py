@@ -164,14 +164,15 @@ def test_an_error_is_retried_later_elsewhere_and_at_last_given_up() -> None:
     assert scene.controller.outcome() == "failed"
 
 
-def test_an_attempt_that_got_further_is_not_counted() -> None:
+def test_an_attempt_that_got_further_is_not_counted_and_begins_the_count_anew() -> None:
     scene = Scene(make("a", attempts=2))
     for checkpoint in (2, 4, 6):
         scene.now += policies.LONGEST_DELAY
         scene.step()
         scene.step(a=Broke("node died", HERE, Progress(checkpoint, 10, checkpoint_step=checkpoint), node_fault=True))
         assert scene.kinds() == {"a": Placing}, "a node's fault is retried at once"
-    scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
+        scene.step(a=Broke("node died", HERE, node_fault=True))
+        assert scene.kinds() == {"a": Placing}, "the first that got no further"
     scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
     assert scene.kinds() == {"a": Failed}
 
@@ -532,6 +533,22 @@ def test_errors_of_threads_carry_their_type_and_traceback(monkeypatch: pytest.Mo
     assert bug.error == "ZeroDivisionError: by zero (2 attempts)"
     assert any("in work" in line for line in bug.log)
     assert sorted(begun) == ["bug", "bug", "own"]
+
+
+def test_work_that_the_store_was_away_for_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "FIRST_DELAY", 0.001)
+    store, tries = MemoryStore(), 0
+
+    def work(task: Task, context: StageContext) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise StoreUnavailable("the checkpoint of step 4 could not be written: no S3 server answers")
+        commit(store, task)
+
+    controller = in_threads([make("a", attempts=1)], store, work)
+    assert controller.run(pause=0.001) == "finished"
+    assert (tries, controller.history("a").failures) == (4, 0)
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_stood() -> None:

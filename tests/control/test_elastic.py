@@ -11,7 +11,7 @@ from bam_ray.control.elastic import fewer_workers
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.nodes import NodeFacts
 from bam_ray.control.policies import PLACEMENT_DELAY
-from bam_ray.control.sightings import Alive, Broke
+from bam_ray.control.sightings import Alive, Broke, Stopped
 from bam_ray.control.states import Failed, Node, Retrying, Running, Waiting
 from bam_ray.control.tasks import Progress, Task
 
@@ -160,3 +160,19 @@ def test_a_group_begins_whole_and_what_it_waits_for_is_kept_for_it() -> None:
     scene.script.there = cluster("a", "b")
     scene.step()
     assert scene.script.names == ["g"]
+
+
+def test_a_group_leaves_in_time_whichever_of_its_nodes_will_be_taken_away() -> None:
+    scene = Groups("abcd", group(2))
+    scene.step()
+    rank_0, ranks = Node("a", "a"), frozenset("ab")
+    scene.step(g=Alive(rank_0, None, ranks))
+    scene.script.there = [replace(each, leaving=each.id == "c") for each in cluster(*"abcd")]
+    scene.step(g=Alive(rank_0, Progress(10, 100), ranks))
+    assert scene.script.drained == [], "it has nothing on that node"
+    scene.script.there = [replace(each, leaving=each.id == "b") for each in cluster(*"abcd")]
+    scene.step(g=Alive(rank_0, Progress(20, 100), ranks))
+    assert scene.script.drained == ["g"]
+    scene.step(g=Stopped(rank_0, Progress(21, 100, checkpoint_step=21)))
+    assert scene.script.names == ["g", "g"], "it begins again on the others"
+    assert (scene.controller.history("g").ended[0].cause, scene.controller.history("g").failures) == ("moved", 0)

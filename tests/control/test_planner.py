@@ -108,8 +108,10 @@ def test_memory_and_bytes() -> None:
     assert size is not None
     assert law.tokens == 7630 * 131072
     assert law.kept == 4 * size.parameters
-    assert law.written == 76 * 12 * size.parameters + 4 * size.parameters
-    assert law.most == 2 * 12 * size.parameters + 4 * size.parameters
+    assert law.written == (4 + 76 * 12 + 4) * size.parameters, (
+        "at the start, every hundred steps, and the branch itself"
+    )
+    assert law.most == 3 * 12 * size.parameters, "the third is there before the first is deleted"
     assert law.memory is not None and law.memory > 16 * size.parameters
     four, eight = (make_plan(recipe(f"branch.training.micro_batch_sequences={n}")).rows[2].memory for n in (4, 8))
     assert four is not None and eight is not None  # the least is for one sequence, where it is fitted
@@ -125,6 +127,23 @@ def test_memory_is_that_of_the_fewest_processes_that_can_share_the_experts() -> 
     assert memory("upcycle.when={at_least: 3}") == memory()
     odd = "upcycle.when={at_least: 2}"  # three experts: two processes cannot share them
     assert memory() < memory(odd) < memory("mix.expert_parallel=1")
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept", "most"),
+    [
+        ("keep_last=1", 4, 2 * 12),
+        ("keep_last=5", 4, 6 * 12),
+        ("keep_last=100", 4, 4 + 76 * 12 + 4),  # more than there are
+        ("keep_every=1000", 4 + 7 * 12 + 4, 4 + 7 * 12 + 3 * 12),  # at the start, and 1000, 2000, ... 7000
+        ("keep_every=150", 4 + 25 * 12 + 4, 4 + 25 * 12 + 2 * 12),  # every 300; the last of them is one of the newest
+    ],
+)
+def test_checkpoints_that_the_recipe_keeps_are_counted(setting: str, kept: int, most: int) -> None:
+    planned = recipe(f"branch.training.{setting}")
+    law, size = make_plan(planned).rows[3], seed_size(planned)
+    assert size is not None and law.task.where == "branches/law"
+    assert (law.kept, law.most) == (kept * size.parameters, most * size.parameters)
 
 
 def test_a_plan_names_every_task_and_when_it_would_be_done() -> None:

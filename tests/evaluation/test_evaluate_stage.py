@@ -30,6 +30,8 @@ MIXTURES = {"bam": "kv_experts", "btx": "averaged"}
 class Listener:
     """A context that keeps what it hears, and asks to stop once it heard `stop_at`."""
 
+    node = "here"
+
     def __init__(self, stop_at: str | None = None) -> None:
         self.heard: list[Progress] = []
         self.stop_at = stop_at

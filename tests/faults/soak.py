@@ -67,9 +67,9 @@ class Soak:
 
     def look(self) -> None:
         """Submit again what lost its driver; check a run that ended, and begin the next."""
-        code = self.run.process.poll()
-        if code is None:
+        if self.run.goes_on:
             return
+        code = self.run.join()
         if code != 0:
             assert self._driver_lost, f"the run ended with {code}:\n{self.run.said[-3000:]}"
             self._driver_lost = False
@@ -171,6 +171,12 @@ class Soak:
         yield
 
     @contextlib.contextmanager
+    def loss_not_finite(self, target: int) -> Iterator[None]:
+        mark = self.workers[target].break_weights()
+        yield
+        mark.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
     def disk_full(self, target: int) -> Iterator[None]:
         self.disks[target].fill()
         yield
@@ -189,6 +195,7 @@ WEIGHTS: dict[Callable[[Soak, int], contextlib.AbstractContextManager[None]], in
     Soak.store_refusing: 2,
     Soak.store_slow: 1,
     Soak.checkpoint_damaged: 1,
+    Soak.loss_not_finite: 1,
     Soak.disk_full: 1,
 }
 FAULTS = {fault.__name__: fault for fault in WEIGHTS}

@@ -30,6 +30,8 @@ class Unbroken:
 class Undisturbed:
     """A `StageContext` that nobody watches."""
 
+    node = "here"
+
     def report(self, progress: Progress) -> None:
         pass
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from faults.checking import Log, attempts, check_branches
 from faults.disk import SmallDisk
+from faults.metadata import Metadata
 from faults.tale import Tale, branch_id, branch_manifest
-from faults.world import Run, World, send, wait_for
+from faults.world import Job, Run, World, send, wait_for
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.manifest import MANIFEST
@@ -49,17 +50,24 @@ def world(one_world: World) -> World:
 class Story:
     """A run that has begun."""
 
-    def __init__(self, world: World, tale: Tale, recipe: Recipe, store: BlobStore) -> None:
+    def __init__(
+        self,
+        world: World,
+        tale: Tale,
+        recipe: Recipe,
+        store: BlobStore,
+        submit: Callable[[Recipe], Run | Job] | None = None,
+    ) -> None:
         self.world, self.recipe, self.store = world, recipe, store
-        self._tale = tale
+        self._tale, self._submit = tale, submit or world.submit
         tale.begin(store)
-        self.run = world.submit(recipe)
+        self.go_on()
 
     def log(self, domain: str, step: int = 40, attempt: int = 1) -> Log:
         """Of the newest attempt at a branch, once it is number `attempt` at least and that step is acknowledged."""
 
         def reached() -> Log | None:
-            assert self.run.process.poll() is None, self.run.said
+            assert self.run.goes_on, self.run.said
             logs = attempts(self.store, self.recipe, domain)
             newest = logs[-1] if len(logs) >= attempt else None
             return newest if newest and max(newest.checkpoints, default=-1) >= step else None
@@ -78,10 +86,9 @@ class Story:
         name: str = wait_for(f"{domain} is on a node", lambda: self.row(domain).node)
         return name
 
-    def go_on(self) -> Run:
-        """Submit the same run again."""
-        self.run = self.world.submit(self.recipe)
-        return self.run
+    def go_on(self) -> None:
+        """Submit the run, or the same run again."""
+        self.run = self._submit(self.recipe)
 
     def finish(self) -> dict[str, list[Log]]:
         """Wait for the end, and see that all is well; returns the attempts by domain."""
@@ -109,7 +116,9 @@ def pid_of(log: Log) -> int:
 
 
 def test_a_worker_is_killed(story: Story) -> None:
-    os.kill(pid_of(story.log("code")), signal.SIGKILL)
+    log = story.log("code")
+    assert log.named("started")[0]["node"] == story.node("code"), "told as the status names it"
+    os.kill(pid_of(log), signal.SIGKILL)
     logs = story.finish()
     assert len(logs["code"]) == 2
     assert len(logs["law"]) == 1, "the others are left alone"
@@ -138,10 +147,11 @@ def test_a_raylet_is_asked_to_stop(story: Story) -> None:
 def test_a_notice_says_that_a_node_will_be_taken_away(story: Story) -> None:
     story.log("code")
     node = story.node("code")
-    story.world.nodes[node].drain(seconds=20)
-    deadline = time.monotonic() + 20
+    with Metadata() as metadata:
+        ear = story.world.nodes[node].listen_for_notice(metadata.url)
+        metadata.notice()
+        assert ear.wait(60) == 0, "Ray was told"
     wait_for("the branch has stopped", lambda: attempts(story.store, story.recipe, "code")[0].named("stopped"), 20)
-    time.sleep(max(0.0, deadline - time.monotonic()))
     story.world.nodes[node].kill()
     logs = story.finish()
     first, second = logs["code"]
@@ -158,6 +168,19 @@ def test_the_driver_is_killed(story: Story) -> None:
     story.finish()
     # An actor may outlive its driver for a moment, and even get done
     assert "tale: finished" in story.run.said
+
+
+def test_the_driver_of_a_submitted_job_is_killed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+    tale = Tale(tmp_path / "tale", steps=1500)  # nothing holds its steps back
+    recipe, store = tale.recipe(world.uri("job"), world.proxy.endpoint), world.store("job")
+    story = Story(world, tale, recipe, store, world.submit_job)
+    story.log("code")
+    story.run.kill()
+    story.go_on()
+    logs = story.finish()
+    assert "tale: finished" in story.run.said
+    assert len(logs["code"]) > 1, "the first attempt had not got done"
 
 
 def test_the_head_is_killed(story: Story) -> None:
@@ -251,7 +274,19 @@ def test_a_node_is_cut_off_and_comes_back(story: Story) -> None:
     assert (len(logs["code"]), len(logs["law"])) == (2, 1)
 
 
-def test_a_loss_that_is_not_finite(world: World, tale: Tale) -> None:
+def test_a_loss_that_is_not_finite_once(story: Story) -> None:
+    story.log("code")
+    mark = story.world.nodes[story.node("code")].break_weights()
+    logs = story.finish()
+    assert not mark.exists()
+    (log,) = logs["code"]
+    (back,) = log.named("rolled_back")
+    assert "is not finite" in back["error"]
+    assert back["to"] < back["step"]
+    assert not logs["law"][0].named("rolled_back")
+
+
+def test_a_loss_that_is_not_finite_again(world: World, tale: Tale) -> None:
     recipe = tale.recipe(world.uri("nan"), world.proxy.endpoint, peak_lr=1e30)
     story = Story(world, tale, recipe, world.store("nan"))
     assert story.run.join() == 1

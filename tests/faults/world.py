@@ -11,6 +11,7 @@ misbehave. Health checks are quick, so a lost node is noticed within seconds: on
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,8 +28,10 @@ from faults.flaky_proxy import FlakyProxy
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.job_submission import JobDetails
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.on_ray.submit import client, submit
 from bam_ray.settings import Recipe
 from cluster.processes import Process, free_ports, stop
 from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
@@ -81,7 +84,8 @@ class Node:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
         command += [f"--node-ip-address={world.network}.{self._number}", f"--node-name={self.name}"]
         if self.name == "head":
-            command += ["--head", f"--port={world.port}", "--include-dashboard=false", "--num-cpus=0"]
+            command += ["--head", f"--port={world.port}", f"--dashboard-port={world.dashboard_port}", "--num-cpus=0"]
+            command += [f"--dashboard-host={world.network}.1"]
         else:
             command += [f"--address={world.address}", "--num-cpus=1"]
         command += ["--object-store-memory=80000000", f"--temp-dir={world.ray_folder / self.name}"]
@@ -133,6 +137,18 @@ class Node:
         )
         assert accepted, why
 
+    def listen_for_notice(self, metadata: str) -> subprocess.Popen[bytes]:
+        """Start what tells Ray when the machine's metadata server says that it will be taken away."""
+        command = [sys.executable, "-m", "bam_ray.on_ray.spot", "aws", self._world.address]
+        command += [f"--node-ip={self._world.network}.{self._number}", f"--metadata={metadata}"]
+        return subprocess.Popen(command, env=self._world.environment())
+
+    def break_weights(self) -> Path:
+        """Make the next loss of the branch that trains there NaN, once (`faults.pace`); returns what asks for it."""
+        mark = self.temporary / "nan"
+        mark.touch()
+        return mark
+
     def freeze(self) -> list[int]:
         """Stop all of its processes where they stand, as if it were cut off; returns their pids."""
         family = sorted(self._process.family())
@@ -148,19 +164,24 @@ class Node:
 
 
 class Run:
-    """A driver: what a job runs."""
+    """A driver: what a job runs, at a given pace."""
 
     def __init__(self, world: "World", recipe: Recipe, pace: float) -> None:
         number = world.count()
         path = world.home / f"recipe-{number}.yaml"
         path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
         self.log = world.home / f"driver-{number}.log"
-        command = [sys.executable, "-m", "faults.pace", str(path), str(pace)]
+        command = [sys.executable, "-m", "faults.pace", str(path), "branches", str(pace)]
         environment = world.environment() | {"RAY_ADDRESS": world.address}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, env=environment, cwd=world.home, stdout=log, stderr=log, start_new_session=True
             )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
 
     def kill(self) -> None:
         """kill -9."""
@@ -185,13 +206,52 @@ class Run:
         return self.log.read_text(errors="replace")
 
 
+class Job:
+    """The same by way of `ray job submit`, as a user's shell does it: the script of `jobs/`, at its own pace."""
+
+    def __init__(self, world: "World", recipe: Recipe) -> None:
+        folder = world.home / f"job-{world.count()}"
+        shutil.copytree(ROOT / "jobs", folder / "jobs")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        with contextlib.chdir(folder):
+            self._id = submit("recipe.yaml", [], "jobs/branch.py", world.dashboard)
+        self._jobs = client(world.dashboard)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended."""
+        return not self._details.status.is_terminal()
+
+    def kill(self) -> None:
+        """kill -9 of the driver, by what the cluster says of the job."""
+        driver = wait_for("the job has a driver", lambda: self._details.driver_info)
+        os.kill(int(driver.pid), signal.SIGKILL)
+        assert self.join() != 0
+
+    def join(self) -> int:
+        """Its exit code."""
+        wait_for(f"job {self._id} ends", lambda: not self.goes_on, 2 * PATIENCE)
+        code: int = self._details.driver_exit_code
+        return code
+
+    @property
+    def said(self) -> str:
+        """What it printed."""
+        said: str = self._jobs.get_job_logs(self._id)
+        return said
+
+    @property
+    def _details(self) -> JobDetails:
+        return self._jobs.get_job_info(self._id)
+
+
 class World:
     """The cluster, the store and their drivers; all of it ends with the context."""
 
     def __init__(self, home: Path, workers: tuple[str, ...] = ("one", "two", "three")) -> None:
         self.home = home
         self.network = f"127.{random.randint(1, 254)}.{random.randint(0, 254)}"
-        self.port = free_ports(1)[0]
+        self.port, self.dashboard_port = free_ports(2)
         self.nodes = {name: Node(self, name, number) for number, name in enumerate(("head", *workers), 1)}
         self.proxy = FlakyProxy()
         self.runs: list[Run] = []
@@ -239,6 +299,7 @@ class World:
             | HEALTH
             | {
                 "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # `python` of jobs
                 "RAY_TMPDIR": str(self.ray_folder),
                 "OMP_NUM_THREADS": "1",
                 "RAY_worker_niceness": "0",  # on two cores workers would starve behind what serves them
@@ -249,6 +310,11 @@ class World:
     def address(self) -> str:
         """Of the head."""
         return f"{self.network}.1:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        """Of the head, which takes jobs."""
+        return f"http://{self.network}.1:{self.dashboard_port}"
 
     def gcs(self) -> Any:
         """A word with the head."""
@@ -302,6 +368,10 @@ class World:
         """Start a driver of `recipe`."""
         self.runs.append(Run(self, recipe, pace))
         return self.runs[-1]
+
+    def submit_job(self, recipe: Recipe) -> Job:
+        """Submit `recipe` as a Ray job."""
+        return Job(self, recipe)
 
     def count(self) -> int:
         self._count += 1

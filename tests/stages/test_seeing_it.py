@@ -69,7 +69,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     first = events(store, seed_prefix(run), 1)
     assert [name for name in names(first) if name != "checkpoint"] == ["started", "resumed", "computing", "stopped"]
     assert [event["step"] for event in first if event["event"] == "checkpoint"] == [0, 4, 6]
-    assert (first[-1]["step"], first[0]["attempt"]) == (6, 1)
+    assert (first[-1]["step"], first[0]["attempt"], first[0]["node"]) == (6, 1, context.node)
     computing = first[names(first).index("computing")]
     assert {**computing, "time": ""} == {
         "time": "", "event": "computing", "step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4,

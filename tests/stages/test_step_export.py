@@ -14,7 +14,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.cli.app import app
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, SettingsError
-from bam_ray.settings import Recipe
+from bam_ray.settings import Recipe, StoreSettings
 from bam_ray.stages import train_mixture
 from bam_ray.stages.step_export import export_step
 
@@ -66,16 +66,16 @@ def test_the_newest_step_is_a_folder_that_loads_anywhere(
 
 
 def test_a_step_can_be_named(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
-    assert export_step(store, "mixtures", "bam", str(tmp_path / "four"), step=4).step == 4
+    assert export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "four")), step=4).step == 4
     with pytest.raises(CheckpointError, match=r"has no checkpoint of step 5 \(of \[4, 6\]\)"):
-        export_step(store, "mixtures", "bam", str(tmp_path / "five"), step=5)
+        export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "five")), step=5)
 
 
 def test_what_cannot_be_exported_is_said(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no checkpoint; its last step is the artifact itself"):
-        export_step(store, "branches", "code", str(tmp_path / "code"))
+        export_step(store, "branches", "code", StoreSettings(uri=str(tmp_path / "code")))
     with pytest.raises(CheckpointError, match="has 0 artifacts called branches/law"):
-        export_step(store, "branches", "law", str(tmp_path / "law"))
+        export_step(store, "branches", "law", StoreSettings(uri=str(tmp_path / "law")))
     with pytest.raises(SettingsError, match="'corpora/corpus' is not KIND/NAME with a kind of seeds, branches"):
         app(["export-step", run.store.uri, "corpora/corpus", "--out", "x"], standalone_mode=False)
 
@@ -86,6 +86,6 @@ def test_a_damaged_checkpoint_leaves_nothing(run: Recipe, store: BlobStore, tmp_
     whole = store.get(key)
     store.put(key, whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DigestMismatch, match="is not what its manifest says"):
-        export_step(store, "mixtures", "bam", str(tmp_path / "out"))
+        export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")))
     assert not list(tmp_path.iterdir())
     store.put(key, whole)

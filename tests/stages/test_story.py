@@ -28,6 +28,8 @@ TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_ev
 class Context:
     """A `StageContext` that keeps what it hears, and says stop at a step."""
 
+    node = "here"
+
     stop_at: int | None = None
     heard: list[Progress] = field(default_factory=list)
 

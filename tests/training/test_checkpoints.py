@@ -87,7 +87,9 @@ def test_a_store_that_stays_down_ends_the_run_and_is_named() -> None:
     kept = checkpoints(store)
     store.down = 1000
     kept.save(state(), trainer(4))
-    with pytest.raises(TrainingError, match=r"step 4 could not be written to memory://anonymous: no S3 server answers"):
+    with pytest.raises(
+        StoreUnavailable, match=r"step 4 could not be written to memory://anonymous: no S3 server answers"
+    ):
         kept.wait()
     assert kept.committed_step is None
     assert steps(store) == []
@@ -98,7 +100,7 @@ def test_the_loop_hears_of_a_failed_upload_at_its_next_step(monkeypatch: pytest.
     store = Flaky()
     store.down = 1000
     reached = []
-    with pytest.raises(TrainingError, match="step 0 could not be written"):
+    with pytest.raises(StoreUnavailable, match="step 0 could not be written"):
         run(store, lambda step: bool(reached.append(step)))
     assert reached[-1] < 12
 

@@ -26,7 +26,7 @@ MIB = 1 << 20
 CHILD = """
 import json, os, signal, sys, tempfile, threading
 from bam_ray.stages.folders import make_mixture, open_model
-from bam_ray.settings import MixtureSettings
+from bam_ray.settings import MixtureSettings, StoreSettings
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -38,7 +38,8 @@ def progress(done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 sources = {f"m{number}": open_model(uri) for number, uri in enumerate(uris)}
 with tempfile.TemporaryDirectory() as folder:
-    make_mixture({name: open_model(tiny) for name in ("one", "other")}, MixtureSettings(method="bam"), folder + "/out")
+    tiny_ones = {name: open_model(tiny) for name in ("one", "other")}
+    make_mixture(tiny_ones, MixtureSettings(method="bam"), StoreSettings(uri=folder + "/out"))
 start = peak = anonymous()
 stop = threading.Event()
 def watch():
@@ -47,7 +48,7 @@ def watch():
         peak = max(peak, anonymous())
 watcher = threading.Thread(target=watch)
 watcher.start()
-make_mixture(sources, MixtureSettings(method="bam"), out, progress=progress)
+make_mixture(sources, MixtureSettings(method="bam"), StoreSettings(uri=out), progress=progress)
 stop.set()
 watcher.join()
 print(json.dumps(peak - start))
