@@ -22,7 +22,7 @@ from bam_ray.control.launcher import InProcessLauncher
 from bam_ray.control.tasks import Progress, StageContext, Task
 from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, UpcycleError
 from bam_ray.evaluation.results import Results
-from bam_ray.settings import Recipe
+from bam_ray.settings import Recipe, StoreSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.stages.step_export import export_step
 from bam_ray.training.flops import training_flops
@@ -165,7 +165,7 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path:
     two = training_flops(config, 32, 1)
     assert manifest.compute.flops == pytest.approx(128 * (6 * two + 4 * three))
     assert two < three
-    export_step(run.store, "mixtures", "bam", str(tmp_path / "eight"), step=8)
+    export_step(run.store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "eight")), step=8)
     assert history_of(tmp_path / "eight") == [upcycled, absorb]
 
 
@@ -314,6 +314,7 @@ class Paced:
 
     def __init__(self, context: StageContext, reached: threading.Event) -> None:
         self._context, self._reached = context, reached
+        self.node = context.node
 
     def report(self, progress: Progress) -> None:
         self._context.report(progress)
