@@ -154,7 +154,9 @@ def step(rounds: int, d: int, layers: int, **settings: Any) -> list[Row]:
     """Whole training steps, EP 2 against EP 1."""
     from bam_ray.on_deepspeed import deepspeed_engine
 
-    training = TrainingSettings(tokens=1 << 30, batch_tokens=RANKS * SEQUENCES * LENGTH, peak_lr=1e-4)
+    training = TrainingSettings(
+        tokens=1 << 30, batch_tokens=RANKS * SEQUENCES * LENGTH, peak_lr=1e-4, micro_batch_sequences=8
+    )
     config = sizes(d, layers, vocab_size=4096, **settings)
     batch = torch.randint(0, 4096, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(dist.get_rank()))
     cases: dict[str, Case] = {}

@@ -81,13 +81,14 @@ def task_graph(recipe: Recipe) -> list[Task]:
             start.name,
             {
                 "training": _content(recipe.mix.training),
+                "balance_sequences": recipe.mix.balance_sequences,
                 "blend": recipe.mix.blend,
                 "dynamic_blend": _plain(recipe.mix.dynamic_blend),
                 **recipe.mix.model_dump(mode="json", include=set(Mixing.model_fields)),
             },
             parents=(start.id, corpus.id),
             needs=recipe.mix.needs,
-            workers=recipe.mix.workers or recipe.mix.expert_parallel,
+            workers=recipe.mix.processes,
             min_workers=recipe.mix.min_workers,
             sequence_length=recipe.data.sequence_length,
             expert_parallel=recipe.mix.expert_parallel,
@@ -189,5 +190,5 @@ def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
     """The part of training settings that determines the weights."""
     if training is None:
         return None
-    how = {"micro_batch_sequences", "checkpoint_every", "keep_last", "keep_every", "zero_stage"}
+    how = {"micro_batch_sequences", "recompute", "checkpoint_every", "keep_last", "keep_every", "zero_stage"}
     return training.model_dump(mode="json", exclude=how)

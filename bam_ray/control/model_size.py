@@ -86,7 +86,8 @@ class ModelSize:
         layer = 2 * self.hidden + 3 * self.attention * self.query + 3 * self.keys * self.key
         layer += 3 * self.ffn_active * self.ffn
         # Scores over the vocabulary and their gradient are in fp32
-        token = number * self.layers * layer + 8 * self.vocabulary
+        kept = self.hidden * self.layers + layer if training.recompute else self.layers * layer
+        token = number * kept + 8 * self.vocabulary
         activations = sequences * context * token
         return TRAINING_BYTES * (self.shared_parameters + self.expert_parameters // expert_parallel) + activations
 

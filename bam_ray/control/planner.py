@@ -123,13 +123,14 @@ def _stored(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[
 
 def _mixing_bytes(recipe: Recipe, mixture: MixtureSettings, seed: ModelSize, experts: int) -> int:
     """Memory of each worker that trains a mixture, at most: while branches are missing, fewer may share the experts."""
-    when = recipe.upcycle.when
+    when, processes = recipe.upcycle.when, recipe.mix.processes
+    training = recipe.mix.training.model_copy(update={"micro_batch_sequences": recipe.mix.micro_batch(processes)})
     late = len(recipe.branch.domains) - when.at_least if when != "all" and mixture.has_branches else 0
     needs = []
     for count in range(experts - late, experts + 1):
         size = seed.mixed(mixture.model_copy(update={"num_experts": count}), count)
         sharing = gcd(recipe.mix.expert_parallel, count)
-        needs.append(size.training_bytes(recipe.mix.training, recipe.data.sequence_length, sharing))
+        needs.append(size.training_bytes(training, recipe.data.sequence_length, sharing))
     return max(needs)
 
 

@@ -3,6 +3,7 @@
 Shapes: T tokens, d hidden, N experts, k experts a token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,12 +77,13 @@ def within_capacity(index: Tensor, experts: int, factor: float, real: Tensor | N
     False) takes no room, is none of the L tokens, and finds no expert.
     """
     chosen = F.one_hot(index, experts).sum(-2)  # [..., L, N]: 0 or 1
-    length: int | Tensor = index.shape[-2]
+    share = factor * index.shape[-1] / experts
+    room: int | Tensor = math.ceil(round(share * index.shape[-2], 6))  # what rounding adds to a whole number is no room
     if real is not None:
         chosen = chosen * real.unsqueeze(-1)
-        length = real.sum(-1)[..., None, None].double()
+        room = (share * real.sum(-1)[..., None, None].double()).round(decimals=6).ceil()
     before = (chosen.cumsum(-2) - chosen).gather(-1, index)  # tokens that the same expert was chosen by
-    kept = before < factor * index.shape[-1] * length / experts
+    kept = before < room
     return kept if real is None else kept & real.unsqueeze(-1)
 
 

@@ -25,7 +25,7 @@ from bam_ray.on_deepspeed import canonical
 from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
 from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.engine import NO_LIMITS, Limits, StepResult, name_of, precision_on
-from bam_ray.training.fitting import halved_to_fit, largest_that_fits
+from bam_ray.training.fitting import halved_to_fit, largest_that_fits, ran_out
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
 from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
@@ -34,8 +34,6 @@ from bam_ray.training.state import State
 deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our errors say, or nothing to act on
 # torch 2.13 renames two collectives; torch 2.11 and DeepSpeed know the old names only.
 warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
-
-AUTO_MICRO_BATCH = 8  # sequences, of a mixture: its balance is that of a micro batch, and must not follow the memory
 
 
 class DeepSpeedEngine:
@@ -52,16 +50,17 @@ class DeepSpeedEngine:
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.settings, self.mixing = settings, mixing or Mixing()
-        chosen = settings.micro_batch_sequences
         self.precision = precision_on(get_accelerator().device_name(), settings.precision)
         self.mixture = as_mixture(model)
         self.last_load: Load | None = None
         self.last_exchange: float | None = None
-        auto = None if self.mixture is None else AUTO_MICRO_BATCH
-        self.micro_batch = auto if chosen == "auto" else chosen
+        self.micro_batch = None if settings.micro_batch_sequences == "auto" else settings.micro_batch_sequences
+        assert self.mixture is None or self.micro_batch, "routers' losses are those of a micro batch: it must be said"
         # Else ranks wait for one another within a micro batch, and one that ran out of memory would be waited for
         self._apart = settings.zero_stage == 1 and self.mixture is None
         self.model = model.train()
+        if settings.recompute:
+            model.activation_checkpointing_enable()
         self.shards = apply_expert_parallelism(model, expert_parallel)
         freeze(model, self.mixing)
         self._updates = 0
@@ -136,6 +135,8 @@ class DeepSpeedEngine:
     def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         """See `training.engine.Engine`. Every rank brings the same shape, so that the mean of ranks is the batch's."""
         self._check_shares(input_ids)
+        if self.shards.wire:
+            self.shards.wire.seconds()  # of what came between steps
         sums = self._accumulate(input_ids.to(self.device))
         nll, load_balance, router_z = self._mean(sums)[:3].tolist()
         try:
@@ -213,8 +214,11 @@ class DeepSpeedEngine:
 
         if self._apart:
             self.micro_batch = halved_to_fit(work, self.micro_batch, self.memory, self.any_rank)
-        else:
-            work(self.micro_batch)
+        elif ran_out(work, self.micro_batch):
+            raise SettingsError(
+                f"out of memory with {self.micro_batch} sequences at once on each of {self.world_size} processes: "
+                "set a smaller micro_batch_sequences or recompute: true, or use devices with more memory"
+            )
         return sums
 
     def _fit(self, input_ids: Tensor) -> int:

@@ -65,9 +65,11 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     if experts is None or size == 1:
         return ExpertShards()
     if experts % size or dist.get_world_size() % size:
+        ranks = dist.get_world_size()
+        fits = [number for number in range(1, experts + 1) if experts % number == 0 == ranks % number]
         raise TrainingError(
-            f"expert_parallel is {size}: use a number that divides the {experts} experts "
-            f"and the {dist.get_world_size()} processes"
+            f"expert_parallel is {size}, which does not divide the {experts} experts and the {ranks} processes: "
+            f"use one of {fits}"
         )
     groups._create_expert_and_data_parallel(size)  # does nothing where they exist
     group_name = f"ep_size_{size}"

@@ -77,8 +77,10 @@ class TrainingSettings(Strict):
     # skip: the batch is left out. roll_back: to the last checkpoint, and on with the data after the spike (PaLM's)
     on_spike: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
     spike: Spike = Spike()
-    # On each device; never changes what a dense model learns. auto: the largest power of two that fits its memory
+    # On each device; never changes what a dense model learns. auto: the largest power of two that fits its memory. Of
+    # mixtures see MixSettings.balance_sequences
     micro_batch_sequences: Count | Literal["auto"] = "auto"
+    recompute: bool = False  # activations in the backward pass: less memory for a third more operations
     checkpoint_every: Count = 50  # steps
     keep_last: Count = 2  # checkpoints kept: the last, and the one before should the last be damaged
     keep_every: Count | None = None  # steps; checkpoints at its multiples stay for good
@@ -260,6 +262,9 @@ class MixtureSettings(Strict):
         return self.router.needs_text or (self.method == "split" and self.split.construction in ("inner", "inter"))
 
 
+AUTO_BALANCE_SEQUENCES = 16
+
+
 class MixSettings(Mixing):
     """Training of the mixtures: the same for each, so that they can be compared."""
 
@@ -273,10 +278,33 @@ class MixSettings(Mixing):
     needs: Needs = Needs()  # of each process
     max_failures: Annotated[int, Field(ge=0)] = 3
 
+    @property
+    def processes(self) -> int:
+        """That train a mixture, where no node is lost."""
+        return self.workers or self.expert_parallel
+
+    @property
+    def balance_sequences(self) -> int:
+        """How many sequences of a batch all processes together compute at once.
+
+        The routers' losses are those of so many sequences, so the number is part of what is learnt, and stays when the
+        processes become more or fewer: `micro_batch_sequences` times their number, `auto` being 16 in all.
+        """
+        chosen = self.training.micro_batch_sequences
+        return max(AUTO_BALANCE_SEQUENCES, self.processes) if chosen == "auto" else chosen * self.processes
+
+    def micro_batch(self, processes: int) -> int:
+        """The sequences that each of `processes` computes at once."""
+        return max(1, self.balance_sequences // processes)
+
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
-        if (self.workers or self.expert_parallel) % self.expert_parallel:
-            raise ValueError(f"mix.workers {self.workers} is no multiple of mix.expert_parallel {self.expert_parallel}")
+        if self.processes % self.expert_parallel:
+            fits = [number for number in range(1, self.processes + 1) if self.processes % number == 0]
+            raise ValueError(
+                f"mix.workers {self.workers} is no multiple of mix.expert_parallel {self.expert_parallel}: "
+                f"use one of {fits} for the latter"
+            )
         if self.training.zero_stage == 3 and self.expert_parallel > 1:
             raise ValueError(
                 "mix.training.zero_stage 3 partitions all weights, but those of experts are spread by "
@@ -361,29 +389,12 @@ class Recipe(Strict):
         return {**plain, "branch": {**branch, "training": {**training, "peak_lr": rate / 2}}}
 
     @model_validator(mode="after")
-    def _workers_share_batches(self) -> Self:
-        """Each of a seed's or a branch's workers takes as many sequences of a batch as the others."""
-        branch = self.branch
-        found = [("branch", branch.training, branch.workers_of(domain)) for domain in branch.domains]
-        if self.seed.training is not None:
-            found.append(("seed", self.seed.training, self.seed.workers))
-        for where, training, workers in found:
-            sequences = training.batch_tokens // self.data.sequence_length
-            if workers > 1 and (sequences == 0 or sequences % workers):
-                fits = [number for number in range(1, sequences + 1) if sequences % number == 0]
-                raise ValueError(
-                    f"{where}.workers is {workers}, which cannot share a batch of {sequences} sequences alike: "
-                    f"use one of {fits} or another {where}.training.batch_tokens"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _fewer_workers_are_fewer(self) -> Self:
         mix, branch = self.mix, self.branch
         for where, least, most in (
             ("seed", self.seed.min_workers, self.seed.workers),
             ("branch", branch.min_workers, max(map(branch.workers_of, branch.domains), default=branch.workers)),
-            ("mix", mix.min_workers, mix.workers or mix.expert_parallel),
+            ("mix", mix.min_workers, mix.processes),
         ):
             if least is not None and least > most:
                 raise ValueError(f"{where}.min_workers is {least}, more than {where}.workers, which is {most}")
@@ -423,6 +434,29 @@ class Recipe(Strict):
                 raise ValueError(
                     f"mix.expert_parallel is {self.mix.expert_parallel}, which does not divide the {experts} experts "
                     f"of mixture {name}: use one of {fits}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_share_batches(self) -> Self:
+        """Each of a model's workers takes as many sequences of a batch as the others."""
+        branch, mix = self.branch, self.mix
+        found = [("branch", branch.training, branch.workers_of(domain)) for domain in branch.domains]
+        found.append(("mix", mix.training, mix.processes))
+        if self.seed.training is not None:
+            found.append(("seed", self.seed.training, self.seed.workers))
+        for where, training, workers in found:
+            sequences = training.batch_tokens // self.data.sequence_length
+            if sequences == 0:
+                raise ValueError(
+                    f"{where}.training.batch_tokens is {training.batch_tokens}, less than a sequence of "
+                    f"data.sequence_length {self.data.sequence_length}: make it a multiple of that"
+                )
+            if sequences % workers:
+                fits = [number for number in range(1, sequences + 1) if sequences % number == 0]
+                raise ValueError(
+                    f"{where}.workers is {workers}, which cannot share a batch of {sequences} sequences alike: "
+                    f"use one of {fits} or another {where}.training.batch_tokens"
                 )
         return self
 

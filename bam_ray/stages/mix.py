@@ -58,8 +58,10 @@ def train_mixture(
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     sharing = math.gcd(mix.expert_parallel, world_size, experts)
 
+    training = mix.training.model_copy(update={"micro_batch_sequences": mix.micro_batch(world_size)})
+
     def make_engine(model: PreTrainedModel) -> Engine:
-        return engine_factory(model, mix.training, mix, sharing)
+        return engine_factory(model, training, mix, sharing)
 
     following = None
     if mix.dynamic_blend is not None:

@@ -138,6 +138,8 @@ class TorchEngine:
         self.mixture = as_mixture(model)
         self.last_load: Load | None = None
         self.last_exchange: float | None = None
+        if settings.recompute:
+            model.activation_checkpointing_enable()
         freeze(model, self.mixing)
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.optimizer = torch.optim.AdamW(

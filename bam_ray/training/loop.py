@@ -90,8 +90,8 @@ class Training:
                 f"{engine.world_size} processes cannot share alike: make it a multiple of "
                 f"{sequence_length * engine.world_size}"
             )
-        share = self._sequences // engine.world_size
-        self._mine = slice(engine.rank * share, (engine.rank + 1) * share)
+        # Every so manieth: what ranks compute at once are then neighbours in the batch, however many ranks there are
+        self._mine = slice(engine.rank, None, engine.world_size)
         self._engine, self._sampler, self._settings = engine, sampler, settings
         self._tokens = self._sequences * sequence_length
         self._checkpoints, self._report, self._tell, self._should_stop = checkpoints, report, tell, should_stop

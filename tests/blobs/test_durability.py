@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from bam_ray.blobs import BlobStore, open_store, s3
 from bam_ray.blobs.s3 import S3Store
@@ -133,12 +134,20 @@ def test_what_a_server_acknowledged_outlives_kill_9(server: Server, monkeypatch:
     assert_all_there(S3Store(BUCKET, "durable", server.start()), digests)
 
 
+# A server that has just been started again answers before it has found all its files
+back = Retrying(retry=retry_if_exception_type(StoreUnavailable), wait=wait_fixed(0.5), stop=stop_after_delay(60))
+
+
 def assert_all_there(store: BlobStore, digests: dict[str, str]) -> None:
     """Every acknowledged blob, whole; of the others, those that are listed can be read."""
     listed = list(store.list())
     assert set(digests) <= set(listed)
+
+    def read(key: str) -> str:
+        return hashlib.sha256(back(store.get, key)).hexdigest()
+
     with ThreadPoolExecutor(8) as pool:
-        found = dict(zip(listed, pool.map(lambda key: hashlib.sha256(store.get(key)).hexdigest(), listed), strict=True))
+        found = dict(zip(listed, pool.map(read, listed), strict=True))
     assert {key: found[key] for key in digests} == digests
 
 

@@ -42,7 +42,8 @@ def of_two(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix
         store={"uri": str(folder / store)},
         branch={"domains": ["code"], "training": training, "workers": 2, **(branch or {})},
         upcycle={"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 2, "norm_topk_prob": True}}},
-        mix={"training": training, "expert_parallel": 2, **mix},
+        # Two micro batches of a sequence on each of two processes, of two where one process is left
+        mix={"training": {**training, "micro_batch_sequences": 1}, "expert_parallel": 2, **mix},
     )
 
 

@@ -13,7 +13,7 @@ data:
 seed: {scratch: {}, training: {tokens: 1000, batch_tokens: 256, peak_lr: 0.01}}
 branch: {domains: [code, law, general], training: {tokens: 512, batch_tokens: 256, peak_lr: 0.005}, max_attempts: 7}
 upcycle: {mixtures: {bam: {method: bam}, btx: {method: btx, num_experts_per_tok: 2}}}
-mix: {training: {tokens: 513, batch_tokens: 256, peak_lr: 0.001}, max_failures: 2}
+mix: {training: {tokens: 2049, batch_tokens: 1024, peak_lr: 0.001}, max_failures: 2}
 """
 
 
@@ -69,7 +69,9 @@ def test_steps_workers_and_attempts() -> None:
         "seed.training.micro_batch_sequences=1",
         "seed.training.zero_stage=3",
         "branch.training.checkpoint_every=3",
-        "mix.training.micro_batch_sequences=2",
+        "branch.training.micro_batch_sequences=2",
+        "mix.training.micro_batch_sequences=8",  # on two processes 16 at once, as without it
+        "mix.training.recompute=true",
         "branch.training.keep_last=5",
         "mix.training.keep_every=10",
         "metrics.tensorboard=false",
@@ -98,6 +100,7 @@ def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
         ("branch.general_fraction=0.2", BRANCHES | MIXED),
         ("upcycle.mixtures.btx.norm_topk_prob=true", {"upcycled/btx", "mixtures/btx", "reports/report"}),
         ("mix.training.peak_lr=0.02", {"mixtures/bam", "mixtures/btx", "reports/report"}),
+        ("mix.training.micro_batch_sequences=2", {"mixtures/bam", "mixtures/btx", "reports/report"}),
         ("mix.losses.load_balance=0.1", {"mixtures/bam", "mixtures/btx", "reports/report"}),
         ("evaluate.tokens_per_domain=1", {"reports/report"}),
     ],

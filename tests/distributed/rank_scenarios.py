@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Case:
     mixing: Mixing = LOSSES
     apart: bool = False  # documents within a sequence do not see each other
     zero_stage: int = 1
+    recompute: bool = False
 
     def model(self) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -76,6 +78,7 @@ class Case:
             precision=self.precision,
             weight_decay=1.0,
             zero_stage=self.zero_stage,
+            recompute=self.recompute,
         )
 
     def engine(self, micro: int | str | None = None) -> Engine:
@@ -133,6 +136,9 @@ TWO = {
     "idle rank": Case(2, idle=True),
     "limited capacity": Case(2, micro=3, config={**BIASED, "capacity_factor": 0.5}),
     "idle rank, limited capacity": Case(2, micro=1, idle=True, config={"capacity_factor": 0.75}),
+    "recomputed": Case(2, micro=3, recompute=True),
+    "sequential, recomputed": Case(2, config={"parallel_block": False, **RENORMALISED}, recompute=True),
+    "dense, recomputed": Case(1, dense=QWEN, recompute=True),
     "kv_experts, ZeRO-2": Case(2, micro=3, zero_stage=2),
     "averaged, ZeRO-2": Case(2, micro=1, config={"attention_experts": "averaged", **RENORMALISED}, zero_stage=2),
     "dense": Case(2, micro=3, dense=COHERE),
@@ -163,6 +169,7 @@ FOUR = {
     "limited capacity on 1": Case(1, micro=2, config=LIMITED),
     "limited capacity on 2": Case(2, micro=3, config=LIMITED),
     "limited capacity on 4": Case(4, micro=1, config=LIMITED),
+    "kv_shared on 4, recomputed": Case(4, micro=2, config={"attention_experts": "kv_shared"}, recompute=True),
     "kv_experts on 1, ZeRO-2": Case(1, zero_stage=2),
     "kv_experts on 2, ZeRO-2": Case(2, micro=3, zero_stage=2),
     "kv_shared on 4, ZeRO-2": Case(4, micro=2, config={"attention_experts": "kv_shared"}, zero_stage=2),
@@ -200,11 +207,13 @@ def save(engine: Engine, folder: Path) -> None:
 
 
 def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
-    """Train every case, save it to folder / its name -> its step results."""
+    """Train every case, save it to folder / its name, and after one step with "first" -> its step results."""
     results: dict[str, Any] = {}
     for name, case in cases.items():
         engine = case.engine()
-        results[name] = train(engine, 0, STEPS)
+        results[name] = train(engine, 0, 1)
+        save(engine, folder / f"{name}, first")
+        results[name] += train(engine, 1, STEPS - 1)
         save(engine, folder / name)
     return results
 
@@ -222,6 +231,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         results[f"{name} spoiled"] = spoiled(folder / f"{name} spoiled", case)
     results["dispatched"] = dispatched()
     results["short of memory"] = short_of_memory(folder / "short of memory")
+    results["mixture short of memory"] = mixture_short_of_memory()
     return results
 
 
@@ -434,6 +444,26 @@ def short_of_memory(folder: Path) -> dict[str, Any]:
         train(engine, STEPS, 1)
     except TrainingError as error:
         return {"results": results, "micro batches": micro_batches, "refused": str(error)}
+    raise AssertionError("it went on without memory")
+
+
+def mixture_short_of_memory() -> dict[str, Any]:
+    """A mixture's micro batch is part of what it learns. Before: a step after an evaluation, and what it waited."""
+    engine = RESUMED.engine()
+    for _ in range(20):
+        engine.evaluate(shares(2, 0)[engine.rank])
+    started = time.perf_counter()
+    train(engine, 0, 1)
+    step = time.perf_counter() - started
+
+    def run_out(module: Any, args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.model.register_forward_pre_hook(run_out)
+    try:
+        train(engine, 1, 1)
+    except SettingsError as error:
+        return {"waited": engine.last_exchange, "step": step, "refused": str(error)}
     raise AssertionError("it went on without memory")
 
 

@@ -72,16 +72,28 @@ def assert_same_training(saved: Path, reference: Path) -> None:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4 * largest, msg=name)
 
 
+def assert_same_gradients(saved: Path, reference: Path) -> None:
+    """Adam's states after one step are the clipped gradient and its square, each times a constant."""
+    one, other = read_optimizer(saved)[0], read_optimizer(reference)[0]
+    assert one.keys() == other.keys()
+    for name, wanted in other.items():
+        tolerance = 3e-5 if name.endswith("_sq") else 1e-5
+        torch.testing.assert_close(one[name], wanted, rtol=0, atol=tolerance * wanted.abs().max().item(), msg=name)
+
+
 def in_order_of_micro_batches(batch: torch.Tensor, micro: int) -> torch.Tensor:
     """[ranks, SHARE, LENGTH] -> [sequences, LENGTH], the sequences that ranks compute at the same time together."""
     return torch.cat([part.flatten(0, 1) for part in batch.split(micro, dim=1)])
 
 
 def alone(case: Case, world_size: int, folder: Path) -> list[dict[str, float]]:
-    """The same training by `TorchEngine`, saved to `folder`."""
+    """The same training by `TorchEngine`, saved to `folder`, after one step to `first` below it."""
     engine = TorchEngine(case.model(), case.settings(case.micro * world_size), case.mixing)
     batches = [in_order_of_micro_batches(shares(world_size, step), case.micro) for step in range(STEPS)]
-    results = [vars(engine.step(batch, LR)) for batch in batches]
+    results = [vars(engine.step(batches[0], LR))]
+    (folder / "first").mkdir()
+    engine.state().write(folder / "first")
+    results += [vars(engine.step(batch, LR)) for batch in batches[1:]]
     engine.state().write(folder)
     return results
 
@@ -98,12 +110,14 @@ def assert_equals_one_process(
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_equal_one(name: str, two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     assert_equals_one_process(TWO[name], [rank[name] for rank in two], alone(TWO[name], 2, tmp_path), 1e-5)
+    assert_same_gradients(folder / f"{name}, first", tmp_path / "first")
     assert_same_training(folder / name, tmp_path)
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one(name: str, four: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     assert_equals_one_process(FOUR[name], [rank[name] for rank in four], alone(FOUR[name], 4, tmp_path), 1e-5)
+    assert_same_gradients(folder / f"{name}, first", tmp_path / "first")
     assert_same_training(folder / name, tmp_path)
 
 
@@ -198,7 +212,7 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
     assert "the gradient (inf)" in first["gradient"]
     assert re.fullmatch(r"the gradient's norm \(.*\) is above 0.001", first["spike"])
     assert re.fullmatch(r"the loss \(.*\) is above 0.001", first["high loss"])
-    assert "divides the 4 experts and the 2 processes" in first["group"]
+    assert "does not divide the 4 experts and the 2 processes: use one of [1, 2]" in first["group"]
     assert "use zero_stage 1 or 2, or expert_parallel 1" in first["stage"]
     assert first["any"] == "[True, False]"
     before = state(folder / "before")
@@ -224,6 +238,15 @@ def test_ranks_halve_their_micro_batches_together(two: list[dict[str, Any]], fol
     assert_equals_one_process(case, [rank["results"] for rank in found], alone(case, 2, tmp_path), 1e-5)
     assert_same_training(folder / "short of memory", tmp_path)
     assert all("out of memory with a micro batch of one sequence" in rank["refused"] for rank in found)
+
+
+def test_a_mixture_keeps_its_micro_batch_and_says_what_to_do(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        told = rank["mixture short of memory"]
+        assert told["refused"].startswith(
+            "out of memory with 4 sequences at once on each of 2 processes: set a smaller"
+        )
+        assert 0 < told["waited"] < told["step"], "an evaluation's waiting is no part of the next step's"
 
 
 def test_ranks_may_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:
