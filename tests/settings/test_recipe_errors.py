@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from bam_ray.errors import SettingsError
-from bam_ray.settings import load_recipe, parse_recipe
+from bam_ray.settings import MixSettings, load_recipe, parse_recipe
 
 TRAINING: dict[str, Any] = {"tokens": 1000, "peak_lr": 0.001}
 
@@ -88,6 +88,17 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             64,
             "branch.workers is 64, which cannot share a batch of 32 sequences alike: use one of [1, 2, ",
         ),
+        (
+            "mix.training.batch_tokens",
+            256,
+            "mix.workers is 2, which cannot share a batch of 1 sequences alike: use one of [1]",
+        ),
+        (
+            "mix.training.batch_tokens",
+            255,
+            "mix.training.batch_tokens is 255, less than a sequence of data.sequence_length",
+        ),
+        ("branch.training.batch_tokens", 255, "branch.training.batch_tokens is 255, less than a sequence"),
         ("seed", {"folder": "some/model", "workers": 2}, "seed: seed.workers is of a seed that is trained"),
         ("branch.min_workers", 2, "branch.min_workers is 2, more than branch.workers, which is 1"),
         ("mix.min_workers", 3, "mix.min_workers is 3, more than mix.workers, which is 2"),
@@ -189,3 +200,14 @@ def test_branches_start_at_half_the_seed_s_rate() -> None:
     assert parse_recipe(yaml.safe_dump(recipe), "here.yaml").branch.training.peak_lr == TRAINING["peak_lr"] / 2
     recipe["seed"] = {"folder": "/models/seed"}
     assert "branch.training.peak_lr is missing: it is half of seed.training.peak_lr" in said(yaml.safe_dump(recipe))
+
+
+def test_a_mixture_is_balanced_over_as_many_sequences_on_any_number_of_processes() -> None:
+    def mix(micro_batch: int | str = "auto", workers: int = 2) -> MixSettings:
+        training = {"tokens": 1, "peak_lr": 1.0, "micro_batch_sequences": micro_batch}
+        return MixSettings.model_validate({"training": training, "workers": workers})
+
+    of_two = mix(3)
+    assert (of_two.balance_sequences, of_two.micro_batch(2), of_two.micro_batch(1)) == (6, 3, 6)
+    assert [mix(workers=workers).micro_batch(workers) for workers in (2, 4, 16, 112)] == [8, 4, 1, 1]
+    assert [mix(workers=workers).balance_sequences for workers in (2, 4, 16, 112)] == [16, 16, 16, 112]
