@@ -172,11 +172,11 @@ class _Changed:
         if ".gate." in spec.name:
             return self._slots(spec, self._router_row(spec))
         if ".experts." in spec.name and spec.shape[0] == self.config.num_experts:
-            return self._slots(spec, self._branch(spec.name, stacked=True) if self.branch else None)
+            return self._slots(spec, self._branch(spec, stacked=True) if self.branch else None)
         mine = Take(MIXTURE, spec.name)
         if not self.branch or not self.average_weight:
             return mine
-        theirs = self._branch(spec.name, stacked=".experts." in spec.name)
+        theirs = self._branch(spec, stacked=".experts." in spec.name)
         return Mean((mine, theirs), (1.0 - self.average_weight, self.average_weight))
 
     def _router_row(self, spec: TensorSpec) -> Expression:
@@ -185,12 +185,18 @@ class _Changed:
         std = self.config.initializer_range if spec.name.endswith(".weight") else 0.0  # noise and bias begin at zero
         return Draw((1, *spec.shape[1:]), std, self.seed, f"{spec.name}/{self.branch}")
 
-    def _branch(self, name: str, stacked: bool) -> Expression:
-        """The branch's part of a tensor, [1, ...] where that is stacked."""
+    def _branch(self, spec: TensorSpec, stacked: bool) -> Expression:
+        """The branch's part of a tensor, [1, ...] where that is stacked. Raises `UpcycleError` if it does not fit."""
         takes = tuple(
             Take(self.branch, place.name, None if place.rows is None else tuple(place.rows))
-            for place in self.parts[name]
+            for place in self.parts[spec.name]
         )
+        want, shapes = spec.shape[1:] if stacked else spec.shape, [take.shape(self.sources) for take in takes]
+        if any(shape[1:] != want[1:] for shape in shapes) or sum(shape[0] for shape in shapes) != want[0]:
+            raise UpcycleError(
+                f"{self.sources[self.branch].uri}: {' and '.join(take.tensor for take in takes)} of {self.branch!r} "
+                f"should make shape {list(want)}, but has {' and '.join(str(list(shape)) for shape in shapes)}"
+            )
         part: Expression = takes[0] if len(takes) == 1 else Concat(takes)
         return Concat((part,), stacked=True) if stacked else part
 
