@@ -281,12 +281,13 @@ class Controller:
     def _call_to_absorb(self) -> None:
         """End attempts at mixtures that could begin without branches which have arrived since: the next takes them in.
 
-        What an attempt is made of it says itself, once it trains.
+        What an attempt is made of, and what it could not use, it says itself, once it trains.
         """
         for task_id, state in self.states.items():
             quorum = self.tasks[task_id].quorum
             if quorum and isinstance(state, Running) and state.first_step and state.progress.experts:
-                late = [name for name in policies.arrived(quorum, self.states) if name not in state.progress.experts]
+                seen = {*state.progress.experts, *state.progress.left_out}
+                late = [name for name in policies.arrived(quorum, self.states) if name not in seen]
                 if late:
                     self._move(task_id, state, f"to absorb {', '.join(late)}")
 

@@ -67,6 +67,7 @@ class Progress:
     load_imbalance: float | None = None  # of a mixture's experts: largest over mean share, in the worst layer
     dead_experts: int | None = None  # of all layers
     experts: tuple[str, ...] = ()  # of a mixture: their names
+    left_out: tuple[str, ...] = ()  # branches that this attempt could not make experts of
 
 
 class StageContext(Protocol):

@@ -20,6 +20,8 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.control.attempt import one_line
+from bam_ray.errors import CheckpointError, FamilyError, UpcycleError
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import News
@@ -31,6 +33,9 @@ from bam_ray.upcycling.write import CARRIED, LINEAGE
 
 Load = Callable[[Path], PreTrainedModel]
 """A mixture's folder -> the model that is trained."""
+
+UNFIT = (UpcycleError, FamilyError, CheckpointError)
+"""What is a branch's fault: it does not fit, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ def absorb_late(
 ) -> list[News]:
     """Take in every branch of the task's quorum that is committed and no expert yet; returns what there is to tell.
 
-    Raises `UpcycleError` where a branch does not fit, `DigestMismatch` where one is damaged; the checkpoints are then
-    as they were.
+    One that cannot be used is told of as `left_out`, and harms nothing.
     """
     task = place.task
     assert task.quorum is not None
@@ -75,38 +79,57 @@ def absorb_late(
     first = TensorReader(store, start.prefix)
     mixture: TensorReader = _Named(folder, uri, first)
     there = names_of(mixture_config_of(mixture))
-    arrived = {name: place.other("branches", name) for _, name in task.quorum.branches if name not in there}
-    late = {name: artifact for name, artifact in arrived.items() if artifact.manifest() is not None}
-    if not late:
-        return []
-    fresh = {"step": 0, "sampler": cursor, "curve": [], "legs": [], "refused": []}
-    trainer: dict[str, Any] = newest.trainer if newest else fresh
-    trainer["refused"] += found.refused
-    if recipe.mix.dynamic_blend is not None:  # a new expert's domain is now measured against its branch
-        trainer["sampler"]["reference"] = recipe.mix.dynamic_blend.reference
-    step = trainer["changed"] = trainer["step"]
+    step = newest.step if newest else 0
+    late: list[str] = []
+    left_out: list[News] = []
     with tempfile.TemporaryDirectory(prefix="bam-absorb-") as temporary:
-        for name, artifact in late.items():
-            branch = TensorReader(store, artifact.prefix)
-            branch.check_digests()
-            folder = Path(temporary, name)
-            change(
-                mixture,
-                absorbed(mixture_config_of(mixture), name),
-                branch,
-                ModelWriter(open_store(str(folder))),
-                Manifest(id=task.id, kind=task.kind, name=name, step=step),
-                average_weight=0.0,
-                seed=recipe.upcycle.mixtures[task.name].seed,
-                step=step,
-            )
+        for name in (name for _, name in task.quorum.branches if name not in there):
+            with_it = Path(temporary, name)
+            try:
+                if not _add(name, place, recipe, store, mixture, with_it, step):
+                    continue
+            except UNFIT as error:
+                left_out.append(("left_out", {"step": step, "branch": name, "error": one_line(error)}))
+                continue
+            late.append(name)
+            folder = with_it
             mixture = _Named(folder, uri, first)
+        if not late:
+            return left_out
+        fresh = {"step": 0, "sampler": cursor, "curve": [], "legs": [], "refused": []}
+        trainer: dict[str, Any] = newest.trainer if newest else fresh
+        trainer["refused"] += found.refused
+        if recipe.mix.dynamic_blend is not None:  # a new expert's domain is now measured against its branch
+            trainer["sampler"]["reference"] = recipe.mix.dynamic_blend.reference
+        trainer["changed"] = step
         model = load(folder)
         states = grown(read_optimizer(newest.folder)[0], model) if newest else {}
         grew = _checkpoints(place, store, recipe, lease, carried=(folder / LINEAGE,))
         grew.save(State(model, model.state_dict(), states, step, live=True), trainer)
         grew.wait()
-    return news + [("absorbed", {"step": step, "branch": name}) for name in late]
+    return [*news, *(("absorbed", {"step": step, "branch": name}) for name in late), *left_out]
+
+
+def _add(
+    name: str, place: Place, recipe: Recipe, store: BlobStore, mixture: TensorReader, folder: Path, step: int
+) -> bool:
+    """Write `mixture` with the branch `name` to `folder`; False where that has not arrived. Raises `UNFIT`."""
+    task, artifact = place.task, place.other("branches", name)
+    if artifact.manifest() is None:
+        return False
+    branch = TensorReader(store, artifact.prefix)
+    branch.check_digests()
+    change(
+        mixture,
+        absorbed(mixture_config_of(mixture), name),
+        branch,
+        ModelWriter(open_store(str(folder))),
+        Manifest(id=task.id, kind=task.kind, name=name, step=step),
+        average_weight=0.0,
+        seed=recipe.upcycle.mixtures[task.name].seed,
+        step=step,
+    )
+    return True
 
 
 def _checkpoints(

@@ -57,7 +57,8 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
     made = {task.id: _committed(task, store) for task in graph if task.id != place.task.id}
     lease = Lease.take(store, place.artifact.prefix)
     evaluator = Evaluator(recipe, store, place.other("corpora", "corpus"), lease, context)
-    models = [(task, kind) for task in graph for kind in MODEL_KINDS if task.kind == kind]
+    spoilt = spoilt_branches(place.task, made, store)
+    models = [(task, kind) for task in graph for kind in MODEL_KINDS if task.kind == kind and task.id not in spoilt]
     scores = []
     for step, (task, kind) in enumerate(models):
         lineage = [made[id] for id in ancestors(task.id, made)]
@@ -87,6 +88,7 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
             metrics={f"perplexity/{MEAN}/{model.label}": results.means[model.id] for model in results.models},
             facts={
                 "evaluations": [evaluator.id_of(task) for task, _ in models],
+                "left_out": [made[id].name for id in spoilt],
                 "findings": {finding.claim: finding.holds for finding in results.findings},
             },
             attempt=lease.number,
@@ -219,6 +221,20 @@ def missing_branches(report: Task, store: BlobStore) -> set[str]:
     """The ids of branches that are not committed, of those that a report can do without."""
     branches = report.quorum.branches if report.quorum else ()
     return {id for id, _ in branches if Artifact(store, "branches", id).manifest() is None}
+
+
+def spoilt_branches(report: Task, made: Mapping[str, Manifest], store: BlobStore) -> list[str]:
+    """The ids of branches that are `made` but damaged, of those that a report can do without."""
+
+    def is_whole(id: str) -> bool:
+        try:
+            Artifact(store, "branches", id).fetch()
+        except CheckpointError:
+            return False
+        return True
+
+    branches = report.quorum.branches if report.quorum else ()
+    return [id for id, _ in branches if id in made and not is_whole(id)]
 
 
 def _committed(task: Task, store: BlobStore) -> Manifest:

@@ -44,6 +44,7 @@ NOTES = {  # what a person who looks at the run's table should know
     "micro_batch": "out of memory: micro batch {before} halved to {sequences}",
     "skipped": "left out a batch at step {step}: {error}",
     "absorbed": "took in {branch}, which came late, at step {step}",
+    "left_out": "left out {branch}, which came late: {error}",
     "shared": "{experts} experts do not go into {wanted} processes alike: {processes} share them",
     "experts": "experts without work: {dead}; with too much: {overloaded}",
     "rolled_back": "went back from step {step} to {to}: {error}",
@@ -171,6 +172,7 @@ class _Attempt:
         self._watch: RoutingWatch | None = None
         mixture = as_mixture(engine.model)
         self._experts = tuple(mixture.config.expert_names or ()) if mixture is not None else ()
+        self._left_out = tuple(facts["branch"] for what, facts in job.news if what == "left_out")
         if lease is not None and mixture is not None and mixture.config.mixture_layers and job.began is not None:
             began = TensorFiles(sorted(job.began.glob("model*.safetensors")))
             self._watch = RoutingWatch(mixture, job.metrics.routing, began)
@@ -259,6 +261,7 @@ class _Attempt:
                 load_imbalance=self._routing.imbalance if self._routing else None,
                 dead_experts=len(self._routing.dead) if self._routing else None,
                 experts=self._experts,
+                left_out=self._left_out,
             )
         )
 

@@ -8,6 +8,7 @@
     micro_batch  step, sequences, before              halved, because memory ran out
     blend        step, weights, held_out, reference   of a dynamic blend, by domain
     absorbed     step, branch                         arrived late, and is an expert from here on
+    left_out     step, branch, error                  arrived late, and is damaged or does not fit
     shared       experts, processes, wanted           fewer processes than wanted divide the experts
     experts      step, dead, overloaded               of a mixture, where these are others than before
     checkpoint   step                                 committed

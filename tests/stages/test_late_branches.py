@@ -1,8 +1,11 @@
 """Mixing starts with the branches that have arrived; a late one becomes an expert of the newest checkpoint."""
 
 import json
+import random
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,19 @@ from transformers import AutoModelForCausalLM
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.control.controller import Controller
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.launcher import InProcessLauncher
 from bam_ray.control.tasks import Progress, StageContext, Task
-from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, UpcycleError
+from bam_ray.errors import CheckpointError, Interrupted, StoreUnavailable
 from bam_ray.evaluation.results import Results
 from bam_ray.settings import Recipe, StoreSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.stages.step_export import export_step
 from bam_ray.training.flops import training_flops
 
+FFN = "model.layers.0.mlp.down_proj.weight"
 EVERYTHING = {  # that `mix` knows and that has something of an expert's own, or of a branch's
     "training": {**TRAINING, "keep_every": 1},
     "expert_parallel": 1,
@@ -46,8 +51,8 @@ class Run:
 
     def __init__(self, folder: Path, store: str = "store", **changes: object) -> None:
         upcycle = {"mixtures": {"bam": {"method": "bam"}}, "when": {"at_least": 1}}
-        settings: dict[str, object] = {"upcycle": upcycle, "mix": EVERYTHING, **changes}
-        self.recipe: Recipe = recipe(folder, branch={"domains": ["code", "general"], "training": TRAINING}, **settings)
+        branch = {"domains": ["code", "general"], "training": TRAINING}
+        self.recipe: Recipe = recipe(folder, **{"upcycle": upcycle, "mix": EVERYTHING, "branch": branch, **changes})
         self.store: BlobStore = open_store(str(folder / store))
         self.mixture = self.task("mixtures", "bam")
 
@@ -82,6 +87,15 @@ class Run:
     def losses(self) -> list[float]:
         curve = json.loads(self.store.get(f"mixtures/{self.mixture.id}/curve.json"))
         return [point["nll"] for point in curve]
+
+
+def three(folder: Path) -> dict[str, Any]:
+    """The settings `data` with a third domain, `math`."""
+    words = random.Random("math")
+    texts = [" ".join("".join(words.choices("012345", k=4)) for _ in range(60)) for _ in range(40)]
+    (folder / "math.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = recipe(folder).data.model_dump()
+    return {**data, "domains": {**data["domains"], "math": {"source": str(folder / "math.jsonl")}}}
 
 
 class Dying(Context):
@@ -263,54 +277,133 @@ def test_averages_copies_and_router_fits_are_of_what_is_there(tmp_path: Path) ->
     assert experts_of(Artifact(run.store, "mixtures", manifest.id).fetch()) == ["seed", "code", "seed-2", "general"]
 
 
+def damaged(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+
+
+def publish_instead(run: Run, folder: Path, spoil: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Commit as the late branch what `spoil` makes of the other branch's weights; its digests are right."""
+    shutil.copytree(Artifact(run.store, "branches", run.task("branches", "code").id).fetch(), folder)
+    weights = load_file(folder / "model.safetensors")
+    spoil(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    id = run.task("branches", "general").id
+    Artifact(run.store, "branches", id).publish(folder, Manifest(id=id, kind="branches", name="general"))
+
+
+def finishes_without_the_late_branch(run: Run, words: str) -> None:
+    """The next attempt leaves it out for what `words` say, and trains on as if it had never come."""
+    context = Context()
+    manifest = train_mixture("bam", run.recipe, run.store, context, one_process)
+    assert manifest is not None
+    told = [(event["step"], event["branch"]) for event in run.events("left_out")]
+    assert told == [(4, "general")]
+    error = run.events("left_out")[0]["error"]
+    assert words in error and "\n" not in error
+    assert context.heard[0].note == f"left out general, which came late: {error}"
+    assert {(progress.experts, progress.left_out) for progress in context.heard} == {(("seed", "code"), ("general",))}
+    assert manifest.facts["left_out"] == ["general"]
+    assert manifest.parents == run.mixture.parents
+    assert experts_of(Artifact(run.store, "mixtures", manifest.id).fetch()) == ["seed", "code"]
+    assert [event["step"] for event in run.events("resumed")] == [0, 4]
+    assert run.events("absorbed") == run.events("failed") == []
+
+
 @pytest.mark.parametrize(
-    ("harm", "error", "words"),
+    ("file", "harm", "words"),
     [
-        (
-            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"),
-            DigestMismatch,
-            "is not what its manifest says",
-        ),
-        (lambda path: save_file({"x": torch.zeros(1)}, path), DigestMismatch, "is not what its manifest says"),
+        ("model.safetensors", damaged, "is not what its manifest says"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "is cut short"),
+        ("model.safetensors", Path.unlink, "is missing"),
+        ("config.json", lambda path: path.write_bytes(b"{"), "is not JSON"),
+        ("manifest.json", lambda path: path.write_bytes(b"{"), "is not a manifest"),
     ],
-    ids=["damaged", "another"],
+    ids=["changed", "cut-short", "missing", "config", "manifest"],
 )
-def test_a_late_branch_that_is_damaged_ends_the_attempt_and_harms_nothing(
-    tmp_path: Path, harm: Any, error: type[Exception], words: str
+def test_a_late_branch_that_is_damaged_is_left_out(
+    tmp_path: Path, file: str, harm: Callable[[Path], object], words: str
 ) -> None:
     run = Run(tmp_path)
     run.start()
     run.mix(stop_at=4)
     late = run.branch("general")
-    harm(tmp_path / "store" / "branches" / late.id / "model.safetensors")
-    with pytest.raises(error, match=words):
-        train_mixture("bam", run.recipe, run.store, Context(), one_process)
-    assert [key for key in run.store.list(f"mixtures/{run.mixture.id}/steps/") if "/0002-" in key] == []
+    harm(tmp_path / "store" / "branches" / late.id / file)
+    finishes_without_the_late_branch(run, words)
 
 
-def test_a_late_branch_with_values_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda weights: weights[FFN][0].fill_(float("nan")), "not finite"),
+        (lambda weights: weights.pop(FFN), "lacks model.layers.0.mlp.down_proj.weight"),
+        (lambda weights: weights.update({FFN: weights[FFN][:-1].clone()}), "shape"),
+    ],
+    ids=["nan", "lacks", "shape"],
+)
+def test_a_late_branch_that_does_not_fit_is_left_out(
+    tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], object], words: str
+) -> None:
     run = Run(tmp_path)
     run.start()
     run.mix(stop_at=4)
-    task = run.task("branches", "general")
-    ruined = tmp_path / "ruined"
-    code = Artifact(run.store, "branches", run.task("branches", "code").id)
-    ruined.mkdir()
-    for path in code.fetch().iterdir():
-        (ruined / path.name).write_bytes(path.read_bytes())
-    weights = load_file(ruined / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
-    save_file(weights, ruined / "model.safetensors")
-    Artifact(run.store, "branches", task.id).publish(ruined, Manifest(id=task.id, kind="branches", name="general"))
-    with pytest.raises(UpcycleError, match="not finite"):
-        train_mixture("bam", run.recipe, run.store, Context(), one_process)
+    publish_instead(run, tmp_path / "spoilt", spoil)
+    finishes_without_the_late_branch(run, words)
+
+
+def test_of_two_late_branches_the_good_one_is_absorbed(tmp_path: Path) -> None:
+    run = Run(tmp_path, branch={"domains": ["code", "general", "math"], "training": TRAINING}, data=three(tmp_path))
+    run.start()
+    run.mix(stop_at=4)
+    late = {name: run.branch(name) for name in ("general", "math")}
+    damaged(tmp_path / "store" / "branches" / late["general"].id / "model.safetensors")
+    manifest = run.mix()
+    assert manifest is not None
+    assert [event["branch"] for event in run.events("left_out")] == ["general"]
+    assert [event["branch"] for event in run.events("absorbed")] == ["math"]
+    assert experts_of(Artifact(run.store, "mixtures", manifest.id).fetch()) == ["seed", "code", "math"]
+    assert manifest.facts["left_out"] == ["general"]
+    assert manifest.parents == (*run.mixture.parents, late["math"].id)
+
+
+def test_a_late_branch_that_was_mended_is_absorbed_by_the_next_attempt(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.mix(stop_at=4)
+    weights = tmp_path / "store" / "branches" / run.branch("general").id / "model.safetensors"
+    whole = weights.read_bytes()
+    damaged(weights)
+    run.mix(stop_at=7)
+    weights.write_bytes(whole)
+    run.mix()
+    assert [event["step"] for event in run.events("left_out")] == [4]
+    assert [event["step"] for event in run.events("absorbed")] == [7]
+
+
+def test_a_store_that_is_away_leaves_no_branch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.mix(stop_at=4)
+    run.branch("general")
+
+    def away(reader: TensorReader) -> int:
+        raise StoreUnavailable("the endpoint is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorReader, "check_digests", away)
+        with pytest.raises(StoreUnavailable, match="down"):
+            train_mixture("bam", run.recipe, run.store, Context(), one_process)
+    manifest = run.mix()
+    assert manifest is not None
+    assert run.events("left_out") == []
+    assert [event["step"] for event in run.events("absorbed")] == [4]
 
 
 # With the controller
 
 
 class Paced:
-    """The mixture's context: the first attempt waits at step 4 until it is asked to stop."""
+    """The mixture's context: the first attempt waits at step 4 until it is asked to stop. The next goes slowly, so that
+    it could be asked again."""
 
     def __init__(self, context: StageContext, reached: threading.Event) -> None:
         self._context, self._reached = context, reached
@@ -318,7 +411,9 @@ class Paced:
 
     def report(self, progress: Progress) -> None:
         self._context.report(progress)
-        if progress.step == 4 and "general" not in progress.experts:
+        if progress.step > 4:
+            time.sleep(0.1)
+        if progress.step == 4 and "general" not in (*progress.experts, *progress.left_out):
             self._reached.set()
             end = time.monotonic() + 60.0
             while not self._context.should_stop() and time.monotonic() < end:
@@ -328,26 +423,47 @@ class Paced:
         return self._context.should_stop()
 
 
+class Story:
+    """A run under a real controller; the branch `general` comes when the mixture is at step 4, and meets `harm`."""
+
+    def __init__(self, run: Run, harm: Callable[[], object] = lambda: None) -> None:
+        self._run, self._harm = run, harm
+        self._mixing = threading.Event()
+        tasks = [replace(task, max_attempts=1) for task in task_graph(run.recipe)]  # nothing may fail
+        controller = Controller(tasks, run.store, InProcessLauncher(self._work, slots=4))
+        assert controller.run(pause=0.01) == "finished"
+        self.causes = [ended.cause for ended in controller.history(run.mixture.id).ended]
+
+    def _work(self, task: Task, context: StageContext) -> None:
+        run = self._run
+        if task.kind == "mixtures":
+            train_mixture(task.name, run.recipe, run.store, Paced(context, self._mixing), one_process)
+            return
+        if task.name == "general":
+            assert self._mixing.wait(60.0), "mixing did not start without it"
+        run_stage(task.kind, task.name, run.recipe, run.store, context)
+        if task.name == "general":
+            self._harm()
+
+
 def test_a_run_starts_mixing_early_and_takes_in_the_slow_branch(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    mixing = threading.Event()
-
-    def work(task: Task, context: StageContext) -> None:
-        if task.kind == "mixtures":
-            train_mixture(task.name, run.recipe, run.store, Paced(context, mixing), one_process)
-        else:
-            if task.name == "general":
-                assert mixing.wait(60.0), "mixing did not start without it"
-            run_stage(task.kind, task.name, run.recipe, run.store, context)
-
-    tasks = [replace(task, max_attempts=1) for task in task_graph(run.recipe)]  # nothing may fail
-    controller = Controller(tasks, run.store, InProcessLauncher(work, slots=4))
-    assert controller.run(pause=0.01) == "finished"
-    causes = [ended.cause for ended in controller.history(run.mixture.id).ended]
-    assert causes == ["to absorb general", "committed"]
+    assert Story(run).causes == ["to absorb general", "committed"]
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(4, "general")]
     folder = Artifact(run.store, "mixtures", run.mixture.id).fetch()
     assert experts_of(folder) == ["seed", "code", "general"]
     report = run.task("reports", "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     assert next(model for model in results.models if model.kind == "mixtures").lineage_tokens == 4 * 1280
+
+
+def test_a_run_with_a_damaged_late_branch_finishes_and_stops_for_it_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    weights = tmp_path / "store" / "branches" / run.task("branches", "general").id / "model.safetensors"
+    # The controller learns of it once its stage has returned: it is damaged by then
+    assert Story(run, lambda: damaged(weights)).causes == ["to absorb general", "committed"]
+    assert [(event["step"], event["branch"]) for event in run.events("left_out")] == [(4, "general")]
+    assert experts_of(Artifact(run.store, "mixtures", run.mixture.id).fetch()) == ["seed", "code"]
+    report = run.task("reports", "report")
+    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
