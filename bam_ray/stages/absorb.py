@@ -43,23 +43,23 @@ class Begun:
     """What an attempt goes on from."""
 
     folder: Path  # the newest checkpoint, else the mixture at step 0
-    lease: Lease | None  # rank 0's
     news: Sequence[News]
 
 
-def begin(place: Place, store: BlobStore, recipe: Recipe, load: Load, cursor: dict[str, Any]) -> Begun:
-    """Bring a mixture that need not have all its branches up to date. Called on every rank.
+def begin(
+    place: Place, store: BlobStore, recipe: Recipe, lease: Lease | None, load: Load, cursor: dict[str, Any]
+) -> Begun:
+    """Bring a mixture that need not have all its branches up to date. Called on every rank, with rank 0's lease.
 
     `cursor` is where its data begins.
     """
-    lease, news = None, []
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        lease = Lease.take(store, place.artifact.prefix)
+    news: list[News] = []
+    if lease is not None:
         news = absorb_late(place, store, recipe, lease, load, cursor)
     if dist.is_initialized():
         dist.barrier()  # from now on all ranks find the same
     newest = _checkpoints(place, store, recipe).latest()
-    return Begun(newest.folder if newest else place.other("upcycled", place.task.name).fetch(), lease, news)
+    return Begun(newest.folder if newest else place.other("upcycled", place.task.name).fetch(), news)
 
 
 def absorb_late(

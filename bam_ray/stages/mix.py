@@ -21,6 +21,7 @@ from bam_ray.data import Corpus
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.settings import Mixing, MixSettings, Recipe, TrainingSettings
 from bam_ray.stages.absorb import Begun, begin
+from bam_ray.stages.attempt import Attempt, attempting
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import Following, Job, sampler_of, train_to_artifact
 from bam_ray.training.documents import keep_apart
@@ -37,6 +38,20 @@ def train_mixture(
 ) -> Manifest | None:
     """Train the mixture `name`; called on every rank of the group, returns the manifest on rank 0 alone."""
     place = Place(recipe, store, "mixtures", name)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    with attempting(store, place.artifact.prefix, context, rank) as attempt:
+        return _train(place, recipe, store, context, engine_factory, attempt)
+
+
+def _train(
+    place: Place,
+    recipe: Recipe,
+    store: BlobStore,
+    context: StageContext,
+    engine_factory: EngineFactory,
+    attempt: Attempt,
+) -> Manifest | None:
+    name = place.task.name
     corpus_folder = place.other("corpora", "corpus").fetch()
     start = place.other("upcycled", name)
     at_step_0 = start.fetch()
@@ -48,10 +63,10 @@ def train_mixture(
         return model
 
     if place.task.quorum is None:
-        begun = Begun(at_step_0, None, [])
+        begun = Begun(at_step_0, [])
     else:
         cursor = sampler_of(place, Corpus(corpus_folder), blend, mix.training).state_dict()
-        begun = begin(place, store, recipe, load, cursor)
+        begun = begin(place, store, recipe, attempt.lease, load, cursor)
     model = load(begun.folder)
     experts = model.config.num_experts
     # A group that lost nodes may be too small for as many to share the experts, and these too few while branches lack
@@ -80,7 +95,7 @@ def train_mixture(
     job = Job(corpus_folder, blend, mix.training, recipe.metrics, following, at_step_0, (lineage,), news=news)
     if place.task.quorum is not None:
         job = replace(job, **_arrivals(place.task.quorum, start, model.config.expert_names, lineage))
-    return train_to_artifact(place, store, job, model, make_engine, context, begun.lease)
+    return train_to_artifact(place, store, job, model, make_engine, context, attempt)
 
 
 def _arrivals(quorum: Quorum, start: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:

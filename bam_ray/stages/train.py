@@ -1,13 +1,12 @@
 """Training to an artifact: what seed, branches and mixtures have in common."""
 
 import json
-import os
 import shutil
-import socket
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,18 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Compute, Manifest
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import BlendedSampler, Corpus
-from bam_ray.errors import Interrupted, SettingsError
+from bam_ray.errors import SettingsError
 from bam_ray.settings import Blend, DynamicBlend, MetricsSettings, TrainingSettings
+from bam_ray.stages.attempt import Attempt, attempting
 from bam_ray.stages.lineage import Place
 from bam_ray.training.blending import FollowingSampler
 from bam_ray.training.checkpoints import Checkpoints, Retention, patient
 from bam_ray.training.documents import keep_apart
 from bam_ray.training.engine import Engine
-from bam_ray.training.events import Events
 from bam_ray.training.flops import peak_flops, training_flops
 from bam_ray.training.loop import Point, Training
 from bam_ray.training.memory import GIB
@@ -88,33 +86,19 @@ def train_to_artifact(
     model: PreTrainedModel,
     make_engine: Callable[[PreTrainedModel], Engine],
     context: StageContext,
-    lease: Lease | None = None,
+    attempt: Attempt | None = None,
 ) -> Manifest | None:
     """Train `model` and publish it as a Hugging Face folder; called on every rank, None on those above 0.
 
-    `lease`: rank 0's, where it has one already. Raises `Interrupted` after a checkpoint where the context says stop.
+    `attempt`: of which this is a part; None: it is the whole of one. Raises `Interrupted` after a checkpoint where the
+    context says stop.
     """
     corpus = Corpus(job.corpus_folder)
     if not corpus.attend_across_documents:
         keep_apart(model, corpus.end_of_text_id)
     engine = make_engine(model)
-    if engine.rank == 0 and lease is None:
-        lease = Lease.take(store, place.artifact.prefix)
-    events = Events(store, place.artifact.prefix, lease.number if lease else None)
-    attempt = _Attempt(place, store, job, corpus, engine, lease, events, context)
-    try:
-        manifest = attempt.make()
-    except Interrupted:
-        events.tell("stopped", step=attempt.step)
-        raise
-    except Exception as error:
-        events.tell("failed", step=attempt.step, error=f"{type(error).__name__}: {error}")
-        raise
-    else:
-        events.tell("finished", step=attempt.step)
-        return manifest
-    finally:
-        events.close()
+    with nullcontext(attempt) if attempt else attempting(store, place.artifact.prefix, context, engine.rank) as whole:
+        return _Work(place, store, job, corpus, engine, whole, context).make()
 
 
 def sampler_of(place: Place, corpus: Corpus, blend: Blend, training: TrainingSettings) -> BlendedSampler:
@@ -130,8 +114,8 @@ def in_words(experts: Sequence[str], most: int = 4) -> str:
     return ", ".join(experts[:most]) + more if experts else "none"
 
 
-class _Attempt:
-    """One attempt: the training loop, with those who listen to it, and the artifact at its end."""
+class _Work:
+    """The work of an attempt: the training loop, with those who listen to it, and the artifact at its end."""
 
     def __init__(
         self,
@@ -140,12 +124,12 @@ class _Attempt:
         job: Job,
         corpus: Corpus,
         engine: Engine,
-        lease: Lease | None,
-        events: Events,
+        attempt: Attempt,
         context: StageContext,
     ) -> None:
+        lease = attempt.lease
         self._place, self._job, self._engine, self._lease = place, job, engine, lease
-        self._events, self._context = events, context
+        self._events, self._context = attempt.events, context
         self._started = time.monotonic()
         self._note = ""
         self._point: Point | None = None
@@ -167,6 +151,7 @@ class _Attempt:
             context.should_stop,
             following.follow if following else lambda step: None,
         )
+        attempt.step = lambda: self.step
         self._store = store
         self._metrics: Metrics | None = None
         self._watch: RoutingWatch | None = None
@@ -208,14 +193,13 @@ class _Attempt:
 
     def make(self) -> Manifest | None:
         """Train from the newest checkpoint to the end, and publish."""
-        attempt = self._lease.number if self._lease else None
-        self._tell("started", attempt=attempt, node=self._context.node, host=socket.gethostname(), pid=os.getpid())
         self._training.resume()
         self._tell("resumed", step=self.step)
         for what, facts in self._job.news:
             self._tell(what, **facts)
         task = self._place.task
         prefix, metrics = self._place.artifact.prefix, self._job.metrics
+        attempt = self._lease.number if self._lease else None
         self._metrics = Metrics(metrics, self._store, prefix, task.name, attempt, self.step)
         try:
             curve = self._training.run()

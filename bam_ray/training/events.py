@@ -2,7 +2,7 @@
 
 <kind>/<id>/events/<attempt>.jsonl   one line an event: {"time": UTC, "event": name, ...facts}
 
-    started      attempt, node, host, pid
+    started      attempt, node, host, pid             it has the lease
     resumed      step                                 it goes on from there; 0: the start
     computing    step, device, precision, micro_batch from this step on
     micro_batch  step, sequences, before              halved, because memory ran out
@@ -17,7 +17,7 @@
     skipped      step, error                          the loss spiked, and its batch was left out
     stopped      step                                 as it was asked to
     finished     step
-    failed       step, error
+    failed       step, error                          step 0 also where it had not come to a checkpoint
 
 An attempt is the only writer of its log, so the whole of it is put each time. The log never holds up training and
 never fails it: what could not be written goes with the next event.

@@ -15,7 +15,7 @@ from test_story import TRAINING, Context, make, one_process, recipe
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.control.graph import find_task, task_graph
-from bam_ray.errors import Interrupted, LossNotFinite, SettingsError
+from bam_ray.errors import Interrupted, LossNotFinite, SettingsError, TrainingError
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
@@ -110,6 +110,22 @@ def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, mon
     assert names(log)[-2:] == ["rolled_back", "failed"]
     assert log[-1]["error"].startswith("LossNotFinite: step 5: ")
     assert "went back from step 6 to 4" in context.heard[-1].note
+
+
+def test_a_mixture_that_cannot_begin_says_so_in_its_log(tmp_path: Path) -> None:
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+
+    def no_memory(*arguments: Any) -> Any:
+        raise TrainingError("the model does not fit")
+
+    with pytest.raises(TrainingError):
+        train_mixture("bam", run, store, Context(), no_memory)
+    log = events(store, f"mixtures/{find_task(task_graph(run), 'mixtures', 'bam').id}", 1)
+    assert names(log) == ["started", "failed"]
+    assert (log[0]["attempt"], log[0]["node"]) == (1, "here")
+    assert (log[1]["step"], log[1]["error"]) == (0, "TrainingError: the model does not fit")
 
 
 def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
