@@ -7,8 +7,10 @@ since the branch began, and stays as it is.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from bam_ray.upcycling.write import CARRIED, LINEAGE
 Load = Callable[[Path], PreTrainedModel]
 """A mixture's folder -> the model that is trained."""
 
+PATIENCE = timedelta(hours=12)  # for rank 0 to read branches and write a checkpoint; that it died is heard at once
 UNFIT = (UpcycleError, FamilyError, CheckpointError)
 """What is a branch's fault: it does not fit, or is damaged."""
 
@@ -54,12 +57,24 @@ def begin(
     `cursor` is where its data begins.
     """
     news: list[News] = []
-    if lease is not None:
-        news = absorb_late(place, store, recipe, lease, load, cursor)
-    if dist.is_initialized():
-        dist.barrier()  # from now on all ranks find the same
+    with others_wait():
+        if lease is not None:
+            news = absorb_late(place, store, recipe, lease, load, cursor)
     newest = _checkpoints(place, store, recipe).latest()
     return Begun(newest.folder if newest else place.other("upcycled", place.task.name).fetch(), news)
+
+
+@contextmanager
+def others_wait() -> Iterator[None]:
+    """Until rank 0 is through this, no rank gets past it: then all find the same in the store."""
+    if not dist.is_initialized():
+        yield
+        return
+    # A group of its own: in the ranks' own, whose patience is for a step, an exchange that hangs is to be found soon
+    waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield
+    dist.barrier(group=waiting)
+    dist.destroy_process_group(waiting)
 
 
 def absorb_late(

@@ -1,6 +1,8 @@
 """What a rank does in the test of the mix stage."""
 
 import os
+import time
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from bam_ray.errors import Interrupted
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
+from bam_ray.stages.absorb import others_wait
 
 
 def mix(run: Recipe, uri: str, stop_at: int | None, cache: str) -> dict[str, Any]:
@@ -50,3 +53,13 @@ def absorb(run: Recipe, uri: str, stops: tuple[int | None, ...], cache: str) -> 
             dist.barrier()  # rank 0 has written its checkpoint
         shared.append(len(engines[0].model.model.layers[0].mlp.experts.down_proj))
     return {"experts": context.heard[-1].experts, "shared": shared}
+
+
+def wait_for_rank_0(patience: float) -> float:
+    """Rank 0 is at it for longer than the ranks' own group waits -> when this rank got past it, or rank 0 was done."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=patience))
+    with others_wait():
+        if dist.get_rank() == 0:
+            time.sleep(1.5 * patience)
+            done = time.time()
+    return done if dist.get_rank() == 0 else time.time()

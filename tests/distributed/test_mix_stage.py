@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from gloo_ranks import run_on_ranks
-from mix_scenario import absorb, mix
+from mix_scenario import absorb, mix, wait_for_rank_0
 from stages.test_story import TRAINING, Context, make, recipe
 
 from bam_ray.blobs import BlobStore, open_store
@@ -79,6 +79,11 @@ def test_a_late_branch_joins_experts_that_are_spread_over_processes(
         curves.append(losses(store, find_task(task_graph(run), "mixtures", "bam").id))
     assert len(curves[0]) == 10
     assert curves[0] == curves[1]
+
+
+def test_ranks_wait_for_the_one_that_absorbs_longer_than_for_a_step() -> None:
+    done, past = run_on_ranks(2, wait_for_rank_0, 10.0)
+    assert past >= done
 
 
 def losses(store: BlobStore, id: str) -> list[float]:
