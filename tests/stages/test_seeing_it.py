@@ -152,6 +152,7 @@ def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
     assert found[below + "drift"][1][1] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
     assert found[below + "drift"][0][1] > 0
     last = context.heard[-1]
+    assert last.curves == pytest.approx({name: points[-1][1] for name, points in found.items()})
     assert (last.load_imbalance, last.dead_experts) == (pytest.approx(2 * max(seed, code)), 1)
     lighter = "code" if code < seed else "seed"
     told = [event for event in events(store, f"mixtures/{manifest.id}", 1) if event["event"] == "experts"]
