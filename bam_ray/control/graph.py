@@ -191,4 +191,6 @@ def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
     if training is None:
         return None
     how = {"micro_batch_sequences", "recompute", "checkpoint_every", "keep_last", "keep_every", "zero_stage"}
+    if training.on_not_finite == "retry":
+        how.add("on_not_finite")  # what was trained before there was a choice is not trained anew
     return training.model_dump(mode="json", exclude=how)

@@ -4,7 +4,8 @@ A task makes one artifact. It is finished exactly when its artifact's manifest e
 is (`Progress`) and is asked whether it should stop; nothing else passes between a task and the controller.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from bam_ray.checkpoint.manifest import Kind
@@ -68,6 +69,7 @@ class Progress:
     dead_experts: int | None = None  # of all layers
     experts: tuple[str, ...] = ()  # of a mixture: their names
     left_out: tuple[str, ...] = ()  # branches that this attempt could not make experts of
+    curves: Mapping[str, float] = field(default_factory=dict)  # the last value of each, by TensorBoard's names
 
 
 class StageContext(Protocol):

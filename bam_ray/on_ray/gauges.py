@@ -21,6 +21,7 @@ class Gauges:
 
     def __init__(self, kind: Kind, name: str) -> None:
         self._tags = {"kind": kind, "name": name}
+        self._curve = Gauge("bam_curve", "The last value of a curve of training", tag_keys=("kind", "name", "curve"))
         self._gauges = {
             field: Gauge(metric, description, tag_keys=("kind", "name"))
             for field, (metric, description) in GAUGES.items()
@@ -32,3 +33,5 @@ class Gauges:
             value = getattr(progress, field, None)
             if value is not None:
                 gauge.set(value, tags=self._tags)
+        for curve, value in (progress.curves if progress else {}).items():
+            self._curve.set(value, tags={**self._tags, "curve": curve})

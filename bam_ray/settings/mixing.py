@@ -28,17 +28,14 @@ class Losses(Strict):
     """
 
     load_balance: NotNegative | Ramp = 0.01
-    router_z: NotNegative = 0.001
+    router_z: NotNegative | Ramp = 0.001
     # Balancing without a loss (arXiv 2408.15664, there 0.001): a bias an expert, added to its probability when experts
     # are chosen, goes up or down by this each step. 0: there is none
     bias_rate: NotNegative = 0.0
 
     def at(self, done: float) -> Self:
         """Those that hold when the fraction `done` of all steps is done."""
-        coefficient = self.load_balance
-        return (
-            self if isinstance(coefficient, float) else self.model_copy(update={"load_balance": coefficient.at(done)})
-        )
+        return self.model_copy(update={name: ramp.at(done) for name, ramp in self if isinstance(ramp, Ramp)})
 
 
 class Mixing(Strict):

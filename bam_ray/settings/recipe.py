@@ -77,6 +77,8 @@ class TrainingSettings(Strict):
     # skip: the batch is left out. roll_back: to the last checkpoint, and on with the data after the spike (PaLM's)
     on_spike: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
     spike: Spike = Spike()
+    # Where the loss or its gradient is NaN or infinite. retry: to the last checkpoint once, and the same data again
+    on_not_finite: Literal["retry", "skip", "roll_back", "stop"] = "retry"
     # On each device; never changes what a dense model learns. auto: the largest power of two that fits its memory. Of
     # mixtures see MixSettings.balance_sequences
     micro_batch_sequences: Count | Literal["auto"] = "auto"

@@ -162,6 +162,7 @@ class _Work:
             began = TensorFiles(sorted(job.began.glob("model*.safetensors")))
             self._watch = RoutingWatch(mixture, job.metrics.routing, began)
         self._routing: RoutingReport | None = None
+        self._curves: dict[str, float] = {}  # the last value of each
 
     def _following(self, following: Following) -> FollowingSampler:
         """The sampler whose blend follows losses, on this rank's share of held-out rows."""
@@ -213,10 +214,14 @@ class _Work:
     def _report(self, point: Point) -> None:
         """A step is done."""
         self._point = point
-        scalars = self._scalars(point) | self._watched(point.step)
-        if self._metrics is not None:
-            self._metrics.write(point.step, scalars)
+        self._draw(point.step, self._scalars(point) | self._watched(point.step))
         self._say()
+
+    def _draw(self, step: int, scalars: dict[str, float]) -> None:
+        """Add a step to curves."""
+        self._curves = self._curves | scalars  # the one before is read by the thread that reports it
+        if self._metrics is not None:
+            self._metrics.write(step, scalars)
 
     def _watched(self, step: int) -> dict[str, float]:
         """What a mixture's routers did, from time to time."""
@@ -246,6 +251,7 @@ class _Work:
                 dead_experts=len(self._routing.dead) if self._routing else None,
                 experts=self._experts,
                 left_out=self._left_out,
+                curves=self._curves,
             )
         )
 
@@ -256,10 +262,9 @@ class _Work:
             self._metrics.flush()
         if what == "rolled_back" and self._metrics is not None:
             self._metrics.go_back(facts["to"])
-        if what == "blend" and self._metrics is not None:
+        if what == "blend":
             named = (("blend", facts["weights"]), ("held_out", facts["held_out"]))
-            scalars = {f"{name}/{domain}": value for name, by in named for domain, value in by.items()}
-            self._metrics.write(facts["step"], scalars)
+            self._draw(facts["step"], {f"{name}/{domain}": value for name, by in named for domain, value in by.items()})
         if what in NOTES:
             self._note = NOTES[what].format(**facts)
             self._say()

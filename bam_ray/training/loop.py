@@ -4,13 +4,15 @@ What is computed depends on the settings alone: the global batch and its order c
 its share of rows, and random numbers are seeded by step, so a run that was stopped and resumed anywhere gives the
 losses of one that was not.
 
-A loss that is not finite may be the hardware's fault: the loop goes back to the last checkpoint once, and gives up
-where it comes again. A spike is the data's, so it would come again: going back, the loop goes on with the data after
-it. What is a spike follows from the curve so far, which checkpoints hold.
+A loss that is not finite may be the hardware's fault: unless the settings say otherwise, the loop goes back to the last
+checkpoint once, and gives up where it comes again. What the data does, as most spikes, would come again: the batch is
+left out, or going back, the loop goes on with the data after it. What is a spike follows from the curve so far, which
+checkpoints hold.
 """
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -24,7 +26,7 @@ from bam_ray.training.checkpoints import Checkpoints, Tell
 from bam_ray.training.engine import NO_LIMITS, Engine, Limits
 from bam_ray.training.schedule import learning_rate
 
-MOST_SPIKES = 10  # met one after the other, before training is given up
+MOST_IN_A_ROW = 10  # spikes, or losses that are not finite, before training is given up
 
 
 class Sampler(Protocol):
@@ -103,7 +105,8 @@ class Training:
         self.times: dict[str, float] = {}  # seconds of the last step, by what they went into
         self._changed = 0  # the step at which the model last got experts: losses before it are another model's
         self._checkpointing = 0.0  # seconds since the last step
-        self._spikes, self._spiked = 0, 0  # met one after the other; the last one's step
+        self._met: Counter[type[TrainingError]] = Counter()  # bad losses one after the other, by kind
+        self._met_at = 0  # their furthest step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, where there is one; else write one, to have something to go back to."""
@@ -112,29 +115,17 @@ class Training:
 
     def run(self) -> list[Point]:
         """Train to the last step and return the curve. Where `should_stop` says so, write a checkpoint and raise
-        `Interrupted`; raises `LossNotFinite` where the loss is that twice, `LossSpiked` as the settings say."""
+        `Interrupted`; raises `LossNotFinite` and `LossSpiked` as the settings say."""
         settings, checkpoints = self._settings, self._checkpoints
-        bad: tuple[int, LossNotFinite] | None = None
         while self.step < settings.steps:
             checkpoints.settle()
             try:
                 self._advance()
-            except LossNotFinite as error:
-                if bad is not None:
-                    raise LossNotFinite(
-                        f"step {self.step + 1}: {error}; it was not at step {bad[0]} either ({bad[1]}), after which "
-                        "training went back to the checkpoint before: lower peak_lr, or look at the data"
-                    ) from None
-                bad = (self.step + 1, error)
-                self._go_back(error)
-                continue
-            except LossSpiked as error:
+            except (LossNotFinite, LossSpiked) as error:
                 self._meet(error)
                 continue
-            if bad is not None and self.step > bad[0]:
-                bad = None
-            if self.step >= self._spiked:
-                self._spikes = 0
+            if self.step >= self._met_at:
+                self._met.clear()
             if self.step < settings.steps:
                 self._after_step(self.step)
             stop = self._engine.any_rank(self._should_stop())
@@ -194,21 +185,26 @@ class Training:
             grad_norm=spike.grad_norm * statistics.median(point.grad_norm for point in last),
         )
 
-    def _meet(self, spike: LossSpiked) -> None:
-        """Do what the settings say about a spike at the next step."""
-        self._spiked = max(self._spiked, self.step + 1)
-        self._spikes += 1
-        if self._settings.on_spike == "stop" or self._spikes > MOST_SPIKES:
-            raise LossSpiked(
-                f"step {self.step + 1}: {spike} ({self._spikes} in a row): lower peak_lr, look at the data, or set "
-                "on_spike and spike to bear it"
+    def _meet(self, error: LossNotFinite | LossSpiked) -> None:
+        """Do what the settings say about a bad loss at the next step."""
+        settings, kind = self._settings, type(error)
+        spiked = isinstance(error, LossSpiked)
+        action = settings.on_spike if spiked else settings.on_not_finite
+        hint = "on_spike and spike to bear it" if spiked else "on_not_finite to leave its data out"
+        self._met_at = max(self._met_at, self.step + 1)
+        self._met[kind] += 1
+        if self._met[kind] > {"stop": 0, "retry": 1}.get(action, MOST_IN_A_ROW):
+            raise kind(
+                f"step {self.step + 1}: {error} ({self._met[kind]} in a row): lower peak_lr, look at the data, or "
+                f"set {hint}"
             ) from None
-        if self._settings.on_spike == "skip":
-            self._tell("skipped", step=self.step + 1, error=str(spike))
+        if action == "skip":
+            self._tell("skipped", step=self.step + 1, error=str(error))
             return
         after = self._sampler.state_dict()
-        self._go_back(spike)
-        self._sampler.load_state_dict(after)
+        self._go_back(error)
+        if action == "roll_back":
+            self._sampler.load_state_dict(after)
 
     def _go_back(self, error: TrainingError) -> None:
         """To the newest checkpoint, all ranks to the same."""

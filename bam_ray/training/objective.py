@@ -50,9 +50,9 @@ def objective(
     biases = mixture.selection_biases()
     routing = routing_losses(out.router_logits, mixture.config.num_experts_per_tok, reduce, bias=biases)
     dropped = dropped_share(out.router_logits, mixture.config, len(input_ids), biases)
-    coefficient = losses.load_balance
-    assert isinstance(coefficient, float), "a ramp: use Losses.at"
-    total = nll + coefficient * routing.load_balance + losses.router_z * routing.router_z
+    load_balance, router_z = losses.load_balance, losses.router_z
+    assert isinstance(load_balance, float) and isinstance(router_z, float), "a ramp: use Losses.at"
+    total = nll + load_balance * routing.load_balance + router_z * routing.router_z
     parts = torch.stack((nll, routing.load_balance, routing.router_z)).detach()
     return Objective(total, torch.cat((parts, routing.share.flatten(), routing.entropy, dropped)))
 

@@ -80,6 +80,7 @@ def mixture_config(
     method = method_of(settings)
     count = len(experts)
     scale = settings.ffn_output_scale
+    final = losses.at(1.0)
     sliced: dict[str, Any] = {}
     if settings.method == "split":
         scale = scale or count / settings.num_experts_per_tok
@@ -111,8 +112,8 @@ def mixture_config(
             "attention_experts": method.attention_experts,
             "num_attention_experts_per_tok": settings.num_attention_experts_per_tok,
             "dense_layers": sorted(set(settings.dense_layers)) or None,
-            "router_aux_loss_coef": losses.at(1.0).load_balance,
-            "router_z_loss_coef": losses.router_z,
+            "router_aux_loss_coef": final.load_balance,
+            "router_z_loss_coef": final.router_z,
             "expert_names": [expert.name for expert in experts],
             "seed_config": seed.config,
         }

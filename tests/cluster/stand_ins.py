@@ -65,7 +65,8 @@ def stand_in(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: S
         time.sleep(seconds)
         done.append([here().id, os.getpid()])
         store.put(key, json.dumps(done).encode())
-        context.report(Progress(step + 1, task.total_steps, loss=1.0 / (step + 1), checkpoint_step=step + 1))
+        loss = 1.0 / (step + 1)
+        context.report(Progress(step + 1, task.total_steps, loss, checkpoint_step=step + 1, curves={"lr": loss / 100}))
     Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name, step=task.total_steps))
 
 

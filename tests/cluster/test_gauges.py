@@ -54,6 +54,7 @@ def test_a_task_s_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) ->
         "ray_bam_total_steps": 40.0,
         "ray_bam_loss_nll": 1 / 40,
         "ray_bam_checkpoint_step": 40.0,
+        "ray_bam_curve lr": 1 / 4000,
     }
     found: dict[str, float] = {}
     until = time.monotonic() + 60
@@ -62,6 +63,8 @@ def test_a_task_s_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) ->
         text = httpx.get(endpoint).text
         lines = re.findall(r"^(ray_bam_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
         found = {
-            name: float(value) for name, tags, value in lines if 'kind="branches"' in tags and 'name="code"' in tags
+            " ".join([name, *re.findall(r'\bcurve="([^"]*)"', tags)]): float(value)
+            for name, tags, value in lines
+            if 'kind="branches"' in tags and 'name="code"' in tags
         }
     assert found == pytest.approx(wanted)

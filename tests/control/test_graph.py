@@ -101,6 +101,7 @@ def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
         ("upcycle.mixtures.btx.norm_topk_prob=true", {"upcycled/btx", "mixtures/btx", "reports/report"}),
         ("mix.training.peak_lr=0.02", {"mixtures/bam", "mixtures/btx", "reports/report"}),
         ("mix.training.micro_batch_sequences=2", {"mixtures/bam", "mixtures/btx", "reports/report"}),
+        ("mix.training.on_not_finite=skip", {"mixtures/bam", "mixtures/btx", "reports/report"}),
         ("mix.losses.load_balance=0.1", {"mixtures/bam", "mixtures/btx", "reports/report"}),
         ("evaluate.tokens_per_domain=1", {"reports/report"}),
     ],

@@ -19,7 +19,11 @@ MIX = {
     "training": {**TRAINING, "micro_batch_sequences": 1, "on_spike": "skip", "spike": {"window": 3}},
     "gate": "noisy",
     "capacity_factor": 0.75,
-    "losses": {"load_balance": {"start": 0.1, "end": 0.01, "steps_fraction": 0.5}, "bias_rate": 0.01},
+    "losses": {
+        "load_balance": {"start": 0.1, "end": 0.01, "steps_fraction": 0.5},
+        "router_z": {"start": 0.01, "end": 0.001},
+        "bias_rate": 0.01,
+    },
     "router_warmup_fraction": 0.2,
     "expert_lr_factor": 0.5,
     "dynamic_blend": {"every": 3, "sequences": 8},
@@ -51,6 +55,7 @@ def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypa
         assert [move["step"] for move in moves] == [3, 6, 9]
         config = json.loads(store.get(f"{prefix}/config.json"))
         assert config["noisy_gate"] and config["selection_bias"] and config["capacity_factor"] == 0.75
+        assert (config["router_aux_loss_coef"], config["router_z_loss_coef"]) == (0.01, 0.001)
     assert curves[0] == curves[1]
 
 

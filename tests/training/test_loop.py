@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from running import BAM, DENSE, LENGTH, RETENTION, SETTINGS, engine, run
+from running import BAM, DENSE, LENGTH, RETENTION, SETTINGS, Counting, engine, run
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bam_ray.blobs.memory import MemoryStore
@@ -105,9 +105,7 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_start() -> None:
 
 
 def test_a_loss_that_stays_not_finite_ends_the_run_for_good() -> None:
-    with pytest.raises(
-        LossNotFinite, match=r"^step 7: the loss \(nan\).* not at step 7 either \(the loss \(nan\)"
-    ) as error:
+    with pytest.raises(LossNotFinite, match=r"^step 7: the loss \(nan\).* \(2 in a row\).* set on_not_finite") as error:
         run(MemoryStore(), settings=FIXED, model=nan_at({7, 10}))  # steps 5 and 6 are calls 8 and 9
     assert is_final(error.value)
 
@@ -115,6 +113,73 @@ def test_a_loss_that_stays_not_finite_ends_the_run_for_good() -> None:
 def test_two_losses_far_apart_are_two_rollbacks() -> None:
     unbroken = run(MemoryStore(), settings=FIXED, model=nan_at(set()))
     assert run(MemoryStore(), settings=FIXED, model=nan_at({7, 14})) == unbroken
+
+
+def with_a_bad_batch(on_not_finite: str, batches: set[int], store: MemoryStore | None = None, **named: Any) -> Any:
+    """The losses of a run on data of which the given batches, from 1, make every loss NaN, and what it told."""
+    model, data = nan_at(set()), Counting()
+    told: list[tuple[str, dict[str, Any]]] = []
+    taken = [data.take(4) for _ in range(max(batches))]
+    bad = [taken[number - 1] for number in batches]
+
+    def spoil(module: object, inputs: object, named: dict[str, Any], out: Any) -> Any:
+        if any(np.array_equal(named["input_ids"], batch) for batch in bad):
+            out.logits = out.logits * float("nan")
+        return out
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+    losses = run(
+        store or MemoryStore(),
+        settings=FIXED.model_copy(update={"on_not_finite": on_not_finite}),
+        model=model,
+        tell=lambda what, **facts: told.append((what, facts)),
+        **named,
+    )
+    return losses, [(facts["step"], facts.get("to")) for what, facts in told if what in ("skipped", "rolled_back")]
+
+
+def test_what_a_batch_does_is_not_mended_by_trying_again() -> None:
+    with pytest.raises(LossNotFinite, match=r"^step 7: .* \(2 in a row\)"):
+        with_a_bad_batch("retry", {7})
+
+
+def test_a_batch_that_makes_the_loss_nan_is_skipped() -> None:
+    unbroken = run(MemoryStore(), settings=FIXED)
+    losses, told = with_a_bad_batch("skip", {7})
+    assert told == [(7, None)]
+    assert losses[:6] == unbroken[:6]
+    assert len(losses) == 12 and all(map(math.isfinite, losses))
+    assert losses[6] != unbroken[6], "the batch after it takes its place"
+
+
+def test_going_back_from_a_nan_leaves_its_data_out() -> None:
+    unbroken = run(MemoryStore(), settings=FIXED)
+    losses, told = with_a_bad_batch("roll_back", {7})
+    assert told == [(7, 4)]
+    assert losses[:4] == unbroken[:4]
+    assert len(losses) == 12 and all(map(math.isfinite, losses))
+    assert losses[4] != unbroken[4], "the batches of steps 5 to 7 are left out"
+
+
+def test_a_nan_stops_the_run_where_it_should() -> None:
+    with pytest.raises(LossNotFinite, match=r"^step 7: the loss \(nan\).* \(1 in a row\)"):
+        with_a_bad_batch("stop", {7})
+
+
+@pytest.mark.parametrize("on_not_finite", ["skip", "roll_back"])
+def test_a_run_that_met_a_nan_resumes_exactly(on_not_finite: str) -> None:
+    unbroken, _ = with_a_bad_batch(on_not_finite, {7})
+    store = MemoryStore()
+    with pytest.raises(Interrupted):
+        with_a_bad_batch(on_not_finite, {7}, store, should_stop=lambda step: step == 8)
+    assert with_a_bad_batch(on_not_finite, {7}, store)[0] == unbroken
+
+
+@pytest.mark.parametrize("on_not_finite", ["skip", "roll_back"])
+def test_bad_batches_without_end_end_the_run(on_not_finite: str) -> None:
+    with_a_bad_batch("skip", set(range(5, 15)))  # ten
+    with pytest.raises(LossNotFinite, match=r"\(11 in a row\)"):
+        with_a_bad_batch(on_not_finite, set(range(5, 200)))
 
 
 SPIKE = 100.0  # on the logits
@@ -204,6 +269,15 @@ def test_a_spike_stops_the_run_where_it_should() -> None:
 def test_spikes_without_end_end_the_run(on_spike: str) -> None:
     with pytest.raises(LossSpiked, match=r"\(11 in a row\)"):
         spiky(on_spike, set(range(5, 1000)))
+
+
+def test_a_skipped_spike_is_no_try_of_a_nan_after_it() -> None:
+    model = nan_at({7}, SPIKE)
+    calls = itertools.count(1)
+    model.register_forward_hook(
+        lambda module, inputs, out: setattr(out, "logits", out.logits * float("nan" if next(calls) == 8 else 1))
+    )
+    assert len(run(MemoryStore(), settings=with_spikes("skip"), model=model)) == 12
 
 
 def test_a_batch_that_is_no_whole_sequence_is_refused() -> None:

@@ -51,12 +51,14 @@ def test_recomputation_counts_the_routers_losses_once() -> None:
 def test_a_ramp() -> None:
     ramp = Ramp(start=0.1, end=0.0, steps_fraction=0.5)
     assert [ramp.at(done) for done in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.1, 0.05, 0.0, 0.0])
-    assert Losses(load_balance=ramp).at(0.25).load_balance == pytest.approx(0.05)
+    part = ramp.at(0.25)
+    assert Losses(load_balance=ramp).at(0.25) == Losses(load_balance=part)
+    assert Losses(load_balance=0.2, router_z=ramp).at(0.25) == Losses(load_balance=0.2, router_z=part)
 
 
-def test_the_coefficient_of_a_step_is_the_ramps_and_stays_so_on_resume() -> None:
-    falling = Mixing(losses=Losses(load_balance=Ramp(start=1.0, end=0.0), router_z=0.0))
-    constant = Mixing(losses=Losses(load_balance=0.5, router_z=0.0))
+def test_the_coefficients_of_a_step_are_the_ramps_and_stay_so_on_resume() -> None:
+    falling = Mixing(losses=Losses(load_balance=Ramp(start=1.0, end=0.0), router_z=Ramp(start=0.0, end=0.5)))
+    constant = Mixing(losses=Losses(load_balance=0.5, router_z=0.25))
     trainer, other = engine(BAM, mixing=falling), engine(BAM, mixing=constant)
     for each in (trainer, other):  # as when a checkpoint of step 6 of 12 is loaded
         each._set_states({}, 6)

@@ -11,7 +11,8 @@ from upcycling.folders import ALONE, CASES, NAMES, branches, load, make, mixture
 
 from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.families import FAMILIES
-from bam_ray.settings import MixtureSettings, validated
+from bam_ray.settings import Losses, MixtureSettings, Ramp, validated
+from bam_ray.upcycling import plan
 from bam_ray.upcycling.plan import experts_of
 
 TEXTS = {"general": tiny.tokens(16, 20, seed=1)}
@@ -62,6 +63,12 @@ def test_a_split_with_a_shared_expert(tmp_path: Path) -> None:
     assert [len(layer["shared"]) for layer in partition] == [8, 8]
     assert [len(expert) for layer in partition for expert in layer["experts"]] == [20] * 4
     assert all(not set(layer["shared"]) & set(layer["experts"][0]) for layer in partition)
+
+
+def test_a_mixture_is_made_with_the_coefficients_that_its_losses_end_with(tmp_path: Path) -> None:
+    falling = Losses(load_balance=Ramp(start=0.1, end=0.02), router_z=Ramp(start=0.01, end=0.002))
+    config = plan(tiny.sources(tmp_path, branches()), settings(), falling, {}).config
+    assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (0.02, 0.002)
 
 
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
