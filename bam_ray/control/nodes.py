@@ -49,6 +49,11 @@ class NodeFacts:
         own = sorted(f"{key}={value}" for key, value in self.labels.items() if not key.startswith(RAYS_OWN))
         return ", ".join([what, *own])
 
+    @property
+    def works(self) -> bool:
+        """Whether it is there for tasks; a head that has neither CPU nor GPU to give is not."""
+        return any(self.resources.get(name, 0.0) for name in ("CPU", "GPU"))
+
 
 def resources_of(demand: Demand) -> dict[str, float]:
     """`demand` in Ray's words; memory in bytes."""

@@ -119,8 +119,6 @@ def after_failure(task: Task, history: History, broke: Broke, now: float) -> tup
     return history, Retrying(broke.error, now + delay, broke.progress)
 
 
-def after_no_place(history: History, error: PlacementError, now: float, hope: bool = False) -> Retrying | Failed:
-    """No node can hold a task: wrong from the start, or to be waited for: where it ran before, or there is `hope`."""
-    if history.attempts == 0 and not hope:
-        return Failed(str(error))
+def after_no_place(error: PlacementError, now: float) -> Retrying:
+    """No living node can hold a task; those that could, when the run began, may come back."""
     return Retrying(str(error), now + PLACEMENT_DELAY)

@@ -39,7 +39,6 @@ class Script:
         self.sightings: dict[str, Sighting] = {}
         self.placed: list[tuple[str, frozenset[str]]] = []
         self.drained: list[str] = []
-        self.nowhere: set[str] = set()
         self.there: list[NodeFacts] | None = None  # None: this launcher chooses among its own
         self.meant_for: dict[str, str | None] = {}
         self.expected: list[list[str]] = []
@@ -51,8 +50,6 @@ class Script:
         self.expected.append([task.id for task in tasks])
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-        if task.id in self.nowhere:
-            raise PlacementError(f"no node for {task.id}")
         assert task.id not in self.sightings, "two attempts at once"
         self.placed.append((task.id, avoid))
         self.meant_for[task.id] = node_id
@@ -209,22 +206,6 @@ def test_one_failure_stops_only_what_is_made_from_it() -> None:
     scene.finish("b")
     scene.finish("of_b")
     assert scene.controller.outcome() == "failed"
-
-
-def test_a_demand_that_no_node_meets_fails_at_once_but_is_waited_for_where_it_was_met_before() -> None:
-    scene = Scene(make("never"), make("later"))
-    scene.script.nowhere.add("never")
-    scene.step()
-    assert scene.kinds() == {"never": Failed, "later": Placing}
-    scene.script.nowhere.add("later")
-    scene.step(later=Broke("node died", HERE, node_fault=True))
-    assert scene.kinds()["later"] is Retrying
-    scene.script.nowhere.clear()
-    scene.step()
-    assert scene.script.names == ["later"], "not looked for at every step"
-    scene.now += policies.PLACEMENT_DELAY
-    scene.step()
-    assert scene.script.names == ["later", "later"]
 
 
 def test_ending_without_a_manifest_is_a_failure() -> None:
@@ -462,13 +443,67 @@ def test_work_without_checkpoints_stays_where_a_node_is_leaving() -> None:
 
 def test_a_fallback_is_taken_and_said() -> None:
     needs = Needs(gpus=1, fallback=(Demand(cpus=1),))
-    scene = Nodes(replace(trained("a"), needs=needs), replace(trained("b"), needs=Needs(gpus=1)))
+    scene = Nodes(replace(trained("a"), needs=needs))
     scene.step()
     assert scene.script.names == ["a"]
     assert scene.controller.history("a").said == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU"
-    state = scene.controller.states["b"]
-    assert isinstance(state, Failed)
-    assert "branches/b needs 1 CPU, 1 GPU, which the 2 living nodes can never give" in state.error
+
+
+# Demands that no living node meets
+
+
+def test_what_is_queued_waits_while_the_only_node_for_it_is_away() -> None:
+    needs = Needs(labels={"kind": "fast"})
+    first, queued, child = trained("first"), trained("queued", 80), make("child", "first")
+    scene = Nodes(*(replace(task, needs=needs) for task in (first, queued, child)))
+    scene.step()
+    scene.busy("fast")
+    scene.step(first=Alive(Node("fast", "fast"), None))
+    scene.script.there = [node("slow")]
+    scene.finish("first")
+    assert scene.kinds() == {"first": Committed, "queued": Retrying, "child": Retrying}
+    scene.script.there = [node("fast"), node("slow")]
+    scene.step()
+    assert scene.script.names == ["first"], "not looked for at every step"
+    scene.now += policies.PLACEMENT_DELAY
+    scene.step()
+    assert sorted(scene.script.names) == ["child", "first", "queued"]
+
+
+def test_a_head_that_was_just_begun_again_waits_for_its_workers() -> None:
+    scene = Nodes(trained("a"))
+    head = node("head", free=0.0, cpus=0.0)
+    scene.script.there = [head]
+    scene.step()
+    assert scene.kinds() == {"a": Retrying}
+    assert scene.script.expected == [["a"]], "a cluster that grows on demand hears of it"
+    scene.script.there = [head, node("slow")]
+    scene.now += policies.PLACEMENT_DELAY
+    scene.step()
+    assert scene.script.names == ["a"]
+
+
+def test_a_demand_that_can_never_be_met_is_refused_before_anything_begins() -> None:
+    story = [make("seed"), make("branch", "seed"), replace(make("mix", "branch"), needs=Needs(gpus=1))]
+    scene = Nodes(*story)
+    with pytest.raises(
+        PlacementError, match="branches/mix needs 1 CPU, 1 GPU, which the 2 living nodes can never give"
+    ):
+        scene.step()
+    assert scene.script.placed == []
+    commit(scene.store, scene.tasks["mix"])
+    done = Controller(story, scene.store, scene.script)
+    done.step()
+    assert scene.script.names == ["seed"], "what is committed needs nothing"
+
+
+def test_a_demand_is_checked_against_the_first_workers_where_a_head_came_alone() -> None:
+    scene = Nodes(replace(trained("a"), needs=Needs(gpus=1)))
+    scene.script.there = [node("head", free=0.0, cpus=0.0)]
+    scene.step()
+    scene.script.there.append(node("slow"))
+    with pytest.raises(PlacementError, match="branches/a needs 1 CPU, 1 GPU"):
+        scene.step()
 
 
 # Over real threads

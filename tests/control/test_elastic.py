@@ -12,8 +12,9 @@ from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.nodes import NodeFacts
 from bam_ray.control.policies import PLACEMENT_DELAY
 from bam_ray.control.sightings import Alive, Broke, Stopped
-from bam_ray.control.states import Failed, Node, Retrying, Running, Waiting
+from bam_ray.control.states import Node, Retrying, Running, Waiting
 from bam_ray.control.tasks import Progress, Task
+from bam_ray.errors import PlacementError
 
 WHERE = Node("1", "one")
 
@@ -128,8 +129,8 @@ def test_without_fewer_that_fit_it_waits(least: int | None, left: str) -> None:
 
 def test_a_run_that_begins_on_too_few_nodes_waits_or_says_so_at_once() -> None:
     scene = Groups("ab", group(4))
-    scene.step()
-    assert isinstance(scene.controller.states["g"], Failed)
+    with pytest.raises(PlacementError, match=r"4 × \(1 CPU\), which the 2 living nodes can never give"):
+        scene.step()
     scene = Groups("ab", group(4, least=2))
     scene.step()
     assert isinstance(scene.controller.states["g"], Retrying)

@@ -8,7 +8,7 @@ from bam_ray.control.cluster_file import ClusterFile, load_cluster
 from bam_ray.control.matching import bound
 from bam_ray.control.simulate import Simulated, simulate
 from bam_ray.control.tasks import Task
-from bam_ray.errors import SettingsError
+from bam_ray.errors import PlacementError, SettingsError
 from bam_ray.settings import Needs
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "recipes" / "clusters").glob("*.yaml"))
@@ -89,9 +89,9 @@ def test_the_same_seed_is_the_same_run() -> None:
     assert run(tasks, where, seed=1) != run(tasks, where, seed=2)
 
 
-def test_a_cluster_that_can_never_hold_a_branch_fails_at_once() -> None:
-    result = run(branches(2, 100, Needs(gpus=1)), cluster(MIXED))
-    assert (result.outcome, result.seconds) == ("failed", 0.0)
+def test_a_cluster_that_can_never_hold_a_branch_is_refused() -> None:
+    with pytest.raises(PlacementError, match="branches/b0 needs 1 CPU, 1 GPU, which the 8 living nodes can never give"):
+        run(branches(2, 100, Needs(gpus=1)), cluster(MIXED))
 
 
 def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest() -> None:
