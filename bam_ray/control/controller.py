@@ -338,8 +338,9 @@ class Controller:
         if snapshot is not None:
             self._give_up_gathering(snapshot)
         for task in policies.choose(queued, pending, active, lambda task: self.remaining_steps(task.id)):
-            if snapshot is None or self._has_room(task, snapshot):
-                self._begin(task, snapshot)
+            avoid = self._avoid(task, snapshot)
+            if snapshot is None or self._has_room(task, snapshot, avoid):
+                self._begin(task, snapshot, avoid)
         if snapshot is None:
             return
         placement = Placement(snapshot, self.speeds, self._clock(), self._kinds)
@@ -354,8 +355,8 @@ class Controller:
             assert isinstance(state, Running)
             self._move(task_id, state)
             placement.leaves(task_id)
-        for task, node_id in placement.to_place():
-            self._begin(task, snapshot, node_id)
+        for task, node_id, avoid in placement.to_place():
+            self._begin(task, snapshot, avoid, node_id)
 
     def _give_up_gathering(self, snapshot: Snapshot) -> None:
         """Take back groups that wait for ranks on nodes that have died since."""
@@ -369,11 +370,19 @@ class Controller:
                 ):
                     self._leave(attempt.task, state.node, state.progress, "nodes died before it began")
 
-    def _has_room(self, task: Task, snapshot: Snapshot) -> bool:
+    def _avoid(self, task: Task, snapshot: Snapshot | None) -> frozenset[str]:
+        """Nodes that `task`, which the launcher places, should not go to now."""
+        history = self._history[task.id]
+        if snapshot is None or not snapshot.can_hold(task):
+            return history.avoid
+        needs = snapshot.taken(task).needs
+        return snapshot.spared(needs, history.avoid, task.workers, policies.would_wait(history))
+
+    def _has_room(self, task: Task, snapshot: Snapshot, avoid: frozenset[str]) -> bool:
         """Whether all workers of a group fit now; where they do not, what is free is kept for them."""
         if not task.is_group or not snapshot.can_hold(task):
             return True
-        needs, avoid = snapshot.taken(task).needs, self._history[task.id].avoid
+        needs = snapshot.taken(task).needs
         return all([snapshot.take_any(needs, avoid) for _ in range(task.workers)])
 
     def _ready(self) -> list[Task]:
@@ -405,11 +414,11 @@ class Controller:
         state = self.states[task.id]
         progress = state.progress if isinstance(state, Waiting | Retrying) else None
         try:
-            placement.add_waiting(task, progress, self._history[task.id].avoid)
+            placement.add_waiting(task, progress, self._history[task.id])
         except PlacementError as error:
             self.states[task.id] = policies.after_no_place(error, self._clock())
 
-    def _begin(self, task: Task, snapshot: Snapshot | None, node_id: str | None = None) -> None:
+    def _begin(self, task: Task, snapshot: Snapshot | None, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Place one task, with the first of its demands that can be met."""
         now = self._clock()
         state = self.states[task.id]
@@ -423,7 +432,7 @@ class Controller:
                 attempt, said = _Attempt(replace(sized, needs=taken.needs), taken.group), taken.said
                 if sized.workers < task.workers:
                     said = f"goes on with {sized.workers} of {task.workers} workers"
-            self._launcher.place(attempt.task, self._history[task.id].avoid, node_id)
+            self._launcher.place(attempt.task, avoid, node_id)
         except PlacementError as error:
             self.states[task.id] = policies.after_no_place(error, now)
         else:

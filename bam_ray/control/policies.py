@@ -110,13 +110,22 @@ def after_failure(task: Task, history: History, broke: Broke, now: float) -> tup
         failures=failures,
         outages=outages,
         checkpoint_step=max(history.checkpoint_step, reached),
-        avoid=history.avoid | ({broke.node.id} if broke.node and not broke.store_fault else frozenset()),
+        avoid=(frozenset() if got_further else history.avoid)
+        | ({broke.node.id} if broke.node and not broke.store_fault else frozenset()),
     )
     if broke.final or failures >= task.max_attempts or outages >= MOST_OUTAGES:
         tries = "" if broke.final else f" ({history.attempts} attempts)"
         return history, Failed(broke.error + tries, broke.node, broke.log, broke.progress)
     delay = 0.0 if broke.node_fault else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** max(0, failures - 1, outages - 1))
     return history, Retrying(broke.error, now + delay, broke.progress)
+
+
+def would_wait(history: History) -> bool:
+    """Whether a task should wait for a node that is busy rather than go back to one that it failed on.
+
+    One failure may be chance, and a node that idles does no work; two in a row may be the node's doing.
+    """
+    return history.failures > 1
 
 
 def after_no_place(error: PlacementError, now: float) -> Retrying:

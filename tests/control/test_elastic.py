@@ -10,7 +10,7 @@ from bam_ray.control import elastic
 from bam_ray.control.elastic import fewer_workers
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.nodes import NodeFacts
-from bam_ray.control.policies import PLACEMENT_DELAY
+from bam_ray.control.policies import FIRST_DELAY, PLACEMENT_DELAY
 from bam_ray.control.sightings import Alive, Broke, Stopped
 from bam_ray.control.states import Node, Retrying, Running, Waiting
 from bam_ray.control.tasks import Progress, Task
@@ -101,6 +101,26 @@ def test_a_group_goes_on_with_fewer_when_a_node_stays_away() -> None:
     scene.step()
     assert scene.workers == [4, 3, 2, 4], "all are there again"
     assert scene.controller.history("g").no_place_since is None
+
+
+def test_a_group_that_needs_every_node_goes_on_where_its_rank_died() -> None:
+    scene = Groups("abc", group(3))
+    scene.step()
+    scene.step(g=Alive(Node("a", "a"), Progress(10, 100)))
+    scene.step(g=Broke("the process of rank 0 died", Node("a", "a")))
+    scene.now += FIRST_DELAY
+    scene.step()
+    assert scene.script.placed == [("g", frozenset()), ("g", frozenset())]
+
+
+def test_a_group_keeps_off_a_node_where_the_others_are_free() -> None:
+    scene = Groups("abcd", group(3))
+    scene.step()
+    scene.step(g=Alive(Node("a", "a"), Progress(10, 100)))
+    scene.step(g=Broke("the process of rank 0 died", Node("a", "a")))
+    scene.now += FIRST_DELAY
+    scene.step()
+    assert scene.script.placed[-1] == ("g", frozenset({"a"}))
 
 
 def test_a_node_that_comes_back_in_time_is_waited_for() -> None:
