@@ -121,6 +121,7 @@ class History:
     attempts: int = 0  # begun
     failures: int = 0  # in a row, of those that count against `Task.max_attempts`
     outages: int = 0  # the last so many ended because the blob store was away
+    node_deaths: int = 0  # attempts that ended with their node since the last that got further
     checkpoint_step: int = 0  # the furthest seen
     avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on since it last got further
     ended: tuple[Ended, ...] = ()

@@ -166,12 +166,33 @@ def test_an_attempt_that_got_further_is_not_counted_and_begins_the_count_anew() 
     for checkpoint in (2, 4, 6):
         scene.now += policies.LONGEST_DELAY
         scene.step()
-        scene.step(a=Broke("node died", HERE, Progress(checkpoint, 10, checkpoint_step=checkpoint), node_fault=True))
-        assert scene.kinds() == {"a": Placing}, "a node's fault is retried at once"
-        scene.step(a=Broke("node died", HERE, node_fault=True))
-        assert scene.kinds() == {"a": Placing}, "the first that got no further"
-    scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
+        scene.step(a=Broke("boom", HERE, Progress(checkpoint, 10, checkpoint_step=checkpoint)))
+        assert scene.controller.history("a").failures == 0
+        scene.now += policies.LONGEST_DELAY
+        scene.step()
+        scene.step(a=Broke("boom", HERE))
+        assert scene.kinds() == {"a": Retrying}, "the first that got no further"
+    scene.now += policies.LONGEST_DELAY
+    scene.step()
+    scene.step(a=Broke("boom", HERE, Progress(6, 10, checkpoint_step=6)))
     assert scene.kinds() == {"a": Failed}
+
+
+def test_nodes_that_die_are_no_fault_of_the_task_but_one_that_brings_them_down_ends() -> None:
+    scene = Scene(make("a", attempts=2))
+    scene.step()
+    deaths = policies.MOST_NODE_DEATHS
+    for count in range(1, deaths):
+        scene.step(a=Broke("node died", Node(str(count), "spot"), node_fault=True))
+        assert scene.kinds() == {"a": Placing}, "retried at once"
+    assert scene.controller.history("a").failures == 0
+    scene.step(a=Broke("node died", HERE, Progress(3, 10, checkpoint_step=3), node_fault=True))
+    for _ in range(deaths):
+        assert scene.kinds() == {"a": Placing}, "it had got further"
+        scene.step(a=Broke("node died", HERE, node_fault=True))
+    state = scene.controller.states["a"]
+    assert isinstance(state, Failed)
+    assert state.error == f"node died ({2 * deaths} attempts)"
 
 
 def test_a_store_that_was_away_is_no_fault_of_task_or_node_but_not_waited_for_without_end() -> None:
