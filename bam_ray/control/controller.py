@@ -18,8 +18,8 @@ from typing import Literal
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST, Kind
 from bam_ray.control import elastic, policies
+from bam_ray.control.demands import DemandCheck
 from bam_ray.control.launcher import Launcher
-from bam_ray.control.nodes import NodeFacts
 from bam_ray.control.placement import Placement
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
 from bam_ray.control.snapshot import Snapshot
@@ -81,7 +81,7 @@ class Controller:
         self._placed: dict[str, _Attempt] = {}  # the last of each task
         self._kinds: dict[str, str] = {}  # of nodes that were ever seen, by id
         self._expected: list[str] = []
-        self._checked = False  # whether nodes were there to check the demands of all tasks against
+        self._demands = DemandCheck(clock())
         with ThreadPoolExecutor(max_workers=16) as pool:  # one round trip to the store each
             committed = list(pool.map(self._is_committed, tasks))
         self.states: dict[str, State] = {
@@ -95,13 +95,14 @@ class Controller:
     def step(self) -> bool:
         """Poll, decide, act; returns whether a task changed its kind of state.
 
-        Raises `PlacementError`, before anything begins, where the nodes that there are could not hold some task.
+        Raises `PlacementError` where the cluster could never hold some task: see `demands`.
         """
         before = {task_id: type(state) for task_id, state in self.states.items()}
         nodes = self._launcher.nodes()
         self._kinds.update((node.id, node.kind) for node in nodes or ())
-        if nodes and not self._checked:
-            self._check_demands(nodes)
+        if nodes and not self._stopping:
+            open_tasks = [task for id, task in self.tasks.items() if not isinstance(self.states[id], Committed)]
+            self._demands.look(open_tasks, nodes, self._clock())
         for task_id, sighting in self._launcher.poll().items():
             self._see(self.tasks[task_id], sighting)
         self._kill_deaf()
@@ -181,17 +182,6 @@ class Controller:
 
     def _is_committed(self, task: Task) -> bool:
         return self._store.exists(f"{task.kind}/{task.id}/{MANIFEST}")
-
-    def _check_demands(self, nodes: Sequence[NodeFacts]) -> None:
-        """Refuse what the first nodes that work could never hold; what they could is waited for when they are away."""
-        if not any(node.works for node in nodes):
-            return  # the workers of a cluster that has just begun are still to come
-        self._checked = True
-        snapshot = Snapshot(nodes)
-        for task in self.tasks.values():
-            committed = isinstance(self.states[task.id], Committed)
-            if not committed and elastic.shrunk(task, snapshot.can_hold) is None:
-                snapshot.taken(task)
 
     def _see(self, task: Task, sighting: Sighting) -> None:
         """Move one task according to what the launcher saw of it."""

@@ -15,6 +15,7 @@ from bam_ray.settings.recipe import Demand, Needs
 
 NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
 ACCELERATOR = "ray.io/accelerator-type"  # and this to nodes with an accelerator
+HEAD = "node:__internal_head__"  # a resource that Ray gives the head
 RAYS_OWN = "ray.io/"  # labels that begin so tell single nodes or places apart, not kinds
 GIB = 1 << 30
 MANY = 1 << 30
@@ -50,9 +51,9 @@ class NodeFacts:
         return ", ".join([what, *own])
 
     @property
-    def works(self) -> bool:
-        """Whether it is there for tasks; a head that has neither CPU nor GPU to give is not."""
-        return any(self.resources.get(name, 0.0) for name in ("CPU", "GPU"))
+    def is_head(self) -> bool:
+        """Whether it is the node that the others join."""
+        return HEAD in self.resources
 
 
 def resources_of(demand: Demand) -> dict[str, float]:

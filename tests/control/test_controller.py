@@ -13,8 +13,9 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import policies
 from bam_ray.control.controller import DRAIN_PATIENCE, MOVE_PATIENCE, Controller
+from bam_ray.control.demands import JOIN_PATIENCE
 from bam_ray.control.launcher import InProcessLauncher
-from bam_ray.control.nodes import NodeFacts
+from bam_ray.control.nodes import HEAD, NodeFacts
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
 from bam_ray.control.states import Blocked, Committed, Draining, Failed, Node, Placing, Retrying, Running, Waiting
 from bam_ray.control.tasks import Progress, StageContext, Task
@@ -491,17 +492,28 @@ def test_what_is_queued_waits_while_the_only_node_for_it_is_away() -> None:
     assert sorted(scene.script.names) == ["child", "first", "queued"]
 
 
-def test_a_head_that_was_just_begun_again_waits_for_its_workers() -> None:
-    scene = Nodes(trained("a"))
-    head = node("head", free=0.0, cpus=0.0)
-    scene.script.there = [head]
+LONE_HEAD = NodeFacts("head", "head", "", {"CPU": 8.0, HEAD: 1.0}, {}, {"CPU": 8.0})
+
+
+def test_a_head_that_was_just_begun_waits_for_its_workers() -> None:
+    scene = Nodes(make("corpus"), replace(trained("a"), needs=Needs(labels={"kind": "slow"})))
+    scene.script.there = [LONE_HEAD]
     scene.step()
-    assert scene.kinds() == {"a": Retrying}
-    assert scene.script.expected == [["a"]], "a cluster that grows on demand hears of it"
-    scene.script.there = [head, node("slow")]
+    assert scene.kinds() == {"corpus": Placing, "a": Retrying}, "the head can do something"
+    assert scene.script.expected == [["a", "corpus"]], "a cluster that grows on demand hears of it"
+    scene.script.there = [LONE_HEAD, node("slow")]
     scene.now += policies.PLACEMENT_DELAY
     scene.step()
-    assert scene.script.names == ["a"]
+    assert scene.script.names == ["corpus", "a"]
+
+
+def test_a_head_that_stays_alone_is_all_there_is() -> None:
+    scene = Nodes(replace(trained("a"), needs=Needs(gpus=1)))
+    scene.script.there = [LONE_HEAD]
+    scene.step()
+    scene.now += JOIN_PATIENCE
+    with pytest.raises(PlacementError, match="branches/a needs 1 CPU, 1 GPU, which the 1 living nodes can never give"):
+        scene.step()
 
 
 def test_a_demand_that_can_never_be_met_is_refused_before_anything_begins() -> None:
@@ -520,7 +532,7 @@ def test_a_demand_that_can_never_be_met_is_refused_before_anything_begins() -> N
 
 def test_a_demand_is_checked_against_the_first_workers_where_a_head_came_alone() -> None:
     scene = Nodes(replace(trained("a"), needs=Needs(gpus=1)))
-    scene.script.there = [node("head", free=0.0, cpus=0.0)]
+    scene.script.there = [LONE_HEAD]
     scene.step()
     scene.script.there.append(node("slow"))
     with pytest.raises(PlacementError, match="branches/a needs 1 CPU, 1 GPU"):

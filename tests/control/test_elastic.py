@@ -147,14 +147,31 @@ def test_without_fewer_that_fit_it_waits(least: int | None, left: str) -> None:
     assert "needs 4 × (1 CPU)" in str(scene.controller.states["g"])
 
 
-def test_a_run_that_begins_on_too_few_nodes_waits_or_says_so_at_once() -> None:
+def test_a_run_that_begins_on_too_few_nodes_is_refused_or_goes_on_with_fewer_when_no_more_have_come() -> None:
     scene = Groups("ab", group(4))
+    scene.step()
+    assert "needs 4 × (1 CPU)" in str(scene.controller.states["g"]), "it is said at once"
+    scene.now += elastic.PATIENCE
     with pytest.raises(PlacementError, match=r"4 × \(1 CPU\), which the 2 living nodes can never give"):
         scene.step()
     scene = Groups("ab", group(4, least=2))
     scene.step()
     assert isinstance(scene.controller.states["g"], Retrying)
     scene.now += elastic.PATIENCE
+    scene.step()
+    assert scene.workers == [2]
+
+
+def test_nodes_that_join_one_after_another_are_enough_even_where_one_is_away_again() -> None:
+    scene = Groups("a", group(2))
+    scene.step()
+    scene.script.there = cluster("a", "b")
+    scene.step()
+    scene.script.there = cluster("a")
+    scene.now += elastic.PATIENCE
+    scene.step()
+    scene.script.there = cluster("a", "b")
+    scene.now += PLACEMENT_DELAY
     scene.step()
     assert scene.workers == [2]
 
