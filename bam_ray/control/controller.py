@@ -18,6 +18,7 @@ from typing import Literal
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST, Kind
 from bam_ray.control import elastic, policies
+from bam_ray.control.demands import DemandCheck
 from bam_ray.control.launcher import Launcher
 from bam_ray.control.placement import Placement
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
@@ -80,6 +81,7 @@ class Controller:
         self._placed: dict[str, _Attempt] = {}  # the last of each task
         self._kinds: dict[str, str] = {}  # of nodes that were ever seen, by id
         self._expected: list[str] = []
+        self._demands = DemandCheck(clock())
         with ThreadPoolExecutor(max_workers=16) as pool:  # one round trip to the store each
             committed = list(pool.map(self._is_committed, tasks))
         self.states: dict[str, State] = {
@@ -91,10 +93,16 @@ class Controller:
         self._stopping = True
 
     def step(self) -> bool:
-        """Poll, decide, act; returns whether a task changed its kind of state."""
+        """Poll, decide, act; returns whether a task changed its kind of state.
+
+        Raises `PlacementError` where the cluster could never hold some task: see `demands`.
+        """
         before = {task_id: type(state) for task_id, state in self.states.items()}
         nodes = self._launcher.nodes()
         self._kinds.update((node.id, node.kind) for node in nodes or ())
+        if nodes and not self._stopping:
+            open_tasks = [task for id, task in self.tasks.items() if not isinstance(self.states[id], Committed)]
+            self._demands.look(open_tasks, nodes, self._clock())
         for task_id, sighting in self._launcher.poll().items():
             self._see(self.tasks[task_id], sighting)
         self._kill_deaf()
@@ -321,8 +329,9 @@ class Controller:
         if snapshot is not None:
             self._give_up_gathering(snapshot)
         for task in policies.choose(queued, pending, active, lambda task: self.remaining_steps(task.id)):
-            if snapshot is None or self._has_room(task, snapshot):
-                self._begin(task, snapshot)
+            avoid = self._avoid(task, snapshot)
+            if snapshot is None or self._has_room(task, snapshot, avoid):
+                self._begin(task, snapshot, avoid)
         if snapshot is None:
             return
         placement = Placement(snapshot, self.speeds, self._clock(), self._kinds)
@@ -337,8 +346,8 @@ class Controller:
             assert isinstance(state, Running)
             self._move(task_id, state)
             placement.leaves(task_id)
-        for task, node_id in placement.to_place():
-            self._begin(task, snapshot, node_id)
+        for task, node_id, avoid in placement.to_place():
+            self._begin(task, snapshot, avoid, node_id)
 
     def _give_up_gathering(self, snapshot: Snapshot) -> None:
         """Take back groups that wait for ranks on nodes that have died since."""
@@ -352,11 +361,19 @@ class Controller:
                 ):
                     self._leave(attempt.task, state.node, state.progress, "nodes died before it began")
 
-    def _has_room(self, task: Task, snapshot: Snapshot) -> bool:
+    def _avoid(self, task: Task, snapshot: Snapshot | None) -> frozenset[str]:
+        """Nodes that `task`, which the launcher places, should not go to now."""
+        history = self._history[task.id]
+        if snapshot is None or not snapshot.can_hold(task):
+            return history.avoid
+        needs = snapshot.taken(task).needs
+        return snapshot.spared(needs, history.avoid, task.workers, policies.would_wait(history))
+
+    def _has_room(self, task: Task, snapshot: Snapshot, avoid: frozenset[str]) -> bool:
         """Whether all workers of a group fit now; where they do not, what is free is kept for them."""
         if not task.is_group or not snapshot.can_hold(task):
             return True
-        needs, avoid = snapshot.taken(task).needs, self._history[task.id].avoid
+        needs = snapshot.taken(task).needs
         return all([snapshot.take_any(needs, avoid) for _ in range(task.workers)])
 
     def _ready(self) -> list[Task]:
@@ -388,11 +405,11 @@ class Controller:
         state = self.states[task.id]
         progress = state.progress if isinstance(state, Waiting | Retrying) else None
         try:
-            placement.add_waiting(task, progress, self._history[task.id].avoid)
+            placement.add_waiting(task, progress, self._history[task.id])
         except PlacementError as error:
-            self.states[task.id] = policies.after_no_place(self._history[task.id], error, self._clock())
+            self.states[task.id] = policies.after_no_place(error, self._clock())
 
-    def _begin(self, task: Task, snapshot: Snapshot | None, node_id: str | None = None) -> None:
+    def _begin(self, task: Task, snapshot: Snapshot | None, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Place one task, with the first of its demands that can be met."""
         now = self._clock()
         state = self.states[task.id]
@@ -406,10 +423,9 @@ class Controller:
                 attempt, said = _Attempt(replace(sized, needs=taken.needs), taken.group), taken.said
                 if sized.workers < task.workers:
                     said = f"goes on with {sized.workers} of {task.workers} workers"
-            self._launcher.place(attempt.task, self._history[task.id].avoid, node_id)
+            self._launcher.place(attempt.task, avoid, node_id)
         except PlacementError as error:
-            hope = snapshot is not None and elastic.shrunk(task, snapshot.can_hold) is not None
-            self.states[task.id] = policies.after_no_place(self._history[task.id], error, now, hope)
+            self.states[task.id] = policies.after_no_place(error, now)
         else:
             self._placed[task.id] = attempt
             history = self._history[task.id]

@@ -29,7 +29,7 @@ class Launcher(Protocol):
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Begin an attempt, on the node `node_id`, or (None) on one that is not in `avoid`, where others will do.
 
-        Where there is no room it is begun when there is. Raises `PlacementError` where it can never be.
+        Where there is no room it is begun when there is.
         """
         ...
 

@@ -15,6 +15,7 @@ from bam_ray.settings.recipe import Demand, Needs
 
 NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
 ACCELERATOR = "ray.io/accelerator-type"  # and this to nodes with an accelerator
+HEAD = "node:__internal_head__"  # a resource that Ray gives the head
 RAYS_OWN = "ray.io/"  # labels that begin so tell single nodes or places apart, not kinds
 GIB = 1 << 30
 MANY = 1 << 30
@@ -48,6 +49,11 @@ class NodeFacts:
         what = f"{gpus:g} {self.labels.get(ACCELERATOR, 'GPU')}" if gpus else f"{self.resources.get('CPU', 0.0):g} CPU"
         own = sorted(f"{key}={value}" for key, value in self.labels.items() if not key.startswith(RAYS_OWN))
         return ", ".join([what, *own])
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is the node that the others join."""
+        return HEAD in self.resources
 
 
 def resources_of(demand: Demand) -> dict[str, float]:

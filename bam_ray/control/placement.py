@@ -12,7 +12,7 @@ from bam_ray.control import policies
 from bam_ray.control.matching import Level, Slot, match, to_move
 from bam_ray.control.snapshot import Snapshot
 from bam_ray.control.speeds import Group, Speeds
-from bam_ray.control.states import Draining, Placing, Running
+from bam_ray.control.states import Draining, History, Placing, Running
 from bam_ray.control.tasks import Progress, Task
 from bam_ray.settings.recipe import Needs
 
@@ -27,7 +27,7 @@ class _Members:
     waiting: dict[str, tuple[Task, Level]] = field(default_factory=dict)
     active: dict[str, Level] = field(default_factory=dict)
     leaving: dict[str, Level] = field(default_factory=dict)
-    avoid: dict[str, frozenset[str]] = field(default_factory=dict)
+    history: dict[str, History] = field(default_factory=dict)
 
 
 class Placement:
@@ -56,12 +56,12 @@ class Placement:
         else:
             members.active[task.id] = level
 
-    def add_waiting(self, task: Task, progress: Progress | None, avoid: frozenset[str]) -> None:
+    def add_waiting(self, task: Task, progress: Progress | None, history: History) -> None:
         """One that is ready; raises `PlacementError` where no node can ever hold it."""
         taken = self._snapshot.taken(task)
         members = self._groups.setdefault(taken.group, _Members(taken.needs))
         members.waiting[task.id] = task, Level(task.id, _tokens(task, progress))
-        members.avoid[task.id] = avoid
+        members.history[task.id] = history
 
     def to_move(self) -> list[str]:
         """Running tasks that should leave their nodes."""
@@ -81,31 +81,31 @@ class Placement:
             if task_id in members.active:
                 members.leaving[task_id] = members.active.pop(task_id)
 
-    def to_place(self) -> Iterator[tuple[Task, str | None]]:
-        """What should begin now, and on which node; None: on any with room."""
+    def to_place(self) -> Iterator[tuple[Task, str | None, frozenset[str]]]:
+        """What should begin now, and on which node; None: on any with room, off those that come third."""
         for group, members in self._groups.items():
             if self._slots(group, members, in_use=False):
                 yield from self._matched(group, members)
             else:
                 yield from self._anywhere(members)
 
-    def _matched(self, group: Group, members: _Members) -> Iterator[tuple[Task, str]]:
+    def _matched(self, group: Group, members: _Members) -> Iterator[tuple[Task, str, frozenset[str]]]:
         """The longest to the fastest; a task that is leaving, and its room, count as if it had left."""
         free = self._snapshot.free(members.needs)
         levels = [*(level for _, level in members.waiting.values()), *members.leaving.values()]
-        others = self._avoidable(members)
-        matched = match(levels, self._slots(group, members, in_use=False), others)
+        avoid = {task_id: self._spared(task_id, members) for task_id in members.waiting}
+        matched = match(levels, self._slots(group, members, in_use=False), avoid)
         for task_id, slot in matched.items():
             if task_id in members.waiting and free.get(slot.node_id, 0) > 0:
                 free[slot.node_id] -= 1
                 self._snapshot.take(slot.node_id, members.needs)
-                yield members.waiting[task_id][0], slot.node_id
+                yield members.waiting[task_id][0], slot.node_id, frozenset()
 
-    def _anywhere(self, members: _Members) -> Iterator[tuple[Task, None]]:
+    def _anywhere(self, members: _Members) -> Iterator[tuple[Task, None, frozenset[str]]]:
         for task, _ in sorted(members.waiting.values(), key=lambda each: each[1].tokens, reverse=True):
-            if not self._snapshot.take_any(members.needs, members.avoid[task.id]):
-                return
-            yield task, None
+            avoid = self._spared(task.id, members)
+            if self._snapshot.take_any(members.needs, avoid):
+                yield task, None, avoid
 
     def _slots(self, group: Group, members: _Members, in_use: bool) -> list[Slot]:
         """Room that is free or becomes so, or (`in_use`) all room of this group; empty where nothing was measured."""
@@ -124,10 +124,10 @@ class Placement:
             for _ in range(count)
         ]
 
-    def _avoidable(self, members: _Members) -> dict[str, frozenset[str]]:
-        """Nodes that tasks should keep off, where others could ever hold them."""
-        fitting = {node.id for node in self._snapshot.fitting(members.needs)}
-        return {task_id: avoid for task_id, avoid in members.avoid.items() if fitting - avoid}
+    def _spared(self, task_id: str, members: _Members) -> frozenset[str]:
+        """Nodes that a waiting task should not go to now."""
+        history = members.history[task_id]
+        return self._snapshot.spared(members.needs, history.avoid, wait=policies.would_wait(history))
 
     def _may_move(self, group: Group, state: Placing | Running | Draining) -> bool:
         if not isinstance(state, Running) or state.steps_per_second is None:

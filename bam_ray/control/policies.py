@@ -2,9 +2,9 @@
 
 Retries: an error that would only repeat itself (settings, data, weights that do not fit) fails at once. Everything else
 is tried again, at most `Task.max_attempts` times in a row without moving the last checkpoint on: an attempt that got
-further than all before it begins the count anew, so a long task on nodes that are often taken away still ends. One that
-the blob store was away for does not count, being no fault of the task or of its node: those have a longer patience of
-their own.
+further than all before it begins the count anew. One whose node died, or that the blob store was away for, does not
+count, being no fault of the task: those have a longer patience of their own, each, so that a task on nodes that are
+often taken away still ends, and one that brings its nodes down does too.
 
 A quorum is met by the branches that have arrived: at once, or, where there is a deadline, when it has passed or nothing
 more can come.
@@ -45,6 +45,7 @@ MAX_PENDING = 32  # placed, but on no node yet: enough to keep nodes busy, few e
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles up to:
 LONGEST_DELAY = 60.0
 MOST_OUTAGES = 16  # attempts in a row for which the store was away: with their delays, ten minutes
+MOST_NODE_DEATHS = 16  # attempts that a node died under since the last that got further
 PIN_PATIENCE = 120.0  # seconds that a node has to take what was meant for it, before another is looked for
 PLACEMENT_DELAY = 15.0  # seconds between looks for a node that can hold a task whose node went away
 
@@ -103,24 +104,34 @@ def after_failure(task: Task, history: History, broke: Broke, now: float) -> tup
     """Try again or give up, when the attempt last placed has ended badly."""
     reached = (broke.progress.checkpoint_step if broke.progress else None) or 0
     got_further = reached > history.checkpoint_step
-    failures = 0 if got_further else history.failures + (not broke.store_fault)
+    failures = 0 if got_further else history.failures + (not broke.store_fault and not broke.node_fault)
+    node_deaths = 0 if got_further else history.node_deaths + broke.node_fault
     outages = history.outages + 1 if broke.store_fault else 0
     history = replace(
         history,
         failures=failures,
         outages=outages,
+        node_deaths=node_deaths,
         checkpoint_step=max(history.checkpoint_step, reached),
-        avoid=history.avoid | ({broke.node.id} if broke.node and not broke.store_fault else frozenset()),
+        avoid=(frozenset() if got_further else history.avoid)
+        | ({broke.node.id} if broke.node and not broke.store_fault else frozenset()),
     )
-    if broke.final or failures >= task.max_attempts or outages >= MOST_OUTAGES:
+    spent = failures >= task.max_attempts or outages >= MOST_OUTAGES or node_deaths >= MOST_NODE_DEATHS
+    if broke.final or spent:
         tries = "" if broke.final else f" ({history.attempts} attempts)"
         return history, Failed(broke.error + tries, broke.node, broke.log, broke.progress)
     delay = 0.0 if broke.node_fault else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** max(0, failures - 1, outages - 1))
     return history, Retrying(broke.error, now + delay, broke.progress)
 
 
-def after_no_place(history: History, error: PlacementError, now: float, hope: bool = False) -> Retrying | Failed:
-    """No node can hold a task: wrong from the start, or to be waited for: where it ran before, or there is `hope`."""
-    if history.attempts == 0 and not hope:
-        return Failed(str(error))
+def would_wait(history: History) -> bool:
+    """Whether a task should wait for a node that is busy rather than go back to one that it failed on.
+
+    One failure may be chance, and a node that idles does no work; two in a row may be the node's doing.
+    """
+    return history.failures > 1
+
+
+def after_no_place(error: PlacementError, now: float) -> Retrying:
+    """No living node can hold a task; those that could, when the run began, may come back."""
     return Retrying(str(error), now + PLACEMENT_DELAY)

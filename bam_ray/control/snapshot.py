@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from bam_ray.control.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, said_of, selects
+from bam_ray.control.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, room, said_of, selects
 from bam_ray.control.speeds import Group
 from bam_ray.control.tasks import Task
 from bam_ray.errors import PlacementError
@@ -69,11 +69,20 @@ class Snapshot:
             if wanted and node_id in rooms:
                 rooms[node_id] = fits(wanted, free)
 
+    def spared(self, needs: Needs, avoid: frozenset[str], workers: int = 1, wait: bool = False) -> frozenset[str]:
+        """`avoid` where the other nodes have room for `workers` now, or (`wait`) would have if they were idle, else
+        nothing."""
+        if not avoid:
+            return avoid
+        others = [node for node in self.fitting(needs) if node.id not in avoid]
+        free = self.free(needs)
+        there = room(needs, others, workers) if wait else sum(free.get(node.id, 0) for node in others)
+        return avoid if there >= workers else frozenset()
+
     def take_any(self, needs: Needs, avoid: Collection[str] = ()) -> bool:
-        """Give away room for one worker on the node with the most, off those to `avoid` where others could ever do."""
+        """Give away room for one worker on the node with the most that is not in `avoid`."""
         rooms = self._rooms_for(needs)
-        others: Collection[str] = [node_id for node_id in rooms if node_id not in avoid] if avoid else rooms
-        best = max(others or rooms, key=rooms.__getitem__, default=None)
+        best = max((node_id for node_id in rooms if node_id not in avoid), key=rooms.__getitem__, default=None)
         if best is None or rooms[best] < 1:
             return False
         self.take(best, needs)

@@ -121,8 +121,9 @@ class History:
     attempts: int = 0  # begun
     failures: int = 0  # in a row, of those that count against `Task.max_attempts`
     outages: int = 0  # the last so many ended because the blob store was away
+    node_deaths: int = 0  # attempts that ended with their node since the last that got further
     checkpoint_step: int = 0  # the furthest seen
-    avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on
+    avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on since it last got further
     ended: tuple[Ended, ...] = ()
     said: str = ""  # of the demand that was taken
     no_place_since: float | None = None  # since when no nodes could hold it

@@ -200,10 +200,12 @@ def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: R
 def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Recipe) -> None:
     needs = seeded.branch.needs.model_copy(update={"labels": {"gpu": "in(A100,H100)"}})
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"needs": needs})})
-    run = Run(recipe, ["branches"])
-    assert run.join() == "failed"
-    assert run.state("branches", "law").error == (
-        "branches/law needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give "
+    store = FolderStore(recipe.store.uri)
+    launcher = RayLauncher(recipe, store, an_engine, STAND_INS)
+    with pytest.raises(PlacementError) as caught:
+        Controller(subset(task_graph(recipe), ["branches"]), store, launcher).step()
+    assert str(caught.value).endswith(
+        " needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give "
         "(3 × 2 CPU, kind=plain; 1 × 0 CPU): mend branch.needs (or its override) or add nodes"
     )
 

@@ -13,8 +13,9 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import policies
 from bam_ray.control.controller import DRAIN_PATIENCE, MOVE_PATIENCE, Controller
+from bam_ray.control.demands import JOIN_PATIENCE
 from bam_ray.control.launcher import InProcessLauncher
-from bam_ray.control.nodes import NodeFacts
+from bam_ray.control.nodes import HEAD, NodeFacts
 from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
 from bam_ray.control.states import Blocked, Committed, Draining, Failed, Node, Placing, Retrying, Running, Waiting
 from bam_ray.control.tasks import Progress, StageContext, Task
@@ -39,7 +40,6 @@ class Script:
         self.sightings: dict[str, Sighting] = {}
         self.placed: list[tuple[str, frozenset[str]]] = []
         self.drained: list[str] = []
-        self.nowhere: set[str] = set()
         self.there: list[NodeFacts] | None = None  # None: this launcher chooses among its own
         self.meant_for: dict[str, str | None] = {}
         self.expected: list[list[str]] = []
@@ -51,8 +51,6 @@ class Script:
         self.expected.append([task.id for task in tasks])
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-        if task.id in self.nowhere:
-            raise PlacementError(f"no node for {task.id}")
         assert task.id not in self.sightings, "two attempts at once"
         self.placed.append((task.id, avoid))
         self.meant_for[task.id] = node_id
@@ -169,12 +167,33 @@ def test_an_attempt_that_got_further_is_not_counted_and_begins_the_count_anew() 
     for checkpoint in (2, 4, 6):
         scene.now += policies.LONGEST_DELAY
         scene.step()
-        scene.step(a=Broke("node died", HERE, Progress(checkpoint, 10, checkpoint_step=checkpoint), node_fault=True))
-        assert scene.kinds() == {"a": Placing}, "a node's fault is retried at once"
-        scene.step(a=Broke("node died", HERE, node_fault=True))
-        assert scene.kinds() == {"a": Placing}, "the first that got no further"
-    scene.step(a=Broke("node died", HERE, Progress(6, 10, checkpoint_step=6), node_fault=True))
+        scene.step(a=Broke("boom", HERE, Progress(checkpoint, 10, checkpoint_step=checkpoint)))
+        assert scene.controller.history("a").failures == 0
+        scene.now += policies.LONGEST_DELAY
+        scene.step()
+        scene.step(a=Broke("boom", HERE))
+        assert scene.kinds() == {"a": Retrying}, "the first that got no further"
+    scene.now += policies.LONGEST_DELAY
+    scene.step()
+    scene.step(a=Broke("boom", HERE, Progress(6, 10, checkpoint_step=6)))
     assert scene.kinds() == {"a": Failed}
+
+
+def test_nodes_that_die_are_no_fault_of_the_task_but_one_that_brings_them_down_ends() -> None:
+    scene = Scene(make("a", attempts=2))
+    scene.step()
+    deaths = policies.MOST_NODE_DEATHS
+    for count in range(1, deaths):
+        scene.step(a=Broke("node died", Node(str(count), "spot"), node_fault=True))
+        assert scene.kinds() == {"a": Placing}, "retried at once"
+    assert scene.controller.history("a").failures == 0
+    scene.step(a=Broke("node died", HERE, Progress(3, 10, checkpoint_step=3), node_fault=True))
+    for _ in range(deaths):
+        assert scene.kinds() == {"a": Placing}, "it had got further"
+        scene.step(a=Broke("node died", HERE, node_fault=True))
+    state = scene.controller.states["a"]
+    assert isinstance(state, Failed)
+    assert state.error == f"node died ({2 * deaths} attempts)"
 
 
 def test_a_store_that_was_away_is_no_fault_of_task_or_node_but_not_waited_for_without_end() -> None:
@@ -209,22 +228,6 @@ def test_one_failure_stops_only_what_is_made_from_it() -> None:
     scene.finish("b")
     scene.finish("of_b")
     assert scene.controller.outcome() == "failed"
-
-
-def test_a_demand_that_no_node_meets_fails_at_once_but_is_waited_for_where_it_was_met_before() -> None:
-    scene = Scene(make("never"), make("later"))
-    scene.script.nowhere.add("never")
-    scene.step()
-    assert scene.kinds() == {"never": Failed, "later": Placing}
-    scene.script.nowhere.add("later")
-    scene.step(later=Broke("node died", HERE, node_fault=True))
-    assert scene.kinds()["later"] is Retrying
-    scene.script.nowhere.clear()
-    scene.step()
-    assert scene.script.names == ["later"], "not looked for at every step"
-    scene.now += policies.PLACEMENT_DELAY
-    scene.step()
-    assert scene.script.names == ["later", "later"]
 
 
 def test_ending_without_a_manifest_is_a_failure() -> None:
@@ -462,13 +465,78 @@ def test_work_without_checkpoints_stays_where_a_node_is_leaving() -> None:
 
 def test_a_fallback_is_taken_and_said() -> None:
     needs = Needs(gpus=1, fallback=(Demand(cpus=1),))
-    scene = Nodes(replace(trained("a"), needs=needs), replace(trained("b"), needs=Needs(gpus=1)))
+    scene = Nodes(replace(trained("a"), needs=needs))
     scene.step()
     assert scene.script.names == ["a"]
     assert scene.controller.history("a").said == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU"
-    state = scene.controller.states["b"]
-    assert isinstance(state, Failed)
-    assert "branches/b needs 1 CPU, 1 GPU, which the 2 living nodes can never give" in state.error
+
+
+# Demands that no living node meets
+
+
+def test_what_is_queued_waits_while_the_only_node_for_it_is_away() -> None:
+    needs = Needs(labels={"kind": "fast"})
+    first, queued, child = trained("first"), trained("queued", 80), make("child", "first")
+    scene = Nodes(*(replace(task, needs=needs) for task in (first, queued, child)))
+    scene.step()
+    scene.busy("fast")
+    scene.step(first=Alive(Node("fast", "fast"), None))
+    scene.script.there = [node("slow")]
+    scene.finish("first")
+    assert scene.kinds() == {"first": Committed, "queued": Retrying, "child": Retrying}
+    scene.script.there = [node("fast"), node("slow")]
+    scene.step()
+    assert scene.script.names == ["first"], "not looked for at every step"
+    scene.now += policies.PLACEMENT_DELAY
+    scene.step()
+    assert sorted(scene.script.names) == ["child", "first", "queued"]
+
+
+LONE_HEAD = NodeFacts("head", "head", "", {"CPU": 8.0, HEAD: 1.0}, {}, {"CPU": 8.0})
+
+
+def test_a_head_that_was_just_begun_waits_for_its_workers() -> None:
+    scene = Nodes(make("corpus"), replace(trained("a"), needs=Needs(labels={"kind": "slow"})))
+    scene.script.there = [LONE_HEAD]
+    scene.step()
+    assert scene.kinds() == {"corpus": Placing, "a": Retrying}, "the head can do something"
+    assert scene.script.expected == [["a", "corpus"]], "a cluster that grows on demand hears of it"
+    scene.script.there = [LONE_HEAD, node("slow")]
+    scene.now += policies.PLACEMENT_DELAY
+    scene.step()
+    assert scene.script.names == ["corpus", "a"]
+
+
+def test_a_head_that_stays_alone_is_all_there_is() -> None:
+    scene = Nodes(replace(trained("a"), needs=Needs(gpus=1)))
+    scene.script.there = [LONE_HEAD]
+    scene.step()
+    scene.now += JOIN_PATIENCE
+    with pytest.raises(PlacementError, match="branches/a needs 1 CPU, 1 GPU, which the 1 living nodes can never give"):
+        scene.step()
+
+
+def test_a_demand_that_can_never_be_met_is_refused_before_anything_begins() -> None:
+    story = [make("seed"), make("branch", "seed"), replace(make("mix", "branch"), needs=Needs(gpus=1))]
+    scene = Nodes(*story)
+    with pytest.raises(
+        PlacementError, match="branches/mix needs 1 CPU, 1 GPU, which the 2 living nodes can never give"
+    ):
+        scene.step()
+    assert scene.script.placed == []
+    commit(scene.store, scene.tasks["mix"])
+    done = Controller(story, scene.store, scene.script)
+    done.step()
+    assert scene.script.names == ["seed"], "what is committed needs nothing"
+
+
+def test_a_demand_is_checked_against_the_first_workers_where_a_head_came_alone() -> None:
+    scene = Nodes(replace(trained("a"), needs=Needs(gpus=1)))
+    scene.script.there = [LONE_HEAD]
+    scene.step()
+    scene.script.there.append(node("slow"))
+    with pytest.raises(PlacementError, match="branches/a needs 1 CPU, 1 GPU"):
+        scene.step()
 
 
 # Over real threads

@@ -10,10 +10,11 @@ from bam_ray.control import elastic
 from bam_ray.control.elastic import fewer_workers
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.nodes import NodeFacts
-from bam_ray.control.policies import PLACEMENT_DELAY
+from bam_ray.control.policies import FIRST_DELAY, PLACEMENT_DELAY
 from bam_ray.control.sightings import Alive, Broke, Stopped
-from bam_ray.control.states import Failed, Node, Retrying, Running, Waiting
+from bam_ray.control.states import Node, Retrying, Running, Waiting
 from bam_ray.control.tasks import Progress, Task
+from bam_ray.errors import PlacementError
 
 WHERE = Node("1", "one")
 
@@ -102,6 +103,26 @@ def test_a_group_goes_on_with_fewer_when_a_node_stays_away() -> None:
     assert scene.controller.history("g").no_place_since is None
 
 
+def test_a_group_that_needs_every_node_goes_on_where_its_rank_died() -> None:
+    scene = Groups("abc", group(3))
+    scene.step()
+    scene.step(g=Alive(Node("a", "a"), Progress(10, 100)))
+    scene.step(g=Broke("the process of rank 0 died", Node("a", "a")))
+    scene.now += FIRST_DELAY
+    scene.step()
+    assert scene.script.placed == [("g", frozenset()), ("g", frozenset())]
+
+
+def test_a_group_keeps_off_a_node_where_the_others_are_free() -> None:
+    scene = Groups("abcd", group(3))
+    scene.step()
+    scene.step(g=Alive(Node("a", "a"), Progress(10, 100)))
+    scene.step(g=Broke("the process of rank 0 died", Node("a", "a")))
+    scene.now += FIRST_DELAY
+    scene.step()
+    assert scene.script.placed[-1] == ("g", frozenset({"a"}))
+
+
 def test_a_node_that_comes_back_in_time_is_waited_for() -> None:
     scene = Groups("abcd", group(4, least=2))
     scene.step()
@@ -126,14 +147,31 @@ def test_without_fewer_that_fit_it_waits(least: int | None, left: str) -> None:
     assert "needs 4 × (1 CPU)" in str(scene.controller.states["g"])
 
 
-def test_a_run_that_begins_on_too_few_nodes_waits_or_says_so_at_once() -> None:
+def test_a_run_that_begins_on_too_few_nodes_is_refused_or_goes_on_with_fewer_when_no_more_have_come() -> None:
     scene = Groups("ab", group(4))
     scene.step()
-    assert isinstance(scene.controller.states["g"], Failed)
+    assert "needs 4 × (1 CPU)" in str(scene.controller.states["g"]), "it is said at once"
+    scene.now += elastic.PATIENCE
+    with pytest.raises(PlacementError, match=r"4 × \(1 CPU\), which the 2 living nodes can never give"):
+        scene.step()
     scene = Groups("ab", group(4, least=2))
     scene.step()
     assert isinstance(scene.controller.states["g"], Retrying)
     scene.now += elastic.PATIENCE
+    scene.step()
+    assert scene.workers == [2]
+
+
+def test_nodes_that_join_one_after_another_are_enough_even_where_one_is_away_again() -> None:
+    scene = Groups("a", group(2))
+    scene.step()
+    scene.script.there = cluster("a", "b")
+    scene.step()
+    scene.script.there = cluster("a")
+    scene.now += elastic.PATIENCE
+    scene.step()
+    scene.script.there = cluster("a", "b")
+    scene.now += PLACEMENT_DELAY
     scene.step()
     assert scene.workers == [2]
 

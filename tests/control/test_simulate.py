@@ -1,14 +1,19 @@
 """Runs on clusters that are not there: the real controller over simulated nodes and time."""
 
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from bam_ray.blobs.memory import MemoryStore
 from bam_ray.control.cluster_file import ClusterFile, load_cluster
+from bam_ray.control.controller import Controller
 from bam_ray.control.matching import bound
-from bam_ray.control.simulate import Simulated, simulate
+from bam_ray.control.sightings import Alive, Broke, Sighting
+from bam_ray.control.simulate import Simulated, SimulatedLauncher, simulate
 from bam_ray.control.tasks import Task
-from bam_ray.errors import SettingsError
+from bam_ray.errors import PlacementError, SettingsError
 from bam_ray.settings import Needs
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "recipes" / "clusters").glob("*.yaml"))
@@ -83,15 +88,42 @@ def test_twelve_branches_are_committed_on_eight_nodes_that_are_taken_away() -> N
     assert result.seconds >= at_best(tasks, MIXED)
 
 
+class OneKill(SimulatedLauncher):
+    """Kills the process of `b0` once; its node stays."""
+
+    killed = False
+
+    def poll(self) -> dict[str, Sighting]:
+        seen = super().poll()
+        if self.now >= 100 and not self.killed:
+            self.killed = True
+            seen["b0"] = Broke("its process died", cast(Alive, seen["b0"]).node)
+        return seen
+
+
+def test_a_killed_process_goes_on_at_once_on_its_node_where_the_other_is_busy() -> None:
+    seconds = {}
+    for kind in (SimulatedLauncher, OneKill):
+        store = MemoryStore()
+        nodes = cluster({"a": (1, 1000.0), "b": (1, 1000.0)})
+        launcher = kind(nodes, store, lambda task, group: group.tokens_per_second, {}, seed=0)
+        controller = Controller(branches(2, 3000), store, launcher, clock=partial(getattr, launcher, "now"))
+        while controller.outcome() == "running" and launcher.now < 10000:
+            controller.step()
+            launcher.advance(launcher.now + 1)
+        seconds[kind] = launcher.now
+    assert seconds[OneKill] < seconds[SimulatedLauncher] + 150, "what was done by then, a start, a delay"
+
+
 def test_the_same_seed_is_the_same_run() -> None:
     tasks, where = branches(12, 9000), cluster(MIXED, preemptions_per_hour=0.5)
     assert run(tasks, where, seed=1) == run(tasks, where, seed=1)
     assert run(tasks, where, seed=1) != run(tasks, where, seed=2)
 
 
-def test_a_cluster_that_can_never_hold_a_branch_fails_at_once() -> None:
-    result = run(branches(2, 100, Needs(gpus=1)), cluster(MIXED))
-    assert (result.outcome, result.seconds) == ("failed", 0.0)
+def test_a_cluster_that_can_never_hold_a_branch_is_refused() -> None:
+    with pytest.raises(PlacementError, match="branches/b0 needs 1 CPU, 1 GPU, which the 8 living nodes can never give"):
+        run(branches(2, 100, Needs(gpus=1)), cluster(MIXED))
 
 
 def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest() -> None:
