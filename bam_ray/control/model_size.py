@@ -1,12 +1,12 @@
 """How large models are, by their configuration alone: parameters, operations, bytes. No torch.
 
-Parameters of a layer: attention 2dq + 2dc (query width q, key/value width c), FFN 3df, norms; biases, where a family
-has any, are left out (less than one in a thousand). Bytes are estimates for full training with AdamW in fp32: 4 each
-for weight and gradient, 8 for Adam's two states.
+Parameters of a layer: attention 2dq + 2dc (query width q, key/value width c), FFN 3df, or 2df where it is not gated,
+norms; biases, where a family has only some, are left out (less than one in a thousand). Bytes are estimates for full
+training with AdamW in fp32: 4 each for weight and gradient, 8 for Adam's two states.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bam_ray.blobs import open_store
@@ -29,7 +29,8 @@ class ModelSize:
     key: int  # key/value heads × head_dim
     vocabulary: int
     tied: bool
-    norms: int  # in a layer
+    vectors: int  # of hidden size in a layer: norms, and biases where everything has one
+    ffn_matrices: int = 3  # gate, up and down; 2 without a gate
     experts: int = 1
     ffn_active: int = 1
     attention: int = 1  # attention experts
@@ -46,7 +47,7 @@ class ModelSize:
         """Those that expert parallelism divides among processes."""
         if self.experts == 1:
             return 0
-        layer = self.experts * 3 * self.hidden * self.ffn
+        layer = self.experts * self.ffn_matrices * self.hidden * self.ffn
         if self.attention > 1:
             layer += self.attention * 2 * self.hidden * self.query
             layer += self.keys * 2 * self.hidden * self.key if self.keys > 1 else 0
@@ -55,9 +56,9 @@ class ModelSize:
     @property
     def shared_parameters(self) -> int:
         """Those that every process has."""
-        layer = self.norms * self.hidden + self.routers * self.experts * self.hidden
+        layer = self.vectors * self.hidden + self.routers * self.experts * self.hidden
         if self.experts == 1:
-            layer += 3 * self.hidden * self.ffn
+            layer += self.ffn_matrices * self.hidden * self.ffn
         if self.attention == 1:
             layer += 2 * self.hidden * self.query
         if self.keys == 1:
@@ -70,7 +71,7 @@ class ModelSize:
         matrices = (
             self.attention * 2 * self.hidden * self.query
             + self.keys * 2 * self.hidden * self.key
-            + self.ffn_active * 3 * self.hidden * self.ffn
+            + self.ffn_active * self.ffn_matrices * self.hidden * self.ffn
             + self.routers * self.experts * self.hidden
         )
         scores = self.attention * context * self.query
@@ -84,7 +85,7 @@ class ModelSize:
         sequences = 1 if training.micro_batch_sequences == "auto" else training.micro_batch_sequences
         number = 2 if training.precision == "bf16" else 4
         layer = 2 * self.hidden + 3 * self.attention * self.query + 3 * self.keys * self.key
-        layer += 3 * self.ffn_active * self.ffn
+        layer += self.ffn_matrices * self.ffn_active * self.ffn
         # Scores over the vocabulary and their gradient are in fp32
         kept = self.hidden * self.layers + layer if training.recompute else self.layers * layer
         token = number * kept + 8 * self.vocabulary
@@ -98,15 +99,11 @@ class ModelSize:
         groups = mixture.method == "split" and mixture.split.attention == "groups"
         attention = mixture.method == "bam" or groups
         own_keys = groups or (attention and mixture.attention_experts == "kv_experts")
-        return ModelSize(
-            hidden=self.hidden,
+        return replace(
+            self,
             ffn=self.ffn // slices,
-            layers=self.layers,
             query=self.query // experts if groups else self.query,
             key=self.key // experts if groups else self.key,
-            vocabulary=self.vocabulary,
-            tied=self.tied,
-            norms=self.norms,
             experts=experts,
             ffn_active=mixture.num_experts_per_tok,
             attention=experts if attention else 1,
@@ -143,8 +140,8 @@ def _of_scratch(scratch: Scratch, vocabulary: int) -> ModelSize:
         query=scratch.hidden_size,
         key=scratch.kv_heads * head,
         vocabulary=vocabulary,
-        tied=True,  # as transformers' Cohere is
-        norms=1,
+        tied=scratch.tie_embeddings,
+        vectors=1,
     )
 
 
@@ -152,16 +149,19 @@ def _of_config(config: dict[str, Any]) -> ModelSize | None:
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         head = config.get("head_dim") or hidden // heads
-        parallel = config["model_type"] in ("cohere", "cohere2")
+        family, ffn = config["model_type"], config["intermediate_size"]
+        cohere, neox = family in ("cohere", "cohere2"), family == "gpt_neox"
         return ModelSize(
             hidden=hidden,
-            ffn=config["intermediate_size"],
+            ffn=ffn,
             layers=config["num_hidden_layers"],
             query=heads * head,
             key=config.get("num_key_value_heads", heads) * head,
             vocabulary=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", parallel),
-            norms=1 if parallel else 2,
+            tied=config.get("tie_word_embeddings", cohere),
+            # GPT-NeoX: two norms of two vectors, biases of q, k, v, o and the FFN's down; those of its up are ffn wide
+            vectors=9 + ffn // hidden if neox else 1 if cohere else 2,
+            ffn_matrices=2 if neox else 3,
         )
     except KeyError:
         return None

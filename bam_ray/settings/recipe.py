@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from bam_ray.settings.labels import LabelSelector
 from bam_ray.settings.mixing import DynamicBlend, Mixing
 from bam_ray.settings.quorum import Quorum, When
 from bam_ray.settings.strict import Blend, Count, Fraction, Name, Strict
@@ -103,7 +104,7 @@ class Demand(Strict):
     cpus: Annotated[float, Field(ge=0.0)] = 1.0
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     memory_gib: Annotated[float, Field(ge=0.0)] = 0.0
-    labels: dict[str, str] = Field(default={})  # Ray's label selector: {"ray.io/accelerator-type": "in(A100,H100)"}
+    labels: LabelSelector = Field(default={})  # Ray's: {"ray.io/accelerator-type": "in(A100,H100)"}
 
 
 class Needs(Demand):

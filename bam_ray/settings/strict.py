@@ -14,6 +14,6 @@ Blend = dict[Name, NotNegative]
 
 
 class Strict(BaseModel):
-    """Frozen, and closed to keys it does not know."""
+    """Frozen, closed to keys it does not know and to numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

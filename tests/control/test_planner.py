@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from bam_ray.control.cluster_file import ClusterFile, load_cluster
 from bam_ray.control.model_size import ModelSize, seed_size
@@ -53,41 +54,37 @@ def text(plan: Plan) -> str:
     return capture.get()
 
 
-def test_a_scratch_seed_is_counted_as_transformers_does() -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_scratch_seed_is_counted_as_transformers_does(tied: bool) -> None:
     from bam_ray.stages.dense import scratch_config
 
     class Corpus:
         vocab_size, end_of_text_id = 32000, 0
 
-    settings = recipe().seed.scratch
+    planned = recipe(f"seed.scratch.tie_embeddings={tied}")
+    settings = planned.seed.scratch
     assert settings is not None
     config = scratch_config(settings, Corpus())  # type: ignore[arg-type]
-    size = seed_size(recipe())
+    size = seed_size(planned)
     assert size is not None
     assert size.parameters == AutoModelForCausalLM.from_config(config).num_parameters()
     assert size.training_flops(1024) == pytest.approx(training_flops(config, 1024, 1))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_folders_model_is_counted_by_its_configuration(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+def test_a_folders_model_is_counted_by_its_configuration(tmp_path: Path, family: str) -> None:
+    config = tiny.CONFIGS[family]
     config.save_pretrained(tmp_path)
     size = seed_size(recipe(f"seed={{folder: {tmp_path}}}"))
     assert size is not None
-    assert size.parameters == AutoModelForCausalLM.from_config(config).num_parameters()
+    assert size.parameters == pytest.approx(AutoModelForCausalLM.from_config(config).num_parameters(), rel=0.01)
+    within_the_windows = 4
+    assert size.training_flops(within_the_windows) == pytest.approx(training_flops(config, within_the_windows, 1))
 
 
 def test_the_papers_mixtures_are_counted() -> None:
     """Table 9 of the paper, small seed: in all 587.2M, BTX 700.5M, BAM with shared and with own keys 738.3M, 776.0M."""
-    seed = ModelSize(1024, 2048, 6, 1024, 1024, 256_000, tied=False, norms=1)
+    seed = ModelSize(1024, 2048, 6, 1024, 1024, 256_000, tied=False, vectors=1)
     settings = recipe("upcycle.mixtures.shared={method: bam, attention_experts: kv_shared}").upcycle.mixtures
     sizes = [seed, *(seed.mixed(settings[name], 4) for name in ("btx", "shared", "bam"))]
     assert [round(size.parameters / 1e6, 1) for size in sizes] == [587.2, 700.5, 738.3, 776.0]

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from bam_ray.control.cluster_file import load_cluster
 from bam_ray.errors import SettingsError
 from bam_ray.settings import MixSettings, load_recipe, parse_recipe
+from bam_ray.settings.load import apply_override
 
 TRAINING: dict[str, Any] = {"tokens": 1000, "peak_lr": 0.001}
 
@@ -166,6 +168,8 @@ def test_what_is_no_yaml_is_no_recipe(text: str) -> None:
         ("branch.colour=red", "branch.colour: unknown key"),
         ("branch.training.tokens=many", "branch.training.tokens: Input should be a valid integer"),
         ("branch.domains=[code", "override 'branch.domains=[code': the value is not YAML"),
+        ('branch.needs.labels={"a": "!in("}', "branch.needs.labels: '!in(' is no condition on label a: write value, "),
+        ('mix.needs={fallback: [{labels: {"a b": x}}]}', "mix.needs.fallback.0.labels: 'a b' is no label: write"),
         ("branch..tokens=1", "override 'branch..tokens=1' is not of the form key.subkey=value"),
     ],
 )
@@ -211,3 +215,22 @@ def test_a_mixture_is_balanced_over_as_many_sequences_on_any_number_of_processes
     assert (of_two.balance_sequences, of_two.micro_batch(2), of_two.micro_batch(1)) == (6, 3, 6)
     assert [mix(workers=workers).micro_batch(workers) for workers in (2, 4, 16, 112)] == [8, 4, 1, 1]
     assert [mix(workers=workers).balance_sequences for workers in (2, 4, 16, 112)] == [16, 16, 16, 112]
+
+
+@pytest.mark.parametrize(
+    "place", ["seed.training.peak_lr", "branch.training.peak_lr", "mix.capacity_factor", "branch.needs.gpus"]
+)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_number_that_is_not_finite_is_refused(place: str, value: str) -> None:
+    assert f"{place}: Input should be a finite number" in said(yaml.safe_dump(plain()), [f"{place}={value}"])
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+@pytest.mark.parametrize("place", ["start_seconds", "stage_seconds.corpora", "nodes.a.tokens_per_second"])
+def test_a_cluster_s_number_that_is_not_finite_is_refused(tmp_path: Path, place: str, value: str) -> None:
+    cluster: dict[str, Any] = {"name": "c", "nodes": {"a": {"count": 1, "tokens_per_second": 5}}}
+    apply_override(cluster, f"{place}={value}")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(cluster))
+    with pytest.raises(SettingsError, match=f"{place}: Input should be a finite number") as caught:
+        load_cluster(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
