@@ -148,9 +148,9 @@ class DeepSpeedEngine:
             raise
         set_rates(self.deepspeed.optimizer.param_groups, lr, self.mixing, self._done)
         norm = self._update(limits)
-        limits.check(nll, norm)
         if not math.isfinite(norm):
             raise LossNotFinite(f"the gradient ({norm:.4g}) of the loss ({nll:.4g}) is not finite")
+        limits.check(nll, norm)
         self._updates += 1
         self.last_load = load_of(sums, self.mixture)
         self.last_exchange = self.shards.wire.seconds() if self.shards.wire else None
