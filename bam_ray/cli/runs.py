@@ -12,7 +12,7 @@ from bam_ray.cli.app import Endpoint, app, console
 from bam_ray.control import status as statuses
 from bam_ray.control.storage import stored_bytes
 from bam_ray.control.table import render, render_history, render_storage
-from bam_ray.errors import CheckpointError
+from bam_ray.errors import CheckpointError, PlacementError
 from bam_ray.settings import load_recipe
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file")]
@@ -50,7 +50,10 @@ def plan(
     from bam_ray.control.planner import make_plan
 
     settings = load_recipe(recipe, overrides)
-    console.print(render_plan(make_plan(settings, load_cluster(cluster) if cluster else None)))
+    planned = make_plan(settings, load_cluster(cluster) if cluster else None)
+    console.print(render_plan(planned, console.width))
+    if planned.failure:
+        raise PlacementError(planned.failure)
 
 
 @app.command()

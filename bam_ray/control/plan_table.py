@@ -1,5 +1,7 @@
 """A plan as tables, for a terminal."""
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -9,22 +11,32 @@ from bam_ray.control.planner import Plan, Planned
 from bam_ray.control.table import amount, duration
 
 NODES_SHOWN = 4  # of a task that moved often
+WRAPPED = ("each needs", "where")  # between words
+LEFT_OUT = ("each needs", "steps", "workers", "id", "stored", "tokens", "memory")  # one by one, where it is too narrow
 
 
-def render_plan(plan: Plan) -> RenderableType:
-    """What would be made; with a cluster, where and when too."""
+def render_plan(plan: Plan, width: int) -> RenderableType:
+    """What would be made, `width` characters wide; with a cluster, where and when too."""
     recipe = plan.recipe
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=f"{recipe.name} in {recipe.store.uri}")
     table.title_justify = "left"
     columns = ["stage", "task", "id", "steps", "tokens", "workers", "each needs", "memory", "stored"]
     if plan.cluster:
         columns = [*(column for column in columns if column != "id"), "where", "begins", "ends"]
+    rows = [_cells(row) for row in plan.rows]
+    for column in LEFT_OUT:
+        if column in columns and sum(_least(name, rows) + 1 for name in columns) > width:
+            columns.remove(column)
     for column in columns:
         right = column in ("steps", "tokens", "workers", "memory", "stored", "begins", "ends")
-        table.add_column(column, justify="right" if right else "left", no_wrap=column not in ("each needs", "where"))
-    for row in plan.rows:
-        cells = _cells(row)
-        table.add_row(*(cells[column] for column in columns))
+        table.add_column(
+            column,
+            justify="right" if right else "left",
+            no_wrap=column not in WRAPPED,
+            min_width=_least(column, rows) if column == "where" else None,
+        )
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
     return Group(table, *(Text(line) for line in _words(plan)), *(Text(line, "red") for line in _warnings(plan)))
 
 
@@ -46,6 +58,13 @@ def _cells(row: Planned) -> dict[str, str]:
         "begins": duration(row.begins),
         "ends": duration(row.ends),
     }
+
+
+def _least(column: str, rows: Sequence[Mapping[str, str]]) -> int:
+    """The characters that a column needs, for no word of it to be cut."""
+    cells = [column, *(row[column] for row in rows)]
+    words = [word for cell in cells for word in cell.split()] if column in WRAPPED else cells
+    return max(map(len, words))
 
 
 def _words(plan: Plan) -> list[str]:
@@ -71,10 +90,11 @@ def _words(plan: Plan) -> list[str]:
         lines.append(f"{amount(tokens)} tokens in all; the seed's size is not known before the run")
     if plan.cluster and plan.simulated:
         run = plan.simulated
+        outcome = "not finished" if run.outcome == "running" else run.outcome
         nodes = sum(group.count for group in plan.cluster.nodes.values())
         lines.append(
             f"simulated on {plan.cluster.name} ({nodes} node{'' if nodes == 1 else 's'}): "
-            f"{run.outcome} after {duration(run.seconds)}, {run.preemptions} preemptions, {run.moves} moves"
+            f"{outcome} after {duration(run.seconds)}, {run.preemptions} preemptions, {run.moves} moves"
         )
         lines += [
             f"{stage.kind}: {duration(stage.seconds)}, at best {duration(stage.at_best)} "

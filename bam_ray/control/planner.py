@@ -1,7 +1,7 @@
 """What a run would be, before anything starts: tokens, memory, bytes, and with a cluster file where and how long."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from bam_ray.checkpoint.manifest import Kind
@@ -11,11 +11,14 @@ from bam_ray.control.matching import bound
 from bam_ray.control.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
 from bam_ray.control.nodes import NodeFacts, demand_met, fits, resources_of, selects
 from bam_ray.control.simulate import Simulated, SpeedOf, simulate
+from bam_ray.control.table import duration
 from bam_ray.control.tasks import Task
 from bam_ray.errors import SettingsError
 from bam_ray.settings.recipe import MixtureSettings, Recipe, TrainingSettings
 
-LOOKS = 150  # of the simulated controller, over the time that the longest stage takes at best
+LOOKS = 150  # of the simulated controller between events, over the time that the longest stage takes at best
+LATE = 300.0  # seconds that a task without a node waits longer than it must, at most
+TOO_LONG = 10  # times as long as the run takes at best, and the simulation is given up
 TRAINED: tuple[Kind, ...] = ("seeds", "branches", "mixtures")
 
 
@@ -36,7 +39,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Stage:
-    """The trained tasks of one kind, in a simulated run."""
+    """The trained tasks of one kind, in a simulated run that finished them."""
 
     kind: Kind
     seconds: float
@@ -53,6 +56,21 @@ class Plan:
     cluster: ClusterFile | None = None
     simulated: Simulated | None = None
     stages: tuple[Stage, ...] = ()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the simulated run did not finish, in one line; None where it did, or none was simulated."""
+        run = self.simulated
+        if not run or run.outcome == "finished":
+            return None
+        first = next((f"{row.task.where}: {error}" for row in self.rows if (error := run.errors.get(row.task.id))), "")
+        if run.outcome == "failed":
+            return f"the simulated run fails after {duration(run.seconds)}: {first}"
+        open_still = ", ".join(row.task.where for row in self.rows if row.ends is None)
+        return (
+            f"the simulated run has not finished after {duration(run.seconds)}, {TOO_LONG} times as long as it takes "
+            f"at best, without {open_still}: write checkpoints more often, ask for fewer workers or for steadier nodes"
+        )
 
 
 def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0) -> Plan:
@@ -77,14 +95,21 @@ def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0)
     at_best = {kind: _at_best(of_kind[kind], nodes, cluster, speed_of) for kind in TRAINED}
     every = {task.id: training.checkpoint_every for task in tasks if (training := _training(task, recipe))}
     look = max(1.0, max(at_best.values()) / LOOKS)
-    simulated = simulate(tasks, cluster, speed_of, every, seed, look, grain=max(1.0, look / 4))
+    aside = [cluster.start_seconds + max(cluster.checkpoint_seconds, _untrained(task, cluster)) for task in tasks]
+    until = TOO_LONG * (sum(at_best.values()) + sum(aside))
+    simulated = simulate(tasks, cluster, speed_of, every, seed, look, min(look, LATE), until)
     stages = []
     for kind in TRAINED:
-        ids = [task.id for task in of_kind[kind] if simulated.attempts[task.id]]
-        if ids and at_best[kind]:
+        ids = [task.id for task in of_kind[kind]]
+        if ids and at_best[kind] and all(map(simulated.committed, ids)):
             begin, end = simulated.span(ids)
             stages.append(Stage(kind, end - begin, at_best[kind]))
     return Plan(recipe, tuple(_timed(row, simulated) for row in rows), size, cluster, simulated, tuple(stages))
+
+
+def _untrained(task: Task, cluster: ClusterFile) -> float:
+    """Seconds of a stage that does not train."""
+    return 0.0 if task.total_steps else cluster.stage_seconds.get(task.kind, 0.0)
 
 
 def _planned(task: Task, recipe: Recipe, seed: ModelSize | None) -> Planned:
@@ -140,9 +165,8 @@ def _timed(row: Planned, simulated: Simulated) -> Planned:
         return row
     names = [ended.node.name for ended in attempts if ended.node]
     nodes = tuple(name for number, name in enumerate(names) if number == 0 or name != names[number - 1])
-    return Planned(
-        row.task, row.tokens, row.memory, row.written, row.kept, row.most, nodes, attempts[0].placed, attempts[-1].ended
-    )
+    ends = attempts[-1].ended if simulated.committed(row.task.id) else None
+    return replace(row, nodes=nodes, begins=attempts[0].placed, ends=ends)
 
 
 def _training(task: Task, recipe: Recipe) -> TrainingSettings | None:

@@ -19,7 +19,8 @@ from bam_ray.control.states import Committed, Ended, Failed, Node, Retrying
 from bam_ray.control.tasks import Progress, Task
 
 SpeedOf = Callable[[Task, NodeGroup], float | None]  # tokens a second of one worker; None: the task does not train
-EVENTS = 1_000_000  # more than any run that ends
+YEAR = 365 * 86400.0  # longer than any run that ends
+SOON = 1.0  # seconds until the controller looks again after something has happened
 
 
 @dataclass
@@ -254,6 +255,11 @@ class Simulated:
         """How often a task was moved to another node."""
         return sum(ended.cause == "moved" for attempts in self.attempts.values() for ended in attempts)
 
+    def committed(self, task_id: str) -> bool:
+        """Whether a task was done in the end."""
+        attempts = self.attempts[task_id]
+        return bool(attempts) and attempts[-1].cause == "committed"
+
     def span(self, task_ids: Sequence[str]) -> tuple[float, float]:
         """From the first of these tasks being placed until the last has ended."""
         attempts = [ended for task_id in task_ids for ended in self.attempts[task_id]]
@@ -267,27 +273,31 @@ def simulate(
     checkpoint_every: Mapping[str, int],
     seed: int = 0,
     look_every: float = 60.0,
-    grain: float = 1.0,
+    grain: float = SOON,
+    until: float = YEAR,
 ) -> Simulated:
-    """Run `tasks` on `cluster` to their end.
+    """Run `tasks` on `cluster` to their end, or for `until` seconds: the outcome is "running" then.
 
-    The controller looks at least every `look_every` seconds, and `grain` seconds apart at the least.
+    The controller looks when something happens, soon after, and at least every `look_every` seconds while anything can
+    move; tasks that wait for another attempt get it at most `grain` seconds late.
     """
     store = MemoryStore()
     launcher = SimulatedLauncher(cluster, store, speed_of, checkpoint_every, seed)
     controller = Controller(tasks, store, launcher, clock=lambda: launcher.now, wall=lambda: launcher.now)
     alone = [task.id for task in tasks if task.trains_alone]
-    for _ in range(EVENTS):
+    while True:
         changed = controller.step()
-        if controller.outcome() != "running":
+        now = launcher.now
+        if controller.outcome() != "running" or now >= until:
             break
         retries = [state.not_before for state in controller.states.values() if isinstance(state, Retrying)]
-        times = [launcher.next_event(), *retries]
+        # One that could have begun already waits for room, which comes with an event
+        times = [launcher.next_event(), until, *(max(now + grain, retry) for retry in retries if retry > now)]
         if changed:
-            times.append(launcher.now + grain)
+            times.append(now + SOON)
         if any(not isinstance(controller.states[task_id], Committed) for task_id in alone):
-            times.append(launcher.now + look_every)  # what moves, moves between events too
-        launcher.advance(max(launcher.now + grain, min(time for time in times if time > launcher.now)))
+            times.append(now + look_every)  # what moves, moves between events too
+        launcher.advance(min(times))
     histories = {task_id: controller.history(task_id).ended for task_id in controller.tasks}
     errors = {task_id: state.error for task_id, state in controller.states.items() if isinstance(state, Failed)}
     return Simulated(controller.outcome(), launcher.now, histories, launcher.preemptions, errors)

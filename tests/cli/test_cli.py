@@ -79,6 +79,18 @@ def test_plan_simulates_a_cluster(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     )
 
 
+def test_a_plan_whose_simulated_run_fails_is_shown_and_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    group = "{count: 4, tokens_per_second: 6000, preemptions_per_hour: 600}"
+    (tmp_path / "fickle.yaml").write_text(f"name: fickle\nnodes: {{spot: {group}}}\n")
+    assert bam(monkeypatch, "plan", str(DEMO), "--cluster", str(tmp_path / "fickle.yaml")) == 1
+    captured = capsys.readouterr()
+    assert "corpora" in captured.out and "simulated on fickle" in captured.out
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("error: the simulated run fails after ") and "was preempted" in line
+
+
 def test_status_tells_what_is_stored(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

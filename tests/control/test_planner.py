@@ -15,7 +15,7 @@ from bam_ray.control.model_size import ModelSize, seed_size
 from bam_ray.control.plan_table import render_plan
 from bam_ray.control.planner import Plan, make_plan
 from bam_ray.errors import PlacementError, SettingsError
-from bam_ray.settings import Recipe, parse_recipe
+from bam_ray.settings import Recipe, load_recipe, parse_recipe
 from bam_ray.training.flops import training_flops
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +47,10 @@ def eight() -> ClusterFile:
     return load_cluster(ROOT / "recipes" / "clusters" / "eight-mixed-nodes.yaml")
 
 
-def text(plan: Plan) -> str:
-    console = Console(width=160)
+def text(plan: Plan, width: int = 160) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(render_plan(plan))
+        console.print(render_plan(plan, width))
     return capture.get()
 
 
@@ -161,6 +161,58 @@ def test_a_plan_names_every_task_and_when_it_would_be_done() -> None:
         "simulated on eight-mixed-nodes (8 nodes): finished after",
     ):
         assert words in " ".join(shown.split())
+
+
+def test_eighty_columns_show_where_and_when_uncut() -> None:
+    plan = make_plan(recipe(), eight())
+    shown = text(plan, 80)
+    assert "…" not in shown.partition("parameters a branch")[0].replace(", …", "")
+    words = shown.replace(",", " ").split()
+    assert all(name in words for row in plan.rows for name in row.nodes[:4])
+    assert {"stage", "task", "where", "begins", "ends"} <= set(words)
+    assert "1 CPU, 1 GPU" not in shown and "1 CPU, 1 GPU" in text(plan), "what is needed is left out first"
+
+
+def test_times_are_exact_beside_a_stage_of_months() -> None:
+    """Events of minutes are not rounded to the looks at a seed that trains for 67 days."""
+    paper = load_recipe(
+        ROOT / "recipes" / "paper-590m.yaml",
+        ["branch.training.checkpoint_every=100", "mix.training.checkpoint_every=20", "mix.min_workers=2"],
+    )
+    plan = make_plan(paper, eight())
+    assert plan.simulated is not None and plan.simulated.outcome == "finished" and plan.failure is None
+    ends = {row.task.where: row.ends for row in plan.rows}
+    assert ends["corpora/corpus"] == 90 + 600, "a start, and the stage"
+    days = {stage.kind: stage.seconds / 86400 for stage in plan.stages}
+    assert 66 < days["seeds"] < 68
+    assert 21 < days["branches"] < 22.5
+    for stage in plan.stages:
+        assert 1.0 <= stage.seconds / stage.at_best < 2.2  # a mixture's group goes at the speed of its slowest
+
+
+def fickle(times_an_hour: float, replacement_seconds: float) -> ClusterFile:
+    """Eight nodes of one kind that do not stay."""
+    group = {"count": 8, "gpus": 1, "tflops": 50, "preemptions_per_hour": times_an_hour}
+    group["replacement_seconds"] = replacement_seconds
+    return ClusterFile.model_validate({"name": "fickle", "nodes": {"spot": group}})
+
+
+def test_a_plan_that_fails_says_why_and_no_ratio() -> None:
+    plan = make_plan(recipe("branch.training.checkpoint_every=100000"), fickle(4.0, 900))
+    assert plan.simulated is not None and plan.simulated.outcome == "failed"
+    assert plan.failure is not None and "\n" not in plan.failure
+    assert plan.failure.startswith("the simulated run fails after ") and "was preempted" in plan.failure
+    assert [stage.kind for stage in plan.stages] == ["seeds"]
+    assert all(row.ends is None for row in plan.rows if row.task.kind == "mixtures")
+    assert "branches: " not in text(plan) and "failed after" in text(plan)
+
+
+def test_a_simulation_that_would_never_end_is_given_up() -> None:
+    plan = make_plan(recipe("seed.training.tokens=10_000_000_000"), fickle(1.0, 1e9))
+    assert plan.simulated is not None and plan.simulated.outcome == "running"
+    assert plan.failure is not None and "\n" not in plan.failure
+    assert "has not finished after" in plan.failure and "10 times as long as it takes at best" in plan.failure
+    assert "not finished after" in text(plan)
 
 
 def test_what_a_cluster_can_never_hold_is_said() -> None:
