@@ -2,7 +2,8 @@
 
 The branches are stand-ins that sleep for each step, as long as their node's label says; everything around them is real:
 actors, starts, checkpoints asked for and resumed from, the blob store. The floor is total work over total speed. What
-the simulator foretells is computed from the speeds, starts and checkpoints that the real run measured.
+the simulator foretells is computed from the speeds, starts and checkpoints that the real run measured, and so are a
+static split and a barrier (as in `benchmarks.scheduling`, with nothing lost to the barrier's communication).
 """
 
 import json
@@ -30,6 +31,7 @@ from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.settings import Recipe, parse_recipe
 from benchmarks.measure import report
+from benchmarks.scheduling import static
 
 STEP_SECONDS = {"fast": 0.1, "middle": 0.2, "slow": 0.4}
 BRANCHES, STEPS, STEP_TOKENS = 9, 600, 256
@@ -86,12 +88,17 @@ def main() -> None:
         look_every=0.5,
         grain=0.5,
     )
+    work, slots = float(STEPS * STEP_TOKENS), [rate for rate in rates.values() if rate]
+    split = static(work, BRANCHES, slots, start)
+    barrier = work * BRANCHES / (len(slots) * min(slots))
     moves = sum(ended.cause == "moved" for task in tasks for ended in controller.history(task.id).ended)
     columns = ["what", "seconds", "over the floor"]
     rows: list[list[str | float]] = [
         ["total work / total speed", floor, 1.0],
         [f"measured, {moves} moves", seconds, seconds / floor],
         [f"foretold, {foretold.moves} moves", foretold.seconds, foretold.seconds / floor],
+        ["static split, at the measured speeds", split, split / floor],
+        ["barrier, at the measured speeds", barrier, barrier / floor],
         ["median start", start, start / floor],
         ["median checkpoint", checkpoint, checkpoint / floor],
     ]
