@@ -28,7 +28,7 @@ data:
 seed: {scratch: {}, training: {tokens: 1024, batch_tokens: 256, peak_lr: 0.01}}
 branch: {domains: [code, law, general], training: {tokens: 10240, batch_tokens: 256, peak_lr: 0.005}}
 upcycle: {mixtures: {bam: {method: bam}}}
-mix: {training: {tokens: 20480, batch_tokens: 1024, peak_lr: 0.001}}
+mix: {training: {tokens: 61440, batch_tokens: 1024, peak_lr: 0.001}}
 """
 
 
