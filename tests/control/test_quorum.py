@@ -238,7 +238,7 @@ def test_a_plan_says_with_how_many_branches_mixing_starts() -> None:
     from rich.console import Console
 
     console = Console(width=200, record=True)
-    console.print(render_plan(make_plan(recipe("upcycle.when={at_least: 2, deadline_hours: 6}"))))
+    console.print(render_plan(make_plan(recipe("upcycle.when={at_least: 2, deadline_hours: 6}")), 160))
     assert (
         "mixing starts with at least 2 of 3 branches, 6 hours after they can begin, and absorbs"
         in console.export_text()
