@@ -44,7 +44,7 @@ RECIPE = {
         "training": {"tokens": STEPS * STEP_TOKENS, "batch_tokens": STEP_TOKENS, "peak_lr": 0.01},
     },
     "upcycle": {"mixtures": {"bam": {"method": "bam"}}},
-    "mix": {"training": {"tokens": STEP_TOKENS, "batch_tokens": STEP_TOKENS, "peak_lr": 0.01}},
+    "mix": {"expert_parallel": 1, "training": {"tokens": STEP_TOKENS, "batch_tokens": STEP_TOKENS, "peak_lr": 0.01}},
 }
 
 
