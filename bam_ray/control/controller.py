@@ -101,7 +101,7 @@ class Controller:
         nodes = self._launcher.nodes()
         self._kinds.update((node.id, node.kind) for node in nodes or ())
         if nodes and not self._stopping:
-            open_tasks = [task for id, task in self.tasks.items() if not isinstance(self.states[id], Committed)]
+            open_tasks = (task for id, task in self.tasks.items() if not isinstance(self.states[id], Committed))
             self._demands.look(open_tasks, nodes, self._clock())
         for task_id, sighting in self._launcher.poll().items():
             self._see(self.tasks[task_id], sighting)

@@ -84,6 +84,8 @@ class Placement:
     def to_place(self) -> Iterator[tuple[Task, str | None, frozenset[str]]]:
         """What should begin now, and on which node; None: on any with room, off those that come third."""
         for group, members in self._groups.items():
+            if not self._snapshot.free(members.needs):
+                continue
             if self._slots(group, members, in_use=False):
                 yield from self._matched(group, members)
             else:
@@ -106,6 +108,8 @@ class Placement:
             avoid = self._spared(task.id, members)
             if self._snapshot.take_any(members.needs, avoid):
                 yield task, None, avoid
+            elif not avoid:
+                return
 
     def _slots(self, group: Group, members: _Members, in_use: bool) -> list[Slot]:
         """Room that is free or becomes so, or (`in_use`) all room of this group; empty where nothing was measured."""

@@ -75,8 +75,11 @@ class Snapshot:
         if not avoid:
             return avoid
         others = [node for node in self.fitting(needs) if node.id not in avoid]
-        free = self.free(needs)
-        there = room(needs, others, workers) if wait else sum(free.get(node.id, 0) for node in others)
+        if wait:
+            there = room(needs, others, workers)
+        else:
+            free = self.free(needs)
+            there = sum(free.get(node.id, 0) for node in others)
         return avoid if there >= workers else frozenset()
 
     def take_any(self, needs: Needs, avoid: Collection[str] = ()) -> bool:
