@@ -11,6 +11,7 @@ and divides by the number of ranks, which is the gradient of the mean loss. So t
 with no factor.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from bam_ray.errors import TrainingError
 from bam_ray.model.experts_bam import BamExperts
 from bam_ray.model.modeling_bam import BamAttentionExperts, BamModel, masks_of
 from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, Wire, gathered
+from bam_ray.settings.divisors import divisors
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,9 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
         return ExpertShards()
     if experts % size or dist.get_world_size() % size:
         ranks = dist.get_world_size()
-        fits = [number for number in range(1, experts + 1) if experts % number == 0 == ranks % number]
         raise TrainingError(
             f"expert_parallel is {size}, which does not divide the {experts} experts and the {ranks} processes: "
-            f"use one of {fits}"
+            f"use one of {divisors(math.gcd(experts, ranks))}"
         )
     groups._create_expert_and_data_parallel(size)  # does nothing where they exist
     group_name = f"ep_size_{size}"

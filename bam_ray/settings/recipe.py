@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from bam_ray.settings.divisors import divisors
 from bam_ray.settings.labels import LabelSelector
 from bam_ray.settings.mixing import DynamicBlend, Mixing
 from bam_ray.settings.quorum import Quorum, When
@@ -303,10 +304,9 @@ class MixSettings(Mixing):
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
         if self.processes % self.expert_parallel:
-            fits = [number for number in range(1, self.processes + 1) if self.processes % number == 0]
             raise ValueError(
                 f"mix.workers {self.workers} is no multiple of mix.expert_parallel {self.expert_parallel}: "
-                f"use one of {fits} for the latter"
+                f"use one of {divisors(self.processes)} for the latter"
             )
         if self.training.zero_stage == 3 and self.expert_parallel > 1:
             raise ValueError(
@@ -433,10 +433,9 @@ class Recipe(Strict):
                     f"{len(self.branch.domains)} branches: leave it out or make it at least {models}"
                 )
             if experts % self.mix.expert_parallel:
-                fits = [size for size in range(1, experts + 1) if experts % size == 0]
                 raise ValueError(
                     f"mix.expert_parallel is {self.mix.expert_parallel}, which does not divide the {experts} experts "
-                    f"of mixture {name}: use one of {fits}"
+                    f"of mixture {name}: use one of {divisors(experts)}"
                 )
         return self
 
@@ -456,10 +455,9 @@ class Recipe(Strict):
                     f"data.sequence_length {self.data.sequence_length}: make it a multiple of that"
                 )
             if sequences % workers:
-                fits = [number for number in range(1, sequences + 1) if sequences % number == 0]
                 raise ValueError(
                     f"{where}.workers is {workers}, which cannot share a batch of {sequences} sequences alike: "
-                    f"use one of {fits} or another {where}.training.batch_tokens"
+                    f"use one of {divisors(sequences)} or another {where}.training.batch_tokens"
                 )
         return self
 

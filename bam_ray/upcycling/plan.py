@@ -12,6 +12,7 @@ from bam_ray.errors import UpcycleError
 from bam_ray.families import FFN_ROLES, Family, Place, Role, expert_name, plain_name, router_names, shared_name
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, MixtureSettings
+from bam_ray.settings.divisors import divisors
 from bam_ray.upcycling.expressions import (
     Concat,
     Draw,
@@ -125,10 +126,9 @@ def _sliced_attention(dense: dict[str, Any], count: int) -> dict[str, Any]:
     heads = dense["num_attention_heads"]
     groups = dense.get("num_key_value_heads") or heads
     if groups % count:
-        fits = [size for size in range(1, groups + 1) if groups % size == 0]
         raise UpcycleError(
             f"attention has {groups} groups of key/value heads, which {count} experts cannot share alike: "
-            f"use num_experts of {fits}, or split.attention=kept"
+            f"use num_experts of {divisors(groups)}, or split.attention=kept"
         )
     if dense.get("qk_norm") == "full":
         raise UpcycleError(
