@@ -12,6 +12,8 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from bam_ray.settings import Mixing, TrainingSettings
@@ -25,8 +27,11 @@ def deepspeed_engine(
     settings: "TrainingSettings",
     mixing: "Mixing | None" = None,
     expert_parallel: int = 1,
+    folder: "Path | None" = None,
 ) -> "Engine":
     """An engine over all processes, called on each with the whole model, equal on all.
+
+    Or with its outline (`training.outline`) and the `folder` of its weights, of which each process reads its own part.
 
     Needs torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or an initialised
     process group. `mixing` and `expert_parallel`, how many processes share the experts, are of mixtures.
@@ -37,4 +42,4 @@ def deepspeed_engine(
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from bam_ray.on_deepspeed.engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, settings, mixing, expert_parallel)
+    return DeepSpeedEngine(model, settings, mixing, expert_parallel, folder)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed.expert_parallel import ExpertShards
 from bam_ray.training.memory import HostMemory
+from bam_ray.training.outline import NOISE
 from bam_ray.training.state import ADAM_STATES, OPTIMIZER, State, TensorFiles, snapshot
 
 
@@ -41,7 +41,8 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | No
         elif id(tensor) in names:
             whole = weights.get(names[id(tensor)], tensor)
         else:
-            whole = safe_get_full_fp32_param(tensor).cpu()
+            with GatheredParameters([tensor]):
+                whole = tensor.detach().to("cpu", copy=True)
             names[id(tensor)] = name
         if first:
             weights[name] = whole
@@ -57,14 +58,16 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | No
     return snapshot(model, weights, states, step, HostMemory().room()) if first else None
 
 
-def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:
-    """Read a state into `model` and its ZeRO optimizer, whatever the number of ranks that wrote it.
+def fill(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> None:
+    """Read this rank's part of the weights in a Hugging Face folder, which may be in another precision.
 
     Raises `CheckpointError` where the folder holds another model.
     """
     weights = TensorFiles(sorted(folder.glob("model*.safetensors")))
     for name, parameter in model.named_parameters():
         whole = weights.get(name)
+        if whole is None and name.endswith(f".{NOISE}"):
+            continue
         if whole is None or shards.mine(name, whole).shape != shape_of(parameter):
             found = "missing" if whole is None else f"{list(whole.shape)}"
             raise CheckpointError(f"{folder}: {name} is {found}: it is the checkpoint of another model")
@@ -74,6 +77,14 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
     for name, buffer in model.named_buffers():
         if name in weights:  # those that are no function of the configuration
             buffer.copy_(weights[name])
+
+
+def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:
+    """Read a state into `model` and its ZeRO optimizer, whatever the number of ranks that wrote it.
+
+    Raises `CheckpointError` where the folder holds another model.
+    """
+    fill(folder, model, shards)
     zero.refresh_fp32_params()
     zero.optimizer.state.clear()
     states = TensorFiles([folder / OPTIMIZER])

@@ -29,6 +29,7 @@ from bam_ray.training.fitting import halved_to_fit, largest_that_fits, ran_out
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
 from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
+from bam_ray.training.outline import materialise
 from bam_ray.training.state import State
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our errors say, or nothing to act on
@@ -40,7 +41,12 @@ class DeepSpeedEngine:
     """One of the processes; see `bam_ray.on_deepspeed.deepspeed_engine`."""
 
     def __init__(
-        self, model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing | None, expert_parallel: int
+        self,
+        model: PreTrainedModel,
+        settings: TrainingSettings,
+        mixing: Mixing | None,
+        expert_parallel: int,
+        folder: Path | None,
     ) -> None:
         if get_accelerator().device_name() == "cpu":
             # Else the first collective compiles a C++ extension for a minute, or fails without a compiler.
@@ -62,11 +68,15 @@ class DeepSpeedEngine:
         if settings.recompute:
             model.activation_checkpointing_enable()
         self.shards = apply_expert_parallelism(model, expert_parallel)
+        if folder is not None:
+            materialise(model)
         freeze(model, self.mixing)
         self._updates = 0
         optimizer = self._optimizer()  # by the shapes of whole parameters
         if settings.zero_stage == 3:
             self._partition_weights()
+        if folder is not None:
+            canonical.fill(folder, model, self.shards)
         with announced_experts(model, self.shards):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,

@@ -59,6 +59,8 @@ class ExpertShards:
 def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     """Cut a `BamForCausalLM`, whole and equal on all ranks, down to this rank's experts, in groups of `size` ranks.
 
+    An outline (`training.outline`) as well, of which it then has only this rank's part to read.
+
     Call it on all ranks, before an optimizer takes the parameters. Raises `TrainingError` where experts or ranks are
     not divisible by `size`. A model without experts, or `size` 1, is left as it is.
     """

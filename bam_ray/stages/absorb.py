@@ -34,7 +34,7 @@ from bam_ray.upcycling.lifecycle import absorbed, change, names_of
 from bam_ray.upcycling.write import CARRIED, LINEAGE
 
 Load = Callable[[Path], PreTrainedModel]
-"""A mixture's folder -> the model that is trained."""
+"""A mixture's folder -> the model that is trained, whole."""
 
 PATIENCE = timedelta(hours=12)  # for rank 0 to read branches and write a checkpoint; that it died is heard at once
 UNFIT = (UpcycleError, FamilyError, CheckpointError)
@@ -117,6 +117,7 @@ def absorb_late(
         if recipe.mix.dynamic_blend is not None:  # a new expert's domain is now measured against its branch
             trainer["sampler"]["reference"] = recipe.mix.dynamic_blend.reference
         trainer["changed"] = step
+        # Whole, on rank 0 alone, as it is whenever rank 0 writes a checkpoint
         model = load(folder)
         states = grown(read_optimizer(newest.folder)[0], model) if newest else {}
         grew = _checkpoints(place, store, recipe, lease, carried=(folder / LINEAGE,))

@@ -26,11 +26,13 @@ from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import Following, Job, sampler_of, train_to_artifact
 from bam_ray.training.documents import keep_apart
 from bam_ray.training.engine import Engine
+from bam_ray.training.outline import outline
 from bam_ray.upcycling.write import LINEAGE
 
 BATCH_SEQUENCES = 8
-EngineFactory = Callable[[PreTrainedModel, TrainingSettings, Mixing, int], Engine]
-"""(model, training settings, what the mixture learns by, expert-parallel size) -> an engine over all ranks."""
+EngineFactory = Callable[[PreTrainedModel, TrainingSettings, Mixing, int, Path], Engine]
+"""(outline of the model, training settings, what it learns by, expert-parallel size, folder of its weights) -> an
+engine over all ranks."""
 
 
 def train_mixture(
@@ -58,7 +60,7 @@ def _train(
     mix = recipe.mix
     blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
 
-    def load(folder: Path) -> PreTrainedModel:
+    def whole(folder: Path) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gate_config(mix))
         return model
 
@@ -66,8 +68,8 @@ def _train(
         begun = Begun(at_step_0, [])
     else:
         cursor = sampler_of(place, Corpus(corpus_folder), blend, mix.training).state_dict()
-        begun = begin(place, store, recipe, attempt.lease, load, cursor)
-    model = load(begun.folder)
+        begun = begin(place, store, recipe, attempt.lease, whole, cursor)
+    model = outline(begun.folder, **gate_config(mix))
     experts = model.config.num_experts
     # A group that lost nodes may be too small for as many to share the experts, and these too few while branches lack
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -76,7 +78,7 @@ def _train(
     training = mix.training.model_copy(update={"micro_batch_sequences": mix.micro_batch(world_size)})
 
     def make_engine(model: PreTrainedModel) -> Engine:
-        return engine_factory(model, training, mix, sharing)
+        return engine_factory(model, training, mix, sharing, begun.folder)
 
     following = None
     if mix.dynamic_blend is not None:

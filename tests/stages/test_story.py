@@ -20,6 +20,8 @@ from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.settings import Mixing, Recipe, TrainingSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
+from bam_ray.training.outline import materialise
+from bam_ray.training.state import read_weights
 
 TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}
 
@@ -69,8 +71,13 @@ def recipe(folder: Path, **changes: object) -> Recipe:
     return Recipe.model_validate({**plain, **changes})
 
 
-def one_process(model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, size: int) -> TorchEngine:
+def one_process(
+    model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, size: int, folder: Path
+) -> TorchEngine:
     """An engine factory for the mixture: all experts here."""
+    assert model.device.type == "meta"  # so that ranks that share the experts never hold all of them
+    materialise(model)
+    model.load_state_dict(read_weights(folder), strict=False)
     return TorchEngine(model, settings, mixing)
 
 

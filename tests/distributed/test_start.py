@@ -1,0 +1,75 @@
+"""Ranks begin with their own part of a mixture, and never hold all of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gloo_ranks import run_on_ranks
+from rank_scenarios import Case
+from start_scenarios import STARTS, begin_both_ways, begin_with_another_model, peak_of_a_start
+
+from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.training.state import read_weights
+
+pytestmark = pytest.mark.slow
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in bf16 of every mixture to start on."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    for name, case in STARTS.items():
+        case.model().bfloat16().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    return run_on_ranks(2, begin_both_ways, folder, folder)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_it_is_the_start_of_ranks_that_read_all_of_it(name: str, both: list[dict[str, Any]], folder: Path) -> None:
+    for rank in both:
+        wanted, found = rank[name]
+        assert list(found["held"]) == list(wanted["held"])
+        for key, (group, tensor) in wanted["held"].items():
+            assert found["held"][key][0] == group, key
+            assert torch.equal(found["held"][key][1], tensor), key
+        assert found["results"] == wanted["results"]
+    wanted, found = (read_weights(folder / f"{name}, {whole}") for whole in (True, False))
+    assert list(found) == list(wanted)
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_a_folder_of_another_model_is_refused_on_all_ranks(folder: Path) -> None:
+    said = run_on_ranks(2, begin_with_another_model, folder / "kv_experts")
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{folder / 'kv_experts'}: model.layers.0.mlp.experts.gate_up_proj is [4, 48, 32]")
+    assert said[0].endswith("it is the checkpoint of another model")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
+    """A mixture in bf16 and its size in fp32, in bytes; that of its largest parameter. Beside it a `tiny` one."""
+    folder = tmp_path_factory.mktemp("sizes")
+    for name, width in (("tiny", 32), ("large", 512)):
+        sizes = {"hidden_size": width, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 64}
+        model = BamForCausalLM(BamConfig(**sizes, num_experts=8))
+        bytes_of = [parameter.nbytes for parameter in model.parameters()]
+        model.bfloat16().save_pretrained(folder / name)
+    return folder / "large", sum(bytes_of), max(bytes_of)
+
+
+@pytest.mark.parametrize("case", [Case(2), Case(1, zero_stage=3)], ids=["experts spread", "all spread by ZeRO-3"])
+def test_no_rank_ever_holds_the_whole(case: Case, large: tuple[Path, int, int]) -> None:
+    """At step 0 and at a checkpoint: its part, two parameters at most beside it, and a constant."""
+    folder, whole, largest = large
+    room = whole // 2 + 2 * largest + 16 * MIB
+    assert whole > 400 * MIB and room < 0.75 * whole
+    for checkpoint in (None, folder / "checkpoint"):
+        peaks = run_on_ranks(2, peak_of_a_start, case, folder.with_name("tiny"), folder, checkpoint)
+        assert max(peaks) < room, peaks
