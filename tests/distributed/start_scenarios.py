@@ -60,13 +60,15 @@ def begin_both_ways(folder: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def begin_with_another_model(folder: Path) -> str:
-    """What is said where a parameter of the folder's is not the configuration's."""
-    try:
-        begin(STARTS["kv_experts"], folder, False, intermediate_size=20)
-    except CheckpointError as error:
-        return str(error)
-    return ""
+def begin_with_other_models(folder: Path) -> list[str]:
+    """What is said where the configuration has a parameter of another shape, or one more, than the folder."""
+    said = []
+    for changes in ({"intermediate_size": 20}, {"attention_bias": True}):
+        try:
+            begin(STARTS["kv_experts"], folder, False, **changes)
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
 
 
 @dataclass

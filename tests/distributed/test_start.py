@@ -7,7 +7,7 @@ import pytest
 import torch
 from gloo_ranks import run_on_ranks
 from rank_scenarios import Case
-from start_scenarios import STARTS, begin_both_ways, begin_with_another_model, peak_of_a_start
+from start_scenarios import STARTS, begin_both_ways, begin_with_other_models, peak_of_a_start
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.training.state import read_weights
@@ -46,10 +46,13 @@ def test_it_is_the_start_of_ranks_that_read_all_of_it(name: str, both: list[dict
 
 
 def test_a_folder_of_another_model_is_refused_on_all_ranks(folder: Path) -> None:
-    said = run_on_ranks(2, begin_with_another_model, folder / "kv_experts")
-    assert said[0] == said[1]
-    assert said[0].startswith(f"{folder / 'kv_experts'}: model.layers.0.mlp.experts.gate_up_proj is [4, 48, 32]")
-    assert said[0].endswith("it is the checkpoint of another model")
+    first, second = run_on_ranks(2, begin_with_other_models, folder / "kv_experts")
+    layer = f"{folder / 'kv_experts'}: model.layers.0"
+    assert first == second
+    assert first == [
+        f"{layer}.mlp.experts.gate_up_proj is [4, 48, 32]: it is the checkpoint of another model",
+        f"{layer}.self_attn.experts.q_bias is missing: it is the checkpoint of another model",
+    ]
 
 
 @pytest.fixture(scope="module")
