@@ -628,7 +628,15 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> BamCausalLMOutput:
         """input_ids [B, L] -> logits [B, L, V] (of the last `logits_to_keep` positions where that is given)."""
-        out = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept]) * self.config.logit_scale
         loss = nll = None

@@ -28,6 +28,7 @@ from bam_ray.training.engine import NO_LIMITS, Limits, StepResult, name_of, prec
 from bam_ray.training.fitting import halved_to_fit, largest_that_fits, ran_out
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
+from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
 from bam_ray.training.outline import materialise
 from bam_ray.training.state import State
@@ -79,7 +80,7 @@ class DeepSpeedEngine:
             canonical.fill(folder, model, self.shards)
         with announced_experts(model, self.shards):
             self.deepspeed, *_ = deepspeed.initialize(
-                model=model,
+                model=NextTokenLoss(model),
                 optimizer=optimizer,
                 config=self._config(),
             )

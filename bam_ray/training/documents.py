@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 
 
 def keep_apart(model: PreTrainedModel, end_of_text_id: int) -> None:
-    """Let all later calls `model(input_ids=...)` without a cache keep documents apart."""
+    """Let all later calls of `model` with `input_ids` and without a cache keep documents apart."""
 
     def add_positions(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "position_ids": positions(kwargs["input_ids"], end_of_text_id)}
+        input_ids = args[0] if args else kwargs["input_ids"]  # some families give it by place, all the rest by name
+        return args, {**kwargs, "position_ids": positions(input_ids, end_of_text_id)}
 
-    model.register_forward_pre_hook(add_positions, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(add_positions, with_kwargs=True)
 
 
 def positions(input_ids: Tensor, end_of_text_id: int) -> Tensor:

@@ -18,6 +18,7 @@ from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.fitting import halved_to_fit, largest_that_fits
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import Memory, memory_of
+from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
 from bam_ray.training.state import ADAM_STATES, State, read_optimizer, read_weights, snapshot
 
@@ -128,6 +129,7 @@ class TorchEngine:
         memory_gib: float = 0.0,
     ) -> None:
         self.model = model.to(device).train()
+        self._next_token = NextTokenLoss(model)
         self.settings = settings
         self.mixing = mixing or Mixing()
         self.device = device
@@ -206,7 +208,7 @@ class TorchEngine:
 
     def _forward(self, micro: Tensor) -> Objective:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return objective(self.model, micro, self.mixing.losses.at(self._done), self.mixture)
+            return objective(self._next_token, micro, self.mixing.losses.at(self._done), self.mixture)
 
     @property
     def _done(self) -> float:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,18 +37,16 @@ def objective(
 ) -> Objective:
     """The training loss of `input_ids` [B, L]: next-token NLL, and for mixtures the routers' losses.
 
-    `model` is what is called: `mixture` itself, or an engine around it; of dense models `mixture` is None. `reduce`
-    averages routing statistics over data-parallel ranks (`model.routing_losses`).
+    `model` is what is called: a `NextTokenLoss`, of `mixture` unless that is None (dense models), or an engine around
+    it. `reduce` averages routing statistics over data-parallel ranks (`model.routing_losses`).
     """
-    routed = mixture is not None and mixture.config.mixture_layers
-    out = model(input_ids=input_ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
-    nll = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
-    if mixture is None or not routed:
+    nll, router_logits = model(input_ids)
+    if mixture is None or not mixture.config.mixture_layers:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, torch.stack((nll.detach(), zero, zero)))
     biases = mixture.selection_biases()
-    routing = routing_losses(out.router_logits, mixture.config.num_experts_per_tok, reduce, bias=biases)
-    dropped = dropped_share(out.router_logits, mixture.config, len(input_ids), biases)
+    routing = routing_losses(router_logits, mixture.config.num_experts_per_tok, reduce, bias=biases)
+    dropped = dropped_share(router_logits, mixture.config, len(input_ids), biases)
     load_balance, router_z = losses.load_balance, losses.router_z
     assert isinstance(load_balance, float) and isinstance(router_z, float), "a ramp: use Losses.at"
     total = nll + load_balance * routing.load_balance + router_z * routing.router_z

@@ -316,9 +316,9 @@ def unbroken_and_spoiled(folder: Path) -> list[list[float]]:
 
         def spoil(module: Any, inputs: Any, out: Any, calls: Any = calls, spoiled: int | None = spoiled) -> None:
             if next(calls) == spoiled and dist.get_rank() == 1:
-                out.logits = out.logits * float("nan")
+                out.last_hidden_state = out.last_hidden_state * float("nan")
 
-        engine.model.register_forward_hook(spoil)
+        engine.model.base_model.register_forward_hook(spoil)
         store = FolderStore(folder / f"store {spoiled}")
         lease = Lease.take(store, "mixtures/x") if engine.rank == 0 else None
         kept = Checkpoints(store, "mixtures", "x", lease, Retention(2, None))
@@ -352,11 +352,11 @@ def spoiled(folder: Path, case: Case) -> list[str]:
         def spoil(module: Any, inputs: Any, out: Any, what: str = what, calls: Any = calls) -> None:
             if next(calls) == 1 and engine.rank == 1:  # the second micro batch
                 if what == "loss":
-                    out.logits = out.logits * float("nan")
+                    out.last_hidden_state = out.last_hidden_state * float("nan")
                 else:
-                    out.logits.register_hook(lambda grad: grad * float("inf"))
+                    out.last_hidden_state.register_hook(lambda grad: grad * float("inf"))
 
-        hook = model.register_forward_hook(spoil)
+        hook = model.base_model.register_forward_hook(spoil)
         try:
             engine.step(batch, LR)
         except LossNotFinite as error:
@@ -432,7 +432,7 @@ def short_of_memory(folder: Path) -> dict[str, Any]:
         if engine.rank == 1 and len(kwargs["input_ids"]) > most[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    engine.model.base_model.register_forward_pre_hook(run_out, with_kwargs=True)
     results, micro_batches = [], []
     for step in range(STEPS):
         results += train(engine, step, 1)
@@ -459,7 +459,7 @@ def mixture_short_of_memory() -> dict[str, Any]:
     def run_out(module: Any, args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine.model.register_forward_pre_hook(run_out)
+    engine.model.base_model.register_forward_pre_hook(run_out)
     try:
         train(engine, 1, 1)
     except SettingsError as error:

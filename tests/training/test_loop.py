@@ -76,10 +76,10 @@ def nan_at(steps: set[int], factor: float = float("nan")) -> PreTrainedModel:
 
     def spoil(module: object, inputs: object, out: Any) -> Any:
         if next(calls) in steps:
-            out.logits = out.logits * factor
+            out.last_hidden_state = out.last_hidden_state * factor
         return out
 
-    model.register_forward_hook(spoil)
+    model.base_model.register_forward_hook(spoil)
     return model
 
 
@@ -124,10 +124,10 @@ def with_a_bad_batch(on_not_finite: str, batches: set[int], store: MemoryStore |
 
     def spoil(module: object, inputs: object, named: dict[str, Any], out: Any) -> Any:
         if any(np.array_equal(named["input_ids"], batch) for batch in bad):
-            out.logits = out.logits * float("nan")
+            out.last_hidden_state = out.last_hidden_state * float("nan")
         return out
 
-    model.register_forward_hook(spoil, with_kwargs=True)
+    model.base_model.register_forward_hook(spoil, with_kwargs=True)
     losses = run(
         store or MemoryStore(),
         settings=FIXED.model_copy(update={"on_not_finite": on_not_finite}),
@@ -274,8 +274,10 @@ def test_spikes_without_end_end_the_run(on_spike: str) -> None:
 def test_a_skipped_spike_is_no_try_of_a_nan_after_it() -> None:
     model = nan_at({7}, SPIKE)
     calls = itertools.count(1)
-    model.register_forward_hook(
-        lambda module, inputs, out: setattr(out, "logits", out.logits * float("nan" if next(calls) == 8 else 1))
+    model.base_model.register_forward_hook(
+        lambda module, inputs, out: setattr(
+            out, "last_hidden_state", out.last_hidden_state * float("nan" if next(calls) == 8 else 1)
+        )
     )
     assert len(run(MemoryStore(), settings=with_spikes("skip"), model=model)) == 12
 

@@ -30,7 +30,7 @@ def holds_at_most(sequences: int, trainer: TorchEngine, error: BaseException | N
         if sizes[-1] > sequences:
             raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    trainer.model.register_forward_pre_hook(forward, with_kwargs=True)
+    trainer.model.base_model.register_forward_pre_hook(forward, with_kwargs=True)
     return sizes
 
 
@@ -79,7 +79,7 @@ def test_memory_that_ends_in_the_middle_of_a_step_leaves_nothing_of_it() -> None
         if len(calls) == 3:
             raise torch.OutOfMemoryError
 
-    trainer.model.register_forward_pre_hook(forward)
+    trainer.model.base_model.register_forward_pre_hook(forward)
     result, weights = after_one_step(trainer)
     expected, wanted = after_one_step(engine(settings=with_micro_batch(1)))
     assert result == expected
