@@ -1,0 +1,73 @@
+"""The training loss from last hidden states on, on one CPU thread: in chunks of tokens, over whole logits.
+
+    python -m benchmarks.next_token_loss [--rounds 5]
+
+Forward and backward, random hidden states and weight; medians of CPU time, and the most memory that a pass took beyond
+what was there before it. The gradient of the weight is part of both.
+"""
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.training.memory import HostMemory
+from bam_ray.training.next_token import ChunkedHead
+from benchmarks.measure import report, seconds
+
+TOKENS = 4096
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """The most memory that `run` took beyond what was there."""
+    memory = HostMemory()
+    gc.collect()
+    before = memory.used()
+    memory.reset_peak()
+    run()
+    return (memory.peak() - before) / (1 << 20)
+
+
+def losses(rounds: int, width: int, vocabulary: int, bf16: bool) -> list[str | float]:
+    """The row of one shape."""
+    torch.manual_seed(0)
+    model = BamForCausalLM(BamConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=1, dense_layers=[0]))
+    head, weight = ChunkedHead(model), model.lm_head.weight
+    hidden = torch.randn(TOKENS, width, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (TOKENS,))
+
+    def whole(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+    def run(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(hidden, targets)
+        value.backward()
+
+    cases = {"whole": partial(run, whole), "chunks": partial(run, head)}
+    taken = seconds(cases, rounds, warm_up=1)
+    hidden.grad = weight.grad = None  # made anew by every pass, of both
+    memory: dict[str, float] = {}
+    for name, case in cases.items():
+        memory[name] = peak_mib(case)
+        hidden.grad = weight.grad = None
+    shape = f"{TOKENS} tokens, d {width}, vocabulary {vocabulary}, {'bf16' if bf16 else 'fp32'}"
+    return [shape, taken["chunks"] / taken["whole"], memory["whole"], memory["chunks"]]
+
+
+def main(rounds: Annotated[int, typer.Option(help="Passes of each case.")] = 5) -> None:
+    """Measure, print a table and write `benchmarks/results/next_token_loss.json`."""
+    shapes = ((256, 32768), (1024, 32768))
+    rows = [losses(rounds, *shape, bf16) for shape in shapes for bf16 in (False, True)]
+    report("next_token_loss", ("shape", "time ÷ whole logits", "whole logits, MiB", "chunks, MiB"), rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
