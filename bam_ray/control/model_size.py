@@ -16,6 +16,7 @@ from bam_ray.settings.recipe import MixtureSettings, Recipe, Scratch, TrainingSe
 TRAINING_BYTES = 16  # a parameter: weight, gradient, two states of Adam
 CHECKPOINT_BYTES = 12  # weight and Adam's states
 WEIGHT_BYTES = 4
+CHUNK_TOKENS = 256  # the loss is computed of so many at once, or as many as hidden states are wide (next_token)
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ class ModelSize:
         number = 2 if training.precision == "bf16" else 4
         layer = 2 * self.hidden + 3 * self.attention * self.query + 3 * self.keys * self.key
         layer += self.ffn_matrices * self.ffn_active * self.ffn
-        # Scores over the vocabulary and their gradient are in fp32
         kept = self.hidden * self.layers + layer if training.recompute else self.layers * layer
-        token = number * kept + 8 * self.vocabulary
-        activations = sequences * context * token
-        return TRAINING_BYTES * (self.shared_parameters + self.expert_parameters // expert_parallel) + activations
+        tokens = sequences * context
+        # Of the scores over the vocabulary two copies in fp32 of one chunk, and a gradient of the head
+        head = self.vocabulary * (8 * min(tokens, max(CHUNK_TOKENS, self.hidden)) + 4 * self.hidden)
+        weights = TRAINING_BYTES * (self.shared_parameters + self.expert_parameters // expert_parallel)
+        return weights + tokens * number * kept + head
 
     def mixed(self, mixture: MixtureSettings, models: int) -> "ModelSize":
         """The mixture of `models` models of this size, or of one where the method takes the seed alone."""

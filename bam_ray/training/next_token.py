@@ -98,6 +98,7 @@ class SummedNLL(torch.autograd.Function):
                     grad_hidden[start : start + size] = grad @ cast
                 if grad_weight is not None:
                     _add_product(grad_weight, grad.t(), x)
+                del log_p, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return total

@@ -115,6 +115,16 @@ def test_memory_and_bytes() -> None:
     assert eight - four == 4 * (four - law.memory) / 3 > 0
 
 
+def test_scores_over_the_vocabulary_take_no_more_memory_for_more_sequences() -> None:
+    def of_more(vocabulary: int) -> int:
+        size = ModelSize(512, 1536, 8, 512, 256, vocabulary, tied=True, vectors=2)
+        training = recipe().branch.training
+        four, eight = (training.model_copy(update={"micro_batch_sequences": n}) for n in (4, 8))
+        return size.training_bytes(eight, 1024) - size.training_bytes(four, 1024)
+
+    assert of_more(256_000) == of_more(32_000) > 0
+
+
 def test_memory_is_that_of_the_fewest_processes_that_can_share_the_experts() -> None:
     def memory(*overrides: str) -> int:
         row = next(row for row in make_plan(recipe(*overrides)).rows if row.task.where == "mixtures/btx")
@@ -220,7 +230,7 @@ def test_what_a_cluster_can_never_hold_is_said() -> None:
         PlacementError, match="branches/code needs 1 CPU, 8 GPU, which the 8 living nodes can never give"
     ):
         make_plan(recipe("branch.needs.gpus=8"), eight())
-    plan = make_plan(recipe("branch.training.micro_batch_sequences=64"), eight())
+    plan = make_plan(recipe("branch.training.micro_batch_sequences=128"), eight())
     assert "a GPU of spot-l4 has 24 GiB, too little for branches/code" in text(plan)
 
 
