@@ -30,7 +30,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 class NextTokenLoss(nn.Module):
-    """`model` as the function that is minimised: token ids to their NLL. It has no parameters but the model's, as they are now.
+    """`model` as the function that is minimised: token ids to their NLL. It has no parameters but the model's, as
+    they are when it is made.
 
     Models without a plain head (`has_plain_head`) are computed with whole logits.
     """
