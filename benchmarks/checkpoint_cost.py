@@ -47,8 +47,8 @@ RESULTS = Path(__file__).parent / "results"
 class RandomTokens:
     """A sampler of nothing in particular."""
 
-    def take(self, count: int) -> np.ndarray:
-        return np.random.default_rng(0).integers(0, 8192, (count, LENGTH))
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.random.default_rng(0).integers(0, 8192, (count, LENGTH)), np.ones((count, 1), dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -49,15 +49,16 @@ class BlendedSampler:
         assert set(weights) == set(self._weights) and all(weight > 0 for weight in weights.values())
         self._weigh({domain: weights[domain] for domain in self._weights})
 
-    def take(self, count: int) -> NDArray[np.int64]:
-        """The next `count` sequences, [count, sequence_length]."""
+    def take(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The next `count` sequences, [count, sequence_length], and which domain of `weights` each is of: 1 there in
+        [count, domains], else 0."""
         choices = self._choices(self._position, count)
         batch = np.empty((count, self._length), dtype=np.int64)
         for number, (domain, rows) in enumerate(self._rows.items()):
             places = np.flatnonzero(choices == number)
             batch[places] = rows[self._next_rows(domain, len(places))]
         self._position += count
-        return batch
+        return batch, np.eye(len(self._rows), dtype=np.int64)[choices]
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, as plain JSON values."""

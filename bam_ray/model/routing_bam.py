@@ -22,7 +22,8 @@ class RoutingLosses:
     load_balance: Tensor  # scalar
     router_z: Tensor  # scalar
     share: Tensor  # [layers, N], no gradient: of all choices
-    entropy: Tensor  # [layers], no gradient: mean over tokens of that of a token's probabilities, in nats
+    chosen: Tensor  # [layers, T, k], no gradient: each token's experts
+    entropy: Tensor  # [layers, T], no gradient: that of a token's probabilities, in nats
 
 
 def routing_losses(
@@ -59,8 +60,8 @@ def routing_losses(
     else:
         load_balance = experts * (share * probabilities.mean(1)).sum()
     router_z = clean.logsumexp(-1).square().mean(1).sum()
-    entropy = torch.special.entr(probabilities.detach()).sum(-1).mean(1)
-    return RoutingLosses(load_balance, router_z, share, entropy)
+    entropy = torch.special.entr(probabilities.detach()).sum(-1)
+    return RoutingLosses(load_balance, router_z, share, chosen, entropy)
 
 
 def choose(probabilities: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
@@ -87,19 +88,10 @@ def within_capacity(index: Tensor, experts: int, factor: float, real: Tensor | N
     return kept if real is None else kept & real.unsqueeze(-1)
 
 
-@torch.no_grad()
-def dropped_share(
-    router_logits: tuple[Tensor, ...], config: BamConfig, sequences: int, bias: Tensor | None = None
-) -> Tensor:
-    """Which share of all choices found no room in training: [layers]; arguments as in `routing_losses`.
-
-    Of `sequences` of one length, without padding.
-    """
-    logits = torch.stack(router_logits).float()
+def dropped_share(chosen: Tensor, config: BamConfig, sequences: int) -> Tensor:
+    """Which share of the choices [layers, T, k] of `sequences` of one length found no room in training: [layers]."""
     if config.capacity_factor is None:
-        return logits.new_zeros(len(logits))
-    routed = logits[:, 0] if logits.ndim == 4 else logits
-    chosen = choose(routed.softmax(-1), config.num_experts_per_tok, None if bias is None else bias.unsqueeze(1))
+        return torch.zeros(len(chosen), device=chosen.device)
     kept = within_capacity(chosen.unflatten(1, (sequences, -1)), config.num_experts, config.capacity_factor)
     return 1.0 - kept.float().mean((1, 2, 3))
 

@@ -29,7 +29,17 @@ from bam_ray.training.fitting import halved_to_fit, largest_that_fits, ran_out
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
 from bam_ray.training.next_token import NextTokenLoss
-from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
+from bam_ray.training.objective import (
+    Load,
+    Objective,
+    all_of_one,
+    as_mixture,
+    balance,
+    held_out_nll,
+    load_of,
+    objective,
+    parts_of,
+)
 from bam_ray.training.outline import materialise
 from bam_ray.training.state import State
 
@@ -143,12 +153,15 @@ class DeepSpeedEngine:
         dist.all_reduce(x)
         return x.div_(self.world_size)
 
-    def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
+    def step(
+        self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS, domains: Tensor | None = None
+    ) -> StepResult:
         """See `training.engine.Engine`. Every rank brings the same shape, so that the mean of ranks is the batch's."""
         self._check_shares(input_ids)
         if self.shards.wire:
             self.shards.wire.seconds()  # of what came between steps
-        sums = self._accumulate(input_ids.to(self.device))
+        domains = all_of_one(input_ids) if domains is None else domains
+        sums = self._accumulate(input_ids.to(self.device), domains.to(self.device))
         nll, load_balance, router_z = self._mean(sums)[:3].tolist()
         try:
             if not math.isfinite(nll):
@@ -207,21 +220,22 @@ class DeepSpeedEngine:
         """See `training.engine.Engine`. A collective."""
         return self._mean(torch.tensor(value, dtype=torch.double, device=self.device)).item()
 
-    def _forward(self, micro: Tensor) -> Objective:
-        return objective(self.deepspeed, micro, self.mixing.losses.at(self._done), self.mixture, reduce=self._mean)
+    def _forward(self, micro: Tensor, domains: Tensor | None = None) -> Objective:
+        losses = self.mixing.losses.at(self._done)
+        return objective(self.deepspeed, micro, losses, self.mixture, self._mean, domains)
 
-    def _accumulate(self, input_ids: Tensor) -> Tensor:
+    def _accumulate(self, input_ids: Tensor, domains: Tensor) -> Tensor:
         """Gradients of the mean over this rank's share, and its `Objective.parts`, in micro batches that fit memory."""
         if self.micro_batch is None:
             self.micro_batch = self._fit(input_ids)
-        sums = torch.zeros(parts_of(self.mixture), device=self.device)
+        sums = torch.zeros(parts_of(self.mixture, domains.shape[1]), device=self.device)
 
         def work(micro_batch: int) -> None:
             self._drop_gradients()
             sums.zero_()
-            for micro in input_ids.split(micro_batch):
+            for micro, of in zip(input_ids.split(micro_batch), domains.split(micro_batch), strict=True):
                 share = micro.shape[0] / input_ids.shape[0]
-                sums.add_(self._backward(micro, share) * share)
+                sums.add_(self._backward(micro, share, of) * share)
 
         if self._apart:
             self.micro_batch = halved_to_fit(work, self.micro_batch, self.memory, self.any_rank)
@@ -240,9 +254,9 @@ class DeepSpeedEngine:
 
         return largest_that_fits(trial, len(input_ids), self.memory, self.any_rank)
 
-    def _backward(self, micro: Tensor, share: float) -> Tensor:
+    def _backward(self, micro: Tensor, share: float, domains: Tensor | None = None) -> Tensor:
         """Add the gradients of a micro batch's mean, times `share`; its `Objective.parts`."""
-        loss = self._forward(micro)
+        loss = self._forward(micro, domains)
         self.deepspeed.backward(loss.total * share, scale_wrt_gas=False)
         return loss.parts
 

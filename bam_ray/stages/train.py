@@ -139,6 +139,12 @@ class _Work:
         task = place.task
         self._checkpoints = Checkpoints(store, task.kind, task.id, lease, retention, self._tell, carried=job.carried)
         self._sampler = sampler_of(place, corpus, job.blend, settings)
+        mixture = as_mixture(engine.model)
+        self._experts = tuple(mixture.config.expert_names or ()) if mixture is not None else ()
+        self._watch: RoutingWatch | None = None
+        if lease is not None and mixture is not None and mixture.config.mixture_layers and job.began is not None:
+            began = TensorFiles(sorted(job.began.glob("model*.safetensors")))
+            self._watch = RoutingWatch(mixture, job.metrics.routing, began, tuple(self._sampler.weights))
         following = self._following(job.following) if job.following else None
         self._training = Training(
             engine,
@@ -150,17 +156,12 @@ class _Work:
             self._tell,
             context.should_stop,
             following.follow if following else lambda step: None,
+            self._watch,
         )
         attempt.step = lambda: self.step
         self._store = store
         self._metrics: Metrics | None = None
-        self._watch: RoutingWatch | None = None
-        mixture = as_mixture(engine.model)
-        self._experts = tuple(mixture.config.expert_names or ()) if mixture is not None else ()
         self._left_out = tuple(facts["branch"] for what, facts in job.news if what == "left_out")
-        if lease is not None and mixture is not None and mixture.config.mixture_layers and job.began is not None:
-            began = TensorFiles(sorted(job.began.glob("model*.safetensors")))
-            self._watch = RoutingWatch(mixture, job.metrics.routing, began)
         self._routing: RoutingReport | None = None
         self._curves: dict[str, float] = {}  # the last value of each
 
@@ -214,28 +215,30 @@ class _Work:
     def _report(self, point: Point) -> None:
         """A step is done."""
         self._point = point
-        self._draw(point.step, self._scalars(point) | self._watched(point.step))
+        routing = self._watched(point.step)
+        seen, fine = (routing.scalars, routing.by_domain_and_layer) if routing else ({}, {})
+        self._draw(point.step, self._scalars(point) | seen, fine)
         self._say()
 
-    def _draw(self, step: int, scalars: dict[str, float]) -> None:
-        """Add a step to curves."""
+    def _draw(self, step: int, scalars: dict[str, float], fine: dict[str, float] | None = None) -> None:
+        """Add a step to curves; `fine` ones are too many to be reported, and only written."""
         self._curves = self._curves | scalars  # the one before is read by the thread that reports it
         if self._metrics is not None:
-            self._metrics.write(step, scalars)
+            self._metrics.write(step, scalars | (fine or {}))
 
-    def _watched(self, step: int) -> dict[str, float]:
+    def _watched(self, step: int) -> RoutingReport | None:
         """What a mixture's routers did, from time to time."""
         load = self._engine.last_load
         if self._watch is None or load is None:
-            return {}
+            return None
         self._watch.add(load)
         if step % self._job.metrics.routing.every:
-            return {}
+            return None
         before, self._routing = self._routing, self._watch.report()
         dead, overloaded = self._routing.dead, self._routing.overloaded
         if (dead, overloaded) != ((before.dead, before.overloaded) if before else ((), ())):
             self._tell("experts", step=step, dead=in_words(dead), overloaded=in_words(overloaded))
-        return self._routing.scalars
+        return self._routing
 
     def _say(self) -> None:
         """Report how far it is."""

@@ -36,7 +36,7 @@ class FollowingSampler:
         self._ask, self._engine, self._tell = reference, engine, tell
         self._reference = settings.reference
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See `loop.Sampler`."""
         return self._sampler.take(count)
 

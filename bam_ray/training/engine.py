@@ -19,7 +19,17 @@ from bam_ray.training.fitting import halved_to_fit, largest_that_fits
 from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import Memory, memory_of
 from bam_ray.training.next_token import NextTokenLoss
-from bam_ray.training.objective import Load, Objective, as_mixture, balance, held_out_nll, load_of, objective, parts_of
+from bam_ray.training.objective import (
+    Load,
+    Objective,
+    all_of_one,
+    as_mixture,
+    balance,
+    held_out_nll,
+    load_of,
+    objective,
+    parts_of,
+)
 from bam_ray.training.state import ADAM_STATES, State, read_optimizer, read_weights, snapshot
 
 Precision = Literal["fp32", "bf16"]
@@ -70,9 +80,12 @@ class Engine(Protocol):
         """What it computes on, for people."""
         ...
 
-    def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
+    def step(
+        self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS, domains: Tensor | None = None
+    ) -> StepResult:
         """Forward, backward in micro batches, clip, update; on this rank's share [B, L] int64 of the global batch.
 
+        `domains` [B, D]: 1 where a sequence is of a domain, else 0, for the load by domain; None: all are of one.
         Raises `LossNotFinite` where the loss or the gradient is not finite, `LossSpiked` where one is above `limits`;
         nothing is updated then.
         """
@@ -154,8 +167,11 @@ class TorchEngine:
     def device_name(self) -> str:
         return name_of(self.device)
 
-    def step(self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
-        sums = self._accumulate(input_ids.to(self.device))
+    def step(
+        self, input_ids: Tensor, lr: float, limits: Limits = NO_LIMITS, domains: Tensor | None = None
+    ) -> StepResult:
+        domains = all_of_one(input_ids) if domains is None else domains
+        sums = self._accumulate(input_ids.to(self.device), domains.to(self.device))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
         nll, load_balance, router_z = sums[:3].tolist()
         try:
@@ -173,7 +189,7 @@ class TorchEngine:
         balance(self.mixture, self.last_load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, float(norm))
 
-    def _accumulate(self, input_ids: Tensor) -> Tensor:
+    def _accumulate(self, input_ids: Tensor, domains: Tensor) -> Tensor:
         """Gradients of the mean over `input_ids`, and its `Objective.parts`, in micro batches that fit memory.
 
         One that does not is halved, and the whole share begun again: nothing of it was used yet. Random numbers are
@@ -182,15 +198,15 @@ class TorchEngine:
         random = _random_state(self.device)
         if self.micro_batch is None:
             self.micro_batch = self._fit(input_ids)
-        sums = torch.zeros(parts_of(self.mixture), device=self.device)
+        sums = torch.zeros(parts_of(self.mixture, domains.shape[1]), device=self.device)
 
         def work(micro_batch: int) -> None:
             _set_random_state(self.device, random)
             self.optimizer.zero_grad(set_to_none=True)
             sums.zero_()
-            for micro in input_ids.split(micro_batch):
+            for micro, of in zip(input_ids.split(micro_batch), domains.split(micro_batch), strict=True):
                 share = micro.shape[0] / input_ids.shape[0]  # of tokens: rows are all of one length
-                loss = self._forward(micro)
+                loss = self._forward(micro, of)
                 (loss.total * share).backward()
                 sums.add_(loss.parts * share)
 
@@ -206,9 +222,9 @@ class TorchEngine:
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, micro: Tensor) -> Objective:
+    def _forward(self, micro: Tensor, domains: Tensor | None = None) -> Objective:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return objective(self._next_token, micro, self.mixing.losses.at(self._done), self.mixture)
+            return objective(self._next_token, micro, self.mixing.losses.at(self._done), self.mixture, domains=domains)
 
     @property
     def _done(self) -> float:

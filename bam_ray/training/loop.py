@@ -29,19 +29,23 @@ from bam_ray.training.schedule import learning_rate
 MOST_IN_A_ROW = 10  # spikes, or losses that are not finite, before training is given up
 
 
-class Sampler(Protocol):
-    """Sequences in one global order, resumable."""
-
-    def take(self, count: int) -> np.ndarray:
-        """The next `count` sequences: int64 [count, L]."""
-        ...
+class Remembered(Protocol):
+    """What checkpoints remember."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order stands, as plain JSON."""
+        """Where it stands, as plain JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        ...
+
+
+class Sampler(Remembered, Protocol):
+    """Sequences in one global order, resumable."""
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next `count` sequences, int64 [count, L], and their domains, int64 [count, D] (`Engine.step`)."""
         ...
 
 
@@ -83,8 +87,10 @@ class Training:
         tell: Tell,
         should_stop: Callable[[], bool],
         after_step: Callable[[int], None] = lambda step: None,
+        watch: Remembered | None = None,
     ) -> None:
-        """`after_step` is called on all ranks between a step and its checkpoint, but for the last step."""
+        """`after_step` is called on all ranks between a step and its checkpoint, but for the last step; `watch`, on the
+        rank that writes checkpoints, is what else they remember."""
         self._sequences = settings.batch_tokens // sequence_length
         if self._sequences == 0 or self._sequences % engine.world_size:
             raise SettingsError(
@@ -97,7 +103,7 @@ class Training:
         self._engine, self._sampler, self._settings = engine, sampler, settings
         self._tokens = self._sequences * sequence_length
         self._checkpoints, self._report, self._tell, self._should_stop = checkpoints, report, tell, should_stop
-        self._after_step = after_step
+        self._after_step, self._watch = after_step, watch
         self.step = 0
         self.curve: list[Point] = []
         self.legs: list[Leg] = []
@@ -144,10 +150,10 @@ class Training:
         started = time.perf_counter()
         engine, settings = self._engine, self._settings
         torch.manual_seed((settings.seed << 32) + (self.step << 8) + engine.rank)  # dropout, should there be any
-        batch = torch.from_numpy(self._sampler.take(self._sequences)[self._mine])
+        batch, domains = (torch.from_numpy(each[self._mine]) for each in self._sampler.take(self._sequences))
         taken = time.perf_counter()
         lr = learning_rate(settings, self.step)
-        result = engine.step(batch, lr, self._limits())
+        result = engine.step(batch, lr, self._limits(), domains)
         self.step += 1
         done = time.perf_counter()
         self.times = {"data": taken - started, "compute": done - taken, "checkpoint": self._checkpointing}
@@ -223,6 +229,8 @@ class Training:
             return False
         self._engine.load(found.folder)
         self._sampler.load_state_dict(found.trainer["sampler"])
+        if self._watch is not None:
+            self._watch.load_state_dict(found.trainer.get("watch", {}))
         self.curve = [Point(**point) for point in found.trainer["curve"]]
         self.legs = [Leg(**leg) for leg in found.trainer["legs"]]
         self._changed = found.trainer.get("changed", 0)
@@ -242,5 +250,7 @@ class Training:
                 "refused": list(self.refused),
                 "changed": self._changed,
             }
+            if self._watch is not None:
+                trainer["watch"] = self._watch.state_dict()
             self._checkpoints.save(state, trainer)
         self._checkpointing += time.perf_counter() - started

@@ -4,20 +4,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bam_ray.model import BamForCausalLM, dropped_share, routing_losses
+from bam_ray.model import BamForCausalLM, RoutingLosses, dropped_share, routing_losses
 from bam_ray.settings import Losses
 
 
 @dataclass(frozen=True)
 class Load:
-    """How the tokens of a batch met the FFN experts of M layers that have any."""
+    """How the tokens of a batch, of D domains, met the FFN experts of M layers that have any.
 
-    share: Tensor  # [M, N], of all choices
-    entropy: Tensor  # [M], of a token's router probabilities, in nats
+    Of each mean over the batch there is what every domain adds to it; a domain's own mean is that over its share.
+    """
+
+    choices: Tensor  # [M, D, N], of all choices
+    entropy: Tensor  # [M, D], of a token's router probabilities, in nats
     dropped: Tensor  # [M], of all choices, those past an expert's capacity
+
+    @property
+    def share(self) -> Tensor:
+        """Of all choices, those of each expert: [M, N]."""
+        return self.choices.sum(1)
 
 
 @dataclass
@@ -25,7 +34,7 @@ class Objective:
     """NLL plus the weighted auxiliary losses of one micro batch."""
 
     total: Tensor
-    parts: Tensor  # [3], detached: nll, load balance, router z; of mixtures [3 + M·(N + 2)]: then the `Load`'s
+    parts: Tensor  # [3], detached: nll, load balance, router z; of mixtures then the `Load`'s, [M, 1 + D·(N + 1)] flat
 
 
 def objective(
@@ -34,11 +43,13 @@ def objective(
     losses: Losses,
     mixture: BamForCausalLM | None,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    domains: Tensor | None = None,
 ) -> Objective:
     """The training loss of `input_ids` [B, L]: next-token NLL, and for mixtures the routers' losses.
 
     `model` is what is called: a `NextTokenLoss`, of `mixture` unless that is None (dense models), or an engine around
-    it. `reduce` averages routing statistics over data-parallel ranks (`model.routing_losses`).
+    it. `reduce` averages routing statistics over data-parallel ranks (`model.routing_losses`). `domains` [B, D]:
+    which sequences are of which domain (`Engine.step`).
     """
     nll, router_logits = model(input_ids)
     if mixture is None or not mixture.config.mixture_layers:
@@ -46,19 +57,37 @@ def objective(
         return Objective(nll, torch.stack((nll.detach(), zero, zero)))
     biases = mixture.selection_biases()
     routing = routing_losses(router_logits, mixture.config.num_experts_per_tok, reduce, bias=biases)
-    dropped = dropped_share(router_logits, mixture.config, len(input_ids), biases)
+    load = _load(routing, mixture, all_of_one(input_ids) if domains is None else domains)
     load_balance, router_z = losses.load_balance, losses.router_z
     assert isinstance(load_balance, float) and isinstance(router_z, float), "a ramp: use Losses.at"
     total = nll + load_balance * routing.load_balance + router_z * routing.router_z
     parts = torch.stack((nll, routing.load_balance, routing.router_z)).detach()
-    return Objective(total, torch.cat((parts, routing.share.flatten(), routing.entropy, dropped)))
+    return Objective(total, torch.cat((parts, load.flatten())))
 
 
-def parts_of(mixture: BamForCausalLM | None) -> int:
+def _load(routing: RoutingLosses, mixture: BamForCausalLM, domains: Tensor) -> Tensor:
+    """The `Load` of sequences of `domains` [B, D], in one: [M, 1 + D·(N + 1)]."""
+    sequences, config = len(domains), mixture.config
+    chosen = F.one_hot(routing.chosen.unflatten(1, (sequences, -1)), config.num_experts)  # [M, B, L, k, N]
+    choices = chosen.float().mean((2, 3))
+    entropy = routing.entropy.unflatten(1, (sequences, -1)).mean(2, keepdim=True)  # [M, B, 1]
+    by_sequence = torch.cat((choices, entropy), dim=-1).unsqueeze(2)  # [M, B, 1, N + 1]
+    # No matrix product, which a GPU may round more
+    by_domain = (by_sequence * domains.unsqueeze(-1)).mean(1)  # [M, D, N + 1]
+    dropped = dropped_share(routing.chosen, config, sequences)
+    return torch.cat((dropped.unsqueeze(1), by_domain.flatten(1)), dim=1)
+
+
+def all_of_one(input_ids: Tensor) -> Tensor:
+    """The domains [B, 1] of sequences [B, L] that are of one."""
+    return input_ids.new_ones(len(input_ids), 1)
+
+
+def parts_of(mixture: BamForCausalLM | None, domains: int) -> int:
     """How many numbers `Objective.parts` has."""
     if mixture is None:
         return 3
-    numbers: int = 3 + len(mixture.config.mixture_layers) * (mixture.config.num_experts + 2)
+    numbers: int = 3 + len(mixture.config.mixture_layers) * (1 + domains * (mixture.config.num_experts + 1))
     return numbers
 
 
@@ -66,9 +95,9 @@ def load_of(parts: Tensor, mixture: BamForCausalLM | None) -> Load | None:
     """The load in (a mean of) `Objective.parts`."""
     if mixture is None or not mixture.config.mixture_layers:
         return None
-    layers = len(mixture.config.mixture_layers)
-    share, entropy, dropped = parts[3:].split((layers * mixture.config.num_experts, layers, layers))
-    return Load(share.view(layers, -1), entropy, dropped)
+    by_layer = parts[3:].view(len(mixture.config.mixture_layers), -1)
+    by_domain = by_layer[:, 1:].unflatten(1, (-1, mixture.config.num_experts + 1))
+    return Load(by_domain[..., :-1], by_domain[..., -1], by_layer[:, 0])
 
 
 @torch.no_grad()

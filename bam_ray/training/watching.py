@@ -9,10 +9,18 @@
     routing/dead_experts, routing/overloaded_experts, load_imbalance, routing/dropped: of all layers, the last two the
         worst of them
 
-Loads are means over the steps since they were last reported.
+And what they do with the tokens of one domain of the training data:
+
+    routing_by_domain/<domain>/layer_<l>/load_<expert>, .../entropy, .../imbalance      as above
+    routing_by_domain/<domain>/layer_<l>/drift      of the domain's load, from what it was when first reported: half the
+        L1 distance, the share of its choices that went elsewhere (experts that came later had none)
+    routing_by_domain/<domain>/entropy, .../imbalance, .../drift: of all layers, the mean and twice the worst of them
+
+Loads are means over the steps since they were last reported; a domain of which these had no sequence has none. Part of
+the training state is what was added since then, and the first loads: a run that goes back shows what it would have.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,32 +37,72 @@ class RoutingReport:
     """What was seen over some steps."""
 
     scalars: dict[str, float]
+    by_domain_and_layer: dict[str, float]  # apart, as they are many
     imbalance: float  # of the worst layer
     dead: tuple[str, ...]  # "layer 3 law"
     overloaded: tuple[str, ...]
 
 
 class RoutingWatch:
-    """Watches `mixture`; `began` has the routers' weights at step 0, by the names that its parameters have."""
+    """Watches `mixture`, on data of `domains`; `began` has the routers' weights at step 0, by the names that its
+    parameters have.
 
-    def __init__(self, mixture: BamForCausalLM, settings: RoutingSettings, began: Mapping[str, Tensor]) -> None:
+    Shapes: M layers that have experts, D domains, N experts.
+    """
+
+    def __init__(
+        self,
+        mixture: BamForCausalLM,
+        settings: RoutingSettings,
+        began: Mapping[str, Tensor],
+        domains: Sequence[str],
+    ) -> None:
         config = mixture.config
         self._mixture, self._settings = mixture, settings
         self._layers: list[int] = config.mixture_layers
         self._names = config.expert_names or [str(number) for number in range(config.num_experts)]
         self._began = {name: began[name].to(weight) for _, name, weight in self._routers()}
-        self._seen: list[Load] = []
+        self._domains = domains
+        self.load_state_dict({})
 
     def add(self, load: Load) -> None:
         """A step is done."""
-        self._seen.append(load)
+        self._steps += 1
+        for name, total in self._sums.items():
+            total += getattr(load, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added since the last report, and the first loads, as plain JSON."""
+        sums = {name: total.tolist() for name, total in self._sums.items()}
+        return {"steps": self._steps, "sums": sums, "first": self._first.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, or with nothing seen from {}. Experts that came since had no load."""
+        layers, domains, experts = len(self._layers), len(self._domains), len(self._names)
+
+        def taken_up(values: Any, *shape: int) -> Tensor:
+            total = torch.zeros(shape, dtype=torch.double)  # as exact as JSON is
+            if values is not None:
+                found = torch.tensor(values, dtype=torch.double)
+                total[..., : found.shape[-1]] = found
+            return total
+
+        sums = state.get("sums", {})
+        self._steps: int = state.get("steps", 0)
+        self._sums = {  # of `Load`s, where these are: a step does not wait for them
+            "choices": taken_up(sums.get("choices"), layers, domains, experts).to(self._mixture.device),
+            "entropy": taken_up(sums.get("entropy"), layers, domains).to(self._mixture.device),
+            "dropped": taken_up(sums.get("dropped"), layers).to(self._mixture.device),
+        }
+        self._first = taken_up(state.get("first"), layers, domains, experts)  # loads; 0: of a domain not seen yet
 
     def report(self) -> RoutingReport:
         """What was seen since the last report; there must be something."""
-        share = torch.stack([load.share for load in self._seen]).mean(0).cpu()  # [M, N]
-        entropy = torch.stack([load.entropy for load in self._seen]).mean(0).cpu()  # [M]
-        dropped = torch.stack([load.dropped for load in self._seen]).mean(0).cpu()  # [M]
-        self._seen.clear()
+        mean = Load(**{name: total.cpu() / self._steps for name, total in self._sums.items()})
+        self._steps = 0
+        for total in self._sums.values():
+            total.zero_()
+        share, entropy, dropped = mean.share, mean.entropy.sum(1), mean.dropped  # [M, N], [M], [M]
         relative = share * share.shape[1]  # 1: an even share
         imbalance = relative.max(1).values
         scalars: dict[str, float] = {}
@@ -79,7 +127,37 @@ class RoutingWatch:
             "routing/dead_experts": float(len(dead)),
             "routing/overloaded_experts": float(len(overloaded)),
         }
-        return RoutingReport(scalars, worst, dead, overloaded)
+        over_layers, by_layer = self._by_domain(mean)
+        return RoutingReport(scalars | over_layers, by_layer, worst, dead, overloaded)
+
+    def _by_domain(self, mean: Load) -> tuple[dict[str, float], dict[str, float]]:
+        """The curves of every domain that was seen: those over all layers, and those by layer."""
+        over_layers: dict[str, float] = {}
+        by_layer: dict[str, float] = {}
+        for number, domain in enumerate(self._domains):
+            choices, first = mean.choices[:, number], self._first[:, number]  # [M, N]
+            part = choices.sum(1)  # [M], of all tokens: the same in all layers
+            if not part.all():
+                continue
+            share = choices / part.unsqueeze(1)
+            if not first.any():
+                first.copy_(share)
+            found = {
+                "entropy": mean.entropy[:, number] / part,
+                "imbalance": share.max(1).values * share.shape[1],
+                "drift": (share - first).abs().sum(1) / 2,
+            }
+            loads = {f"load_{name}": share[:, expert] for expert, name in enumerate(self._names)}
+            below = f"routing_by_domain/{domain}"
+            for layer, *values in zip(self._layers, *(each.tolist() for each in (loads | found).values()), strict=True):
+                names = (f"{below}/layer_{layer}/{name}" for name in loads | found)
+                by_layer |= zip(names, values, strict=True)
+            over_layers |= {
+                f"{below}/entropy": found["entropy"].mean().item(),
+                f"{below}/imbalance": found["imbalance"].max().item(),
+                f"{below}/drift": found["drift"].max().item(),
+            }
+        return over_layers, by_layer
 
     def _routers(self) -> list[tuple[str, str, Tensor]]:
         """Every router's weights, with the name that its drift has and its own."""

@@ -40,8 +40,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def test_the_order_does_not_depend_on_batches(corpus: Corpus, cuts: list[int], seed: int) -> None:
     whole = BlendedSampler(corpus, BLEND, seed)
     pieces = BlendedSampler(corpus, BLEND, seed)
-    expected = whole.take(sum(cuts))
-    taken = np.concatenate([np.empty((0, 2), dtype=np.int64), *(pieces.take(count) for count in cuts)])
+    expected = whole.take(sum(cuts))[0]
+    taken = np.concatenate([np.empty((0, 2), dtype=np.int64), *(pieces.take(count)[0] for count in cuts)])
     assert taken.dtype == np.int64
     assert np.array_equal(taken, expected)
     assert whole.drawn == pieces.drawn
@@ -54,33 +54,34 @@ def test_resume_is_exact(corpus: Corpus, before: int, after: int, seed: int) -> 
     unbroken.take(before)
     resumed = BlendedSampler(corpus, BLEND, seed)
     resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
-    assert np.array_equal(resumed.take(after), unbroken.take(after))
+    assert np.array_equal(resumed.take(after)[0], unbroken.take(after)[0])
     assert resumed.state_dict() == unbroken.state_dict()
 
 
 def test_other_weights_hold_from_there_on_and_are_resumed(corpus: Corpus) -> None:
     sampler, plain = BlendedSampler(corpus, BLEND, 0), BlendedSampler(corpus, BLEND, 0)
-    assert np.array_equal(sampler.take(50), plain.take(50))
+    assert np.array_equal(sampler.take(50)[0], plain.take(50)[0])
     weights = {"law": 7.0, "code": 2.0, "general": 1.0}
     sampler.reweigh(weights)
     assert sampler.weights == pytest.approx({"code": 0.2, "general": 0.1, "law": 0.7})
     resumed = BlendedSampler(corpus, BLEND, 0)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
     before = sampler.drawn
-    assert np.array_equal(sampler.take(2000), resumed.take(2000))
+    assert np.array_equal(sampler.take(2000)[0], resumed.take(2000)[0])
     drawn = {domain: (count - before[domain]) / 2000 for domain, count in sampler.drawn.items()}
     assert drawn == pytest.approx(sampler.weights, abs=0.04)
 
 
 def test_every_row_comes_once_an_epoch_in_a_new_order(corpus: Corpus) -> None:
-    rows = BlendedSampler(corpus, {"code": 1.0}, 3).take(7 * 20)[:, 1].reshape(20, 7)
+    rows = BlendedSampler(corpus, {"code": 1.0}, 3).take(7 * 20)[0][:, 1].reshape(20, 7)
     assert (np.sort(rows, axis=1) == np.arange(7)).all()
     assert len({tuple(epoch) for epoch in rows}) > 10
 
 
 def test_weights_are_kept_and_drawn_counts(corpus: Corpus) -> None:
     sampler = BlendedSampler(corpus, {"general": 6.0, "code": 2.0, "law": 0.0}, 0)
-    batch = sampler.take(20_000)
+    batch, domains = sampler.take(20_000)
+    assert np.array_equal(domains, np.eye(2)[batch[:, 0]])
     counts = np.bincount(batch[:, 0], minlength=3)
     assert sampler.drawn == {"code": counts[0], "general": counts[1]}
     assert counts[2] == 0
@@ -88,18 +89,18 @@ def test_weights_are_kept_and_drawn_counts(corpus: Corpus) -> None:
 
 
 def test_seeds_differ_and_the_order_of_names_does_not_matter(corpus: Corpus) -> None:
-    first = BlendedSampler(corpus, BLEND, 0).take(50)
-    assert np.array_equal(first, BlendedSampler(corpus, dict(reversed(BLEND.items())), 0).take(50))
+    first = BlendedSampler(corpus, BLEND, 0).take(50)[0]
+    assert np.array_equal(first, BlendedSampler(corpus, dict(reversed(BLEND.items())), 0).take(50)[0])
     assert np.array_equal(
-        first, BlendedSampler(corpus, {name: 9 * weight for name, weight in BLEND.items()}, 0).take(50)
+        first, BlendedSampler(corpus, {name: 9 * weight for name, weight in BLEND.items()}, 0).take(50)[0]
     )
-    assert not np.array_equal(first, BlendedSampler(corpus, BLEND, 1).take(50))
+    assert not np.array_equal(first, BlendedSampler(corpus, BLEND, 1).take(50)[0])
 
 
 def test_far_positions_are_reached_without_replay(corpus: Corpus) -> None:
     sampler = BlendedSampler(corpus, {"general": 1.0}, 0)
     sampler.load_state_dict({"position": 10**12, "drawn": {"general": 10**12}, "weights": {"general": 1.0}})
-    assert sampler.take(3).shape == (3, 2)
+    assert sampler.take(3)[0].shape == (3, 2)
     assert sampler.drawn == {"general": 10**12 + 3}
 
 

@@ -291,9 +291,9 @@ class Shares:
 
     position = 0
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         self.position += 1
-        return shares(2, self.position).flatten(0, 1).numpy()
+        return shares(2, self.position).flatten(0, 1).numpy(), np.ones((count, 1), dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

@@ -106,10 +106,11 @@ def test_what_is_dropped_is_not_computed_and_is_told(monkeypatch: pytest.MonkeyP
         rows = torch.tensor(computed(model, ids, monkeypatch))
         torch.manual_seed(1)
         logits = model(ids, output_router_logits=True).router_logits
-        dropped = dropped_share(logits, model.config, len(ids), model.selection_biases())
+        chosen = routing_losses(logits, K, bias=model.selection_biases()).chosen
+        dropped = dropped_share(chosen, model.config, len(ids))
         assert (dropped > 0).all()
         torch.testing.assert_close(dropped, 1 - rows / (ids.numel() * K))
-    assert dropped_share(logits, build(None).config, len(ids)).tolist() == [0.0, 0.0]
+    assert dropped_share(chosen, build(None).config, len(ids)).tolist() == [0.0, 0.0]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_seeing_it import curves
 from test_story import TRAINING, Context, make, one_process, recipe
 from transformers import AutoModelForCausalLM
 
@@ -171,9 +172,9 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path:
 
 
 def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) -> None:
-    losses = []
+    losses, seen = [], []
     for number, stops in enumerate(((4, None), (4, 7, None), (4, 4, None))):  # the last: stopped right after it
-        run = Run(tmp_path, f"store-{number}")
+        run = Run(tmp_path, f"store-{number}", metrics={"routing": {"every": 3}})
         run.start()
         first, *others = stops
         run.mix(first)
@@ -181,8 +182,15 @@ def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) ->
         for stop_at in others:
             run.mix(stop_at)
         losses.append(run.losses())
+        found = curves(run.store, f"mixtures/{run.mixture.id}", tmp_path / f"board-{number}")
+        seen.append({name: points for name, points in found.items() if name.startswith("routing_by_domain/")})
         assert [move["step"] for move in run.events("blend")] == [3, 6, 9]
     assert losses[0] == losses[1] == losses[2]
+    assert seen[0] == seen[1] == seen[2]
+    load, drift = (seen[0][f"routing_by_domain/general/layer_0/{name}"] for name in ("load_general", "drift"))
+    assert [step for step, _ in load] == [6, 9], "it came amid the steps of the former"
+    for (_, part), (_, moved) in zip(load, drift[1:], strict=True):
+        assert 0 < part <= moved + 1e-6, "what goes to an expert that had nothing has moved"
     assert losses[0][-1] < losses[0][0]
 
 

@@ -1,6 +1,8 @@
 """What a run leaves for people to see: its event log, and its curves."""
 
+import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -93,11 +95,11 @@ def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, mon
     make(run, store, ("corpora",))
     forward = TorchEngine._forward
 
-    def spoiled(self: TorchEngine, micro: torch.Tensor) -> Any:
+    def spoiled(self: TorchEngine, micro: torch.Tensor, *domains: torch.Tensor) -> Any:
         done = max((progress.step for progress in context.heard), default=0)
         if done == 2 and len(micro) > 2:
             raise torch.OutOfMemoryError
-        loss = forward(self, micro)
+        loss = forward(self, micro, *domains)
         return replace(loss, total=loss.total * torch.inf) if done == 5 else loss
 
     monkeypatch.setattr(TorchEngine, "_forward", spoiled)
@@ -168,12 +170,62 @@ def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
     assert found[below + "drift"][1][1] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
     assert found[below + "drift"][0][1] > 0
     last = context.heard[-1]
-    assert last.curves == pytest.approx({name: points[-1][1] for name, points in found.items()})
+    fine = {name for name in found if name.startswith("routing_by_domain/") and "/layer_" in name}
+    assert last.curves == pytest.approx({name: points[-1][1] for name, points in found.items() if name not in fine})
+    for domain in ("general", "code"):
+        below = f"routing_by_domain/{domain}"
+        for name in ("load_seed", "load_code", "entropy", "imbalance", "drift"):
+            assert [step for step, _ in found[f"{below}/layer_0/{name}"]] == [5, 10], name
+        loads = [found[f"{below}/layer_0/load_{name}"][1][1] for name in ("seed", "code")]
+        assert sum(loads) == pytest.approx(1.0)
+        assert found[f"{below}/imbalance"][1][1] == pytest.approx(2 * max(loads))
+        moved = loads[0] - found[f"{below}/layer_0/load_seed"][0][1]
+        assert [drift for _, drift in found[f"{below}/drift"]] == pytest.approx([0.0, abs(moved)], abs=1e-6)
+    assert len(fine) == 2 * 5
     assert (last.load_imbalance, last.dead_experts) == (pytest.approx(2 * max(seed, code)), 1)
     lighter = "code" if code < seed else "seed"
     told = [event for event in events(store, f"mixtures/{manifest.id}", 1) if event["event"] == "experts"]
     assert (told[-1]["dead"], told[-1]["overloaded"]) == (f"layer 0 {lighter}", "none")
     assert last.note == f"experts without work: layer 0 {lighter}; with too much: none"
+
+
+def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe(tmp_path, metrics={"routing": {"every": 3}})
+    make(run, open_store(run.store.uri), ("corpora", "seeds", "branches", "upcycled"))
+    id = find_task(task_graph(run), "mixtures", "bam").id
+
+    def copy(name: str) -> BlobStore:
+        shutil.copytree(tmp_path / "store", tmp_path / name)
+        return open_store(str(tmp_path / name))
+
+    unbroken, stopped, rolled_back = map(copy, ("unbroken", "stopped", "rolled back"))
+    train_mixture("bam", run, unbroken, Context(), one_process)
+    with pytest.raises(Interrupted):
+        train_mixture("bam", run, stopped, Context(stop_at=5), one_process)
+    train_mixture("bam", run, stopped, Context(), one_process)
+    forward, calls = TorchEngine._forward, itertools.count(1)
+
+    def spoiled(self: TorchEngine, *given: torch.Tensor) -> Any:
+        loss = forward(self, *given)
+        return replace(loss, total=loss.total * torch.nan) if next(calls) == 7 else loss
+
+    monkeypatch.setattr(TorchEngine, "_fit", lambda self, input_ids: len(input_ids))  # a step is one call
+    monkeypatch.setattr(TorchEngine, "_forward", spoiled)
+    train_mixture("bam", run, rolled_back, Context(), one_process)
+    back = [event["to"] for event in events(rolled_back, f"mixtures/{id}", 1) if event["event"] == "rolled_back"]
+    assert back == [4], "amid the steps from 4 to 6, of which 6 had been shown"
+
+    def routing(store: BlobStore, name: str) -> dict[str, list[tuple[int, float]]]:
+        found = curves(store, f"mixtures/{id}", tmp_path / name)
+        return {name: points for name, points in found.items() if "routing" in name or name == "load_imbalance"}
+
+    wanted = routing(unbroken, "board")
+    assert [step for step, _ in wanted["routing_by_domain/code/layer_0/drift"]] == [3, 6, 9]
+    assert wanted["routing_by_domain/code/layer_0/drift"][2][1] > 0
+    assert routing(stopped, "stopped board") == wanted
+    assert routing(rolled_back, "rolled back board") == wanted
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:

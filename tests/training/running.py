@@ -24,14 +24,15 @@ BAM = BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2})
 
 
 class Counting:
-    """A sampler whose sequences are a function of its position."""
+    """A sampler whose sequences, of two domains, are a function of its position."""
 
     position = 0
 
-    def take(self, count: int) -> np.ndarray:
-        rows = [np.random.default_rng(self.position + i).integers(2, 96, LENGTH) for i in range(count)]
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        generators = [np.random.default_rng(self.position + i) for i in range(count)]
+        rows = np.stack([generator.integers(2, 96, LENGTH) for generator in generators])
         self.position += count
-        return np.stack(rows)
+        return rows, np.eye(2, dtype=np.int64)[rows[:, 0] % 2]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

@@ -119,7 +119,7 @@ def with_a_bad_batch(on_not_finite: str, batches: set[int], store: MemoryStore |
     """The losses of a run on data of which the given batches, from 1, make every loss NaN, and what it told."""
     model, data = nan_at(set()), Counting()
     told: list[tuple[str, dict[str, Any]]] = []
-    taken = [data.take(4) for _ in range(max(batches))]
+    taken = [data.take(4)[0] for _ in range(max(batches))]
     bad = [taken[number - 1] for number in batches]
 
     def spoil(module: object, inputs: object, named: dict[str, Any], out: Any) -> Any:

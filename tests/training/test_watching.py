@@ -1,8 +1,12 @@
 """What is said of routers is what they did."""
 
+import json
+from typing import Any
+
 import pytest
 import tiny
 import torch
+from running import LENGTH, SETTINGS, engine
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import RoutingSettings
@@ -13,14 +17,31 @@ NAMES = ["seed", "code", "law", "math"]
 
 
 def load(first: list[float], second: list[float], dropped: tuple[float, float] = (0.0, 0.0)) -> Load:
-    return Load(torch.tensor([first, second]), torch.tensor([0.5, 1.0]), torch.tensor(dropped))
+    """Of one domain."""
+    return Load(torch.tensor([[first], [second]]), torch.tensor([[0.5], [1.0]]), torch.tensor(dropped))
+
+
+def watch_of(domains: tuple[str, ...] = ("code",), names: list[str] = NAMES, **config: Any) -> RoutingWatch:
+    mixture = BamForCausalLM(BamConfig(**{**tiny.SIZES, "num_experts": len(names), **config}, expert_names=names))
+    return RoutingWatch(mixture, RoutingSettings(), mixture.state_dict(), domains)
+
+
+def curves(watch: RoutingWatch) -> dict[str, float]:
+    """What is said by domain, to four digits."""
+    report = watch.report()
+    said = {**report.scalars, **report.by_domain_and_layer}
+    return {
+        name.removeprefix("routing_by_domain/"): round(value, 4)
+        for name, value in said.items()
+        if name.startswith("routing_by_domain/")
+    }
 
 
 def test_a_report_is_of_the_steps_since_the_last() -> None:
     sizes = {**tiny.SIZES, "num_hidden_layers": 3, "dense_layers": [1]}
     mixture = BamForCausalLM(BamConfig(**sizes, expert_names=NAMES))
     began = {name: weight.clone() for name, weight in mixture.state_dict().items()}
-    watch = RoutingWatch(mixture, RoutingSettings(dead_below=0.1, overloaded_above=3.0), began)
+    watch = RoutingWatch(mixture, RoutingSettings(dead_below=0.1, overloaded_above=3.0), began, ("code",))
     watch.add(load([1.0, 0.0, 0.0, 0.0], [0.25] * 4))
     watch.report()
     watch.add(load([0.0, 0.0, 0.2, 0.8], [0.25] * 4))
@@ -42,11 +63,123 @@ def test_a_report_is_of_the_steps_since_the_last() -> None:
 
 
 def test_what_is_dropped_is_told_where_there_is_a_capacity() -> None:
-    mixture = BamForCausalLM(BamConfig(**tiny.SIZES, capacity_factor=1.0))
-    watch = RoutingWatch(mixture, RoutingSettings(), mixture.state_dict())
+    watch = watch_of(capacity_factor=1.0)
     watch.add(load([0.25] * 4, [0.25] * 4, (0.1, 0.2)))
     watch.add(load([0.25] * 4, [0.25] * 4, (0.3, 0.2)))
     watch.add(load([0.25] * 4, [0.25] * 4, (0.5, 0.2)))
     scalars = watch.report().scalars
     assert scalars["routing/layer_0/dropped"] == scalars["routing/dropped"] == pytest.approx(0.3)
     assert scalars["routing/layer_1/dropped"] == pytest.approx(0.2)
+
+
+def two_domains(code: list[float], law: list[float]) -> Load:
+    """A model of one layer; shares of all choices. A token's entropy is 1 nat in code and 0.5 in law."""
+    return Load(
+        torch.tensor([[code, law]]), torch.tensor([[sum(code), 0.5 * sum(law)]], dtype=torch.double), torch.zeros(1)
+    )
+
+
+ONE_LAYER = {"num_hidden_layers": 2, "dense_layers": [0], "domains": ("code", "law"), "names": ["seed", "code"]}
+
+
+def test_a_domain_s_load_is_the_mean_over_its_tokens_however_many_a_step_had() -> None:
+    watch = watch_of(**ONE_LAYER)
+    watch.add(two_domains([0.1, 0.3], [0.6, 0.0]))
+    watch.add(two_domains([0.8, 0.0], [0.1, 0.1]))
+    assert curves(watch) == {
+        "code/layer_1/load_seed": 0.75,
+        "code/layer_1/load_code": 0.25,
+        "code/layer_1/entropy": 1.0,
+        "code/layer_1/imbalance": 1.5,
+        "code/layer_1/drift": 0.0,
+        "code/entropy": 1.0,
+        "code/imbalance": 1.5,
+        "code/drift": 0.0,
+        "law/layer_1/load_seed": 0.875,
+        "law/layer_1/load_code": 0.125,
+        "law/layer_1/entropy": 0.5,
+        "law/layer_1/imbalance": 1.75,
+        "law/layer_1/drift": 0.0,
+        "law/entropy": 0.5,
+        "law/imbalance": 1.75,
+        "law/drift": 0.0,
+    }
+
+
+def test_drift_is_the_share_of_a_domain_s_choices_that_went_elsewhere_since_it_was_first_seen() -> None:
+    watch = watch_of(**ONE_LAYER)
+    watch.add(two_domains([0.5, 0.5], [0.0, 0.0]))
+    assert not [name for name in curves(watch) if name.startswith("law")], "there was none"
+    watch.add(two_domains([0.4, 0.1], [0.1, 0.4]))
+    said = curves(watch)
+    assert (said["code/layer_1/drift"], said["law/layer_1/drift"]) == (0.3, 0.0)
+    watch.add(two_domains([0.0, 0.5], [0.4, 0.1]))
+    said = curves(watch)
+    assert (said["code/layer_1/drift"], said["law/layer_1/drift"]) == (0.5, 0.6)
+    assert (said["code/drift"], said["law/drift"]) == (0.5, 0.6)
+
+
+def test_over_all_layers_entropy_is_the_mean_and_the_others_are_the_worst() -> None:
+    watch = watch_of(names=["seed", "code"])
+    for code in ([0.5, 0.5], [0.75, 0.25]):
+        watch.add(Load(torch.tensor([[code], [[0.9, 0.1]]]), torch.tensor([[0.2], [0.6]]), torch.zeros(2)))
+        said = curves(watch)
+    assert (said["code/entropy"], said["code/imbalance"], said["code/drift"]) == (0.4, 1.8, 0.25)
+
+
+def test_a_watch_that_was_taken_up_says_what_the_unbroken_one_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loads = [two_domains(*torch.rand(2, 2, generator=generator).tolist()) for _ in range(7)]
+    unbroken, broken = watch_of(**ONE_LAYER), watch_of(**ONE_LAYER)
+    for watch in (unbroken, broken):
+        for seen in loads[:2]:
+            watch.add(seen)
+        watch.report()
+        for seen in loads[2:5]:
+            watch.add(seen)
+    resumed, rolled_back = watch_of(**ONE_LAYER), broken
+    state = json.dumps(broken.state_dict())
+    rolled_back.add(loads[0])
+    for watch in (resumed, rolled_back):
+        watch.load_state_dict(json.loads(state))
+    for watch in (unbroken, resumed, rolled_back):
+        for seen in loads[5:]:
+            watch.add(seen)
+    assert unbroken.report() == resumed.report() == rolled_back.report()
+
+
+def test_an_expert_that_came_later_had_no_load() -> None:
+    before, after = watch_of(**ONE_LAYER), watch_of(**{**ONE_LAYER, "names": ["seed", "code", "law"]})
+    before.add(two_domains([0.25, 0.25], [0.25, 0.25]))
+    before.report()
+    before.add(two_domains([0.5, 0.0], [0.5, 0.0]))
+    after.load_state_dict(before.state_dict())
+    after.add(two_domains([0.25, 0.25, 0.0], [0.0, 0.0, 0.5]))
+    said = curves(after)
+    assert [said[f"law/layer_1/load_{name}"] for name in ("seed", "code", "law")] == [0.5, 0.0, 0.5]
+    assert (said["law/layer_1/drift"], said["code/layer_1/drift"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_a_step_s_load_by_domain_is_a_plain_count_of_choices(micro_batch: int) -> None:
+    config = BamConfig(**{**tiny.SIZES, "num_hidden_layers": 3, "dense_layers": [0], "num_experts_per_tok": 2})
+    trainer = engine(config, SETTINGS.model_copy(update={"micro_batch_sequences": micro_batch}))
+    ids = tiny.tokens(4, LENGTH)
+    of = [0, 2, 2, 0]  # nothing of the second
+    with torch.no_grad():
+        logits = trainer.model(ids, output_router_logits=True).router_logits
+    trainer.step(ids, 0.0, domains=torch.eye(3)[of])
+    load = trainer.last_load
+    assert load is not None and load.choices.shape == (2, 3, 4)
+
+    counts, entropy = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    for layer, of_layer in enumerate(logits):
+        for token, row in enumerate(of_layer):
+            domain = of[token // LENGTH]
+            probabilities = row.softmax(0)
+            for expert in sorted(range(4), key=probabilities.__getitem__)[-2:]:
+                counts[layer, domain, expert] += 1
+            entropy[layer, domain] -= (probabilities * probabilities.log()).sum()
+    torch.testing.assert_close(load.choices, counts / (2 * ids.numel()))
+    torch.testing.assert_close(load.entropy, entropy / ids.numel())
+    torch.testing.assert_close(load.share.sum(-1), torch.ones(2))
