@@ -14,35 +14,21 @@ from torch import Tensor, nn
 
 from .configuration_bam import ACTIVATIONS, BamConfig
 
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""(rows [R, d] sorted by expert, how many each expert has) -> every expert applied to its rows: [R, d]."""
 
-class LocalDispatcher:
-    """Tokens to the experts they chose and back, all experts being here."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        num_experts: int,
-        compute: Callable[[Tensor, Tensor], Tensor],
-        kept: Tensor | None = None,
-    ) -> Tensor:
-        """hidden [T, d], index and weights [T, k] -> Σ_k weight · expert(hidden): [T, d].
+def in_place(compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
+    """Rows to their experts, rows [R, d] and counts [N] -> [R, d]: all experts are here."""
+    return compute(rows, counts)
 
-        `compute(rows [R, d], counts [N])` applies each expert to its consecutive rows. Choices that are not `kept`
-        [T, k] (None: all are) have no row.
-        """
-        flat = index.reshape(-1)
-        order = flat.argsort(stable=True)
-        if kept is not None:
-            order = order[kept.reshape(-1)[order]]
-            flat = flat[order]
-        token = order // index.shape[1]
-        counts = (flat.unsqueeze(1) == torch.arange(num_experts, device=flat.device)).sum(0)
-        rows = compute(hidden.index_select(0, token), counts)
-        rows = rows.to(hidden.dtype)  # autocast computes them in less
-        rows = rows * weights.reshape(-1).index_select(0, order).unsqueeze(1).to(rows.dtype)
-        return torch.zeros_like(hidden).index_add(0, token, rows)
+
+def as_computed(x: Tensor) -> Tensor:
+    """x as matrix products read it: in autocast's dtype, where that is on."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 # The experts' arithmetic is one operator with its own gradient. How many rows an expert gets is data, so a compiler
@@ -221,22 +207,32 @@ class BamExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(N, d, f))
         self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(N, width)) if config.mlp_bias else None)
         self.down_bias = nn.Parameter(torch.empty(N, d)) if config.mlp_bias else None
-        self.dispatcher: Callable[..., Tensor] = LocalDispatcher()
+        self.dispatcher: Callable[[Compute, Tensor, Tensor], Tensor] = in_place
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, kept: Tensor | None = None
     ) -> Tensor:
-        """[T, d], [T, k], [T, k] -> [T, d]; `kept` [T, k]: the choices that count (None: all)."""
-        return self.dispatcher(hidden_states, top_k_index, top_k_weights, self.num_experts, self.compute, kept)
+        """[T, d], [T, k], [T, k] -> Σ_k weight · expert(hidden): [T, d].
+
+        Choices that are not `kept` [T, k] (None: all are) have no row.
+        """
+        flat = top_k_index.reshape(-1)
+        order = flat.argsort(stable=True)
+        if kept is not None:
+            order = order[kept.reshape(-1)[order]]
+            flat = flat[order]
+        token = order // top_k_index.shape[1]
+        counts = (flat.unsqueeze(1) == torch.arange(self.num_experts, device=flat.device)).sum(0)
+        # Of the precision that experts compute in already here: on their way to other ranks rows are no larger
+        rows = self.dispatcher(self.compute, as_computed(hidden_states.index_select(0, token)), counts)
+        rows = rows.to(hidden_states.dtype)
+        rows = rows * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(1).to(rows.dtype)
+        return torch.zeros_like(hidden_states).index_add(0, token, rows)
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Apply expert i of those held here to its counts[i] rows: rows [R, d] sorted by expert -> [R, d]."""
         up, up_bias = getattr(self, f"{self.up_name}_proj"), getattr(self, f"{self.up_name}_bias")
-        operands = [rows, up, self.down_proj, up_bias, self.down_bias]
-        device = rows.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            operands = [None if operand is None else operand.to(dtype) for operand in operands]
-        rows, *weights = operands
-        out: Tensor = expert_ffn(rows, counts, *weights, self.activation)[0]
+        weights = (up, self.down_proj, up_bias, self.down_bias)
+        computed = (None if weight is None else as_computed(weight) for weight in weights)
+        out: Tensor = expert_ffn(as_computed(rows), counts, *computed, self.activation)[0]
         return out

@@ -4,6 +4,8 @@ FFN experts are sparse, so only the tokens that chose one travel to it: an uneve
 Attention experts are soft (every token meets every expert), so all tokens travel to all: an all-gather along the batch,
 the local experts' weighted outputs, and a reduce-scatter that sums them. In a parallel block the latter is under way
 while the FFN exchanges rows and computes (`Flight`), and so is, in the backward pass, the all-gather of its gradient.
+The first all-gather is awaited: attention cannot begin without it, and what the FFN could hide of it, it hides of the
+sum, which is as large. Tokens travel in the precision that experts compute in.
 
 Each collective's gradient is the reverse collective, with SUM: the ranks of the group then hold gradients of the sum of
 their losses. ZeRO divides every gradient by the number of all ranks, which makes them those of the mean loss.
@@ -22,9 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from bam_ray.model.experts_bam import LocalDispatcher
+from bam_ray.model.experts_bam import Compute, as_computed
 
-Compute = Callable[[Tensor, Tensor], Tensor]
 Begun = tuple[Tensor, dist.Work]
 """A collective under way: its output, and what to wait for before reading that."""
 Collective = Callable[[Tensor], Begun]
@@ -153,35 +154,20 @@ class _Arrive(torch.autograd.Function):
 
 
 class AllToAllDispatcher:
-    """Tokens to the experts they chose and back, rank r of the group having the experts r·n to (r + 1)·n - 1.
+    """Rows to the experts they are sorted by and back, rank r of the group having the experts r·n to (r + 1)·n - 1.
 
-    Sorting tokens by expert, weighing and combining are `LocalDispatcher`'s: only "apply each expert to its rows" goes
-    through the group. Every rank must call it equally often, in the forward and in the backward pass, with any number
-    of tokens: experts or ranks that get none take part with zero rows.
+    Every rank must call it equally often, in the forward and in the backward pass, with any number of rows: experts or
+    ranks that get none take part with zero rows.
     """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.local = LocalDispatcher()
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        num_experts: int,
-        compute: Compute,
-        kept: Tensor | None = None,
-    ) -> Tensor:
-        """hidden [T, d], index and weights [T, k] -> Σ_k weight · expert(hidden): [T, d].
+    def __call__(self, compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
+        """Apply expert i of all N to its counts[i] rows, wherever it is: rows [R, d] -> [R, d].
 
-        `compute(rows [R, d], counts [n])` applies each local expert to its consecutive rows. Choices that are not
-        `kept` [T, k] (None: all are) do not travel.
+        `compute(rows [R', d], counts [n])` is that of the experts here.
         """
-        return self.local(hidden, index, weights, num_experts, partial(self.apply, compute), kept)
-
-    def apply(self, compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
-        """Apply expert i of all N to its counts[i] rows, wherever it is: rows [R, d] sorted by expert -> [R, d]."""
         outgoing = counts.view(self.wire.group.size(), -1)  # [E, n]: to rank, its expert
         incoming = torch.empty_like(outgoing)  # [E, n]: from rank, my expert
         with self.wire.busy(rows.device):
@@ -216,7 +202,7 @@ class AttentionExchange:
         `attend(x [E·B, L, d], gates [E·B, L, n])` is the weighted sum over the local experts.
         """
         flights = [Flight(self.wire, self._gather, self._sum) for _ in range(2)]
-        x, gates = (flight.depart(each) for flight, each in zip(flights, (x, gates), strict=True))
+        x, gates = (flight.depart(each) for flight, each in zip(flights, (as_computed(x), gates), strict=True))
         x, gates = (flight.arrive(each) for flight, each in zip(flights, (x, gates), strict=True))
         group = self.wire.group
         mine = gates.chunk(group.size(), dim=-1)[group.rank()]

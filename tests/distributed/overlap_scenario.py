@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from rank_scenarios import Case, shares
+from rank_scenarios import DENSE, LR, Case, shares
+from torch import Tensor
 
 COLLECTIVES = {
     "all_gather_into_tensor": "gather",
@@ -51,3 +52,22 @@ def pass_of_a_block(parallel: bool, recomputed: bool) -> dict[str, Any]:
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"forward": forward, "backward": log, "gradients": gradients}
+
+
+def precisions_of_tokens(precision: str) -> set[tuple[str, str]]:
+    """The collectives that hidden states take in a training step, and the dtypes in which they travel."""
+    engine = Case(2, precision=precision).engine()
+    found: set[tuple[str, str]] = set()
+
+    def seen(collective: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(out: Tensor, sent: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if sent.shape[-1] == DENSE["hidden_size"]:
+                found.add((name, str(sent.dtype)))
+            return collective(out, sent, *args, **kwargs)
+
+        return call
+
+    for function, name in COLLECTIVES.items():
+        setattr(dist, function, seen(getattr(dist, function), name))
+    engine.step(shares(2, 0)[dist.get_rank()], LR)
+    return found

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from gloo_ranks import run_on_ranks
-from overlap_scenario import pass_of_a_block
+from overlap_scenario import COLLECTIVES, pass_of_a_block, precisions_of_tokens
 from torch.distributed import ProcessGroup
 
 from bam_ray.on_deepspeed.dispatch import Flight, Wire
@@ -40,6 +40,13 @@ def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
     forward, backward = order(run_on_ranks(2, pass_of_a_block, False, False))
     assert forward == [*GATHERED, "sum begins", "sum ends", *FORWARD]
     assert backward == [*BACKWARD, "gather begins", "gather ends", *INPUT_GRADIENTS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16")])
+def test_tokens_travel_in_the_precision_that_experts_compute_in(precision: str, dtype: str) -> None:
+    for found in run_on_ranks(2, precisions_of_tokens, precision):
+        assert found == {(name, dtype) for name in COLLECTIVES.values()}
 
 
 def test_only_what_is_waited_counts_as_time_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
