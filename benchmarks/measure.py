@@ -18,21 +18,30 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """The median CPU seconds of each case.
+    """The median seconds of each case, on torch's default device.
 
-    One call of each case a round: what slows the machine down for a while slows all of them. CPU time, on one thread,
-    says what the process computed and not what others did meanwhile.
+    One call of each case a round: what slows the machine down for a while slows all of them. On the CPU it is CPU time,
+    on one thread, which says what the process computed and not what others did meanwhile; on a GPU it is the time until
+    that has computed all.
     """
     torch.set_num_threads(1)
+    on_gpu = torch.get_default_device().type == "cuda"
+
+    def now() -> float:
+        if not on_gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     for run in cases.values():
         for _ in range(warm_up):
             run()
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, run in cases.items():
-            start = time.process_time()
+            start = now()
             run()
-            taken[name].append(time.process_time() - start)
+            taken[name].append(now() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -1,6 +1,6 @@
-"""What a mixture's layers cost on one CPU thread, as ratios: FFN experts, attention experts, whole blocks.
+"""What a mixture's layers cost on one CPU thread or a GPU, as ratios: FFN experts, attention experts, whole blocks.
 
-python -m benchmarks.mixture_arithmetic [--rounds 15] [--only ffn|attention|block] [--compile]
+python -m benchmarks.mixture_arithmetic [--rounds 15] [--only ffn|attention|block] [--compile] [--device cuda]
 
 Every row is a case's forward and backward pass over the same pass of its floor in the same run. `routing` says how
 tokens fall on the four experts: evenly, or 71 % on one.
@@ -155,8 +155,10 @@ def main(
     rounds: Annotated[int, typer.Option(help="Passes of each case.")] = 15,
     only: Annotated[str, typer.Option(help="ffn, attention or block.")] = "ffn,attention,block",
     compiled: Annotated[bool, typer.Option("--compile", help="Time compiled blocks too (minutes of C++).")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Measure, print a table and write `benchmarks/results/mixture_arithmetic.json`."""
+    """Measure, print a table and write `benchmarks/results/mixture_arithmetic.json` (`..._gpu.json`)."""
+    torch.set_default_device(device)
     start_deepspeed()
     rows: list[Row] = []
     if "ffn" in only:
@@ -170,7 +172,7 @@ def main(
     if "block" in only:
         for dtype in (torch.float32, torch.bfloat16):
             rows += block(rounds, 4, 512, 512, dtype, compiled)
-    report("mixture_arithmetic", ("shape", "case", "against", "ratio"), rows)
+    report("mixture_arithmetic" + ("_gpu" if device == "cuda" else ""), ("shape", "case", "against", "ratio"), rows)
 
 
 if __name__ == "__main__":

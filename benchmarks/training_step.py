@@ -1,13 +1,18 @@
-"""Whole training steps of mixtures on one CPU thread, over a step of the dense model they are made of.
+"""Whole training steps of mixtures, over a step of the dense model they are made of.
 
     python -m benchmarks.training_step [--rounds 7] [--width 256] [--layers 4]
+    python -m benchmarks.training_step --device cuda --paper
 
 Forward, backward, clipping and update by the engine that trains branches, on the same random tokens; medians of CPU
-time. `operations` is the ratio of operations by `bam_ray.training.flops`, the floor of the time's ratio: a BTX mixture
-of one expert a token has as many as the dense model. An update is no part of the count, and grows with all parameters:
-its share falls with the tokens of a step. transformers' Mixtral is the same size as BTX, with that library's defaults.
+time of one thread, or of a GPU's time. `operations` is the ratio of operations by `bam_ray.training.flops`, the floor
+of the time's ratio: a BTX mixture of one expert a token has as many as the dense model. An update is no part of the
+count, and grows with all parameters: its share falls with the tokens of a step. `ceiling` is what one large square
+matrix product of the same precision reaches in the same run, in operations a second; a model's share of it is its MFU,
+by the ceiling measured. transformers' Mixtral is the same size as BTX, with that library's defaults.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,25 +23,44 @@ from transformers import MixtralForCausalLM, PreTrainedModel
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.engine import TorchEngine
-from bam_ray.training.flops import forward_flops_per_token
-from benchmarks.measure import ratios, report, seconds
+from bam_ray.training.flops import training_flops
+from benchmarks.measure import report, seconds
 from benchmarks.peers import mixtral_config
 
-LENGTH, SEQUENCES, VOCABULARY = 256, 16, 4096
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the dense model, and of a step."""
+
+    width: int
+    layers: int
+    ffn: int
+    head_dim: int = 64
+    vocabulary: int = 4096
+    length: int = 256
+    sequences: int = 16
+    micro_batch: int = 8
+    ceiling: int = 1024  # rows and columns of the matrix product
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, d {self.width}"
+
+
+PAPER = Shape(1024, 6, 2048, 128, 256_000, 2048, 16, 4, 8192)  # arXiv 2408.08274, Table 9, embeddings tied
 BTX = {"attention_experts": "averaged"}
 TWO = {"num_experts_per_tok": 2, "norm_topk_prob": True}
 
 
-def models(width: int, layers: int) -> dict[str, PreTrainedModel]:
+def models(shape: Shape) -> dict[str, PreTrainedModel]:
     """The dense model and its mixtures of four experts."""
 
     def config(**more: Any) -> BamConfig:
         return BamConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=max(1, width // 64),
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.width,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=max(1, shape.width // shape.head_dim),
             num_experts=4,
             parallel_block=False,
             attn_implementation="sdpa",
@@ -44,7 +68,7 @@ def models(width: int, layers: int) -> dict[str, PreTrainedModel]:
         )
 
     return {
-        "dense": BamForCausalLM(config(dense_layers=list(range(layers)))),
+        "dense": BamForCausalLM(config(dense_layers=list(range(shape.layers)))),
         "BTX, top 1": BamForCausalLM(config(**BTX)),
         "BAM kv_experts, top 1": BamForCausalLM(config()),
         "BAM kv_shared, top 1": BamForCausalLM(config(attention_experts="kv_shared")),
@@ -55,30 +79,35 @@ def models(width: int, layers: int) -> dict[str, PreTrainedModel]:
     }
 
 
-def steps(rounds: int, width: int, layers: int, precision: Literal["fp32", "bf16"]) -> list[list[str | float]]:
+def steps(rounds: int, shape: Shape, precision: Literal["fp32", "bf16"]) -> list[list[str | float]]:
     """A row a model."""
     torch.manual_seed(0)
-    batch = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
+    device = torch.get_default_device().type
+    batch = torch.randint(0, shape.vocabulary, (shape.sequences, shape.length))
     settings = TrainingSettings(
         tokens=1 << 30,
-        batch_tokens=SEQUENCES * LENGTH,
+        batch_tokens=batch.numel(),
         peak_lr=1e-4,
-        micro_batch_sequences=8,
+        micro_batch_sequences=shape.micro_batch,
         precision=precision,
     )
-    made = models(width, layers)
-    engines = {name: TorchEngine(model, settings) for name, model in made.items()}
-    cases = {name: partial(engine.step, batch, 1e-4) for name, engine in engines.items()}
-    taken = ratios(seconds(cases, rounds), "dense")
-    flops = {name: forward_flops_per_token(model.config, LENGTH) for name, model in made.items()}
+    made = models(shape)
+    engines = {name: TorchEngine(model, settings, device=device) for name, model in made.items()}
+    cases: dict[str, Callable[[], object]] = {
+        name: partial(engine.step, batch, 1e-4) for name, engine in engines.items()
+    }
+    a, b = torch.randn(2, shape.ceiling, shape.ceiling, dtype=torch.bfloat16 if precision == "bf16" else torch.float)
+    taken = seconds({**cases, "matmul": partial(torch.mm, a, b)}, rounds)
+    ceiling = 2 * shape.ceiling**3 / taken["matmul"]
+    flops = {name: training_flops(model.config, shape.length, batch.numel()) for name, model in made.items()}
     # Mixtral's operations are those of BTX; the count knows our configurations alone
     flops["transformers' Mixtral, top 2"] = flops["BTX, top 2"]
     rows: list[list[str | float]] = []
     for name, model in made.items():
-        floor = flops[name] / flops["dense"]
+        floor, time = flops[name] / flops["dense"], taken[name] / taken["dense"]
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        shape = f"{layers} layers, d {width}, {precision}"
-        rows.append([shape, name, parameters, taken[name], floor, taken[name] / floor])
+        share = flops[name] / taken[name] / ceiling
+        rows.append([f"{shape}, {precision}", name, parameters, time, floor, time / floor, share])
     return rows
 
 
@@ -86,11 +115,19 @@ def main(
     rounds: Annotated[int, typer.Option(help="Steps of each case.")] = 7,
     width: Annotated[int, typer.Option(help="Hidden size.")] = 256,
     layers: Annotated[int, typer.Option(help="Layers.")] = 4,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's 590M shape instead, in bf16 alone.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Measure, print a table and write `benchmarks/results/training_step.json`."""
-    rows = [*steps(rounds, width, layers, "fp32"), *steps(rounds, width, layers, "bf16")]
-    columns = ("shape", "model", "parameters, M", "time ÷ dense", "operations ÷ dense", "time ÷ operations")
-    report("training_step", columns, rows)
+    """Measure, print a table and write `benchmarks/results/training_step.json`, or that of the paper's shape."""
+    torch.set_default_device(device)
+    if paper:
+        rows = steps(rounds, PAPER, "bf16")
+    else:
+        shape = Shape(width, layers, 4 * width)
+        rows = [*steps(rounds, shape, "fp32"), *steps(rounds, shape, "bf16")]
+    compared = ("time ÷ dense", "operations ÷ dense", "time ÷ operations", "share of ceiling")
+    name = "_".join(["training_step", *(["paper"] if paper else []), *(["gpu"] if device == "cuda" else [])])
+    report(name, ("shape", "model", "parameters, M", *compared), rows)
 
 
 if __name__ == "__main__":
