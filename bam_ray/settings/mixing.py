@@ -1,10 +1,10 @@
 """What a mixture learns by, beside the next token: its routers' losses, and which of its parameters are trained."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from bam_ray.settings.strict import Count, Fraction, Name, NotNegative, Positive, Strict
+from bam_ray.settings.strict import Blend, Count, Fraction, Name, NotNegative, Positive, Strict
 
 
 class Ramp(Strict):
@@ -69,3 +69,28 @@ class DynamicBlend(Strict):
     every: Count = 170  # steps (LLaMA-MoE: 2.5 billion tokens, of 14.7 million a step)
     sequences: Count = 64  # of held-out text of each domain
     reference: dict[Name, NotNegative] | None = None  # nats a token; None: of each domain's branch, else of the seed
+
+
+PILES = ("common-crawl", "c4", "github", "wikipedia", "books", "arxiv", "stackexchange")  # of RedPajama and SlimPajama
+LLAMA: Blend = dict(zip(PILES, (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02), strict=True))  # arXiv 2302.13971
+SHEARED: Blend = dict(zip(PILES, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01), strict=True))  # arXiv 2310.06694
+PRESETS: dict[str, tuple[Blend | None, bool]] = {
+    "static_llama": (LLAMA, False),
+    "static_sheared": (SHEARED, False),
+    "dynamic_llama": (LLAMA, True),
+    "dynamic_uniform": (None, True),
+}
+"""LLaMA-MoE's four (arXiv 2406.16554): what a blend begins with, and whether it follows losses from there."""
+
+
+def with_preset(plain: Any) -> Any:
+    """`plain` settings of mixing, `blend: <a preset's name>` being what that stands for."""
+    if not isinstance(plain, dict) or not isinstance(plain.get("blend"), str):
+        return plain
+    if plain["blend"] not in PRESETS:
+        raise ValueError(f"blend is {plain['blend']!r}: give weights of domains, or one of {', '.join(PRESETS)}")
+    blend, dynamic = PRESETS[plain["blend"]]
+    following = plain.get("dynamic_blend")
+    if following is not None and not dynamic:
+        raise ValueError(f"blend {plain['blend']} stays as it is: leave out dynamic_blend, or give weights of domains")
+    return {**plain, "blend": blend, "dynamic_blend": (following or {}) if dynamic else None}

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from bam_ray.settings.divisors import divisors
 from bam_ray.settings.labels import LabelSelector
-from bam_ray.settings.mixing import DynamicBlend, Mixing
+from bam_ray.settings.mixing import DynamicBlend, Mixing, with_preset
 from bam_ray.settings.quorum import Quorum, When
 from bam_ray.settings.strict import Blend, Count, Fraction, Name, Strict
 
@@ -272,12 +272,14 @@ AUTO_BALANCE_SEQUENCES = 16
 class MixSettings(Mixing):
     """Training of the mixtures: the same for each, so that they can be compared."""
 
+    _preset = model_validator(mode="before")(with_preset)
+
     training: TrainingSettings
     expert_parallel: Count = 2  # processes that share the experts
     workers: Count | None = None  # processes in all; None: expert_parallel
     min_workers: Count | None = None  # see seed.min_workers; experts are then shared by as many as still divide
     at_once: Count | None = None  # mixtures trained together; None: as many as fit
-    blend: Blend | None = None  # None: all domains alike (the paper's 25 % each)
+    blend: Blend | None = None  # None: all domains alike (the paper's 25 % each); or a preset's name (`with_preset`)
     dynamic_blend: DynamicBlend | None = None  # that follows held-out losses; None: the blend stays as it is
     needs: Needs = Needs()  # of each process
     max_failures: Annotated[int, Field(ge=0)] = 3

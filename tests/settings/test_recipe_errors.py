@@ -70,6 +70,12 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             {"law": {"needs": {}}},
             "branch: branch.overrides names ['law'], which is none of branch.d",
         ),
+        (
+            "mix.blend",
+            "dynamic_lama",
+            "mix: blend is 'dynamic_lama': give weights of domains, or one of static_llama, ",
+        ),
+        ("mix.blend", "static_llama", "mix.blend names ['arxiv', 'books', 'c4', 'common-crawl', 'github', "),
         ("mix.blend", {"law": 1.0}, "mix.blend names ['law'], which is none of data.domains"),
         (
             "mix.dynamic_blend",

@@ -9,11 +9,12 @@ import yaml
 from cli.command import bam
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bam_ray.control.graph import find_task, task_graph
+from bam_ray.control.graph import task_graph
 from bam_ray.data import Corpus
 from bam_ray.families import family_of
 from bam_ray.model import BamConfig
 from bam_ray.settings import Recipe, load_recipe
+from bam_ray.settings.mixing import PRESETS
 from bam_ray.stages.dense import scratch_config
 from bam_ray.training.schedule import learning_rate
 from bam_ray.upcycling.methods import method_of
@@ -80,11 +81,21 @@ def test_its_plan_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_llama_moe_s_presets_are_settings() -> None:
-    static = load_recipe(LLAMA_MOE)
-    assert static.mix.blend is not None and sum(static.mix.blend.values()) == pytest.approx(1.0)
-    steps = static.mix.training.steps
-    assert round(steps * static.mix.training.warmup_fraction) == 100
-    dynamic = load_recipe(LLAMA_MOE, ["mix.blend=null", "mix.dynamic_blend={every: 170}"])
-    assert dynamic.mix.dynamic_blend is not None
-    ids = [find_task(task_graph(each), "mixtures", "llama-moe").id for each in (static, dynamic)]
-    assert ids[0] != ids[1]
+    recipes = {name: load_recipe(LLAMA_MOE, [f"mix.blend={name}"]).mix for name in PRESETS}
+    static, dynamic = recipes["static_sheared"], recipes["dynamic_llama"]
+    assert load_recipe(LLAMA_MOE).mix == static
+    assert round(static.training.steps * static.training.warmup_fraction) == 100
+    assert static.blend is not None and sum(static.blend.values()) == pytest.approx(1.0)
+    assert dynamic.blend == recipes["static_llama"].blend and dynamic.blend["common-crawl"] == 0.67
+    assert recipes["dynamic_uniform"].blend is None
+    follows = {name: mix.dynamic_blend and mix.dynamic_blend.every for name, mix in recipes.items()}
+    assert follows == {"static_llama": None, "static_sheared": None, "dynamic_llama": 170, "dynamic_uniform": 170}
+    sooner = load_recipe(LLAMA_MOE, ["mix.blend=dynamic_llama", "mix.dynamic_blend={every: 10}"]).mix
+    assert sooner.dynamic_blend is not None and sooner.dynamic_blend.every == 10
+
+
+def test_a_preset_is_another_name_of_what_it_stands_for() -> None:
+    named = load_recipe(LLAMA_MOE)
+    plain = yaml.safe_load(LLAMA_MOE.read_text())
+    plain["mix"]["blend"] = named.mix.blend
+    assert [task.id for task in task_graph(Recipe.model_validate(plain))] == [task.id for task in task_graph(named)]
