@@ -38,6 +38,8 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | No
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not is_partitioned(tensor):
             whole = shards.whole(name, tensor.detach())
+            if first and name in shards.names:  # one after the other, not all on rank 0's device
+                whole = whole.cpu()
         elif id(tensor) in names:
             whole = weights.get(names[id(tensor)], tensor)
         else:

@@ -73,6 +73,11 @@ class Leg:
     micro_batch: int | None
 
 
+def random_seed(*numbers: int) -> int:
+    """One of 64 bits, another for all other `numbers`."""
+    return int(np.random.SeedSequence([number % (1 << 64) for number in numbers]).generate_state(1, np.uint64)[0])
+
+
 class Training:
     """One run of the loop, on every rank alike."""
 
@@ -149,7 +154,7 @@ class Training:
         """One step; nothing has changed, but for the sampler, where it raises."""
         started = time.perf_counter()
         engine, settings = self._engine, self._settings
-        torch.manual_seed((settings.seed << 32) + (self.step << 8) + engine.rank)  # dropout, should there be any
+        torch.manual_seed(random_seed(settings.seed, self.step, engine.rank))  # dropout and noisy gates
         batch, domains = (torch.from_numpy(each[self._mine]) for each in self._sampler.take(self._sequences))
         taken = time.perf_counter()
         lr = learning_rate(settings, self.step)
