@@ -6,6 +6,7 @@ to say, so that one policy and one table cover all tasks. `run_group` blocks; it
 """
 
 import os
+import re
 import tempfile
 import threading
 from typing import Any
@@ -24,6 +25,12 @@ from bam_ray.on_ray.task_actor import here, quiet, use_threads
 from bam_ray.on_ray.work import Work
 
 EXCHANGE_EVERY = 1.0  # seconds between rank 0's words with the driver
+# gloo's words, and the last NCCL's
+OTHER_WENT = re.compile(
+    "connection (closed|reset) by peer|broken pipe|timed out waiting|application timeout caused pair closure|"
+    "remote process exited or there was a network error",
+    re.IGNORECASE,
+)
 
 
 def run_group(work: Work, host: Any) -> None:
@@ -126,15 +133,26 @@ def cause(error: TrainingFailedError) -> BaseException:
     """The error that ended a group: what a rank itself raised, before what its end did to others."""
     if not isinstance(error, WorkerGroupError):
         return TrainingError(f"Ray Train gave up: {one_line(error)}")
-    dead = sorted(rank for rank, failure in error.worker_failures.items() if isinstance(failure, RayActorError))
-    raised: list[BaseException] = []
+    failures: dict[int, BaseException] = {}
     for rank, failure in sorted(error.worker_failures.items()):
-        base = getattr(failure, "_base_exc", failure)  # Ray Train wraps what a rank raised, to keep its traceback
+        # Ray Train wraps what a rank raised, to keep its traceback, and what asking a dead one how it is does
+        base = getattr(failure, "_base_exc", getattr(failure, "health_check_failure", failure))
         base.add_note(f"on rank {rank}:\n{failure}")
-        raised.append(base)
-    own = [failure for failure in raised if isinstance(failure, BamError)]
-    if own:
-        return own[0]
-    if dead:
-        return TrainingError(f"the process or the node of rank {', '.join(map(str, dead))} died")
-    return raised[0]
+        failures[rank] = base
+    first = min(failures.values(), key=remoteness)  # of the lowest rank among the like
+    if isinstance(first, RayActorError):
+        dead = [str(rank) for rank, failure in failures.items() if isinstance(failure, RayActorError)]
+        return TrainingError(f"the process or the node of rank {', '.join(dead)} died")
+    return first
+
+
+def remoteness(failure: BaseException) -> int:
+    """How far from the cause of a group's end what a rank ended with is: an error of ours, any other, a death without
+    a word, a collective that failed (for a reason of its own, maybe), and one that failed because another rank went."""
+    if isinstance(failure, BamError):
+        return 0
+    if isinstance(failure, RayActorError):
+        return 2
+    if OTHER_WENT.search(str(failure)):
+        return 4
+    return 3 if isinstance(failure, dist.DistError) else 1
