@@ -10,32 +10,49 @@ from bam_ray.checkpoint.manifest import MANIFEST, Kind, Manifest
 from bam_ray.checkpoint.targets import check_space, new_folder
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
-from bam_ray.errors import CheckpointError
+from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
 from bam_ray.settings import StoreSettings
 from bam_ray.training.checkpoints import TRAINER
 from bam_ray.training.state import OPTIMIZER
+
+MOST_TRIES = 3  # at the newest checkpoint, while the run prunes those that were
 
 
 @dataclass(frozen=True)
 class Step:
     """One training checkpoint of an artifact."""
 
-    artifact: Artifact
-    manifest: Manifest  # named <attempt>-<step>
+    place: Artifact  # below the artifact that is trained
+    manifest: Manifest
 
 
 def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step: int | None = None) -> Manifest:
     """Copy the newest checkpoint of `kind/name` (or that of `step`) to a new folder at `out`, with the tokenizer.
 
-    Returns its manifest. Raises `CheckpointError` where there is no such checkpoint, `DigestMismatch` where one of its
-    files is damaged.
+    The run may be training: where the newest was pruned while it was copied, the one that is newest then is copied.
+
+    Returns its manifest. Raises `CheckpointError` where there is no such checkpoint, or none that stays long enough;
+    `DigestMismatch` where one of its files is damaged, `BlobNotFound` where one is missing.
     """
-    found = find_step(run, kind, name, step)
+    for _ in range(MOST_TRIES if step is None else 1):
+        found = find_step(run, kind, name, step)
+        try:
+            return _copy(run, found, name, out)
+        except (BlobNotFound, DigestMismatch):
+            if found.place.manifest() == found.manifest:
+                raise  # nobody pruned it
+    raise CheckpointError(
+        f"{found.place.uri} was pruned while it was copied: training.keep_every keeps some checkpoints for good"
+    )
+
+
+def _copy(run: BlobStore, found: Step, name: str, out: StoreSettings) -> Manifest:
+    """`found` as a new folder at `out`; where that fails, nothing is left there."""
     corpus = Artifact(run, "corpora", id_of(run, "corpora", "corpus"))
     tokenizer = corpus.manifest()
     if tokenizer is None:
         raise CheckpointError(f"{corpus.uri} is not committed: {run.uri} has no tokenizer")
-    prefix = f"{found.artifact.prefix}/steps/{found.manifest.name}"
+    prefix = found.place.prefix
     files = {
         name: (f"{prefix}/{name}", entry)
         for name, entry in found.manifest.files.items()
@@ -52,8 +69,8 @@ def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step:
             writer.copy(file, run, key, entry)
         curve = json.loads(run.get(f"{prefix}/{TRAINER}"))["curve"]
         manifest = Manifest(
-            id=found.artifact.id,
-            kind=kind,
+            id=found.place.id,
+            kind=found.place.kind,
             name=name,
             parents=(f"{run.uri}/{prefix}", corpus.id),
             step=found.manifest.step,
@@ -71,13 +88,14 @@ def find_step(run: BlobStore, kind: Kind, name: str, step: int | None) -> Step:
     ]  # by attempt, then step
     there = sorted({int(below.partition("-")[2]) for below in names})
     fitting = [below for below in names if step is None or int(below.partition("-")[2]) == step]
-    if not fitting:
-        what = "no checkpoint" if step is None else f"no checkpoint of step {step} (of {there})"
-        hint = "; its last step is the artifact itself" if artifact.manifest() else ""
-        raise CheckpointError(f"{artifact.uri} has {what}{hint}: training.keep_every keeps some for good")
-    manifest = Artifact(run, kind, artifact.id, "steps", fitting[-1]).manifest()
-    assert manifest is not None
-    return Step(artifact, manifest)
+    for below in reversed(fitting):
+        place = Artifact(run, kind, artifact.id, "steps", below)
+        manifest = place.manifest()
+        if manifest is not None:  # else pruned since it was listed
+            return Step(place, manifest)
+    what = "no checkpoint" if step is None else f"no checkpoint of step {step} (of {there})"
+    hint = "; its last step is the artifact itself" if artifact.manifest() else ""
+    raise CheckpointError(f"{artifact.uri} has {what}{hint}: training.keep_every keeps some for good")
 
 
 def id_of(run: BlobStore, kind: Kind, name: str) -> str:

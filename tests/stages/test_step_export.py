@@ -1,5 +1,6 @@
 """Training checkpoints, copied out of a run as Hugging Face folders."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bam_ray import cli
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.cli.app import app
 from bam_ray.control.graph import find_task, task_graph
-from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, SettingsError
+from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, Interrupted, SettingsError
 from bam_ray.settings import Recipe, StoreSettings
-from bam_ray.stages import train_mixture
+from bam_ray.stages import step_export, train_mixture
 from bam_ray.stages.step_export import export_step
 
 
@@ -69,6 +71,55 @@ def test_a_step_can_be_named(run: Recipe, store: BlobStore, tmp_path: Path) -> N
     assert export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "four")), step=4).step == 4
     with pytest.raises(CheckpointError, match=r"has no checkpoint of step 5 \(of \[4, 6\]\)"):
         export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "five")), step=5)
+
+
+class Pruning(FolderStore):
+    """A copy of a run that goes on training: when its weights are first read, `pruned` of its newest checkpoints go."""
+
+    def __init__(self, run: BlobStore, folder: Path, pruned: int) -> None:
+        shutil.copytree(run.uri, folder)
+        super().__init__(folder)
+        self._left = pruned
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        if self._left and key.endswith("/model.safetensors"):
+            self._left -= 1
+            for file in list(self.list(key.removesuffix("model.safetensors"))):
+                self.delete(file)
+        return super().get_range(key, start, length)
+
+
+def test_where_the_newest_is_pruned_meanwhile_the_one_that_is_newest_then_is_exported(
+    store: BlobStore, tmp_path: Path
+) -> None:
+    training = Pruning(store, tmp_path / "run", pruned=1)
+    assert export_step(training, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out"))).step == 4
+    assert TensorReader(open_store(str(tmp_path / "out"))).check_digests()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}, "nothing of the first is left"
+
+
+def test_a_named_step_that_is_pruned_meanwhile_is_said(store: BlobStore, tmp_path: Path) -> None:
+    training = Pruning(store, tmp_path / "run", pruned=1)
+    with pytest.raises(CheckpointError, match=r"/0001-00000004 was pruned while it was copied: .*keep_every keeps"):
+        export_step(training, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")), step=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_that_is_pruned_each_time_is_not_looked_for_forever(
+    store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_export, "MOST_TRIES", 2)
+    training = Pruning(store, tmp_path / "run", pruned=2)
+    with pytest.raises(CheckpointError, match="was pruned while it was copied"):
+        export_step(training, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_that_lost_a_file_is_not_called_pruned(store: BlobStore, tmp_path: Path) -> None:
+    damaged = Pruning(store, tmp_path / "run", pruned=0)
+    damaged.delete(next(key for key in damaged.list("mixtures/") if key.endswith("0006/generation_config.json")))
+    with pytest.raises(BlobNotFound, match=r"0006/generation_config\.json"):
+        export_step(damaged, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")))
 
 
 def test_what_cannot_be_exported_is_said(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
