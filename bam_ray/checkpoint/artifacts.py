@@ -7,11 +7,12 @@ local = artifact.fetch(cache)               # downloads, verifies, returns a fol
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +76,8 @@ class Artifact:
     def fetch(self, cache: Path | None = None) -> Path:
         """Download and verify all files into a folder of the local cache; a folder fetched before is returned as is.
 
+        Of several processes that share a cache, as the ranks of a node do, one downloads and the others wait for it.
+
         Raises `CheckpointError` where it is not committed, `DigestMismatch` where a file is not what was committed, and
         `StoreError` where the cache has no room for it: that says nothing of the artifact.
         """
@@ -87,6 +90,12 @@ class Artifact:
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
+        with only_here(target.with_name(f".{digest}.lock")):
+            if not target.is_dir():
+                self._download(manifest, target)
+        return target
+
+    def _download(self, manifest: Manifest, target: Path) -> None:
         needed, free = sum(entry.size for entry in manifest.files.values()), shutil.disk_usage(target.parent).free
         if needed > free:
             raise StoreError(
@@ -100,11 +109,22 @@ class Artifact:
                 self.store.get_file(f"{self.prefix}/{name}", path)
                 if file_entry(path) != entry:
                     raise DigestMismatch(f"{self.uri}/{name} is not what its manifest says: the blob was damaged")
-            with contextlib.suppress(OSError):  # another process fetched it at the same time: either copy is right
+            with contextlib.suppress(OSError):  # another that could not be waited for was first: either copy is right
                 partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return target
+
+
+@contextlib.contextmanager
+def only_here(lock: Path) -> Iterator[None]:
+    """Hold the file `lock`, waiting for whoever holds it; who dies lets go of it.
+
+    Where a file system knows no locks, nobody waits. The file stays: another one of its name would be another lock.
+    """
+    with lock.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -1,12 +1,20 @@
 """Artifacts: whole or invisible, verified when fetched, the same wherever they are committed twice."""
 
+import errno
+import fcntl
 import itertools
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact, cache_folder, file_entry
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
@@ -117,7 +125,72 @@ def test_a_damaged_blob_is_never_handed_out(damage: bytes, folder: Path, tmp_pat
         with pytest.raises(DigestMismatch, match=r"model\.safetensors is not what its manifest says") as caught:
             artifact.fetch(tmp_path / "cache")
         assert "\n" not in str(caught.value)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class Counted(FolderStore):
+    """Hands out the manifest when two processes are there, and writes down which file is read."""
+
+    def __init__(self, folder: Path, both: Barrier) -> None:
+        super().__init__(folder)
+        self._both, self._read = both, folder.with_name("read")
+
+    def get(self, key: str) -> bytes:
+        self._both.wait()
+        return super().get(key)
+
+    def get_file(self, key: str, path: Path) -> None:
+        with self._read.open("a") as file:
+            file.write(f"{key}\n")
+        time.sleep(0.2)  # long enough for the other to come in between
+        super().get_file(key, path)
+
+
+class Deadly(FolderStore):
+    """Kills the process that reads a file, when another is there."""
+
+    def __init__(self, folder: Path, both: Barrier) -> None:
+        super().__init__(folder)
+        self._both = both
+
+    def get_file(self, key: str, path: Path) -> None:
+        self._both.wait()
+        time.sleep(0.2)  # the other waits for this one by now
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("first", [Counted, Deadly])
+def test_of_the_processes_of_a_node_one_downloads_and_another_waits_for_it(
+    first: type[Counted | Deadly], folder: Path, tmp_path: Path
+) -> None:
+    stored, cache, both = tmp_path / "store", tmp_path / "cache", SPAWN.Barrier(2)
+    Artifact(FolderStore(stored), "branches", ID).publish(folder, manifest())
+    stores = [first(stored, both), Counted(stored, both)]
+    processes = [SPAWN.Process(target=Artifact(store, "branches", ID).fetch, args=(cache,)) for store in stores]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL if first is Deadly else 0, 0]
+    read = (tmp_path / "read").read_text().splitlines()
+    assert sorted(read) == sorted(f"branches/{ID}/{name}" for name in FILES), "each file once"
+    (fetched,) = [path for path in cache.iterdir() if not path.name.startswith(".")]
+    assert {name: (fetched / name).read_bytes() for name in FILES} == FILES
+
+
+def test_where_the_cache_knows_no_locks_it_is_filled_all_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    artifact = Artifact(MemoryStore(), "branches", ID)
+    artifact.publish(folder, manifest())
+    assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == FILES["config.json"]
 
 
 def test_a_cache_without_room_is_said_and_no_fault_of_the_artifact(
