@@ -320,7 +320,6 @@ class _Work:
             for path in self._job.carried:
                 shutil.copy(path, folder)
             (folder / CURVE).write_text(json.dumps([asdict(point) for point in curve]))
-            seconds = sum(settings.batch_tokens / point.tokens_per_second for point in curve)
             facts = {
                 "sequences_drawn": self._sampler.drawn,
                 "computed_on": [asdict(leg) for leg in self._training.legs],
@@ -337,7 +336,7 @@ class _Work:
                 tokens=tokens,
                 compute=Compute(
                     flops=self._spent(),
-                    device_seconds=round(seconds * self._engine.world_size, 1),
+                    device_seconds=round(self._training.device_seconds(), 1),
                     wall_seconds=round(time.monotonic() - self._started, 1),
                 ),
                 metrics={"loss/nll": curve[-1].nll},

@@ -4,7 +4,7 @@
 
     started      attempt, node, host, pid             it has the lease
     resumed      step                                 it goes on from there; 0: the start
-    computing    step, device, precision, micro_batch from this step on
+    computing    step, device, precision, micro_batch, processes from this step on
     micro_batch  step, sequences, before              halved, because memory ran out
     blend        step, weights, held_out, reference   of a dynamic blend, by domain
     absorbed     step, branch                         arrived late, and is an expert from here on

@@ -71,6 +71,7 @@ class Leg:
     device: str
     precision: str
     micro_batch: int | None
+    processes: int
 
 
 def random_seed(*numbers: int) -> int:
@@ -150,6 +151,14 @@ class Training:
         checkpoints.wait()
         return self.curve
 
+    def device_seconds(self) -> float:
+        """Seconds that the steps of the curve took, summed over the processes that computed each."""
+        total = 0.0
+        for point in self.curve:
+            leg = next(leg for leg in reversed(self.legs) if leg.step <= point.step)
+            total += leg.processes * self._tokens / point.tokens_per_second
+        return total
+
     def _advance(self) -> None:
         """One step; nothing has changed, but for the sampler, where it raises."""
         started = time.perf_counter()
@@ -175,7 +184,7 @@ class Training:
     def _note_leg(self, step: int) -> None:
         """Write down where and how `step` was computed, unless as the one before."""
         engine = self._engine
-        leg = Leg(step, engine.device_name, engine.precision, engine.micro_batch)
+        leg = Leg(step, engine.device_name, engine.precision, engine.micro_batch, engine.world_size)
         last = self.legs[-1] if self.legs else None
         if last is not None and replace(last, step=step) == leg:
             return

@@ -75,6 +75,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     computing = first[names(first).index("computing")]
     assert {**computing, "time": ""} == {
         "time": "", "event": "computing", "step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4,
+        "processes": 1,
     }  # fmt: skip
     assert all(event["time"].endswith("+00:00") for event in first)
 
@@ -85,7 +86,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     assert context.heard[0].note.startswith("passed over a damaged checkpoint: ")
     assert manifest.facts["refused_checkpoints"] == [second[1]["error"]]
     assert manifest.facts["computed_on"] == [
-        {"step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4},
+        {"step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4, "processes": 1},
     ]
 
 

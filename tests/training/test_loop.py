@@ -18,6 +18,7 @@ from bam_ray.errors import Interrupted, LossNotFinite, LossSpiked, SettingsError
 from bam_ray.settings import Spike, TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints
 from bam_ray.training.engine import TorchEngine
+from bam_ray.training.loop import Leg, Point, Training
 from bam_ray.training.schedule import learning_rate
 
 DROPOUT = LlamaConfig(**tiny.SIZES, attention_dropout=0.3)
@@ -66,6 +67,35 @@ def test_losses_do_not_depend_on_the_memory_of_the_nodes(monkeypatch: pytest.Mon
             on_a_node_that_holds(sequences, stop_at)
     np.testing.assert_allclose(on_a_node_that_holds(2, 12), unbroken, atol=1e-5)
     assert legs == [(1, 4), (4, 1), (8, 2)]
+
+
+def test_gone_on_with_by_fewer_processes_each_leg_counts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    legs: list[tuple[int, int]] = []
+
+    def tell(what: str, **facts: Any) -> None:
+        if what == "computing":
+            legs.append((facts["step"], facts["processes"]))
+
+    monkeypatch.setattr(TorchEngine, "world_size", 2)
+    with pytest.raises(Interrupted):
+        run(store, lambda step: step == 7, tell=tell)
+    monkeypatch.setattr(TorchEngine, "world_size", 1)
+    run(store, tell=tell)
+    assert legs == [(1, 2), (8, 1)]
+
+
+def test_time_spent_is_that_of_all_processes_of_each_step() -> None:
+    checkpoints = Checkpoints(MemoryStore(), "branches", "x", None, RETENTION)
+    training = Training(
+        engine(), Counting(), LENGTH, SETTINGS, checkpoints, lambda _: None, lambda *_, **__: None, lambda: False
+    )
+    speed = SETTINGS.batch_tokens / 3  # three seconds a step
+    training.curve = [Point(step, 1.0, 0.0, 0.0, 1.0, 1e-2, speed) for step in range(1, 13)]
+    training.legs = [Leg(1, "cuda", "bf16", 4, processes=8), Leg(6, "cuda", "bf16", 2, processes=8)]
+    assert training.device_seconds() == pytest.approx(12 * 3 * 8)
+    training.legs.append(Leg(10, "cuda", "bf16", 4, processes=2))
+    assert training.device_seconds() == pytest.approx(9 * 3 * 8 + 3 * 3 * 2)
 
 
 def nan_at(steps: set[int], factor: float = float("nan")) -> PreTrainedModel:
