@@ -273,6 +273,12 @@ class DeepSpeedEngine:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
+    def gather(self, mine: Any) -> list[Any]:
+        """See `training.engine.Engine`. A collective."""
+        found = [None] * self.world_size
+        dist.all_gather_object(found, mine)
+        return found
+
     def _check_shares(self, input_ids: Tensor) -> None:
         """Ranks with other shapes would wait for each other's collectives for ever."""
         mine = torch.tensor(input_ids.shape, device=self.device)

@@ -27,7 +27,7 @@ from bam_ray.errors import CheckpointError, FamilyError, UpcycleError
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import News
-from bam_ray.training.checkpoints import Checkpoints, Retention
+from bam_ray.training.checkpoints import Checkpoints, Gather, Retention
 from bam_ray.training.state import State, grown, read_optimizer
 from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.lifecycle import absorbed, change, names_of
@@ -57,22 +57,28 @@ def begin(
     `cursor` is where its data begins.
     """
     news: list[News] = []
-    with others_wait():
+    with others_wait() as gather:
         if lease is not None:
             news = absorb_late(place, store, recipe, lease, load, cursor)
-    newest = _checkpoints(place, store, recipe).latest()
+        newest = _checkpoints(place, store, recipe).latest(gather)
     return Begun(newest.folder if newest else place.other("upcycled", place.task.name).fetch(), news)
 
 
 @contextmanager
-def others_wait() -> Iterator[None]:
-    """Until rank 0 is through this, no rank gets past it: then all find the same in the store."""
+def others_wait() -> Iterator[Gather]:
+    """Until rank 0 is through this, no rank gets past it; with what gathers values of all ranks meanwhile."""
     if not dist.is_initialized():
-        yield
+        yield lambda mine: [mine]
         return
     # A group of its own: in the ranks' own, whose patience is for a step, an exchange that hangs is to be found soon
     waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
-    yield
+
+    def gather(mine: Any) -> list[Any]:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine, group=waiting)
+        return found
+
+    yield gather
     dist.barrier(group=waiting)
     dist.destroy_process_group(waiting)
 

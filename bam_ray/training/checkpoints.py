@@ -32,6 +32,8 @@ PATIENCE = 600.0  # seconds that a store may be down before a write to it is giv
 
 Tell = Callable[..., None]
 """`tell(what, **facts)`: something happened that a person may want to read of (`training.events`)."""
+Gather = Callable[[Any], list[Any]]
+"""What all ranks give, in their order; the same on all, when all have given theirs."""
 
 
 def patient() -> Retrying:
@@ -96,20 +98,45 @@ class Checkpoints:
         self.committed_step: int | None = None
         self.refused: list[str] = []  # why newer checkpoints than the one found could not be used
 
-    def latest(self) -> Resumable | None:
-        """The newest checkpoint that is whole; damaged ones are passed over, told of, and added to `refused`."""
-        for below in reversed(self._committed()):
-            artifact = Artifact(self._store, self._kind, self._id, "steps", below)
-            try:
-                folder = self._retrying(artifact.fetch)
-                trainer = json.loads((folder / TRAINER).read_text())
-            except (CheckpointError, BlobNotFound) as error:
-                self.refused.append(str(error))
-                self._tell("refused", checkpoint=below, error=str(error))
-                continue
-            self.committed_step = trainer["step"]
-            return Resumable(folder, artifact.uri, trainer["step"], trainer)
+    def latest(self, gather: Gather = lambda mine: [mine]) -> Resumable | None:
+        """The newest checkpoint that is whole; damaged ones are passed over, told of, and added to `refused`.
+
+        With the `gather` of many ranks, all of which call this, it is the newest that all can read: the same on all,
+        and the notes too. Raises `CheckpointError` on all where there is none, but one that some can read: what is
+        wrong is a node, and beginning anew would lose that one.
+        """
+        at_fault: set[int] = set()
+        for below in reversed(gather(self._committed())[0]):  # as rank 0 sees it, which writes them
+            found = self._read(below)
+            errors = gather(found if isinstance(found, str) else None)
+            failed = [rank for rank, error in enumerate(errors) if error]
+            if not failed and isinstance(found, Resumable):
+                self.committed_step = found.step
+                return found
+            where = ""
+            if len(failed) < len(errors):
+                at_fault.update(failed)
+                where = f" (for ranks {failed} alone: look at their nodes)"
+            for error in dict.fromkeys(errors[rank] for rank in failed):
+                self.refused.append(f"{error}{where}")
+                self._tell("refused", checkpoint=below, error=self.refused[-1])
+        if at_fault:
+            raise CheckpointError(
+                f"no checkpoint under {self._store.uri}/{self._prefix} can be read on all {len(errors)} processes, "
+                f"though some can on some: look at the nodes of ranks {sorted(at_fault)}, their disks and network; "
+                "the same command tries again"
+            )
         return None
+
+    def _read(self, below: str) -> Resumable | str:
+        """The checkpoint `<attempt>-<step>`, or why it cannot be used."""
+        artifact = Artifact(self._store, self._kind, self._id, "steps", below)
+        try:
+            folder = self._retrying(artifact.fetch)
+            trainer = json.loads((folder / TRAINER).read_text())
+        except (CheckpointError, BlobNotFound) as error:
+            return str(error)
+        return Resumable(folder, artifact.uri, trainer["step"], trainer)
 
     def save(self, state: State, trainer: dict[str, Any]) -> None:
         """Upload `state` and `trainer` (JSON and dataclasses, with the `step`) in the background.

@@ -7,7 +7,7 @@ on one device; `on_deepspeed` has the expert-parallel one. Both give the same nu
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class Engine(Protocol):
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; the same answer on all, when all have asked."""
+        ...
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What all ranks give, plain values in the order of ranks; the same on all, when all have given theirs."""
         ...
 
     def mean(self, value: float) -> float:
@@ -236,6 +240,9 @@ class TorchEngine:
 
     def any_rank(self, flag: bool) -> bool:
         return flag
+
+    def gather(self, mine: Any) -> list[Any]:
+        return [mine]
 
     def mean(self, value: float) -> float:
         return value

@@ -230,13 +230,12 @@ class Training:
         """To the newest checkpoint, all ranks to the same."""
         came_from = self.step + 1
         self._checkpoints.wait()
-        self._engine.any_rank(False)  # rank 0 has now committed all that it will
         if not self._take_up_newest():
             raise CheckpointError(f"step {came_from}: {error}, and there is no whole checkpoint to go back to")
         self._tell("rolled_back", step=came_from, to=self.step, error=str(error))
 
     def _take_up_newest(self) -> bool:
-        found = self._checkpoints.latest()
+        found = self._checkpoints.latest(self._engine.gather)
         self.refused += self._checkpoints.refused
         self._checkpoints.refused.clear()
         if found is None:
