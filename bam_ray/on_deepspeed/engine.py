@@ -128,7 +128,9 @@ class DeepSpeedEngine:
         )
 
     def _config(self) -> dict[str, object]:
-        size = sum(canonical.shape_of(parameter).numel() for parameter in self.model.parameters())
+        sizes = {name: canonical.shape_of(parameter).numel() for name, parameter in self.model.named_parameters()}
+        size = sum(sizes.values())
+        routers = max((sizes[name] for name in sizes if name.endswith(".gate.weight")), default=0)
         return {
             "train_micro_batch_size_per_gpu": self.micro_batch or 1,  # only for its own statistics
             "gradient_accumulation_steps": 1,  # `step` weighs micro batches itself: the last may be smaller
@@ -137,7 +139,8 @@ class DeepSpeedEngine:
                 "stage": self.settings.zero_stage,
                 # The bucket is allocated whole, so no larger than what can fill it.
                 "reduce_bucket_size": min(500_000_000, size),
-                "stage3_param_persistence_threshold": min(100_000, size // 1000),  # smaller ones stay whole
+                # Those up to this size stay whole; routers, at which rank 0 looks alone, in any case.
+                "stage3_param_persistence_threshold": max(min(100_000, size // 1000), routers),
             },
             "gradient_clipping": self.settings.clip_norm,
             "torch_autocast": {

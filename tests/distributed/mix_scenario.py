@@ -29,7 +29,8 @@ def mix(run: Recipe, uri: str, stop_at: int | None, cache: str) -> dict[str, Any
         context = Context()
         manifest = train_mixture("bam", run, open_store(uri), context, deepspeed_engine)
     last = context.heard[-1]
-    return {"id": manifest.id if manifest else None, "steps": last.step, "imbalance": last.load_imbalance}
+    found = {"steps": last.step, "imbalance": last.load_imbalance, "curves": dict(last.curves)}
+    return {"id": manifest.id if manifest else None, **found}
 
 
 def absorb(run: Recipe, uri: str, stops: tuple[int | None, ...], cache: str) -> dict[str, Any]:

@@ -86,6 +86,32 @@ def test_a_late_branch_joins_experts_that_are_spread_over_processes(
     assert curves[0] == curves[1]
 
 
+def test_partitioned_weights_are_trained_and_watched_like_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 looks at the routers alone, also where ZeRO-3 spreads every weight over the ranks."""
+    cache = str(tmp_path / "cache")
+    monkeypatch.setenv("BAM_CACHE", cache)
+    curves, watched = [], []
+    for zero_stage, stop_at in ((1, None), (3, 7)):
+        training = {**MIX["training"], "zero_stage": zero_stage}
+        run = recipe(
+            tmp_path,
+            mix={**MIX, "training": training, "expert_parallel": 1, "workers": 2},
+            metrics={"routing": {"every": 2}},
+        )
+        uri = str(tmp_path / f"store-{zero_stage}")
+        store = open_store(uri)
+        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        first, _ = run_on_ranks(2, mix, run, uri, stop_at, cache)
+        curves.append(losses(store, first["id"]))
+        watched.append({name: value for name, value in first["curves"].items() if name.startswith("routing/")})
+    assert len(curves[0]) == 10
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert watched[1] == pytest.approx(watched[0], rel=1e-3)
+    assert watched[1]["routing/layer_0/drift"] > 0 and watched[1]["routing/layer_0/attention_drift"] > 0
+
+
 def test_ranks_wait_for_the_one_that_absorbs_longer_than_for_a_step() -> None:
     done, past = run_on_ranks(2, wait_for_rank_0, 10.0)
     assert past >= done
