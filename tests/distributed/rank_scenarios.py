@@ -173,8 +173,12 @@ FOUR = {
     "kv_experts on 1, ZeRO-2": Case(1, zero_stage=2),
     "kv_experts on 2, ZeRO-2": Case(2, micro=3, zero_stage=2),
     "kv_shared on 4, ZeRO-2": Case(4, micro=2, config={"attention_experts": "kv_shared"}, zero_stage=2),
+    "warm-up, own rate, ramp, biases on 2, ZeRO-2": replace(TWO["warm-up, own rate, ramp, biases"], zero_stage=2),
+    "warm-up, own rate, ramp, biases on 4": replace(TWO["warm-up, own rate, ramp, biases"], expert_parallel=4),
+    "frozen experts on 2, ZeRO-2": replace(TWO["frozen experts"], micro=3, zero_stage=2),
     "dense, ZeRO-3": Case(1, micro=3, dense=QWEN, zero_stage=3),
 }
+FOUR_BF16 = {"bf16 on 2": BF16, "bf16 on 4": replace(BF16, expert_parallel=4)}
 RESUMED = Case(2, config={"attention_experts": "kv_shared"})
 OTHER_STAGES = {
     "mixture, ZeRO-2": Case(2, config={"attention_experts": "kv_shared"}, zero_stage=2),
@@ -237,7 +241,7 @@ def on_two(folder: Path) -> dict[str, Any]:
 
 def on_four(folder: Path) -> dict[str, Any]:
     """Everything that four ranks are needed for; `folder` is the one that `on_two` wrote to."""
-    results = all_cases(FOUR, folder)
+    results = all_cases(FOUR | FOUR_BF16, folder)
     for size in (1, 4):
         engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE // 2), LOSSES, size)
         engine.load(folder / "half")

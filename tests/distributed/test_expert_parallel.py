@@ -11,6 +11,7 @@ from rank_scenarios import (
     BF16,
     COHERE,
     FOUR,
+    FOUR_BF16,
     LENGTH,
     LOSSES,
     LR,
@@ -133,6 +134,13 @@ def test_bf16_is_close_and_kept_in_fp32(two: list[dict[str, Any]], folder: Path,
     assert_equals_one_process(BF16, [rank["bf16"] for rank in two], alone(BF16, 2, tmp_path), 1e-2)
     assert two[0]["bf16"] != two[0]["kv_experts"]
     assert {tensor.dtype for name, tensor in state(folder / "bf16").items() if name != "step"} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", FOUR_BF16)
+def test_bf16_is_close_on_four(name: str, four: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    case = FOUR_BF16[name]
+    assert_equals_one_process(case, [rank[name] for rank in four], alone(case, 4, tmp_path), 1e-2)
+    assert {tensor.dtype for key, tensor in state(folder / name).items() if key != "step"} == {torch.float32}
 
 
 def test_resuming_at_the_same_size_is_exact(two: list[dict[str, Any]], folder: Path) -> None:
