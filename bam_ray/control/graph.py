@@ -18,7 +18,8 @@ from bam_ray.checkpoint.manifest import Kind, identity
 from bam_ray.control.elastic import fewer_workers
 from bam_ray.control.tasks import Quorum, Task
 from bam_ray.settings.mixing import Mixing
-from bam_ray.settings.recipe import MixtureSettings, Needs, Recipe, TrainingSettings
+from bam_ray.settings.recipe import MixtureSettings, Needs, Recipe
+from bam_ray.settings.training import TrainingSettings
 
 DENSE = "dense"  # the model of the seed and of all branches
 

@@ -14,7 +14,8 @@ from bam_ray.control.simulate import Simulated, SpeedOf, simulate
 from bam_ray.control.table import duration
 from bam_ray.control.tasks import Task
 from bam_ray.errors import SettingsError
-from bam_ray.settings.recipe import MixtureSettings, Recipe, TrainingSettings
+from bam_ray.settings.recipe import MixtureSettings, Recipe
+from bam_ray.settings.training import TrainingSettings
 
 LOOKS = 150  # of the simulated controller between events, over the time that the longest stage takes at best
 LATE = 300.0  # seconds that a task without a node waits longer than it must, at most

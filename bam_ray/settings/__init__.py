@@ -21,14 +21,13 @@ from bam_ray.settings.recipe import (
     Scratch,
     SeedSettings,
     ServeSettings,
-    Spike,
     SplitSettings,
     StoreSettings,
     TokenizerSettings,
-    TrainingSettings,
     UpcycleSettings,
 )
 from bam_ray.settings.strict import Blend, Strict
+from bam_ray.settings.training import Spike, TrainingSettings
 
 __all__ = [
     "AverageSettings",

@@ -90,6 +90,12 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("mix.expert_parallel", 3, "does not divide the 2 experts of mixture"),
         ("mix.workers", 3, "mix: mix.workers 3 is no multiple of mix.expert_parallel 2"),
         ("mix.training.zero_stage", 3, "mix: mix.training.zero_stage 3 partitions all weights, but those of experts"),
+        (
+            "branch.training",
+            {**TRAINING, "batch_tokens": 256, "on_spike": "skip", "spike": {"window": 4}},
+            "branch.training: on_spike skip never acts: nothing is a spike before spike.window 4 steps are done, and "
+            "there are 4: make the window smaller",
+        ),
         ("mix.training.zero_stage", 0, "mix.training.zero_stage: Input should be 1, 2 or 3"),
         (
             "branch.workers",
