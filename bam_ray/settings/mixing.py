@@ -51,11 +51,16 @@ class Mixing(Strict):
     expert_lr_factor: Positive = 1.0  # on the learning rate of what is an expert's own
 
     @model_validator(mode="after")
-    def _has_experts_to_slow_down(self) -> Self:
+    def _goes_together(self) -> Self:
         if self.train != "all" and self.expert_lr_factor != 1.0:
             raise ValueError(f"expert_lr_factor is of experts, which train: {self.train} leaves as they are")
         if self.train == "routers" and self.router_warmup_fraction:
             raise ValueError("router_warmup_fraction comes before the rest is trained, which train: routers never does")
+        if self.gate == "noisy" and self.losses.bias_rate:
+            raise ValueError(
+                "losses.bias_rate balances by what plain gates choose, gate: noisy by a loss that knows of no biases: "
+                "leave out one of them"
+            )
         return self
 
 

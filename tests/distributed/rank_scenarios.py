@@ -151,10 +151,10 @@ NOISY = Case(
     config={"noisy_gate": True, **RENORMALISED, "num_experts_per_tok": 1},
     mixing=Mixing(losses=Losses(load_balance=0.5), gate="noisy"),
 )
-FROZEN = replace(
-    NOISY,
-    config={**NOISY.config, "selection_bias": True},
-    mixing=Mixing(losses=Losses(bias_rate=0.02), gate="noisy", train="routers_and_shared"),
+FROZEN = Case(
+    2,
+    config={"selection_bias": True, **RENORMALISED, "num_experts_per_tok": 1},
+    mixing=Mixing(losses=Losses(bias_rate=0.02), train="routers_and_shared"),
 )
 BF16 = Case(2, precision="bf16")
 LIMITED = {**RENORMALISED, "capacity_factor": 0.75}

@@ -33,7 +33,6 @@ EVERYTHING = {  # that `mix` knows and that has something of an expert's own, or
     "training": {**TRAINING, "keep_every": 1},
     "expert_parallel": 1,
     "gate": "noisy",
-    "losses": {"bias_rate": 0.01},
     "dynamic_blend": {"every": 3, "sequences": 8},
 }
 
@@ -109,8 +108,14 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+@pytest.mark.parametrize(
+    ("zero", "balanced"),
+    [("noise_weight", {}), ("selection_bias", {"gate": "plain", "losses": {"bias_rate": 0.01}})],
+)
+def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
+    tmp_path: Path, zero: str, balanced: dict[str, Any]
+) -> None:
+    run = Run(tmp_path, mix={**EVERYTHING, **balanced})
     run.start()
     assert run.mix(stop_at=6) is None
     late = run.branch("general")
@@ -129,9 +134,8 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(tmp_path:
         assert (len(new[name]) == 3) == (len(weight) == 2 and (".gate." in name or ".experts." in name)), name
     assert torch.equal(new["model.layers.0.mlp.experts.down_proj"][2], branch["model.layers.0.mlp.down_proj.weight"])
     assert new["model.layers.0.mlp.gate.weight"][2].std() == pytest.approx(0.02, rel=0.5)
-    for zero in ("noise_weight", "selection_bias"):
-        assert not new[f"model.layers.0.mlp.gate.{zero}"][2].any()
-        assert old[f"model.layers.0.mlp.gate.{zero}"].any(), "it had been trained"
+    assert not new[f"model.layers.0.mlp.gate.{zero}"][2].any()
+    assert old[f"model.layers.0.mlp.gate.{zero}"].any(), "it had been trained"
     old, new = load_file(before / "optimizer.safetensors"), load_file(after / "optimizer.safetensors")
     assert set(old) == set(new)
     for name, state in old.items():

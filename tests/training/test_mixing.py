@@ -16,7 +16,8 @@ from bam_ray.training.groups import kinds
 
 IDS = tiny.tokens(4, LENGTH)
 KV_SHARED = BamConfig(**{**tiny.SIZES, "attention_experts": "kv_shared", "num_experts_per_tok": 2})
-BALANCED = BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2, "noisy_gate": True, "selection_bias": True})
+NOISY = BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2, "noisy_gate": True})
+BIASED = BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2, "selection_bias": True})
 
 
 def after(trainer: TorchEngine, steps: int = 1, lr: float = 1e-2) -> dict[str, torch.Tensor]:
@@ -67,7 +68,7 @@ def test_the_coefficients_of_a_step_are_the_ramps_and_stay_so_on_resume() -> Non
 
 
 def test_biases_move_towards_balance_by_their_rate() -> None:
-    trainer = engine(BALANCED, mixing=Mixing(losses=Losses(bias_rate=0.01)))
+    trainer = engine(BIASED, mixing=Mixing(losses=Losses(bias_rate=0.01)))
     trainer.step(IDS, 0.0)
     load = trainer.last_load
     assert load is not None
@@ -99,16 +100,16 @@ def test_a_step_tells_what_its_experts_had_no_room_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "mixing",
+    ("config", "mixing"),
     [
-        Mixing(losses=Losses(bias_rate=0.01, load_balance=Ramp(start=0.1, end=0.01)), gate="noisy"),
-        Mixing(train="routers_and_shared", router_warmup_fraction=0.4),
-        Mixing(router_warmup_fraction=0.4, expert_lr_factor=0.1),
+        (NOISY, Mixing(losses=Losses(load_balance=Ramp(start=0.1, end=0.01)), gate="noisy")),
+        (BIASED, Mixing(losses=Losses(bias_rate=0.01))),
+        (BAM, Mixing(train="routers_and_shared", router_warmup_fraction=0.4)),
+        (BAM, Mixing(router_warmup_fraction=0.4, expert_lr_factor=0.1)),
     ],
-    ids=["noise, biases, ramp", "frozen experts", "warm-up"],
+    ids=["noise, ramp", "biases", "frozen experts", "warm-up"],
 )
-def test_stopped_and_resumed_is_bitwise_the_unbroken_run(mixing: Mixing) -> None:
-    config = BALANCED if mixing.gate == "noisy" else BAM
+def test_stopped_and_resumed_is_bitwise_the_unbroken_run(config: BamConfig, mixing: Mixing) -> None:
     unbroken = run(MemoryStore(), config=config, mixing=mixing)
     store = MemoryStore()
     with pytest.raises(Interrupted):
@@ -167,8 +168,9 @@ def test_experts_have_a_rate_of_their_own() -> None:
     [
         ({"train": "routers", "router_warmup_fraction": 0.1}, "router_warmup_fraction comes before"),
         ({"train": "routers_and_shared", "expert_lr_factor": 0.5}, "expert_lr_factor is of experts"),
+        ({"gate": "noisy", "losses": {"bias_rate": 0.1}}, "gate: noisy by a loss that knows of no biases: leave out"),
     ],
 )
-def test_settings_that_do_nothing_are_refused(settings: dict[str, Any], said: str) -> None:
+def test_settings_that_do_not_do_what_they_say_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Mixing(**settings)
