@@ -263,6 +263,16 @@ class MixSettings(Mixing):
         return max(1, self.balance_sequences // processes)
 
     @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        steps, warmup = self.training.steps, self.router_warmup_fraction
+        if warmup > (steps - 1) / steps:
+            raise ValueError(
+                f"router_warmup_fraction {warmup} of {steps} steps is all of them, and nothing but routers is ever "
+                "trained: make it smaller, or use train: routers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole_groups(self) -> Self:
         if self.processes % self.expert_parallel:
             raise ValueError(

@@ -84,6 +84,16 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ),
         ("mix.train", "experts", "mix.train: Input should be 'all', 'routers_and_shared' or 'routers'"),
         ("mix.losses.load_balance", {"start": 1.0}, "mix.losses.load_balance"),
+        (
+            "mix",
+            {"training": {**TRAINING, "batch_tokens": 512}, "router_warmup_fraction": 1.0},
+            "mix: router_warmup_fraction 1.0 of 2 steps is all of them, and nothing but routers is ever trained: make",
+        ),
+        (
+            "mix",
+            {"training": {**TRAINING, "batch_tokens": 512}, "router_warmup_fraction": 0.6},
+            "mix: router_warmup_fraction 0.6 of 2 steps is all of them",
+        ),
         ("mix.capacity_factor", 0.0, "mix.capacity_factor: Input should be greater than 0"),
         ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which is none of data.domains"),
         ("serve.mixture", "btx", "serve.mixture is 'btx', none of upcycle.mixtures ['bam']"),
