@@ -1,5 +1,6 @@
 """The recipe's models. Unknown keys and wrong types fail; every default that is a choice names its source."""
 
+from math import gcd
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -273,12 +274,7 @@ class MixSettings(Mixing):
         return self
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> Self:
-        if self.processes % self.expert_parallel:
-            raise ValueError(
-                f"mix.workers {self.workers} is no multiple of mix.expert_parallel {self.expert_parallel}: "
-                f"use one of {divisors(self.processes)} for the latter"
-            )
+    def _experts_are_partitioned_once(self) -> Self:
         if self.training.zero_stage == 3 and self.expert_parallel > 1:
             raise ValueError(
                 "mix.training.zero_stage 3 partitions all weights, but those of experts are spread by "
@@ -345,6 +341,10 @@ class Recipe(Strict):
     serve: ServeSettings = ServeSettings()
     metrics: MetricsSettings = MetricsSettings()
 
+    def experts_of(self, mixture: MixtureSettings) -> int:
+        """How many experts `mixture` has, once it has those of all branches."""
+        return mixture.num_experts or 1 + len(self.branch.domains)
+
     @model_validator(mode="before")
     @classmethod
     def _branches_at_half_the_seed_s_rate(cls, plain: Any) -> Any:
@@ -397,17 +397,30 @@ class Recipe(Strict):
             )
         for name, mixture in self.upcycle.mixtures.items():
             models = 1 + len(self.branch.domains)
-            experts = mixture.num_experts or models
+            experts = self.experts_of(mixture)
             if mixture.has_branches and experts < models:
                 raise ValueError(
                     f"upcycle.mixtures.{name}.num_experts is {experts}, fewer than the seed and its "
                     f"{len(self.branch.domains)} branches: leave it out or make it at least {models}"
                 )
-            if experts % self.mix.expert_parallel:
+        return self
+
+    @model_validator(mode="after")
+    def _processes_share_experts(self) -> Self:
+        size, workers = self.mix.expert_parallel, self.mix.workers or 0  # 0: as many as `size`, whatever it is
+        experts = {name: self.experts_of(mixture) for name, mixture in self.upcycle.mixtures.items()}
+        will_do = divisors(gcd(workers, *experts.values()))
+        for name, count in experts.items():
+            if count % size:
                 raise ValueError(
-                    f"mix.expert_parallel is {self.mix.expert_parallel}, which does not divide the {experts} experts "
-                    f"of mixture {name}: use one of {divisors(experts)}"
+                    f"mix.expert_parallel is {size}, which does not divide the {count} experts of mixture {name}: "
+                    f"use one of {will_do}"
                 )
+        if workers % size:
+            raise ValueError(
+                f"mix.workers {workers} is no multiple of mix.expert_parallel {size}: make it one, or use one of "
+                f"{will_do} for the latter"
+            )
         return self
 
     @model_validator(mode="after")
@@ -441,7 +454,7 @@ class Recipe(Strict):
         if when.at_least > branches:
             raise ValueError(f"upcycle.when.at_least is {when.at_least}, more than the {branches} branches there are")
         for name, mixture in self.upcycle.mixtures.items():
-            experts = (mixture.num_experts or 1 + branches) - branches + when.at_least
+            experts = self.experts_of(mixture) - branches + when.at_least
             for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
                 if mixture.has_branches and getattr(mixture, key) > experts:
                     raise ValueError(

@@ -98,7 +98,11 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which is none of data.domains"),
         ("serve.mixture", "btx", "serve.mixture is 'btx', none of upcycle.mixtures ['bam']"),
         ("mix.expert_parallel", 3, "does not divide the 2 experts of mixture"),
-        ("mix.workers", 3, "mix: mix.workers 3 is no multiple of mix.expert_parallel 2"),
+        (
+            "mix.workers",
+            3,
+            "mix.workers 3 is no multiple of mix.expert_parallel 2: make it one, or use one of [1] for the latter",
+        ),
         ("mix.training.zero_stage", 3, "mix: mix.training.zero_stage 3 partitions all weights, but those of experts"),
         (
             "branch.training",
@@ -145,6 +149,17 @@ def test_a_wrong_setting_is_named(place: str, value: object, words: str) -> None
     message = said(yaml.safe_dump(recipe))
     assert message.startswith("recipe here.yaml: ")
     assert words in message
+
+
+def test_what_is_proposed_for_expert_parallel_will_do_for_workers_and_all_mixtures() -> None:
+    recipe = plain()
+    recipe["upcycle"]["mixtures"] = {name: {"method": "bam", "num_experts": n} for name, n in (("a", 4), ("b", 8))}
+    recipe["mix"] |= {"workers": 6, "expert_parallel": 4}
+    assert said(yaml.safe_dump(recipe)).endswith("make it one, or use one of [1, 2] for the latter")
+    recipe["mix"]["expert_parallel"] = 3
+    assert said(yaml.safe_dump(recipe)).endswith("the 4 experts of mixture a: use one of [1, 2]")
+    recipe["mix"]["expert_parallel"] = 2
+    parse_recipe(yaml.safe_dump(recipe | {"mix": recipe["mix"] | {"workers": 8}}), "here.yaml")
 
 
 def test_a_quorum_must_be_enough_for_every_mixture() -> None:
