@@ -426,17 +426,18 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _workers_share_batches(self) -> Self:
         """Each of a model's workers takes as many sequences of a batch as the others."""
-        branch, mix = self.branch, self.mix
+        branch, mix, length = self.branch, self.mix, self.data.sequence_length
         found = [("branch", branch.training, branch.workers_of(domain)) for domain in branch.domains]
         found.append(("mix", mix.training, mix.processes))
         if self.seed.training is not None:
             found.append(("seed", self.seed.training, self.seed.workers))
         for where, training, workers in found:
-            sequences = training.batch_tokens // self.data.sequence_length
-            if sequences == 0:
+            sequences, rest = divmod(training.batch_tokens, length)
+            if rest:
+                nearest = [str(tokens) for tokens in (sequences * length, (sequences + 1) * length) if tokens]
                 raise ValueError(
-                    f"{where}.training.batch_tokens is {training.batch_tokens}, less than a sequence of "
-                    f"data.sequence_length {self.data.sequence_length}: make it a multiple of that"
+                    f"{where}.training.batch_tokens is {training.batch_tokens}, no multiple of data.sequence_length "
+                    f"{length}: use {' or '.join(nearest)}"
                 )
             if sequences % workers:
                 raise ValueError(

@@ -124,9 +124,18 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         (
             "mix.training.batch_tokens",
             255,
-            "mix.training.batch_tokens is 255, less than a sequence of data.sequence_length",
+            "mix.training.batch_tokens is 255, no multiple of data.sequence_length 256: use 256",
         ),
-        ("branch.training.batch_tokens", 255, "branch.training.batch_tokens is 255, less than a sequence"),
+        (
+            "branch.training.batch_tokens",
+            8191,
+            "branch.training.batch_tokens is 8191, no multiple of data.sequence_length 256: use 7936 or 8192",
+        ),
+        (
+            "seed.training.batch_tokens",
+            300,
+            "seed.training.batch_tokens is 300, no multiple of data.sequence_length 256: use 256 or 512",
+        ),
         ("seed", {"folder": "some/model", "workers": 2}, "seed: seed.workers is of a seed that is trained"),
         ("branch.min_workers", 2, "branch.min_workers is 2, more than branch.workers, which is 1"),
         ("mix.min_workers", 3, "mix.min_workers is 3, more than mix.workers, which is 2"),
