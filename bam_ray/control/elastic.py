@@ -12,8 +12,9 @@ PATIENCE = 120.0  # seconds that a group waits for all its workers, before it go
 def fewer_workers(workers: int, least: int | None, sequences: int, expert_parallel: int = 1) -> tuple[int, ...]:
     """Numbers of workers that will do in place of `workers`, best first; none where `least` is None.
 
-    They share a global batch of `sequences` alike. Experts are spread over the greatest common divisor of their number
-    and `expert_parallel`, which is taken as large as can be: a worker's memory was meant for its part of the experts.
+    They share `sequences` alike: the global batch, or of mixtures `MixSettings.alike`. Experts are spread over the
+    greatest common divisor of their number and `expert_parallel`, which is taken as large as can be: a worker's memory
+    was meant for its part of the experts.
     """
     numbers = [number for number in range(least or workers, workers) if sequences % number == 0]
     return tuple(sorted(numbers, key=lambda number: (gcd(number, expert_parallel), number), reverse=True))

@@ -18,7 +18,7 @@ from bam_ray.checkpoint.manifest import Kind, identity
 from bam_ray.control.elastic import fewer_workers
 from bam_ray.control.tasks import Quorum, Task
 from bam_ray.settings.mixing import Mixing
-from bam_ray.settings.recipe import MixtureSettings, Needs, Recipe
+from bam_ray.settings.recipe import MixSettings, MixtureSettings, Needs, Recipe
 from bam_ray.settings.training import TrainingSettings
 
 DENSE = "dense"  # the model of the seed and of all branches
@@ -92,7 +92,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
             workers=recipe.mix.processes,
             min_workers=recipe.mix.min_workers,
             sequence_length=recipe.data.sequence_length,
-            expert_parallel=recipe.mix.expert_parallel,
+            mix=recipe.mix,
             training=recipe.mix.training,
             model=f"mixture {start.name}",
             max_attempts=recipe.mix.max_failures + 1,
@@ -140,7 +140,7 @@ def _task(
     workers: int = 1,
     min_workers: int | None = None,
     sequence_length: int = 1,
-    expert_parallel: int = 1,
+    mix: MixSettings | None = None,
     training: TrainingSettings | None = None,
     model: str = "",
     max_attempts: int = 4,
@@ -149,6 +149,7 @@ def _task(
 ) -> Task:
     """A task whose identity is that of its settings and parents."""
     sequences = training.batch_tokens // sequence_length if training else 0
+    alike, expert_parallel = (mix.alike(sequences), mix.expert_parallel) if mix else (sequences, 1)
     return Task(
         kind=kind,
         name=name,
@@ -156,7 +157,7 @@ def _task(
         parents=parents,
         needs=needs or Needs(),
         workers=workers,
-        fewer_workers=fewer_workers(workers, min_workers, sequences, expert_parallel),
+        fewer_workers=fewer_workers(workers, min_workers, alike, expert_parallel),
         total_steps=training.steps if training else 0,
         max_attempts=max_attempts,
         at_once=at_once,

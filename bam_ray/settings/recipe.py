@@ -259,6 +259,14 @@ class MixSettings(Mixing):
         chosen = self.training.micro_batch_sequences
         return max(AUTO_BALANCE_SEQUENCES, self.processes) if chosen == "auto" else chosen * self.processes
 
+    def alike(self, sequences: int) -> int:
+        """What the number of processes must divide for each to compute as many of a batch of `sequences`.
+
+        And as many of those that are computed at once, so that these are `balance_sequences` on any number of them.
+        """
+        together = self.balance_sequences
+        return sequences if together >= sequences else gcd(sequences, together)
+
     def micro_batch(self, processes: int) -> int:
         """The sequences that each of `processes` computes at once."""
         return max(1, self.balance_sequences // processes)
@@ -439,12 +447,24 @@ class Recipe(Strict):
                     f"{where}.training.batch_tokens is {training.batch_tokens}, no multiple of data.sequence_length "
                     f"{length}: use {' or '.join(nearest)}"
                 )
+            will_do = self._widths(sequences) if where == "mix" else divisors(sequences)
+            choice = f"use one of {will_do} or" if will_do else "use"
             if sequences % workers:
                 raise ValueError(
                     f"{where}.workers is {workers}, which cannot share a batch of {sequences} sequences alike: "
-                    f"use one of {divisors(sequences)} or another {where}.training.batch_tokens"
+                    f"{choice} another {where}.training.batch_tokens"
+                )
+            if where == "mix" and mix.alike(sequences) % workers:
+                raise ValueError(
+                    f"mix.workers is {workers}, which cannot share alike the {mix.balance_sequences} sequences that "
+                    f"routers' losses are of: {choice} give mix.training.micro_batch_sequences"
                 )
         return self
+
+    def _widths(self, sequences: int) -> list[int]:
+        """Numbers of processes that could mix with batches of `sequences`."""
+        numbers = [number for number in divisors(sequences) if number % self.mix.expert_parallel == 0]
+        return [n for n in numbers if self.mix.model_copy(update={"workers": n}).alike(sequences) % n == 0]
 
     @model_validator(mode="after")
     def _a_quorum_is_enough(self) -> Self:

@@ -70,6 +70,11 @@ def test_a_recipe_says_how_few_will_do() -> None:
         )
     )
     assert find_task(tasks, "mixtures", "bam").fewer_workers == (2, 1)
+    batch_of_24 = ["mix.training.batch_tokens=3072", "data.sequence_length=128", "mix.workers=4", "mix.min_workers=1"]
+    small = find_task(task_graph(recipe(*batch_of_24)), "mixtures", "bam")
+    assert small.fewer_workers == (2, 1), "not 3: what is balanced together would be 15 sequences, not 16"
+    whole = find_task(task_graph(recipe(*batch_of_24, "mix.training.micro_batch_sequences=6")), "mixtures", "bam")
+    assert whole.fewer_workers == (2, 3, 1), "all of a batch is balanced together"
     branches = [find_task(tasks, "branches", name) for name in ("code", "law")]
     assert [(task.workers, task.is_group, task.trains_alone, task.fewer_workers) for task in branches] == [
         (4, True, False, ()),
