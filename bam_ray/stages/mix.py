@@ -91,8 +91,9 @@ def _train(
 
         following = Following(mix.dynamic_blend, reference)
     news = list(begun.news)
-    if experts % mix.expert_parallel:
-        news.append(("shared", {"experts": experts, "processes": sharing, "wanted": mix.expert_parallel}))
+    if sharing < mix.expert_parallel:
+        facts = {"experts": experts, "processes": sharing, "wanted": mix.expert_parallel, "workers": world_size}
+        news.append(("shared", facts))
     lineage = begun.folder / LINEAGE
     job = Job(corpus_folder, blend, mix.training, recipe.metrics, following, at_step_0, (lineage,), news=news)
     if place.task.quorum is not None:

@@ -43,7 +43,7 @@ NOTES = {  # what a person who looks at the run's table should know
     "skipped": "left out a batch at step {step}: {error}",
     "absorbed": "took in {branch}, which came late, at step {step}",
     "left_out": "left out {branch}, which came late: {error}",
-    "shared": "{experts} experts do not go into {wanted} processes alike: {processes} share them",
+    "shared": "{experts} experts on {workers} processes are shared by {processes} of them, not by {wanted}",
     "experts": "experts without work: {dead}; with too much: {overloaded}",
     "rolled_back": "went back from step {step} to {to}: {error}",
 }

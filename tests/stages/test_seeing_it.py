@@ -115,6 +115,19 @@ def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, mon
     assert "went back from step 6 to 4" in context.heard[-1].note
 
 
+def test_a_mixture_says_where_fewer_processes_share_its_experts_than_wanted(tmp_path: Path) -> None:
+    """Two experts, which two processes could share, on the one process that is left."""
+    run = recipe(tmp_path)
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    context = Context()
+    train_mixture("bam", run, store, context, one_process)
+    mixture = find_task(task_graph(run), "mixtures", "bam").id
+    shared = next(event for event in events(store, f"mixtures/{mixture}", 1) if event["event"] == "shared")
+    assert [shared[key] for key in ("experts", "processes", "wanted", "workers")] == [2, 1, 2, 1]
+    assert context.heard[0].note == "2 experts on 1 processes are shared by 1 of them, not by 2"
+
+
 def test_a_mixture_that_cannot_begin_says_so_in_its_log(tmp_path: Path) -> None:
     run = recipe(tmp_path)
     store = open_store(run.store.uri)
