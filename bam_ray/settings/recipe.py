@@ -9,7 +9,7 @@ from bam_ray.settings.divisors import divisors
 from bam_ray.settings.labels import LabelSelector
 from bam_ray.settings.mixing import DynamicBlend, Mixing, with_preset
 from bam_ray.settings.quorum import Quorum, When
-from bam_ray.settings.strict import Blend, Count, Fraction, Name, Strict
+from bam_ray.settings.strict import Blend, Count, Fraction, Name, Positive, Strict
 from bam_ray.settings.training import TrainingSettings
 
 
@@ -325,6 +325,7 @@ class MetricsSettings(Strict):
     tensorboard: bool = True  # event files under <kind>/<id>/tensorboard/ of the store
     wandb_project: str | None = None  # needs the package wandb, and its key in the environment
     routing: RoutingSettings = RoutingSettings()
+    peak_tflops: Positive | None = None  # of a device, in bf16, for MFU; None: by its name (`training.flops`)
 
 
 class UpcycleSettings(Strict):

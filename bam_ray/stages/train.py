@@ -285,7 +285,8 @@ class _Work:
         if point.load_balance or point.router_z:
             scalars |= {"loss/load_balance": point.load_balance, "loss/router_z": point.router_z}
         scalars |= {f"time/{what}": seconds for what, seconds in self._training.times.items()}
-        peak = peak_flops(engine.device_name)
+        given = self._job.metrics.peak_tflops
+        peak = given * 1e12 if given else peak_flops(engine.device_name)
         if peak is not None:
             flops = point.tokens_per_second * self._flops(1)
             scalars["throughput/mfu"] = flops / (peak * engine.world_size)

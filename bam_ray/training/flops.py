@@ -51,12 +51,25 @@ def training_flops(config: PreTrainedConfig, context: int, tokens: int) -> float
     return 3.0 * forward_flops_per_token(config, context) * tokens
 
 
-PEAK_BF16_TFLOPS = {"GH200": 989, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
-"""Dense tensor-core peaks by a word of the device's name (vendors' data sheets, SXM forms)."""
+PEAK_BF16_TFLOPS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,  # before H100
+    "H100": 989,
+    "H800": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+}
+"""Dense tensor-core peaks by words of the device's name (vendors' data sheets, SXM forms)."""
 
 
 def peak_flops(device: str) -> float | None:
     """The device's bf16 peak in operations a second (for fp32 runs too: it is what the device could do), None where it
     is not known."""
-    words = re.split(r"[ -]", device)
-    return next((peak * 1e12 for name, peak in PEAK_BF16_TFLOPS.items() if name in words), None)
+    words = set(re.split(r"[ -]", device))
+    return next((peak * 1e12 for name, peak in PEAK_BF16_TFLOPS.items() if words.issuperset(name.split())), None)

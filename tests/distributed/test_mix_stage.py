@@ -11,7 +11,9 @@ from stages.test_story import TRAINING, Context, make, recipe
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.control.graph import find_task, task_graph
+from bam_ray.model import BamConfig
 from bam_ray.stages import run_stage
+from bam_ray.training.flops import training_flops
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +36,7 @@ def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypa
     cache = str(tmp_path / "cache")
     monkeypatch.setenv("BAM_CACHE", cache)
     data = {**recipe(tmp_path).data.model_dump(), "attend_across_documents": False}
-    run = recipe(tmp_path, mix=NOISY, data=data)
+    run = recipe(tmp_path, mix=NOISY, data=data, metrics={"peak_tflops": 0.5})
     curves: list[list[dict[str, float]]] = []
     for number, stop_at in enumerate((None, 7)):
         uri = str(tmp_path / f"store-{number}")
@@ -54,6 +56,8 @@ def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypa
         moves = [event for event in log if event["event"] == "blend"]
         assert [move["step"] for move in moves] == [3, 6, 9]
         config = json.loads(store.get(f"{prefix}/config.json"))
+        computed = first["curves"]["throughput/tokens_per_second"] * training_flops(BamConfig(**config), 32, 1)
+        assert first["curves"]["throughput/mfu"] == pytest.approx(computed / (2 * 0.5e12)), "of both processes"
         assert config["noisy_gate"] and config["capacity_factor"] == 0.75
         assert (config["router_aux_loss_coef"], config["router_z_loss_coef"]) == (0.01, 0.001)
     assert curves[0] == curves[1]

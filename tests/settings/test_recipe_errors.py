@@ -94,6 +94,7 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             {"training": {**TRAINING, "batch_tokens": 512}, "router_warmup_fraction": 0.6},
             "mix: router_warmup_fraction 0.6 of 2 steps is all of them",
         ),
+        ("metrics.peak_tflops", 0, "metrics.peak_tflops: Input should be greater than 0"),
         ("mix.capacity_factor", 0.0, "mix.capacity_factor: Input should be greater than 0"),
         ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which is none of data.domains"),
         ("serve.mixture", "btx", "serve.mixture is 'btx', none of upcycle.mixtures ['bam']"),

@@ -13,14 +13,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_story import TRAINING, Context, make, one_process, recipe
+from transformers import AutoConfig
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError, TrainingError
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
+from bam_ray.training.flops import training_flops
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +145,18 @@ def test_a_mixture_that_cannot_begin_says_so_in_its_log(tmp_path: Path) -> None:
     assert names(log) == ["started", "failed"]
     assert (log[0]["attempt"], log[0]["node"]) == (1, "here")
     assert (log[1]["step"], log[1]["error"]) == (0, "TrainingError: the model does not fit")
+
+
+def test_utilisation_is_what_is_computed_over_the_peak_that_is_given(tmp_path: Path) -> None:
+    run = recipe(tmp_path, metrics={"peak_tflops": 0.5})
+    store = open_store(run.store.uri)
+    make(run, store, ("corpora",))
+    context = Context()
+    run_stage("seeds", "seed", run, store, context)
+    seen = context.heard[-1].curves
+    seed = AutoConfig.from_pretrained(Artifact(store, "seeds", find_task(task_graph(run), "seeds", "seed").id).fetch())
+    computed = seen["throughput/tokens_per_second"] * training_flops(seed, run.data.sequence_length, 1)
+    assert seen["throughput/mfu"] == pytest.approx(computed / 0.5e12)
 
 
 def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:

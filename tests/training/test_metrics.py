@@ -69,6 +69,7 @@ def test_a_store_that_is_away_costs_no_curve(tmp_path: Path) -> None:
 
 def test_peaks_are_known_by_the_device_s_name() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L4") == 121e12
     assert peak_flops("cpu") is None
