@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from bam_ray.errors import TrainingError
+from bam_ray.model.attention_bam import BamAttentionExperts
 from bam_ray.model.experts_bam import BamExperts
-from bam_ray.model.modeling_bam import BamAttentionExperts, BamModel, masks_of
+from bam_ray.model.modeling_bam import BamModel, masks_of
 from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, Wire, gathered
 from bam_ray.settings.divisors import divisors
 

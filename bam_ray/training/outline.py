@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
-from bam_ray.model.modeling_bam import BamRotaryEmbedding
+from bam_ray.model.attention_bam import BamRotaryEmbedding
 
 NOISE = "noise_weight"
 """What a gate has that became noisy: it begins at zero, and no folder at step 0 has it."""

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from bam_ray.errors import UpcycleError
 from bam_ray.model import BamConfig
-from bam_ray.model.modeling_bam import BamModel, BamRotaryEmbedding
+from bam_ray.model.attention_bam import BamRotaryEmbedding
+from bam_ray.model.modeling_bam import BamModel
 from bam_ray.model.routing_bam import BamRouter
 from bam_ray.upcycling.router_rows import Assignment, fit_router, generator, router_logits
 from bam_ray.upcycling.separation import RouterKind, RouterSeparation, Separation

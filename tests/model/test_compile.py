@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from bam_ray.model import BamConfig
-from bam_ray.model.modeling_bam import BamDecoderLayer, BamRotaryEmbedding
+from bam_ray.model.attention_bam import BamRotaryEmbedding
+from bam_ray.model.modeling_bam import BamDecoderLayer
 
 CASES: dict[str, dict[str, Any]] = {
     "bam": {},

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import bam_ray.model.modeling_bam as modeling
 from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.model.attention_bam import AveragedAttention, BamAttention
 from bam_ray.model.configuration_bam import ACTIVATIONS, QK_NORMS
 from bam_ray.model.experts_bam import expert_ffn
-from bam_ray.model.modeling_bam import AveragedAttention, BamAttention
 
 EVERYTHING: dict[str, Any] = {
     "attention_experts": "kv_shared",
@@ -196,8 +196,8 @@ def test_a_second_copy_of_the_code_in_one_process(tmp_path: Path, monkeypatch: p
     package.mkdir()
     (package / "__init__.py").touch()
     folder = Path(modeling.__file__).parent
-    for name in ("configuration_bam.py", "experts_bam.py", "modeling_bam.py", "routing_bam.py"):
-        shutil.copy(folder / name, package)
+    for file in folder.glob("*_bam.py"):
+        shutil.copy(file, package)
     monkeypatch.syspath_prepend(tmp_path)
     copied = importlib.import_module("copied_mixture.modeling_bam")
     monkeypatch.delitem(sys.modules, "copied_mixture")

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from bam_ray.settings import load_recipe
+from bam_ray.upcycling.write import MODEL_CODE
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 LONGEST_FILE = 500  # lines; past it, a file does a second thing
-# transformers loads a model from one modeling file beside its checkpoint
-LONGER = {"modeling_bam.py"}
 INSTANT = ["bam_ray.settings", "bam_ray.control", "bam_ray.checkpoint.manifest"]
 
 
@@ -39,10 +38,13 @@ def test_a_demo_is_shipped() -> None:
 
 @pytest.mark.parametrize("folder", ["bam_ray", "cluster", "jobs"])
 def test_no_file_is_too_long(folder: str) -> None:
-    files = [path for path in (ROOT / folder).rglob("*.py") if path.name not in LONGER]
-    lengths = {path: len(path.read_text().splitlines()) for path in files}
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert lengths
     assert {str(path): length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_a_written_mixture_carries_all_of_the_models_code() -> None:
+    assert set(MODEL_CODE) == {path.name for path in (ROOT / "bam_ray" / "model").glob("*_bam.py")}
 
 
 @pytest.mark.parametrize("module", INSTANT)
