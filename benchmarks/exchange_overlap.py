@@ -2,11 +2,13 @@
 
 python -m benchmarks.exchange_overlap [--rounds 20] [--megabits 100]
 
-A mixture's forward and backward pass, with attention's sum awaited after the FFN (as it is trained) over the same pass
-with the sum awaited at once (as in a sequential block), in turns in the same processes. Once over the loopback device,
-whose bytes are moved by the very cores that compute: little can be hidden there. Once with every collective held back
-as if a wire of so many megabits a second lay between the ranks, shared evenly by all that is under way: that is no
-network, but it shows what the order of things hides where cores are free while the wire is busy.
+A mixture's forward and backward pass in three schedules, in turns in the same processes: one branch after the other (as
+in a sequential block), attention's sum under way beside the FFN, and both branches in turns (as it is trained).
+
+Once over the loopback device, whose bytes are moved by the very cores that compute: little can be hidden there. Once
+with every collective held back as if a wire of so many megabits a second lay between the ranks, shared evenly by all
+that is under way: that is no network, but it shows what the order of things hides where cores are free while the wire
+is busy.
 """
 
 import statistics
@@ -28,7 +30,11 @@ from benchmarks.measure import report
 from benchmarks.peers import start_deepspeed
 
 RANKS = 2
-COLUMNS = ("wire", "tokens", "one after the other, s", "of that waiting", "overlapped ÷ it", "waiting ÷ its waiting")
+SCHEDULES = ("one after the other", "sum beside FFN", "both branches")
+COLUMNS = (
+    *("wire", "tokens", f"{SCHEDULES[0]}, s", "of that waiting"),
+    *(f"{name} ÷ it{what}" for name in SCHEDULES[1:] for what in ("", ", waiting")),
+)
 Row = list[str | float]
 
 
@@ -78,34 +84,44 @@ class Held:
             self.wire.advance()
 
 
-def compared(run: Callable[[bool], None], wire: Wire, rounds: int) -> list[float]:
-    """Medians over pairs of passes: `run(False)` in seconds and the part of these that this rank waited, and what
-    `run(True)` takes of its seconds and of its wait. All ranks begin and end together."""
-    pairs = []
+def compared(run: Callable[[str], None], wire: Wire, rounds: int) -> list[float]:
+    """Medians over rounds: the first schedule in seconds and the part of these that this rank waited, and what each
+    other takes of its seconds and of its wait. All ranks begin and end together."""
+    found = []
     for number in range(rounds + 1):
         taken = {}
-        for overlapped in (True, False) if number % 2 else (False, True):
+        for schedule in SCHEDULES if number % 2 else reversed(SCHEDULES):
             dist.barrier()
             start = time.perf_counter()
-            run(overlapped)
+            run(schedule)
             dist.barrier()
-            taken[overlapped] = time.perf_counter() - start, wire.seconds()
-        (wall, wait), (wall_overlapped, wait_overlapped) = taken[False], taken[True]
-        pairs.append((wall, wait / wall, wall_overlapped / wall, wait_overlapped / wait))
-    return [statistics.median(column) for column in zip(*pairs[1:], strict=True)]  # the first warms up
+            taken[schedule] = time.perf_counter() - start, wire.seconds()
+        wall, wait = taken[SCHEDULES[0]]
+        ratios = [part for name in SCHEDULES[1:] for part in (taken[name][0] / wall, taken[name][1] / wait)]
+        found.append((wall, wait / wall, *ratios))
+    return [statistics.median(column) for column in zip(*found[1:], strict=True)]  # the first warms up
 
 
-def training_pass(model: BamForCausalLM, ids: Tensor) -> Callable[[bool], None]:
-    """Forward and backward, with or without overlap."""
+def training_pass(model: BamForCausalLM, ids: Tensor) -> Callable[[str], None]:
+    """Forward and backward, in the schedule of a name."""
     layers: Any = model.model.layers
-    exchanges = [layer.self_attn.experts.exchange for layer in layers]
+    exchange, dispatcher = layers[0].self_attn.experts.exchange, layers[0].mlp.experts.dispatcher  # those of all layers
 
-    def run(overlapped: bool) -> None:
-        for layer, exchange in zip(layers, exchanges, strict=True):
-            layer.arrived = exchange.arrived if overlapped else lambda attended: attended
-            layer.self_attn.experts.exchange = (
-                exchange if overlapped else lambda *args, exchange=exchange: exchange.arrived(exchange(*args))
-            )
+    def arrived_at_once(*call: Any) -> Tensor:
+        out: Tensor = exchange.arrived(exchange(*call))
+        return out
+
+    def summed_at_once(*call: Any) -> Tensor:
+        out: Tensor = exchange(*call)
+        exchange.attend()
+        return out
+
+    def run(schedule: str) -> None:
+        one_by_one, both = schedule == SCHEDULES[0], schedule == SCHEDULES[2]
+        dispatcher.meanwhile = exchange.attend if both else lambda: None
+        for layer in layers:
+            layer.arrived = (lambda attended: attended) if one_by_one else exchange.arrived
+            layer.self_attn.experts.exchange = exchange if both else arrived_at_once if one_by_one else summed_at_once
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
 

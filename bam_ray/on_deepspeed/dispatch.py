@@ -2,10 +2,15 @@
 
 FFN experts are sparse, so only the tokens that chose one travel to it: an uneven all-to-all, no padding.
 Attention experts are soft (every token meets every expert), so all tokens travel to all: an all-gather along the batch,
-the local experts' weighted outputs, and a reduce-scatter that sums them. In a parallel block the latter is under way
-while the FFN exchanges rows and computes (`Flight`), and so is, in the backward pass, the all-gather of its gradient.
-The first all-gather is awaited: attention cannot begin without it, and what the FFN could hide of it, it hides of the
-sum, which is as large. Tokens travel in the precision that experts compute in.
+the local experts' weighted outputs, and a reduce-scatter that sums them. Tokens travel in the precision that experts
+compute in.
+
+In a parallel block the two take turns (`Flight`): what one computes runs beside what is under way for the other.
+
+    attention   gather ┄┄┄┄┄┄┄┄┄┄ attend, sum ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄
+    FFN               route, rows there ┄┄┄┄┄┄ experts, rows back ┄┄┄┄
+
+In the backward pass it is this from right to left: autograd runs, of all that it could, what was last computed.
 
 Each collective's gradient is the reverse collective, with SUM: the ranks of the group then hold gradients of the sum of
 their losses. ZeRO divides every gradient by the number of all ranks, which makes them those of the mean loss.
@@ -157,11 +162,11 @@ class AllToAllDispatcher:
     """Rows to the experts they are sorted by and back, rank r of the group having the experts r·n to (r + 1)·n - 1.
 
     Every rank must call it equally often, in the forward and in the backward pass, with any number of rows: experts or
-    ranks that get none take part with zero rows.
+    ranks that get none take part with zero rows. `meanwhile` is called while rows are on their way to the experts.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    def __init__(self, wire: Wire, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self.wire, self.meanwhile = wire, meanwhile
 
     def __call__(self, compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
         """Apply expert i of all N to its counts[i] rows, wherever it is: rows [R, d] -> [R, d].
@@ -177,6 +182,7 @@ class AllToAllDispatcher:
         back = partial(exchanging, sent=received, received=sent, group=self.wire.group)
         flight = Flight(self.wire, there, back)
         rows = flight.depart(rows)
+        self.meanwhile()
         # They come sorted by rank, then expert; an expert wants its rows of all ranks together.
         expert = torch.arange(incoming.shape[1], device=rows.device).repeat(incoming.shape[0])
         order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)
@@ -188,27 +194,40 @@ class AllToAllDispatcher:
 class AttentionExchange:
     """Every token to every attention expert: rank r of the group has the experts r·n to (r + 1)·n - 1.
 
-    All ranks bring the same shape [B, L]; positions and masks come another way (`expert_parallel`).
+    All ranks bring the same shape [B, L]; positions and masks come another way (`expert_parallel`). One call at a time
+    is under way: layers share it.
     """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self._gather, self._sum = (partial(collective, group=wire.aside) for collective in (gathering, summing))
-        self._under_way: Flight
+        self._stages: Iterator[Tensor] = iter(())  # that are left of the last call
 
     def __call__(self, x: Tensor, gates: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """x [B, L, d], gates [B, L, N] -> Σ_i gate_i · Attention_i(x): [B, L, d], once it has `arrived`.
+        """x [B, L, d], gates [B, L, N] -> what gives Σ_i gate_i · Attention_i(x): [B, L, d], once it has `arrived`.
 
+        Tokens are under way, then: `attend` may be called once they may be waited for, and `arrived` must be.
         `attend(x [E·B, L, d], gates [E·B, L, n])` is the weighted sum over the local experts.
         """
+        self._stages = self._exchange(x, gates, attend)
+        return next(self._stages)
+
+    def attend(self) -> None:
+        """Go on with the last call, unless it has arrived: attend to what was gathered, and begin to sum."""
+        next(self._stages, None)
+
+    def arrived(self, _: Tensor) -> Tensor:
+        """The last call's output [B, L, d], to be read from now on."""
+        return list(self._stages)[-1]
+
+    def _exchange(self, x: Tensor, gates: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
         flights = [Flight(self.wire, self._gather, self._sum) for _ in range(2)]
         x, gates = (flight.depart(each) for flight, each in zip(flights, (as_computed(x), gates), strict=True))
+        yield x
         x, gates = (flight.arrive(each) for flight, each in zip(flights, (x, gates), strict=True))
         group = self.wire.group
         mine = gates.chunk(group.size(), dim=-1)[group.rank()]
-        self._under_way = Flight(self.wire, self._sum, self._gather)
-        return self._under_way.depart(attend(x, mine))
-
-    def arrived(self, x: Tensor) -> Tensor:
-        """The last call's output [B, L, d], to be read from now on."""
-        return self._under_way.arrive(x)
+        flight = Flight(self.wire, self._sum, self._gather)
+        out = flight.depart(attend(x, mine))
+        yield out
+        yield flight.arrive(out)

@@ -79,17 +79,19 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     group_name = f"ep_size_{size}"
     group: ProcessGroup = groups._get_expert_parallel_group(group_name)
     inner: Any = model.model
-    # In a parallel block, attention's sums are under way beside what the FFN exchanges
+    # In a parallel block, what attention gathers and sums is under way beside what the FFN exchanges
     wire = Wire(group, dist.new_subgroups(size)[0] if config.parallel_block else None)
+    exchange = AttentionExchange(wire)
+    dispatcher = AllToAllDispatcher(wire, meanwhile=exchange.attend)
     positions = _Positions(inner, group)
     names = []
     for path, module in model.named_modules():
         if isinstance(module, BamExperts):
-            module.dispatcher = AllToAllDispatcher(wire)
+            module.dispatcher = dispatcher
             own = [name for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, BamAttentionExperts):
-            module.exchange = AttentionExchange(wire)
-            inner.layers[module.layer_idx].arrived = module.exchange.arrived
+            module.exchange = exchange
+            inner.layers[module.layer_idx].arrived = exchange.arrived
             module.register_forward_pre_hook(positions, with_kwargs=True)
             own = [name for name, _ in module.named_parameters(recurse=False)]
             if module.kv_shared:  # of query heads here, which all read the one set of key/value heads

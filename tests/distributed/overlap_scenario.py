@@ -1,4 +1,4 @@
-"""When the collectives of one block begin and end, on the ranks that share its experts."""
+"""When the collectives of one block begin and end and its branches compute, on the ranks that share its experts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import torch.distributed as dist
 from rank_scenarios import DENSE, LR, Case, shares
 from torch import Tensor
+
+from bam_ray.model.attention_bam import BamAttentionExperts
+from bam_ray.model.experts_bam import BamExperts
 
 COLLECTIVES = {
     "all_gather_into_tensor": "gather",
@@ -37,14 +40,26 @@ def noted(collective: Callable[..., Any], name: str, log: list[str]) -> Callable
     return call
 
 
+def noted_branch(compute: Callable[..., Tensor], name: str, log: list[str]) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        log.append(name)
+        out = compute(*args, **kwargs)
+        out.register_hook(lambda _: log.append(f"{name}, backward"))
+        return out
+
+    return call
+
+
 def pass_of_a_block(parallel: bool, recomputed: bool) -> dict[str, Any]:
-    """What begins and ends in the forward and the backward pass of a mixture of one block, and the gradients."""
+    """What happens in the forward and the backward pass of a mixture of one block, in order, and the gradients."""
     model = Case(2, config={"num_hidden_layers": 1, "parallel_block": parallel}).engine().model
     if recomputed:
         model.activation_checkpointing_enable()
     log: list[str] = []
     for function, name in COLLECTIVES.items():
         setattr(dist, function, noted(getattr(dist, function), name, log))
+    BamAttentionExperts.attend = noted_branch(BamAttentionExperts.attend, "attention", log)
+    BamExperts.compute = noted_branch(BamExperts.compute, "experts", log)
     ids = shares(2, 0)[dist.get_rank()]
     loss = model(ids, labels=ids).loss
     forward = log.copy()

@@ -1,4 +1,4 @@
-"""In a parallel block attention's sum is under way beside all that the FFN does, and so is its gradient."""
+"""In a parallel block each branch computes beside what is under way for the other, forward and backward."""
 
 import time
 from typing import Any, cast
@@ -11,11 +11,12 @@ from torch.distributed import ProcessGroup
 
 from bam_ray.on_deepspeed.dispatch import Flight, Wire
 
-GATHERED = ["gather begins", "gather begins", "gather ends", "gather ends"]  # hidden states and gates
-EXCHANGED = ["exchange begins", "exchange ends"]
-FORWARD = 3 * EXCHANGED  # counts, rows there, rows back
-BACKWARD = 2 * EXCHANGED
-INPUT_GRADIENTS = ["sum begins", "sum begins", "sum ends", "sum ends"]
+GATHER, GATHERED = 2 * ["gather begins"], 2 * ["gather ends"]  # hidden states and gates
+SUM, SUMMED = 2 * ["sum begins"], 2 * ["sum ends"]  # their gradients
+EXCHANGE, EXCHANGED = ["exchange begins"], ["exchange ends"]
+COUNTS = EXCHANGE + EXCHANGED
+ATTENTION, EXPERTS = ["attention", "sum begins"], ["experts", *EXCHANGE]
+ATTENTION_BACK, EXPERTS_BACK = ["attention, backward", *SUM], ["experts, backward", *EXCHANGE]
 
 
 def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
@@ -27,9 +28,29 @@ def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
 @pytest.mark.slow
 def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
     plain, recomputed = (run_on_ranks(2, pass_of_a_block, True, again) for again in (False, True))
-    forward = [*GATHERED, "sum begins", *FORWARD, "sum ends"]
-    assert order(plain) == (forward, ["gather begins", *BACKWARD, "gather ends", *INPUT_GRADIENTS])
-    assert order(recomputed) == (forward, ["gather begins", *forward, *BACKWARD, "gather ends", *INPUT_GRADIENTS])
+    forward = [
+        *GATHER,
+        *COUNTS,
+        *EXCHANGE,
+        *GATHERED,
+        *ATTENTION,
+        *EXCHANGED,
+        *EXPERTS,
+        *EXCHANGED,
+        "sum ends",
+    ]
+    backward = [
+        "gather begins",
+        *EXCHANGE,
+        *EXCHANGED,
+        *EXPERTS_BACK,
+        "gather ends",
+        *ATTENTION_BACK,
+        *EXCHANGED,
+        *SUMMED,
+    ]
+    assert order(plain) == (forward, backward)
+    assert order(recomputed) == (forward, ["gather begins", *forward, *backward[1:]])
     for one, other in zip(plain, recomputed, strict=True):
         assert min(gradient.abs().max() for gradient in one["gradients"].values()) > 0
         torch.testing.assert_close(other["gradients"], one["gradients"], rtol=0, atol=0)
@@ -38,8 +59,10 @@ def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
 @pytest.mark.slow
 def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
     forward, backward = order(run_on_ranks(2, pass_of_a_block, False, False))
-    assert forward == [*GATHERED, "sum begins", "sum ends", *FORWARD]
-    assert backward == [*BACKWARD, "gather begins", "gather ends", *INPUT_GRADIENTS]
+    attention = [*GATHER, *GATHERED, *ATTENTION, "sum ends"]
+    assert forward == attention + COUNTS + EXCHANGE + EXCHANGED + EXPERTS + EXCHANGED
+    attention = ["gather begins", "gather ends", *ATTENTION_BACK, *SUMMED]
+    assert backward == EXCHANGE + EXCHANGED + EXPERTS_BACK + EXCHANGED + attention
 
 
 @pytest.mark.slow
