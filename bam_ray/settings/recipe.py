@@ -1,6 +1,6 @@
 """The recipe's models. Unknown keys and wrong types fail; every default that is a choice names its source."""
 
-from math import gcd
+from math import ceil, gcd
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -254,10 +254,11 @@ class MixSettings(Mixing):
         """How many sequences of a batch all processes together compute at once.
 
         The routers' losses are those of so many sequences, so the number is part of what is learnt, and stays when the
-        processes become more or fewer: `micro_batch_sequences` times their number, `auto` being 16 in all.
+        processes become more or fewer: `micro_batch_sequences` times their number, `auto` being 16 in all
+        or the next number that they share alike.
         """
         chosen = self.training.micro_batch_sequences
-        return max(AUTO_BALANCE_SEQUENCES, self.processes) if chosen == "auto" else chosen * self.processes
+        return (ceil(AUTO_BALANCE_SEQUENCES / self.processes) if chosen == "auto" else chosen) * self.processes
 
     def alike(self, sequences: int) -> int:
         """What the number of processes must divide for each to compute as many of a batch of `sequences`.
@@ -448,24 +449,15 @@ class Recipe(Strict):
                     f"{where}.training.batch_tokens is {training.batch_tokens}, no multiple of data.sequence_length "
                     f"{length}: use {' or '.join(nearest)}"
                 )
-            will_do = self._widths(sequences) if where == "mix" else divisors(sequences)
-            choice = f"use one of {will_do} or" if will_do else "use"
             if sequences % workers:
+                shared = mix.expert_parallel if where == "mix" else 1
+                will_do = [number for number in divisors(sequences) if number % shared == 0]
+                choice = f"use one of {will_do} or" if will_do else "use"
                 raise ValueError(
                     f"{where}.workers is {workers}, which cannot share a batch of {sequences} sequences alike: "
                     f"{choice} another {where}.training.batch_tokens"
                 )
-            if where == "mix" and mix.alike(sequences) % workers:
-                raise ValueError(
-                    f"mix.workers is {workers}, which cannot share alike the {mix.balance_sequences} sequences that "
-                    f"routers' losses are of: {choice} give mix.training.micro_batch_sequences"
-                )
         return self
-
-    def _widths(self, sequences: int) -> list[int]:
-        """Numbers of processes that could mix with batches of `sequences`."""
-        numbers = [number for number in divisors(sequences) if number % self.mix.expert_parallel == 0]
-        return [n for n in numbers if self.mix.model_copy(update={"workers": n}).alike(sequences) % n == 0]
 
     @model_validator(mode="after")
     def _a_quorum_is_enough(self) -> Self:
