@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from bam_ray.control.model_size import CHUNK_TOKENS
 from bam_ray.families import FAMILIES
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.training import next_token
-from bam_ray.training.next_token import NextTokenLoss, has_plain_head
+from bam_ray.training.next_token import FEWEST, NextTokenLoss, has_plain_head
 
 Loss = Callable[[Tensor], Tensor]
 MIXTURES = {
@@ -132,3 +133,7 @@ def test_a_head_that_we_do_not_know_is_computed_with_whole_logits() -> None:
     model = MixtralForCausalLM(MixtralConfig(**sizes))
     assert not has_plain_head(model)
     assert torch.equal(in_chunks(model)(IDS), whole_logits(model)(IDS))
+
+
+def test_plans_reckon_with_the_chunks_that_are_computed() -> None:
+    assert CHUNK_TOKENS == FEWEST, "plans load no torch, so they have a number of their own"
