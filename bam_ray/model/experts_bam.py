@@ -51,11 +51,11 @@ def expert_ffn(
         [R, f], the projection by its other rows [R, f] (empty if not gated), and the input of `down` [R, f].
     """
     f, slices = down.shape[2], expert_slices(counts)
-    first = project_rows(rows, up[:, :f], None if up_bias is None else up_bias[:, :f], slices)
-    activated = activate(first, activation)
+    first = project_rows(rows, up[:, :f], None if up_bias is None else up_bias[:, :f], slices)  # [R, f]
+    activated = activate(first, activation)  # [R, f]
     second = rows.new_empty(0)
     if up.shape[1] > f:
-        second = project_rows(rows, up[:, f:], None if up_bias is None else up_bias[:, f:], slices)
+        second = project_rows(rows, up[:, f:], None if up_bias is None else up_bias[:, f:], slices)  # [R, f]
         activated.mul_(second)
     return project_rows(activated, down, down_bias, slices), first, second, activated
 
@@ -79,9 +79,9 @@ def expert_ffn_backward(  # noqa: PLR0913 (an operator takes tensors, not struct
         grad: The gradient of the outputs [R, d].
         rows: See `expert_ffn`.
         counts: See `expert_ffn`.
-        first: The first tensor that `expert_ffn` returned for the gradient; `second` and `activated` are the others.
-        second: See `first`.
-        activated: See `first`.
+        first: The first of the three tensors that `expert_ffn` returns for the gradient.
+        second: The second of them.
+        activated: The third of them.
         up: See `expert_ffn`.
         down: See `expert_ffn`.
         biased: True if the experts have biases.

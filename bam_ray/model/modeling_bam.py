@@ -139,34 +139,39 @@ class BamDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, RouterOutput | None, Tensor | None]:
         """Apply the block to x [B, L, d].
 
-        In a parallel block the FFN calls `attention.compute` while its own tokens are in flight, and its experts run
-        while the attention outputs are.
+        In a parallel block the FFN calls `pending.compute` while its own tokens are in flight, and the FFN's experts
+        run while the outputs of the attention experts are in flight.
 
         Args:
             x: The hidden states [B, L, d].
             non_padding: False for padding tokens [B, L]; None: there are none.
-            kwargs: Those of the attention.
+            kwargs: Passed to the attention.
 
         Returns:
             The hidden states [B, L, d], the output of the FFN router and the logits [T, N] of the attention router;
             None for a router that the layer does not have.
         """
-        first, second, third = self.input_layernorm, self.post_attention_layernorm, self.post_feedforward_layernorm
-        u = x if first is None else first(x)
-        attention, attention_logits = self.self_attn(u, **kwargs)
+        input_norm, inner_norm, output_norm = (
+            self.input_layernorm,
+            self.post_attention_layernorm,
+            self.post_feedforward_layernorm,
+        )
+        attention_in = x if input_norm is None else input_norm(x)
+        pending, attention_logits = self.self_attn(attention_in, **kwargs)
         if self.parallel:
-            ffn_out, router = self.mlp(u if second is None else second(x), non_padding, overlap=attention.compute)
-            return x + attention.wait() + ffn_out, router, attention_logits
-        assert second is not None
-        attention.compute()
-        attended = attention.wait()
-        if third is None:
-            x = x + attended
-            ffn_out, router = self.mlp(second(x), non_padding)
+            ffn_in = attention_in if inner_norm is None else inner_norm(x)
+            ffn_out, router = self.mlp(ffn_in, non_padding, overlap=pending.compute)
+            return x + pending.wait() + ffn_out, router, attention_logits
+        assert inner_norm is not None, "a sequential block has a norm between attention and FFN"
+        pending.compute()
+        attention_out = pending.wait()
+        if output_norm is None:  # norms before attention and FFN
+            x = x + attention_out
+            ffn_out, router = self.mlp(inner_norm(x), non_padding)
             return x + ffn_out, router, attention_logits
-        x = x + second(attended)
+        x = x + inner_norm(attention_out)  # norms after attention and FFN
         ffn_out, router = self.mlp(x, non_padding)
-        return x + third(ffn_out), router, attention_logits
+        return x + output_norm(ffn_out), router, attention_logits
 
 
 @dataclass
