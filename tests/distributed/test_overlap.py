@@ -1,33 +1,38 @@
-"""In a parallel block each branch computes beside what is under way for the other, forward and backward."""
+"""In a parallel block each branch computes while the other communicates, in the forward and in the backward pass."""
 
 import time
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from gloo_ranks import run_on_ranks
-from overlap_scenario import COLLECTIVES, pass_of_a_block, precisions_of_tokens
-from torch.distributed import ProcessGroup
+from overlap_scenario import (
+    COLLECTIVES,
+    calls_out_of_order,
+    one_block,
+    precisions_of_tokens,
+    two_layers_in_flight,
+)
 
-from bam_ray.on_deepspeed.dispatch import Flight, Wire
+from bam_ray.on_deepspeed.collectives import AsyncCollective, CommTimer
 
-GATHER, GATHERED = 2 * ["gather begins"], 2 * ["gather ends"]  # hidden states and gates
-SUM, SUMMED = 2 * ["sum begins"], 2 * ["sum ends"]  # their gradients
-EXCHANGE, EXCHANGED = ["exchange begins"], ["exchange ends"]
+GATHER, GATHERED = 2 * ["gather starts"], 2 * ["gather ends"]  # hidden states and gates
+SUM, SUMMED = 2 * ["sum starts"], 2 * ["sum ends"]  # the gradients of these
+EXCHANGE, EXCHANGED = ["exchange starts"], ["exchange ends"]
 COUNTS = EXCHANGE + EXCHANGED
-ATTENTION, EXPERTS = ["attention", "sum begins"], ["experts", *EXCHANGE]
+ATTENTION, EXPERTS = ["attention", "sum starts"], ["experts", *EXCHANGE]
 ATTENTION_BACK, EXPERTS_BACK = ["attention, backward", *SUM], ["experts, backward", *EXCHANGE]
 
 
 def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     first, second = ((rank["forward"], rank["backward"]) for rank in ranks)
-    assert first == second, "ranks that begin collectives in different orders wait for each other for ever"
+    assert first == second, "ranks that start collectives in different orders wait for each other forever"
     return first
 
 
 @pytest.mark.slow
-def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
-    plain, recomputed = (run_on_ranks(2, pass_of_a_block, True, again) for again in (False, True))
+def test_branches_of_a_parallel_block_overlap_with_and_without_recomputation() -> None:
+    plain, recomputed = (run_on_ranks(2, one_block, True, again) for again in (False, True))
     forward = [
         *GATHER,
         *COUNTS,
@@ -40,7 +45,7 @@ def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
         "sum ends",
     ]
     backward = [
-        "gather begins",
+        "gather starts",
         *EXCHANGE,
         *EXCHANGED,
         *EXPERTS_BACK,
@@ -50,37 +55,61 @@ def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
         *SUMMED,
     ]
     assert order(plain) == (forward, backward)
-    assert order(recomputed) == (forward, ["gather begins", *forward, *backward[1:]])
+    assert order(recomputed) == (forward, ["gather starts", *forward, *backward[1:]])
     for one, other in zip(plain, recomputed, strict=True):
         assert min(gradient.abs().max() for gradient in one["gradients"].values()) > 0
         torch.testing.assert_close(other["gradients"], one["gradients"], rtol=0, atol=0)
 
 
 @pytest.mark.slow
-def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
-    forward, backward = order(run_on_ranks(2, pass_of_a_block, False, False))
+def test_branches_of_a_sequential_block_run_one_after_the_other() -> None:
+    forward, backward = order(run_on_ranks(2, one_block, False, False))
     attention = [*GATHER, *GATHERED, *ATTENTION, "sum ends"]
     assert forward == attention + COUNTS + EXCHANGE + EXCHANGED + EXPERTS + EXCHANGED
-    attention = ["gather begins", "gather ends", *ATTENTION_BACK, *SUMMED]
+    attention = ["gather starts", "gather ends", *ATTENTION_BACK, *SUMMED]
     assert backward == EXCHANGE + EXCHANGED + EXPERTS_BACK + EXCHANGED + attention
 
 
 @pytest.mark.slow
+def test_attentions_of_two_layers_can_be_in_flight_together() -> None:
+    alone, together = (run_on_ranks(2, two_layers_in_flight, interleaved) for interleaved in (False, True))
+    for wanted, found in zip(alone, together, strict=True):
+        assert not torch.equal(wanted["out 0"], wanted["out 1"])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_steps_of_an_attention_in_flight_must_come_in_order() -> None:
+    for messages in run_on_ranks(2, calls_out_of_order):
+        assert messages == [
+            f"PendingAttention.{call}() was called out of order (next: {due}): call compute() once, then wait() once"
+            for call, due in (("wait", "compute"), ("compute", "wait"))
+        ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16")])
-def test_tokens_travel_in_the_precision_that_experts_compute_in(precision: str, dtype: str) -> None:
+def test_tokens_travel_in_the_precision_of_the_experts(precision: str, dtype: str) -> None:
     for found in run_on_ranks(2, precisions_of_tokens, precision):
         assert found == {(name, dtype) for name in COLLECTIVES.values()}
 
 
-def test_only_what_is_waited_counts_as_time_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+class InstantWork:
+    """The handle of a collective that needs no time."""
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+
+def test_timer_excludes_overlapped_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    class Work:
+    class SlowWork:
         def wait(self) -> None:
             now[0] += 2.0
 
-    class Computing(torch.autograd.Function):
+    class SlowComputation(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             now[0] += 5.0
@@ -91,13 +120,23 @@ def test_only_what_is_waited_counts_as_time_on_the_wire(monkeypatch: pytest.Monk
             now[0] += 5.0
             return grads[0] * 3
 
-    wire = Wire(cast(ProcessGroup, None))
-    flight = Flight(wire, lambda x: (x * 10, Work()), lambda x: (x * 100, Work()))
+    timer = CommTimer()
+    collective = AsyncCollective(timer, lambda x: (x * 10, SlowWork()), lambda x: (x * 100, SlowWork()))
     x = torch.ones(2, requires_grad=True)
-    under_way = flight.depart(x)
-    computed = Computing.apply(x)
-    out = flight.arrive(under_way) + computed
-    assert (out.tolist(), wire.seconds()) == ([13.0, 13.0], 2.0)
+    in_flight = collective.start(x)
+    computed = SlowComputation.apply(x)
+    out = collective.wait(in_flight) + computed
+    assert (out.tolist(), timer.pop_seconds()) == ([13.0, 13.0], 2.0)
     out.sum().backward()
     assert x.grad is not None
-    assert (x.grad.tolist(), wire.seconds(), now[0]) == ([103.0, 103.0], 2.0, 14.0)
+    assert (x.grad.tolist(), timer.pop_seconds(), now[0]) == ([103.0, 103.0], 2.0, 14.0)
+
+
+def test_waiting_for_a_collective_twice_is_refused() -> None:
+    collective = AsyncCollective(CommTimer(), lambda x: (x * 10, InstantWork()), lambda x: (x, InstantWork()))
+    started = collective.start(torch.ones(2))
+    assert collective.wait(started).tolist() == [10.0, 10.0]
+    with pytest.raises(RuntimeError, match=r"call start\(\) once, then wait\(\) once"):
+        collective.wait(started)
+    with pytest.raises(RuntimeError, match=r"call start\(\) once, then wait\(\) once"):
+        AsyncCollective(CommTimer(), collective.forward, collective.backward).wait(started)
