@@ -5,22 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_ranks import run_on_ranks
-from overlap_scenario import (
-    COLLECTIVES,
-    calls_out_of_order,
-    one_block,
-    precisions_of_tokens,
-    two_layers_in_flight,
-)
 
 from bam_ray.on_deepspeed.collectives import AsyncCollective, CommTimer
+from tests.support.distributed.gloo_ranks import run_on_ranks
+from tests.support.distributed.overlap import (
+    COLLECTIVES,
+    attend_out_of_order,
+    attend_two_layers,
+    exchanged_dtypes,
+    trace_block,
+)
 
-GATHER, GATHERED = 2 * ["gather starts"], 2 * ["gather ends"]  # hidden states and gates
-SUM, SUMMED = 2 * ["sum starts"], 2 * ["sum ends"]  # the gradients of these
-EXCHANGE, EXCHANGED = ["exchange starts"], ["exchange ends"]
+GATHER, GATHERED = 2 * ["gather begins"], 2 * ["gather ends"]  # hidden states and gates
+SUM, SUMMED = 2 * ["sum begins"], 2 * ["sum ends"]  # the gradients of these
+EXCHANGE, EXCHANGED = ["exchange begins"], ["exchange ends"]
 COUNTS = EXCHANGE + EXCHANGED
-ATTENTION, EXPERTS = ["attention", "sum starts"], ["experts", *EXCHANGE]
+ATTENTION, EXPERTS = ["attention", "sum begins"], ["experts", *EXCHANGE]
 ATTENTION_BACK, EXPERTS_BACK = ["attention, backward", *SUM], ["experts, backward", *EXCHANGE]
 
 
@@ -32,7 +32,7 @@ def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
 
 @pytest.mark.slow
 def test_branches_of_a_parallel_block_overlap_with_and_without_recomputation() -> None:
-    plain, recomputed = (run_on_ranks(2, one_block, True, again) for again in (False, True))
+    plain, recomputed = (run_on_ranks(2, trace_block, True, again) for again in (False, True))
     forward = [
         *GATHER,
         *COUNTS,
@@ -45,7 +45,7 @@ def test_branches_of_a_parallel_block_overlap_with_and_without_recomputation() -
         "sum ends",
     ]
     backward = [
-        "gather starts",
+        "gather begins",
         *EXCHANGE,
         *EXCHANGED,
         *EXPERTS_BACK,
@@ -55,7 +55,7 @@ def test_branches_of_a_parallel_block_overlap_with_and_without_recomputation() -
         *SUMMED,
     ]
     assert order(plain) == (forward, backward)
-    assert order(recomputed) == (forward, ["gather starts", *forward, *backward[1:]])
+    assert order(recomputed) == (forward, ["gather begins", *forward, *backward[1:]])
     for one, other in zip(plain, recomputed, strict=True):
         assert min(gradient.abs().max() for gradient in one["gradients"].values()) > 0
         torch.testing.assert_close(other["gradients"], one["gradients"], rtol=0, atol=0)
@@ -63,16 +63,16 @@ def test_branches_of_a_parallel_block_overlap_with_and_without_recomputation() -
 
 @pytest.mark.slow
 def test_branches_of_a_sequential_block_run_one_after_the_other() -> None:
-    forward, backward = order(run_on_ranks(2, one_block, False, False))
+    forward, backward = order(run_on_ranks(2, trace_block, False, False))
     attention = [*GATHER, *GATHERED, *ATTENTION, "sum ends"]
     assert forward == attention + COUNTS + EXCHANGE + EXCHANGED + EXPERTS + EXCHANGED
-    attention = ["gather starts", "gather ends", *ATTENTION_BACK, *SUMMED]
+    attention = ["gather begins", "gather ends", *ATTENTION_BACK, *SUMMED]
     assert backward == EXCHANGE + EXCHANGED + EXPERTS_BACK + EXCHANGED + attention
 
 
 @pytest.mark.slow
 def test_attentions_of_two_layers_can_be_in_flight_together() -> None:
-    alone, together = (run_on_ranks(2, two_layers_in_flight, interleaved) for interleaved in (False, True))
+    alone, together = (run_on_ranks(2, attend_two_layers, interleaved) for interleaved in (False, True))
     for wanted, found in zip(alone, together, strict=True):
         assert not torch.equal(wanted["out 0"], wanted["out 1"])
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
@@ -80,7 +80,7 @@ def test_attentions_of_two_layers_can_be_in_flight_together() -> None:
 
 @pytest.mark.slow
 def test_steps_of_an_attention_in_flight_must_come_in_order() -> None:
-    for messages in run_on_ranks(2, calls_out_of_order):
+    for messages in run_on_ranks(2, attend_out_of_order):
         assert messages == [
             f"PendingAttention.{call}() was called out of order (next: {due}): call compute() once, then wait() once"
             for call, due in (("wait", "compute"), ("compute", "wait"))
@@ -90,7 +90,7 @@ def test_steps_of_an_attention_in_flight_must_come_in_order() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16")])
 def test_tokens_travel_in_the_precision_of_the_experts(precision: str, dtype: str) -> None:
-    for found in run_on_ranks(2, precisions_of_tokens, precision):
+    for found in run_on_ranks(2, exchanged_dtypes, precision):
         assert found == {(name, dtype) for name in COLLECTIVES.values()}
 
 

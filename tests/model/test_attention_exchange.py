@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from bam_ray.model.attention_exchange_bam import (
 )
 from bam_ray.model.modeling_bam import BamDecoderLayer
 from bam_ray.model.token_dispatch_bam import LocalTokenDispatcher
+from tests.support import tiny
 
 ORDER = r"call compute\(\) once, then wait\(\) once"
 
