@@ -31,7 +31,7 @@ def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.slow
-def test_branches_of_a_parallel_block_overlap_with_and_without_recomputation() -> None:
+def test_parallel_branches_overlap_with_and_without_recomputation() -> None:
     plain, recomputed = (run_on_ranks(2, trace_block, True, again) for again in (False, True))
     forward = [
         *GATHER,
@@ -62,7 +62,7 @@ def test_branches_of_a_parallel_block_overlap_with_and_without_recomputation() -
 
 
 @pytest.mark.slow
-def test_branches_of_a_sequential_block_run_one_after_the_other() -> None:
+def test_sequential_branches_run_one_after_the_other() -> None:
     forward, backward = order(run_on_ranks(2, trace_block, False, False))
     attention = [*GATHER, *GATHERED, *ATTENTION, "sum ends"]
     assert forward == attention + COUNTS + EXCHANGE + EXCHANGED + EXPERTS + EXCHANGED
@@ -95,7 +95,7 @@ def test_tokens_travel_in_the_precision_of_the_experts(precision: str, dtype: st
 
 
 class InstantWork:
-    """The handle of a collective that needs no time."""
+    """The handle of a collective that takes no time."""
 
     def wait(self) -> None:
         """Do nothing."""
