@@ -11,7 +11,7 @@ from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingS
 from bam_ray.settings.quorum import QuorumSettings
 from bam_ray.settings.recipe import Recipe, StoreSettings
 from bam_ray.settings.resources import Demand, Needs
-from bam_ray.settings.strict import Blend, Count, Name, Role, Strict
+from bam_ray.settings.strict import Blend, Count, Identity, Name, Strict
 from bam_ray.settings.training import Spike, TrainingSettings
 from bam_ray.settings.upcycle import AverageSettings, MixtureSettings, RouterSettings, SplitSettings, UpcycleSettings
 
@@ -27,6 +27,7 @@ __all__ = [
     "DomainSettings",
     "DynamicBlend",
     "EvaluateSettings",
+    "Identity",
     "Losses",
     "MetricsSettings",
     "MixSettings",
@@ -37,7 +38,6 @@ __all__ = [
     "QuorumSettings",
     "Ramp",
     "Recipe",
-    "Role",
     "RouterSettings",
     "RoutingSettings",
     "Scratch",

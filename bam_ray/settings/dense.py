@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from bam_ray.settings.resources import Needs
-from bam_ray.settings.strict import Blend, Count, Fraction, Name, Role, Strict
+from bam_ray.settings.strict import Blend, Count, Fraction, Identity, Name, Strict
 from bam_ray.settings.training import TrainingSettings
 
 
@@ -42,11 +42,11 @@ class SeedSettings(Strict):
     """Training of a seed from scratch."""
     blend: Blend | None = None
     """Sampling weights over domains. `null` means equal weights."""
-    workers: Annotated[Count, Role.EXECUTION] = 1
+    workers: Annotated[Count, Identity.EXCLUDED] = 1
     """Number of processes that train the seed together. Each takes an equal part of every batch."""
-    min_workers: Annotated[Count | None, Role.EXECUTION] = None
+    min_workers: Annotated[Count | None, Identity.EXCLUDED] = None
     """If nodes are lost for good, continue with at least this many workers. `null` means to wait for all."""
-    needs: Annotated[Needs, Role.EXECUTION] = Needs()
+    needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of each worker."""
 
     @model_validator(mode="after")
@@ -72,21 +72,21 @@ class BranchOverride(Strict):
 class BranchSettings(Strict):
     """One branch for each domain. All branches are trained with the same settings."""
 
-    domains: Annotated[list[Name], Role.EXECUTION]
+    domains: Annotated[list[Name], Identity.EXCLUDED]
     """Domains that get a branch. (The identity of a branch contains its own domain only.)"""
     training: TrainingSettings
     """Training of each branch. `peak_lr` may be left out: it is then half of the seed's, as in the BAM paper."""
     general_fraction: Fraction = 0.1
     """Fraction of each branch's tokens that comes from the general domain (0.1 in the BAM paper)."""
-    workers: Annotated[Count, Role.EXECUTION] = 1
+    workers: Annotated[Count, Identity.EXCLUDED] = 1
     """Number of processes that train each branch together."""
-    min_workers: Annotated[Count | None, Role.EXECUTION] = None
+    min_workers: Annotated[Count | None, Identity.EXCLUDED] = None
     """If nodes are lost for good, continue with at least this many workers. `null` means to wait for all."""
-    needs: Annotated[Needs, Role.EXECUTION] = Needs()
+    needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of each worker."""
-    overrides: Annotated[dict[Name, BranchOverride], Role.EXECUTION] = Field(default={})
+    overrides: Annotated[dict[Name, BranchOverride], Identity.EXCLUDED] = Field(default={})
     """Different resources or workers for single branches, by domain."""
-    max_attempts: Annotated[Count, Role.EXECUTION] = 4
+    max_attempts: Annotated[Count, Identity.EXCLUDED] = 4
     """Number of attempts in a row without a new checkpoint after which a branch fails."""
 
     def needs_of(self, domain: str) -> Needs:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from bam_ray.settings.blends import DynamicBlend, with_preset
 from bam_ray.settings.mixing import Mixing
 from bam_ray.settings.resources import Needs
-from bam_ray.settings.strict import Blend, Count, Role
+from bam_ray.settings.strict import Blend, Count, Identity
 from bam_ray.settings.training import TrainingSettings
 
 AUTO_BALANCE_SEQUENCES = 16
@@ -21,23 +21,23 @@ class MixSettings(Mixing):
 
     training: TrainingSettings
     """Training of each mixture."""
-    expert_parallel: Annotated[Count, Role.EXECUTION] = 2
+    expert_parallel: Annotated[Count, Identity.EXCLUDED] = 2
     """Number of processes over which the experts are distributed."""
-    workers: Annotated[Count | None, Role.EXECUTION] = None
+    workers: Annotated[Count | None, Identity.EXCLUDED] = None
     """Number of processes in total. `null` means `expert_parallel`."""
-    min_workers: Annotated[Count | None, Role.EXECUTION] = None
+    min_workers: Annotated[Count | None, Identity.EXCLUDED] = None
     """If nodes are lost for good, continue with at least this many workers. The experts are then distributed over the
     largest possible part of them. `null` means to wait for all."""
-    at_once: Annotated[Count | None, Role.EXECUTION] = None
+    at_once: Annotated[Count | None, Identity.EXCLUDED] = None
     """Number of mixtures that are trained at the same time. `null` means as many as fit on the cluster."""
     blend: Blend | None = None
     """Sampling weights over domains, or the name of a preset: `static_llama`, `static_sheared`, `dynamic_llama`,
     `dynamic_uniform` (LLaMA-MoE's). `null` means equal weights, as in the BAM paper."""
     dynamic_blend: DynamicBlend | None = None
     """Make the blend follow held-out losses. `null` means that it stays constant."""
-    needs: Annotated[Needs, Role.EXECUTION] = Needs()
+    needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of each process."""
-    max_failures: Annotated[int, Field(ge=0), Role.EXECUTION] = 3
+    max_failures: Annotated[int, Field(ge=0), Identity.EXCLUDED] = 3
     """Number of failed attempts in a row without a new checkpoint that are tolerated."""
 
     @property

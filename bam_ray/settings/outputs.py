@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from bam_ray.settings.resources import Demand, Needs
-from bam_ray.settings.strict import Count, Name, Positive, Role, Strict
+from bam_ray.settings.strict import Count, Identity, Name, Positive, Strict
 
 
 class EvaluateSettings(Strict):
@@ -13,9 +13,9 @@ class EvaluateSettings(Strict):
 
     tokens_per_domain: Count = 32768
     """Number of held-out tokens per domain."""
-    batch_sequences: Annotated[Count, Role.EXECUTION] = 16
+    batch_sequences: Annotated[Count, Identity.EXCLUDED] = 16
     """Number of sequences per forward pass."""
-    needs: Annotated[Needs, Role.EXECUTION] = Needs()
+    needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of the process that evaluates."""
 
 

@@ -14,17 +14,17 @@ Blend = dict[Name, NotNegative]
 """Sampling weights over domains. They do not need to sum to 1."""
 
 
-class Role(Enum):
-    """The role of a setting, written into the annotation of its field.
+class Identity(Enum):
+    """Whether a setting is part of the identity of the artifact that is made with it.
 
-    Every setting determines the content of the artifact unless its field says otherwise:
+    Every setting is, unless its field says otherwise:
 
-        recompute: Annotated[bool, Role.EXECUTION] = False
+        recompute: Annotated[bool, Identity.EXCLUDED] = False
     """
 
-    EXECUTION = "execution"
-    """The setting decides how an artifact is made: its speed, its memory, its place, what is kept on the way. The
-    content stays the same, so the setting is no part of the artifact's identity."""
+    EXCLUDED = "excluded"
+    """The setting decides how an artifact is made (its speed, memory, place, and what is kept on the way), but not what
+    it contains."""
 
 
 class Strict(BaseModel):
@@ -38,12 +38,12 @@ class Strict(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine an artifact's content, as plain JSON values.
 
-        Fields marked `Role.EXECUTION` are left out, at every level.
+        Fields that are marked `Identity.EXCLUDED` are left out, at every level.
         """
         return {
             name: _plain_identity(value, dumped)
             for (name, value), dumped in zip(self, self.model_dump(mode="json").values(), strict=True)
-            if Role.EXECUTION not in type(self).model_fields[name].metadata
+            if Identity.EXCLUDED not in type(self).model_fields[name].metadata
         }
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bam_ray.settings.strict import Count, Fraction, NotNegative, Positive, Role, Strict
+from bam_ray.settings.strict import Count, Fraction, Identity, NotNegative, Positive, Strict
 
 
 class Spike(Strict):
@@ -48,21 +48,21 @@ class TrainingSettings(Strict):
     on_not_finite: Literal["retry", "skip", "roll_back", "stop"] = "retry"
     """Reaction to a loss or gradient that is NaN or infinite. `retry` returns to the last checkpoint once and repeats
     the same data. The other values work as in `on_spike`."""
-    micro_batch_sequences: Annotated[Count | Literal["auto"], Role.EXECUTION] = "auto"
+    micro_batch_sequences: Annotated[Count | Literal["auto"], Identity.EXCLUDED] = "auto"
     """Number of sequences per forward pass on each device. `auto` uses the largest power of two that fits in memory.
     A dense model learns the same for any value. For mixtures see [balance](mixing.md#balance)."""
-    recompute: Annotated[bool, Role.EXECUTION] = False
+    recompute: Annotated[bool, Identity.EXCLUDED] = False
     """Recompute activations in the backward pass. This saves memory and costs about a third more operations."""
-    checkpoint_every: Annotated[Count, Role.EXECUTION] = 50
+    checkpoint_every: Annotated[Count, Identity.EXCLUDED] = 50
     """Number of steps between checkpoints."""
-    keep_last: Annotated[Count, Role.EXECUTION] = 2
+    keep_last: Annotated[Count, Identity.EXCLUDED] = 2
     """Number of newest checkpoints to keep. The second one is used if the newest is damaged."""
-    keep_every: Annotated[Count | None, Role.EXECUTION] = None
+    keep_every: Annotated[Count | None, Identity.EXCLUDED] = None
     """Checkpoints whose step is a multiple of this number are never deleted. `null` means that none are kept."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """Precision of the forward and backward pass. Weights are always fp32. `auto` means bf16 on GPUs that support it,
     and fp32 elsewhere."""
-    zero_stage: Annotated[Literal[1, 2, 3], Role.EXECUTION] = 1
+    zero_stage: Annotated[Literal[1, 2, 3], Identity.EXCLUDED] = 1
     """ZeRO stage with several workers: 1 shards the optimizer states, 2 also the gradients, 3 also the weights."""
     seed: int = 0
     """Random seed of initialization, data order and dropout."""

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from bam_ray.settings.quorum import When
 from bam_ray.settings.resources import Needs
-from bam_ray.settings.strict import Blend, Count, Name, Positive, Role, Strict
+from bam_ray.settings.strict import Blend, Count, Identity, Name, Positive, Strict
 
 
 class AverageSettings(Strict):
@@ -130,5 +130,5 @@ class UpcycleSettings(Strict):
     """The mixtures, by name."""
     when: When = "all"
     """When mixing starts: with all branches, or with a quorum `{at_least, deadline_hours}`."""
-    needs: Annotated[Needs, Role.EXECUTION] = Needs()
+    needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of the process that upcycles."""

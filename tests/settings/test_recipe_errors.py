@@ -86,7 +86,7 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         (
             "mix",
             {"training": {**TRAINING, "batch_tokens": 512}, "router_warmup_fraction": 1.0},
-            "mix: router_warmup_fraction 1.0 of 2 steps is all of them, so that only the routers are ever trained: make",
+            "mix: router_warmup_fraction 1.0 of 2 steps is all of them, so that only the routers are ever trained",
         ),
         (
             "mix",
@@ -103,7 +103,11 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             3,
             "mix.workers is 3, not a multiple of mix.expert_parallel 2: change it, or use one of [1] for mix.expert",
         ),
-        ("mix.training.zero_stage", 3, "mix: mix.training.zero_stage 3 shards all weights, but mix.expert_parallel already distributes those"),
+        (
+            "mix.training.zero_stage",
+            3,
+            "mix: mix.training.zero_stage 3 shards all weights, but mix.expert_parallel already distributes those",
+        ),
         (
             "branch.training",
             {**TRAINING, "batch_tokens": 256, "on_spike": "skip", "spike": {"window": 4}},
@@ -136,7 +140,11 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             300,
             "seed.training.batch_tokens is 300, not a multiple of data.sequence_length 256: use 256 or 512",
         ),
-        ("seed", {"folder": "some/model", "workers": 2}, "seed: seed.workers has no effect with seed.folder, which is only copied"),
+        (
+            "seed",
+            {"folder": "some/model", "workers": 2},
+            "seed: seed.workers has no effect with seed.folder, which is only copied",
+        ),
         ("branch.min_workers", 2, "branch.min_workers is 2, more than branch.workers, which is 1"),
         ("mix.min_workers", 3, "mix.min_workers is 3, more than mix.workers, which is 2"),
         ("seed.folder", "some/model", "seed: seed needs exactly one of `scratch` and `folder`"),
@@ -249,7 +257,9 @@ def test_branch_lr_defaults_to_half_of_the_seeds() -> None:
     del recipe["branch"]["training"]["peak_lr"]
     assert parse_recipe(yaml.safe_dump(recipe), "here.yaml").branch.training.peak_lr == TRAINING["peak_lr"] / 2
     recipe["seed"] = {"folder": "/models/seed"}
-    assert "branch.training.peak_lr is missing, and there is no seed.training.peak_lr to take half of" in error_of(yaml.safe_dump(recipe))
+    assert "branch.training.peak_lr is missing, and there is no seed.training.peak_lr to take half of" in error_of(
+        yaml.safe_dump(recipe)
+    )
 
 
 def test_balance_sequences_do_not_depend_on_processes() -> None:
