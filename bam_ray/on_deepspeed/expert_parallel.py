@@ -31,7 +31,7 @@ from bam_ray.model.experts_bam import BamExperts
 from bam_ray.model.modeling_bam import BamModel, attention_masks
 from bam_ray.on_deepspeed.collectives import EPGroup, all_gather
 from bam_ray.on_deepspeed.dispatch import AllGatherAttentionExchange, AllToAllTokenDispatcher
-from bam_ray.settings.divisors import divisors
+from bam_ray.settings import divisors
 
 
 @dataclass(frozen=True)

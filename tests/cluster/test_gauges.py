@@ -11,10 +11,10 @@ import pytest
 import ray
 
 from bam_ray.blobs.folder import FolderStore
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.sightings import Done
+from bam_ray.control.observations import Done
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import Work
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import parse_recipe
 from cluster.processes import free_ports
 from tests.support.cluster.stub_stages import RECIPE, STUB_STAGES

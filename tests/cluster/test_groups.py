@@ -22,7 +22,7 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import status
-from bam_ray.control.graph import find_task, task_graph
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, UpcycleSettings
 from tests.support.cluster.ray_cluster import add_node
 from tests.support.stage_run import (

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bam_ray.blobs import BlobStore, open_store
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.model import BamConfig
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.stages import run_stage
 from bam_ray.training.flops import training_flops
 from tests.support.distributed.gloo_ranks import run_on_ranks

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.control.tasks import Progress
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.results import Results
+from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import StoreSettings
 from bam_ray.stages import run_stage, train_mixture
-from bam_ray.stages.step_export import export_step
+from bam_ray.toolbox.step_export import export_step
 from bam_ray.training.flops import training_flops
 from tests.support.late_branch_run import MIX, ControlledRun, LateBranchRun, expert_names
 from tests.support.stage_run import (

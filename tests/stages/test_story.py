@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
 from bam_ray.evaluation.perplexity import perplexity
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.stages import run_stage, train_mixture
 from tests.support.stage_run import (
     TRAINING,

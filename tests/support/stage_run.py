@@ -9,12 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore
-from bam_ray.control.graph import task_graph
-from bam_ray.control.tasks import Progress
+from bam_ray.pipeline.graph import task_graph
+from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Mixing, Recipe, TrainingSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
-from bam_ray.training.outline import materialise
+from bam_ray.training.meta_init import materialise
 from bam_ray.training.state import read_weights
 
 TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bam_ray.model import BamConfig, BamForCausalLM
-from bam_ray.training.documents import keep_apart, positions
+from bam_ray.training.document_mask import keep_apart, positions
 from tests.support import tiny
 
 END = 1

@@ -10,7 +10,7 @@ from bam_ray.errors import Interrupted
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, Mixing, Ramp
 from bam_ray.training.engine import TorchEngine
-from bam_ray.training.groups import kinds
+from bam_ray.training.param_groups import kinds
 from tests.support import tiny
 from tests.support.training_run import BAM, LENGTH, SETTINGS, engine, run
 

@@ -9,7 +9,7 @@ import torch
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import RoutingSettings
 from bam_ray.training.objective import Load
-from bam_ray.training.watching import RoutingWatch
+from bam_ray.training.router_metrics import RoutingWatch
 from tests.support import tiny
 from tests.support.training_run import LENGTH, SETTINGS, engine
 

@@ -1,6 +1,6 @@
 """A recipe of three branches and two mixtures, for tests of the task graph and the controller."""
 
-from bam_ray.control.graph import task_graph
+from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Recipe, parse_recipe
 
 RECIPE = """

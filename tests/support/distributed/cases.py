@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedConfig, P
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Losses, Mixing, Ramp, TrainingSettings
-from bam_ray.training.documents import keep_apart
+from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.engine import Engine
 
 SHARE, LENGTH, VOCABULARY = 4, 12, 64  # sequences per rank and step, tokens per sequence, tokens of the vocabulary

@@ -15,7 +15,7 @@ from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Mixing
 from bam_ray.training.engine import Engine
-from bam_ray.training.outline import outline
+from bam_ray.training.meta_init import outline
 from tests.support.distributed.cases import Case, save, train
 
 EVERYTHING = {"noisy_gate": True, "selection_bias": True, "capacity_factor": 0.75}
