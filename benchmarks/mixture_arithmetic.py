@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bam_ray.model import BamConfig
 from bam_ray.model.attention_bam import AveragedAttention, BamAttention, BamRotaryEmbedding
 from bam_ray.model.experts_bam import BamExperts
-from bam_ray.model.modeling_bam import BamDecoderLayer, BamFFN
+from bam_ray.model.layers_bam import BamDecoderLayer, BamFFN
 from bam_ray.training.flops import forward_flops_per_token
 from benchmarks.measure import ratios, report, seconds
 from benchmarks.peers import SHARES, AutoEP, MoE, chosen, filled, marked, mixtral, start_deepspeed

@@ -39,6 +39,7 @@ MODEL_CODE = (
     "attention_exchange_bam.py",
     "configuration_bam.py",
     "experts_bam.py",
+    "layers_bam.py",
     "modeling_bam.py",
     "routing_bam.py",
     "token_dispatch_bam.py",

@@ -15,7 +15,7 @@ from bam_ray.model.attention_exchange_bam import (
     LocalAttentionExchange,
     PendingAttention,
 )
-from bam_ray.model.modeling_bam import BamDecoderLayer
+from bam_ray.model.layers_bam import BamDecoderLayer
 from bam_ray.model.token_dispatch_bam import LocalTokenDispatcher
 from tests.support import tiny
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bam_ray.model import BamConfig, BamForCausalLM, dropped_share, routing_losses
 from bam_ray.model.experts_bam import BamExperts
-from bam_ray.model.modeling_bam import BamMoE
+from bam_ray.model.layers_bam import BamMoE
 from tests.support import tiny
 
 K, N = 2, 4

@@ -7,7 +7,7 @@ import torch
 
 from bam_ray.model import BamConfig
 from bam_ray.model.attention_bam import BamRotaryEmbedding
-from bam_ray.model.modeling_bam import BamDecoderLayer
+from bam_ray.model.layers_bam import BamDecoderLayer
 from tests.support import tiny
 
 CASES: dict[str, dict[str, Any]] = {
