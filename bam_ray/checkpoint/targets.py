@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bam_ray.blobs import BlobStore, open_store
-from bam_ray.blobs.check import checked_store
+from bam_ray.blobs.check import open_checked_store
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.errors import CheckpointError, StoreUnavailable
 from bam_ray.settings import StoreSettings
@@ -29,7 +29,7 @@ def new_folder(out: StoreSettings) -> Iterator[BlobStore]:
             f"{out.uri} is not empty{left}: name a place where nothing lies yet, or delete what is there"
         )
     if place is None:
-        store, _ = checked_store(out)
+        store, _ = open_checked_store(out)
         try:
             yield store
         except BaseException:
