@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bam_ray.checkpoint.manifest import Kind, identity
+from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.control.elastic import fewer_workers
 from bam_ray.control.tasks import Quorum, Task
 from bam_ray.settings.mixing import Mixing
@@ -26,9 +26,9 @@ DENSE = "dense"  # the model of the seed and of all branches
 
 def task_graph(recipe: Recipe) -> list[Task]:
     """Every task of `recipe`, parents first."""
-    corpus = _task("corpora", "corpus", recipe.data)
+    corpus = _task(ArtifactKind.CORPORA, "corpus", recipe.data)
     seed = _task(
-        "seeds",
+        ArtifactKind.SEEDS,
         "seed",
         {
             "scratch": _plain(recipe.seed.scratch),
@@ -46,7 +46,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     )
     branches = [
         _task(
-            "branches",
+            ArtifactKind.BRANCHES,
             domain,
             {
                 "domain": domain,
@@ -67,7 +67,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     quorum = _quorum(recipe, branches)
     upcycled = [
         _task(
-            "upcycled",
+            ArtifactKind.UPCYCLED,
             name,
             _upcycled_content(recipe, mixture),
             parents=(seed.id, *(branch.id for branch in branches if mixture.has_branches)),
@@ -78,7 +78,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     ]
     mixtures = [
         _task(
-            "mixtures",
+            ArtifactKind.MIXTURES,
             start.name,
             {
                 "training": _content(recipe.mix.training),
@@ -103,7 +103,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
         for start in upcycled
     ]
     report = _task(
-        "reports",
+        ArtifactKind.REPORTS,
         "report",
         {"tokens_per_domain": recipe.evaluate.tokens_per_domain},
         parents=tuple(task.id for task in [corpus, seed, *branches, *mixtures]),
@@ -113,7 +113,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     return [corpus, seed, *branches, *upcycled, *mixtures, report]
 
 
-def subset(tasks: Sequence[Task], kinds: Collection[Kind]) -> list[Task]:
+def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
     """The tasks of `kinds` and everything they are made from, in the order of `tasks`."""
     wanted: set[str] = set()
     for task in reversed(tasks):  # children before parents
@@ -122,7 +122,7 @@ def subset(tasks: Sequence[Task], kinds: Collection[Kind]) -> list[Task]:
     return [task for task in tasks if task.id in wanted]
 
 
-def find_task(tasks: Sequence[Task], kind: Kind, name: str) -> Task:
+def find_task(tasks: Sequence[Task], kind: ArtifactKind, name: str) -> Task:
     """The one task of `kind` called `name`; raises KeyError."""
     for task in tasks:
         if task.kind == kind and task.name == name:
@@ -131,7 +131,7 @@ def find_task(tasks: Sequence[Task], kind: Kind, name: str) -> Task:
 
 
 def _task(
-    kind: Kind,
+    kind: ArtifactKind,
     name: str,
     settings: BaseModel | dict[str, Any],
     *,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.settings.recipe import Needs
 
 
@@ -25,7 +25,7 @@ class Quorum:
 class Task:
     """One artifact to make."""
 
-    kind: Kind
+    kind: ArtifactKind
     name: str  # "corpus", "seed", a domain, a mixture, "report"
     id: str
     parents: tuple[str, ...]  # ids of tasks that must be committed first

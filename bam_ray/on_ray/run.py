@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bam_ray.blobs import BlobStore
 from bam_ray.blobs.check import open_checked_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.graph import subset, task_graph
@@ -34,7 +34,7 @@ TABLE_WIDTH = 110
 
 def run_tasks(
     recipe: Recipe,
-    kinds: Collection[Kind] | None = None,
+    kinds: Collection[ArtifactKind] | None = None,
     engine_factory: EngineFactory | None = None,
     functions: StageFunctions | None = None,
 ) -> Outcome:

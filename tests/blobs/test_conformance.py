@@ -101,7 +101,7 @@ def test_what_is_no_key_is_refused(store: BlobStore, key: str, tmp_path: Path) -
         lambda key: store.get_file(key, file),
         lambda key: store.get_range(key, 0, 1),
     ):
-        with pytest.raises(StoreError, match="is not a key") as caught:
+        with pytest.raises(StoreError, match="is not a valid key") as caught:
             do(key)
         assert type(caught.value) is StoreError
     assert list(store.list()) == []
@@ -185,7 +185,7 @@ def test_files_travel_whole(store: BlobStore, size: int, tmp_path: Path, monkeyp
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 takes no part below 5 MiB but the last."""
-    monkeypatch.setattr(s3, "PART", 5 * MIB)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -239,7 +239,7 @@ def leftovers(store: BlobStore) -> list[str]:
     """What is kept of unfinished uploads, invisible in lists."""
     if isinstance(store, S3Store):
         uploads = store._client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
-        return [upload["Key"] for upload in uploads if upload["Key"].startswith(store._under(""))]
+        return [upload["Key"] for upload in uploads if upload["Key"].startswith(store._with_prefix(""))]
     return [str(path) for path in Path(store.uri).rglob(f"{PARTIAL}*")]
 
 

@@ -100,7 +100,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable
 
 
 def test_what_a_server_acknowledged_outlives_kill_9(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART", 5 * MIB)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
     digests: dict[str, str] = {}
     for cycle in range(2):
         store = S3Store(BUCKET, "durable", server.start())

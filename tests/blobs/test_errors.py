@@ -12,7 +12,7 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.blobs.s3 import PART, S3Store
+from bam_ray.blobs.s3 import PART_BYTES, S3Store
 from bam_ray.errors import BlobExists, NoConditionalPut, SettingsError, StoreDenied, StoreError, StoreUnavailable
 from cluster.processes import free_ports
 from cluster.s3_server import BUCKET, S3Settings
@@ -28,7 +28,7 @@ def operations(tmp_path: Path) -> dict[str, Callable[[BlobStore], object]]:
         "put": lambda store: store.put("key", b""),
         "put_if_absent": lambda store: store.put_if_absent("key", b""),
         "put_file": lambda store: store.put_file("key", file),
-        "put_stream": lambda store: store.put_stream("key", iter([bytes(PART)])),
+        "put_stream": lambda store: store.put_stream("key", iter([bytes(PART_BYTES)])),
         "get": lambda store: store.get("key"),
         "get_range": lambda store: store.get_range("key", 0, 1),
         "get_file": lambda store: store.get_file("key", file),
@@ -75,7 +75,7 @@ def test_a_folder_without_permission(no_permission: Path) -> None:
         lambda: list(store.list()),
         lambda: store.delete("key"),
     ):
-        with pytest.raises(StoreDenied, match=r"no permission for .*mend its owner or mode"):
+        with pytest.raises(StoreDenied, match=r"no permission for .*fix its owner or mode"):
             operation()
 
 
@@ -88,7 +88,7 @@ def test_a_store_below_a_file(tmp_path: Path) -> None:
 def test_no_server_answers(tmp_path: Path, credentials: Callable[[str, str], None]) -> None:
     credentials("any", "any")
     endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
-    with pytest.raises(StoreUnavailable, match=f"no S3 server answers at {endpoint} .*start it or mend"):
+    with pytest.raises(StoreUnavailable, match=f"no S3 server answers at {endpoint} .*start it or correct"):
         S3Store(BUCKET, "", endpoint).get("key")
 
 
@@ -145,7 +145,7 @@ def test_wrong_credentials(
     access_key = "AKIAWRONG" if wrong == "access key" else s3_server.access_key
     credentials(access_key, "wrong" if wrong == "secret" else s3_server.secret_key)
     store = S3Store(BUCKET, "", s3_server.endpoint)
-    words = "refuses these credentials .*mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    words = "refuses these credentials .*correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     assert_all_raise(store, StoreDenied, tmp_path, words)
 
 

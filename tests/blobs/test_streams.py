@@ -9,10 +9,10 @@ import pytest
 from botocore.exceptions import ClientError
 
 from bam_ray.blobs import s3
-from bam_ray.blobs.s3 import PARTS_AT_ONCE, S3Store, in_parts
+from bam_ray.blobs.s3 import CONCURRENT_PARTS, S3Store, rechunk
 from bam_ray.errors import StoreUnavailable
 
-PART = 1000
+PART_BYTES = 1000
 
 
 class WatchingClient:
@@ -52,7 +52,7 @@ class WatchingClient:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART", PART)
+    monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
 
 
 def store_with(client: WatchingClient) -> S3Store:
@@ -75,11 +75,11 @@ def test_parts_are_sent_in_order_and_no_more_is_held_than_is_under_way() -> None
 
     store_with(client).put_stream("key", chunks())
     assert client.calls == ["create", "complete"]
-    assert client.completed == list(range(1, taken // PART + 2))
+    assert client.completed == list(range(1, taken // PART_BYTES + 2))
     assert b"".join(client.parts[number] for number in client.completed) == b"".join(
         bytes([number % 256]) * 137 for number in range(500)
     )
-    assert held <= (PARTS_AT_ONCE + 1) * PART + 137
+    assert held <= (CONCURRENT_PARTS + 1) * PART_BYTES + 137
 
 
 def test_a_refused_part_ends_the_upload_and_leaves_nothing() -> None:
@@ -90,17 +90,17 @@ def test_a_refused_part_ends_the_upload_and_leaves_nothing() -> None:
         nonlocal taken
         for _ in range(1000):
             taken += 1
-            yield bytes(PART)
+            yield bytes(PART_BYTES)
 
     with pytest.raises(StoreUnavailable, match="key: the S3 server answered SlowDown"):
         store_with(client).put_stream("key", chunks())
     assert client.calls == ["create", "abort"]
-    assert taken <= 3 + 2 * PARTS_AT_ONCE
+    assert taken <= 3 + 2 * CONCURRENT_PARTS
 
 
 def test_chunks_of_any_shape_are_cut_into_equal_parts() -> None:
     numbers = memoryview(bytearray(range(24))).cast("B", (4, 6))
-    parts = list(in_parts(iter([b"", numbers, b"ab", memoryview(b""), bytes(20)]), 10))
+    parts = list(rechunk(iter([b"", numbers, b"ab", memoryview(b""), bytes(20)]), 10))
     assert [len(part) for part in parts] == [10, 10, 10, 10, 6]
     assert b"".join(parts) == bytes(range(24)) + b"ab" + bytes(20)
-    assert list(in_parts(iter([]), 10)) == []
+    assert list(rechunk(iter([]), 10)) == []

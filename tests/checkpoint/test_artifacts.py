@@ -122,7 +122,7 @@ def test_a_damaged_blob_is_never_handed_out(damage: bytes, folder: Path, tmp_pat
     artifact.publish(folder, manifest())
     store.put(f"branches/{ID}/model.safetensors", damage)
     for _ in range(2):  # nor by the cache the next time
-        with pytest.raises(DigestMismatch, match=r"model\.safetensors is not what its manifest says") as caught:
+        with pytest.raises(DigestMismatch, match=r"model\.safetensors does not match its manifest") as caught:
             artifact.fetch(tmp_path / "cache")
         assert "\n" not in str(caught.value)
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
@@ -200,7 +200,9 @@ def test_a_cache_without_room_is_said_and_no_fault_of_the_artifact(
     artifact.publish(folder, manifest())
     size = sum(len(data) for data in FILES.values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
-    with pytest.raises(StoreError, match=rf"has {size - 1:,} bytes left, .*{ID} takes {size:,}: make room") as caught:
+    with pytest.raises(
+        StoreError, match=rf"has {size - 1:,} bytes free but .*{ID} needs {size:,}: free space"
+    ) as caught:
         artifact.fetch(tmp_path / "cache")
     assert not isinstance(caught.value, CheckpointError), "a checkpoint would be taken for a damaged one"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))

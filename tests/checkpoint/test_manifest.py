@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bam_ray.checkpoint.manifest import Compute, FileEntry, Manifest, identity
+from bam_ray.checkpoint.manifest import ComputeCost, FileEntry, Manifest, identity
 from bam_ray.errors import CheckpointError
 from bam_ray.settings import TrainingSettings
 
@@ -20,7 +20,7 @@ PARENTS = st.lists(NAMES, max_size=3).map(tuple)
     parents=PARENTS,
     metrics=st.dictionaries(NAMES, st.floats(allow_nan=False)),
     files=st.dictionaries(NAMES, st.builds(FileEntry, size=st.integers(0, 1 << 60), sha256=st.just("ab" * 32))),
-    compute=st.builds(Compute, flops=st.floats(0, 1e30), device_seconds=st.floats(0, 1e9)),
+    compute=st.builds(ComputeCost, flops=st.floats(0, 1e30), device_seconds=st.floats(0, 1e9)),
     step=st.integers(0, 1 << 40),
 )
 def test_a_manifest_survives_the_way_through_bytes(**fields: object) -> None:

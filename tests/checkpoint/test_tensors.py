@@ -32,7 +32,7 @@ def some_tensors() -> dict[str, Tensor]:
 def written(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     writer = ModelWriter(FolderStore(folder), max_shard_bytes=max_shard_bytes)
-    writer.tensors(specs, lambda spec: iter(tensors[spec.name].flatten().split(5)))
+    writer.write_tensors(specs, lambda spec: iter(tensors[spec.name].flatten().split(5)))
     writer.commit('{"model_type": "bam"}', Manifest(id="m", kind="seeds", name="m"))
 
 
@@ -59,8 +59,8 @@ def test_folders_that_safetensors_wrote_are_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("x")
     reader = TensorReader(FolderStore(tmp_path.parent), tmp_path.name)
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
-    assert reader.file("tokenizer.json") == b"x"
-    assert reader.file("missing.json") is None
+    assert reader.read_file("tokenizer.json") == b"x"
+    assert reader.read_file("missing.json") is None
 
 
 def store_of(tmp_path: Path) -> MemoryStore:
@@ -73,7 +73,7 @@ def store_of(tmp_path: Path) -> MemoryStore:
 
 
 def test_what_is_no_model_folder_is_said_to_be_none(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no Hugging Face model folder: it has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a Hugging Face model folder: it has no config\.json"):
         TensorReader(MemoryStore())
     store = store_of(tmp_path)
     store.delete("model.safetensors")
@@ -85,14 +85,14 @@ def test_what_is_no_model_folder_is_said_to_be_none(tmp_path: Path) -> None:
 def test_a_file_that_is_no_safetensors_file(tmp_path: Path, data: bytes) -> None:
     store = store_of(tmp_path)
     store.put("model.safetensors", data)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file, or it is truncated"):
         TensorReader(store)
 
 
 def test_a_cut_file_is_found_out_by_its_header(tmp_path: Path) -> None:
     store = store_of(tmp_path)
     store.put("model.safetensors", store.get("model.safetensors")[:-1])
-    with pytest.raises(CheckpointError, match=r"is cut short: tensor layer\.4 ends past its last byte"):
+    with pytest.raises(CheckpointError, match=r"is truncated: tensor layer\.4 ends past its last byte"):
         TensorReader(store)
 
 
@@ -102,7 +102,7 @@ def test_a_changed_file_is_found_out_by_its_digest(tmp_path: Path) -> None:
     data = bytearray(store.get("model.safetensors"))
     data[-1] ^= 1
     store.put("model.safetensors", bytes(data))
-    with pytest.raises(DigestMismatch, match=r"model\.safetensors is not what its manifest says"):
+    with pytest.raises(DigestMismatch, match=r"model\.safetensors does not match its manifest"):
         TensorReader(store).check_digests()
 
 
@@ -114,7 +114,7 @@ def test_what_a_maker_raises_is_raised_where_it_is_written_and_leaves_no_manifes
         raise InterruptedError(spec.name)
 
     with pytest.raises(InterruptedError, match="layer"):
-        ModelWriter(store).tensors([TensorSpec("layer", torch.float32, (4,))], produce)
+        ModelWriter(store).write_tensors([TensorSpec("layer", torch.float32, (4,))], produce)
     assert list(store.list()) == []
 
 
@@ -129,7 +129,7 @@ def test_the_last_shard_is_made_when_the_others_can_be_read() -> None:
         else:
             yield torch.ones(3)
 
-    writer.tensors([first], produce, last=[last])
+    writer.write_tensors([first], produce, last=[last])
     writer.commit("{}", Manifest(id="m", kind="seeds", name="m"))
     assert torch.equal(TensorReader(store).read("last"), torch.full((3,), 2.0))
 
@@ -168,5 +168,5 @@ def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
     store = store_of(tmp_path)
     header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
     store.put("model.safetensors", len(header).to_bytes(8, "little") + header + b"\0")
-    with pytest.raises(CheckpointError, match="tensor x is of dtype F8_E4M3"):
+    with pytest.raises(CheckpointError, match="tensor x has dtype F8_E4M3; supported are F64"):
         TensorReader(store)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import BlobNotFound, Interrupted, UpcycleError
@@ -50,7 +50,7 @@ if __name__ == "__main__":
 """
 
 
-def stand_in(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+def stand_in(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
     """A stage that counts its steps in the blob store, and goes on from there."""
     task = find_task(task_graph(recipe), kind, name)
     key = f"steps/{kind}-{name}.json"
@@ -77,14 +77,14 @@ def seconds_of_a_step() -> float:
     return float(labels.get("seconds", STEP_TIME))
 
 
-def failing_law(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+def failing_law(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
     if (kind, name) == ("branches", "law"):
         raise ValueError("the law is an ass")
     stand_in(kind, name, recipe, store, context)
 
 
 def summing_rank(
-    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
+    kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
 ) -> None:
     """A group's stand-in: every step sums the ranks over gloo; rank 0 keeps the count."""
     task = find_task(task_graph(recipe), kind, name)
@@ -113,7 +113,7 @@ def summing_rank(
 
 
 def rank_one_refuses(
-    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
+    kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
 ) -> None:
     if dist.get_rank() == 1:
         raise UpcycleError("experts do not fit")

@@ -23,7 +23,7 @@ from stand_ins import PROJECT, RECIPE, STAND_INS, an_engine, failing_law, rank_o
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.graph import find_task, subset, task_graph
@@ -99,7 +99,7 @@ def seeded(recipe: Recipe) -> Recipe:
 class Run:
     """A controller over the cluster, on a thread."""
 
-    def __init__(self, recipe: Recipe, kinds: list[Kind], functions: StageFunctions = STAND_INS) -> None:
+    def __init__(self, recipe: Recipe, kinds: list[ArtifactKind], functions: StageFunctions = STAND_INS) -> None:
         self.store = FolderStore(recipe.store.uri)
         self.launcher = RayLauncher(recipe, self.store, an_engine, functions)
         self.tasks = subset(task_graph(recipe), kinds)
@@ -114,10 +114,10 @@ class Run:
         finally:
             self.launcher.close()
 
-    def state(self, kind: Kind, name: str) -> Any:
+    def state(self, kind: ArtifactKind, name: str) -> Any:
         return self.controller.states[find_task(self.tasks, kind, name).id]
 
-    def node(self, kind: Kind, name: str, steps: int = 3) -> Node:
+    def node(self, kind: ArtifactKind, name: str, steps: int = 3) -> Node:
         """Where a task is, once it has made some steps."""
 
         def runs() -> bool:
@@ -128,7 +128,7 @@ class Run:
         node: Node = self.state(kind, name).node
         return node
 
-    def done(self, kind: Kind, name: str) -> list[list[Any]]:
+    def done(self, kind: ArtifactKind, name: str) -> list[list[Any]]:
         """[node id, process id] of every step of a task."""
         steps: list[list[Any]] = json.loads(self.store.get(f"steps/{kind}-{name}.json"))
         return steps

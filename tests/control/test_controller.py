@@ -10,7 +10,7 @@ import pytest
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import policies
 from bam_ray.control.controller import DRAIN_PATIENCE, MOVE_PATIENCE, Controller
 from bam_ray.control.demands import JOIN_PATIENCE
@@ -26,7 +26,7 @@ HERE = Node("1", "one")
 
 
 def make(name: str, *parents: str, steps: int = 10, attempts: int = 4) -> Task:
-    return Task("branches", name, name, parents, Needs(), total_steps=steps, max_attempts=attempts)
+    return Task(ArtifactKind.BRANCHES, name, name, parents, Needs(), total_steps=steps, max_attempts=attempts)
 
 
 def commit(store: MemoryStore, task: Task) -> None:

@@ -105,7 +105,7 @@ def test_facts_are_on_disk_and_true(built: Any) -> None:
     for name, domain in facts["domains"].items():
         for part, rows in (("train", corpus.train(name)), ("held_out", corpus.held_out(name))):
             assert len(rows) == domain[f"{part}_sequences"] == domain[f"{part}_tokens"] // LENGTH
-    assert notes == ["reading general", "reading law", "making the tokenizer", "tokenising general", "tokenising law"]
+    assert notes == ["reading general", "reading law", "making the tokenizer", "tokenizing general", "tokenizing law"]
 
 
 def test_the_tokenizer_is_a_plain_hugging_face_one(built: Any) -> None:
@@ -150,9 +150,9 @@ def test_a_process_forked_after_a_build_can_tokenise(built: Any) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from bam_ray.data.tokenizer import in_threads, load_for_packing
+from bam_ray.data.tokenizer import threaded_tokenization, load_for_packing
 tokenizer = load_for_packing(Path({str(corpus.tokenizer_folder)!r}))
-with in_threads():
+with threaded_tokenization():
     tokenizer.encode_batch_fast(["a", "b"] * 100)
 child = os.fork()
 if child == 0:
@@ -202,14 +202,14 @@ def test_max_characters_is_of_kept_text(texts: dict[str, list[str]], tmp_path: P
 @pytest.mark.parametrize(
     ("documents", "others", "message"),
     [
-        ([], {}, "domain general: .* holds no text"),
-        (["  "], {}, "domain general: .* holds no text"),
+        ([], {}, "domain general: .* contains no text"),
+        (["  "], {}, "domain general: .* contains no text"),
         (["the same"] * 9, {}, "domain general has 1 document after near-duplicates"),
         (["ab", "cd", "ef"], {}, r"domain general: train has \d+ tokens, less than one sequence of 16"),
         (["some words " * 99, "ab"], {}, r"domain general: held_out has 3 tokens, less than one"),
-        (["ab", "cd"], {"tokenizer": {"vocab_size": 256}}, "vocab_size is 256: .* at least 257"),
+        (["ab", "cd"], {"tokenizer": {"vocab_size": 256}}, "vocab_size is 256, but .* at least 257"),
         (["ab", "cd"], {"tokenizer": {"folder": "absent"}}, "data.tokenizer.folder absent does not exist"),
-        (["ab", "cd"], {"tokenizer": {"folder": "."}}, "data.tokenizer.folder . holds no tokenizer"),
+        (["ab", "cd"], {"tokenizer": {"folder": "."}}, "data.tokenizer.folder . has no tokenizer"),
     ],
 )
 def test_errors(
@@ -224,5 +224,5 @@ def test_errors(
 def test_a_folder_that_is_no_corpus(built: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a corpus"):
         Corpus(tmp_path)
-    with pytest.raises(DataError, match="no domain 'poetry': it has general, law"):
+    with pytest.raises(DataError, match="no domain 'poetry': use one of general, law"):
         built[0].train("poetry")

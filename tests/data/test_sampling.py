@@ -62,7 +62,7 @@ def test_other_weights_hold_from_there_on_and_are_resumed(corpus: Corpus) -> Non
     sampler, plain = BlendedSampler(corpus, BLEND, 0), BlendedSampler(corpus, BLEND, 0)
     assert np.array_equal(sampler.take(50)[0], plain.take(50)[0])
     weights = {"law": 7.0, "code": 2.0, "general": 1.0}
-    sampler.reweigh(weights)
+    sampler.set_weights(weights)
     assert sampler.weights == pytest.approx({"code": 0.2, "general": 0.1, "law": 0.7})
     resumed = BlendedSampler(corpus, BLEND, 0)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
@@ -106,12 +106,12 @@ def test_far_positions_are_reached_without_replay(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("blend", [{}, {"code": 0.0}, {"code": -1.0}, {"code": float("nan")}, {"code": float("inf")}])
 def test_blends_without_a_meaning(corpus: Corpus, blend: dict[str, float]) -> None:
-    with pytest.raises(DataError, match="a blend needs weights"):
+    with pytest.raises(DataError, match="the weights of a blend"):
         BlendedSampler(corpus, blend, 0)
 
 
 def test_a_domain_or_a_cursor_of_another_corpus(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no domain 'poetry'"):
         BlendedSampler(corpus, {"poetry": 1.0}, 0)
-    with pytest.raises(DataError, match="cursor is of a blend of"):
+    with pytest.raises(DataError, match="sampler state is for a blend of"):
         BlendedSampler(corpus, BLEND, 0).load_state_dict(BlendedSampler(corpus, {"law": 1.0}, 0).state_dict())

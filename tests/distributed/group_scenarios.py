@@ -6,14 +6,14 @@ import torch.distributed as dist
 from stages.test_story import Context
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_rank
 
 
-def make_together(run: Recipe, tasks: list[tuple[Kind, str, int | None]], cache: str) -> list[str]:
+def make_together(run: Recipe, tasks: list[tuple[ArtifactKind, str, int | None]], cache: str) -> list[str]:
     """Make the artifacts of `tasks`, or stop after a step -> how each ended on this rank."""
     os.environ["BAM_CACHE"] = cache
     said = []

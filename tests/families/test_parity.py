@@ -69,7 +69,7 @@ def mixture(folder: Path, **settings: Any) -> BamForCausalLM:
     raw = json.loads((folder / "config.json").read_text())
     family = family_of(raw, str(folder))
     config = BamConfig(
-        **{**family.configure(raw), "num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        **{**family.convert_config(raw), "num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True},
         **settings,
     )
     torch.manual_seed(1)
@@ -82,9 +82,9 @@ def mixture(folder: Path, **settings: Any) -> BamForCausalLM:
 
 
 def weights(family: Family, raw: dict[str, Any], dense: dict[str, Tensor], config: BamConfig) -> dict[str, Tensor]:
-    assert sorted(family.expected(raw)) == sorted(dense)
+    assert sorted(family.tensor_names(raw)) == sorted(dense)
     found: dict[str, Tensor] = {}
-    for place in family.places(raw):
+    for place in family.parameters(raw):
         tensor = dense[place.name]
         if place.rows is not None:
             tensor = torch.cat([tensor[start:end] for start, end in place.rows])

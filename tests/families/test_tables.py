@@ -31,7 +31,7 @@ def test_what_families_allow_the_mixture_computes() -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_roles_are_unique_within_a_layer(family: str) -> None:
-    places = FAMILIES[family].places(tiny.CONFIGS[family].to_dict())
+    places = FAMILIES[family].parameters(tiny.CONFIGS[family].to_dict())
     assert len({(place.layer, place.role) for place in places}) == len(places)
     layers = [place.layer for place in places if place.layer is not None]
     assert layers == sorted(layers)
@@ -41,26 +41,28 @@ def test_roles_are_unique_within_a_layer(family: str) -> None:
 def test_both_layouts_of_rope_mean_the_same() -> None:
     old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     new = {**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}
-    configured = [family_of(raw, "seed").configure(raw)["rope_parameters"] for raw in (old, new)]
+    configured = [family_of(raw, "seed").convert_config(raw)["rope_parameters"] for raw in (old, new)]
     assert configured[0].pop("type") == "linear"
     assert configured[0] == configured[1]
     pythia = {**LLAMA, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 7.0}
-    rope = BamConfig(**FAMILIES["gpt_neox"].configure(pythia)).rope_parameters
+    rope = BamConfig(**FAMILIES["gpt_neox"].convert_config(pythia)).rope_parameters
     assert rope == {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
 
 
 def test_defaults_that_a_file_leaves_out_are_transformers_defaults() -> None:
     mistral = {**LLAMA, "model_type": "mistral"}
-    assert FAMILIES["mistral"].configure(mistral)["sliding_window"] == 4096
-    cohere = FAMILIES["cohere"].configure({**LLAMA, "model_type": "cohere"})
+    assert FAMILIES["mistral"].convert_config(mistral)["sliding_window"] == 4096
+    cohere = FAMILIES["cohere"].convert_config({**LLAMA, "model_type": "cohere"})
     assert (cohere["tie_word_embeddings"], cohere["logit_scale"]) == (True, 0.0625)
-    assert Role.HEAD not in {place.role for place in FAMILIES["cohere"].places({**LLAMA, "model_type": "cohere"})}
+    assert Role.HEAD not in {place.role for place in FAMILIES["cohere"].parameters({**LLAMA, "model_type": "cohere"})}
 
 
 def test_fused_rows_are_disjoint_and_complete() -> None:
     raw = tiny.CONFIGS["gpt_neox"].to_dict()
     fused = [
-        place for place in FAMILIES["gpt_neox"].places(raw) if place.name.endswith("0.attention.query_key_value.bias")
+        place
+        for place in FAMILIES["gpt_neox"].parameters(raw)
+        if place.name.endswith("0.attention.query_key_value.bias")
     ]
     assert [place.role for place in fused] == [Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS]
     ranges = sorted(rows for place in fused for rows in place.rows or [])
@@ -81,11 +83,11 @@ def test_harmless_leftovers_are_ignored_and_others_are_not() -> None:
     ("settings", "words"),
     [
         ({"model_type": "gpt2"}, "architecture 'gpt2': supported are ['cohere', 'cohere2', 'gpt_neox'"),
-        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'; only 'silu' or 'swish' or"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'; only 'default' or"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; only None is supported"),
-        ({"model_type": "gpt_neox", "hidden_dropout": 0.1}, "hidden_dropout is 0.1; only 0.0 is supported"),
-        ({"num_attention_heads": 5}, "seed is no llama configuration: "),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh', but only 'silu' or 'swish' or"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic', but only 'default' or"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, but only None is supported"),
+        ({"model_type": "gpt_neox", "hidden_dropout": 0.1}, "hidden_dropout is 0.1, but only 0.0 is supported"),
+        ({"num_attention_heads": 5}, "seed is not a valid llama configuration: "),
     ],
 )
 def test_what_is_not_supported_is_named(settings: dict[str, Any], words: str) -> None:

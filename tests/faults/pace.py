@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import elastic
 from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import BamError
@@ -51,7 +51,7 @@ class Paced:
 
 
 def paced_stage(
-    seconds: float, kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext
+    seconds: float, kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext
 ) -> object:
     """`stages.run_stage`; branches at that pace, and with weights that can be broken."""
     if kind != "branches":
@@ -84,7 +84,7 @@ def breakable(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def paced_rank(
     seconds: float,
-    kind: Kind,
+    kind: ArtifactKind,
     name: str,
     recipe: Recipe,
     store: BlobStore,
