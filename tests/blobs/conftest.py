@@ -1,4 +1,4 @@
-"""The same suite over every store: a folder, memory, a stand-in S3 server and two real ones."""
+"""Stores for the tests: a folder, memory, a simulated S3 server and two real ones."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ CLIENTS: dict[str, Any] = {}
 
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
-    """An S3 server in a thread: quick, but it takes any credentials."""
+    """The endpoint of an S3 server in a thread, which is fast but accepts any credentials."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -35,7 +35,7 @@ def moto_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Set the credentials that S3 stores find."""
+    """Return a function that sets the credentials of S3 stores in the environment."""
 
     def use(access_key: str, secret_key: str) -> None:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", access_key)
@@ -50,7 +50,7 @@ REAL_SERVERS = [pytest.param(name, marks=pytest.mark.slow) for name in SERVERS]
 
 @pytest.fixture(params=["folder", "memory", "moto", *REAL_SERVERS])
 def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[[str, str], None]) -> BlobStore:
-    """An empty store."""
+    """An empty store of each backend."""
     if request.param == "folder":
         return FolderStore(tmp_path / "store")
     if request.param == "memory":
@@ -63,6 +63,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[
         credentials(server.access_key, server.secret_key)
         endpoint = server.endpoint
     store = S3Store(BUCKET, f"run-{next(NUMBERS)}", endpoint)
-    # A client takes longer to make than most tests to run: one for all
+    # Creating a client takes longer than most tests, so all stores of an endpoint share one
     store._lazy_client = CLIENTS.get(endpoint) or CLIENTS.setdefault(endpoint, store._client)
     return store
