@@ -6,11 +6,11 @@ Most families share its names, and so does the mixture.
 from typing import Any
 
 from bam_ray.families.family import Family, ParameterTemplate, Role
-from bam_ray.families.names import PLAIN
+from bam_ray.families.names import PLAIN_NAMES
 
 # The names are those of the mixture, which has them from Llama; q_norm and k_norm come from Cohere and Qwen3
 PARALLEL_LAYOUT = tuple(
-    ParameterTemplate(PLAIN[role], role)
+    ParameterTemplate(PLAIN_NAMES[role], role)
     for role in (
         Role.EMBEDDING,
         Role.INPUT_NORM,
@@ -34,7 +34,7 @@ PARALLEL_LAYOUT = tuple(
         Role.HEAD,
     )
 )
-_POST_ATTENTION = ParameterTemplate(PLAIN[Role.POST_ATTENTION_NORM], Role.POST_ATTENTION_NORM)
+_POST_ATTENTION = ParameterTemplate(PLAIN_NAMES[Role.POST_ATTENTION_NORM], Role.POST_ATTENTION_NORM)
 LLAMA_LAYOUT = (*PARALLEL_LAYOUT[:-2], _POST_ATTENTION, *PARALLEL_LAYOUT[-2:])
 ROTARY_BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 

@@ -8,7 +8,7 @@ from bam_ray.families.family import Role
 
 LAYER = "model.layers.{layer}."
 
-PLAIN = {
+PLAIN_NAMES = {
     Role.EMBEDDING: "model.embed_tokens.weight",
     Role.HEAD: "lm_head.weight",
     Role.FINAL_NORM: "model.norm.weight",
@@ -35,7 +35,7 @@ PLAIN = {
     Role.UP_BIAS: LAYER + "mlp.up_proj.bias",
     Role.DOWN_BIAS: LAYER + "mlp.down_proj.bias",
 }
-STACKED = {
+STACKED_NAMES = {
     Role.QUERY: LAYER + "self_attn.experts.q_proj",
     Role.KEY: LAYER + "self_attn.experts.k_proj",
     Role.VALUE: LAYER + "self_attn.experts.v_proj",
@@ -60,7 +60,7 @@ FFN_ROLES = (Role.GATE, Role.UP, Role.DOWN, Role.GATE_BIAS, Role.UP_BIAS, Role.D
 
 def plain_name(role: Role, layer: int | None) -> str:
     """Return the name of a parameter without an expert dimension; `layer` is None for those outside of layers."""
-    return PLAIN[role].format(layer=layer)
+    return PLAIN_NAMES[role].format(layer=layer)
 
 
 def expert_name(role: Role, layer: int, gated: bool = True) -> str:
@@ -69,7 +69,7 @@ def expert_name(role: Role, layer: int, gated: bool = True) -> str:
     Gate and up share one parameter, in which the rows of the gate come first. If the FFN is not `gated`, the parameter
     holds only the up projection and has another name.
     """
-    name = STACKED[role].format(layer=layer)
+    name = STACKED_NAMES[role].format(layer=layer)
     return name if gated else name.replace("gate_up_", "up_")
 
 

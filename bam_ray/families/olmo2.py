@@ -7,7 +7,7 @@ from typing import Any
 
 from bam_ray.families.family import Family, ParameterTemplate, Role
 from bam_ray.families.llama import LLAMA_LAYOUT, llama_block
-from bam_ray.families.names import PLAIN
+from bam_ray.families.names import PLAIN_NAMES
 
 
 def _block(config: dict[str, Any]) -> dict[str, Any]:
@@ -17,7 +17,9 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
 OLMO2 = Family(
     "olmo2",
     tuple(
-        ParameterTemplate(PLAIN[Role.POST_FFN_NORM], Role.POST_FFN_NORM) if weight.role is Role.INPUT_NORM else weight
+        ParameterTemplate(PLAIN_NAMES[Role.POST_FFN_NORM], Role.POST_FFN_NORM)
+        if weight.role is Role.INPUT_NORM
+        else weight
         for weight in LLAMA_LAYOUT
     ),
     _block,
