@@ -108,19 +108,19 @@ class Interrupted(BamError):
     """Work stopped cleanly on request; the same command resumes it."""
 
 
-def one_line(error: BaseException, *, first_line_only: bool = False) -> str:
+def one_line(error: BaseException, *, all_lines: bool = False) -> str:
     """Return an error as one line for people.
 
-    The result is the message, in which every run of white space becomes one space. The name of the type precedes the
-    message of an error that is not a `BamError`, because such a message often does not stand alone (`KeyError: 'id'`).
+    The result is the first line of the message that is not blank, because the errors of Ray carry a whole remote
+    traceback below it. The name of the type precedes the message of an error that is not a `BamError`, because such a
+    message often does not stand alone (`KeyError: 'id'`).
 
     Args:
         error: The error to render.
-        first_line_only: Drop the message after its first line that is not blank. Ray's errors carry a whole remote
-            traceback below that line.
+        all_lines: Join all lines of the message, for libraries that put the cause below the first line.
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
-    message = " ".join(" ".join(lines[:1] if first_line_only else lines).split())
+    message = " ".join(" ".join(lines if all_lines else lines[:1]).split())
     if isinstance(error, BamError):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

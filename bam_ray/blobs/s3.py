@@ -291,7 +291,7 @@ class S3Store:
                 "start it or correct store.endpoint (AWS_ENDPOINT_URL)"
             ) from None
         except BotoCoreError as error:
-            raise StoreError(f"{uri}: {one_line(error)}") from None
+            raise StoreError(f"{uri}: {one_line(error, all_lines=True)}") from None
 
 
 def rechunk(chunks: Iterator[bytes | memoryview], size: int) -> Iterator[bytearray]:

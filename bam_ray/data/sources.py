@@ -191,7 +191,9 @@ def _plain_text(domain: str, path: Path) -> Iterator[str]:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"domain {domain}: {path} is not readable as UTF-8 text: {one_line(error)}") from None
+        raise DataError(
+            f"domain {domain}: {path} is not readable as UTF-8 text: {one_line(error, all_lines=True)}"
+        ) from None
     yield from text.split(END_OF_TEXT)
 
 
@@ -222,4 +224,4 @@ def _records(domain: str, path: Path, loader: str, field: str) -> Iterator[str]:
         except StopIteration:  # the library raises this for an empty file, which has no records
             return
         except (OSError, ValueError, EOFError) as error:  # errors of PyArrow are ValueErrors
-            raise DataError(f"domain {domain}: {path} cannot be read: {one_line(error)}") from None
+            raise DataError(f"domain {domain}: {path} cannot be read: {one_line(error, all_lines=True)}") from None

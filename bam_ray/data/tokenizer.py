@@ -94,7 +94,7 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            reason = one_line(error)[:MAX_REASON_CHARACTERS]
+            reason = one_line(error, all_lines=True)[:MAX_REASON_CHARACTERS]
             raise DataError(f"data.tokenizer.folder {source} has no tokenizer that loads: {reason}") from None
         if not tokenizer.is_fast:
             raise DataError(f"data.tokenizer.folder {source} has no fast tokenizer (tokenizer.json): convert it")

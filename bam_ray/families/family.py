@@ -201,7 +201,9 @@ class Family:
         try:
             config = self.normalize_config(config)
         except Exception as error:  # the checks of transformers raise many types
-            raise FamilyError(f"{uri} is not a valid {self.model_type} configuration: {one_line(error)}") from None
+            raise FamilyError(
+                f"{uri} is not a valid {self.model_type} configuration: {one_line(error, all_lines=True)}"
+            ) from None
         rope = config.get("rope_parameters") or {}
         for key, value, supported in (
             ("quantization_config", config.get("quantization_config"), (None,)),

@@ -23,5 +23,5 @@ def test_the_module_docstring_lists_every_error() -> None:
     ],
 )
 def test_one_line_keeps_the_message_and_names_foreign_types(error: BaseException, whole: str, first_line: str) -> None:
-    assert one_line(error) == whole
-    assert one_line(error, first_line_only=True) == first_line
+    assert one_line(error) == first_line
+    assert one_line(error, all_lines=True) == whole
