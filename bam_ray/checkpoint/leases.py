@@ -8,8 +8,9 @@ different numbers. An attempt writes its training checkpoints under its own numb
 of a newer one. Before it writes, `check` lists the leases and raises `StaleLease` if a newer one exists.
 
 Limits: a lease never expires and is never released; only a newer attempt ends it. A check does not lock the store, so
-a stale attempt may still finish a write that it began before the newer one took its lease. That is harmless, because
-the prefix of the write contains the number of the attempt and a final commit is a conditional put.
+a stale attempt may still finish one put that it began before the newer one took its lease. Such a put never damages a
+training checkpoint of the newer attempt. If it replaces a file of a published artifact by other bytes, `fetch` refuses
+the artifact, because the digest no longer matches.
 """
 
 import json
