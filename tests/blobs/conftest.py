@@ -21,7 +21,7 @@ CLIENTS: dict[str, Any] = {}
 
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
-    """The endpoint of an S3 server in a thread, which is fast but accepts any credentials."""
+    """An S3 server in a thread: quick, but it takes any credentials."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -35,7 +35,7 @@ def moto_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Return a function that sets the credentials of S3 stores in the environment."""
+    """Set the credentials that S3 stores find."""
 
     def use(access_key: str, secret_key: str) -> None:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", access_key)

@@ -23,27 +23,27 @@ KINDS = {
 NOT_IMPLEMENTED = b"<Error><Code>NotImplemented</Code><Message>If-None-Match</Message></Error>"
 
 
-def proxy(upstream: str, overwrites: bool) -> ThreadingHTTPServer:
-    """Create a proxy that drops the condition of a put (`overwrites`) or refuses such puts, as some servers do."""
-    host, port = urlsplit(upstream).hostname, urlsplit(upstream).port
+def proxy(behind: str, overwrites: bool) -> ThreadingHTTPServer:
+    """A server before another one: without the condition of a put, or refusing those that have one, as some do."""
+    host, port = urlsplit(behind).hostname, urlsplit(behind).port
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def forward(self) -> None:
+        def pass_on(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             conditional = self.headers.get("If-None-Match") is not None
             del self.headers["If-None-Match"]
             if conditional and not overwrites:
-                self.respond(501, {"Content-Type": "application/xml"}, NOT_IMPLEMENTED)
+                self.answer(501, {"Content-Type": "application/xml"}, NOT_IMPLEMENTED)
                 return
             connection = http.client.HTTPConnection(host or "", port, timeout=30)
             connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
-            self.respond(response.status, dict(response.getheaders()), response.read())
+            self.answer(response.status, dict(response.getheaders()), response.read())
             connection.close()
 
-        def respond(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response_only(status)
             for name, value in headers.items():
                 if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -53,7 +53,7 @@ def proxy(upstream: str, overwrites: bool) -> ThreadingHTTPServer:
             self.end_headers()
             self.wfile.write(b"" if is_head else body)
 
-        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = forward
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = pass_on
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -65,7 +65,7 @@ def proxy(upstream: str, overwrites: bool) -> ThreadingHTTPServer:
 def weak_server(
     request: pytest.FixtureRequest, moto_endpoint: str, credentials: Callable[[str, str], None]
 ) -> Iterator[tuple[str, str]]:
-    """The endpoint of a server without conditional puts, and the expected description of it."""
+    """Its endpoint, and what is to be said of it."""
     credentials("any", "any")
     server = proxy(moto_endpoint, overwrites=request.param == "overwrites")
     threading.Thread(target=server.serve_forever, daemon=True).start()
