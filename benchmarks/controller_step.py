@@ -9,6 +9,7 @@ import statistics
 import time
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller
 from bam_ray.pipeline.states import Running
 from bam_ray.pipeline.tasks import Task
@@ -29,7 +30,16 @@ def main() -> None:
     cluster = ClusterFile.model_validate({"name": "three-hundred", "nodes": NODES, "start_seconds": 60})
     needs = Needs(cpus=8)
     tasks = [
-        Task("branches", f"b{i}", f"b{i}", (), needs, total_steps=5000 + 5 * i, model="dense", step_tokens=4000)
+        Task(
+            ArtifactKind.BRANCHES,
+            f"b{i}",
+            f"b{i}",
+            (),
+            needs,
+            total_steps=5000 + 5 * i,
+            model="dense",
+            step_tokens=4000,
+        )
         for i in range(BRANCHES)
     ]
     store = MemoryStore()

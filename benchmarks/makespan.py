@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from bam_ray.blobs import BlobStore
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
@@ -48,7 +48,7 @@ RECIPE = {
 }
 
 
-def sleeping(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+def sleeping(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
     """A stage that sleeps for each step, and goes on from the last when it was stopped."""
     here = ray.get_runtime_context().get_node_id()
     labels = next(node.labels for node in living_nodes() if node.id == here)

@@ -11,6 +11,7 @@ Static split and barrier are spared preemptions, and the barrier its communicati
 import statistics
 from pathlib import Path
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup, load_cluster
 from bam_ray.planning.simulate import Simulated, simulate
@@ -51,7 +52,7 @@ def compare(name: str, cluster: ClusterFile, branches: int) -> list[str | float]
     gpus = float(any(group.gpus for group in cluster.nodes.values()))
     tasks = [
         Task(
-            "branches",
+            ArtifactKind.BRANCHES,
             f"b{i}",
             f"b{i}",
             (),

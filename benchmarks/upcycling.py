@@ -66,7 +66,7 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
-    specs = [TensorSpec(name, torch.bfloat16, shapes[name]) for name in FAMILIES["llama"].expected(settings)]
+    specs = [TensorSpec(name, torch.bfloat16, shapes[name]) for name in FAMILIES["llama"].tensor_names(settings)]
     for number in range(count):
         place = folder / f"model-{number}"
         if not (place / ".made").exists():
@@ -76,7 +76,7 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
                 yield torch.randn(spec.elements, generator=generator).mul_(0.02)
 
             writer = ModelWriter(FolderStore(place))
-            writer.tensors(specs, produce)
+            writer.write_tensors(specs, produce)
             train_tokenizer(iter(["mergekit wants one"]), 300, place)
             writer.commit(json.dumps(settings), Manifest(id=place.name, kind="seeds", name=place.name))
             (place / "manifest.json").unlink()  # a hub's folder has none, so nothing is read twice to be compared
