@@ -57,8 +57,9 @@ def test_the_instructions_parse_and_the_base_fits_the_package() -> None:
             subprocess.run(["sh", "-n", "-c", rest], check=True)
     assert ("USER", "ray") in others
     assert "RAY_AUTH_MODE=token" in dict(others)["ENV"].split()
-    extras = {name for _, rest in others for found in re.findall(r"\.\[([\w,]+)\]", rest) for name in found.split(",")}
-    assert extras <= set(PROJECT["optional-dependencies"])
+    locked = [path for word, rest in others if word == "RUN" for path in re.findall(r" -r (\S+)", rest)]
+    assert locked == ["requirements/image.txt", "requirements/torch.txt"]
+    assert all((ROOT / path).exists() for path in locked)
 
 
 def test_all_that_is_copied_reaches_the_engine_and_no_secret_does() -> None:
