@@ -80,7 +80,7 @@ format: setup ## format the code and apply the safe fixes of the linter
 	@$(BIN)/ruff format .
 
 docs: setup ## build the documentation site into .bam/site
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "written: .bam/site/index.html"
 
 ceph: ## install a Ceph S3 gateway for the tests to use as well (Debian or Ubuntu, as root)
