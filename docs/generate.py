@@ -19,8 +19,8 @@ from bam_ray.settings import Recipe
 
 SETTINGS_INTRO = """# Settings
 
-Every key that a recipe can have, generated from the models in `bam_ray/settings/`. A recipe is a YAML file. All commands
-that read one also take overrides with dots, such as `mix.training.tokens=200000`. Unknown keys and wrong types are
+Every key of a recipe, generated from the models in `bam_ray/settings/`. A recipe is a YAML file. All commands that read
+one also take overrides with dots, such as `mix.training.tokens=200000`. Unknown keys and wrong types are
 errors.
 """
 CLI_INTRO = """# Command line
