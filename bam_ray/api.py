@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bam_ray.blobs.check import checked_store
+from bam_ray.blobs.check import open_checked_store
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress
@@ -132,9 +133,9 @@ def train_branch(recipe: Recipe, domain: str, *, on_progress: Callable[[Progress
 
     if domain not in recipe.branch.domains:
         raise SettingsError(f"the recipe has no branch {domain!r}: choose one of {', '.join(recipe.branch.domains)}")
-    store, _ = checked_store(recipe.store)
+    store, _ = open_checked_store(recipe.store)
     tasks = task_graph(recipe)
-    branch = find_task(tasks, "branches", domain)
+    branch = find_task(tasks, ArtifactKind.BRANCHES, domain)
     context = _Context(on_progress or (lambda progress: None))
     for task in tasks:
         if task.id == branch.id or task.id in branch.parents:
