@@ -24,8 +24,8 @@ def test_ranks_resume_from_the_newest_checkpoint_readable_by_all(ranks: list[dic
 def test_all_ranks_record_which_rank_could_not_read_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["refused"] == [
-            "mixtures/x/steps/0001-00000006 is not what its manifest says (for ranks [0] alone: look at their nodes)",
-            "mixtures/x/steps/0001-00000004 is not what its manifest says (for ranks [1] alone: look at their nodes)",
+            "mixtures/x/steps/0001-00000006 does not match its manifest (for ranks [0] alone: look at their nodes)",
+            "mixtures/x/steps/0001-00000004 does not match its manifest (for ranks [1] alone: look at their nodes)",
         ]
         assert rank["remembered"] == rank["refused"]
 
