@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.engine import TorchEngine
@@ -84,7 +85,7 @@ def segment(store: BlobStore, name: str, steps: int, every: int, width: int, che
     )
     engine = TorchEngine(AutoModelForCausalLM.from_config(config), settings)
     lease = Lease.take(store, f"branches/{name}")
-    kept = Checkpoints(store, "branches", name, lease, Retention(2, None))
+    kept = Checkpoints(store, ArtifactKind.BRANCHES, name, lease, Retention(2, None))
     training = Training(
         engine, RandomTokens(), LENGTH, settings, kept, lambda point: None, lambda what, **facts: None, lambda: False
     )

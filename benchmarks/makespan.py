@@ -118,7 +118,7 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     store = FolderStore(recipe.store.uri)
-    for task in subset(task_graph(recipe), ["seeds"]):
+    for task in subset(task_graph(recipe), [ArtifactKind.SEEDS]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
     small = {"object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
@@ -127,7 +127,7 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
             cluster.add_node(num_cpus=1, labels={"speed": kind}, **small)
         ray.init(address=cluster.address, log_to_driver=False)
         launcher = RayLauncher(recipe, store, None, StageFunctions(sleeping))
-        controller = Controller(subset(task_graph(recipe), ["branches"]), store, launcher)
+        controller = Controller(subset(task_graph(recipe), [ArtifactKind.BRANCHES]), store, launcher)
         begin = time.monotonic()
         outcome = controller.run(pause=0.2)
         seconds = time.monotonic() - begin

@@ -60,17 +60,19 @@ def ffn(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> l
     index, weights = expert.unsqueeze(1), torch.ones(tokens, 1, dtype=dtype)
     config = sizes(d)
     x = torch.randn(tokens, d, dtype=dtype)
+
+    def routed(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: experts(x, index, weights)
+
     dense = filled(BamFFN(config, config.intermediate_size), dtype)
     ours = filled(BamExperts(config), dtype)
     cases = {
         "one dense FFN": passes(dense, lambda x: dense(x)[0], x),
-        "BamExperts": passes(ours, lambda x: ours(x, index, weights), x),
+        "BamExperts": passes(ours, routed(ours), x),
     }
     for implementation in ("eager", "grouped_mm"):
         peer = filled(mixtral(config, implementation), dtype)
-        cases[f"transformers' Mixtral, {implementation}"] = passes(
-            peer, lambda x, peer=peer: peer(x, index, weights), x
-        )
+        cases[f"transformers' Mixtral, {implementation}"] = passes(peer, routed(peer), x)
     told = marked(x, expert, EXPERTS)
     for name, peer in (("DeepSpeed's MoE layer", MoE(config, dtype)), ("DeepSpeed's AutoEP", AutoEP(config, dtype))):
         cases[name] = passes(peer, peer, told)
@@ -92,7 +94,8 @@ def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
 
     def looped(x: Tensor) -> Tensor:
         gates = gate(x).softmax(-1)
-        return sum(gates[..., i, None] * each(x, **more)[0].result() for i, each in enumerate(loop))  # type: ignore[return-value]
+        outputs = (gates[..., i, None] * each(x, **more)[0].result() for i, each in enumerate(loop))
+        return sum(outputs, torch.zeros(()))
 
     x = torch.randn(batch, length, d)
     times = ratios(
@@ -129,12 +132,16 @@ def block(rounds: int, batch: int, length: int, d: int, dtype: torch.dtype, comp
     more: dict[str, Any] = {"position_embeddings": cos_sin, "attention_mask": None, "cache": None}
     x = torch.randn(batch, length, d, dtype=dtype)
     cases = {}
+
+    def output_of(layer: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        return lambda x: layer(x, **more)[0]
+
     for name, config in configs.items():
         layer = filled(BamDecoderLayer(config, 0), dtype)
-        cases[name] = passes(layer, lambda x, layer=layer: layer(x, **more)[0], x)
+        cases[name] = passes(layer, output_of(layer), x)
         if compiled and name != "averaged":
             fast = torch.compile(layer, fullgraph=True)
-            cases[f"{name}, compiled"] = passes(layer, lambda x, fast=fast: fast(x, **more)[0], x)
+            cases[f"{name}, compiled"] = passes(layer, output_of(fast), x)
     taken = seconds(cases, rounds, warm_up=3)
     shape = f"block {batch}x{length} tokens, d {d}, {str(dtype).removeprefix('torch.')}"
     head = 2.0 * d  # operations of the head, for a vocabulary of one

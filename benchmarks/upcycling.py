@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bam_ray.blobs.folder import FolderStore
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ModelWriter
 from benchmarks.measure import report
@@ -78,7 +78,7 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
             writer = ModelWriter(FolderStore(place))
             writer.write_tensors(specs, produce)
             train_tokenizer(iter(["mergekit wants one"]), 300, place)
-            writer.commit(json.dumps(settings), Manifest(id=place.name, kind="seeds", name=place.name))
+            writer.commit(json.dumps(settings), Manifest(id=place.name, kind=ArtifactKind.SEEDS, name=place.name))
             (place / "manifest.json").unlink()  # folders from a hub have none, so no digests are compared
             (place / ".made").touch()
         places.append(place)
@@ -92,7 +92,7 @@ def streamed(sources: list[Path], out: Path, mixture: str) -> None:
 
     readers = {f"m{number}": TensorReader(FolderStore(place)) for number, place in enumerate(sources)}
     settings = MixtureSettings.model_validate(MIXTURES[mixture] | {"same_seed": False})
-    upcycle(readers, settings, ModelWriter(FolderStore(out)), Manifest(id="x", kind="upcycled", name="x"))
+    upcycle(readers, settings, ModelWriter(FolderStore(out)), Manifest(id="x", kind=ArtifactKind.UPCYCLED, name="x"))
 
 
 def load_all(sources: list[Path], out: Path, mixture: str) -> None:
