@@ -119,7 +119,9 @@ def test_a_cluster_that_can_never_hold_a_branch_is_refused() -> None:
 
 
 def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest() -> None:
-    task = Task("mixtures", "bam", "bam", (), Needs(), workers=4, total_steps=1000, model="bam", step_tokens=4000)
+    task = Task(
+        ArtifactKind.MIXTURES, "bam", "bam", (), Needs(), workers=4, total_steps=1000, model="bam", step_tokens=4000
+    )
     result = simulate_tasks([task], make_cluster({"fast": (3, 2000.0), "slow": (1, 500.0)}))
     assert result.seconds == pytest.approx(30 + 4_000_000 / (4 * 500) + 15, abs=2)
 

@@ -125,7 +125,7 @@ def test_a_new_coordinator_keeps_the_history_of_the_last(failed: status.Status) 
 
 
 def test_the_end_of_a_stage_is_foretold_from_what_is_left_and_how_fast_it_goes() -> None:
-    tasks = [Task("branches", f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
+    tasks = [Task(ArtifactKind.BRANCHES, f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
     launcher = Broken()
     now = [0.0]
     controller = Controller(tasks, MemoryStore(), launcher, clock=lambda: now[0])

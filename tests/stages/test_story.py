@@ -138,7 +138,7 @@ def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
 
     config = json.loads((made / "config.json").read_text())
     for key, value, error, said in (
-        ("model_type", "gpt2", FamilyError, "of architecture 'gpt2'"),
+        ("model_type", "gpt2", FamilyError, "has architecture 'gpt2'"),
         ("vocab_size", 10, SettingsError, "set data.tokenizer.folder to the seed's folder"),
     ):
         other = tmp_path / key
