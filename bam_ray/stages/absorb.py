@@ -17,16 +17,14 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from bam_ray.blobs import BlobStore, open_store
-from bam_ray.checkpoint.leases import Lease
+from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
-from bam_ray.settings import Recipe
-from bam_ray.stages.lineage import Place
+from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.train import News
-from bam_ray.training.checkpoints import Checkpoints, Gather, Retention
+from bam_ray.training.checkpoints import Gather
 from bam_ray.training.state import State, grown, read_optimizer
 from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.edit_experts import absorbed, change, names_of
@@ -48,19 +46,17 @@ class Begun:
     news: Sequence[News]
 
 
-def begin(
-    place: Place, store: BlobStore, recipe: Recipe, lease: Lease | None, load: Load, cursor: dict[str, Any]
-) -> Begun:
+def begin(run: TaskRun, load: Load, cursor: dict[str, Any]) -> Begun:
     """Bring a mixture that need not have all its branches up to date. Called on every rank, with rank 0's lease.
 
     `cursor` is where its data begins.
     """
     news: list[News] = []
     with others_wait() as gather:
-        if lease is not None:
-            news = absorb_late(place, store, recipe, lease, load, cursor)
-        newest = _checkpoints(place, store, recipe).latest(gather)
-    return Begun(newest.folder if newest else place.other("upcycled", place.task.name).fetch(), news)
+        if run.lease is not None:
+            news = absorb_late(run, load, cursor)
+        newest = run.checkpoints(run.recipe.mix.training).latest(gather)
+    return Begun(newest.folder if newest else run.parent("upcycled", run.task.name).fetch(), news)
 
 
 @contextmanager
@@ -82,21 +78,19 @@ def others_wait() -> Iterator[Gather]:
     dist.destroy_process_group(waiting)
 
 
-def absorb_late(
-    place: Place, store: BlobStore, recipe: Recipe, lease: Lease, load: Load, cursor: dict[str, Any]
-) -> list[News]:
+def absorb_late(run: TaskRun, load: Load, cursor: dict[str, Any]) -> list[News]:
     """Take in every branch of the task's quorum that is committed and no expert yet; returns what there is to tell.
 
     One that cannot be used is told of as `left_out`, and harms nothing.
     """
-    task = place.task
+    task, mix = run.task, run.recipe.mix
     assert task.quorum is not None
-    start = place.other("upcycled", task.name)
+    start = run.parent("upcycled", task.name)
     news: list[News] = []
-    found = _checkpoints(place, store, recipe, tell=lambda what, **facts: news.append((what, facts)))
+    found = run.checkpoints(mix.training, lambda what, **facts: news.append((what, facts)))
     newest = found.latest()
     folder, uri = (newest.folder, newest.uri) if newest else (start.fetch(), start.uri)
-    first = TensorReader(store, start.prefix)
+    first = TensorReader(run.store, start.prefix)
     mixture: TensorReader = _Named(folder, uri, first)
     there = names_of(mixture_config_of(mixture))
     step = newest.step if newest else 0
@@ -106,7 +100,7 @@ def absorb_late(
         for name in (name for _, name in task.quorum.branches if name not in there):
             with_it = Path(temporary, name)
             try:
-                if not _add(name, place, recipe, store, mixture, with_it, step):
+                if not _add(name, run, mixture, with_it, step):
                     continue
             except UNFIT as error:
                 left_out.append(("left_out", {"step": step, "branch": name, "error": one_line(error)}))
@@ -119,26 +113,24 @@ def absorb_late(
         fresh = {"step": 0, "sampler": cursor, "curve": [], "legs": [], "refused": []}
         trainer: dict[str, Any] = newest.trainer if newest else fresh
         trainer["refused"] += found.refused
-        if recipe.mix.dynamic_blend is not None:  # a new expert's domain is now measured against its branch
-            trainer["sampler"]["reference"] = recipe.mix.dynamic_blend.reference
+        if mix.dynamic_blend is not None:  # a new expert's domain is now measured against its branch
+            trainer["sampler"]["reference"] = mix.dynamic_blend.reference
         trainer["changed"] = step
         # Whole, on rank 0 alone, as it is whenever rank 0 writes a checkpoint
         model = load(folder)
         states = grown(read_optimizer(newest.folder)[0], model) if newest else {}
-        grew = _checkpoints(place, store, recipe, lease, carried=(folder / LINEAGE,))
+        grew = run.checkpoints(mix.training, carried=(folder / LINEAGE,))
         grew.save(State(model, model.state_dict(), states, step, live=True), trainer)
         grew.wait()
     return [*news, *(("absorbed", {"step": step, "branch": name}) for name in late), *left_out]
 
 
-def _add(
-    name: str, place: Place, recipe: Recipe, store: BlobStore, mixture: TensorReader, folder: Path, step: int
-) -> bool:
+def _add(name: str, run: TaskRun, mixture: TensorReader, folder: Path, step: int) -> bool:
     """Write `mixture` with the branch `name` to `folder`; False where that has not arrived. Raises `UNFIT`."""
-    task, artifact = place.task, place.other("branches", name)
+    task, artifact = run.task, run.parent("branches", name)
     if artifact.manifest() is None:
         return False
-    branch = TensorReader(store, artifact.prefix)
+    branch = TensorReader(run.store, artifact.prefix)
     branch.check_digests()
     change(
         mixture,
@@ -147,18 +139,10 @@ def _add(
         ModelWriter(open_store(str(folder))),
         Manifest(id=task.id, kind=task.kind, name=name, step=step),
         average_weight=0.0,
-        seed=recipe.upcycle.mixtures[task.name].seed,
+        seed=run.recipe.upcycle.mixtures[task.name].seed,
         step=step,
     )
     return True
-
-
-def _checkpoints(
-    place: Place, store: BlobStore, recipe: Recipe, lease: Lease | None = None, **named: Any
-) -> Checkpoints:
-    """The mixture's training checkpoints; without a `lease` they are only read."""
-    retention = Retention(recipe.mix.training.keep_last, recipe.mix.training.keep_every)
-    return Checkpoints(store, place.task.kind, place.task.id, lease, retention, **named)
 
 
 class _Named(TensorReader):

@@ -13,16 +13,14 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
-from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.data import Corpus
 from bam_ray.evaluation.perplexity import perplexity
-from bam_ray.pipeline.tasks import Quorum, StageContext
-from bam_ray.settings import Mixing, MixSettings, Recipe, TrainingSettings
+from bam_ray.pipeline.tasks import Quorum
+from bam_ray.settings import MixSettings
 from bam_ray.stages.absorb import Begun, begin
-from bam_ray.stages.attempt import Attempt, attempting
-from bam_ray.stages.lineage import Place
+from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.train import Following, Job, sampler_of, train_to_artifact
 from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.engine import Engine
@@ -30,32 +28,18 @@ from bam_ray.training.meta_init import outline
 from bam_ray.upcycling.write import LINEAGE
 
 BATCH_SEQUENCES = 8
-EngineFactory = Callable[[PreTrainedModel, TrainingSettings, Mixing, int, Path], Engine]
-"""(outline of the model, training settings, what it learns by, expert-parallel size, folder of its weights) -> an
-engine over all ranks."""
 
 
-def train_mixture(
-    name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory
-) -> Manifest | None:
-    """Train the mixture `name`; called on every rank of the group, returns the manifest on rank 0 alone."""
-    place = Place(recipe, store, "mixtures", name)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    with attempting(store, place.artifact.prefix, context, rank) as attempt:
-        return _train(place, recipe, store, context, engine_factory, attempt)
+def train_mixture(run: TaskRun, engine_factory: Callable[..., Engine]) -> Manifest | None:
+    """Train a mixture. Every rank of the process group calls this, and only rank 0 gets the manifest."""
+    with run.attempt() as attempt:
+        return _train(attempt, engine_factory)
 
 
-def _train(
-    place: Place,
-    recipe: Recipe,
-    store: BlobStore,
-    context: StageContext,
-    engine_factory: EngineFactory,
-    attempt: Attempt,
-) -> Manifest | None:
-    name = place.task.name
-    corpus_folder = place.other("corpora", "corpus").fetch()
-    start = place.other("upcycled", name)
+def _train(run: TaskRun, engine_factory: Callable[..., Engine]) -> Manifest | None:
+    recipe, name = run.recipe, run.task.name
+    corpus_folder = run.parent("corpora", "corpus").fetch()
+    start = run.parent("upcycled", name)
     at_step_0 = start.fetch()
     mix = recipe.mix
     blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
@@ -64,11 +48,11 @@ def _train(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gate_config(mix))
         return model
 
-    if place.task.quorum is None:
+    if run.task.quorum is None:
         begun = Begun(at_step_0, [])
     else:
-        cursor = sampler_of(place, Corpus(corpus_folder), blend, mix.training).state_dict()
-        begun = begin(place, store, recipe, attempt.lease, whole, cursor)
+        cursor = sampler_of(run, Corpus(corpus_folder), blend, mix.training).state_dict()
+        begun = begin(run, whole, cursor)
     model = outline(begun.folder, **gate_config(mix))
     experts = model.config.num_experts
     # A group that lost nodes may be too small for as many to share the experts, and these too few while branches lack
@@ -86,7 +70,7 @@ def _train(
         branched = set(recipe.branch.domains) & set(model.config.expert_names) if has_branches else set()
 
         def reference(domain: str, rows: np.ndarray) -> float:
-            origin = place.other("branches", domain) if domain in branched else place.other("seeds", "seed")
+            origin = run.parent("branches", domain) if domain in branched else run.parent("seeds", "seed")
             return dense_nll(origin, Corpus(corpus_folder), rows)
 
         following = Following(mix.dynamic_blend, reference)
@@ -96,9 +80,9 @@ def _train(
         news.append(("shared", facts))
     lineage = begun.folder / LINEAGE
     job = Job(corpus_folder, blend, mix.training, recipe.metrics, following, at_step_0, (lineage,), news=news)
-    if place.task.quorum is not None:
-        job = replace(job, **_arrivals(place.task.quorum, start, model.config.expert_names, lineage))
-    return train_to_artifact(place, store, job, model, make_engine, context, attempt)
+    if run.task.quorum is not None:
+        job = replace(job, **_arrivals(run.task.quorum, start, model.config.expert_names, lineage))
+    return train_to_artifact(run, job, model, make_engine)
 
 
 def _arrivals(quorum: Quorum, start: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:
