@@ -1,14 +1,14 @@
 """The six stages: corpus, seed, branch, upcycle, mix and evaluate. Each makes one artifact.
 
-    corpora ─▶ seeds ─▶ branches × N ─▶ upcycled ─▶ mixtures ─▶ reports
+corpora ─▶ seeds ─▶ branches × N ─▶ upcycled ─▶ mixtures ─▶ reports
 
-    task_run.py     `TaskRun`, the one value that every stage receives; imports no torch
-    run.py          `run_stage` and `run_rank`, which look up a task's stage and run it
-    corpus.py       corpora
-    dense.py        seeds and branches
-    upcycle.py      mixtures at step 0
-    mix.py          trained mixtures
-    absorb.py       adds branches that were committed after their mixture had started
-    evaluate.py     reports
-    train.py        the training that seeds, branches and mixtures share
+task_run.py     `TaskRun`, the one value that every stage receives; imports no torch
+run.py          `run_stage` and `run_rank`, which look up a task's stage and run it
+corpus.py       corpora
+dense.py        seeds and branches
+upcycle.py      mixtures at step 0
+mix.py          trained mixtures
+absorb.py       adds branches that were committed after their mixture had started
+evaluate.py     reports
+train.py        the training that seeds, branches and mixtures share
 """
