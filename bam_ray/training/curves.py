@@ -1,9 +1,10 @@
-"""Curves of training as TensorBoard event files in the blob store, and in Weights & Biases.
+"""The curves of training, as TensorBoard event files in the blob store and in Weights & Biases.
 
     <kind>/<id>/tensorboard/<attempt>-<part>.tfevents
 
-A run that goes back (resumed from a checkpoint, or rolled back) begins a new file that tells TensorBoard to forget all
-steps past that one, so a curve has each step once. To look: `aws s3 sync` the folder, `tensorboard --logdir` it.
+A run that resumes from a checkpoint or rolls back starts a new file, which makes TensorBoard forget all later steps of
+earlier files. A curve therefore has each step once. To view the curves, `aws s3 sync` the folder and run
+`tensorboard --logdir` on it.
 """
 
 import contextlib
@@ -18,16 +19,25 @@ from bam_ray.blobs import BlobStore
 from bam_ray.errors import SettingsError, StoreError
 from bam_ray.settings import MetricsSettings
 
-LARGEST_FILE = 4 << 20  # bytes; a file is uploaded whole each time, so a long run begins others
+MAX_FILE_BYTES = 4 << 20  # a file is uploaded whole each time, so a long run starts new files
 
 
-class Metrics:
-    """Writes scalars where `settings` say; `attempt` None (ranks above 0): nowhere."""
+class CurveWriter:
+    """Writes scalars to the destinations in the settings."""
 
     def __init__(
         self, settings: MetricsSettings, store: BlobStore, prefix: str, name: str, attempt: int | None, step: int
     ) -> None:
-        """Of the artifact under `prefix`, called `name`; goes on after `step`."""
+        """Open the curves of the artifact under `prefix`.
+
+        Args:
+            settings: The destinations.
+            store: The store of the artifact.
+            prefix: The artifact's prefix in the store.
+            name: The name of the task, as Weights & Biases shows it.
+            attempt: The number of the attempt; None (ranks above 0): nothing is written.
+            step: The step after which the curves continue.
+        """
         self._board: _TensorBoard | None = None
         self._wandb: Any = None
         if attempt is None:
@@ -40,52 +50,54 @@ class Metrics:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Add one step."""
-        self._draw(lambda board: board.write(step, scalars))
+        self._with_board(lambda board: board.write(step, scalars))
         if step % 1000 == 0:
-            self._draw(lambda board: board.begin(step) if board.grown() else None)
+            self._with_board(lambda board: board.start_file(step) if board.is_large() else None)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=step)  # steps that it had before are ignored
+            self._wandb.log(scalars, step=step)  # steps that were logged before are ignored
 
-    def go_back(self, step: int) -> None:
-        """Forget what was written past `step`."""
-        self._draw(lambda board: board.begin(step))
+    def roll_back(self, step: int) -> None:
+        """Forget everything that was written after `step`."""
+        self._with_board(lambda board: board.start_file(step))
 
     def flush(self) -> None:
-        """Upload what there is."""
-        self._draw(lambda board: board.upload())
+        """Upload what has been written."""
+        self._with_board(lambda board: board.upload())
 
     def close(self) -> None:
-        """Upload all, and end."""
-        self._draw(lambda board: board.close())
+        """Upload everything and close all files."""
+        self._with_board(lambda board: board.close())
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _draw(self, what: Callable[["_TensorBoard"], None]) -> None:
-        """Where there is a board still: a curve ends where the disk is full. It is not worth a run, and whether the run
-        can go on its checkpoints will tell."""
+    def _with_board(self, operation: Callable[["_TensorBoard"], None]) -> None:
+        """Call `operation`, unless TensorBoard files are disabled.
+
+        A full disk only ends the curves. Whether training can continue is decided when a checkpoint is written.
+        """
         board = self._board
         if board is not None:
             try:
-                what(board)
+                operation(board)
             except OSError:
                 self._board = None
                 shutil.rmtree(board.folder, ignore_errors=True)
 
 
 class _TensorBoard:
-    """Event files of one attempt. One thread writes; another may upload meanwhile."""
+    """The event files of one attempt. One thread writes; another thread may upload at the same time."""
 
     def __init__(self, store: BlobStore, prefix: str, attempt: int, step: int) -> None:
         self._store, self._prefix, self._attempt = store, f"{prefix}/tensorboard", attempt
         self.folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
         self._lock = threading.Lock()
         self._part = 0
-        self._sent = 0  # parts before it lie in the store as they will stay
+        self._uploaded = 0  # the parts before this one are complete in the store
         self._step = step
         self._writer = self._new_writer()
 
-    def begin(self, step: int) -> None:
-        """A new file, which says that what others have of steps past `step` does not hold."""
+    def start_file(self, step: int) -> None:
+        """Start a new file, which invalidates the steps after `step` in earlier files."""
         self.upload()
         with self._lock:
             self._writer.close()
@@ -99,20 +111,20 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def upload(self) -> None:
-        """Put the file that is being written, and those before it that the store did not take."""
+        """Upload the current file, and earlier files whose upload failed."""
         with self._lock:
             self._writer.flush()
             last = self._part
-        with contextlib.suppress(StoreError):  # goes with the next
-            for part in range(self._sent, last + 1):
+        with contextlib.suppress(StoreError):  # the next upload includes them
+            for part in range(self._uploaded, last + 1):
                 # TensorBoard reads files in the order of their names
                 key = f"{self._prefix}/{self._attempt:04d}-{part:04d}.tfevents"
                 self._store.put_file(key, self._file(part))
-                self._sent = part
+                self._uploaded = part
 
-    def grown(self) -> bool:
-        """Whether it is time for another file."""
-        return self._file(self._part).stat().st_size > LARGEST_FILE
+    def is_large(self) -> bool:
+        """Return True if it is time for a new file."""
+        return self._file(self._part).stat().st_size > MAX_FILE_BYTES
 
     def close(self) -> None:
         self.upload()
@@ -120,7 +132,7 @@ class _TensorBoard:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _new_writer(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports
+        from torch.utils.tensorboard import SummaryWriter  # this import takes a second
 
         return SummaryWriter(str(self.folder / str(self._part)), purge_step=self._step + 1)
 
@@ -130,7 +142,10 @@ class _TensorBoard:
 
 
 def _wandb_run(project: str, prefix: str, name: str) -> Any:
-    """The run of this artifact in a project: a new one, or the one that it had; WANDB_MODE=offline needs no network."""
+    """Return the artifact's run in a project: a new run, or the one of an earlier attempt.
+
+    With WANDB_MODE=offline it needs no network.
+    """
     try:
         import wandb
     except ImportError:
@@ -149,7 +164,7 @@ def _wandb_run(project: str, prefix: str, name: str) -> Any:
             settings=wandb.Settings(silent=True),
         )
     except wandb.Error as error:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise SettingsError(
-            f"Weights & Biases does not start ({said}): set WANDB_API_KEY, or WANDB_MODE=offline"
+            f"Weights & Biases does not start ({message}): set WANDB_API_KEY, or WANDB_MODE=offline"
         ) from None
