@@ -18,8 +18,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
-from bam_ray.on_ray.task_actor import here, quiet, use_threads
 from bam_ray.on_ray.work import Work
+from bam_ray.on_ray.worker_env import current_node, limit_threads, silence_libraries
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.scheduling.nodes import resources_of
 
@@ -40,13 +40,13 @@ def run_group(work: Work, host: Any) -> None:
     # Ray Train would move the ranks into a folder of its own: relative paths of a recipe keep their meaning
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
-    def rank() -> None:
-        run_rank(work, host)
+    def train() -> None:
+        train_on_rank(work, host)
 
     needs = work.task.needs
     with tempfile.TemporaryDirectory(prefix="bam-train-") as folder:  # Ray Train's own notes, of no use afterwards
         trainer = TorchTrainer(
-            rank,
+            train,
             torch_config=TorchConfig(backend="nccl" if needs.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=work.task.workers,
@@ -66,14 +66,13 @@ def run_group(work: Work, host: Any) -> None:
             raise cause(error) from error
 
 
-def run_rank(work: Work, host: Any) -> None:
+def train_on_rank(work: Work, host: Any) -> None:
     """One rank: train, saying on rank 0 how far it is."""
-    quiet()
-    use_threads(work.task.needs.cpus)
+    silence_libraries()
+    limit_threads(work.task.needs.cpus)
     context = RankContext(host)
     try:
-        task = work.task
-        work.functions.run_rank(task.kind, task.name, work.recipe, work.store, context, work.engine_factory)
+        work.run_rank(context, context.rank)
     except Interrupted:
         # Ray Train ends the group with the first rank that fails. None does here, and none leaves early: rank 0 may
         # still be writing the checkpoint
@@ -96,7 +95,7 @@ class RankContext:
         self._progress: Progress | None = None
         self._asked_to_stop = False
         self._closed = threading.Event()
-        where = here()
+        where = current_node()
         self.node = where.name
         ray.get(host.join.remote(self.rank, where))
         self._thread = threading.Thread(target=self._exchange_often, daemon=True)

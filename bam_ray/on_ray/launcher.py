@@ -20,16 +20,15 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bam_ray.blobs import BlobStore
 from bam_ray.control.attempt import LOG_LINES
 from bam_ray.control.observations import Alive, Broke, Queued, Sighting
 from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, resources_of, selector_of
-from bam_ray.settings import Recipe
 
 ANSWER_WAIT = 0.5  # seconds that a poll waits for answers; those that come later are seen at the next
 UNREACHABLE_PATIENCE = 300.0  # seconds after which an actor that cannot be reached is declared dead
@@ -53,13 +52,11 @@ class RayLauncher:
 
     def __init__(
         self,
-        recipe: Recipe,
-        store: BlobStore,
+        run: PipelineRun,
         engine_factory: EngineFactory | None = None,
         functions: StageFunctions | None = None,
     ) -> None:
-        self._recipe = recipe
-        self._store = store
+        self._run = run
         self._engine_factory = engine_factory
         self._functions = functions or StageFunctions()
         self._actors = remote_class()
@@ -91,7 +88,7 @@ class RayLauncher:
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
         selector = {**task.needs.labels, NODE_ID: node_id} if node_id else selector_of(task, avoid, living_nodes())
-        work = Work(task, self._recipe, self._store, self._functions, self._engine_factory, selector)
+        work = Work(task, self._run, self._functions, self._engine_factory, selector)
         actor = self._actors.options(max_concurrency=2, **self._where(work)).remote()
         self._placed[task.id] = _Placed(task, actor, node_id, actor.start.remote(work))
 

@@ -23,7 +23,8 @@ from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import EngineFactory, StageFunctions
-from bam_ray.pipeline.graph import subset, task_graph
+from bam_ray.pipeline.graph import subset
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe
 
 STEP_EVERY = 0.5  # seconds
@@ -43,13 +44,13 @@ def run_tasks(
     SIGTERM and SIGINT make all running tasks write a checkpoint first. Raises `StoreError` where the blob store cannot
     be used and `PlacementError` where there is no cluster; what goes wrong later is told in the table.
     """
-    tasks = task_graph(recipe)
     store, weaker = checked_store(recipe.store)  # wrong credentials and a missing bucket are said now
     if weaker:
         Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
     connect()
-    launcher = RayLauncher(recipe, store, engine_factory, functions)
-    controller = Controller(tasks if kinds is None else subset(tasks, kinds), store, launcher)
+    run = PipelineRun.of(recipe, store)
+    launcher = RayLauncher(run, engine_factory, functions)
+    controller = Controller(run.tasks if kinds is None else subset(run.tasks, kinds), store, launcher)
     stop_on_signals(controller)
     show = Narrator(recipe.name, controller, store)
     try:

@@ -7,32 +7,30 @@ import httpx
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from bam_ray.blobs import BlobStore
 from bam_ray.data import Corpus
 from bam_ray.errors import ServingError
 from bam_ray.evaluation.results import Results
 from bam_ray.evaluation.table import print_results
-from bam_ray.settings import Recipe
-from bam_ray.stages.lineage import Place
+from bam_ray.pipeline.run import PipelineRun
 
 PROMPT_TOKENS = 24
 COMPLETION_TOKENS = 48
 
 
-def show_results(recipe: Recipe, store: BlobStore, console: Console) -> None:
+def show_results(run: PipelineRun, console: Console) -> None:
     """Print the table of the run's report, its findings, and where the report lies."""
-    report = Place(recipe, store, "reports", "report").artifact
+    report = run.artifact("reports", "report")
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
     print_results(results, console)
-    where = f"report: {report.uri}/report.html (`bam report {store.uri}` brings it here)"
+    where = f"report: {report.uri}/report.html (`bam report {run.store.uri}` brings it here)"
     console.print(where, highlight=False, soft_wrap=True)
 
 
-def stream_completions(recipe: Recipe, store: BlobStore, url: str, model: str, console: Console) -> None:
+def stream_completions(run: PipelineRun, url: str, model: str, console: Console) -> None:
     """Ask the endpoint at `url` to continue one held-out text a domain, and print the words as they come."""
-    corpus = Corpus(Place(recipe, store, "corpora", "corpus").artifact.fetch())
+    corpus = Corpus(run.artifact("corpora", "corpus").fetch())
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
-    for domain in recipe.data.domains:
+    for domain in run.recipe.data.domains:
         prompt = tokenizer.decode(corpus.held_out(domain)[0, :PROMPT_TOKENS].astype(int), skip_special_tokens=True)
         console.print(f"[bold]{domain}[/bold] [dim]{' '.join(prompt.split())}[/dim]", end="", highlight=False)
         for text in complete(url, model, prompt, COMPLETION_TOKENS):

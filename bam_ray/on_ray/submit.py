@@ -33,7 +33,7 @@ from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_
 from bam_ray.settings import load_recipe
 
 LOOK_EVERY = 1.0  # seconds
-ENDING = "-- end of the run --"
+END_OF_RUN = "-- end of the run --"
 """The line after which a job prints what a person waited for."""
 LAST_LINES = 5  # of a failed job's log, where it left no status
 INTERRUPTED = 130  # the exit code of a stopped job, as a shell gives it after Ctrl-C
@@ -89,7 +89,7 @@ def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
         told = 0
         while True:
             details = jobs.get_job_info(job_id)  # before the log: a job that has ended has printed all
-            ending = jobs.get_job_logs(job_id).partition(ENDING)[2].lstrip("\n")
+            ending = jobs.get_job_logs(job_id).partition(END_OF_RUN)[2].lstrip("\n")
             console.file.write(ending[told:])
             console.file.flush()
             told = len(ending)

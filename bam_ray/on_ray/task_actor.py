@@ -5,8 +5,6 @@ and with `max_concurrency=2` a slow answer never holds up the next question. Err
 that the driver can read them whatever they are made of.
 """
 
-import logging
-import os
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -16,26 +14,19 @@ import ray
 from bam_ray.control.attempt import LOG_LINES, Attempt
 from bam_ray.control.observations import Alive, Queued, Sighting
 from bam_ray.errors import Interrupted
-from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.gauges import Gauges
+from bam_ray.on_ray.group import run_group
 from bam_ray.on_ray.work import Work
+from bam_ray.on_ray.worker_env import current_node, keep_log, limit_threads, silence_libraries
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, StageContext
-
-QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",
-}
 
 
 class TaskActor:
     """Runs one attempt at one task; also the line between a group's ranks and the driver."""
 
     def __init__(self) -> None:
-        quiet()
+        silence_libraries()
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         keep_log(self._log)
         self._attempt: Attempt | None = None
@@ -45,7 +36,7 @@ class TaskActor:
     def start(self, work: Work) -> Node:
         """Begin; returns where."""
         run = self._run_group if work.task.is_group else self._run_stage
-        self._attempt = Attempt(lambda context: run(work, context), here(), self._log)
+        self._attempt = Attempt(lambda context: run(work, context), current_node(), self._log)
         self._gauges = Gauges(work.task.kind, work.task.name)
         self._attempt.start()
         return self._attempt.where
@@ -82,47 +73,14 @@ class TaskActor:
         self._group_stopped = True
 
     def _run_stage(self, work: Work, context: StageContext) -> None:
-        use_threads(work.task.needs.cpus)
-        work.functions.run_stage(work.task.kind, work.task.name, work.recipe, work.store, context)
+        limit_threads(work.task.needs.cpus)
+        work.run_stage(context)
 
     def _run_group(self, work: Work, context: StageContext) -> None:
-        from bam_ray.on_ray.group import run_group
-
         context.report(Progress(0, work.task.total_steps, note=f"gathering {work.task.workers} processes"))
         run_group(work, ray.get_runtime_context().current_actor)
         if self._group_stopped:
             raise Interrupted(f"{work.task.kind}/{work.task.name} stopped, as it was asked to")
-
-
-def here() -> Node:
-    """The node that this process runs on."""
-    id = ray.get_runtime_context().get_node_id()
-    return next(Node(node.id, node.name) for node in living_nodes() if node.id == id)
-
-
-def quiet() -> None:
-    """No progress bars and banners from libraries: nobody reads a worker's output."""
-    os.environ.update(QUIET)
-
-
-def use_threads(cpus: float) -> None:
-    """Compute with as many threads as CPUs were asked for: nodes are shared."""
-    import torch
-
-    torch.set_num_threads(max(1, int(cpus)))
-
-
-def keep_log(lines: deque[str]) -> None:
-    """Keep what this process logs, to be shown with an error."""
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(self.format(record))
-
-    keeper = Keeper()
-    keeper.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(keeper)
-    logging.getLogger("bam_ray").setLevel(logging.INFO)
 
 
 def remote_class() -> Any:

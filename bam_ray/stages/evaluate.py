@@ -28,10 +28,8 @@ from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, Results, label
 from bam_ray.evaluation.routing import routing_of
 from bam_ray.model.parameters import count_parameters
-from bam_ray.pipeline.graph import task_graph
-from bam_ray.pipeline.tasks import Progress, StageContext, Task
-from bam_ray.settings import Recipe
-from bam_ray.stages.lineage import Place
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.train import CURVE
 from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.flops import forward_flops_per_token
@@ -40,31 +38,30 @@ MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SCORE = "score.json"
 
 
-def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
-    """Score all models of `recipe`, write the report called `name`, and return its manifest.
+def evaluate(run: TaskRun) -> Manifest:
+    """Score all models of the run, write the report, and return its manifest.
 
-    Raises `CheckpointError` where a model is not committed yet, `Interrupted` where `context` says stop: what was
-    scored by then is kept.
+    Raises `CheckpointError` if a model is not committed yet, and `Interrupted` if the context asks to stop. Scores that
+    were committed by then are kept.
     """
     started = time.perf_counter()
-    graph = task_graph(recipe)
-    place = Place(recipe, store, "reports", name)
-    finished = place.artifact.manifest()
+    report, store = run.task, run.store
+    finished = run.artifact.manifest()
     if finished is not None:
         return finished
-    missing = missing_branches(place.task, store)
-    graph = [task for task in graph if task.id not in missing]
-    made = {task.id: _committed(task, store) for task in graph if task.id != place.task.id}
-    lease = Lease.take(store, place.artifact.prefix)
-    evaluator = Evaluator(recipe, store, place.other("corpora", "corpus"), lease, context)
-    spoilt = spoilt_branches(place.task, made, store)
+    missing = missing_branches(report, store)
+    graph = [task for task in run.pipeline.tasks if task.id not in missing]
+    made = {task.id: _committed(task, store) for task in graph if task.id != report.id}
+    lease = run.take_lease()
+    evaluator = Evaluator(run, lease)
+    spoilt = spoilt_branches(report, made, store)
     models = [(task, kind) for task in graph for kind in MODEL_KINDS if task.kind == kind and task.id not in spoilt]
     scores = []
     for step, (task, kind) in enumerate(models):
         lineage = [made[id] for id in ancestors(task.id, made)]
         scores.append(evaluator.model_score(task, kind, lineage, step, len(models)))
-    context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
-    results = Results.of(recipe.name, scores)
+    run.context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
+    results = Results.of(run.recipe.name, scores)
     curves = {task.id: _curve(made[task.id], store) for task, _ in models}
     with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
         from bam_ray.evaluation.report import write_report  # matplotlib: a second that no other stage's start needs
@@ -75,15 +72,15 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
             list(made.values()),
             curves,
             evaluator.corpus.facts,
-            recipe.model_dump(mode="json"),
+            run.recipe.model_dump(mode="json"),
         )
         wall = time.perf_counter() - started
         manifest = Manifest(
-            id=place.task.id,
-            kind="reports",
-            name=name,
-            parents=tuple(id for id in place.task.parents if id in made),
-            settings=recipe.evaluate.model_dump(mode="json"),
+            id=report.id,
+            kind=report.kind,
+            name=report.name,
+            parents=tuple(id for id in report.parents if id in made),
+            settings=run.recipe.evaluate.model_dump(mode="json"),
             compute=Compute(device_seconds=wall, wall_seconds=wall),
             metrics={f"perplexity/{MEAN}/{model.label}": results.means[model.id] for model in results.models},
             facts={
@@ -94,19 +91,20 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
             attempt=lease.number,
         )
         lease.check()
-        return place.artifact.publish(Path(folder), manifest)
+        return run.artifact.publish(Path(folder), manifest)
 
 
 class Evaluator:
     """Scores models on all domains of one corpus: read where they are committed, else made and committed."""
 
-    def __init__(self, recipe: Recipe, store: BlobStore, corpus: Artifact, lease: Lease, context: StageContext) -> None:
+    def __init__(self, run: TaskRun, lease: Lease) -> None:
+        corpus = run.parent("corpora", "corpus")
         self.corpus = Corpus(corpus.fetch())
         self._corpus_id = corpus.id
-        self._settings = recipe.evaluate
-        self._store = store
+        self._settings = run.recipe.evaluate
+        self._store = run.store
         self._lease = lease
-        self._context = context
+        self._context = run.context
 
     def id_of(self, task: Task) -> str:
         """The identity of a model's evaluation."""

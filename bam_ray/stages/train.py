@@ -6,7 +6,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,16 +15,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Compute, Manifest
 from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.errors import SettingsError
-from bam_ray.pipeline.tasks import Progress, StageContext
+from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Blend, DynamicBlend, MetricsSettings, TrainingSettings
-from bam_ray.stages.attempt import Attempt, attempting
-from bam_ray.stages.lineage import Place
+from bam_ray.stages.task_run import TaskRun
 from bam_ray.training.blending import FollowingSampler
-from bam_ray.training.checkpoints import Checkpoints, Retention, patient
+from bam_ray.training.checkpoints import patient
 from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.engine import Engine
 from bam_ray.training.flops import peak_flops, training_flops
@@ -80,31 +77,24 @@ class Job:
 
 
 def train_to_artifact(
-    place: Place,
-    store: BlobStore,
-    job: Job,
-    model: PreTrainedModel,
-    make_engine: Callable[[PreTrainedModel], Engine],
-    context: StageContext,
-    attempt: Attempt | None = None,
+    run: TaskRun, job: Job, model: PreTrainedModel, make_engine: Callable[[PreTrainedModel], Engine]
 ) -> Manifest | None:
-    """Train `model` and publish it as a Hugging Face folder; called on every rank, None on those above 0.
+    """Train `model` in the open attempt of `run`, and publish it as a Hugging Face folder.
 
-    `attempt`: of which this is a part; None: it is the whole of one. Raises `Interrupted` after a checkpoint where the
-    context says stop.
+    Every rank calls this. It returns the manifest on rank 0 and None on the others. It raises `Interrupted` after it
+    has written a checkpoint, if the context asks it to stop.
     """
     corpus = Corpus(job.corpus_folder)
     if not corpus.attend_across_documents:
         keep_apart(model, corpus.end_of_text_id)
-    engine = make_engine(model)
-    with nullcontext(attempt) if attempt else attempting(store, place.artifact.prefix, context, engine.rank) as whole:
-        return _Work(place, store, job, corpus, engine, whole, context).make()
+    return _Work(run, job, corpus, make_engine(model)).make()
 
 
-def sampler_of(place: Place, corpus: Corpus, blend: Blend, training: TrainingSettings) -> BlendedSampler:
-    """What a task trains on, from its begin."""
-    # Another order a stage, so that a branch does not begin with what the seed began with; the same for all mixtures
-    order = zlib.crc32(f"{place.task.kind}/{training.seed}".encode())
+def sampler_of(run: TaskRun, corpus: Corpus, blend: Blend, training: TrainingSettings) -> BlendedSampler:
+    """Return the sampler of a task's batches, at its first step."""
+    # Each kind of stage draws in another order, so that a branch does not start with the sequences that the seed
+    # started with. All mixtures draw in the same order.
+    order = zlib.crc32(f"{run.task.kind}/{training.seed}".encode())
     return BlendedSampler(corpus, blend, order)
 
 
@@ -117,32 +107,20 @@ def in_words(experts: Sequence[str], most: int = 4) -> str:
 class _Work:
     """The work of an attempt: the training loop, with those who listen to it, and the artifact at its end."""
 
-    def __init__(
-        self,
-        place: Place,
-        store: BlobStore,
-        job: Job,
-        corpus: Corpus,
-        engine: Engine,
-        attempt: Attempt,
-        context: StageContext,
-    ) -> None:
-        lease = attempt.lease
-        self._place, self._job, self._engine, self._lease = place, job, engine, lease
-        self._events, self._context = attempt.events, context
+    def __init__(self, run: TaskRun, job: Job, corpus: Corpus, engine: Engine) -> None:
+        self._run, self._job, self._engine, self._lease = run, job, engine, run.lease
+        self._context = run.context
         self._started = time.monotonic()
         self._note = ""
         self._point: Point | None = None
         self._corpus = corpus
         settings = job.training
-        retention = Retention(settings.keep_last, settings.keep_every)
-        task = place.task
-        self._checkpoints = Checkpoints(store, task.kind, task.id, lease, retention, self._tell, carried=job.carried)
-        self._sampler = sampler_of(place, corpus, job.blend, settings)
+        self._checkpoints = run.checkpoints(settings, self._tell, job.carried)
+        self._sampler = sampler_of(run, corpus, job.blend, settings)
         mixture = as_mixture(engine.model)
         self._experts = tuple(mixture.config.expert_names or ()) if mixture is not None else ()
         self._watch: RoutingWatch | None = None
-        if lease is not None and mixture is not None and mixture.config.mixture_layers and job.began is not None:
+        if run.lease is not None and mixture is not None and mixture.config.mixture_layers and job.began is not None:
             began = TensorFiles(sorted(job.began.glob("model*.safetensors")))
             self._watch = RoutingWatch(mixture, job.metrics.routing, began, tuple(self._sampler.weights))
         following = self._following(job.following) if job.following else None
@@ -154,12 +132,11 @@ class _Work:
             self._checkpoints,
             self._report,
             self._tell,
-            context.should_stop,
+            run.context.should_stop,
             following.follow if following else lambda step: None,
             self._watch,
         )
-        attempt.step = lambda: self.step
-        self._store = store
+        run.track_steps(lambda: self.step)
         self._metrics: Metrics | None = None
         self._left_out = tuple(facts["branch"] for what, facts in job.news if what == "left_out")
         self._routing: RoutingReport | None = None
@@ -199,10 +176,10 @@ class _Work:
         self._tell("resumed", step=self.step)
         for what, facts in self._job.news:
             self._tell(what, **facts)
-        task = self._place.task
-        prefix, metrics = self._place.artifact.prefix, self._job.metrics
-        attempt = self._lease.number if self._lease else None
-        self._metrics = Metrics(metrics, self._store, prefix, task.name, attempt, self.step)
+        run = self._run
+        self._metrics = Metrics(
+            self._job.metrics, run.store, run.artifact.prefix, run.task.name, run.attempt_number, self.step
+        )
         try:
             curve = self._training.run()
         finally:
@@ -260,7 +237,7 @@ class _Work:
 
     def _tell(self, what: str, **facts: Any) -> None:
         """Something happened. `checkpoint` is told by the thread that uploads, all else by the one that trains."""
-        self._events.tell(what, **facts)
+        self._run.emit(what, **facts)
         if what == "checkpoint" and self._metrics is not None:
             self._metrics.flush()
         if what == "rolled_back" and self._metrics is not None:
@@ -312,7 +289,7 @@ class _Work:
         if state is None or self._lease is None:
             return None
         settings = self._job.training
-        task = self._place.task
+        task = self._run.task
         tokens = settings.steps * settings.batch_tokens
         with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
             folder = Path(temporary)
@@ -344,4 +321,4 @@ class _Work:
                 facts=facts,
                 attempt=self._lease.number,
             )
-            return patient()(self._place.artifact.publish, folder, manifest, self._lease.check)
+            return patient()(self._run.artifact.publish, folder, manifest, self._lease.check)

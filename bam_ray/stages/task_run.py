@@ -1,0 +1,134 @@
+"""The value that every stage receives: one task of a run, on one rank.
+
+    def make_corpus(run: TaskRun) -> Manifest: ...
+
+    with run.attempt() as attempt:                  # stages that train: rank 0 takes the lease
+        attempt.emit("resumed", step=0)
+        checkpoints = attempt.checkpoints(training)
+
+The task is the one that the controller placed. Its resource request is the one that was chosen (a fallback, if no node
+can satisfy the first choice), and its number of workers is the number that runs. The recipe has neither.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.manifest import Kind
+from bam_ray.errors import Interrupted
+from bam_ray.pipeline.run import PipelineRun
+from bam_ray.pipeline.tasks import StageContext, Task
+from bam_ray.settings import Recipe, TrainingSettings
+from bam_ray.training.events import Events
+
+if TYPE_CHECKING:
+    from bam_ray.training.checkpoints import Checkpoints, Tell
+
+
+@dataclass
+class OpenAttempt:
+    """What an attempt holds from its start to its end."""
+
+    lease: Lease | None  # None on ranks above 0
+    events: Events
+    steps_done: Callable[[], int] = lambda: 0  # 0 until training has found the checkpoint to resume from
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """A task as it was placed, the run that it belongs to, and this rank's connection to the caller."""
+
+    task: Task
+    pipeline: PipelineRun
+    context: StageContext
+    rank: int = 0
+    opened: OpenAttempt | None = None  # None outside `attempt()`
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.pipeline.recipe
+
+    @property
+    def store(self) -> BlobStore:
+        """The blob store that holds all artifacts of the run."""
+        return self.pipeline.store
+
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact that this task makes."""
+        return Artifact(self.store, self.task.kind, self.task.id)
+
+    def parent(self, kind: Kind, name: str) -> Artifact:
+        """Return the artifact of another task of the same run; raises `KeyError` if there is no such task."""
+        return self.pipeline.artifact(kind, name)
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease of the open attempt; None on ranks above 0 and outside an attempt."""
+        return self.opened.lease if self.opened else None
+
+    @property
+    def attempt_number(self) -> int | None:
+        """The number of the open attempt; None on ranks above 0 and outside an attempt."""
+        return self.lease.number if self.lease else None
+
+    def take_lease(self) -> Lease:
+        """Take the artifact's next lease. This is the only place where an attempt gets its number."""
+        return Lease.take(self.store, self.artifact.prefix)
+
+    @contextmanager
+    def attempt(self) -> Iterator["TaskRun"]:
+        """Open an attempt, and yield this run with the attempt's lease and event log.
+
+        Rank 0 takes the lease. The log records how the attempt starts and how it ends.
+        """
+        lease = self.take_lease() if self.rank == 0 else None
+        number = lease.number if lease else None
+        events = Events(self.store, self.artifact.prefix, number)
+        opened = OpenAttempt(lease, events)
+        events.tell("started", attempt=number, node=self.context.node, host=socket.gethostname(), pid=os.getpid())
+        try:
+            yield replace(self, opened=opened)
+        except Interrupted:
+            events.tell("stopped", step=opened.steps_done())
+            raise
+        except Exception as error:
+            events.tell("failed", step=opened.steps_done(), error=f"{type(error).__name__}: {error}")
+            raise
+        else:
+            events.tell("finished", step=opened.steps_done())
+        finally:
+            events.close()
+
+    def emit(self, what: str, **fields: Any) -> None:
+        """Write an event to the log of the open attempt; returns at once."""
+        assert self.opened is not None, "events belong to an attempt: call this inside `attempt()`"
+        self.opened.events.tell(what, **fields)
+
+    def track_steps(self, steps_done: Callable[[], int]) -> None:
+        """Use `steps_done` for the step that the log records when the attempt ends."""
+        assert self.opened is not None
+        self.opened.steps_done = steps_done
+
+    def checkpoints(
+        self, training: TrainingSettings, tell: "Tell" = lambda what, **fields: None, carried: Sequence[Path] = ()
+    ) -> "Checkpoints":
+        """Return the training checkpoints of this task's artifact. They can be written only where there is a lease.
+
+        Args:
+            training: Settings that say how many checkpoints are kept.
+            tell: Receives the events of the checkpoints.
+            carried: Files that every new checkpoint gets a copy of.
+        """
+        from bam_ray.training.checkpoints import Checkpoints, Retention  # torch: only for stages that train
+
+        retention = Retention(training.keep_last, training.keep_every)
+        return Checkpoints(self.store, self.task.kind, self.task.id, self.lease, retention, tell, carried=carried)
