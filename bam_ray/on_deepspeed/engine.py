@@ -84,12 +84,12 @@ class DeepSpeedEngine:
 
     @property
     def device_name(self) -> str:
-        """See `training.engine.Engine`."""
+        """See `Engine`."""
         return device_name(str(self.device))
 
     @property
     def micro_batch(self) -> int | None:
-        """See `training.engine.Engine`."""
+        """See `Engine`."""
         return self._accumulator.micro_batch
 
     def _partition_weights(self) -> None:
@@ -149,7 +149,7 @@ class DeepSpeedEngine:
     def step(
         self, input_ids: Tensor, lr: float, limits: LossLimits = NO_LIMITS, domains: Tensor | None = None
     ) -> StepResult:
-        """See `training.engine.Engine`. All shares have the same shape, so that the mean of ranks is the batch's."""
+        """See `Engine`. All shares have the same shape, so that the mean of ranks is the batch's."""
         self._check_shares(input_ids)
         self._exchange_seconds()  # discards what was measured between steps
         packed = self._mean(self._accumulator.accumulate(input_ids, domains))
@@ -182,7 +182,7 @@ class DeepSpeedEngine:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def drop_gradients(self) -> None:
-        """See `GradientBackend`. This includes the gradients that ZeRO-2 has already reduced and stored elsewhere."""
+        """See `GradientBackend`. Includes the gradients that ZeRO-2 has already reduced and stored elsewhere."""
         zero = self.deepspeed.optimizer
         zero.zero_grad()
         for parts in (zero.averaged_gradients, getattr(zero, "all_grad_tensors", {})):
@@ -198,11 +198,11 @@ class DeepSpeedEngine:
         return self.shards.wire.seconds() if self.shards.wire else None
 
     def evaluate(self, input_ids: Tensor) -> float:
-        """See `training.engine.Engine`. A collective."""
+        """See `Engine`. A collective."""
         return self.mean(self._accumulator.evaluate(input_ids))
 
     def mean(self, value: float) -> float:
-        """See `training.engine.Engine`. A collective."""
+        """See `Engine`. A collective."""
         return self._mean(torch.tensor(value, dtype=torch.double, device=self.device)).item()
 
     def _mean(self, x: Tensor) -> Tensor:
@@ -211,13 +211,13 @@ class DeepSpeedEngine:
         return x.div_(self.world_size)
 
     def any_rank(self, flag: bool) -> bool:
-        """See `training.engine.Engine`. A collective."""
+        """See `Engine`. A collective."""
         seen = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
     def gather(self, mine: Any) -> list[Any]:
-        """See `training.engine.Engine`. A collective."""
+        """See `Engine`. A collective."""
         found = [None] * self.world_size
         dist.all_gather_object(found, mine)
         return found
@@ -235,10 +235,10 @@ class DeepSpeedEngine:
             )
 
     def state(self) -> TrainingState | None:
-        """See `training.engine.Engine`."""
+        """See `Engine`."""
         return canonical.state(self.model, self.deepspeed.optimizer, self.shards, self._host)
 
     def load(self, folder: Path) -> None:
-        """See `training.engine.Engine`. Every rank reads the whole folder."""
+        """See `Engine`. Every rank reads the whole folder."""
         canonical.load(folder, self.model, self.deepspeed.optimizer, self.shards)
         self._updates = canonical.steps(self.deepspeed.optimizer)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Collection
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import ray
 from rich.console import Console
@@ -22,10 +23,13 @@ from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
-from bam_ray.on_ray.work import EngineFactory, StageFunctions
+from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe
+
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
 
 STEP_EVERY = 0.5  # seconds
 STATUS_EVERY = 2.0
@@ -36,7 +40,7 @@ TABLE_WIDTH = 110
 def run_tasks(
     recipe: Recipe,
     kinds: Collection[Kind] | None = None,
-    engine_factory: EngineFactory | None = None,
+    engine_factory: "EngineFactory | None" = None,
     functions: StageFunctions | None = None,
 ) -> Outcome:
     """Make all artifacts of `kinds` (None: all) and what they are made from; returns how that ended.

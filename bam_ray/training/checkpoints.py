@@ -3,8 +3,8 @@
 <kind>/<id>/steps/<attempt>-<step>/   canonical state, trainer.json, manifest.json last
 
 A checkpoint is a copy in memory, which is taken between two steps. One thread writes it to a local folder and uploads
-it, and retries for a while if the store is down. Training waits only if two uploads are already pending. If the host has
-no memory for a copy, the local folder is written at once.
+it, and retries for a while if the store is down. Training waits only if two uploads are already pending. If the host
+has no memory for a copy, the local folder is written at once.
 """
 
 import json
@@ -23,7 +23,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
 from bam_ray.errors import BlobNotFound, CheckpointError, StoreUnavailable, TrainingError
-from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit
+from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
 from bam_ray.training.state import TrainingState
 
 TRAINER = "trainer.json"
@@ -67,10 +67,6 @@ class FoundCheckpoint:
     uri: str
     step: int
     trainer: dict[str, Any]
-
-
-def ignore_event(event: object) -> None:
-    """Do nothing with an event."""
 
 
 class Checkpoints:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.errors import SettingsError, StoreError
 from bam_ray.settings import MetricsSettings
 
@@ -26,14 +26,13 @@ class CurveWriter:
     """Writes scalars to the destinations in the settings."""
 
     def __init__(
-        self, settings: MetricsSettings, store: BlobStore, prefix: str, name: str, attempt: int | None, step: int
+        self, settings: MetricsSettings, artifact: Artifact, name: str, attempt: int | None, step: int
     ) -> None:
-        """Open the curves of the artifact under `prefix`.
+        """Open the curves of `artifact`.
 
         Args:
             settings: The destinations.
-            store: The store of the artifact.
-            prefix: The artifact's prefix in the store.
+            artifact: The artifact that is trained.
             name: The name of the task, as Weights & Biases shows it.
             attempt: The number of the attempt; None (ranks above 0): nothing is written.
             step: The step after which the curves continue.
@@ -43,10 +42,10 @@ class CurveWriter:
         if attempt is None:
             return
         if settings.wandb_project is not None:
-            self._wandb = _wandb_run(settings.wandb_project, prefix, name)
+            self._wandb = _wandb_run(settings.wandb_project, artifact, name)
         if settings.tensorboard:
             with contextlib.suppress(OSError):
-                self._board = _TensorBoard(store, prefix, attempt, step)
+                self._board = _TensorBoard(artifact, attempt, step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Add one step."""
@@ -87,8 +86,8 @@ class CurveWriter:
 class _TensorBoard:
     """The event files of one attempt. One thread writes; another thread may upload at the same time."""
 
-    def __init__(self, store: BlobStore, prefix: str, attempt: int, step: int) -> None:
-        self._store, self._prefix, self._attempt = store, f"{prefix}/tensorboard", attempt
+    def __init__(self, artifact: Artifact, attempt: int, step: int) -> None:
+        self._store, self._prefix, self._attempt = artifact.store, f"{artifact.prefix}/tensorboard", attempt
         self.folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
         self._lock = threading.Lock()
         self._part = 0
@@ -141,7 +140,7 @@ class _TensorBoard:
         return file
 
 
-def _wandb_run(project: str, prefix: str, name: str) -> Any:
+def _wandb_run(project: str, artifact: Artifact, name: str) -> Any:
     """Return the artifact's run in a project: a new run, or the one of an earlier attempt.
 
     With WANDB_MODE=offline it needs no network.
@@ -152,13 +151,12 @@ def _wandb_run(project: str, prefix: str, name: str) -> Any:
         raise SettingsError(
             "metrics.wandb_project is set, but the package wandb is not installed: run `pip install wandb`"
         ) from None
-    kind, _, id = prefix.partition("/")
     try:
         return wandb.init(
             project=project,
-            id=id,
+            id=artifact.id,
             name=name,
-            group=kind,
+            group=artifact.kind,
             resume="allow",
             dir=tempfile.gettempdir(),
             settings=wandb.Settings(silent=True),

@@ -33,6 +33,10 @@ Emit = Callable[[Event], None]
 """Receives an event; returns at once."""
 
 
+def ignore_event(event: Event) -> None:
+    """Do nothing with an event."""
+
+
 @dataclass(frozen=True)
 class AttemptStarted(Event):
     """The attempt has the lease."""
@@ -74,6 +78,7 @@ class MicroBatchHalved(Event):
     before: int | None
 
     def note(self) -> str:
+        """See `Event`."""
         return f"out of memory: micro batch {self.before} halved to {self.sequences}"
 
 
@@ -102,6 +107,7 @@ class BranchAbsorbed(Event):
     branch: str
 
     def note(self) -> str:
+        """See `Event`."""
         return f"absorbed late branch {self.branch} at step {self.step}"
 
 
@@ -115,6 +121,7 @@ class BranchLeftOut(Event):
     error: str
 
     def note(self) -> str:
+        """See `Event`."""
         return f"left out late branch {self.branch}: {self.error}"
 
 
@@ -129,6 +136,7 @@ class ExpertsShared(Event):
     workers: int
 
     def note(self) -> str:
+        """See `Event`."""
         return (
             f"{self.experts} experts on {self.workers} processes are shared by {self.processes} of them, "
             f"not by {self.wanted}"
@@ -150,6 +158,7 @@ class ExpertUseChanged(Event):
         return ExpertUseChanged(step, abbreviate(dead), abbreviate(overloaded))
 
     def note(self) -> str:
+        """See `Event`."""
         return f"dead experts: {self.dead}; overloaded: {self.overloaded}"
 
 
@@ -170,6 +179,7 @@ class CheckpointRefused(Event):
     error: str
 
     def note(self) -> str:
+        """See `Event`."""
         return f"skipped a damaged checkpoint: {self.error}"
 
 
@@ -183,6 +193,7 @@ class RolledBack(Event):
     error: str
 
     def note(self) -> str:
+        """See `Event`."""
         return f"rolled back from step {self.step} to {self.to}: {self.error}"
 
 
@@ -195,6 +206,7 @@ class BatchSkipped(Event):
     error: str
 
     def note(self) -> str:
+        """See `Event`."""
         return f"skipped a batch at step {self.step}: {self.error}"
 
 

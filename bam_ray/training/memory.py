@@ -42,15 +42,19 @@ class DeviceMemory:
         self._device = device
 
     def used_bytes(self) -> int:
+        """See `Memory`."""
         return torch.cuda.memory_allocated(self._device)
 
     def peak_bytes(self) -> int:
+        """See `Memory`."""
         return torch.cuda.max_memory_allocated(self._device)
 
     def reset_peak(self) -> None:
+        """See `Memory`."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def available_bytes(self) -> int:
+        """See `Memory`."""
         free, _ = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return int((free + cached) * USABLE_FRACTION)
@@ -68,19 +72,23 @@ class HostMemory:
         self._process = psutil.Process()
 
     def used_bytes(self) -> int:
+        """See `Memory`."""
         return int(self._process.memory_info().rss)
 
     def peak_bytes(self) -> int:
+        """See `Memory`."""
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         return self.used_bytes()
 
     def reset_peak(self) -> None:
+        """See `Memory`."""
         with contextlib.suppress(OSError):  # not allowed everywhere: the peak is then too high, which is safe
             Path("/proc/self/clear_refs").write_text("5")
 
     def available_bytes(self) -> int:
+        """See `Memory`."""
         free = min(psutil.virtual_memory().available, *cgroup_available_bytes())
         if self._limit is not None:
             return int(min(free, max(0, self._limit - self.used_bytes())) * USABLE_FRACTION)

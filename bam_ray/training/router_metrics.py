@@ -13,12 +13,12 @@
 The same for the tokens of one domain of the training data:
 
     routing_by_domain/<domain>/layer_<l>/load_<expert>, .../entropy, .../imbalance      as above
-    routing_by_domain/<domain>/layer_<l>/drift      how far the domain's load moved since it was first reported: half the
-        L1 distance, which is the share of its choices that went to other experts (late experts had no choices)
+    routing_by_domain/<domain>/layer_<l>/drift      how far the domain's load moved since it was first reported: half
+        the L1 distance, which is the share of its choices that went to other experts (late experts had no choices)
     routing_by_domain/<domain>/entropy, .../imbalance, .../drift    the mean, the worst and the worst of all layers
 
-Loads are means over the steps since the last report. A domain without a sequence in these steps has no metrics. The sums
-since the last report and the first loads are part of the training state, so that a run that rolls back or resumes
+Loads are means over the steps since the last report. A domain without a sequence in these steps has no metrics. The
+sums since the last report and the first loads are part of the training state, so that a run that rolls back or resumes
 reports what an uninterrupted run reports.
 """
 

@@ -50,15 +50,18 @@ class TorchEngine:
 
     @property
     def device_name(self) -> str:
+        """See `Engine`."""
         return device_name(self.device)
 
     @property
     def micro_batch(self) -> int | None:
+        """See `Engine`."""
         return self._accumulator.micro_batch
 
     def step(
         self, input_ids: Tensor, lr: float, limits: LossLimits = NO_LIMITS, domains: Tensor | None = None
     ) -> StepResult:
+        """See `Engine`."""
         statistics = BatchStatistics.unpack(self._accumulator.accumulate(input_ids, domains), self._mixture)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
         nll, load_balance, router_z = statistics.losses()
@@ -96,18 +99,23 @@ class TorchEngine:
         return self._updates / self.settings.steps
 
     def evaluate(self, input_ids: Tensor) -> float:
+        """See `Engine`."""
         return self._accumulator.evaluate(input_ids)
 
     def any_rank(self, flag: bool) -> bool:
+        """See `Engine`."""
         return flag
 
     def gather(self, mine: Any) -> list[Any]:
+        """See `Engine`."""
         return [mine]
 
     def mean(self, value: float) -> float:
+        """See `Engine`."""
         return value
 
     def state(self) -> TrainingState:
+        """See `Engine`."""
         states = {
             f"{name}.{kind}": self.optimizer.state[parameter][kind]
             for name, parameter in self.parameters.items()
@@ -118,6 +126,7 @@ class TorchEngine:
         return snapshot(self.model, self.model.state_dict(), states if step else {}, step, available)
 
     def load(self, folder: Path) -> None:
+        """See `Engine`."""
         self.model.load_state_dict(read_weights(folder), strict=False)
         self._set_optimizer_states(*read_optimizer(folder))
 
