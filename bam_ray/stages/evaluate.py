@@ -29,8 +29,8 @@ from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKi
 from bam_ray.evaluation.routing import routing_of
 from bam_ray.model.parameters import count_parameters
 from bam_ray.pipeline.tasks import Progress, Task
-from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.publish import CURVE
+from bam_ray.stages.task_run import TaskRun
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.flops import forward_flops_per_token
 

@@ -7,25 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bam_ray.checkpoint.manifest import Compute, Manifest
-from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.checkpoints import retry_while_unavailable
 from bam_ray.training.engine import Engine
 from bam_ray.training.flops import run_flops
-from bam_ray.training.loop import Training
+from bam_ray.training.loop import FinishedTraining
 
 CURVE = "curve.json"
 
 
 def publish_model(
-    run: TaskRun,
-    job: TrainingJob,
-    corpus: Corpus,
-    engine: Engine,
-    training: Training,
-    sampler: BlendedSampler,
-    wall_seconds: float,
+    run: TaskRun, job: TrainingJob, engine: Engine, finished: FinishedTraining, wall_seconds: float
 ) -> Manifest | None:
     """Commit the model of a finished training. Every rank calls this, and only rank 0 gets the manifest."""
     state = engine.state()
@@ -41,15 +34,15 @@ def publish_model(
         step=settings.steps,
         tokens=settings.steps * settings.batch_tokens,
         compute=Compute(
-            flops=run_flops(engine.model.config, corpus.sequence_length, settings, job.expert_history),
-            device_seconds=round(training.device_seconds(), 1),
+            flops=run_flops(engine.model.config, job.corpus.sequence_length, settings, job.expert_history),
+            device_seconds=round(finished.device_seconds, 1),
             wall_seconds=round(wall_seconds, 1),
         ),
-        metrics={"loss/nll": training.curve[-1].nll},
+        metrics={"loss/nll": finished.curve[-1].nll},
         facts={
-            "sequences_drawn": sampler.drawn,
-            "computed_on": [asdict(segment) for segment in training.segments],
-            "refused_checkpoints": training.refused,
+            "sequences_drawn": job.sampler.drawn,
+            "computed_on": [asdict(segment) for segment in finished.segments],
+            "refused_checkpoints": finished.refused,
             **job.extra_facts,
         },
         attempt=run.lease.number,
@@ -57,8 +50,8 @@ def publish_model(
     with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
         folder = Path(temporary)
         state.write_model(folder)
-        shutil.copytree(corpus.tokenizer_folder, folder, dirs_exist_ok=True)
+        shutil.copytree(job.corpus.tokenizer_folder, folder, dirs_exist_ok=True)
         for path in job.extra_files:
             shutil.copy(path, folder)
-        (folder / CURVE).write_text(json.dumps([asdict(metrics) for metrics in training.curve]))
+        (folder / CURVE).write_text(json.dumps([asdict(metrics) for metrics in finished.curve]))
         return retry_while_unavailable()(run.artifact.publish, folder, manifest, run.lease.check)

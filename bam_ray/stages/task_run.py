@@ -25,7 +25,8 @@ from bam_ray.checkpoint.manifest import Kind
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import StageContext, Task
-from bam_ray.settings import Recipe, TrainingSettings
+from bam_ray.settings import MetricsSettings, Recipe, TrainingSettings
+from bam_ray.training.curves import CurveWriter
 from bam_ray.training.events import (
     AttemptFailed,
     AttemptFinished,
@@ -126,6 +127,10 @@ class TaskRun:
         """Use `steps_done` for the step that the log records when the attempt ends."""
         assert self.opened is not None
         self.opened.steps_done = steps_done
+
+    def curves(self, metrics: MetricsSettings) -> CurveWriter:
+        """Return the writer of the curves of this task's artifact; it writes only in an attempt of rank 0."""
+        return CurveWriter(metrics, self.artifact, self.task.name, self.attempt_number)
 
     def checkpoints(
         self, training: TrainingSettings, emit: Emit = ignore_event, extra_files: Sequence[Path] = ()

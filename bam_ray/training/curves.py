@@ -25,27 +25,28 @@ MAX_FILE_BYTES = 4 << 20  # a file is uploaded whole each time, so a long run st
 class CurveWriter:
     """Writes scalars to the destinations in the settings."""
 
-    def __init__(
-        self, settings: MetricsSettings, artifact: Artifact, name: str, attempt: int | None, step: int
-    ) -> None:
-        """Open the curves of `artifact`.
+    def __init__(self, settings: MetricsSettings, artifact: Artifact, name: str, attempt: int | None) -> None:
+        """Prepare the curves of `artifact`; nothing is written before `open`.
 
         Args:
             settings: The destinations.
             artifact: The artifact that is trained.
             name: The name of the task, as Weights & Biases shows it.
-            attempt: The number of the attempt; None (ranks above 0): nothing is written.
-            step: The step after which the curves continue.
+            attempt: The number of the attempt; None (ranks above 0): nothing is ever written.
         """
+        self._settings, self._artifact, self._name, self._attempt = settings, artifact, name, attempt
         self._board: _TensorBoard | None = None
         self._wandb: Any = None
-        if attempt is None:
+
+    def open(self, step: int) -> None:
+        """Open the destinations; the curves continue after `step`."""
+        if self._attempt is None:
             return
-        if settings.wandb_project is not None:
-            self._wandb = _wandb_run(settings.wandb_project, artifact, name)
-        if settings.tensorboard:
+        if self._settings.wandb_project is not None:
+            self._wandb = _wandb_run(self._settings.wandb_project, self._artifact, self._name)
+        if self._settings.tensorboard:
             with contextlib.suppress(OSError):
-                self._board = _TensorBoard(artifact, attempt, step)
+                self._board = _TensorBoard(self._artifact, self._attempt, step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Add one step."""

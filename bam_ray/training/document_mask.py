@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 def mask_documents(model: PreTrainedModel, end_of_text_id: int) -> None:
-    """Make all later calls of `model` with `input_ids` and without a cache keep documents apart."""
+    """Keep documents apart in all later calls of `model` with `input_ids` and without a cache."""
 
     def add_positions(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -23,7 +23,7 @@ from bam_ray.errors import CheckpointError, Interrupted, LossNotFinite, LossSpik
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, FoundCheckpoint
 from bam_ray.training.engine import NO_LIMITS, Engine, LossLimits, StepResult
-from bam_ray.training.events import BatchSkipped, MicroBatchHalved, RolledBack, SegmentStarted
+from bam_ray.training.events import BatchSkipped, Event, MicroBatchHalved, RolledBack, SegmentStarted
 from bam_ray.training.listener import StepMetrics, TrainingListener
 from bam_ray.training.schedule import learning_rate
 
@@ -50,8 +50,11 @@ class Sampler(Protocol):
 class AdaptiveSampler(Sampler, Protocol):
     """A sampler that depends on the model."""
 
-    def adapt(self, step: int) -> None:
-        """Adapt to the model after `step`. All ranks call this between a step and its checkpoint."""
+    def adapt(self, step: int, engine: Engine) -> Event | None:
+        """Adapt to the model of `engine` after `step`; returns an event if anything changed.
+
+        All ranks call this between a step and its checkpoint.
+        """
         ...
 
 
@@ -67,6 +70,16 @@ class ComputeSegment:
     precision: str
     micro_batch: int | None
     processes: int
+
+
+@dataclass(frozen=True)
+class FinishedTraining:
+    """What a training that has reached its last step leaves for the artifact."""
+
+    curve: list[StepMetrics]
+    segments: list[ComputeSegment]
+    refused: list[str]  # errors of damaged checkpoints, in all attempts
+    device_seconds: float  # duration of all steps, summed over the processes that computed each step
 
 
 def random_seed(*numbers: int) -> int:
@@ -113,8 +126,8 @@ class Training:
         if not self._load_latest_checkpoint():
             self.save_checkpoint()
 
-    def run(self) -> list[StepMetrics]:
-        """Train to the last step and return the curve.
+    def run(self) -> FinishedTraining:
+        """Train to the last step.
 
         Raises:
             Interrupted: If the listener asked to stop; a checkpoint has been written.
@@ -134,7 +147,7 @@ class Training:
             self._checkpoints.wait()
         finally:
             self._listener.on_training_end()
-        return self.curve
+        return FinishedTraining(self.curve, self.segments, self.refused, self.device_seconds())
 
     def device_seconds(self) -> float:
         """Return the duration of all steps of the curve, summed over the processes that computed each step."""
@@ -176,7 +189,9 @@ class Training:
             self._bad_losses.clear()
         last = self.step >= settings.steps
         if not last and isinstance(self._sampler, AdaptiveSampler):
-            self._sampler.adapt(self.step)
+            event = self._sampler.adapt(self.step, self._engine)
+            if event is not None:
+                self._listener.emit(event)
         stop = self._engine.any_rank(self._listener.should_stop())
         if last:
             return

@@ -1,13 +1,22 @@
 """Reports on a training run while it runs: its curves, its events, and the progress in the run's status table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import MetricsSettings
 from bam_ray.training.curves import CurveWriter
 from bam_ray.training.engine import Engine, StepResult
-from bam_ray.training.events import BlendUpdated, CheckpointCommitted, Emit, Event, ExpertUseChanged, RolledBack
+from bam_ray.training.events import (
+    BlendUpdated,
+    BranchLeftOut,
+    CheckpointCommitted,
+    Emit,
+    Event,
+    ExpertUseChanged,
+    Resumed,
+    RolledBack,
+)
 from bam_ray.training.flops import peak_flops, training_flops
 from bam_ray.training.listener import StepMetrics, TrainingListener
 from bam_ray.training.memory import GIB
@@ -18,30 +27,19 @@ from bam_ray.training.router_metrics import RouterMetrics, RoutingReport
 class TrainingCurves:
     """All curves of a run, by name: their last values, and the files that they are written to."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        settings: MetricsSettings,
-        sequence_length: int,
-        open_writer: Callable[[int], CurveWriter],
-    ) -> None:
-        """Prepare the curves; `open_writer(step)` opens the files when training starts after `step`."""
+    def __init__(self, engine: Engine, settings: MetricsSettings, sequence_length: int, writer: CurveWriter) -> None:
         self.last: Mapping[str, float] = {}
-        self._engine, self._open_writer = engine, open_writer
-        self._writer: CurveWriter | None = None
-        self._token_flops = training_flops(engine.model.config, sequence_length, 1)
-        given = settings.peak_tflops
-        self._peak = given * 1e12 if given else peak_flops(engine.device_name)  # None: the device is not known
+        self._engine, self._sequence_length, self._writer = engine, sequence_length, writer
+        self._peak_tflops = settings.peak_tflops
 
     def open(self, step: int) -> None:
         """Open the files; the curves continue after `step`."""
-        self._writer = self._open_writer(step)
+        self._writer.open(step)
 
     def add(self, step: int, scalars: Mapping[str, float], only_written: Mapping[str, float] | None = None) -> None:
         """Add values of `step`; `only_written` are too many to be kept in `last`."""
         self.last = {**self.last, **scalars}  # a new dict, because another thread reads the old one
-        if self._writer is not None:
-            self._writer.write(step, {**scalars, **(only_written or {})})
+        self._writer.write(step, {**scalars, **(only_written or {})})
 
     def of_step(self, metrics: StepMetrics, seconds: Mapping[str, float]) -> dict[str, float]:
         """Return the values of one step by the names of their curves."""
@@ -55,25 +53,23 @@ class TrainingCurves:
         if metrics.load_balance or metrics.router_z:
             scalars |= {"loss/load_balance": metrics.load_balance, "loss/router_z": metrics.router_z}
         scalars |= {f"time/{part}": duration for part, duration in seconds.items()}
-        if self._peak is not None:
-            flops = metrics.tokens_per_second * self._token_flops
-            scalars["throughput/mfu"] = flops / (self._peak * self._engine.world_size)
+        peak = self._peak_tflops * 1e12 if self._peak_tflops else peak_flops(self._engine.device_name)
+        if peak is not None:
+            token_flops = training_flops(self._engine.model.config, self._sequence_length, 1)
+            scalars["throughput/mfu"] = metrics.tokens_per_second * token_flops / (peak * self._engine.world_size)
         return scalars
 
     def flush(self) -> None:
         """Upload what has been written."""
-        if self._writer is not None:
-            self._writer.flush()
+        self._writer.flush()
 
     def roll_back(self, step: int) -> None:
         """Forget the values after `step`."""
-        if self._writer is not None:
-            self._writer.roll_back(step)
+        self._writer.roll_back(step)
 
     def close(self) -> None:
         """Upload and close the files."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
 
 class RunReporter(TrainingListener):
@@ -87,7 +83,7 @@ class RunReporter(TrainingListener):
         curves: TrainingCurves,
         total_steps: int,
         router_metrics: RouterMetrics | None = None,
-        left_out: Sequence[str] = (),
+        earlier_events: Sequence[Event] = (),
     ) -> None:
         """Create the reporter of one attempt.
 
@@ -98,13 +94,14 @@ class RunReporter(TrainingListener):
             curves: The curves to draw.
             total_steps: The number of steps of the whole run.
             router_metrics: The router metrics of a mixture; None on ranks above 0 and for dense models.
-            left_out: Late branches that this attempt could not absorb.
+            earlier_events: The events of this attempt from before the training, which are emitted when it starts.
         """
         self._context, self._log, self._curves, self._total_steps = context, log, curves, total_steps
-        self._router_metrics, self._left_out = router_metrics, tuple(left_out)
+        self._router_metrics, self._earlier_events = router_metrics, earlier_events
+        self._left_out = tuple(event.branch for event in earlier_events if isinstance(event, BranchLeftOut))
         mixture = as_mixture(engine.model)
         self._experts = tuple(mixture.config.expert_names or ()) if mixture is not None else ()
-        self.step = 0  # the number of steps that are done
+        self._step = 0  # the number of steps that are done
         self._committed_step: int | None = None
         self._metrics: StepMetrics | None = None
         self._routing: RoutingReport | None = None
@@ -128,15 +125,17 @@ class RunReporter(TrainingListener):
 
     def on_checkpoint_loaded(self, step: int) -> None:
         """See `TrainingListener`."""
-        self.step = self._committed_step = step
+        self._step = self._committed_step = step
 
     def on_training_start(self, step: int) -> None:
         """See `TrainingListener`."""
+        for event in (Resumed(step), *self._earlier_events):
+            self.emit(event)
         self._curves.open(step)
 
     def on_step(self, metrics: StepMetrics, result: StepResult, seconds: Mapping[str, float]) -> None:
         """See `TrainingListener`."""
-        self.step, self._metrics = metrics.step, metrics
+        self._step, self._metrics = metrics.step, metrics
         scalars = self._curves.of_step(metrics, seconds)
         routing = self._routing_report(metrics.step, result.expert_load)
         if routing is None:
@@ -179,7 +178,7 @@ class RunReporter(TrainingListener):
         metrics, routing = self._metrics, self._routing
         self._context.report(
             Progress(
-                step=self.step,
+                step=self._step,
                 total_steps=self._total_steps,
                 loss=metrics.nll if metrics else None,
                 tokens_per_second=metrics.tokens_per_second if metrics else None,
