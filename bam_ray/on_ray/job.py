@@ -9,6 +9,7 @@ command resumes a stopped job.
 import argparse
 import sys
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,16 +19,18 @@ from bam_ray.errors import BamError
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
 from bam_ray.on_ray.serve_app import deploy, served_mixture
 from bam_ray.on_ray.submit import END_OF_RUN
-from bam_ray.on_ray.work import EngineFactory
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
 
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
 def run_job(
     kinds: Collection[Kind] | None,
-    engine_factory: EngineFactory | None = None,
+    engine_factory: "EngineFactory | None" = None,
     show: Callable[[PipelineRun, Console], None] | None = None,
 ) -> None:
     """Make all artifacts of `kinds` with the recipe on the command line, call `show`, and exit.

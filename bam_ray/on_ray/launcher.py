@@ -14,7 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -25,11 +25,14 @@ from bam_ray.control.attempt import LOG_LINES
 from bam_ray.control.observations import Alive, Broke, Queued, Sighting
 from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.task_actor import remote_class
-from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work
+from bam_ray.on_ray.work import StageFunctions, Work
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, resources_of, selector_of
+
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
 
 ANSWER_SECONDS = 0.5  # time that a poll waits for answers; later ones are read at the next poll
 UNREACHABLE_TIMEOUT = 300.0  # seconds after which an actor that cannot be reached is killed
@@ -54,7 +57,7 @@ class RayLauncher:
     def __init__(
         self,
         run: PipelineRun,
-        engine_factory: EngineFactory | None = None,
+        engine_factory: "EngineFactory | None" = None,
         functions: StageFunctions | None = None,
     ) -> None:
         self._run = run

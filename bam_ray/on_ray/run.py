@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Collection
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import ray
 from rich.console import Console
@@ -22,10 +23,13 @@ from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
-from bam_ray.on_ray.work import EngineFactory, StageFunctions
+from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe
+
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
 
 STEP_SECONDS = 0.5  # time between two steps of the controller
 STATUS_SECONDS = 2.0  # longest time between two writes of status.json
@@ -36,7 +40,7 @@ TABLE_WIDTH = 110  # characters
 def run_tasks(
     recipe: Recipe,
     kinds: Collection[Kind] | None = None,
-    engine_factory: EngineFactory | None = None,
+    engine_factory: "EngineFactory | None" = None,
     functions: StageFunctions | None = None,
 ) -> Outcome:
     """Make all artifacts of `kinds` and everything that they are made from, and return the outcome.

@@ -5,14 +5,14 @@ The stages import torch. They are looked up only where they run, so that the dri
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import StageContext, Task
 from bam_ray.stages.task_run import TaskRun
 
-EngineFactory = Callable[..., Any]
-"""Makes the engine of a process group. It comes from `on_deepspeed` and is only passed on here."""
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StageFunctions:
     """Replacements for the functions that run a stage; None stands for those of `bam_ray.stages.run`."""
 
     run_stage: Callable[[TaskRun], object] | None = None
-    run_rank: Callable[[TaskRun, EngineFactory], object] | None = None
+    run_rank: "Callable[[TaskRun, EngineFactory], object] | None" = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Work:
     task: Task
     run: PipelineRun
     functions: StageFunctions = field(default_factory=StageFunctions)
-    engine_factory: EngineFactory | None = None
+    engine_factory: "EngineFactory | None" = None  # makes the engine of a process group
     selector: dict[str, str] = field(default_factory=dict)  # Ray's label selector for the nodes to use
 
     def run_stage(self, context: StageContext) -> None:

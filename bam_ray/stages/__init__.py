@@ -10,5 +10,7 @@ upcycle.py      mixtures at step 0
 mix.py          trained mixtures
 absorb.py       adds branches that were committed after their mixture had started
 evaluate.py     reports
+training_job.py the data and settings that a stage hands to train.py
 train.py        the training that seeds, branches and mixtures share
+publish.py      commits the trained model
 """

@@ -23,9 +23,9 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
 from bam_ray.stages.task_run import TaskRun
-from bam_ray.stages.train import News
 from bam_ray.training.checkpoints import Gather
-from bam_ray.training.state import State, grown, read_optimizer
+from bam_ray.training.events import BranchAbsorbed, BranchLeftOut, Event
+from bam_ray.training.state import TrainingState, read_optimizer, resize_optimizer_state
 from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.edit_experts import absorbed, change, names_of
 from bam_ray.upcycling.write import CARRIED, LINEAGE
@@ -44,7 +44,7 @@ class StartPoint:
     """The mixture that an attempt starts from, and what happened while it was prepared."""
 
     folder: Path  # the newest checkpoint, or the mixture at step 0
-    news: Sequence[News] = ()
+    events: Sequence[Event] = ()
 
 
 def absorb_late_branches(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> StartPoint:
@@ -55,12 +55,12 @@ def absorb_late_branches(run: TaskRun, load: LoadModel, sampler_state: dict[str,
         load: Loads the model whose state is written to the new checkpoint.
         sampler_state: The sampler's state at step 0, for a mixture that has no checkpoint yet.
     """
-    news: list[News] = []
+    events: list[Event] = []
     with rank_zero_first() as gather:
         if run.lease is not None:
-            news = _absorb(run, load, sampler_state)
+            events = _absorb(run, load, sampler_state)
         newest = run.checkpoints(run.recipe.mix.training).latest(gather)
-    return StartPoint(newest.folder if newest else run.parent("upcycled", run.task.name).fetch(), news)
+    return StartPoint(newest.folder if newest else run.parent("upcycled", run.task.name).fetch(), events)
 
 
 @contextmanager
@@ -86,15 +86,15 @@ def rank_zero_first() -> Iterator[Gather]:
     dist.destroy_process_group(waiting)
 
 
-def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> list[News]:
+def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> list[Event]:
     """Add every committed branch of the task's quorum that is no expert yet, and return the events of doing so.
 
     A branch that cannot be used is reported as `left_out`, and does not affect the mixture.
     """
     task, mix = run.task, run.recipe.mix
     assert task.quorum is not None
-    refused: list[News] = []
-    checkpoints = run.checkpoints(mix.training, lambda what, **fields: refused.append((what, fields)))
+    refused: list[Event] = []
+    checkpoints = run.checkpoints(mix.training, refused.append)
     newest = checkpoints.latest()
     step = newest.step if newest else 0
     start = run.parent("upcycled", task.name)
@@ -105,8 +105,8 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
     )
     manifest = Manifest(id=task.id, kind=task.kind, name=task.name, step=step)
     present = names_of(mixture_config_of(mixture))
-    added: list[News] = []
-    left_out: list[News] = []
+    added: list[Event] = []
+    left_out: list[Event] = []
     with tempfile.TemporaryDirectory(prefix="bam-absorb-") as temporary:
         for name in (name for _, name in task.quorum.branches if name not in present):
             artifact = run.parent("branches", name)
@@ -117,9 +117,9 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
                 seed = run.recipe.upcycle.mixtures[task.name].seed
                 mixture = mixture.with_branch(name, branch, Path(temporary, name), manifest, seed)
             except UNUSABLE as error:
-                left_out.append(("left_out", {"step": step, "branch": name, "error": one_line(error)}))
+                left_out.append(BranchLeftOut(step, name, one_line(error)))
             else:
-                added.append(("absorbed", {"step": step, "branch": name}))
+                added.append(BranchAbsorbed(step, name))
         if not added:
             return left_out
         trainer = newest.trainer if newest else _trainer_at_step_0(sampler_state)
@@ -129,9 +129,9 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
             trainer["sampler"]["reference"] = mix.dynamic_blend.reference
         # The whole model on rank 0 alone, as always when rank 0 writes a checkpoint
         model = load(mixture.folder)
-        optimizer = grown(read_optimizer(newest.folder)[0], model) if newest else {}
-        writing = run.checkpoints(mix.training, carried=(mixture.folder / LINEAGE,))
-        writing.save(State(model, model.state_dict(), optimizer, step, live=True), trainer)
+        optimizer = resize_optimizer_state(read_optimizer(newest.folder)[0], model) if newest else {}
+        writing = run.checkpoints(mix.training, extra_files=(mixture.folder / LINEAGE,))
+        writing.save(TrainingState(model, model.state_dict(), optimizer, step, live=True), trainer)
         writing.wait()
     return [*refused, *added, *left_out]
 

@@ -1,7 +1,6 @@
 """Seed and branches: dense language models. Each is trained by one process or one process group, without any others."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,39 +13,43 @@ from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import family_of
 from bam_ray.pipeline.tasks import Progress
-from bam_ray.settings import Scratch
+from bam_ray.settings import Blend, Scratch, TrainingSettings
 from bam_ray.stages.task_run import TaskRun
-from bam_ray.stages.train import Job, train_to_artifact
-from bam_ray.training.engine import Engine, TorchEngine
+from bam_ray.stages.train import make_sampler, train_to_artifact
+from bam_ray.stages.training_job import TrainingJob
+from bam_ray.training.document_mask import mask_documents
+from bam_ray.training.engine import EngineFactory, EngineSpec
+from bam_ray.training.memory import limit_in_bytes
+from bam_ray.training.torch_engine import torch_engine
 
 
-def train_seed(run: TaskRun, engine_factory: Callable[..., Engine] | None = None) -> Manifest | None:
+def train_seed(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
     """Train the seed from scratch on its blend, or import it from a Hugging Face folder.
 
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    corpus_folder = run.parent("corpora", "corpus").fetch()
+    corpus = Corpus(run.parent("corpora", "corpus").fetch())
     settings = run.recipe.seed
     if settings.folder is not None:
-        return _import_seed(settings.folder, run, Corpus(corpus_folder))
+        return _import_seed(settings.folder, run, corpus)
     assert settings.scratch is not None and settings.training is not None
     torch.manual_seed(settings.training.seed)
-    model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, Corpus(corpus_folder)))
+    model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, corpus))
     blend = settings.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
-    return _train_dense(run, Job(corpus_folder, blend, settings.training, run.recipe.metrics), model, engine_factory)
+    return _train_dense(run, corpus, blend, settings.training, model, engine_factory)
 
 
-def train_branch(run: TaskRun, engine_factory: Callable[..., Engine] | None = None) -> Manifest | None:
+def train_branch(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
     """Train the seed on the branch's domain, mixed with a fraction of general text.
 
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    corpus_folder = run.parent("corpora", "corpus").fetch()
+    corpus = Corpus(run.parent("corpora", "corpus").fetch())
     model = AutoModelForCausalLM.from_pretrained(run.parent("seeds", "seed").fetch(), dtype=torch.float32)
     settings, domain = run.recipe.branch, run.task.name
     blend = {run.recipe.data.general: settings.general_fraction}
     blend[domain] = blend.get(domain, 0.0) + 1.0 - settings.general_fraction
-    return _train_dense(run, Job(corpus_folder, blend, settings.training, run.recipe.metrics), model, engine_factory)
+    return _train_dense(run, corpus, blend, settings.training, model, engine_factory)
 
 
 def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
@@ -70,17 +73,19 @@ def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
 
 
 def _train_dense(
-    run: TaskRun, job: Job, model: PreTrainedModel, engine_factory: Callable[..., Engine] | None
+    run: TaskRun,
+    corpus: Corpus,
+    blend: Blend,
+    training: TrainingSettings,
+    model: PreTrainedModel,
+    engine_factory: EngineFactory | None,
 ) -> Manifest | None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def make_engine(model: PreTrainedModel) -> Engine:
-        if engine_factory is not None:
-            return engine_factory(model, job.training)
-        return TorchEngine(model, job.training, device=device, memory_gib=run.task.needs.memory_gib)
-
+    if not corpus.attend_across_documents:
+        mask_documents(model, corpus.end_of_text_id)
+    spec = EngineSpec(model, training, memory_limit=limit_in_bytes(run.task.needs.memory_gib))
+    job = TrainingJob(corpus, make_sampler(run, corpus, blend, training), blend, training, run.recipe.metrics)
     with run.attempt() as attempt:
-        return train_to_artifact(attempt, job, model, make_engine)
+        return train_to_artifact(attempt, job, spec, engine_factory or torch_engine)
 
 
 def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:

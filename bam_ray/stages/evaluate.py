@@ -29,9 +29,9 @@ from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKi
 from bam_ray.evaluation.routing import routing_of
 from bam_ray.model.parameters import count_parameters
 from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.stages.publish import CURVE
 from bam_ray.stages.task_run import TaskRun
-from bam_ray.stages.train import CURVE
-from bam_ray.training.document_mask import keep_apart
+from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.flops import forward_flops_per_token
 
 MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
@@ -129,7 +129,7 @@ class Evaluator:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             if not self.corpus.attend_across_documents:
-                keep_apart(model, self.corpus.end_of_text_id)
+                mask_documents(model, self.corpus.end_of_text_id)
             domains, routings = self._score_domains(model, replace(progress, note=label(kind, task.name)))
             result = describe(task, kind, lineage, model, domains, routings)
             wall = time.perf_counter() - started

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,35 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.data import Corpus
+from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.pipeline.tasks import Quorum
 from bam_ray.settings import MixSettings
 from bam_ray.stages.absorb import StartPoint, absorb_late_branches
 from bam_ray.stages.task_run import TaskRun
-from bam_ray.stages.train import Following, Job, sampler_of, train_to_artifact
-from bam_ray.training.document_mask import keep_apart
-from bam_ray.training.engine import Engine
-from bam_ray.training.meta_init import outline
+from bam_ray.stages.train import make_sampler, train_to_artifact
+from bam_ray.stages.training_job import TrainingJob
+from bam_ray.training.blending import DynamicBlendSampler, held_out_rows
+from bam_ray.training.document_mask import mask_documents
+from bam_ray.training.engine import EngineFactory, EngineSpec
+from bam_ray.training.events import ExpertsShared
+from bam_ray.training.memory import limit_in_bytes
+from bam_ray.training.meta_init import model_on_meta
+from bam_ray.training.state import TensorFiles
 from bam_ray.upcycling.write import LINEAGE
 
 BATCH_SEQUENCES = 8
 
 
-def train_mixture(run: TaskRun, engine_factory: Callable[..., Engine]) -> Manifest | None:
+def train_mixture(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     """Train a mixture. Every rank of the process group calls this, and only rank 0 gets the manifest."""
     with run.attempt() as attempt:
         return _train(attempt, engine_factory)
 
 
-def _train(run: TaskRun, engine_factory: Callable[..., Engine]) -> Manifest | None:
+def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     mix = run.recipe.mix
-    corpus_folder = run.parent("corpora", "corpus").fetch()
-    corpus = Corpus(corpus_folder)
+    corpus = Corpus(run.parent("corpora", "corpus").fetch())
     initial = run.parent("upcycled", run.task.name)
     blend = mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
 
@@ -48,49 +52,49 @@ def _train(run: TaskRun, engine_factory: Callable[..., Engine]) -> Manifest | No
         return model
 
     initial_folder = initial.fetch()
+    sampler = make_sampler(run, corpus, blend, mix.training)
     start = StartPoint(initial_folder)
     if run.task.quorum is not None:
-        sampler_state = sampler_of(run, corpus, blend, mix.training).state_dict()
-        start = absorb_late_branches(run, load_whole, sampler_state)
-    model = outline(start.folder, **gate_config(mix))
+        start = absorb_late_branches(run, load_whole, sampler.state_dict())
+    model = model_on_meta(start.folder, **gate_config(mix))
     experts: list[str] = model.config.expert_names
     # The experts must be shared equally. A process group that lost nodes may be too small for the setting, and so may
     # the number of experts while branches are missing.
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     sharing = math.gcd(mix.expert_parallel, world_size, model.config.num_experts)
     training = mix.training.model_copy(update={"micro_batch_sequences": mix.micro_batch(world_size)})
-
-    def make_engine(model: PreTrainedModel) -> Engine:
-        return engine_factory(model, training, mix, sharing, start.folder)
-
-    news = list(start.news)
+    if not corpus.attend_across_documents:
+        mask_documents(model, corpus.end_of_text_id)
+    memory_limit = limit_in_bytes(run.task.needs.memory_gib)
+    spec = EngineSpec(model, training, mix, sharing, start.folder, memory_limit)
+    events = list(start.events)
     if sharing < mix.expert_parallel:
-        wanted = {"processes": sharing, "wanted": mix.expert_parallel, "workers": world_size}
-        news.append(("shared", {"experts": model.config.num_experts, **wanted}))
+        events.append(ExpertsShared(model.config.num_experts, sharing, mix.expert_parallel, world_size))
     lineage = start.folder / LINEAGE
-    job = Job(
-        corpus_folder,
+    job = TrainingJob(
+        corpus,
+        _dynamic(sampler, run, corpus, experts, world_size) if mix.dynamic_blend else sampler,
         blend,
         mix.training,
         run.recipe.metrics,
-        following=_dynamic_blend(run, corpus, experts),
-        began=initial_folder,
-        carried=(lineage,),
-        news=news,
+        initial_weights=TensorFiles(sorted(initial_folder.glob("model*.safetensors"))),
+        extra_files=(lineage,),
+        events=events,
     )
     if run.task.quorum is not None:
         job = replace(job, **_quorum_record(run.task.quorum, initial, experts, lineage))
-    return train_to_artifact(run, job, model, make_engine)
+    return train_to_artifact(run, job, spec, engine_factory)
 
 
-def _dynamic_blend(run: TaskRun, corpus: Corpus, experts: Sequence[str]) -> Following | None:
-    """Return how the blend follows held-out losses; None if the recipe's blend is fixed.
+def _dynamic(
+    sampler: BlendedSampler, run: TaskRun, corpus: Corpus, experts: Sequence[str], world_size: int
+) -> DynamicBlendSampler:
+    """Return a sampler whose blend depends on the losses on this rank's share of the held-out rows.
 
     A domain is compared with its own branch if the mixture has that as an expert, and with the seed otherwise.
     """
     settings = run.recipe.mix.dynamic_blend
-    if settings is None:
-        return None
+    assert settings is not None
     has_branches = run.recipe.upcycle.mixtures[run.task.name].has_branches
     branched = set(run.recipe.branch.domains) & set(experts) if has_branches else set()
 
@@ -98,19 +102,22 @@ def _dynamic_blend(run: TaskRun, corpus: Corpus, experts: Sequence[str]) -> Foll
         origin = run.parent("branches", domain) if domain in branched else run.parent("seeds", "seed")
         return dense_nll(origin, corpus, rows)
 
-    return Following(settings, reference)
+    rows = {
+        domain: held_out_rows(corpus, domain, settings.sequences, run.rank, world_size) for domain in sampler.weights
+    }
+    return DynamicBlendSampler(sampler, settings, reference, rows)
 
 
 def _quorum_record(quorum: Quorum, initial: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:
-    """Return the fields of a `Job` that record branches which were committed late, or not in time."""
+    """Return the fields of a `TrainingJob` that record branches which were committed late, or not in time."""
     first = initial.manifest()
     assert first is not None
     late = [(id, name) for id, name in quorum.branches if id not in first.parents]
     steps = [step["absorb"] for step in json.loads(lineage.read_text())["history"] if "absorb" in step]
     return {
-        "parents": tuple(id for id, name in late if name in experts),
-        "facts": {"left_out": [name for _, name in late if name not in experts]},
-        "grew": [(step["step"], len(step["experts"]) - 1) for step in steps],
+        "extra_parents": tuple(id for id, name in late if name in experts),
+        "extra_facts": {"left_out": [name for _, name in late if name not in experts]},
+        "expert_history": [(step["step"], len(step["experts"]) - 1) for step in steps],
     }
 
 
@@ -134,5 +141,5 @@ def dense_nll(origin: Artifact, corpus: Corpus, rows: np.ndarray) -> float:
     model = AutoModelForCausalLM.from_pretrained(origin.fetch(), dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if not corpus.attend_across_documents:
-        keep_apart(model, corpus.end_of_text_id)
+        mask_documents(model, corpus.end_of_text_id)
     return perplexity(model, rows, BATCH_SEQUENCES).nll

@@ -9,7 +9,7 @@ from bam_ray.stages.evaluate import evaluate
 from bam_ray.stages.mix import train_mixture
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.upcycle import upcycle_mixture
-from bam_ray.training.engine import Engine
+from bam_ray.training.engine import EngineFactory
 
 STAGES: dict[Kind, Callable[[TaskRun], Manifest | None]] = {
     "corpora": make_corpus,
@@ -18,7 +18,7 @@ STAGES: dict[Kind, Callable[[TaskRun], Manifest | None]] = {
     "upcycled": upcycle_mixture,
     "reports": evaluate,
 }
-GROUP_STAGES: dict[Kind, Callable[[TaskRun, Callable[..., Engine]], Manifest | None]] = {
+GROUP_STAGES: dict[Kind, Callable[[TaskRun, EngineFactory], Manifest | None]] = {
     "seeds": train_seed,
     "branches": train_branch,
     "mixtures": train_mixture,
@@ -32,7 +32,7 @@ def run_stage(run: TaskRun) -> Manifest:
     return manifest
 
 
-def run_rank(run: TaskRun, engine_factory: Callable[..., Engine]) -> Manifest | None:
+def run_rank(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     """Do one rank's part of the task; returns the manifest on rank 0 and None on the others.
 
     `engine_factory` makes an engine over all ranks of the process group.

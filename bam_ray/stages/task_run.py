@@ -3,7 +3,7 @@
     def make_corpus(run: TaskRun) -> Manifest: ...
 
     with run.attempt() as attempt:                  # stages that train: rank 0 takes the lease
-        attempt.emit("resumed", step=0)
+        attempt.emit(Resumed(step=0))
         checkpoints = attempt.checkpoints(training)
 
 The task is the one that the controller placed. Its resource request is the one that was chosen (a fallback, if no node
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
@@ -25,11 +25,21 @@ from bam_ray.checkpoint.manifest import Kind
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import StageContext, Task
-from bam_ray.settings import Recipe, TrainingSettings
-from bam_ray.training.events import Events
+from bam_ray.settings import MetricsSettings, Recipe, TrainingSettings
+from bam_ray.training.curves import CurveWriter
+from bam_ray.training.events import (
+    AttemptFailed,
+    AttemptFinished,
+    AttemptStarted,
+    AttemptStopped,
+    Emit,
+    Event,
+    EventLog,
+    ignore_event,
+)
 
 if TYPE_CHECKING:
-    from bam_ray.training.checkpoints import Checkpoints, Tell
+    from bam_ray.training.checkpoints import Checkpoints
 
 
 @dataclass
@@ -37,7 +47,7 @@ class OpenAttempt:
     """What an attempt holds from its start to its end."""
 
     lease: Lease | None  # None on ranks above 0
-    events: Events
+    log: EventLog
     steps_done: Callable[[], int] = lambda: 0  # 0 until training has found the checkpoint to resume from
 
 
@@ -92,43 +102,47 @@ class TaskRun:
         """
         lease = self.take_lease() if self.rank == 0 else None
         number = lease.number if lease else None
-        events = Events(self.store, self.artifact.prefix, number)
-        opened = OpenAttempt(lease, events)
-        events.tell("started", attempt=number, node=self.context.node, host=socket.gethostname(), pid=os.getpid())
+        log = EventLog(self.store, self.artifact.prefix, number)
+        opened = OpenAttempt(lease, log)
+        log.emit(AttemptStarted(number, self.context.node, socket.gethostname(), os.getpid()))
         try:
             yield replace(self, opened=opened)
         except Interrupted:
-            events.tell("stopped", step=opened.steps_done())
+            log.emit(AttemptStopped(opened.steps_done()))
             raise
         except Exception as error:
-            events.tell("failed", step=opened.steps_done(), error=f"{type(error).__name__}: {error}")
+            log.emit(AttemptFailed(opened.steps_done(), f"{type(error).__name__}: {error}"))
             raise
         else:
-            events.tell("finished", step=opened.steps_done())
+            log.emit(AttemptFinished(opened.steps_done()))
         finally:
-            events.close()
+            log.close()
 
-    def emit(self, what: str, **fields: Any) -> None:
+    def emit(self, event: Event) -> None:
         """Write an event to the log of the open attempt; returns at once."""
         assert self.opened is not None, "events belong to an attempt: call this inside `attempt()`"
-        self.opened.events.tell(what, **fields)
+        self.opened.log.emit(event)
 
     def track_steps(self, steps_done: Callable[[], int]) -> None:
         """Use `steps_done` for the step that the log records when the attempt ends."""
         assert self.opened is not None
         self.opened.steps_done = steps_done
 
+    def curves(self, metrics: MetricsSettings) -> CurveWriter:
+        """Return the writer of the curves of this task's artifact; it writes only in an attempt of rank 0."""
+        return CurveWriter(metrics, self.artifact, self.task.name, self.attempt_number)
+
     def checkpoints(
-        self, training: TrainingSettings, tell: "Tell" = lambda what, **fields: None, carried: Sequence[Path] = ()
+        self, training: TrainingSettings, emit: Emit = ignore_event, extra_files: Sequence[Path] = ()
     ) -> "Checkpoints":
-        """Return the training checkpoints of this task's artifact. They can be written only where there is a lease.
+        """Return the training checkpoints of this task's artifact. They can be written only with a lease.
 
         Args:
             training: Settings that say how many checkpoints are kept.
-            tell: Receives the events of the checkpoints.
-            carried: Files that every new checkpoint gets a copy of.
+            emit: Receives the events of the checkpoints.
+            extra_files: Files that every new checkpoint gets a copy of.
         """
         from bam_ray.training.checkpoints import Checkpoints, Retention  # torch: only for stages that train
 
         retention = Retention(training.keep_last, training.keep_every)
-        return Checkpoints(self.store, self.task.kind, self.task.id, self.lease, retention, tell, carried=carried)
+        return Checkpoints(self.artifact, self.lease, retention, emit, extra_files=extra_files)

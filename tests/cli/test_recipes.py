@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from cli.command import bam, refusal
+from tests.support.command_line import bam, refusal
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from bam_ray.training.metrics import Metrics
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.settings import MetricsSettings
-from bam_ray.training.metrics import Metrics
 
 
 def test_a_curve_ends_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

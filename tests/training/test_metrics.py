@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from bam_ray.training.metrics import Metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bam_ray.blobs.memory import MemoryStore
@@ -10,7 +11,6 @@ from bam_ray.errors import StoreUnavailable
 from bam_ray.settings import MetricsSettings
 from bam_ray.training import metrics
 from bam_ray.training.flops import peak_flops
-from bam_ray.training.metrics import Metrics
 
 PREFIX = "branches/code-1"
 
