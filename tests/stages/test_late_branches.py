@@ -14,7 +14,6 @@ from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.results import Results
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import StoreSettings
-from bam_ray.stages import run_stage, train_mixture
 from bam_ray.toolbox.step_export import export_step
 from bam_ray.training.flops import training_flops
 from tests.support.late_branch_run import MIX, ControlledRun, LateBranchRun, expert_names
@@ -22,7 +21,7 @@ from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     tensorboard_curves,
 )
 
@@ -62,7 +61,7 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
     assert run.mix(stop_at=6) is None
     late = run.branch("general")
     with pytest.raises(ConnectionAbortedError):
-        train_mixture("bam", run.recipe, run.store, Dying(at=7), one_process_engine)
+        run_task(run.recipe, run.store, "mixtures", "bam", Dying(at=7))
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(6, "general")]
 
     before, after = run.step("0001-00000006"), run.step("0002-00000006")
@@ -160,7 +159,7 @@ def test_what_comes_too_late_is_left_out_and_said(tmp_path: Path) -> None:
     run.branch("general")
     assert manifest.facts["left_out"] == ["general"]
     assert manifest.parents == run.mixture.parents
-    report = run_stage("reports", "report", run.recipe, run.store, RecordingContext())
+    report = run_task(run.recipe, run.store, "reports", "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     mixture = next(model for model in results.models if model.kind == "mixtures")
     assert mixture.routing is not None
@@ -172,7 +171,7 @@ def test_a_report_does_without_a_branch_that_never_came(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     run.mix()
-    report = run_stage("reports", "report", run.recipe, run.store, RecordingContext())
+    report = run_task(run.recipe, run.store, "reports", "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
     assert run.task("branches", "general").id not in report.parents
@@ -192,9 +191,9 @@ def test_with_which_branches_it_starts_is_decided_once(tmp_path: Path) -> None:
             return True
 
     with pytest.raises(Interrupted):
-        run_stage("upcycled", "bam", run.recipe, run.store, Stopped())
+        run_task(run.recipe, run.store, "upcycled", "bam", Stopped())
     late = run.branch("general")
-    manifest = run_stage("upcycled", "bam", run.recipe, run.store, RecordingContext())
+    manifest = run_task(run.recipe, run.store, "upcycled", "bam")
     assert expert_names(Artifact(run.store, "upcycled", manifest.id).fetch()) == ["seed", "code"]
     assert late.id not in manifest.parents and len(manifest.parents) == 2
 

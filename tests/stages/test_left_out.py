@@ -16,12 +16,11 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import StoreUnavailable
 from bam_ray.evaluation.results import Results
-from bam_ray.stages import train_mixture
 from tests.support.late_branch_run import ControlledRun, LateBranchRun, expert_names
 from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
-    one_process_engine,
+    run_task,
     small_recipe,
 )
 
@@ -59,7 +58,7 @@ def publish_instead(run: LateBranchRun, folder: Path, spoil: Callable[[dict[str,
 def finishes_without_the_late_branch(run: LateBranchRun, words: str) -> None:
     """The next attempt leaves it out for what `words` say, and trains on as if it had never come."""
     context = RecordingContext()
-    manifest = train_mixture("bam", run.recipe, run.store, context, one_process_engine)
+    manifest = run_task(run.recipe, run.store, "mixtures", "bam", context)
     assert manifest is not None
     told = [(event["step"], event["branch"]) for event in run.events("left_out")]
     assert told == [(4, "general")]
@@ -158,7 +157,7 @@ def test_a_store_that_is_away_leaves_no_branch_out(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(TensorReader, "check_digests", away)
         with pytest.raises(StoreUnavailable, match="down"):
-            train_mixture("bam", run.recipe, run.store, RecordingContext(), one_process_engine)
+            run_task(run.recipe, run.store, "mixtures", "bam")
     assert [event["attempt"] for event in run.events("started")] == [1, 2]
     assert [event["error"] for event in run.events("failed")] == ["StoreUnavailable: the endpoint is down"]
     manifest = run.mix()

@@ -19,14 +19,13 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError, TrainingError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_stage, train_mixture
-from bam_ray.training.engine import TorchEngine
 from bam_ray.training.flops import training_flops
+from bam_ray.training.torch_engine import TorchEngine
 from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     small_recipe,
     tensorboard_curves,
 )
@@ -53,7 +52,7 @@ def names(log: list[dict[str, Any]]) -> list[str]:
 def interrupted_seed(run: Recipe, store: BlobStore, stop_at: int = 6) -> None:
     make_artifacts(run, store, ("corpora",))
     with pytest.raises(Interrupted):
-        run_stage("seeds", "seed", run, store, RecordingContext(stop_at))
+        run_task(run, store, "seeds", "seed", RecordingContext(stop_at))
 
 
 def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
@@ -65,7 +64,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     )
     store.put(newest, b"damaged")
     context = RecordingContext()
-    manifest = run_stage("seeds", "seed", run, store, context)
+    manifest = run_task(run, store, "seeds", "seed", context)
 
     first = events(store, seed_prefix(run), 1)
     assert [name for name in names(first) if name != "checkpoint"] == ["started", "resumed", "computing", "stopped"]
@@ -105,7 +104,7 @@ def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, mon
     monkeypatch.setattr(TorchEngine, "_forward", spoiled)
     context = RecordingContext()
     with pytest.raises(LossNotFinite, match=r"\(2 in a row\)"):
-        run_stage("seeds", "seed", run, store, context)
+        run_task(run, store, "seeds", "seed", context)
     log = events(store, seed_prefix(run), 1)
     halved = next(event for event in log if event["event"] == "micro_batch")
     assert (halved["step"], halved["before"], halved["sequences"]) == (3, 4, 2)
@@ -120,7 +119,7 @@ def test_a_mixture_says_where_fewer_processes_share_its_experts_than_wanted(tmp_
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
     context = RecordingContext()
-    train_mixture("bam", run, store, context, one_process_engine)
+    run_task(run, store, "mixtures", "bam", context)
     mixture = find_task(task_graph(run), "mixtures", "bam").id
     shared = next(event for event in events(store, f"mixtures/{mixture}", 1) if event["event"] == "shared")
     assert [shared[key] for key in ("experts", "processes", "wanted", "workers")] == [2, 1, 2, 1]
@@ -136,7 +135,7 @@ def test_a_mixture_that_cannot_begin_says_so_in_its_log(tmp_path: Path) -> None:
         raise TrainingError("the model does not fit")
 
     with pytest.raises(TrainingError):
-        train_mixture("bam", run, store, RecordingContext(), no_memory)
+        run_task(run, store, "mixtures", "bam", RecordingContext(), no_memory)
     log = events(store, f"mixtures/{find_task(task_graph(run), 'mixtures', 'bam').id}", 1)
     assert names(log) == ["started", "failed"]
     assert (log[0]["attempt"], log[0]["node"]) == (1, "here")
@@ -148,7 +147,7 @@ def test_utilisation_is_what_is_computed_over_the_peak_that_is_given(tmp_path: P
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora",))
     context = RecordingContext()
-    run_stage("seeds", "seed", run, store, context)
+    run_task(run, store, "seeds", "seed", context)
     seen = context.reports[-1].curves
     seed = AutoConfig.from_pretrained(Artifact(store, "seeds", find_task(task_graph(run), "seeds", "seed").id).fetch())
     computed = seen["throughput/tokens_per_second"] * training_flops(seed, run.data.sequence_length, 1)
@@ -161,7 +160,7 @@ def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
     interrupted_seed(run, store)
     for key in list(store.list(f"{seed_prefix(run)}/steps/0001-00000006/")):
         store.delete(key)  # as if it had been killed: goes on from step 4, having shown 5 and 6
-    run_stage("seeds", "seed", run, store, RecordingContext())
+    run_task(run, store, "seeds", "seed")
     found = tensorboard_curves(store, seed_prefix(run), tmp_path / "board")
     times = {f"time/{what}" for what in ("data", "compute", "checkpoint")}
     plain = {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
@@ -179,7 +178,7 @@ def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
     context = RecordingContext()
-    manifest = train_mixture("bam", run, store, context, one_process_engine)
+    manifest = run_task(run, store, "mixtures", "bam", context)
     assert manifest is not None
     found = tensorboard_curves(store, f"mixtures/{manifest.id}", tmp_path / "board")
     below = "routing/layer_0/"
@@ -226,10 +225,10 @@ def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does
         return open_store(str(tmp_path / name))
 
     unbroken, stopped, rolled_back = map(copy, ("unbroken", "stopped", "rolled back"))
-    train_mixture("bam", run, unbroken, RecordingContext(), one_process_engine)
+    run_task(run, unbroken, "mixtures", "bam")
     with pytest.raises(Interrupted):
-        train_mixture("bam", run, stopped, RecordingContext(stop_at=5), one_process_engine)
-    train_mixture("bam", run, stopped, RecordingContext(), one_process_engine)
+        run_task(run, stopped, "mixtures", "bam", RecordingContext(stop_at=5))
+    run_task(run, stopped, "mixtures", "bam")
     forward, calls = TorchEngine._forward, itertools.count(1)
 
     def spoiled(self: TorchEngine, *given: torch.Tensor) -> Any:
@@ -238,7 +237,7 @@ def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does
 
     monkeypatch.setattr(TorchEngine, "_fit", lambda self, input_ids: len(input_ids))  # a step is one call
     monkeypatch.setattr(TorchEngine, "_forward", spoiled)
-    train_mixture("bam", run, rolled_back, RecordingContext(), one_process_engine)
+    run_task(run, rolled_back, "mixtures", "bam")
     back = [event["to"] for event in events(rolled_back, f"mixtures/{id}", 1) if event["event"] == "rolled_back"]
     assert back == [4], "amid the steps from 4 to 6, of which 6 had been shown"
 

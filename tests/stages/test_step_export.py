@@ -16,13 +16,12 @@ from bam_ray.cli.app import app
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, Interrupted, SettingsError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, StoreSettings
-from bam_ray.stages import train_mixture
 from bam_ray.toolbox import step_export
 from bam_ray.toolbox.step_export import export_step
 from tests.support.stage_run import (
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     small_recipe,
 )
 
@@ -37,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         store = open_store(run.store.uri)
         make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         with pytest.raises(Interrupted, match="step 6 of 10"):
-            train_mixture("bam", run, store, RecordingContext(6), one_process_engine)
+            run_task(run, store, "mixtures", "bam", RecordingContext(6))
     return run
 
 

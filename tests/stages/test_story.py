@@ -14,12 +14,11 @@ from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.stages import run_stage, train_mixture
 from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     small_recipe,
 )
 
@@ -59,7 +58,7 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora",))
     context = RecordingContext()
-    manifest = run_stage("corpora", "corpus", run, store, context)
+    manifest = run_task(run, store, "corpora", "corpus", context)
     assert manifest.id == task_graph(run)[0].id
     assert not context.reports
 
@@ -72,9 +71,9 @@ def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         make_artifacts(run, store, ("corpora", "seeds"))
         if stop_at is not None:
             with pytest.raises(Interrupted, match="step 6 of 10"):
-                run_stage("branches", "code", run, store, RecordingContext(stop_at))
+                run_task(run, store, "branches", "code", RecordingContext(stop_at))
         context = RecordingContext()
-        manifest = run_stage("branches", "code", run, store, context)
+        manifest = run_task(run, store, "branches", "code", context)
         assert context.reports[0].step == (1 if stop_at is None else 7)
         weights.append((Artifact(store, "branches", manifest.id).fetch() / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
@@ -89,8 +88,8 @@ def test_a_blend_follows_held_out_losses_and_resumes_exactly(tmp_path: Path) -> 
         make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         if stop_at is not None:
             with pytest.raises(Interrupted, match="step 7 of 10"):
-                train_mixture("bam", run, store, RecordingContext(stop_at), one_process_engine)
-        manifest = train_mixture("bam", run, store, RecordingContext(), one_process_engine)
+                run_task(run, store, "mixtures", "bam", RecordingContext(stop_at))
+        manifest = run_task(run, store, "mixtures", "bam")
         assert manifest is not None
         curves.append([point["nll"] for point in manifest_curve(store, manifest.id)])
         if stop_at is None:
@@ -121,7 +120,7 @@ def manifest_curve(store: BlobStore, id: str) -> list[dict[str, float]]:
 def test_a_stage_without_its_parents_says_which(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     with pytest.raises(CheckpointError, match=r"corpora/corpus-.* is not committed"):
-        run_stage("seeds", "seed", run, open_store(run.store.uri), RecordingContext())
+        run_task(run, open_store(run.store.uri), "seeds", "seed")
 
 
 def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
