@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+
 from tests.support.command_line import bam, refusal
 
 

@@ -7,6 +7,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from bam_ray.errors import UpcycleError
+from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.upcycling.routers.initialize import draw_router, fit_routers, split_rows
 from bam_ray.upcycling.routers.rows import (
     RIDGES,
@@ -17,11 +22,6 @@ from bam_ray.upcycling.routers.rows import (
     router_logits,
 )
 from bam_ray.upcycling.routers.separation import Separation, separation_table
-from rich.console import Console
-from torch import Tensor, nn
-
-from bam_ray.errors import UpcycleError
-from bam_ray.model import BamConfig, BamForCausalLM
 from tests.support import tiny
 
 NAMES = ["seed", "code", "law"]

@@ -1,4 +1,4 @@
-"""The story in one process, without a cluster: every stage makes its artifact from those before it."""
+"""All stages in one process, without a cluster: each makes its artifact from those of earlier stages."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
     assert branch.facts["sequences_drawn"]["code"] > branch.facts["sequences_drawn"]["general"]
     assert branch.compute.flops > 0
     assert manifests["mixtures", "bam"].compute.flops > manifests["mixtures", "btx"].compute.flops
-    assert not [key for key in store.list() if "/steps/" in key], "training checkpoints are left behind"
+    assert not [key for key in store.list() if "/steps/" in key], "training checkpoints are deleted at the end"
 
     folder = Artifact(store, "mixtures", manifests["mixtures", "bam"].id).fetch()
     assert AutoModelForCausalLM.from_pretrained(folder).config.expert_names == ["seed", "code"]
@@ -53,7 +53,7 @@ def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
     assert not {"optimizer.safetensors", "trainer.json"} & names
 
 
-def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+def test_a_committed_artifact_is_not_made_again(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora",))
@@ -63,7 +63,7 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
     assert not context.reports
 
 
-def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_a_stopped_branch_resumes_to_the_same_weights(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     weights = []
     for number, stop_at in enumerate((None, 6)):
@@ -79,7 +79,7 @@ def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_a_blend_follows_held_out_losses_and_resumes_exactly(tmp_path: Path) -> None:
+def test_a_dynamic_blend_resumes_exactly(tmp_path: Path) -> None:
     mix = {"training": TRAINING, "dynamic_blend": {"every": 3, "sequences": 8}}
     run = small_recipe(tmp_path, mix=mix)
     curves = []
@@ -117,13 +117,13 @@ def manifest_curve(store: BlobStore, id: str) -> list[dict[str, float]]:
     return points
 
 
-def test_a_stage_without_its_parents_says_which(tmp_path: Path) -> None:
+def test_a_stage_names_the_parent_that_is_missing(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     with pytest.raises(CheckpointError, match=r"corpora/corpus-.* is not committed"):
         run_task(run, open_store(run.store.uri), "seeds", "seed")
 
 
-def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
+def test_a_seed_can_be_imported_from_a_folder(tmp_path: Path) -> None:
     first = small_recipe(tmp_path)
     store = open_store(first.store.uri)
     make_artifacts(first, store, ("corpora", "seeds"))
@@ -136,7 +136,7 @@ def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
     assert (imported / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
     config = json.loads((made / "config.json").read_text())
-    for key, value, error, said in (
+    for key, value, error, message in (
         ("model_type", "gpt2", FamilyError, "of architecture 'gpt2'"),
         ("vocab_size", 10, SettingsError, "set data.tokenizer.folder to the seed's folder"),
     ):
@@ -145,12 +145,12 @@ def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
         for path in made.iterdir():
             (other / path.name).write_bytes(path.read_bytes())
         (other / "config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             make_artifacts(small_recipe(tmp_path, data=data, seed={"folder": str(other)}), store, ("seeds",))
 
 
 def test_losses_fall(tmp_path: Path) -> None:
-    """Not a stub: ten steps on words of six letters are learned from."""
+    """Ten steps on words of six letters lower the loss."""
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds"))
