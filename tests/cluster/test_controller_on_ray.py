@@ -241,9 +241,7 @@ def test_avoided_nodes_are_excluded_if_others_suffice(cluster: Cluster, recipe: 
 def test_a_process_group_is_stopped_and_resumed(cluster: Cluster, upcycled: Recipe) -> None:
     run = BackgroundRun(upcycled, ["mixtures"])
     node = run.node("mixtures", "bam")
-    assert node.id in {facts.id for facts in living_nodes() if facts.resources.get("CPU")}, (
-        "this is the node of rank 0, not that of the host actor"
-    )
+    assert node.id in {facts.id for facts in living_nodes() if facts.resources.get("CPU")}, "the node of rank 0"
     run.controller.stop()
     assert run.join() == "interrupted"
     assert run.store.exists("drained"), "rank 0 had the time to write its checkpoint"

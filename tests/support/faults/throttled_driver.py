@@ -88,7 +88,7 @@ def breakable_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def throttled_rank(seconds: float, run: TaskRun, engine_factory: Any) -> object:
-    """Do as `stages.run.run_rank` does, with steps of `seconds`, and write down the node and the process of the rank."""
+    """Do as `stages.run.run_rank` does, with steps of `seconds`, and record the node and the process of the rank."""
     import torch.distributed as dist  # only workers import torch
 
     from bam_ray.stages.run import run_rank
