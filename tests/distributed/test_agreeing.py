@@ -32,8 +32,8 @@ def test_what_one_could_not_read_is_noted_by_all_with_its_rank(ranks: list[dict[
 
 def test_they_go_back_to_the_newest_that_all_can_read(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert ("refused", "0003-00000004") in rank["told"]
-        assert rank["told"][-1] == ("rolled_back", 3)
+        assert ("refused", "0003-00000004") in rank["events"]
+        assert rank["events"][-1] == ("rolled_back", 3)
         assert rank["curve"] == rank["unbroken"]
 
 

@@ -12,10 +12,10 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind, Manifest
 from bam_ray.control.controller import Controller
-from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.control.launcher import InProcessLauncher
-from bam_ray.pipeline.tasks import Progress, StageContext, Task
 from bam_ray.errors import Interrupted
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.tasks import Progress, StageContext, Task
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
 from tests.support.stage_run import TRAINING, RecordingContext, make_artifacts, one_process_engine, small_recipe

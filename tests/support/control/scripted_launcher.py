@@ -7,10 +7,10 @@ from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control.controller import Controller
-from bam_ray.scheduling.nodes import NodeFacts
 from bam_ray.control.observations import Done, Queued, Sighting
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling.nodes import NodeFacts
 from bam_ray.settings import Needs
 
 NODE = Node("1", "one")

@@ -1,8 +1,8 @@
 """Simulated runs on clusters of nodes with given speeds."""
 
+from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile
 from bam_ray.planning.simulate import Simulated, simulate
-from bam_ray.pipeline.tasks import Task
 
 
 def make_cluster(nodes: dict[str, tuple[int, float]], preemptions_per_hour: float = 0.0) -> ClusterFile:
