@@ -16,20 +16,21 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from bam_ray.blobs import BlobStore
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
-from bam_ray.pipeline.graph import find_task, subset, task_graph
-from bam_ray.pipeline.tasks import Progress, StageContext
+from bam_ray.pipeline.graph import subset
+from bam_ray.pipeline.run import PipelineRun
+from bam_ray.pipeline.tasks import Progress
 from bam_ray.planning.cluster_file import ClusterFile
 from bam_ray.planning.simulate import simulate
 from bam_ray.settings import Recipe, parse_recipe
+from bam_ray.stages.task_run import TaskRun
 from benchmarks.measure import report
 from benchmarks.scheduling import static
 
@@ -48,12 +49,12 @@ RECIPE = {
 }
 
 
-def sleeping(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
-    """A stage that sleeps for each step, and goes on from the last when it was stopped."""
+def sleeping(run: TaskRun) -> None:
+    """Sleep for each step of the task; resumes at the last step after a stop."""
     here = ray.get_runtime_context().get_node_id()
     labels = next(node.labels for node in living_nodes() if node.id == here)
-    task = find_task(task_graph(recipe), kind, name)
-    key = f"steps/{name}.json"
+    task, store, context = run.task, run.store, run.context
+    key = f"steps/{task.name}.json"
     first = json.loads(store.get(key)) if store.exists(key) else 0
     for step in range(first, task.total_steps):
         if context.should_stop():
@@ -61,7 +62,7 @@ def sleeping(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: S
             raise Interrupted("stopped")
         time.sleep(STEP_SECONDS[labels["speed"]])
         context.report(Progress(step + 1, task.total_steps, checkpoint_step=first))
-    Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name, step=task.total_steps))
+    run.artifact.commit(Manifest(id=task.id, kind=task.kind, name=task.name, step=task.total_steps))
 
 
 def main() -> None:
@@ -114,7 +115,8 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     store = FolderStore(recipe.store.uri)
-    for task in subset(task_graph(recipe), ["seeds"]):
+    pipeline = PipelineRun.of(recipe, store)
+    for task in subset(pipeline.tasks, ["seeds"]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
     small = {"object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
@@ -122,8 +124,8 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
         for kind in STEP_SECONDS:
             cluster.add_node(num_cpus=1, labels={"speed": kind}, **small)
         ray.init(address=cluster.address, log_to_driver=False)
-        launcher = RayLauncher(recipe, store, None, StageFunctions(sleeping))
-        controller = Controller(subset(task_graph(recipe), ["branches"]), store, launcher)
+        launcher = RayLauncher(pipeline, None, StageFunctions(sleeping))
+        controller = Controller(subset(pipeline.tasks, ["branches"]), store, launcher)
         begin = time.monotonic()
         outcome = controller.run(pause=0.2)
         seconds = time.monotonic() - begin

@@ -11,13 +11,13 @@ import pytest
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.control import policies
 from bam_ray.control.controller import DRAIN_PATIENCE, MOVE_PATIENCE, Controller
-from bam_ray.scheduling.feasibility import JOIN_PATIENCE
 from bam_ray.control.launcher import InProcessLauncher
-from bam_ray.scheduling.nodes import HEAD, NodeFacts
 from bam_ray.control.observations import Alive, Broke, Done, Stopped
+from bam_ray.errors import DataError, Interrupted, PlacementError, StoreUnavailable
 from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Node, Placing, Retrying, Running, Waiting
 from bam_ray.pipeline.tasks import Progress, StageContext, Task
-from bam_ray.errors import DataError, Interrupted, PlacementError, StoreUnavailable
+from bam_ray.scheduling.feasibility import JOIN_PATIENCE
+from bam_ray.scheduling.nodes import HEAD, NodeFacts
 from bam_ray.settings import Demand, Needs
 from tests.support.control.scripted_launcher import (
     NODE,

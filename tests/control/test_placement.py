@@ -1,10 +1,10 @@
 """Where tasks go that failed on a node: elsewhere, but no node idles for one failure, and nobody behind them waits."""
 
-from bam_ray.scheduling.placement import Placement
-from bam_ray.scheduling.cluster_view import Snapshot
-from bam_ray.scheduling.throughput import Speeds
 from bam_ray.pipeline.states import History
 from bam_ray.pipeline.tasks import Task
+from bam_ray.scheduling.cluster_view import Snapshot
+from bam_ray.scheduling.placement import Placement
+from bam_ray.scheduling.throughput import Speeds
 from tests.support.control.scripted_launcher import make_measurable_task, make_node
 
 FAST = frozenset({"fast"})

@@ -9,13 +9,13 @@ import pytest
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
-from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.planning.plan_table import render_plan
-from bam_ray.planning.planner import make_plan
 from bam_ray.control.observations import Alive, Broke, Stopped
+from bam_ray.errors import StoreUnavailable
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Placing, Running, Waiting
 from bam_ray.pipeline.tasks import Progress, Quorum, Task
-from bam_ray.errors import StoreUnavailable
+from bam_ray.planning.plan_table import render_plan
+from bam_ray.planning.planner import make_plan
 from tests.support.control.sample_recipe import changed_tasks, sample_recipe
 from tests.support.control.scripted_launcher import NODE, ControllerHarness, commit_task, make_task
 from tests.support.control.simulated_run import make_cluster, simulate_tasks

@@ -7,13 +7,13 @@ from typing import cast
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.planning.cluster_file import load_cluster
 from bam_ray.control.controller import Controller
-from bam_ray.scheduling.matching import bound
 from bam_ray.control.observations import Alive, Broke, Sighting
-from bam_ray.planning.simulate import SimulatedLauncher
-from bam_ray.pipeline.tasks import Task
 from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.pipeline.tasks import Task
+from bam_ray.planning.cluster_file import load_cluster
+from bam_ray.planning.simulate import SimulatedLauncher
+from bam_ray.scheduling.matching import bound
 from bam_ray.settings import Needs
 from tests.support.control.simulated_run import make_cluster, simulate_tasks
 

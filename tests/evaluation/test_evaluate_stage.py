@@ -20,6 +20,7 @@ from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.settings import Recipe
 from bam_ray.stages.evaluate import ancestors, evaluate, held_out_rows
+from tests.support.stage_run import task_run
 from tests.support.tiny import SIZES, dense
 
 LENGTH = 16
@@ -119,7 +120,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobSt
 def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     recipe, store = run
     listener = Listener()
-    manifest = evaluate("report", recipe, store, listener)
+    manifest = evaluate(task_run(recipe, store, "reports", "report", listener))
     graph = task_graph(recipe)
     assert manifest == Artifact(store, "reports", find_task(graph, "reports", "report").id).manifest()
     assert set(manifest.files) == {"report.html", "results.json"}
@@ -152,14 +153,14 @@ def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     assert listener.heard[-1] == Progress(step=4, total_steps=4, note="writing the report")
 
     silent = Listener()
-    assert evaluate("report", recipe, store, silent) == manifest
+    assert evaluate(task_run(recipe, store, "reports", "report", silent)) == manifest
     assert silent.heard == [], "a finished report is not made again"
 
 
 def test_an_interrupted_evaluation_goes_on(run: tuple[Recipe, BlobStore]) -> None:
     recipe, store = run
     with pytest.raises(Interrupted, match="model 3 of 4"):
-        evaluate("report", recipe, store, Listener(stop_at="mixture bam on code"))
+        evaluate(task_run(recipe, store, "reports", "report", Listener(stop_at="mixture bam on code")))
     report = find_task(task_graph(recipe), "reports", "report")
     assert Artifact(store, "reports", report.id).manifest() is None
     assert len([key for key in store.list("evaluations/") if key.endswith("manifest.json")]) == 2
@@ -167,7 +168,7 @@ def test_an_interrupted_evaluation_goes_on(run: tuple[Recipe, BlobStore]) -> Non
     other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # is no part of an evaluation's identity
     listener = Listener(stop_at="mixture btx on general")
     with pytest.raises(Interrupted, match="model 4 of 4"):
-        evaluate("report", other_batch, store, listener)
+        evaluate(task_run(other_batch, store, "reports", "report", listener))
     notes = [progress.note for progress in listener.heard]
     assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
 
@@ -177,7 +178,7 @@ def test_a_model_that_is_missing_is_named(run: tuple[Recipe, BlobStore]) -> None
     task = find_task(task_graph(recipe), "mixtures", "btx")
     store.delete(f"mixtures/{task.id}/manifest.json")
     with pytest.raises(CheckpointError, match=f"{task.id} is not committed"):
-        evaluate("report", recipe, store, Listener())
+        evaluate(task_run(recipe, store, "reports", "report", Listener()))
     assert list(store.list("evaluations/")) == []
 
 
