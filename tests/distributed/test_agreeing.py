@@ -24,20 +24,20 @@ def test_they_resume_from_the_newest_that_all_can_read(ranks: list[dict[str, Any
 def test_what_one_could_not_read_is_noted_by_all_with_its_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["refused"] == [
-            "mixtures/x/steps/0001-00000006 is not what its manifest says (for ranks [0] alone: look at their nodes)",
-            "mixtures/x/steps/0001-00000004 is not what its manifest says (for ranks [1] alone: look at their nodes)",
+            "mixtures/x/steps/0001-00000006 is not what its manifest says (only on ranks [0]: check their nodes)",
+            "mixtures/x/steps/0001-00000004 is not what its manifest says (only on ranks [1]: check their nodes)",
         ]
         assert rank["remembered"] == rank["refused"]
 
 
 def test_they_go_back_to_the_newest_that_all_can_read(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert ("refused", "0003-00000004") in rank["told"]
-        assert rank["told"][-1] == ("rolled_back", 3)
+        assert ("refused", "0003-00000004") in rank["events"]
+        assert rank["events"][-1] == ("rolled_back", 3)
         assert rank["curve"] == rank["unbroken"]
 
 
 def test_what_only_some_can_read_is_not_begun_over(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "can be read on all 2 processes" in rank["error"]
-        assert "look at the nodes of ranks [0, 1]," in rank["error"]
+        assert "the nodes of ranks [0, 1]," in rank["error"]
