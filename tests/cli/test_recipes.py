@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 
+from tests.support import tiny
 from tests.support.command_line import bam, refusal
 
 

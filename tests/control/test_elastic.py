@@ -9,9 +9,8 @@ from bam_ray.control.policies import FIRST_DELAY, PLACEMENT_DELAY
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.states import Node, Retrying, Running, Waiting
-from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.pipeline.tasks import Progress, Task, fewer_workers
 from bam_ray.scheduling import elastic
-from bam_ray.scheduling.elastic import fewer_workers
 from bam_ray.scheduling.nodes import NodeFacts
 from tests.support.control.sample_recipe import sample_recipe
 from tests.support.control.scripted_launcher import ControllerHarness, make_measurable_task, make_node, make_task
