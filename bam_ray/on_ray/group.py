@@ -72,7 +72,7 @@ def train_on_rank(work: Work, host: Any) -> None:
     limit_threads(work.task.needs.cpus)
     context = RankContext(host)
     try:
-        work.run_rank(context, context.rank)
+        work.execute_rank(context, context.rank)
     except Interrupted:
         # Ray Train ends the group when the first rank fails. So no rank fails here, and no rank returns early, because
         # rank 0 may still be writing the checkpoint.

@@ -73,7 +73,7 @@ class TaskActor:
 
     def _run_stage(self, work: Work, context: StageContext) -> None:
         limit_threads(work.task.needs.cpus)
-        work.run_stage(context)
+        work.execute(context)
 
     def _run_group(self, work: Work, context: StageContext) -> None:
         from bam_ray.on_ray.group import run_group  # torch and Ray Train: the driver imports this module without them

@@ -1,6 +1,6 @@
-"""The work that an actor is sent: one placed task, the run it belongs to, and the functions that run its stage.
+"""The work that an actor is sent: one placed task, the run it belongs to, and what its stage needs besides them.
 
-The stages import torch. They are looked up only where they run, so that the driver of a job starts without torch.
+The stages import torch. They are imported only where they run, so that the driver of a job starts without torch.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class Work:
     engine_factory: "EngineFactory | None" = None  # makes the engine of a process group
     selector: dict[str, str] = field(default_factory=dict)  # Ray's label selector for the nodes to use
 
-    def run_stage(self, context: StageContext) -> None:
-        """Run the whole task in this process."""
+    def execute(self, context: StageContext) -> None:
+        """Run the stage of the task in this process."""
         run = TaskRun(self.task, self.run, context)
         if self.functions.run_stage is not None:
             self.functions.run_stage(run)
@@ -43,8 +43,8 @@ class Work:
 
         run_stage(run)
 
-    def run_rank(self, context: StageContext, rank: int) -> None:
-        """Run one rank's part of the task; raises `TypeError` if there is no engine factory."""
+    def execute_rank(self, context: StageContext, rank: int) -> None:
+        """Run one rank's part of the stage; raises `TypeError` if there is no engine factory."""
         if self.engine_factory is None:
             raise TypeError(f"{self.task.where} trains on a process group: pass an engine factory to `run_tasks`")
         run = TaskRun(self.task, self.run, context, rank)

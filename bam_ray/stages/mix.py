@@ -73,7 +73,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     lineage = start.folder / LINEAGE
     job = TrainingJob(
         corpus,
-        _dynamic(sampler, run, corpus, experts, world_size) if mix.dynamic_blend else sampler,
+        _dynamic_sampler(sampler, run, corpus, experts, world_size) if mix.dynamic_blend else sampler,
         blend,
         mix.training,
         run.recipe.metrics,
@@ -86,7 +86,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     return train_to_artifact(run, job, spec, engine_factory)
 
 
-def _dynamic(
+def _dynamic_sampler(
     sampler: BlendedSampler, run: TaskRun, corpus: Corpus, experts: Sequence[str], world_size: int
 ) -> DynamicBlendSampler:
     """Return a sampler whose blend depends on the losses on this rank's share of the held-out rows.
