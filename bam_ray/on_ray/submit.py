@@ -79,31 +79,40 @@ def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
     jobs = client(address)
     console = Console()
     with stop_on_interrupt(lambda: jobs.stop_job(job_id)):
-        view: Live | LineOutput
-        with Live(console=console, auto_refresh=False) if console.is_terminal else LineOutput(console) as view:
-            while True:
-                details = jobs.get_job_info(job_id)
-                now = last_status(store, details)
-                if now:
-                    view.update(render(now), refresh=True) if isinstance(view, Live) else view.update(now)
-                if details.status.is_terminal() or (now and now.state == "finished"):
-                    break
-                time.sleep(POLL_SECONDS)
-        shown = 0
-        while True:
-            details = jobs.get_job_info(
-                job_id
-            )  # asked before the log, so that the log of a job that has ended is complete
-            ending = jobs.get_job_logs(job_id).partition(END_OF_RUN)[2].lstrip("\n")
-            console.file.write(ending[shown:])
-            console.file.flush()
-            shown = len(ending)
-            if details.status.is_terminal():
-                break
-            time.sleep(POLL_SECONDS)
-    if shown and details.status == JobStatus.FAILED:  # the end of its log has been shown
+        last = _show_status(console, jobs, job_id, store)
+        details, has_results = _show_results(console, jobs, job_id)
+    if has_results and details.status == JobStatus.FAILED:  # the end of its log has been shown
         return details.driver_exit_code or 1
-    return show_end(console, jobs, job_id, details, now)
+    return show_end(console, jobs, job_id, details, last)
+
+
+def _show_status(console: Console, jobs: JobSubmissionClient, job_id: str, store: BlobStore) -> Status | None:
+    """Show the status of the run until it has finished or the job has ended, and return the last status."""
+    view: Live | LineOutput
+    with Live(console=console, auto_refresh=False) if console.is_terminal else LineOutput(console) as view:
+        while True:
+            details = jobs.get_job_info(job_id)
+            now = last_status(store, details)
+            if now:
+                view.update(render(now), refresh=True) if isinstance(view, Live) else view.update(now)
+            if details.status.is_terminal() or (now and now.state == "finished"):
+                return now
+            time.sleep(POLL_SECONDS)
+
+
+def _show_results(console: Console, jobs: JobSubmissionClient, job_id: str) -> tuple[JobDetails, bool]:
+    """Show what the job prints after `END_OF_RUN`; returns the job when it has ended, and True if there was output."""
+    shown = 0
+    while True:
+        # In this order: the log of a job that has ended is complete
+        details = jobs.get_job_info(job_id)
+        results = jobs.get_job_logs(job_id).partition(END_OF_RUN)[2].lstrip("\n")
+        console.file.write(results[shown:])
+        console.file.flush()
+        shown = len(results)
+        if details.status.is_terminal():
+            return details, shown > 0
+        time.sleep(POLL_SECONDS)
 
 
 def show_end(console: Console, jobs: JobSubmissionClient, job_id: str, details: JobDetails, last: Status | None) -> int:
