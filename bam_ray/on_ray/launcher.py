@@ -158,9 +158,8 @@ class RayLauncher:
             self._mark_unreachable(placed)
         except ActorDiedError as error:
             placed.last = self._died(placed, error)
-        except (
-            RayTaskError
-        ) as error:  # the worker cannot unpickle the work, most often because a module is missing there
+        except RayTaskError as error:
+            # The worker cannot unpickle the work, most often because a module is missing there
             lines = str(error).strip().splitlines()
             placed.last = Broke(
                 f"the attempt could not start: {lines[-1].strip()}", placed.node, log=tuple(lines[-LOG_LINES:])
@@ -179,9 +178,8 @@ class RayLauncher:
         now = time.monotonic()
         placed.unreachable_since = placed.unreachable_since or now
         if now - placed.unreachable_since > UNREACHABLE_TIMEOUT:
-            ray.kill(
-                placed.actor
-            )  # the next answer is ActorDiedError; the lease prevents the old attempt from committing
+            # The next answer is ActorDiedError. The lease prevents the old attempt from committing.
+            ray.kill(placed.actor)
         if placed.node is None:  # it never confirmed that it started
             placed.last = Queued()
             placed.call = placed.actor.poll.remote()

@@ -63,11 +63,9 @@ def evaluate(run: TaskRun) -> Manifest:
         scores.append(evaluator.model_score(task, kind, lineage, Progress(step, len(models))))
     run.context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
     results = Results.of(run.recipe.name, scores)
-    with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
-        from bam_ray.evaluation.report import (
-            write_report,
-        )  # matplotlib takes a second to import; no other stage needs it
+    from bam_ray.evaluation.report import write_report  # imports matplotlib, which no other stage needs
 
+    with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
         write_report(
             Path(folder),
             results,

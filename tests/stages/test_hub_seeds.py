@@ -55,9 +55,8 @@ def hub_folder(family: str, tokenizer: Path, folder: Path) -> dict[str, torch.Te
     (folder / "config.json").write_text(json.dumps(written))
     for path in tokenizer.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    save_file(
-        {"tok_embeddings.weight": torch.zeros(4)}, folder / "consolidated.safetensors"
-    )  # the same weights in another layout
+    # Many hub folders hold the same weights in a second layout
+    save_file({"tok_embeddings.weight": torch.zeros(4)}, folder / "consolidated.safetensors")
     (folder / "original").mkdir()
     (folder / "original" / "params.json").write_text("{}")
     return {name: tensor for path in folder.glob("model-*.safetensors") for name, tensor in load_file(path).items()}
