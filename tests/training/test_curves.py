@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from bam_ray.training.metrics import Metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bam_ray.blobs.memory import MemoryStore
