@@ -88,10 +88,10 @@ def alone(case: Case, world_size: int, folder: Path) -> list[dict[str, float]]:
     """The same training by `TorchEngine`, saved to `folder`, after one step to `first` below it."""
     engine = TorchEngine(case.spec(case.micro * world_size))
     batches = [in_order_of_micro_batches(shares(world_size, step), case.micro) for step in range(STEPS)]
-    results = [vars(engine.step(batches[0], LR))]
+    results = [step_losses(engine.step(batches[0], LR))]
     (folder / "first").mkdir()
     engine.state().write(folder / "first")
-    results += [vars(engine.step(batch, LR)) for batch in batches[1:]]
+    results += [step_losses(engine.step(batch, LR)) for batch in batches[1:]]
     engine.state().write(folder)
     return results
 

@@ -171,9 +171,15 @@ def test_experts_have_their_own_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": "routers", "router_warmup_fraction": 0.1}, "router_warmup_fraction comes before"),
-        ({"train": "routers_and_shared", "expert_lr_factor": 0.5}, "expert_lr_factor is of experts"),
-        ({"gate": "noisy", "losses": {"bias_rate": 0.1}}, "gate: noisy by a loss that knows of no biases: leave out"),
+        (
+            {"train": "routers", "router_warmup_fraction": 0.1},
+            "router_warmup_fraction has no effect with train: routers",
+        ),
+        (
+            {"train": "routers_and_shared", "expert_lr_factor": 0.5},
+            "expert_lr_factor has no effect with train: routers_and_shared",
+        ),
+        ({"gate": "noisy", "losses": {"bias_rate": 0.1}}, "losses.bias_rate and gate: noisy exclude each other"),
     ],
 )
 def test_settings_without_an_effect_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -198,12 +198,12 @@ def test_a_state_is_a_copy_if_the_host_has_memory_for_one(monkeypatch: pytest.Mo
 
 
 def limited_engine(limit: int | None) -> TorchEngine:
-    """Return an engine with a memory limit in bytes, whose model allocates 16 MiB per sequence in a forward pass."""
+    """Return an engine with a memory limit in bytes, whose model allocates 40 MiB per sequence in a forward pass."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny.CONFIGS["cohere"])
 
     def allocate(module: object, inputs: object, named: dict[str, Any]) -> None:
-        torch.ones(len(named["input_ids"]) * 16 * MIB // 4)
+        torch.ones(len(named["input_ids"]) * 40 * MIB // 4)  # large enough that malloc always maps and unmaps it
 
     model.base_model.register_forward_pre_hook(allocate, with_kwargs=True)
     return TorchEngine(EngineSpec(model, with_micro_batch("auto"), memory_limit=limit))
