@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bam_ray.model import BamConfig
 from bam_ray.model.attention_bam import AveragedAttention, BamAttention, BamRotaryEmbedding
 from bam_ray.model.experts_bam import BamExperts
-from bam_ray.model.modeling_bam import BamDecoderLayer, BamFFN
+from bam_ray.model.layers_bam import BamDecoderLayer, BamFFN
 from bam_ray.training.flops import forward_flops_per_token
 from benchmarks.measure import ratios, report, seconds
 from benchmarks.peers import SHARES, AutoEP, MoE, chosen, filled, marked, mixtral, start_deepspeed
@@ -91,15 +91,15 @@ def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
 
     def looped(x: Tensor) -> Tensor:
         gates = gate(x).softmax(-1)
-        return sum(gates[..., i, None] * each(x, **more)[0] for i, each in enumerate(loop))  # type: ignore[return-value]
+        return sum(gates[..., i, None] * each(x, **more)[0].result() for i, each in enumerate(loop))  # type: ignore[return-value]
 
     x = torch.randn(batch, length, d)
     times = ratios(
         seconds(
             {
                 "loop over experts": passes(loop, looped, x),
-                "one call": passes(one, lambda x: one(x, **more)[0], x),
-                "one call, kv_shared": passes(shared, lambda x: shared(x, **more)[0], x),
+                "one call": passes(one, lambda x: one(x, **more)[0].result(), x),
+                "one call, kv_shared": passes(shared, lambda x: shared(x, **more)[0].result(), x),
             },
             rounds,
         ),

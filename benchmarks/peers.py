@@ -12,7 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from bam_ray.model import BamConfig
-from bam_ray.model.modeling_bam import BamFFN
+from bam_ray.model.layers_bam import BamFFN
 
 SHARES = {"balanced": (0.25, 0.25, 0.25, 0.25), "skewed": (0.71, 0.10, 0.10, 0.09)}
 """How tokens fall on four experts."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bam_ray.errors import CheckpointError, DataError
 from bam_ray.evaluation.results import DomainRouting, DomainScore
 from bam_ray.evaluation.routing import RoutingTally
+from bam_ray.model import is_mixture
 
 
 def perplexity(model: PreTrainedModel, sequences: np.ndarray, batch_sequences: int) -> DomainScore:
@@ -38,7 +39,7 @@ def score(
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise DataError(f"held-out sequences of shape {list(sequences.shape)} hold nothing to predict: add text")
-    mixed = model.config.model_type == "bam" and model.config.mixture_layers
+    mixed = is_mixture(model.config) and model.config.mixture_layers
     tally = RoutingTally(model.config, model.selection_biases()) if mixed else None
     wanted: dict[str, Any] = {} if tally is None else {"output_router_logits": True}
     was_training = model.training

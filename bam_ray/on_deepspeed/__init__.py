@@ -1,6 +1,7 @@
 """Training over many processes with DeepSpeed's ZeRO; the experts of a mixture are distributed over ranks.
 
-    dispatch         the collectives that carry tokens to remote experts and back, with their gradients
+    collectives      asynchronous collectives with gradients, and the time that is spent waiting for them
+    dispatch         the two seams of the model over collectives: tokens to remote experts and back
     expert_parallel  reduces a whole mixture to this rank's experts, from outside
     engine           `training.engine.Engine` with DeepSpeed
     norm_limit       a DeepSpeed step that updates nothing if the gradient norm is above a limit

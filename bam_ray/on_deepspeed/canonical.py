@@ -42,7 +42,7 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards, host: Memory)
     names: dict[int, str] = {}  # the first name of each gathered parameter, because tied parameters have several
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not is_partitioned(tensor):
-            whole = shards.whole(name, tensor.detach())
+            whole = shards.gather(name, tensor.detach())
             if first and name in shards.names:  # rank 0's device has no space for the experts of all ranks
                 whole = whole.cpu()
         elif id(tensor) in names:
@@ -65,7 +65,7 @@ def _gather_optimizer_states(model: PreTrainedModel, zero: Any, shards: ExpertSh
     _link_states(zero)
     for name, parameter in _trained_parameters(model):
         for kind in ADAM_STATES:
-            whole = shards.whole(name, safe_get_full_optimizer_state(parameter, kind))
+            whole = shards.gather(name, safe_get_full_optimizer_state(parameter, kind))
             if first:
                 states[f"{name}.{kind}"] = whole.cpu()
     return states
@@ -81,12 +81,12 @@ def load_weights(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> 
         whole = weights.get(name)
         if whole is None and name.endswith(f".{NOISE_WEIGHT}"):
             continue
-        if whole is None or shards.mine(name, whole).shape != shape_of(parameter):
+        if whole is None or shards.shard(name, whole).shape != shape_of(parameter):
             found = "missing" if whole is None else f"{list(whole.shape)}"
             raise CheckpointError(f"{folder}: {name} is {found}: this is the checkpoint of another model")
         with GatheredParameters([parameter] if is_partitioned(parameter) else [], modifier_rank=0):
             if not is_partitioned(parameter) or dist.get_rank() == 0:
-                parameter.data.copy_(shards.mine(name, whole))
+                parameter.data.copy_(shards.shard(name, whole))
     for name, buffer in model.named_buffers():
         if name in weights:  # other buffers are computed from the configuration
             buffer.copy_(weights[name])
@@ -112,7 +112,7 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
     _link_states(zero)
     for name, parameter in _trained_parameters(model):
         for kind in ADAM_STATES:
-            mine = shards.mine(name, states[f"{name}.{kind}"])
+            mine = shards.shard(name, states[f"{name}.{kind}"])
             if is_partitioned(parameter):
                 safe_set_local_optimizer_state(parameter, _part(mine, parameter), kind)
             else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import canonical
-from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
+from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism, expert_marker
 from bam_ray.on_deepspeed.norm_limit import step_within_norm_limit
 from bam_ray.training.devices import device_name, resolve_precision
 from bam_ray.training.engine import NO_LIMITS, EngineSpec, LossLimits, StepResult
@@ -78,7 +78,7 @@ class DeepSpeedEngine:
             self._partition_weights()
         if spec.weights_folder is not None:
             canonical.load_weights(spec.weights_folder, model, self.shards)
-        with announced_experts(model, self.shards):
+        with expert_marker(model, self.shards):
             wrapped, *_ = deepspeed.initialize(model=NextTokenLoss(model), optimizer=optimizer, config=self._config())
         return wrapped
 
@@ -94,7 +94,7 @@ class DeepSpeedEngine:
 
     def _partition_weights(self) -> None:
         """Keep only this rank's part of every parameter, on its device, which may be too small for the whole model."""
-        if self.shards.group is not None:
+        if self.shards.ep_group is not None:
             raise SettingsError(
                 "zero_stage 3 partitions all weights, but expert_parallel already distributes those of the experts: "
                 "use zero_stage 1 or 2, or expert_parallel 1"
@@ -195,7 +195,7 @@ class DeepSpeedEngine:
 
     def _exchange_seconds(self) -> float | None:
         """Return the seconds since the last call that tokens were waited for; None if all experts are on this rank."""
-        return self.shards.wire.seconds() if self.shards.wire else None
+        return self.shards.ep_group.timer.pop_seconds() if self.shards.ep_group else None
 
     def evaluate(self, input_ids: Tensor) -> float:
         """See `Engine`. A collective."""

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bam_ray.families import FAMILIES
+from bam_ray.model import RouterOutput
 from bam_ray.training.objective import as_mixture
 
 MIN_CHUNK_TOKENS = 256  # smaller chunks are slower
@@ -41,11 +42,10 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self.head = ChunkedHead(model) if has_plain_head(model) else None
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, tuple[RouterOutput, ...]]:
         """Compute the NLL of `input_ids` [B, L].
 
-        Returns the mean NLL of the last L - 1 tokens of each row, and for mixtures the router logits [T, N] of each
-        layer.
+        Returns the mean NLL of the last L - 1 tokens of each row, and for mixtures the `RouterOutput` of each layer.
         """
         targets = input_ids[:, 1:].flatten()
         if self.head is None:
@@ -53,7 +53,7 @@ class NextTokenLoss(nn.Module):
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets), ()
         out = self.model.base_model(input_ids=input_ids, use_cache=False)
         nll = self.head(out.last_hidden_state[:, :-1].flatten(0, 1), targets)
-        return nll, getattr(out, "router_logits", ())
+        return nll, getattr(out, "router_outputs", ())
 
 
 class ChunkedHead(nn.Module):

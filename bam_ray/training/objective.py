@@ -97,12 +97,12 @@ def objective(
         reduce: Averages routing statistics over data-parallel ranks (`model.routing_losses`).
         domains: [B, D], 1 if a sequence belongs to a domain, else 0. None: all sequences belong to a single domain.
     """
-    nll, router_logits = model(input_ids)
+    nll, routers = model(input_ids)
     if mixture is None or not mixture.config.mixture_layers:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, BatchStatistics(nll.detach(), zero, zero, None))
     biases = mixture.selection_biases()
-    routing = routing_losses(router_logits, mixture.config.num_experts_per_tok, reduce, bias=biases)
+    routing = routing_losses(routers, mixture.config.num_experts_per_tok, reduce, bias=biases)
     load = _expert_load(routing, mixture, single_domain(input_ids) if domains is None else domains)
     load_balance, router_z = losses.load_balance, losses.router_z
     assert isinstance(load_balance, float) and isinstance(router_z, float), "ramps are not allowed: use Losses.at"
