@@ -18,7 +18,7 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.training.checkpoints import Checkpoints, Retention
-from bam_ray.training.engine import LossLimits
+from bam_ray.training.engine import Engine, LossLimits
 from bam_ray.training.events import RolledBack
 from bam_ray.training.loop import Training
 from tests.support.distributed.cases import (
