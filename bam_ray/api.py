@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bam_ray.blobs.check import open_checked_store
-from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import SettingsError, UpcycleError
-from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import MixtureSettings, Recipe, StoreSettings, validated
 
@@ -56,14 +55,14 @@ def upcycle(
         SettingsError: If `settings` are invalid.
         UpcycleError: If the models do not fit each other or contain values that are not finite.
     """
-    from bam_ray.toolbox.folders import make_mixture, open_model, texts_of
+    from bam_ray.toolbox.folders import make_mixture, open_model, tokenize_texts
 
     chosen = validated(MixtureSettings, {"method": "bam", **(settings or {})}, "mixture")
     if "seed" in branches:
         raise SettingsError("the name 'seed' is reserved for the seed: give the branch another name")
     sources = {name: open_model(uri, endpoint) for name, uri in {"seed": seed, **branches}.items()}
     sequences = max(chosen.router.sequences, chosen.split.sequences)
-    rows = texts_of(texts or {}, sources["seed"], sequences, text_length)
+    rows = tokenize_texts(texts or {}, sources["seed"], sequences, text_length)
     return make_mixture(sources, chosen, StoreSettings(uri=out, endpoint=endpoint), rows)
 
 
@@ -129,18 +128,19 @@ def train_branch(recipe: Recipe, domain: str, *, on_progress: Callable[[Progress
         StoreError: If the blob store cannot be used.
         TrainingError: If training fails.
     """
-    from bam_ray.stages import run_stage
+    from bam_ray.stages.run import run_stage
+    from bam_ray.stages.task_run import TaskRun
 
     if domain not in recipe.branch.domains:
         raise SettingsError(f"the recipe has no branch {domain!r}: choose one of {', '.join(recipe.branch.domains)}")
     store, _ = open_checked_store(recipe.store)
-    tasks = task_graph(recipe)
-    branch = find_task(tasks, ArtifactKind.BRANCHES, domain)
+    run = PipelineRun.of(recipe, store)
+    branch = run.task(ArtifactKind.BRANCHES, domain)
     context = _Context(on_progress or (lambda progress: None))
-    for task in tasks:
+    for task in run.tasks:
         if task.id == branch.id or task.id in branch.parents:
-            run_stage(task.kind, task.name, recipe, store, context)
-    return Artifact(store, branch.kind, branch.id).fetch()
+            run_stage(TaskRun(task, run, context))
+    return run.artifact(ArtifactKind.BRANCHES, domain).fetch()
 
 
 def run(recipe: Recipe) -> str:

@@ -35,12 +35,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, Retention
-from bam_ray.training.engine import TorchEngine
+from bam_ray.training.engine import EngineSpec
+from bam_ray.training.listener import TrainingListener
 from bam_ray.training.loop import Training
+from bam_ray.training.torch_engine import TorchEngine
 from cluster.processes import Process
 from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
 
@@ -83,16 +85,14 @@ def segment(store: BlobStore, name: str, steps: int, every: int, width: int, che
         micro_batch_sequences=SEQUENCES,
         checkpoint_every=every if checkpoints else steps + 1,
     )
-    engine = TorchEngine(AutoModelForCausalLM.from_config(config), settings)
+    engine = TorchEngine(EngineSpec(AutoModelForCausalLM.from_config(config), settings))
     lease = Lease.take(store, f"branches/{name}")
-    kept = Checkpoints(store, ArtifactKind.BRANCHES, name, lease, Retention(2, None))
-    training = Training(
-        engine, RandomTokens(), LENGTH, settings, kept, lambda point: None, lambda what, **facts: None, lambda: False
-    )
-    training._advance()  # allocates and warms up
+    kept = Checkpoints(Artifact(store, "branches", name), lease, Retention(2, None))
+    training = Training(engine, RandomTokens(), LENGTH, settings, kept, TrainingListener())
+    training.train_step()  # allocates and warms up
     before = {name: clock() for name, clock in CLOCKS.items()}
     if checkpoints:
-        training._checkpoint()  # at the start, so that its upload overlaps steps as in a long run
+        training.save_checkpoint()  # at the start of a segment, so that its upload runs beside steps as in a long run
     training.run()
     return {name: clock() - before[name] for name, clock in CLOCKS.items()}
 

@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.experts_bam import BamExperts
-from bam_ray.settings import Mixing, TrainingSettings
+from bam_ray.settings import TrainingSettings
 from benchmarks.measure import report
 from benchmarks.peers import SHARES, AutoEP, MoE, chosen, filled, marked, start_deepspeed
 
@@ -164,6 +164,7 @@ def least_rows(index: Tensor) -> int:
 def step(rounds: int, d: int, layers: int, **settings: Any) -> list[Row]:
     """Compare training steps with EP 2 and EP 1."""
     from bam_ray.on_deepspeed import deepspeed_engine
+    from bam_ray.training.engine import EngineSpec
 
     training = TrainingSettings(
         tokens=1 << 30, batch_tokens=RANKS * SEQUENCES * LENGTH, peak_lr=1e-4, micro_batch_sequences=8
@@ -174,7 +175,7 @@ def step(rounds: int, d: int, layers: int, **settings: Any) -> list[Row]:
     for size in (2, 1):
         torch.manual_seed(0)
         model = BamForCausalLM(config)
-        engine = deepspeed_engine(model, training, Mixing(), size)
+        engine = deepspeed_engine(EngineSpec(model, training, expert_parallel=size))
         cases[f"EP {size}"] = lambda engine=engine: engine.step(batch, 1e-4)  # type: ignore[misc]
         if size == RANKS:
             rows = least_rows_of(model, cases[f"EP {size}"])

@@ -19,20 +19,21 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from bam_ray.blobs import BlobStore
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
-from bam_ray.pipeline.graph import find_task, subset, task_graph
-from bam_ray.pipeline.tasks import Progress, StageContext
+from bam_ray.pipeline.graph import subset
+from bam_ray.pipeline.run import PipelineRun
+from bam_ray.pipeline.tasks import Progress
 from bam_ray.planning.cluster_file import ClusterFile
 from bam_ray.planning.simulate import simulate
 from bam_ray.settings import Recipe, parse_recipe
+from bam_ray.stages.task_run import TaskRun
 from benchmarks.measure import report
 from benchmarks.scheduling import static
 
@@ -51,12 +52,12 @@ RECIPE = {
 }
 
 
-def sleeping(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
-    """Sleep in each step, as a stage that resumes after the last step that it finished."""
+def sleeping(run: TaskRun) -> None:
+    """Sleep for each step of the task; resumes at the last step after a stop."""
     here = ray.get_runtime_context().get_node_id()
     labels = next(node.labels for node in living_nodes() if node.id == here)
-    task = find_task(task_graph(recipe), kind, name)
-    key = f"steps/{name}.json"
+    task, store, context = run.task, run.store, run.context
+    key = f"steps/{task.name}.json"
     first = json.loads(store.get(key)) if store.exists(key) else 0
     for step in range(first, task.total_steps):
         if context.should_stop():
@@ -64,7 +65,7 @@ def sleeping(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, co
             raise Interrupted("stopped")
         time.sleep(STEP_SECONDS[labels["speed"]])
         context.report(Progress(step + 1, task.total_steps, checkpoint_step=first))
-    Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name, step=task.total_steps))
+    run.artifact.commit(Manifest(id=task.id, kind=task.kind, name=task.name, step=task.total_steps))
 
 
 def main() -> None:
@@ -118,7 +119,8 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     store = FolderStore(recipe.store.uri)
-    for task in subset(task_graph(recipe), [ArtifactKind.SEEDS]):
+    pipeline = PipelineRun.of(recipe, store)
+    for task in subset(pipeline.tasks, ["seeds"]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
     small = {"object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
@@ -126,8 +128,8 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
         for kind in STEP_SECONDS:
             cluster.add_node(num_cpus=1, labels={"speed": kind}, **small)
         ray.init(address=cluster.address, log_to_driver=False)
-        launcher = RayLauncher(recipe, store, None, StageFunctions(sleeping))
-        controller = Controller(subset(task_graph(recipe), [ArtifactKind.BRANCHES]), store, launcher)
+        launcher = RayLauncher(pipeline, None, StageFunctions(sleeping))
+        controller = Controller(subset(pipeline.tasks, ["branches"]), store, launcher)
         begin = time.monotonic()
         outcome = controller.run(pause=0.2)
         seconds = time.monotonic() - begin

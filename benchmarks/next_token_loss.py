@@ -28,10 +28,10 @@ def peak_mib(run: Callable[[], object]) -> float:
     """Return the peak memory of `run` in MiB, beyond what was allocated before."""
     memory = HostMemory()
     gc.collect()
-    before = memory.used()
+    before = memory.used_bytes()
     memory.reset_peak()
     run()
-    return (memory.peak() - before) / (1 << 20)
+    return (memory.peak_bytes() - before) / (1 << 20)
 
 
 def losses(rounds: int, width: int, vocabulary: int, bf16: bool) -> list[str | float]:

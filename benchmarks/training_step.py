@@ -25,8 +25,9 @@ from transformers import MixtralForCausalLM, PreTrainedModel
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import TrainingSettings
-from bam_ray.training.engine import TorchEngine
+from bam_ray.training.engine import EngineSpec
 from bam_ray.training.flops import training_flops
+from bam_ray.training.torch_engine import TorchEngine
 from benchmarks.measure import report, seconds
 from benchmarks.peers import mixtral_config
 
@@ -95,7 +96,7 @@ def steps(rounds: int, shape: Shape, precision: Literal["fp32", "bf16"]) -> list
         precision=precision,
     )
     made = models(shape)
-    engines = {name: TorchEngine(model, settings, device=device) for name, model in made.items()}
+    engines = {name: TorchEngine(EngineSpec(model, settings), device) for name, model in made.items()}
     cases: dict[str, Callable[[], object]] = {
         name: partial(engine.step, batch, 1e-4) for name, engine in engines.items()
     }

@@ -1,4 +1,4 @@
-"""Branch: train the seed, where it is not there yet, and one branch a domain."""
+"""Branch: train the seed, if it is not committed yet, and one branch per domain."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

@@ -1,4 +1,4 @@
-"""Evaluate: score every model of the run on every domain, write the report, print the table."""
+"""Evaluate: score every model of the run on every domain, write the report and print the table."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

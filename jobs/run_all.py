@@ -1,17 +1,17 @@
-"""The whole story: corpus, seed, branches, upcycling, mixing, evaluation, endpoint. Submitted again, it goes on."""
+"""Run everything: corpus, seed, branches, upcycling, mixing, evaluation and the endpoint. Resumes if run again."""
 
 from rich.console import Console
 
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import run_job, serve_and_ask, show_results
-from bam_ray.settings import Recipe
+from bam_ray.pipeline.run import PipelineRun
 
 
-def end(recipe: Recipe, console: Console) -> None:
-    """What a person waited for."""
-    show_results(recipe, console)
-    serve_and_ask(recipe, console)
+def show(run: PipelineRun, console: Console) -> None:
+    """Print the results, then serve the mixture."""
+    show_results(run, console)
+    serve_and_ask(run, console)
 
 
 if __name__ == "__main__":
-    run_job(None, deepspeed_engine, end)
+    run_job(None, deepspeed_engine, show)

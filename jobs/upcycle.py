@@ -1,4 +1,4 @@
-"""Upcycle: turn seed and branches into mixtures at step 0."""
+"""Upcycle: make mixtures at step 0 from the seed and its branches."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

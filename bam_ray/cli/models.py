@@ -19,7 +19,7 @@ from bam_ray.settings import MixtureSettings, StoreSettings, apply_override, val
 
 if TYPE_CHECKING:
     from bam_ray.checkpoint.tensors import TensorReader
-    from bam_ray.toolbox.folders import Changed, Flight
+    from bam_ray.toolbox.folders import EditedMixture, PreflightReport
     from bam_ray.upcycling import Change
     from bam_ray.upcycling import Progress as Told
 
@@ -60,12 +60,12 @@ def upcycle(
     if not out and not dry_run:
         raise SettingsError("say where the mixture goes with --out (or look first with --dry-run)")
 
-    from bam_ray.toolbox.folders import make_mixture, open_model, preflight, texts_of
+    from bam_ray.toolbox.folders import make_mixture, open_model, preflight, tokenize_texts
     from bam_ray.upcycling.routers.separation import separation_table
 
     sources = {name: open_model(uri, endpoint) for name, uri in origins.items()}
     sequences = max(settings.router.sequences, settings.split.sequences)
-    texts = texts_of(_named(text or [], "--text"), sources["seed"], sequences, length)
+    texts = tokenize_texts(_named(text or [], "--text"), sources["seed"], sequences, length)
     if dry_run:
         _print_flight(preflight(sources, settings, texts))
         return
@@ -221,9 +221,9 @@ def _change(
     sequences: int,
     length: int,
 ) -> None:
-    from bam_ray.toolbox.folders import change_mixture, texts_of
+    from bam_ray.toolbox.folders import change_mixture, tokenize_texts
 
-    texts = texts_of(_named(text or [], "--text"), mixture, sequences, length)
+    texts = tokenize_texts(_named(text or [], "--text"), mixture, sequences, length)
     with _bar(what.verb) as told:
         changed = change_mixture(mixture, what, branch, out, average_weight, texts, told)
     _print_changed(changed)
@@ -265,7 +265,7 @@ def _bar(what: str) -> Iterator["Told"]:
         yield lambda done, total: bar.update(job, completed=done, total=total)
 
 
-def _print_flight(flight: "Flight") -> None:
+def _print_flight(flight: "PreflightReport") -> None:
     table = Table(title="Drift from the seed, relative", title_justify="left")
     table.add_column("layer")
     for name in flight.drifts:
@@ -292,7 +292,7 @@ def _print_flight(flight: "Flight") -> None:
     )
 
 
-def _print_changed(changed: "Changed") -> None:
+def _print_changed(changed: "EditedMixture") -> None:
     if not changed.before:
         console.print("no --text was given: nothing was evaluated", highlight=False)
         return

@@ -1,46 +1,34 @@
-"""Training over many processes: DeepSpeed's ZeRO, with the mixture's experts spread over ranks.
+"""Training over many processes with DeepSpeed's ZeRO; the experts of a mixture are distributed over ranks.
 
     collectives      asynchronous collectives with gradients, and the time that is spent waiting for them
-    dispatch         the two seams of the model over collectives: tokens to experts on other ranks and back
-    expert_parallel  cuts a whole mixture down to this rank's experts, from outside
-    engine           `training.engine.Engine` over DeepSpeed
-    canonical        its state to and from the form that says nothing of ranks
+    dispatch         the two seams of the model over collectives: tokens to remote experts and back
+    expert_parallel  reduces a whole mixture to this rank's experts, from outside
+    engine           `training.engine.Engine` with DeepSpeed
+    norm_limit       a DeepSpeed step that updates nothing if the gradient norm is above a limit
+    canonical        converts its state to and from the form that is independent of ranks
 
-Importing this package is cheap: only `deepspeed_engine`, called on the workers, imports deepspeed.
+Importing this package is cheap: deepspeed is imported only when a worker calls `deepspeed_engine`.
 """
 
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedModel
-
-    from bam_ray.settings import Mixing, TrainingSettings
-    from bam_ray.training.engine import Engine
+    from bam_ray.training.engine import Engine, EngineSpec
 
 __all__ = ["deepspeed_engine"]
 
 
-def deepspeed_engine(
-    model: "PreTrainedModel",
-    settings: "TrainingSettings",
-    mixing: "Mixing | None" = None,
-    expert_parallel: int = 1,
-    folder: "Path | None" = None,
-) -> "Engine":
-    """An engine over all processes, called on each with the whole model, equal on all.
+def deepspeed_engine(spec: "EngineSpec") -> "Engine":
+    """Return an engine over all processes; each process calls this with an equal spec.
 
-    Or with its outline (`training.outline`) and the `folder` of its weights, of which each process reads its own part.
-
-    Needs torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or an initialised
-    process group. `mixing` and `expert_parallel`, how many processes share the experts, are of mixtures.
+    It needs an initialized process group, or the variables of torch.distributed (RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT).
     """
     import torch
 
-    # Before deepspeed is first imported: its own guess is the same, with a warning on stdout.
+    # Must be set before deepspeed is imported: its own guess is the same, but prints a warning to stdout
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from bam_ray.on_deepspeed.engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, settings, mixing, expert_parallel, folder)
+    return DeepSpeedEngine(spec)

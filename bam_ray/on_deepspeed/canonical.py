@@ -1,9 +1,11 @@
-"""DeepSpeed's state to and from the canonical form (`training.state`), which says nothing of ranks.
+"""Convert DeepSpeed's state to and from the canonical form (`training.state`), which is independent of ranks.
 
-Weights are fp32 and equal to ZeRO's partitioned masters. Parameter by parameter they and Adam's states become whole on
-all ranks for a moment, and stay on rank 0 alone; they are read from files that way too, so that no rank but rank 0 ever
-holds more of the model than its own part and one parameter. DeepSpeed's native checkpoints are pickles, resume only at
-the same number of ranks, and would leave out experts that are not of its own classes: they are not used.
+Weights are fp32 and equal ZeRO's partitioned master weights. Weights and Adam's states are gathered parameter by
+parameter: each is whole on all ranks for a moment, and then stays only on rank 0. They are read from files in the same
+way, so that no rank except rank 0 ever holds more of the model than its own part and one parameter.
+
+DeepSpeed's native checkpoints are not used. They are pickles, they resume only at the same number of ranks, and they
+would omit experts that are not of DeepSpeed's own classes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,20 +27,23 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed.expert_parallel import ExpertShards
-from bam_ray.training.memory import HostMemory
-from bam_ray.training.meta_init import NOISE
-from bam_ray.training.state import ADAM_STATES, OPTIMIZER, State, TensorFiles, snapshot
+from bam_ray.training.memory import Memory
+from bam_ray.training.meta_init import NOISE_WEIGHT
+from bam_ray.training.state import ADAM_STATES, OPTIMIZER, TensorFiles, TrainingState, snapshot
 
 
-def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | None:
-    """The state of `model` and its ZeRO optimizer on rank 0, None elsewhere; called on all ranks."""
+def state(model: PreTrainedModel, zero: Any, shards: ExpertShards, host: Memory) -> TrainingState | None:
+    """Return the state of `model` and its ZeRO optimizer on rank 0 and None on the others. A collective.
+
+    It is a copy if `host`, rank 0's host memory, has space for one.
+    """
     first = dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # of parameters that were gathered: tied ones are one
+    names: dict[int, str] = {}  # the first name of each gathered parameter, because tied parameters have several
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not is_partitioned(tensor):
             whole = shards.gather(name, tensor.detach())
-            if first and name in shards.names:  # one after the other, not all on rank 0's device
+            if first and name in shards.names:  # rank 0's device has no space for the experts of all ranks
                 whole = whole.cpu()
         elif id(tensor) in names:
             whole = weights.get(names[id(tensor)], tensor)
@@ -49,57 +54,63 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | No
         if first:
             weights[name] = whole
     step = steps(zero)
+    states = _gather_optimizer_states(model, zero, shards) if step else {}
+    return snapshot(model, weights, states, step, host.available_bytes()) if first else None
+
+
+def _gather_optimizer_states(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> dict[str, Tensor]:
+    """Return Adam's states by name on rank 0, and nothing on the others. A collective."""
+    first = dist.get_rank() == 0
     states: dict[str, Tensor] = {}
-    if step:
-        _link_states(zero)
-        for name, parameter in trained(model):
-            for kind in ADAM_STATES:
-                whole = shards.gather(name, safe_get_full_optimizer_state(parameter, kind))
-                if first:
-                    states[f"{name}.{kind}"] = whole.cpu()
-    return snapshot(model, weights, states, step, HostMemory().room()) if first else None
+    _link_states(zero)
+    for name, parameter in _trained_parameters(model):
+        for kind in ADAM_STATES:
+            whole = shards.gather(name, safe_get_full_optimizer_state(parameter, kind))
+            if first:
+                states[f"{name}.{kind}"] = whole.cpu()
+    return states
 
 
-def fill(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> None:
-    """Read this rank's part of the weights in a Hugging Face folder, which may be in another precision.
+def load_weights(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> None:
+    """Read this rank's part of the weights in a Hugging Face folder, which may have another precision.
 
-    Raises `CheckpointError` where the folder holds another model.
+    Raises `CheckpointError` if the folder contains another model.
     """
     weights = TensorFiles(sorted(folder.glob("model*.safetensors")))
     for name, parameter in model.named_parameters():
         whole = weights.get(name)
-        if whole is None and name.endswith(f".{NOISE}"):
+        if whole is None and name.endswith(f".{NOISE_WEIGHT}"):
             continue
         if whole is None or shards.shard(name, whole).shape != shape_of(parameter):
             found = "missing" if whole is None else f"{list(whole.shape)}"
-            raise CheckpointError(f"{folder}: {name} is {found}: it is the checkpoint of another model")
+            raise CheckpointError(f"{folder}: {name} is {found}: this is the checkpoint of another model")
         with GatheredParameters([parameter] if is_partitioned(parameter) else [], modifier_rank=0):
             if not is_partitioned(parameter) or dist.get_rank() == 0:
                 parameter.data.copy_(shards.shard(name, whole))
     for name, buffer in model.named_buffers():
-        if name in weights:  # those that are no function of the configuration
+        if name in weights:  # other buffers are computed from the configuration
             buffer.copy_(weights[name])
 
 
 def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:
-    """Read a state into `model` and its ZeRO optimizer, whatever the number of ranks that wrote it.
+    """Read a state, which any number of ranks may have written, into `model` and its ZeRO optimizer.
 
-    Raises `CheckpointError` where the folder holds another model.
+    Raises `CheckpointError` if the folder contains another model.
     """
-    fill(folder, model, shards)
+    load_weights(folder, model, shards)
     zero.refresh_fp32_params()
     zero.optimizer.state.clear()
     states = TensorFiles([folder / OPTIMIZER])
     step = int(states["step"])
     if not step:
         return
-    for partition in _masters(zero):
+    for partition in _master_weights(zero):
         zero.optimizer.state[partition] = {
             "step": torch.tensor(float(step), device=partition.device),
             **{kind: torch.zeros_like(partition) for kind in ADAM_STATES},
         }
     _link_states(zero)
-    for name, parameter in trained(model):
+    for name, parameter in _trained_parameters(model):
         for kind in ADAM_STATES:
             mine = shards.shard(name, states[f"{name}.{kind}"])
             if is_partitioned(parameter):
@@ -109,45 +120,48 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether it is a parameter of which ZeRO-3 keeps a part on each rank."""
+    """Return True if `tensor` is a parameter that ZeRO-3 partitions over the ranks."""
     return hasattr(tensor, "ds_id")
 
 
 def shape_of(parameter: Any) -> torch.Size:
-    """The shape of a parameter as the model has it, whole (but for experts on other ranks)."""
+    """Return the shape of a whole parameter, without the experts of other ranks."""
     shape: torch.Size = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
     return shape
 
 
 def _part(whole: Tensor, parameter: Any) -> Tensor:
-    """This rank's part of a parameter's state, as ZeRO-3 cuts it: all of one length, the last filled up with zeros."""
+    """Return this rank's part of a parameter's state.
+
+    As in ZeRO-3, all parts have the same length, and the last is padded with zeros.
+    """
     size = parameter.ds_tensor.numel()
     padded = F.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
     return padded[size * dist.get_rank() :][:size]
 
 
-def _masters(zero: Any) -> Iterable[Tensor]:
-    """What ZeRO's own optimizer updates on this rank."""
+def _master_weights(zero: Any) -> Iterable[Tensor]:
+    """Return the master weights, which ZeRO's inner optimizer updates on this rank."""
     stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     masters: Iterable[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
     return masters
 
 
-def trained(model: PreTrainedModel) -> Iterator[tuple[str, Parameter]]:
-    """The parameters that the optimizer has states of."""
+def _trained_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Parameter]]:
+    """Return the parameters for which the optimizer has states."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def steps(zero: Any) -> int:
-    """Updates made so far."""
+    """Return the number of updates so far."""
     return max((int(state["step"]) for state in zero.optimizer.state.values()), default=0)
 
 
 def _link_states(zero: Any) -> None:
-    """Let the accessors of DeepSpeed's stages 1 and 2 find Adam's states.
+    """Link Adam's states again, so that DeepSpeed's accessors for stages 1 and 2 find all of them.
 
-    DeepSpeed 0.19.8 links them once, after the first parameter group's first update, when the other groups have none:
-    those of the experts would be missing.
+    DeepSpeed 0.19.8 links them only once, after the first update of the first parameter group. The other parameter
+    groups have no states then, so the states of the experts would be missing.
     """
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False

@@ -1,4 +1,4 @@
-"""What the cluster has, as Ray tells it."""
+"""The nodes of the cluster and their free resources, as Ray reports them."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,12 @@ from bam_ray.scheduling.nodes import NodeFacts
 
 
 def living_nodes() -> list[NodeFacts]:
-    """The nodes that are alive now, with what they have in all, and whether a notice says that they will be taken away:
-    a spot machine's, say, which reaches Ray as a request to drain the node."""
-    leaving = state.get_draining_nodes()  # by id; Ray has no public word for them
+    """Return the nodes that are alive, with their total resources.
+
+    A node is `leaving` if a notice says that it will be taken away, such as a spot node's. The notice reaches Ray as a
+    request to drain the node.
+    """
+    leaving = state.get_draining_nodes()  # by node id; Ray has no public function for this
     return [
         NodeFacts(
             node["NodeID"],
@@ -27,6 +30,6 @@ def living_nodes() -> list[NodeFacts]:
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """What is free on each node, by its id; it may be a second old."""
+    """Return the free resources of each node by node id; they may be a second old."""
     free: dict[str, dict[str, float]] = available_resources_per_node()
     return free

@@ -1,8 +1,8 @@
-"""The processes of a mixture, or of a seed or branch with several workers: ranks that train together, under Ray Train.
+"""The process group of one task under Ray Train: a mixture, or a seed or branch with several workers.
 
-Ray Train places the ranks, joins them into a torch process group and takes all of them down when one is lost. Nothing
-else of it is used: checkpoints go to the blob store as everything does, and whether to try again is the controller's
-to say, so that one policy and one table cover all tasks. `run_group` blocks; it runs on the thread of a `TaskActor`.
+Ray Train places the ranks, joins them into a torch process group, and stops all of them when one is lost. Nothing else
+of Ray Train is used. Checkpoints go to the blob store like those of all tasks, and the controller decides about
+retries, so that one policy and one table cover all tasks. `run_group` blocks; it runs on the thread of a `TaskActor`.
 """
 
 import os
@@ -18,35 +18,35 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
-from bam_ray.on_ray.task_actor import here, quiet, use_threads
 from bam_ray.on_ray.work import Work
+from bam_ray.on_ray.worker_env import current_node, limit_threads, silence_libraries
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.scheduling.nodes import resources_of
 
-EXCHANGE_EVERY = 1.0  # seconds between rank 0's words with the driver
-# gloo's words, and the last NCCL's
-OTHER_WENT = re.compile(
+EXCHANGE_SECONDS = 1.0  # time between two exchanges of rank 0 with the driver
+PEER_LOST = re.compile(
     "connection (closed|reset) by peer|broken pipe|timed out waiting|application timeout caused pair closure|"
     "remote process exited or there was a network error",
     re.IGNORECASE,
 )
+"""Matches the error of a collective whose peer went away: the messages of gloo, and the last one of NCCL."""
 
 
 def run_group(work: Work, host: Any) -> None:
-    """Do a training task on `work.task.workers` processes; `host` is the `TaskActor` they report to.
+    """Run a training task on `work.task.workers` processes that report to `host`, their `TaskActor`.
 
-    Returns when all ranks have returned; raises the error that ended the group.
+    Returns when all ranks have returned, and raises the error that ended the process group.
     """
-    # Ray Train would move the ranks into a folder of its own: relative paths of a recipe keep their meaning
+    # Ray Train would change the working directory of the ranks, so that relative paths of a recipe would not resolve
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
-    def rank() -> None:
-        run_rank(work, host)
+    def train() -> None:
+        train_on_rank(work, host)
 
     needs = work.task.needs
-    with tempfile.TemporaryDirectory(prefix="bam-train-") as folder:  # Ray Train's own notes, of no use afterwards
+    with tempfile.TemporaryDirectory(prefix="bam-train-") as folder:  # Ray Train's own files, not needed afterwards
         trainer = TorchTrainer(
-            rank,
+            train,
             torch_config=TorchConfig(backend="nccl" if needs.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=work.task.workers,
@@ -63,20 +63,19 @@ def run_group(work: Work, host: Any) -> None:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise cause(error) from error
+            raise root_cause(error) from error
 
 
-def run_rank(work: Work, host: Any) -> None:
-    """One rank: train, saying on rank 0 how far it is."""
-    quiet()
-    use_threads(work.task.needs.cpus)
+def train_on_rank(work: Work, host: Any) -> None:
+    """Run one rank's part of the task; rank 0 reports progress to `host`."""
+    silence_libraries()
+    limit_threads(work.task.needs.cpus)
     context = RankContext(host)
     try:
-        task = work.task
-        work.functions.run_rank(task.kind, task.name, work.recipe, work.store, context, work.engine_factory)
+        work.execute_rank(context, context.rank)
     except Interrupted:
-        # Ray Train ends the group with the first rank that fails. None does here, and none leaves early: rank 0 may
-        # still be writing the checkpoint
+        # Ray Train ends the group when the first rank fails. So no rank fails here, and no rank returns early, because
+        # rank 0 may still be writing the checkpoint.
         dist.barrier()
         if context.rank == 0:
             ray.get(host.group_stopped.remote())
@@ -85,9 +84,10 @@ def run_rank(work: Work, host: Any) -> None:
 
 
 class RankContext:
-    """The `StageContext` of one rank. Each tells the host where it is; after that only rank 0's speaks with it.
+    """The `StageContext` of one rank.
 
-    The training loop stops where any rank should stop, so all stop at the same step.
+    Every rank tells the host which node it runs on. After that only rank 0 communicates with the host. The training
+    loop stops if any rank should stop, so all ranks stop at the same step.
     """
 
     def __init__(self, host: Any) -> None:
@@ -96,62 +96,65 @@ class RankContext:
         self._progress: Progress | None = None
         self._asked_to_stop = False
         self._closed = threading.Event()
-        where = here()
-        self.node = where.name
-        ray.get(host.join.remote(self.rank, where))
-        self._thread = threading.Thread(target=self._exchange_often, daemon=True)
+        node = current_node()
+        self.node = node.name
+        ray.get(host.join.remote(self.rank, node))
+        self._thread = threading.Thread(target=self._exchange_periodically, daemon=True)
         if self.rank == 0:
             self._thread.start()
 
     def report(self, progress: Progress) -> None:
-        """Of `StageContext`; what other ranks than 0 say is not passed on."""
+        """Keep the progress for the next exchange; only rank 0's is passed on."""
         self._progress = progress
 
     def should_stop(self) -> bool:
-        """Of `StageContext`; always False on other ranks than 0."""
+        """Return True if the host asked the group to stop; always False on ranks above 0."""
         return self._asked_to_stop
 
     def close(self) -> None:
-        """Pass on the last progress."""
+        """Pass on the last progress, and stop exchanging."""
         self._closed.set()
         if self.rank == 0:
             self._thread.join()
 
-    def _exchange_often(self) -> None:
+    def _exchange_periodically(self) -> None:
         while True:
-            last = self._closed.wait(EXCHANGE_EVERY)
+            last = self._closed.wait(EXCHANGE_SECONDS)
             try:
                 self._asked_to_stop = ray.get(self._host.exchange.remote(self._progress))
             except RayActorError:
-                return  # without a host Ray Train takes this process down
+                return  # the host is gone, so Ray Train will stop this process
             if last:
                 return
 
 
-def cause(error: TrainingFailedError) -> BaseException:
-    """The error that ended a group: what a rank itself raised, before what its end did to others."""
+def root_cause(error: TrainingFailedError) -> BaseException:
+    """Return the error that ended a process group, rather than the errors that its end caused on other ranks."""
     if not isinstance(error, WorkerGroupError):
         return TrainingError(f"Ray Train gave up: {one_line(error)}")
     failures: dict[int, BaseException] = {}
     for rank, failure in sorted(error.worker_failures.items()):
-        # Ray Train wraps what a rank raised, to keep its traceback, and what asking a dead one how it is does
+        # Ray Train wraps the exception of a rank to keep its traceback, and also the failed health check of a dead rank
         base = getattr(failure, "_base_exc", getattr(failure, "health_check_failure", failure))
         base.add_note(f"on rank {rank}:\n{failure}")
         failures[rank] = base
-    first = min(failures.values(), key=remoteness)  # of the lowest rank among the like
+    first = min(failures.values(), key=root_cause_rank)  # the lowest rank's, among equals
     if isinstance(first, RayActorError):
         dead = [str(rank) for rank, failure in failures.items() if isinstance(failure, RayActorError)]
         return TrainingError(f"the process or the node of rank {', '.join(dead)} died")
     return first
 
 
-def remoteness(failure: BaseException) -> int:
-    """How far from the cause of a group's end what a rank ended with is: an error of ours, any other, a death without
-    a word, a collective that failed (for a reason of its own, maybe), and one that failed because another rank went."""
+def root_cause_rank(failure: BaseException) -> int:
+    """Return how likely an exception is the root cause of a group's end; lower is likelier.
+
+    0: an error of this package. 1: any other error. 2: a process that died without an error. 3: a collective that
+    failed, maybe for a reason of its own. 4: a collective that failed because another rank was lost.
+    """
     if isinstance(failure, BamError):
         return 0
     if isinstance(failure, RayActorError):
         return 2
-    if OTHER_WENT.search(str(failure)):
+    if PEER_LOST.search(str(failure)):
         return 4
     return 3 if isinstance(failure, dist.DistError) else 1

@@ -1,13 +1,15 @@
-"""What the scripts in `jobs/` share: the command line, errors as one line, exit codes.
+"""The part that all scripts in `jobs/` share: command line, one-line errors and exit codes.
 
     python jobs/branch.py --recipe recipes/demo.yaml branch.training.tokens=2000000
 
-0: everything asked for is committed. 1: something failed. 130: stopped; the same command goes on.
+Exit codes: 0 if everything that was asked for is committed, 1 if something failed, 130 if the job was stopped. The same
+command resumes a stopped job.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,56 +17,65 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import BamError
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
-from bam_ray.on_ray.serve_app import deploy, mixture_of
-from bam_ray.on_ray.submit import ENDING
-from bam_ray.on_ray.work import EngineFactory
+from bam_ray.on_ray.serve_app import deploy, served_mixture
+from bam_ray.on_ray.submit import END_OF_RUN
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
 
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
 def run_job(
     kinds: Collection[ArtifactKind] | None,
-    engine_factory: EngineFactory | None = None,
-    ending: Callable[[Recipe, Console], None] | None = None,
+    engine_factory: "EngineFactory | None" = None,
+    show: Callable[[PipelineRun, Console], None] | None = None,
 ) -> None:
-    """Make all artifacts of `kinds` (None: all) by the recipe on the command line, then `ending`; exits."""
+    """Make all artifacts of `kinds` with the recipe on the command line, call `show`, and exit.
+
+    Args:
+        kinds: Kinds of artifacts to make, together with everything that they are made from. None stands for all.
+        engine_factory: Makes the engines of process groups.
+        show: Called at the end of a run that finished. Its output is what `bam run` prints last.
+    """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--recipe", required=True, help="the recipe, a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the recipe's, with dots")
+    parser.add_argument("--recipe", required=True, help="path of the recipe, a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
     arguments = parser.parse_args()
     console = Console(width=TABLE_WIDTH)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         outcome = run_tasks(recipe, kinds, engine_factory)
-        if outcome == "finished" and ending is not None:
-            console.print(ENDING, highlight=False)
-            ending(recipe, console)
+        if outcome == "finished" and show is not None:
+            console.print(END_OF_RUN, highlight=False)
+            show(run_of(recipe), console)
     except BamError as error:
         sys.exit(f"error: {error}")
     sys.exit(EXIT_CODES[outcome])
 
 
-def serve_mixture(recipe: Recipe) -> tuple[str, str]:
-    """Put the recipe's mixture behind the endpoint; returns its base URL and the model's name."""
-    connect()
-    mixture, name = mixture_of(recipe)
-    return deploy(recipe.store.uri, recipe.store.endpoint, mixture.kind, mixture.id, name, recipe.serve), name
+def run_of(recipe: Recipe) -> PipelineRun:
+    """Return the run of `recipe` over its own store."""
+    return PipelineRun.of(recipe, open_store(recipe.store.uri, recipe.store.endpoint))
 
 
-def show_results(recipe: Recipe, console: Console) -> None:
-    """The perplexity table, and where the report lies."""
-    from bam_ray.on_ray import run_summary  # torch and transformers: not before they are needed
+def show_results(run: PipelineRun, console: Console) -> None:
+    """Print the perplexity table and the location of the report."""
+    from bam_ray.on_ray import run_summary  # torch and transformers: not imported before they are needed
 
-    run_summary.show_results(recipe, open_store(recipe.store.uri, recipe.store.endpoint), console)
+    run_summary.show_results(run, console)
 
 
-def serve_and_ask(recipe: Recipe, console: Console) -> None:
-    """Serve the mixture, let it continue one text a domain, and print how to ask it."""
+def serve_and_ask(run: PipelineRun, console: Console) -> None:
+    """Serve the mixture, print its continuation of one text per domain, and print how to send a request."""
     from bam_ray.on_ray import run_summary
 
-    url, name = serve_mixture(recipe)
-    run_summary.stream_completions(recipe, open_store(recipe.store.uri, recipe.store.endpoint), url, name, console)
+    connect()
+    mixture, name = served_mixture(run)
+    url = deploy(mixture, name, run.recipe.serve)
+    run_summary.stream_completions(run, url, name, console)
     console.print(f"{name} is served at {url}. Ask it:", highlight=False)
     body = f'{{"model": "{name}", "prompt": "The ", "max_tokens": 40}}'
     console.print(

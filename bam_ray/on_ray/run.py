@@ -1,6 +1,6 @@
 """The driver of a run, inside a Ray job or on any machine of the cluster: controller, launcher, status and table.
 
-Nothing durable lives here: killed and submitted again, a run goes on where it stood.
+The driver keeps no durable state. A run whose driver was killed resumes when it is submitted again.
 """
 
 import logging
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Collection
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import ray
 from rich.console import Console
@@ -22,46 +23,60 @@ from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
-from bam_ray.on_ray.work import EngineFactory, StageFunctions
-from bam_ray.pipeline.graph import subset, task_graph
+from bam_ray.on_ray.work import StageFunctions
+from bam_ray.pipeline.graph import subset
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe
 
-STEP_EVERY = 0.5  # seconds
-STATUS_EVERY = 2.0
-TABLE_EVERY = 30.0  # where nothing changes
-TABLE_WIDTH = 110
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
+
+STEP_SECONDS = 0.5  # time between two steps of the controller
+STATUS_SECONDS = 2.0  # longest time between two writes of status.json
+TABLE_SECONDS = 30.0  # longest time between two prints of the table
+TABLE_WIDTH = 110  # characters
 
 
 def run_tasks(
     recipe: Recipe,
     kinds: Collection[ArtifactKind] | None = None,
-    engine_factory: EngineFactory | None = None,
+    engine_factory: "EngineFactory | None" = None,
     functions: StageFunctions | None = None,
 ) -> Outcome:
-    """Make all artifacts of `kinds` (None: all) and what they are made from; returns how that ended.
+    """Make all artifacts of `kinds` and everything that they are made from, and return the outcome.
 
-    SIGTERM and SIGINT make all running tasks write a checkpoint first. Raises `StoreError` where the blob store cannot
-    be used and `PlacementError` where there is no cluster; what goes wrong later is told in the table.
+    After SIGTERM or SIGINT, all running tasks write a checkpoint before this returns. Errors of tasks are shown in the
+    table and are not raised.
+
+    Args:
+        recipe: The recipe of the run.
+        kinds: Kinds of artifacts to make. None stands for all.
+        engine_factory: Makes the engines of process groups.
+        functions: Replacements for the functions that run a stage.
+
+    Raises:
+        StoreError: The blob store cannot be used.
+        PlacementError: There is no cluster.
     """
-    tasks = task_graph(recipe)
-    store, weaker = open_checked_store(recipe.store)  # wrong credentials and a missing bucket are said now
+    store, weaker = open_checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
     if weaker:
         Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
     connect()
-    launcher = RayLauncher(recipe, store, engine_factory, functions)
-    controller = Controller(tasks if kinds is None else subset(tasks, kinds), store, launcher)
+    run = PipelineRun.of(recipe, store)
+    launcher = RayLauncher(run, engine_factory, functions)
+    controller = Controller(run.tasks if kinds is None else subset(run.tasks, kinds), store, launcher)
     stop_on_signals(controller)
-    show = Narrator(recipe.name, controller, store)
+    reporter = StatusReporter(recipe.name, controller, store)
     try:
-        outcome = controller.run(STEP_EVERY, show)
+        outcome = controller.run(STEP_SECONDS, reporter)
     finally:
         launcher.close()
-    show.last()
+    reporter.write()
     return outcome
 
 
-class Narrator:
-    """Writes `status.json`, and prints the table where something changed or a while has passed."""
+class StatusReporter:
+    """Writes `status.json` and prints the table, when a task has changed its state and at regular intervals."""
 
     def __init__(self, run: str, controller: Controller, store: BlobStore) -> None:
         self._run = run
@@ -72,22 +87,20 @@ class Narrator:
         self._before = status.last(store)
 
     def __call__(self, changed: bool) -> None:
+        """Write and print what is due; called after every step of the controller."""
         now = time.monotonic()
-        if changed or now - self._written >= STATUS_EVERY:
-            self._write()
+        if changed or now - self._written >= STATUS_SECONDS:
+            self.write()
             self._written = now
-        if changed or now - self._printed >= TABLE_EVERY:
+        if changed or now - self._printed >= TABLE_SECONDS:
             self._print()
             self._printed = now
 
-    def last(self) -> None:
-        """The end of the story."""
-        self._write()
-
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write `status.json`; prints a warning if the store is unavailable."""
         try:
             status.write(self._store, status.build(self._run, self._controller, self._before))
-        except StoreUnavailable as error:  # tasks may get through; they try for themselves
+        except StoreUnavailable as error:  # not fatal: tasks may reach the store, and retry for themselves
             self._console.print(f"status not written: {error}", style="yellow", highlight=False)
 
     def _print(self) -> None:
@@ -95,18 +108,24 @@ class Narrator:
 
 
 def connect() -> None:
-    """Join the cluster that this process is on, or that `RAY_ADDRESS` names, if it has not been joined yet."""
+    """Connect to the cluster of this machine, or to that of `RAY_ADDRESS`; does nothing if connected already.
+
+    Raises `PlacementError` if there is no cluster.
+    """
     if ray.is_initialized():
         return
     try:
-        # Workers' output stays in their own logs: one table is the story
+        # The output of workers stays in their own log files, so that the driver's output is the table alone
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError:
-        raise PlacementError("no Ray cluster answers here: start one, or submit this as a job to one") from None
+        raise PlacementError("no Ray cluster answers here: start one, or submit this as a job to a cluster") from None
 
 
 def stop_on_signals(controller: Controller) -> None:
-    """SIGTERM (`ray job stop`) and SIGINT (Ctrl-C) ask for a clean stop. After `ray.init`, which takes SIGTERM."""
+    """Stop the controller cleanly on SIGTERM (`ray job stop`) and SIGINT (Ctrl-C).
+
+    Must be called after `ray.init`, which installs its own handler of SIGTERM. Does nothing outside the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
 

@@ -1,9 +1,10 @@
-"""A run as a Ray job, submitted from one's own machine and followed there as one live table.
+"""A run as a Ray job that is submitted from a user's machine and shown there as one live table.
 
     job_id = submit("recipes/demo.yaml", ["mix.expert_parallel=4"])
     sys.exit(follow(job_id, store))
 
-The working folder travels with the job (without what `.gitignore` names), so nodes need only the Python environment.
+The working folder is uploaded with the job, without the files that `.gitignore` names. So the nodes need only the
+Python environment.
 """
 
 import logging
@@ -32,144 +33,158 @@ from bam_ray.control.status_table import headline, render
 from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_line
 from bam_ray.settings import load_recipe
 
-LOOK_EVERY = 1.0  # seconds
-ENDING = "-- end of the run --"
-"""The line after which a job prints what a person waited for."""
-LAST_LINES = 5  # of a failed job's log, where it left no status
+POLL_SECONDS = 1.0  # time between two polls of the job
+END_OF_RUN = "-- end of the run --"
+"""The line after which a job prints its results."""
+LAST_LINES = 5  # of the log of a failed job, shown if it left no status
 INTERRUPTED = 130  # the exit code of a stopped job, as a shell gives it after Ctrl-C
 
 
 def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.py", address: str | None = None) -> str:
-    """Submit `python ENTRY --recipe RECIPE OVERRIDES...` from the current folder; returns the job's id.
+    """Submit `python ENTRY --recipe RECIPE OVERRIDES...` from the current folder, and return the job's id.
 
-    `address` is the cluster's dashboard (None: `RAY_ADDRESS`). Raises `SettingsError` where the recipe is wrong, before
-    anything is sent.
+    `address` is the URL of the cluster's dashboard; None stands for `RAY_ADDRESS`. Raises `SettingsError` if the recipe
+    is wrong, before anything is sent, and `PlacementError` if the cluster does not accept the job.
     """
     settings = load_recipe(recipe, overrides)
     root = Path.cwd()
     path = Path(recipe).absolute()
     for needed in (path, root / entry):
         if not (needed.is_file() and needed.is_relative_to(root)):
-            raise SettingsError(f"{needed} is not below {root}, which is what travels with the job: run this there")
-    if "://" not in settings.store.uri:  # relative to here, not to wherever the job is unpacked
+            raise SettingsError(
+                f"{needed} is not below {root}, which is uploaded with the job: run this command in a folder above it"
+            )
+    if "://" not in settings.store.uri:  # relative to this folder, not to the one that the job is unpacked to
         overrides = [*overrides, f"store.uri={Path(settings.store.uri).expanduser().absolute()}"]
     entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *overrides])
-    # Ray kills a job 3 s after it asked it to stop: running tasks need longer for their last checkpoint
-    patience = str(int(DRAIN_PATIENCE) + 30)
+    # By default Ray kills a job 3 s after asking it to stop. Running tasks need longer for their last checkpoint.
+    stop_timeout = str(int(DRAIN_PATIENCE) + 30)
     try:
         job_id: str = client(address).submit_job(
             entrypoint=entrypoint,
-            runtime_env={"working_dir": str(root), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": patience}},
+            runtime_env={"working_dir": str(root), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": stop_timeout}},
             metadata={"run": settings.name},
         )
-    except RuntimeError as error:  # all that Ray's client says of a server that answers, but not well
-        raise PlacementError(f"the cluster did not take the job: {one_line(error)}") from None
+    except RuntimeError as error:  # Ray's client raises no other type if the server answers with an error
+        raise PlacementError(f"the cluster did not accept the job: {one_line(error)}") from None
     return job_id
 
 
 def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
-    """Show a job until it ends; returns its exit code. Ctrl-C stops it cleanly, a second one leaves it alone.
+    """Show a job until it ends, and return its exit code.
 
-    On a terminal it is one live table, otherwise a line for every change; then what the job prints at its end, as it
-    comes.
+    Ctrl-C stops the job cleanly; a second Ctrl-C ends this function and leaves the job alone. On a terminal the output
+    is one live table, otherwise one line per change. After that, the job's results are shown as it prints them.
     """
     jobs = client(address)
     console = Console()
     with stop_on_interrupt(lambda: jobs.stop_job(job_id)):
-        show: Live | Lines
-        with Live(console=console, auto_refresh=False) if console.is_terminal else Lines(console) as show:
-            while True:
-                details = jobs.get_job_info(job_id)
-                now = last_status(store, details)
-                if now:
-                    show.update(render(now), refresh=True) if isinstance(show, Live) else show.tell(now)
-                if details.status.is_terminal() or (now and now.state == "finished"):
-                    break
-                time.sleep(LOOK_EVERY)
-        told = 0
-        while True:
-            details = jobs.get_job_info(job_id)  # before the log: a job that has ended has printed all
-            ending = jobs.get_job_logs(job_id).partition(ENDING)[2].lstrip("\n")
-            console.file.write(ending[told:])
-            console.file.flush()
-            told = len(ending)
-            if details.status.is_terminal():
-                break
-            time.sleep(LOOK_EVERY)
-    if told and details.status == JobStatus.FAILED:  # its last words have been shown
+        last = _show_status(console, jobs, job_id, store)
+        details, has_results = _show_results(console, jobs, job_id)
+    if has_results and details.status == JobStatus.FAILED:  # the end of its log has been shown
         return details.driver_exit_code or 1
-    return tell_end(console, jobs, job_id, details, now)
+    return show_end(console, jobs, job_id, details, last)
 
 
-def tell_end(console: Console, jobs: JobSubmissionClient, job_id: str, details: JobDetails, last: Status | None) -> int:
-    """Say how a job ended; returns the exit code for it."""
+def _show_status(console: Console, jobs: JobSubmissionClient, job_id: str, store: BlobStore) -> Status | None:
+    """Show the status of the run until it has finished or the job has ended, and return the last status."""
+    view: Live | LineOutput
+    with Live(console=console, auto_refresh=False) if console.is_terminal else LineOutput(console) as view:
+        while True:
+            details = jobs.get_job_info(job_id)
+            now = last_status(store, details)
+            if now:
+                view.update(render(now), refresh=True) if isinstance(view, Live) else view.update(now)
+            if details.status.is_terminal() or (now and now.state == "finished"):
+                return now
+            time.sleep(POLL_SECONDS)
+
+
+def _show_results(console: Console, jobs: JobSubmissionClient, job_id: str) -> tuple[JobDetails, bool]:
+    """Show what the job prints after `END_OF_RUN`; returns the job when it has ended, and True if there was output."""
+    shown = 0
+    while True:
+        # In this order: the log of a job that has ended is complete
+        details = jobs.get_job_info(job_id)
+        results = jobs.get_job_logs(job_id).partition(END_OF_RUN)[2].lstrip("\n")
+        console.file.write(results[shown:])
+        console.file.flush()
+        shown = len(results)
+        if details.status.is_terminal():
+            return details, shown > 0
+        time.sleep(POLL_SECONDS)
+
+
+def show_end(console: Console, jobs: JobSubmissionClient, job_id: str, details: JobDetails, last: Status | None) -> int:
+    """Print how a job ended, and return the exit code for it."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
-        console.print(f"{job_id} was stopped: submit it again to go on", highlight=False, soft_wrap=True)
+        console.print(f"{job_id} was stopped: submit it again to resume", highlight=False, soft_wrap=True)
         return INTERRUPTED
-    if last is None or last.state != "failed":  # it ended before or outside of its tasks: its last words say why
+    if last is None or last.state != "failed":  # it failed outside of its tasks, so the end of its log says why
         for line in jobs.get_job_logs(job_id).strip().splitlines()[-LAST_LINES:] or [details.message or ""]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return details.driver_exit_code or 1
 
 
 def client(address: str | None = None) -> JobSubmissionClient:
-    """A client of the cluster's job server; raises `PlacementError` where none answers."""
+    """Return a client of the cluster's job server; raises `PlacementError` if it does not answer."""
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
-        raise PlacementError("no cluster is named: set RAY_ADDRESS to its dashboard, such as http://127.0.0.1:8265")
-    for chatty in ("ray._private.runtime_env", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)  # a line for every file that does not travel
+        raise PlacementError("no cluster is given: set RAY_ADDRESS to its dashboard, such as http://127.0.0.1:8265")
+    for logger in ("ray._private.runtime_env", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(logger).setLevel(logging.ERROR)  # they log a line for every file that is not uploaded
     try:
         return JobSubmissionClient(address)
     except ConnectionError:
-        raise PlacementError(f"no Ray cluster answers at {address}: start it or mend RAY_ADDRESS") from None
+        raise PlacementError(f"no Ray cluster answers at {address}: start it or correct RAY_ADDRESS") from None
     except AuthenticationError:
         raise PlacementError(
             f"the cluster at {address} refuses this shell's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
-            "the file with the cluster's (`. .bam/env` does, for the local cluster)"
+            "the file of the cluster's token (`. .bam/env` does this for the local cluster)"
         ) from None
 
 
 def last_status(store: BlobStore, details: JobDetails) -> Status | None:
-    """The run's status, if it was written since the job began."""
+    """Return the status of the run; None if it was not written since the job started."""
     try:
         now = status.read(store)
     except StoreUnavailable:
-        return None  # the job says so itself, if it matters
-    began = datetime.fromtimestamp((details.start_time or 0) / 1000, UTC)
-    return now if now and now.updated >= began else None
+        return None  # if this matters, the job itself reports it
+    started = datetime.fromtimestamp((details.start_time or 0) / 1000, UTC)
+    return now if now and now.updated >= started else None
 
 
-class Lines:
-    """For output that is no terminal: a line for every task that changed its state."""
+class LineOutput:
+    """Prints one line for every task that has changed its state, for output that is not a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._told: dict[str, str] = {}
+        self._states: dict[str, str] = {}  # the last printed state by task id; "" stands for the run
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "LineOutput":
         return self
 
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def tell(self, now: Status) -> None:
+    def update(self, now: Status) -> None:
+        """Print the changes since the last call."""
         for row in now.rows:
-            if row.state != self._told.get(row.id, "waiting"):
-                self._told[row.id] = row.state
-                self._say(line(row))
-        if now.state != "running" and self._told.get("") != now.state:
-            self._told[""] = now.state
-            self._say(headline(now))
+            if row.state != self._states.get(row.id, "waiting"):
+                self._states[row.id] = row.state
+                self._print(line(row))
+        if now.state != "running" and self._states.get("") != now.state:
+            self._states[""] = now.state
+            self._print(headline(now))
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def line(row: Row) -> str:
-    """One task in one line."""
+    """Return the state of one task as one line."""
     parts = [f"{row.kind}/{row.name} {row.state}"]
     if row.node:
         parts.append(f"on {row.node}")
@@ -182,13 +197,13 @@ def line(row: Row) -> str:
 
 @contextmanager
 def stop_on_interrupt(stop: Callable[[], object]) -> Iterator[None]:
-    """Ctrl-C calls `stop`; the second one has its usual effect again."""
+    """Call `stop` at the first Ctrl-C inside the block; the second one interrupts as usual."""
     before = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
         print("stopping: running tasks write their checkpoints", file=sys.stderr)
-        threading.Thread(target=stop, daemon=True).start()  # a request must not run inside a signal handler
+        threading.Thread(target=stop, daemon=True).start()  # HTTP requests must not run inside a signal handler
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:

@@ -1,62 +1,56 @@
-"""What an actor is sent: one task, and the functions that do it.
+"""The work that an actor is sent: one placed task, the run it belongs to, and what its stage needs besides them.
 
-The stages are looked up only where they run, so that the driver of a job imports no torch. Tests send functions of
-their own.
+The stages import torch. They are imported only where they run, so that the driver of a job starts without torch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import StageContext, Task
-from bam_ray.settings import Recipe
+from bam_ray.stages.task_run import TaskRun
 
-EngineFactory = Callable[..., Any]
-"""Makes the engine of a group's training; comes from `on_deepspeed`, and is only passed on here."""
-
-RunStage = Callable[[ArtifactKind, str, Recipe, BlobStore, StageContext], object]
-RunRank = Callable[[ArtifactKind, str, Recipe, BlobStore, StageContext, EngineFactory | None], object]
-
-
-def run_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> object:
-    """`stages.run_stage`."""
-    from bam_ray import stages
-
-    return stages.run_stage(kind, name, recipe, store, context)
-
-
-def run_rank(
-    kind: ArtifactKind,
-    name: str,
-    recipe: Recipe,
-    store: BlobStore,
-    context: StageContext,
-    engine_factory: EngineFactory | None,
-) -> object:
-    """`stages.run_rank`."""
-    from bam_ray import stages
-
-    assert engine_factory is not None, "groups train with an engine of on_deepspeed: jobs pass its factory in"
-    return stages.run_rank(kind, name, recipe, store, context, engine_factory)
+if TYPE_CHECKING:
+    from bam_ray.training.engine import EngineFactory
 
 
 @dataclass(frozen=True)
 class StageFunctions:
-    """What does the work: of a task in one process, and on each rank of a group."""
+    """Replacements for the functions that run a stage; None stands for those of `bam_ray.stages.run`."""
 
-    run_stage: RunStage = run_stage
-    run_rank: RunRank = run_rank
+    run_stage: Callable[[TaskRun], object] | None = None
+    run_rank: "Callable[[TaskRun, EngineFactory], object] | None" = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """One task, with all that is needed to do it anywhere."""
+    """One placed task with everything that is needed to run it on any node."""
 
     task: Task
-    recipe: Recipe
-    store: BlobStore
+    run: PipelineRun
     functions: StageFunctions = field(default_factory=StageFunctions)
-    engine_factory: EngineFactory | None = None
+    engine_factory: "EngineFactory | None" = None  # makes the engine of a process group
     selector: dict[str, str] = field(default_factory=dict)  # Ray's label selector for the nodes to use
+
+    def execute(self, context: StageContext) -> None:
+        """Run the stage of the task in this process."""
+        run = TaskRun(self.task, self.run, context)
+        if self.functions.run_stage is not None:
+            self.functions.run_stage(run)
+            return
+        from bam_ray.stages.run import run_stage
+
+        run_stage(run)
+
+    def execute_rank(self, context: StageContext, rank: int) -> None:
+        """Run one rank's part of the stage; raises `TypeError` if there is no engine factory."""
+        if self.engine_factory is None:
+            raise TypeError(f"{self.task.where} trains on a process group: pass an engine factory to `run_tasks`")
+        run = TaskRun(self.task, self.run, context, rank)
+        if self.functions.run_rank is not None:
+            self.functions.run_rank(run, self.engine_factory)
+            return
+        from bam_ray.stages.run import run_rank
+
+        run_rank(run, self.engine_factory)

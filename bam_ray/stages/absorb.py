@@ -1,9 +1,9 @@
-"""Absorb: branches that arrived after their mixture had begun become experts of it, at its newest training checkpoint.
+"""Absorb: branches that were committed after their mixture had started become experts of its newest checkpoint.
 
-An attempt does it before it trains, on rank 0 and under its lease: what comes of it is a checkpoint of the same step,
-committed like any other, from which all ranks go on. Experts that were there keep their weights and Adam's states; new
-ones begin with the branch's weights, router rows drawn anew and states of zero. What all experts share has been trained
-since the branch began, and stays as it is.
+Rank 0 does this before an attempt trains, under the attempt's lease. It writes a checkpoint of the same step, which is
+committed like any other, and all ranks resume from that. The experts that existed keep their weights and Adam states. A
+new expert gets the branch's weights, newly drawn router rows, and Adam states of zero. The parameters that all experts
+share have been trained since the branch started, and are not changed.
 """
 
 import tempfile
@@ -17,161 +17,162 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from bam_ray.blobs import BlobStore, open_store
-from bam_ray.checkpoint.leases import Lease
+from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
-from bam_ray.settings import Recipe
-from bam_ray.stages.lineage import Place
-from bam_ray.stages.train import News
-from bam_ray.training.checkpoints import Checkpoints, Gather, Retention
-from bam_ray.training.state import State, grown, read_optimizer
+from bam_ray.stages.task_run import TaskRun
+from bam_ray.training.checkpoints import Gather
+from bam_ray.training.events import BranchAbsorbed, BranchLeftOut, Event
+from bam_ray.training.state import TrainingState, read_optimizer, resize_optimizer_state
 from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.edit_experts import absorbed, change, names_of
 from bam_ray.upcycling.write import CARRIED, LINEAGE
 
-Load = Callable[[Path], PreTrainedModel]
-"""A mixture's folder -> the model that is trained, whole."""
+LoadModel = Callable[[Path], PreTrainedModel]
+"""Loads the whole model that is trained from a mixture's folder."""
 
-PATIENCE = timedelta(hours=12)  # for rank 0 to read branches and write a checkpoint; that it died is heard at once
-UNFIT = (UpcycleError, FamilyError, CheckpointError)
-"""What is a branch's fault: it does not fit, or is damaged."""
+ABSORB_TIMEOUT = timedelta(hours=12)
+"""Time that rank 0 has to read branches and write a checkpoint. If rank 0 dies, the other ranks notice at once."""
+UNUSABLE = (UpcycleError, FamilyError, CheckpointError)
+"""Errors that are the branch's fault: it does not fit the mixture, or it is damaged."""
 
 
 @dataclass(frozen=True)
-class Begun:
-    """What an attempt goes on from."""
+class StartPoint:
+    """The mixture that an attempt starts from, and what happened while it was prepared."""
 
-    folder: Path  # the newest checkpoint, else the mixture at step 0
-    news: Sequence[News]
+    folder: Path  # the newest checkpoint, or the mixture at step 0
+    events: Sequence[Event] = ()
 
 
-def begin(
-    place: Place, store: BlobStore, recipe: Recipe, lease: Lease | None, load: Load, cursor: dict[str, Any]
-) -> Begun:
-    """Bring a mixture that need not have all its branches up to date. Called on every rank, with rank 0's lease.
+def absorb_late_branches(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> StartPoint:
+    """Add the late branches on rank 0, and return what all ranks start from. Every rank calls this.
 
-    `cursor` is where its data begins.
+    Args:
+        run: The open attempt at a mixture that need not wait for all its branches.
+        load: Loads the model whose state is written to the new checkpoint.
+        sampler_state: The sampler's state at step 0, for a mixture that has no checkpoint yet.
     """
-    news: list[News] = []
-    with others_wait() as gather:
-        if lease is not None:
-            news = absorb_late(place, store, recipe, lease, load, cursor)
-        newest = _checkpoints(place, store, recipe).latest(gather)
-    return Begun(newest.folder if newest else place.other(ArtifactKind.UPCYCLED, place.task.name).fetch(), news)
+    events: list[Event] = []
+    with rank_zero_first() as gather:
+        if run.lease is not None:
+            events = _absorb(run, load, sampler_state)
+        newest = run.checkpoints(run.recipe.mix.training).latest(gather)
+    return StartPoint(newest.folder if newest else run.parent(ArtifactKind.UPCYCLED, run.task.name).fetch(), events)
 
 
 @contextmanager
-def others_wait() -> Iterator[Gather]:
-    """Until rank 0 is through this, no rank gets past it; with what gathers values of all ranks meanwhile."""
+def rank_zero_first() -> Iterator[Gather]:
+    """Hold the other ranks at the end of the block until rank 0 has finished it.
+
+    Yields a function that gathers the values of all ranks inside the block.
+    """
     if not dist.is_initialized():
         yield lambda mine: [mine]
         return
-    # A group of its own: in the ranks' own, whose patience is for a step, an exchange that hangs is to be found soon
-    waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+    # A process group of its own. The timeout of the default group is that of a training step, so that a collective that
+    # hangs is found soon; it is too short for this.
+    waiting = dist.new_group(backend="gloo", timeout=ABSORB_TIMEOUT)
 
     def gather(mine: Any) -> list[Any]:
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine, group=waiting)
-        return found
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine, group=waiting)
+        return gathered
 
     yield gather
     dist.barrier(group=waiting)
     dist.destroy_process_group(waiting)
 
 
-def absorb_late(
-    place: Place, store: BlobStore, recipe: Recipe, lease: Lease, load: Load, cursor: dict[str, Any]
-) -> list[News]:
-    """Take in every branch of the task's quorum that is committed and no expert yet; returns what there is to tell.
+def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> list[Event]:
+    """Add every committed branch of the task's quorum that is no expert yet, and return the events of doing so.
 
-    One that cannot be used is told of as `left_out`, and harms nothing.
+    A branch that cannot be used is reported as `left_out`, and does not affect the mixture.
     """
-    task = place.task
+    task, mix = run.task, run.recipe.mix
     assert task.quorum is not None
-    start = place.other(ArtifactKind.UPCYCLED, task.name)
-    news: list[News] = []
-    found = _checkpoints(place, store, recipe, tell=lambda what, **facts: news.append((what, facts)))
-    newest = found.latest()
-    folder, uri = (newest.folder, newest.uri) if newest else (start.fetch(), start.uri)
-    first = TensorReader(store, start.prefix)
-    mixture: TensorReader = _Named(folder, uri, first)
-    there = names_of(mixture_config_of(mixture))
+    refused: list[Event] = []
+    checkpoints = run.checkpoints(mix.training, refused.append)
+    newest = checkpoints.latest()
     step = newest.step if newest else 0
-    late: list[str] = []
-    left_out: list[News] = []
-    with tempfile.TemporaryDirectory(prefix="bam-absorb-") as temporary:
-        for name in (name for _, name in task.quorum.branches if name not in there):
-            with_it = Path(temporary, name)
-            try:
-                if not _add(name, place, recipe, store, mixture, with_it, step):
-                    continue
-            except UNFIT as error:
-                left_out.append(("left_out", {"step": step, "branch": name, "error": one_line(error)}))
-                continue
-            late.append(name)
-            folder = with_it
-            mixture = _Named(folder, uri, first)
-        if not late:
-            return left_out
-        fresh = {"step": 0, "sampler": cursor, "curve": [], "legs": [], "refused": []}
-        trainer: dict[str, Any] = newest.trainer if newest else fresh
-        trainer["refused"] += found.refused
-        if recipe.mix.dynamic_blend is not None:  # a new expert's domain is now measured against its branch
-            trainer["sampler"]["reference"] = recipe.mix.dynamic_blend.reference
-        trainer["changed"] = step
-        # Whole, on rank 0 alone, as it is whenever rank 0 writes a checkpoint
-        model = load(folder)
-        states = grown(read_optimizer(newest.folder)[0], model) if newest else {}
-        grew = _checkpoints(place, store, recipe, lease, carried=(folder / LINEAGE,))
-        grew.save(State(model, model.state_dict(), states, step, live=True), trainer)
-        grew.wait()
-    return [*news, *(("absorbed", {"step": step, "branch": name}) for name in late), *left_out]
-
-
-def _add(
-    name: str, place: Place, recipe: Recipe, store: BlobStore, mixture: TensorReader, folder: Path, step: int
-) -> bool:
-    """Write `mixture` with the branch `name` to `folder`; False where that has not arrived. Raises `UNFIT`."""
-    task, artifact = place.task, place.other(ArtifactKind.BRANCHES, name)
-    if artifact.manifest() is None:
-        return False
-    branch = TensorReader(store, artifact.prefix)
-    branch.check_digests()
-    change(
-        mixture,
-        absorbed(mixture_config_of(mixture), name),
-        branch,
-        ModelWriter(open_store(str(folder))),
-        Manifest(id=task.id, kind=task.kind, name=name, step=step),
-        average_weight=0.0,
-        seed=recipe.upcycle.mixtures[task.name].seed,
-        step=step,
+    start = run.parent(ArtifactKind.UPCYCLED, task.name)
+    mixture = _MixtureFolder(
+        newest.folder if newest else start.fetch(),
+        newest.uri if newest else start.uri,
+        TensorReader(run.store, start.prefix),
     )
-    return True
+    manifest = Manifest(id=task.id, kind=task.kind, name=task.name, step=step)
+    present = names_of(mixture_config_of(mixture))
+    added: list[Event] = []
+    left_out: list[Event] = []
+    with tempfile.TemporaryDirectory(prefix="bam-absorb-") as temporary:
+        for name in (name for _, name in task.quorum.branches if name not in present):
+            artifact = run.parent(ArtifactKind.BRANCHES, name)
+            try:
+                if artifact.manifest() is None:
+                    continue
+                branch = TensorReader(run.store, artifact.prefix)
+                seed = run.recipe.upcycle.mixtures[task.name].seed
+                mixture = mixture.with_branch(name, branch, Path(temporary, name), manifest, seed)
+            except UNUSABLE as error:
+                left_out.append(BranchLeftOut(step, name, one_line(error)))
+            else:
+                added.append(BranchAbsorbed(step, name))
+        if not added:
+            return left_out
+        trainer = newest.trainer if newest else _trainer_at_step_0(sampler_state)
+        trainer["refused"] += checkpoints.refused
+        trainer["changed"] = step
+        if mix.dynamic_blend is not None:  # the domain of a new expert is compared with its branch from now on
+            trainer["sampler"]["reference"] = mix.dynamic_blend.reference
+        # The whole model on rank 0 alone, as always when rank 0 writes a checkpoint
+        model = load(mixture.folder)
+        optimizer = resize_optimizer_state(read_optimizer(newest.folder)[0], model) if newest else {}
+        writing = run.checkpoints(mix.training, extra_files=(mixture.folder / LINEAGE,))
+        writing.save(TrainingState(model, model.state_dict(), optimizer, step, live=True), trainer)
+        writing.wait()
+    return [*refused, *added, *left_out]
 
 
-def _checkpoints(
-    place: Place, store: BlobStore, recipe: Recipe, lease: Lease | None = None, **named: Any
-) -> Checkpoints:
-    """The mixture's training checkpoints; without a `lease` they are only read."""
-    retention = Retention(recipe.mix.training.keep_last, recipe.mix.training.keep_every)
-    return Checkpoints(store, place.task.kind, place.task.id, lease, retention, **named)
+def _trainer_at_step_0(sampler_state: dict[str, Any]) -> dict[str, Any]:
+    """Return what the training loop would write to trainer.json before its first step."""
+    return {"step": 0, "sampler": sampler_state, "curve": [], "legs": [], "refused": []}
 
 
-class _Named(TensorReader):
-    """A mixture in a local folder, by the name of what it was copied from. Checkpoints have no tokenizer: it is that of
-    the mixture at step 0."""
+class _MixtureFolder(TensorReader):
+    """A mixture in a local folder, under the URI that it was copied from.
 
-    def __init__(self, folder: Path, uri: str, first: TensorReader) -> None:
-        self._uri, self._first = uri, first
+    Checkpoints have no tokenizer, so the tokenizer's files are read from `initial`, the mixture at step 0.
+    """
+
+    def __init__(self, folder: Path, uri: str, initial: TensorReader) -> None:
+        self.folder, self._uri, self._initial = folder, uri, initial
         super().__init__(open_store(str(folder)))
 
     @property
     def uri(self) -> str:
+        """The URI that the lineage records for this mixture."""
         return self._uri
 
     def read_file(self, name: str) -> bytes | None:
-        return self._first.read_file(name) if name in CARRIED else super().read_file(name)
+        """Return the content of a file, or None if there is no such file."""
+        return self._initial.read_file(name) if name in CARRIED else super().read_file(name)
+
+    def with_branch(
+        self, name: str, branch: TensorReader, folder: Path, manifest: Manifest, seed: int
+    ) -> "_MixtureFolder":
+        """Write this mixture with one more expert to `folder`, and return it; raises one of `UNUSABLE`."""
+        branch.check_digests()
+        change(
+            self,
+            absorbed(mixture_config_of(self), name),
+            branch,
+            ModelWriter(open_store(str(folder))),
+            manifest,
+            average_weight=0.0,
+            seed=seed,
+            step=manifest.step,
+        )
+        return _MixtureFolder(folder, self._uri, self._initial)

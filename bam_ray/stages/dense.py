@@ -1,66 +1,59 @@
-"""Seed and branches: dense language models, each trained by one process or one group, which talks to no other."""
+"""Seed and branches: dense language models. Each is trained by one process or one process group, without any others."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
-from bam_ray.blobs import BlobStore, open_store
+from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import family_of
-from bam_ray.pipeline.tasks import Progress, StageContext
-from bam_ray.settings import Recipe, Scratch, TrainingSettings
-from bam_ray.stages.lineage import Place
-from bam_ray.stages.train import Job, train_to_artifact
-from bam_ray.training.engine import Engine, TorchEngine
+from bam_ray.pipeline.tasks import Progress
+from bam_ray.settings import Blend, Scratch, TrainingSettings
+from bam_ray.stages.task_run import TaskRun
+from bam_ray.stages.train import make_sampler, train_to_artifact
+from bam_ray.stages.training_job import TrainingJob
+from bam_ray.training.document_mask import mask_documents
+from bam_ray.training.engine import EngineFactory, EngineSpec
+from bam_ray.training.memory import limit_in_bytes
+from bam_ray.training.torch_engine import torch_engine
 
-EngineFactory = Callable[[PreTrainedModel, TrainingSettings], Engine]
-"""Makes an engine over all ranks of a group."""
 
+def train_seed(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
+    """Train the seed from scratch on its blend, or import it from a Hugging Face folder.
 
-def train_seed(
-    name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory | None = None
-) -> Manifest | None:
-    """The seed: trained from scratch on its blend, or a Hugging Face folder brought into the store.
-
-    With `engine_factory` it is called on every rank of a group, and returns the manifest on rank 0 alone.
+    With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    place = Place(recipe, store, ArtifactKind.SEEDS, name)
-    corpus_folder = place.other(ArtifactKind.CORPORA, "corpus").fetch()
-    settings = recipe.seed
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
+    settings = run.recipe.seed
     if settings.folder is not None:
-        return _import_seed(settings.folder, place, Corpus(corpus_folder), recipe, context)
+        return _import_seed(settings.folder, run, corpus)
     assert settings.scratch is not None and settings.training is not None
     torch.manual_seed(settings.training.seed)
-    model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, Corpus(corpus_folder)))
-    blend = settings.blend or dict.fromkeys(recipe.data.domains, 1.0)
-    job = Job(corpus_folder, blend, settings.training, recipe.metrics)
-    return _train_dense(place, store, job, model, context, engine_factory)
+    model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, corpus))
+    blend = settings.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
+    return _train_dense(run, corpus, blend, settings.training, model, engine_factory)
 
 
-def train_branch(
-    name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory | None = None
-) -> Manifest | None:
-    """The branch of domain `name`: the seed, trained on that domain with a part of general text.
+def train_branch(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
+    """Train the seed on the branch's domain, mixed with a fraction of general text.
 
-    With `engine_factory` it is called on every rank of a group, and returns the manifest on rank 0 alone.
+    With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    place = Place(recipe, store, ArtifactKind.BRANCHES, name)
-    corpus_folder = place.other(ArtifactKind.CORPORA, "corpus").fetch()
-    model = AutoModelForCausalLM.from_pretrained(place.other(ArtifactKind.SEEDS, "seed").fetch(), dtype=torch.float32)
-    blend = {recipe.data.general: recipe.branch.general_fraction}
-    blend[name] = blend.get(name, 0.0) + 1.0 - recipe.branch.general_fraction
-    job = Job(corpus_folder, blend, recipe.branch.training, recipe.metrics)
-    return _train_dense(place, store, job, model, context, engine_factory)
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
+    model = AutoModelForCausalLM.from_pretrained(run.parent(ArtifactKind.SEEDS, "seed").fetch(), dtype=torch.float32)
+    settings, domain = run.recipe.branch, run.task.name
+    blend = {run.recipe.data.general: settings.general_fraction}
+    blend[domain] = blend.get(domain, 0.0) + 1.0 - settings.general_fraction
+    return _train_dense(run, corpus, blend, settings.training, model, engine_factory)
 
 
 def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
-    """The configuration of a new seed over the corpus's tokenizer."""
+    """Return the configuration of a new seed that uses the corpus's tokenizer."""
     return CohereConfig(
         vocab_size=corpus.vocab_size,
         hidden_size=scratch.hidden_size,
@@ -80,26 +73,24 @@ def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
 
 
 def _train_dense(
-    place: Place,
-    store: BlobStore,
-    job: Job,
+    run: TaskRun,
+    corpus: Corpus,
+    blend: Blend,
+    training: TrainingSettings,
     model: PreTrainedModel,
-    context: StageContext,
     engine_factory: EngineFactory | None,
 ) -> Manifest | None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def make_engine(model: PreTrainedModel) -> Engine:
-        if engine_factory is not None:
-            return engine_factory(model, job.training)
-        return TorchEngine(model, job.training, device=device, memory_gib=place.task.needs.memory_gib)
-
-    return train_to_artifact(place, store, job, model, make_engine, context)
+    if not corpus.attend_across_documents:
+        mask_documents(model, corpus.end_of_text_id)
+    spec = EngineSpec(model, training, memory_limit=limit_in_bytes(run.task.needs.memory_gib))
+    job = TrainingJob(corpus, make_sampler(run, corpus, blend, training), blend, training, run.recipe.metrics)
+    with run.attempt() as attempt:
+        return train_to_artifact(attempt, job, spec, engine_factory or torch_engine)
 
 
-def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context: StageContext) -> Manifest:
-    """Bring a Hugging Face folder into the store, having checked that it can be branched and upcycled."""
-    source = open_store(uri, recipe.store.endpoint)
+def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
+    """Copy a Hugging Face folder into the store, after checking that it can be branched and upcycled."""
+    source = open_store(uri, run.recipe.store.endpoint)
     reader = TensorReader(source)
     family_of(reader.config, uri)
     if corpus.vocab_size > reader.config["vocab_size"]:
@@ -107,28 +98,32 @@ def _import_seed(uri: str, place: Place, corpus: Corpus, recipe: Recipe, context
             f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "
             f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder"
         )
-    keys = [key for key in source.list() if _is_of_a_model(key, reader)]
+    keys = [key for key in source.list() if _is_model_file(key, reader)]
     with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:
         for number, key in enumerate(keys):
-            context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
+            run.context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
             source.get_file(key, Path(folder) / key)
-        # Branches write the configuration as transformers does today; in older layouts the seed's would differ from it
+        # Branches write the configuration in the layout of the installed transformers. A seed in an older layout would
+        # differ from them, so its configuration is rewritten.
         AutoConfig.from_pretrained(folder).save_pretrained(folder)
-        task = place.task
+        task = run.task
         manifest = Manifest(
             id=task.id,
             kind=task.kind,
             name=task.name,
             parents=task.parents,
-            settings=recipe.seed.model_dump(mode="json"),
+            settings=run.recipe.seed.model_dump(mode="json"),
             facts={"imported_from": uri, "architecture": reader.config["model_type"]},
         )
-        return place.artifact.publish(Path(folder), manifest)
+        return run.artifact.publish(Path(folder), manifest)
 
 
-def _is_of_a_model(key: str, reader: TensorReader) -> bool:
-    """Whether a file of a Hugging Face folder is needed: shards of `reader`'s model (folders often hold the weights in
-    a second layout too), configurations and what is the tokenizer's."""
+def _is_model_file(key: str, reader: TensorReader) -> bool:
+    """Return True if a file of a Hugging Face folder is needed.
+
+    These are the shards of `reader`'s model, the configurations and the tokenizer's files. Folders often hold the
+    weights in a second layout too, which is not copied.
+    """
     if key.endswith(".safetensors"):
         return key in reader.shards
     return "/" not in key and key.endswith((".json", ".jinja", ".txt", ".model"))

@@ -1,8 +1,8 @@
 """Evaluate every model of a run on every domain, and write the report.
 
-Each model's scores are an artifact of their own (`evaluations/<id>`), whose identity is that of the model, the corpus
-and the number of tokens. So an interrupted evaluation goes on with the next model, and another report over the same
-models evaluates none of them again.
+The scores of each model are an artifact of their own (`evaluations/<id>`). Its identity depends on the model, the
+corpus and the number of tokens. So an interrupted evaluation resumes with the next model, and another report on the
+same models reuses their scores.
 """
 
 import json
@@ -29,97 +29,97 @@ from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKi
 from bam_ray.evaluation.routing import routing_of
 from bam_ray.model import is_mixture
 from bam_ray.model.parameters import count_parameters
-from bam_ray.pipeline.graph import task_graph
-from bam_ray.pipeline.tasks import Progress, StageContext, Task
-from bam_ray.settings import Recipe
-from bam_ray.stages.lineage import Place
-from bam_ray.stages.train import CURVE
-from bam_ray.training.document_mask import keep_apart
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.stages.publish import CURVE
+from bam_ray.stages.task_run import TaskRun
+from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.flops import forward_flops_per_token
 
 MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SCORE = "score.json"
 
 
-def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
-    """Score all models of `recipe`, write the report called `name`, and return its manifest.
+def evaluate(run: TaskRun) -> Manifest:
+    """Score all models of the run, write the report, and return its manifest.
 
-    Raises `CheckpointError` where a model is not committed yet, `Interrupted` where `context` says stop: what was
-    scored by then is kept.
+    Raises `CheckpointError` if a model is not committed yet, and `Interrupted` if the context asks to stop. The scores
+    that were committed by then are kept.
     """
     started = time.perf_counter()
-    graph = task_graph(recipe)
-    place = Place(recipe, store, ArtifactKind.REPORTS, name)
-    finished = place.artifact.manifest()
+    finished = run.artifact.manifest()
     if finished is not None:
         return finished
-    missing = missing_branches(place.task, store)
-    graph = [task for task in graph if task.id not in missing]
-    made = {task.id: _committed(task, store) for task in graph if task.id != place.task.id}
-    lease = Lease.take(store, place.artifact.prefix)
-    evaluator = Evaluator(recipe, store, place.other(ArtifactKind.CORPORA, "corpus"), lease, context)
-    spoilt = spoilt_branches(place.task, made, store)
-    models = [(task, kind) for task in graph for kind in MODEL_KINDS if task.kind == kind and task.id not in spoilt]
+    made = committed_artifacts(run)
+    evaluator = Evaluator(run, run.take_lease())
+    damaged = damaged_branches(run, made)
+    models = [
+        (task, kind)
+        for task in run.pipeline.tasks
+        for kind in MODEL_KINDS
+        if task.kind == kind and task.id in made and task.id not in damaged
+    ]
     scores = []
     for step, (task, kind) in enumerate(models):
         lineage = [made[id] for id in ancestors(task.id, made)]
-        scores.append(evaluator.model_score(task, kind, lineage, step, len(models)))
-    context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
-    results = Results.of(recipe.name, scores)
-    curves = {task.id: _curve(made[task.id], store) for task, _ in models}
-    with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
-        from bam_ray.evaluation.report import write_report  # matplotlib: a second that no other stage's start needs
+        scores.append(evaluator.model_score(task, kind, lineage, Progress(step, len(models))))
+    run.context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
+    results = Results.of(run.recipe.name, scores)
+    from bam_ray.evaluation.report import write_report  # imports matplotlib, which no other stage needs
 
+    with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
         write_report(
             Path(folder),
             results,
             list(made.values()),
-            curves,
+            {task.id: _curve(made[task.id], run.store) for task, _ in models},
             evaluator.corpus.facts,
-            recipe.model_dump(mode="json"),
+            run.recipe.model_dump(mode="json"),
         )
         wall = time.perf_counter() - started
         manifest = Manifest(
-            id=place.task.id,
-            kind=ArtifactKind.REPORTS,
-            name=name,
-            parents=tuple(id for id in place.task.parents if id in made),
-            settings=recipe.evaluate.model_dump(mode="json"),
+            id=run.task.id,
+            kind=run.task.kind,
+            name=run.task.name,
+            parents=tuple(id for id in run.task.parents if id in made),
+            settings=run.recipe.evaluate.model_dump(mode="json"),
             compute=ComputeCost(device_seconds=wall, wall_seconds=wall),
             metrics={f"perplexity/{MEAN}/{model.label}": results.means[model.id] for model in results.models},
             facts={
                 "evaluations": [evaluator.id_of(task) for task, _ in models],
-                "left_out": [made[id].name for id in spoilt],
+                "left_out": [made[id].name for id in damaged],
                 "findings": {finding.claim: finding.holds for finding in results.findings},
             },
-            attempt=lease.number,
+            attempt=evaluator.lease.number,
         )
-        lease.check()
-        return place.artifact.publish(Path(folder), manifest)
+        evaluator.lease.check()
+        return run.artifact.publish(Path(folder), manifest)
 
 
 class Evaluator:
-    """Scores models on all domains of one corpus: read where they are committed, else made and committed."""
+    """Scores models on all domains of one corpus, and commits the scores. Committed scores are read instead."""
 
-    def __init__(self, recipe: Recipe, store: BlobStore, corpus: Artifact, lease: Lease, context: StageContext) -> None:
+    def __init__(self, run: TaskRun, lease: Lease) -> None:
+        corpus = run.parent(ArtifactKind.CORPORA, "corpus")
         self.corpus = Corpus(corpus.fetch())
         self._corpus_id = corpus.id
-        self._settings = recipe.evaluate
-        self._store = store
-        self._lease = lease
-        self._context = context
+        self._settings = run.recipe.evaluate
+        self._store = run.store
+        self.lease = lease
+        self._context = run.context
 
     def id_of(self, task: Task) -> str:
-        """The identity of a model's evaluation."""
+        """Return the identity of the evaluation of the model that `task` makes."""
         tokens = self._settings.tokens_per_domain
         return identity(task.name, {"tokens_per_domain": tokens}, (task.id, self._corpus_id))
 
-    def model_score(
-        self, task: Task, kind: ModelKind, lineage: Sequence[Manifest], step: int, total_steps: int
-    ) -> ModelScore:
-        """The scores of the model that `task` made, the `step`th of `total_steps`.
+    def model_score(self, task: Task, kind: ModelKind, lineage: Sequence[Manifest], progress: Progress) -> ModelScore:
+        """Return the scores of the model that `task` made.
 
-        `lineage`: its manifest, first, and those of everything it was made from.
+        Args:
+            task: The task of the model.
+            kind: The task's kind.
+            lineage: The model's manifest, followed by those of everything that it was made from.
+            progress: The progress of the whole report, which is reported while the model is scored.
         """
         artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, self.id_of(task))
         if artifact.manifest() is None:
@@ -128,9 +128,8 @@ class Evaluator:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             if not self.corpus.attend_across_documents:
-                keep_apart(model, self.corpus.end_of_text_id)
-            progress = Progress(step=step, total_steps=total_steps, note=label(kind, task.name))
-            domains, routings = self._on_all_domains(model, progress)
+                mask_documents(model, self.corpus.end_of_text_id)
+            domains, routings = self._score_domains(model, replace(progress, note=label(kind, task.name)))
             result = describe(task, kind, lineage, model, domains, routings)
             wall = time.perf_counter() - started
             tokens = sum(len(each.sequence_nll) for each in domains.values()) * self.corpus.sequence_length
@@ -143,24 +142,24 @@ class Evaluator:
                 settings=self._settings.model_dump(mode="json"),
                 compute=ComputeCost(flops=flops, device_seconds=wall, wall_seconds=wall),
                 metrics={f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)},
-                attempt=self._lease.number,
+                attempt=self.lease.number,
             )
             with tempfile.TemporaryDirectory(prefix="bam-evaluation-") as temporary:
                 (Path(temporary) / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
-                self._lease.check()
+                self.lease.check()
                 artifact.publish(Path(temporary), manifest)
         return ModelScore.model_validate_json((artifact.fetch() / SCORE).read_bytes())
 
-    def _on_all_domains(
+    def _score_domains(
         self, model: PreTrainedModel, progress: Progress
     ) -> tuple[dict[str, DomainScore], dict[str, DomainRouting]]:
-        """Scores by domain, and for a mixture the routing by domain."""
+        """Return the scores by domain, and for a mixture also the routing by domain."""
 
         def stop_if_asked() -> None:
             if self._context.should_stop():
                 raise Interrupted(
-                    f"evaluation stopped at model {progress.step + 1} of {progress.total_steps}; "
-                    "the same command goes on from there"
+                    f"evaluation stopped at model {progress.step + 1} of {progress.total_steps}: "
+                    "run the same command again to resume"
                 )
 
         domains: dict[str, DomainScore] = {}
@@ -183,7 +182,7 @@ def describe(
     domains: dict[str, DomainScore],
     routings: dict[str, DomainRouting],
 ) -> ModelScore:
-    """The scores of a model with what it is and what it cost."""
+    """Return the scores of a model together with its size, lineage and cost."""
     total, active = count_parameters(model)
     mixture = is_mixture(model.config)
     return ModelScore(
@@ -205,49 +204,55 @@ def describe(
 
 
 def held_out_rows(rows: np.ndarray, tokens: int) -> np.ndarray:
-    """`tokens` tokens' worth of the sequences [S, L], at least one, spread evenly over all of them."""
+    """Return as many of the sequences [S, L] as hold `tokens` tokens, at least one, spread evenly over all of them."""
     count = min(len(rows), max(1, tokens // rows.shape[1]))
     return np.asarray(rows[np.arange(count) * len(rows) // max(1, count)])
 
 
 def ancestors(id: str, made: Mapping[str, Manifest]) -> list[str]:
-    """`id`, first, and the ids of everything it was made from, each once; `made` are all of these, by id."""
+    """Return `id`, followed by the ids of everything that it was made from, each once; `made` maps ids to manifests."""
     found = [id]
     for current in found:  # grows while it is walked
         found += [parent for parent in made[current].parents if parent not in found]
     return found
 
 
-def missing_branches(report: Task, store: BlobStore) -> set[str]:
-    """The ids of branches that are not committed, of those that a report can do without."""
-    branches = report.quorum.branches if report.quorum else ()
-    return {id for id, _ in branches if Artifact(store, ArtifactKind.BRANCHES, id).manifest() is None}
+def committed_artifacts(run: TaskRun) -> dict[str, Manifest]:
+    """Return the manifests of all artifacts that the report is about, by id.
+
+    Branches that the report can do without are left out if they are not committed. Raises `CheckpointError` if another
+    artifact is missing.
+    """
+    optional = {id for id, _ in run.task.quorum.branches} if run.task.quorum else set()
+    made: dict[str, Manifest] = {}
+    for task in run.pipeline.tasks:
+        if task.id == run.task.id:
+            continue
+        artifact = Artifact(run.store, task.kind, task.id)
+        manifest = artifact.manifest()
+        if manifest is not None:
+            made[task.id] = manifest
+        elif task.id not in optional:
+            raise CheckpointError(f"{artifact.uri} is not committed: make all models of the run before its report")
+    return made
 
 
-def spoilt_branches(report: Task, made: Mapping[str, Manifest], store: BlobStore) -> list[str]:
-    """The ids of branches that are `made` but damaged, of those that a report can do without."""
+def damaged_branches(run: TaskRun, made: Mapping[str, Manifest]) -> list[str]:
+    """Return the ids of the branches in `made` that are damaged, of those that the report can do without."""
 
     def is_whole(id: str) -> bool:
         try:
-            Artifact(store, ArtifactKind.BRANCHES, id).fetch()
+            Artifact(run.store, ArtifactKind.BRANCHES, id).fetch()
         except CheckpointError:
             return False
         return True
 
-    branches = report.quorum.branches if report.quorum else ()
+    branches = run.task.quorum.branches if run.task.quorum else ()
     return [id for id, _ in branches if id in made and not is_whole(id)]
 
 
-def _committed(task: Task, store: BlobStore) -> Manifest:
-    artifact = Artifact(store, task.kind, task.id)
-    manifest = artifact.manifest()
-    if manifest is None:
-        raise CheckpointError(f"{artifact.uri} is not committed: a report needs all of the run's models, make it first")
-    return manifest
-
-
 def _curve(manifest: Manifest, store: BlobStore) -> list[tuple[int, float]]:
-    """(step, NLL) of a model's own training; empty where none was recorded."""
+    """Return (step, NLL) of the model's own training; empty if no curve was recorded."""
     if CURVE not in manifest.files:
         return []
     points = json.loads(store.get(f"{manifest.kind}/{manifest.id}/{CURVE}"))

@@ -1,4 +1,4 @@
-"""Upcycle: seed and branches to a mixture at step 0, from store to store."""
+"""Upcycle: make a mixture at step 0 from the seed and its branches, reading from and writing to the store."""
 
 import contextlib
 import json
@@ -8,43 +8,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.data import Corpus
 from bam_ray.errors import BlobExists, CheckpointError, Interrupted
-from bam_ray.pipeline.tasks import Progress, StageContext
-from bam_ray.settings import MixtureSettings, Recipe
-from bam_ray.stages.lineage import Place
+from bam_ray.pipeline.tasks import Progress
+from bam_ray.settings import MixtureSettings
+from bam_ray.stages.task_run import TaskRun
 from bam_ray.upcycling import upcycle
 
 MIB = 1 << 20
 
 
-def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
-    """The mixture `name` of `recipe.upcycle`: weights are read from the store by byte range, and written as they are
-    made."""
-    place = Place(recipe, store, ArtifactKind.UPCYCLED, name)
-    settings = recipe.upcycle.mixtures[name]
-    origins = {"seed": place.other(ArtifactKind.SEEDS, "seed")}
-    branches = branches_of(place, recipe, store)
+def upcycle_mixture(run: TaskRun) -> Manifest:
+    """Make one mixture of `recipe.upcycle`.
+
+    Weights are read from the store by byte range and written as they are computed.
+    """
+    name = run.task.name
+    settings = run.recipe.upcycle.mixtures[name]
+    origins = {"seed": run.parent(ArtifactKind.SEEDS, "seed")}
+    branches = starting_branches(run)
     if settings.has_branches:
-        origins |= {domain: place.other(ArtifactKind.BRANCHES, domain) for domain in branches}
-        settings = of_fewer(settings, len(recipe.branch.domains) - len(branches), origins)
-    sources = {source: TensorReader(store, artifact.prefix) for source, artifact in origins.items()}
+        origins |= {domain: run.parent(ArtifactKind.BRANCHES, domain) for domain in branches}
+        settings = without_missing_branches(settings, len(run.recipe.branch.domains) - len(branches), origins)
+    sources = {source: TensorReader(run.store, artifact.prefix) for source, artifact in origins.items()}
     for source in sources.values():
         source.check_digests()
 
     def progress(done: int, total: int) -> None:
-        if context.should_stop():
-            raise Interrupted(f"upcycling {name} was not finished; the same command does it anew")
-        context.report(Progress(step=done // MIB, total_steps=total // MIB, note="MiB written"))
+        if run.context.should_stop():
+            raise Interrupted(f"upcycling {name} is not finished: run the same command again to repeat it")
+        run.context.report(Progress(step=done // MIB, total_steps=total // MIB, note="MiB written"))
 
-    task = place.task
     manifest = Manifest(
-        id=task.id,
-        kind=task.kind,
+        id=run.task.id,
+        kind=run.task.kind,
         name=name,
         parents=tuple(artifact.id for artifact in origins.values()),
         settings=settings.model_dump(mode="json"),
@@ -53,54 +53,58 @@ def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
         made = upcycle(
             sources,
             settings,
-            ModelWriter(store, place.artifact.prefix),
+            ModelWriter(run.store, run.artifact.prefix),
             manifest,
-            recipe.mix.losses,
-            _texts(settings, recipe, place, branches),
+            run.recipe.mix.losses,
+            _texts(settings, run, branches),
             progress,
         )
-    except BlobExists:  # another attempt was faster; what has one identity has one content
-        committed = place.artifact.manifest()
+    except BlobExists:  # another attempt committed first; the same identity means the same content
+        committed = run.artifact.manifest()
         assert committed is not None
         return committed
     return made.manifest
 
 
-def branches_of(place: Place, recipe: Recipe, store: BlobStore) -> list[str]:
-    """The branches that the mixture starts with: all, or those that have arrived when this is first asked.
+def starting_branches(run: TaskRun) -> list[str]:
+    """Return the branches that the mixture starts with: all of them, or those committed at the first call.
 
-    That is decided once, in the store, for every attempt. Raises `CheckpointError` where they are too few.
+    The first call writes its answer to the store, so that every later attempt uses the same branches. Raises
+    `CheckpointError` if fewer branches are committed than `upcycle.when` requires.
     """
-    quorum = place.task.quorum
+    quorum = run.task.quorum
     if quorum is None:
-        return recipe.branch.domains
-    arrived = [name for _, name in quorum.branches if place.other(ArtifactKind.BRANCHES, name).manifest() is not None]
-    if len(arrived) < quorum.at_least:
+        return run.recipe.branch.domains
+    committed = [name for _, name in quorum.branches if run.parent(ArtifactKind.BRANCHES, name).manifest() is not None]
+    if len(committed) < quorum.at_least:
         raise CheckpointError(
-            f"{len(arrived)} of the {len(quorum.branches)} branches are committed, and upcycle.when asks for at least "
-            f"{quorum.at_least}: run the stage that makes them"
+            f"{len(committed)} of the {len(quorum.branches)} branches are committed, but upcycle.when requires at "
+            f"least {quorum.at_least}: run the branch stage first"
         )
-    key = f"{place.artifact.prefix}/quorum/branches.json"
+    key = f"{run.artifact.prefix}/quorum/branches.json"
     with contextlib.suppress(BlobExists):
-        store.put_if_absent(key, json.dumps(arrived).encode())
-    decided: list[str] = json.loads(store.get(key))
+        run.store.put_if_absent(key, json.dumps(committed).encode())
+    decided: list[str] = json.loads(run.store.get(key))
     return decided
 
 
-def of_fewer(settings: MixtureSettings, missing: int, models: Collection[str]) -> MixtureSettings:
-    """The settings of a mixture of `models` alone: with an expert less for each one that is missing."""
+def without_missing_branches(settings: MixtureSettings, missing: int, models: Collection[str]) -> MixtureSettings:
+    """Return the settings for a mixture of `models` alone, with one expert less for each missing branch."""
     weights = {name: weight for name, weight in settings.average.weights.items() if name in models}
     average = settings.average.model_copy(update={"weights": weights}) if missing else settings.average
     count = settings.num_experts and settings.num_experts - missing
     return settings.model_copy(update={"num_experts": count, "average": average})
 
 
-def _texts(settings: MixtureSettings, recipe: Recipe, place: Place, branches: Sequence[str]) -> dict[str, Tensor]:
-    """Rows of tokens by expert, spread evenly over each domain's training text; the seed stands for general text."""
+def _texts(settings: MixtureSettings, run: TaskRun, branches: Sequence[str]) -> dict[str, Tensor]:
+    """Return rows of tokens by expert, int64 [S, L], spread evenly over each domain's training text.
+
+    The seed gets general text.
+    """
     if not settings.needs_text:
         return {}
-    corpus = Corpus(place.other(ArtifactKind.CORPORA, "corpus").fetch())
-    domains = {"seed": recipe.data.general, **{name: name for name in branches}}
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
+    domains = {"seed": run.recipe.data.general, **{name: name for name in branches}}
     count = max(settings.router.sequences, settings.split.sequences)
 
     def rows(domain: str) -> Tensor:

@@ -1,6 +1,6 @@
-"""Upcycling and its relatives on bare model folders, local or on S3: no cluster, no run, no recipe.
+"""Upcycle, edit, measure and export model folders, local or on S3, without a cluster, a run or a recipe.
 
-Each function makes one new folder, whole or not at all.
+Each function that writes makes one new folder. If it fails, it leaves nothing behind.
 """
 
 from collections.abc import Mapping
@@ -25,27 +25,29 @@ BATCH_SEQUENCES = 8
 
 
 def open_model(uri: str, endpoint: str | None = None) -> TensorReader:
-    """The model folder at `uri`; its weights are not read yet."""
+    """Return a reader of the model folder at `uri`; it reads no weights yet."""
     return TensorReader(open_store(uri, endpoint))
 
 
 @dataclass(frozen=True)
-class Flight:
-    """What a pre-flight found: how far each branch drifted, and what the upcycle will take."""
+class PreflightReport:
+    """The drift of each branch from the seed, and the estimated cost of upcycling them."""
 
     drifts: dict[str, Drift]
     estimate: Estimate
 
 
-def preflight(sources: Mapping[str, TensorReader], settings: MixtureSettings, texts: Mapping[str, Tensor]) -> Flight:
-    """Make all checks and read all weights once, writing nothing."""
+def preflight(
+    sources: Mapping[str, TensorReader], settings: MixtureSettings, texts: Mapping[str, Tensor]
+) -> PreflightReport:
+    """Run all checks of an upcycle and read all weights once, without writing anything."""
     planned = plan(sources, settings, Losses(), texts)
     seed, *branches = sources
     family = family_of(sources[seed].config, sources[seed].uri)
     for source in sources.values():
         source.check_digests()
     drifts = {name: drift(sources[seed], sources[name], family) for name in branches}
-    return Flight(drifts, estimate(planned, sources))
+    return PreflightReport(drifts, estimate(planned, sources))
 
 
 def make_mixture(
@@ -55,7 +57,7 @@ def make_mixture(
     texts: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Upcycled:
-    """Upcycle `sources` (the seed first) to `out`."""
+    """Upcycle `sources`, whose first is the seed, to a new folder at `out`."""
     planned = plan(sources, settings, Losses(), texts or {})
     check_disk_space(out.uri, estimate(planned, sources).written)
     uris = tuple(source.uri for source in sources.values())
@@ -73,8 +75,8 @@ def make_mixture(
 
 
 @dataclass(frozen=True)
-class Changed:
-    """A changed mixture, and the held-out perplexity by text before and after (empty where no text was given)."""
+class EditedMixture:
+    """An edited mixture, and its perplexity by text before and after; empty if no text was given."""
 
     upcycled: Upcycled
     before: dict[str, float]
@@ -89,8 +91,18 @@ def change_mixture(
     average_weight: float | None = None,
     texts: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
-) -> Changed:
-    """Add, remove or replace an expert of `mixture`, the result at `out`; with `texts`, both are evaluated on them."""
+) -> EditedMixture:
+    """Add, remove or replace an expert of `mixture`, and write the result to a new folder.
+
+    Args:
+        mixture: The mixture to edit, which is not changed itself.
+        what: The edit.
+        branch: The branch that becomes an expert; None to remove one.
+        out: Location of the new folder.
+        average_weight: Weight of the branch in the parameters that experts share.
+        texts: Rows of tokens by name, int64 [S, L]; both mixtures are evaluated on them.
+        progress: Called with the bytes that are written and their total.
+    """
     sources = [mixture] if branch is None else [mixture, branch]
     check_disk_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
     uris = tuple(source.uri for source in sources)
@@ -107,11 +119,11 @@ def change_mixture(
             source.check_digests()
         upcycled = change(mixture, what, branch, ModelWriter(store), manifest, average_weight, progress=progress)
     before = perplexities(mixture, texts or {})
-    return Changed(upcycled, before, perplexities(open_model(out.uri, out.endpoint), texts or {}))
+    return EditedMixture(upcycled, before, perplexities(open_model(out.uri, out.endpoint), texts or {}))
 
 
 def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Perplexity by text, rows int64 [S, L]."""
+    """Return the perplexity of `model` by text, of rows int64 [S, L]."""
     if not texts:
         return {}
     loaded = load_model(model)
@@ -119,7 +131,7 @@ def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, 
 
 
 def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None = None) -> None:
-    """Write a mixture as a Mixtral folder."""
+    """Write a mixture to a new folder in the format of Mixtral."""
     check_disk_space(out.uri, sum(spec.bytes for spec in mixture.specs.values()))
     manifest = Manifest(
         id=identity("mixtral", {}, (mixture.uri,)), kind=ArtifactKind.UPCYCLED, name="mixtral", parents=(mixture.uri,)
@@ -129,8 +141,8 @@ def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None 
         export_mixtral(mixture, ModelWriter(store), manifest, progress)
 
 
-def texts_of(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
-    """Rows of tokens of each named text, by the tokenizer of `model`; no longer than it has positions."""
+def tokenize_texts(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
+    """Return rows of tokens of each named text, tokenized for `model` and no longer than its number of positions."""
     config = BamConfig.from_dict(model.config) if is_mixture(model.config) else None
     positions = config.max_position_embeddings if config else model.config.get("max_position_embeddings", length)
     return {

@@ -1,4 +1,7 @@
-"""A training checkpoint as a Hugging Face folder, copied file by file: no model is loaded, no file is held whole."""
+"""Copy a training checkpoint to a Hugging Face folder, file by file.
+
+No model is loaded, and no file is held in memory as a whole.
+"""
 
 import json
 import re
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, FileEntry, Manifest
 from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
@@ -15,62 +18,61 @@ from bam_ray.settings import StoreSettings
 from bam_ray.training.checkpoints import TRAINER
 from bam_ray.training.state import OPTIMIZER
 
-MOST_TRIES = 3  # at the newest checkpoint, while the run prunes those that were
+MAX_TRIES = 3  # at copying the newest checkpoint, while the run prunes older ones
 
 
 @dataclass(frozen=True)
-class Step:
-    """One training checkpoint of an artifact."""
+class StepCheckpoint:
+    """One training checkpoint: its location below the artifact that is trained, and its manifest."""
 
-    place: Artifact  # below the artifact that is trained
+    artifact: Artifact
     manifest: Manifest
 
 
 def export_step(run: BlobStore, kind: ArtifactKind, name: str, out: StoreSettings, step: int | None = None) -> Manifest:
-    """Copy the newest checkpoint of `kind/name` (or that of `step`) to a new folder at `out`, with the tokenizer.
+    """Copy a training checkpoint of `kind/name` to a new folder with the tokenizer, and return its manifest.
 
-    The run may be training: where the newest was pruned while it was copied, the one that is newest then is copied.
+    The run may be training meanwhile. If the newest checkpoint is pruned while it is copied, the one that is the newest
+    by then is copied.
 
-    Returns its manifest. Raises `CheckpointError` where there is no such checkpoint, or none that stays long enough;
-    `DigestMismatch` where one of its files is damaged, `BlobNotFound` where one is missing.
+    Args:
+        run: The store of the run.
+        kind: ArtifactKind of the artifact that is trained.
+        name: Name of the artifact that is trained.
+        out: Location of the new folder.
+        step: Step of the checkpoint. None stands for the newest.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it was pruned before it was copied.
+        DigestMismatch: One of its files is damaged.
+        BlobNotFound: One of its files is missing.
     """
-    for _ in range(MOST_TRIES if step is None else 1):
+    for _ in range(MAX_TRIES if step is None else 1):
         found = find_step(run, kind, name, step)
         try:
             return _copy(run, found, name, out)
         except (BlobNotFound, DigestMismatch):
-            if found.place.manifest() == found.manifest:
-                raise  # nobody pruned it
+            if found.artifact.manifest() == found.manifest:
+                raise  # it was not pruned, so it is damaged
     raise CheckpointError(
-        f"{found.place.uri} was pruned while it was copied: training.keep_every keeps some checkpoints for good"
+        f"{found.artifact.uri} was pruned while it was copied: set training.keep_every to keep some checkpoints"
     )
 
 
-def _copy(run: BlobStore, found: Step, name: str, out: StoreSettings) -> Manifest:
-    """`found` as a new folder at `out`; where that fails, nothing is left there."""
-    corpus = Artifact(run, ArtifactKind.CORPORA, id_of(run, ArtifactKind.CORPORA, "corpus"))
-    tokenizer = corpus.manifest()
-    if tokenizer is None:
-        raise CheckpointError(f"{corpus.uri} is not committed: {run.uri} has no tokenizer")
-    prefix = found.place.prefix
-    files = {
-        name: (f"{prefix}/{name}", entry)
-        for name, entry in found.manifest.files.items()
-        if name not in (OPTIMIZER, TRAINER, "config.json")
-    } | {
-        name.removeprefix("tokenizer/"): (f"{corpus.prefix}/{name}", entry)
-        for name, entry in tokenizer.files.items()
-        if name.startswith("tokenizer/")
-    }
+def _copy(run: BlobStore, found: StepCheckpoint, name: str, out: StoreSettings) -> Manifest:
+    """Copy `found` to a new folder at `out`; if that fails, nothing is left there."""
+    corpus = Artifact(run, ArtifactKind.CORPORA, find_id(run, ArtifactKind.CORPORA, "corpus"))
+    files = _model_files(found) | _tokenizer_files(corpus)
     check_disk_space(out.uri, sum(entry.size for _, entry in files.values()))
+    prefix = found.artifact.prefix
     with new_model_folder(out) as store:
         writer = ModelWriter(store)
         for file, (key, entry) in files.items():
             writer.copy_file(file, run, key, entry)
         curve = json.loads(run.get(f"{prefix}/{TRAINER}"))["curve"]
         manifest = Manifest(
-            id=found.place.id,
-            kind=found.place.kind,
+            id=found.artifact.id,
+            kind=found.artifact.kind,
             name=name,
             parents=(f"{run.uri}/{prefix}", corpus.id),
             step=found.manifest.step,
@@ -80,32 +82,52 @@ def _copy(run: BlobStore, found: Step, name: str, out: StoreSettings) -> Manifes
         return writer.commit(run.get(f"{prefix}/config.json").decode(), manifest)
 
 
-def find_step(run: BlobStore, kind: ArtifactKind, name: str, step: int | None) -> Step:
-    """The checkpoint of `step` that the newest attempt wrote, or (None) the newest of all."""
-    artifact = Artifact(run, kind, id_of(run, kind, name))
-    names = [
-        key.split("/")[-2] for key in run.list(f"{artifact.prefix}/steps/") if key.endswith(f"/{MANIFEST}")
-    ]  # by attempt, then step
-    there = sorted({int(below.partition("-")[2]) for below in names})
-    fitting = [below for below in names if step is None or int(below.partition("-")[2]) == step]
-    for below in reversed(fitting):
-        place = Artifact(run, kind, artifact.id, "steps", below)
-        manifest = place.manifest()
-        if manifest is not None:  # else pruned since it was listed
-            return Step(place, manifest)
-    what = "no checkpoint" if step is None else f"no checkpoint of step {step} (of {there})"
+def _model_files(found: StepCheckpoint) -> dict[str, tuple[str, FileEntry]]:
+    """Return the key and the digest of each file of the model; the configuration is written separately."""
+    return {
+        name: (f"{found.artifact.prefix}/{name}", entry)
+        for name, entry in found.manifest.files.items()
+        if name not in (OPTIMIZER, TRAINER, "config.json")
+    }
+
+
+def _tokenizer_files(corpus: Artifact) -> dict[str, tuple[str, FileEntry]]:
+    """Return the key and the digest of each file of the corpus's tokenizer, by its name in a model folder."""
+    manifest = corpus.manifest()
+    if manifest is None:
+        raise CheckpointError(f"{corpus.uri} is not committed, so there is no tokenizer: run the corpus stage first")
+    return {
+        name.removeprefix("tokenizer/"): (f"{corpus.prefix}/{name}", entry)
+        for name, entry in manifest.files.items()
+        if name.startswith("tokenizer/")
+    }
+
+
+def find_step(run: BlobStore, kind: ArtifactKind, name: str, step: int | None) -> StepCheckpoint:
+    """Return the checkpoint of `step` that the newest attempt wrote; for None, the newest of all checkpoints."""
+    artifact = Artifact(run, kind, find_id(run, kind, name))
+    # Keys are sorted, so these are `<attempt>-<step>` by attempt, then by step
+    names = [key.split("/")[-2] for key in run.list(f"{artifact.prefix}/steps/") if key.endswith(f"/{MANIFEST}")]
+    steps = sorted({int(each.partition("-")[2]) for each in names})
+    matching = [each for each in names if step is None or int(each.partition("-")[2]) == step]
+    for each in reversed(matching):
+        checkpoint = Artifact(run, kind, artifact.id, "steps", each)
+        manifest = checkpoint.manifest()
+        if manifest is not None:  # None if it was pruned since the keys were listed
+            return StepCheckpoint(checkpoint, manifest)
+    missing = "no checkpoint" if step is None else f"no checkpoint of step {step} (available: {steps})"
     hint = "; its last step is the artifact itself" if artifact.manifest() else ""
-    raise CheckpointError(f"{artifact.uri} has {what}{hint}: training.keep_every keeps some for good")
+    raise CheckpointError(f"{artifact.uri} has {missing}{hint}: set training.keep_every to keep some checkpoints")
 
 
-def id_of(run: BlobStore, kind: ArtifactKind, name: str) -> str:
-    """The id of `kind/name` as the run was last told it, or the only one there is where no driver wrote a status."""
+def find_id(run: BlobStore, kind: ArtifactKind, name: str) -> str:
+    """Return the id of `kind/name` in the run's last status, or the only id in the store if there is no status."""
     now = status.read(run)
     rows = [row.id for row in now.rows if (row.kind, row.name) == (kind, name)] if now else []
     ids = rows or sorted({key.split("/")[1] for key in run.list(f"{kind}/{name}-")})
     ids = [id for id in ids if re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{12}}", id)]
     if len(ids) != 1:
         raise CheckpointError(
-            f"{run.uri} has {len(ids)} artifacts called {kind}/{name}: `bam status {run.uri}` shows what it has"
+            f"{run.uri} has {len(ids)} artifacts named {kind}/{name}: `bam status {run.uri}` shows its artifacts"
         )
     return ids[0]

@@ -1,4 +1,4 @@
-"""Text of the user's as rows of tokens, for what needs a little of it: router fits, neurons' importance, tables."""
+"""Rows of tokens from text that the user gives: for router fits, importance scores and perplexity tables."""
 
 import torch
 from tokenizers import Tokenizer
@@ -9,19 +9,29 @@ from bam_ray.data.sources import read_documents
 from bam_ray.errors import CheckpointError, DataError
 from bam_ray.settings import DomainSettings
 
-LEAST_ROWS = 2
+MIN_ROWS = 2
 
 
 def token_rows(name: str, source: str, model: TensorReader, sequences: int, length: int) -> Tensor:
-    """The first `sequences` rows of the text at `source`, int64 [S, length], by the tokenizer of `model`.
+    """Return the first rows of a text, int64 [S, length], tokenized with the tokenizer of `model`.
 
-    `source` is what a recipe's domains take: a path, glob or URI of text, JSONL or Parquet files, or `package:NAME`.
-    Documents lie end to end with the model's end-of-text token after each. There may be fewer rows where the text is
-    short; raises `DataError` where there are not two, `CheckpointError` where the model has no fast tokenizer.
+    Documents are concatenated, with the model's end-of-text token after each.
+
+    Args:
+        name: Name of the text, for error messages.
+        source: A source as in a recipe's domains: a path, glob or URI of text, JSONL or Parquet files, or
+            `package:NAME`.
+        model: The model whose tokenizer is used.
+        sequences: Number of rows S. There are fewer if the text is short.
+        length: Tokens per row.
+
+    Raises:
+        DataError: The text has less than two rows.
+        CheckpointError: The model has no fast tokenizer.
     """
     data = model.read_file("tokenizer.json")
     if data is None:
-        raise CheckpointError(f"{model.uri} has no tokenizer.json, which text needs: put the seed's there")
+        raise CheckpointError(f"{model.uri} has no tokenizer.json, which text needs: copy the seed's into it")
     tokenizer = Tokenizer.from_str(data.decode())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -36,6 +46,6 @@ def token_rows(name: str, source: str, model: TensorReader, sequences: int, leng
         if len(tokens) >= sequences * length:
             break
     rows = min(sequences, len(tokens) // length)
-    if rows < LEAST_ROWS:
-        raise DataError(f"the text {source} of {name!r} is {len(tokens)} tokens: give at least {LEAST_ROWS * length}")
+    if rows < MIN_ROWS:
+        raise DataError(f"the text {source} of {name!r} has {len(tokens)} tokens: provide at least {MIN_ROWS * length}")
     return torch.tensor(tokens[: rows * length]).view(rows, length)

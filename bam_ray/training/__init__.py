@@ -1,1 +1,1 @@
-"""Training: the loop, the schedule, losses, and the `Engine` protocol with its plain torch implementation."""
+"""Training: the loop and its listeners, checkpoints, losses, and the `Engine` protocol with its plain torch engine."""

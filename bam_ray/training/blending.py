@@ -1,40 +1,55 @@
-"""A blend of domains that follows held-out losses while a mixture is trained (`settings.DynamicBlend`).
+"""A blend of domains that depends on held-out losses while a mixture is trained (`settings.DynamicBlend`).
 
 w_i ← w_i · exp(max(0, ℓ_i − ℓ_ref,i)) / Σ_j w_j · exp(max(0, ℓ_j − ℓ_ref,j))
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
-from bam_ray.data import BlendedSampler
+from bam_ray.data import BlendedSampler, Corpus
+from bam_ray.errors import SettingsError
 from bam_ray.settings import DynamicBlend
-from bam_ray.training.checkpoints import Tell
 from bam_ray.training.engine import Engine
+from bam_ray.training.events import BlendUpdated
 
 
-class FollowingSampler:
-    """A `loop.Sampler` over `sampler`, whose weights move every so many steps.
-
-    `held_out` are this rank's rows [B, L] of each domain, as many on every rank. `reference` gives this rank's mean
-    reference loss on them; it is asked once in a run, for what it gave is part of the state.
-    """
+class DynamicBlendSampler:
+    """A `loop.AdaptiveSampler`: a blended sampler whose weights are updated at regular steps."""
 
     def __init__(
         self,
         sampler: BlendedSampler,
         settings: DynamicBlend,
-        held_out: Mapping[str, Tensor],
-        reference: Callable[[str], float],
-        engine: Engine,
-        tell: Tell,
+        reference: Callable[[str, np.ndarray], float],
+        rows: dict[str, np.ndarray],
     ) -> None:
-        self._sampler, self._settings, self._held_out = sampler, settings, held_out
-        self._ask, self._engine, self._tell = reference, engine, tell
+        """Wrap a sampler.
+
+        Args:
+            sampler: The sampler with the initial weights.
+            settings: When the weights are updated, and the reference losses if they are given.
+            reference: Returns a domain's mean reference NLL on rows [S, L], in nats per token. It is called once per
+                domain in a run, because its results are part of the state.
+            rows: This rank's held-out rows, int64 [S, L], of each domain; every rank has equally many
+                (`held_out_rows`).
+        """
+        self._sampler, self._settings, self._rows = sampler, settings, rows
+        self._reference_of = reference
         self._reference = settings.reference
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The current weights, by domain."""
+        return self._sampler.weights
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """The number of sequences that were drawn, by domain."""
+        return self._sampler.drawn
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See `loop.Sampler`."""
@@ -49,14 +64,32 @@ class FollowingSampler:
         self._sampler.load_state_dict(state)
         self._reference = state["reference"]
 
-    def follow(self, step: int) -> None:
-        """Move the weights, if it is time to; on all ranks, after `step`."""
+    def adapt(self, step: int, engine: Engine) -> BlendUpdated | None:
+        """Update the weights if an update is due after `step`; see `loop.AdaptiveSampler`."""
         if step % self._settings.every:
-            return
+            return None
         if self._reference is None:
-            self._reference = {domain: self._engine.mean(self._ask(domain)) for domain in self._held_out}
-        losses = {domain: self._engine.evaluate(rows) for domain, rows in self._held_out.items()}
-        behind = {domain: max(0.0, losses[domain] - self._reference[domain]) for domain in losses}
-        weights = {domain: weight * math.exp(behind[domain]) for domain, weight in self._sampler.weights.items()}
+            self._reference = {
+                domain: engine.mean(self._reference_of(domain, rows)) for domain, rows in self._rows.items()
+            }
+        losses = {domain: engine.evaluate(torch.from_numpy(rows)) for domain, rows in self._rows.items()}
+        excess = {domain: max(0.0, losses[domain] - self._reference[domain]) for domain in losses}
+        weights = {domain: weight * math.exp(excess[domain]) for domain, weight in self._sampler.weights.items()}
         self._sampler.set_weights(weights)
-        self._tell("blend", step=step, weights=self._sampler.weights, held_out=losses, reference=self._reference)
+        return BlendUpdated(step, self._sampler.weights, losses, self._reference)
+
+
+def held_out_rows(corpus: Corpus, domain: str, sequences: int, rank: int, world_size: int) -> np.ndarray:
+    """Return a rank's share of up to `sequences` held-out rows of a domain, spread over its text: int64 [S, L].
+
+    Raises `SettingsError` if there are fewer rows than ranks.
+    """
+    found = corpus.held_out(domain)
+    count = min(len(found), sequences) // world_size * world_size
+    if not count:
+        raise SettingsError(
+            f"mix.dynamic_blend has only {min(len(found), sequences)} held-out sequences of {domain}, fewer than the "
+            f"{world_size} processes: raise mix.dynamic_blend.sequences or data.held_out_fraction"
+        )
+    spread = found[np.arange(count) * len(found) // count]
+    return spread[rank::world_size].astype(np.int64)

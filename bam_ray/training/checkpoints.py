@@ -1,10 +1,10 @@
-"""Training checkpoints in the blob store: uploaded behind the training, the newest whole one found again.
+"""Training checkpoints in the blob store: uploaded in the background, and read back from the newest intact one.
 
 <kind>/<id>/steps/<attempt>-<step>/   canonical state, trainer.json, manifest.json last
 
-A checkpoint is a copy in memory, taken between two steps; one thread writes it to a local folder and uploads it, trying
-again for a while where the store is down. Training waits only where two are on their way already. Where the host has no
-memory for a copy, the local folder is written at once.
+A checkpoint is a copy in memory, which is taken between two steps. One thread writes it to a local folder and uploads
+it, and retries for a while if the store is down. Training waits only if two uploads are already pending. If the host
+has no memory for a copy, the local folder is written at once.
 """
 
 import json
@@ -19,51 +19,49 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest
+from bam_ray.checkpoint.manifest import MANIFEST, Manifest
 from bam_ray.errors import BlobNotFound, CheckpointError, StoreUnavailable, TrainingError
-from bam_ray.training.state import State
+from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
+from bam_ray.training.state import TrainingState
 
 TRAINER = "trainer.json"
-MOST_PENDING = 2
-PATIENCE = 600.0  # seconds that a store may be down before a write to it is given up
+MAX_PENDING = 2
+STORE_TIMEOUT = 600.0  # seconds that a store may be down before a write to it fails
 
-Tell = Callable[..., None]
-"""`tell(what, **facts)`: something happened that a person may want to read of (`training.events`)."""
 Gather = Callable[[Any], list[Any]]
-"""What all ranks give, in their order; the same on all, when all have given theirs."""
+"""Returns the values of all ranks in the order of ranks, on all ranks. A collective."""
 
 
-def patient() -> Retrying:
-    """Calls a function again while it raises `StoreUnavailable`, at growing random intervals, for `PATIENCE` at most.
+def retry_while_unavailable() -> Retrying:
+    """Return a retrying caller that calls a function again while it raises `StoreUnavailable`, up to `STORE_TIMEOUT`.
 
-    Random, so that all branches do not come back to a store at once.
+    The intervals grow and are random, so that the branches do not all return to a store at the same time.
     """
     return Retrying(
         retry=retry_if_exception_type(StoreUnavailable),
         wait=wait_random_exponential(multiplier=0.5, max=30.0),
-        stop=stop_after_delay(PATIENCE),
+        stop=stop_after_delay(STORE_TIMEOUT),
         reraise=True,
     )
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `last`, and those whose step is a multiple of `every`."""
+    """The checkpoints that are kept: the newest `last`, and those whose step is a multiple of `every`."""
 
     last: int
     every: int | None
 
-    def for_good(self, below: str) -> bool:
-        """Whether the checkpoint `<attempt>-<step>` is kept whatever follows."""
-        return self.every is not None and int(below.rpartition("-")[2]) % self.every == 0
+    def keeps_permanently(self, name: str) -> bool:
+        """Return True if the checkpoint `<attempt>-<step>` is never pruned."""
+        return self.every is not None and int(name.rpartition("-")[2]) % self.every == 0
 
 
 @dataclass(frozen=True)
-class Resumable:
-    """A checkpoint found: its local folder and where it lies, and what the loop had written into trainer.json."""
+class FoundCheckpoint:
+    """A checkpoint that was read: its local folder, its URI, and the content of its trainer.json."""
 
     folder: Path
     uri: str
@@ -76,150 +74,161 @@ class Checkpoints:
 
     def __init__(
         self,
-        store: BlobStore,
-        kind: ArtifactKind,
-        id: str,
+        artifact: Artifact,
         lease: Lease | None,
         retention: Retention,
-        tell: Tell = lambda what, **facts: None,
+        emit: Emit = ignore_event,
         retrying: Retrying | None = None,
-        carried: Sequence[Path] = (),
+        extra_files: Sequence[Path] = (),
     ) -> None:
-        """`carried`: files that every checkpoint written from now on has a copy of."""
-        self._store, self._kind, self._id = store, kind, id
-        self._prefix = f"{kind}/{id}/steps/"
-        self._lease = lease  # None: this process never writes (ranks above 0)
-        self._retention = retention
-        self._carried = carried
-        self._tell = tell
-        self._retrying = retrying or patient()
+        """Open the checkpoints of `artifact`.
+
+        Args:
+            artifact: The artifact that is trained.
+            lease: The right to write; None: this process only reads (ranks above 0).
+            retention: Which checkpoints are kept.
+            emit: Receives the events of the checkpoints.
+            retrying: Calls the store's operations; None: `retry_while_unavailable`.
+            extra_files: Files that every new checkpoint gets a copy of.
+        """
+        self._artifact, self._store = artifact, artifact.store
+        self._prefix = f"{artifact.prefix}/steps/"
+        self._lease, self._retention, self._emit = lease, retention, emit
+        self._extra_files = extra_files
+        self._retrying = retrying or retry_while_unavailable()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._pending: deque[Future[None]] = deque()
-        self.committed_step: int | None = None
-        self.refused: list[str] = []  # why newer checkpoints than the one found could not be used
+        self.refused: list[str] = []  # errors of the checkpoints that are newer than the one found
 
-    def latest(self, gather: Gather = lambda mine: [mine]) -> Resumable | None:
-        """The newest checkpoint that is whole; damaged ones are passed over, told of, and added to `refused`.
+    def latest(self, gather: Gather = lambda mine: [mine]) -> FoundCheckpoint | None:
+        """Return the newest intact checkpoint, or None; damaged ones are skipped, emitted, and added to `refused`.
 
-        With the `gather` of many ranks, all of which call this, it is the newest that all can read: the same on all,
-        and the notes too. Raises `CheckpointError` on all where there is none, but one that some can read: what is
-        wrong is a node, and beginning anew would lose that one.
+        With the `gather` of many ranks, all ranks call this and get the newest checkpoint that all of them can read.
+        Their `refused` are equal too.
+
+        Raises:
+            CheckpointError: On all ranks, if there is no such checkpoint but some ranks can read one. Then a node is at
+                fault, and starting from the beginning would lose that checkpoint.
         """
-        at_fault: set[int] = set()
-        for below in reversed(gather(self._committed())[0]):  # as rank 0 sees it, which writes them
-            found = self._read(below)
+        faulty_ranks: set[int] = set()
+        for name in reversed(gather(self._committed())[0]):  # the list of rank 0, which writes the checkpoints
+            found = self._read(name)
             errors = gather(found if isinstance(found, str) else None)
             failed = [rank for rank, error in enumerate(errors) if error]
-            if not failed and isinstance(found, Resumable):
-                self.committed_step = found.step
+            if not failed and isinstance(found, FoundCheckpoint):
                 return found
             where = ""
             if len(failed) < len(errors):
-                at_fault.update(failed)
-                where = f" (for ranks {failed} alone: look at their nodes)"
+                faulty_ranks.update(failed)
+                where = f" (only on ranks {failed}: check their nodes)"
             for error in dict.fromkeys(errors[rank] for rank in failed):
                 self.refused.append(f"{error}{where}")
-                self._tell("refused", checkpoint=below, error=self.refused[-1])
-        if at_fault:
+                self._emit(CheckpointRefused(name, self.refused[-1]))
+        if faulty_ranks:
             raise CheckpointError(
                 f"no checkpoint under {self._store.uri}/{self._prefix} can be read on all {len(errors)} processes, "
-                f"though some can on some: look at the nodes of ranks {sorted(at_fault)}, their disks and network; "
-                "the same command tries again"
+                f"although some can be read on some: check the disks and the network of the nodes of ranks "
+                f"{sorted(faulty_ranks)}, and run the same command to retry"
             )
         return None
 
-    def _read(self, below: str) -> Resumable | str:
-        """The checkpoint `<attempt>-<step>`, or why it cannot be used."""
-        artifact = Artifact(self._store, self._kind, self._id, "steps", below)
+    def _read(self, name: str) -> FoundCheckpoint | str:
+        """Return the checkpoint `<attempt>-<step>`, or the error if it cannot be used."""
+        artifact = self._checkpoint(name)
         try:
             folder = self._retrying(artifact.fetch)
             trainer = json.loads((folder / TRAINER).read_text())
         except (CheckpointError, BlobNotFound) as error:
             return str(error)
-        return Resumable(folder, artifact.uri, trainer["step"], trainer)
+        return FoundCheckpoint(folder, artifact.uri, trainer["step"], trainer)
 
-    def save(self, state: State, trainer: dict[str, Any]) -> None:
+    def save(self, state: TrainingState, trainer: dict[str, Any]) -> None:
         """Upload `state` and `trainer` (JSON and dataclasses, with the `step`) in the background.
 
-        Waits where two are on their way already.
+        Waits while two uploads are pending.
 
-        Raises what an upload before this one raised: `StaleLease` where a newer attempt took over, `StoreUnavailable`
-        where the store was down for too long.
+        Raises:
+            StaleLease: If an earlier upload found that a newer attempt took over.
+            StoreUnavailable: If the store was down for too long during an earlier upload.
         """
         assert self._lease is not None
-        self.settle(MOST_PENDING - 1)
-        folder = _written(state, trainer, self._carried) if state.live else None  # the next step would change it
+        self.settle(MAX_PENDING - 1)
+        # The next step would change a live state, so it is written now
+        folder = _write_locally(state, trainer, self._extra_files) if state.live else None
         self._pending.append(self._pool.submit(self._upload, state, folder, trainer, self._lease))
 
-    def settle(self, pending: int = MOST_PENDING) -> None:
-        """Return when no more than `pending` uploads are on their way; raises what one that has ended raised."""
+    def settle(self, pending: int = MAX_PENDING) -> None:
+        """Wait until at most `pending` uploads are pending; raises the error of an upload that has failed."""
         while self._pending and (len(self._pending) > pending or self._pending[0].done()):
             self._pending.popleft().result()
 
     def wait(self) -> None:
-        """Return when nothing is being uploaded; raises what an upload raised."""
+        """Wait for all uploads; raises the error of an upload that has failed."""
         self.settle(0)
 
     def clear(self) -> None:
-        """Delete all but those that are kept for good: the artifact itself is committed."""
-        for below in {key.removeprefix(self._prefix).partition("/")[0] for key in self._store.list(self._prefix)}:
-            if not self._retention.for_good(below):
-                self._delete(below)
+        """Delete all checkpoints that are not kept permanently, because the artifact itself is committed."""
+        for name in {key.removeprefix(self._prefix).partition("/")[0] for key in self._store.list(self._prefix)}:
+            if not self._retention.keeps_permanently(name):
+                self._delete(name)
 
-    def _upload(self, state: State, folder: Path | None, trainer: dict[str, Any], lease: Lease) -> None:
+    def _checkpoint(self, name: str) -> Artifact:
+        return Artifact(self._store, self._artifact.kind, self._artifact.id, "steps", name)
+
+    def _upload(self, state: TrainingState, folder: Path | None, trainer: dict[str, Any], lease: Lease) -> None:
         step = trainer["step"]
-        folder = folder or _written(state, trainer, self._carried)
+        folder = folder or _write_locally(state, trainer, self._extra_files)
         try:
             self._retrying(self._commit, folder, step, lease)
-            self.committed_step = step
-            self._tell("checkpoint", step=step)
+            self._emit(CheckpointCommitted(step))
             self._retrying(self._prune)
         except StoreUnavailable as error:
             raise StoreUnavailable(
                 f"the checkpoint of step {step} could not be written to {self._store.uri}: {error}; "
-                "mend the store, the same command goes on from the checkpoint before"
+                "repair the store and run the same command to resume from the checkpoint before"
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _commit(self, folder: Path, step: int, lease: Lease) -> None:
-        below = f"{lease.number:04d}-{step:08d}"
+        name = f"{lease.number:04d}-{step:08d}"
         lease.check()
-        # After a rollback a damaged checkpoint of this very attempt may lie there: its manifest is not ours
-        self._store.delete(f"{self._prefix}{below}/{MANIFEST}")
-        manifest = Manifest(id=self._id, kind=self._kind, name=below, step=step, attempt=lease.number)
-        Artifact(self._store, self._kind, self._id, "steps", below).publish(folder, manifest, lease.check)
+        # After a rollback a damaged checkpoint of the same attempt can have this name: its manifest is not ours
+        self._store.delete(f"{self._prefix}{name}/{MANIFEST}")
+        artifact = self._checkpoint(name)
+        manifest = Manifest(id=artifact.id, kind=artifact.kind, name=name, step=step, attempt=lease.number)
+        artifact.publish(folder, manifest, lease.check)
 
     def _prune(self) -> None:
-        for below in self._committed()[: -self._retention.last]:
-            if not self._retention.for_good(below):
-                self._delete(below)
+        for name in self._committed()[: -self._retention.last]:
+            if not self._retention.keeps_permanently(name):
+                self._delete(name)
 
-    def _delete(self, below: str) -> None:
-        # The manifest goes first: what is half deleted is no checkpoint
-        keys = self._store.list(f"{self._prefix}{below}/")
+    def _delete(self, name: str) -> None:
+        # The manifest is deleted first: a half-deleted checkpoint is then not committed
+        keys = self._store.list(f"{self._prefix}{name}/")
         for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST}")):
             self._store.delete(key)
 
     def _committed(self) -> list[str]:
-        """`<attempt>-<step>` of every checkpoint that has a manifest, oldest first."""
+        """Return `<attempt>-<step>` of every checkpoint that has a manifest, oldest first."""
         keys = self._store.list(self._prefix)
         return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
 
 
-def _written(state: State, trainer: dict[str, Any], carried: Sequence[Path]) -> Path:
-    """A local folder with all of it; raises `TrainingError` where that cannot be."""
+def _write_locally(state: TrainingState, trainer: dict[str, Any], extra_files: Sequence[Path]) -> Path:
+    """Write a checkpoint to a local folder; raises `TrainingError` if that is not possible."""
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
         state.write(folder)
         (folder / TRAINER).write_text(json.dumps(trainer, default=asdict))
-        for path in carried:
+        for path in extra_files:
             shutil.copy(path, folder)
-    except Exception as error:  # the operating system's, at times wrapped in a type of safetensors' own
+    except Exception as error:  # an error of the operating system, sometimes wrapped in a type of safetensors
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise TrainingError(
-            f"no checkpoint can be written to {tempfile.gettempdir()}: {error}; make room there or set TMPDIR"
+            f"no checkpoint can be written to {tempfile.gettempdir()}: {error}; free space there or set TMPDIR"
         ) from error
     return folder

@@ -1,21 +1,26 @@
-"""Floating-point operations of a model, by its configuration: two for each multiply-add of a matrix product.
+"""Floating-point operations of a model, computed from its configuration. A multiply-add counts as two operations.
 
-Forward, a token and layer, with hidden size d, query width q, key/value width c, FFN hidden f in m matrices (3 where it
-is gated, else 2), K keys seen on average, k FFN experts a token, s the hidden size of an always-on expert, and A
-attention experts (C of them with own keys and values): `2(A·2dq + C·2dc + m·d(k·f + s) + routers) + 4·A·K·q`. Causal
-attention over a context of L sees L/2 keys on average, through a window of w < L tokens w - w²/2L. Training is three
-times the forward pass. Choices that a capacity drops are counted like the others.
+The forward pass of one token through one layer takes `2(A·2dq + C·2dc + m·d(k·f + s) + routers) + 4·A·K·q` operations.
+Here d is the hidden size, q the query width, c the key/value width, f the hidden size of an FFN expert, m the number of
+FFN matrices (3 if the FFN is gated, else 2), K the mean number of keys that a query attends to, k the number of FFN
+experts per token, s the hidden size of the shared expert, A the number of attention experts, and C the number of
+attention experts with their own keys and values. Causal attention over a context of L tokens attends to L/2 keys on
+average, and to w - w²/2L keys through a window of w < L tokens. Training takes three times the operations of the
+forward pass. Choices that exceed an expert's capacity are counted too.
 """
 
 import re
+from collections.abc import Sequence
+from copy import copy
 
 from transformers import PreTrainedConfig
 
 from bam_ray.model import is_mixture
+from bam_ray.settings import TrainingSettings
 
 
 def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
-    """Operations of one forward pass, a token, averaged over a sequence of `context` tokens."""
+    """Return the operations per token of one forward pass, as a mean over a sequence of `context` tokens."""
     layers = range(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     flops: float = 2.0 * config.vocab_size * config.hidden_size
@@ -49,15 +54,36 @@ def _layer(config: PreTrainedConfig, layer: int, keys: float) -> float:
 
 
 def training_flops(config: PreTrainedConfig, context: int, tokens: int) -> float:
-    """Operations of training on `tokens` tokens: forward and twice that backward."""
+    """Return the operations of training on `tokens` tokens: the forward pass, and twice that for the backward pass."""
     return 3.0 * forward_flops_per_token(config, context) * tokens
+
+
+def run_flops(
+    config: PreTrainedConfig, context: int, settings: TrainingSettings, expert_history: Sequence[tuple[int, int]]
+) -> float:
+    """Return the operations of a whole run, each step with the number of experts that the mixture had.
+
+    Args:
+        config: The configuration of the model at the end of the run.
+        context: The length of the sequences.
+        settings: The settings of the run.
+        expert_history: (step, experts): up to `step` the mixture had only this number of experts.
+    """
+    flops, done = 0.0, 0
+    for step, experts in (*expert_history, (settings.steps, None)):
+        config_then = copy(config)
+        if experts is not None:
+            config_then.num_experts = experts
+        flops += training_flops(config_then, context, (step - done) * settings.batch_tokens)
+        done = step
+    return flops
 
 
 PEAK_BF16_TFLOPS = {
     "B200": 2250,
     "GH200": 989,
     "H200": 989,
-    "H100 PCIe": 756,  # before H100
+    "H100 PCIe": 756,  # must come before H100
     "H100": 989,
     "H800": 989,
     "H20": 148,
@@ -67,11 +93,13 @@ PEAK_BF16_TFLOPS = {
     "L4": 121,
     "A10G": 70,
 }
-"""Dense tensor-core peaks by words of the device's name (vendors' data sheets, SXM forms)."""
+"""Dense tensor-core peaks by words in the device's name (from the vendors' data sheets, for the SXM variants)."""
 
 
 def peak_flops(device: str) -> float | None:
-    """The device's bf16 peak in operations a second (for fp32 runs too: it is what the device could do), None where it
-    is not known."""
+    """Return the device's bf16 peak in operations per second, or None if it is not known.
+
+    Runs in fp32 are compared with the same peak, because the device could reach it.
+    """
     words = set(re.split(r"[ -]", device))
     return next((peak * 1e12 for name, peak in PEAK_BF16_TFLOPS.items() if words.issuperset(name.split())), None)

@@ -1,71 +1,69 @@
-"""The training loop: which sequences, at which rate, with which checkpoints. The engine does the steps.
+"""The training loop: it chooses sequences, learning rate and checkpoints, and the engine does the steps.
 
-What is computed depends on the settings alone: the global batch and its order come from the sampler, every rank takes
-its share of rows, and random numbers are seeded by step, so a run that was stopped and resumed anywhere gives the
-losses of one that was not.
+The result depends only on the settings. The sampler determines the global batches and their order, every rank takes its
+share of the rows, and random numbers are seeded by step. A run that is stopped and resumed at any step therefore gives
+the losses of an uninterrupted run.
 
-A loss that is not finite may be the hardware's fault: unless the settings say otherwise, the loop goes back to the last
-checkpoint once, and gives up where it comes again. What the data does, as most spikes, would come again: the batch is
-left out, or going back, the loop goes on with the data after it. What is a spike follows from the curve so far, which
-checkpoints hold.
+A loss that is not finite can be a hardware fault. Unless the settings say otherwise, the loop rolls back to the last
+checkpoint once, and fails if the same loss occurs again. A fault of the data, like most spikes, would occur again: the
+batch is skipped, or the loop rolls back and continues with the data after it. A spike is defined relative to the curve
+so far, which checkpoints store.
 """
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from bam_ray.errors import CheckpointError, Interrupted, LossNotFinite, LossSpiked, SettingsError, TrainingError
 from bam_ray.settings import TrainingSettings
-from bam_ray.training.checkpoints import Checkpoints, Tell
-from bam_ray.training.engine import NO_LIMITS, Engine, Limits
+from bam_ray.training.checkpoints import Checkpoints, FoundCheckpoint
+from bam_ray.training.engine import NO_LIMITS, Engine, LossLimits, StepResult
+from bam_ray.training.events import BatchSkipped, Event, MicroBatchHalved, RolledBack, SegmentStarted
+from bam_ray.training.listener import StepMetrics, TrainingListener
 from bam_ray.training.schedule import learning_rate
 
-MOST_IN_A_ROW = 10  # spikes, or losses that are not finite, before training is given up
+MAX_BAD_LOSSES = 10  # consecutive spikes, or losses that are not finite, before training fails
 
 
-class Remembered(Protocol):
-    """What checkpoints remember."""
+class Sampler(Protocol):
+    """Sequences in one global order, from which training can resume at any position."""
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next `count` sequences, int64 [count, L], and their domains, int64 [count, D] (`Engine.step`)."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, as plain JSON."""
+        """Return the position as plain JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a position that `state_dict` returned."""
         ...
 
 
-class Sampler(Remembered, Protocol):
-    """Sequences in one global order, resumable."""
+@runtime_checkable
+class AdaptiveSampler(Sampler, Protocol):
+    """A sampler that depends on the model."""
 
-    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` sequences, int64 [count, L], and their domains, int64 [count, D] (`Engine.step`)."""
+    def adapt(self, step: int, engine: Engine) -> Event | None:
+        """Adapt to the model of `engine` after `step`; returns an event if anything changed.
+
+        All ranks call this between a step and its checkpoint.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class Point:
-    """One step of a training curve."""
+class ComputeSegment:
+    """A part of a run, and how it was computed from `step` on.
 
-    step: int
-    nll: float
-    load_balance: float
-    router_z: float
-    grad_norm: float
-    lr: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A part of a run: from which step on it was computed where and how. Legs follow one another in time, not in steps:
-    one may begin before the last step of the leg before."""
+    Segments are ordered by time, not by step: after a rollback one can start before the last step of the previous one.
+    """
 
     step: int
     device: str
@@ -74,13 +72,23 @@ class Leg:
     processes: int
 
 
+@dataclass(frozen=True)
+class FinishedTraining:
+    """What a training that has reached its last step leaves for the artifact."""
+
+    curve: list[StepMetrics]
+    segments: list[ComputeSegment]
+    refused: list[str]  # errors of damaged checkpoints, in all attempts
+    device_seconds: float  # duration of all steps, summed over the processes that computed each step
+
+
 def random_seed(*numbers: int) -> int:
-    """One of 64 bits, another for all other `numbers`."""
+    """Return a 64-bit seed derived from `numbers`; different numbers give different seeds."""
     return int(np.random.SeedSequence([number % (1 << 64) for number in numbers]).generate_state(1, np.uint64)[0])
 
 
 class Training:
-    """One run of the loop, on every rank alike."""
+    """One run of the training loop. Every rank has one."""
 
     def __init__(
         self,
@@ -89,169 +97,190 @@ class Training:
         sequence_length: int,
         settings: TrainingSettings,
         checkpoints: Checkpoints,
-        report: Callable[[Point], None],
-        tell: Tell,
-        should_stop: Callable[[], bool],
-        after_step: Callable[[int], None] = lambda step: None,
-        watch: Remembered | None = None,
+        listener: TrainingListener,
     ) -> None:
-        """`after_step` is called on all ranks between a step and its checkpoint, but for the last step; `watch`, on the
-        rank that writes checkpoints, is what else they remember."""
         self._sequences = settings.batch_tokens // sequence_length
         if self._sequences == 0 or self._sequences % engine.world_size:
             raise SettingsError(
                 f"batch_tokens {settings.batch_tokens} is {self._sequences} sequences of {sequence_length}, which "
-                f"{engine.world_size} processes cannot share alike: make it a multiple of "
+                f"{engine.world_size} processes cannot divide evenly: make it a multiple of "
                 f"{sequence_length * engine.world_size}"
             )
-        # Every so manieth: what ranks compute at once are then neighbours in the batch, however many ranks there are
+        # A strided slice: sequences that are processed in the same micro step are then adjacent in the global batch at
+        # any world size
         self._mine = slice(engine.rank, None, engine.world_size)
         self._engine, self._sampler, self._settings = engine, sampler, settings
         self._tokens = self._sequences * sequence_length
-        self._checkpoints, self._report, self._tell, self._should_stop = checkpoints, report, tell, should_stop
-        self._after_step, self._watch = after_step, watch
+        self._checkpoints, self._listener = checkpoints, listener
         self.step = 0
-        self.curve: list[Point] = []
-        self.legs: list[Leg] = []
-        self.refused: list[str] = []  # damaged checkpoints of all attempts so far
-        self.times: dict[str, float] = {}  # seconds of the last step, by what they went into
-        self._changed = 0  # the step at which the model last got experts: losses before it are another model's
-        self._checkpointing = 0.0  # seconds since the last step
-        self._met: Counter[type[TrainingError]] = Counter()  # bad losses one after the other, by kind
-        self._met_at = 0  # their furthest step
+        self.curve: list[StepMetrics] = []
+        self.segments: list[ComputeSegment] = []
+        self.refused: list[str] = []  # errors of damaged checkpoints, in all attempts so far
+        self._model_changed_at = 0  # the step at which the model last got experts: losses before it do not compare
+        self._checkpoint_seconds = 0.0  # since the last step
+        self._bad_losses: Counter[type[TrainingError]] = Counter()  # consecutive ones, by kind
+        self._bad_loss_step = 0  # the largest step of these
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, where there is one; else write one, to have something to go back to."""
-        if not self._take_up_newest():
-            self._checkpoint()
+        """Load the newest checkpoint; if there is none, write one, so that a rollback is possible from the start."""
+        if not self._load_latest_checkpoint():
+            self.save_checkpoint()
 
-    def run(self) -> list[Point]:
-        """Train to the last step and return the curve. Where `should_stop` says so, write a checkpoint and raise
-        `Interrupted`; raises `LossNotFinite` and `LossSpiked` as the settings say."""
-        settings, checkpoints = self._settings, self._checkpoints
-        while self.step < settings.steps:
-            checkpoints.settle()
-            try:
-                self._advance()
-            except (LossNotFinite, LossSpiked) as error:
-                self._meet(error)
-                continue
-            if self.step >= self._met_at:
-                self._met.clear()
-            if self.step < settings.steps:
-                self._after_step(self.step)
-            stop = self._engine.any_rank(self._should_stop())
-            if self.step < settings.steps and (stop or self.step % settings.checkpoint_every == 0):
-                self._checkpoint()
-            if stop and self.step < settings.steps:
-                checkpoints.wait()
-                raise Interrupted(
-                    f"stopped at step {self.step} of {settings.steps}; the same command goes on from there"
-                )
-        checkpoints.wait()
-        return self.curve
+    def run(self) -> FinishedTraining:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: If the listener asked to stop; a checkpoint has been written.
+            LossNotFinite: As the settings say.
+            LossSpiked: As the settings say.
+        """
+        self._listener.on_training_start(self.step)
+        try:
+            while self.step < self._settings.steps:
+                self._checkpoints.settle()
+                try:
+                    self.train_step()
+                except (LossNotFinite, LossSpiked) as error:
+                    self.handle_bad_loss(error)
+                    continue
+                self._finish_step()
+            self._checkpoints.wait()
+        finally:
+            self._listener.on_training_end()
+        return FinishedTraining(self.curve, self.segments, self.refused, self.device_seconds())
 
     def device_seconds(self) -> float:
-        """Seconds that the steps of the curve took, summed over the processes that computed each."""
+        """Return the duration of all steps of the curve, summed over the processes that computed each step."""
         total = 0.0
         for point in self.curve:
-            leg = next(leg for leg in reversed(self.legs) if leg.step <= point.step)
-            total += leg.processes * self._tokens / point.tokens_per_second
+            segment = next(segment for segment in reversed(self.segments) if segment.step <= point.step)
+            total += segment.processes * self._tokens / point.tokens_per_second
         return total
 
-    def _advance(self) -> None:
-        """One step; nothing has changed, but for the sampler, where it raises."""
+    def train_step(self) -> None:
+        """Do one step. If it raises, nothing but the sampler has changed."""
         started = time.perf_counter()
         engine, settings = self._engine, self._settings
-        torch.manual_seed(random_seed(settings.seed, self.step, engine.rank))  # dropout and noisy gates
+        torch.manual_seed(random_seed(settings.seed, self.step, engine.rank))  # for dropout and noisy gates
         batch, domains = (torch.from_numpy(each[self._mine]) for each in self._sampler.take(self._sequences))
-        taken = time.perf_counter()
+        data_ready = time.perf_counter()
         lr = learning_rate(settings, self.step)
         result = engine.step(batch, lr, self._limits(), domains)
         self.step += 1
         done = time.perf_counter()
-        self.times = {"data": taken - started, "compute": done - taken, "checkpoint": self._checkpointing}
-        if engine.last_exchange is not None:
-            self.times |= {"all_to_all": engine.last_exchange, "compute": done - taken - engine.last_exchange}
-        self._checkpointing = 0.0
-        speed = self._tokens / (done - started)
-        self.curve.append(
-            Point(self.step, result.nll, result.load_balance, result.router_z, result.grad_norm, lr, round(speed, 1))
-        )
-        self._note_leg(self.step)
-        self._report(self.curve[-1])
+        speed = round(self._tokens / (done - started), 1)
+        metrics = StepMetrics(self.step, result.nll, result.load_balance, result.router_z, result.grad_norm, lr, speed)
+        self.curve.append(metrics)
+        self._record_segment()
+        self._listener.on_step(metrics, result, self._durations(data_ready - started, done - data_ready, result))
 
-    def _note_leg(self, step: int) -> None:
-        """Write down where and how `step` was computed, unless as the one before."""
-        engine = self._engine
-        leg = Leg(step, engine.device_name, engine.precision, engine.micro_batch, engine.world_size)
-        last = self.legs[-1] if self.legs else None
-        if last is not None and replace(last, step=step) == leg:
+    def _durations(self, data: float, compute: float, result: StepResult) -> dict[str, float]:
+        """Return the seconds of the step's parts, and start to count the time for checkpoints again."""
+        seconds = {"data": data, "compute": compute, "checkpoint": self._checkpoint_seconds}
+        self._checkpoint_seconds = 0.0
+        if result.exchange_seconds is not None:
+            seconds |= {"all_to_all": result.exchange_seconds, "compute": compute - result.exchange_seconds}
+        return seconds
+
+    def _finish_step(self) -> None:
+        """Adapt the sampler, write a checkpoint if it is due, and stop if the listener asks for it."""
+        settings = self._settings
+        if self.step >= self._bad_loss_step:
+            self._bad_losses.clear()
+        last = self.step >= settings.steps
+        if not last and isinstance(self._sampler, AdaptiveSampler):
+            event = self._sampler.adapt(self.step, self._engine)
+            if event is not None:
+                self._listener.emit(event)
+        stop = self._engine.any_rank(self._listener.should_stop())
+        if last:
             return
-        self.legs.append(leg)
-        if last is not None and replace(last, step=step, micro_batch=leg.micro_batch) == leg:
-            self._tell("micro_batch", step=step, sequences=leg.micro_batch, before=last.micro_batch)
-        else:
-            self._tell("computing", **asdict(leg))
+        if stop or self.step % settings.checkpoint_every == 0:
+            self.save_checkpoint()
+        if stop:
+            self._checkpoints.wait()
+            raise Interrupted(f"stopped at step {self.step} of {settings.steps}: run the same command to resume")
 
-    def _limits(self) -> Limits:
-        """Above which the next step is a spike."""
+    def _record_segment(self) -> None:
+        """Record how the last step was computed, unless the step before was computed in the same way."""
+        engine = self._engine
+        segment = ComputeSegment(self.step, engine.device_name, engine.precision, engine.micro_batch, engine.world_size)
+        last = self.segments[-1] if self.segments else None
+        if last is not None and replace(last, step=self.step) == segment:
+            return
+        self.segments.append(segment)
+        if last is not None and replace(last, step=self.step, micro_batch=segment.micro_batch) == segment:
+            self._listener.emit(MicroBatchHalved(self.step, segment.micro_batch, last.micro_batch))
+        else:
+            self._listener.emit(SegmentStarted(**asdict(segment)))
+
+    def _limits(self) -> LossLimits:
+        """Return the limits above which the next step is a spike."""
         spike = self._settings.spike
-        last = [point for point in self.curve[-spike.window :] if point.step > self._changed]
+        last = [point for point in self.curve[-spike.window :] if point.step > self._model_changed_at]
         if self._settings.on_spike == "ignore" or len(last) < spike.window:
             return NO_LIMITS
-        return Limits(
+        return LossLimits(
             nll=spike.loss * statistics.median(point.nll for point in last),
             grad_norm=spike.grad_norm * statistics.median(point.grad_norm for point in last),
         )
 
-    def _meet(self, error: LossNotFinite | LossSpiked) -> None:
-        """Do what the settings say about a bad loss at the next step."""
+    def handle_bad_loss(self, error: LossNotFinite | LossSpiked) -> None:
+        """Skip the batch of the next step, roll back or raise, as the settings say."""
         settings, kind = self._settings, type(error)
         spiked = isinstance(error, LossSpiked)
         action = settings.on_spike if spiked else settings.on_not_finite
-        hint = "on_spike and spike to bear it" if spiked else "on_not_finite to leave its data out"
-        self._met_at = max(self._met_at, self.step + 1)
-        self._met[kind] += 1
-        if self._met[kind] > {"stop": 0, "retry": 1}.get(action, MOST_IN_A_ROW):
+        hint = "on_spike and spike to tolerate it" if spiked else "on_not_finite to skip its data"
+        self._bad_loss_step = max(self._bad_loss_step, self.step + 1)
+        self._bad_losses[kind] += 1
+        if self._bad_losses[kind] > {"stop": 0, "retry": 1}.get(action, MAX_BAD_LOSSES):
             raise kind(
-                f"step {self.step + 1}: {error} ({self._met[kind]} in a row): lower peak_lr, look at the data, or "
+                f"step {self.step + 1}: {error} ({self._bad_losses[kind]} in a row): lower peak_lr, check the data, or "
                 f"set {hint}"
             ) from None
         if action == "skip":
-            self._tell("skipped", step=self.step + 1, error=str(error))
+            self._listener.emit(BatchSkipped(self.step + 1, str(error)))
             return
-        after = self._sampler.state_dict()
-        self._go_back(error)
+        position_after_batch = self._sampler.state_dict()
+        self._rollback(error)
         if action == "roll_back":
-            self._sampler.load_state_dict(after)
+            self._sampler.load_state_dict(position_after_batch)
 
-    def _go_back(self, error: TrainingError) -> None:
-        """To the newest checkpoint, all ranks to the same."""
-        came_from = self.step + 1
+    def _rollback(self, error: TrainingError) -> None:
+        """Load the newest checkpoint, the same one on all ranks."""
+        failed_step = self.step + 1
         self._checkpoints.wait()
-        if not self._take_up_newest():
-            raise CheckpointError(f"step {came_from}: {error}, and there is no whole checkpoint to go back to")
-        self._tell("rolled_back", step=came_from, to=self.step, error=str(error))
+        if not self._load_latest_checkpoint():
+            raise CheckpointError(
+                f"step {failed_step}: {error}, and there is no intact checkpoint to roll back to: check the store"
+            )
+        self._listener.emit(RolledBack(failed_step, self.step, str(error)))
 
-    def _take_up_newest(self) -> bool:
+    def _load_latest_checkpoint(self) -> bool:
+        """Load the newest checkpoint that all ranks can read; returns False if there is none."""
         found = self._checkpoints.latest(self._engine.gather)
         self.refused += self._checkpoints.refused
         self._checkpoints.refused.clear()
         if found is None:
             return False
-        self._engine.load(found.folder)
-        self._sampler.load_state_dict(found.trainer["sampler"])
-        if self._watch is not None:
-            self._watch.load_state_dict(found.trainer.get("watch", {}))
-        self.curve = [Point(**point) for point in found.trainer["curve"]]
-        self.legs = [Leg(**leg) for leg in found.trainer["legs"]]
-        self._changed = found.trainer.get("changed", 0)
-        self.refused = list(dict.fromkeys([*found.trainer["refused"], *self.refused]))
-        self.step = found.step
+        self._restore(found)
+        self._listener.on_checkpoint_loaded(self.step)
         return True
 
-    def _checkpoint(self) -> None:
+    def _restore(self, found: FoundCheckpoint) -> None:
+        """Set the engine, the sampler, the listener and this loop to the state of a checkpoint."""
+        trainer = found.trainer
+        self._engine.load(found.folder)
+        self._sampler.load_state_dict(trainer["sampler"])
+        self._listener.load_state_dict(trainer.get("watch", {}))
+        self.curve = [StepMetrics(**point) for point in trainer["curve"]]
+        self.segments = [ComputeSegment(**segment) for segment in trainer["legs"]]
+        self._model_changed_at = trainer.get("changed", 0)
+        self.refused = list(dict.fromkeys([*trainer["refused"], *self.refused]))
+        self.step = found.step
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step in the background. All ranks call this."""
         started = time.perf_counter()
         state = self._engine.state()
         if state is not None:
@@ -259,11 +288,12 @@ class Training:
                 "step": self.step,
                 "sampler": self._sampler.state_dict(),
                 "curve": list(self.curve),
-                "legs": list(self.legs),
+                "legs": list(self.segments),
                 "refused": list(self.refused),
-                "changed": self._changed,
+                "changed": self._model_changed_at,
             }
-            if self._watch is not None:
-                trainer["watch"] = self._watch.state_dict()
+            listener_state = self._listener.state_dict()
+            if listener_state is not None:
+                trainer["watch"] = listener_state
             self._checkpoints.save(state, trainer)
-        self._checkpointing += time.perf_counter() - started
+        self._checkpoint_seconds += time.perf_counter() - started

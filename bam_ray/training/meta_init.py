@@ -1,9 +1,9 @@
-"""A mixture before its weights: on the meta device, where it costs nothing, until it is known which are this rank's.
+"""A mixture on the meta device, where it takes no memory until this rank's experts are known.
 
-    outline       the folder's model, with the shapes of its parameters alone
-    materialise   memory for those that it still has, once experts of other ranks are cut away
+    model_on_meta   the folder's model, which has only the shapes of its parameters
+    materialize     allocates the parameters that are left when the experts of other ranks have been removed
 
-Whoever materialises it reads the weights, parameter by parameter: so no process holds a whole mixture.
+The caller of `materialize` reads the weights parameter by parameter, so no process holds a whole mixture.
 """
 
 from pathlib import Path
@@ -17,14 +17,14 @@ from transformers.utils import GENERATION_CONFIG_NAME
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.model.attention_bam import BamRotaryEmbedding
 
-NOISE = "noise_weight"
-"""What a gate has that became noisy: it begins at zero, and no folder at step 0 has it."""
+NOISE_WEIGHT = "noise_weight"
+"""The parameter that a gate has in addition when it becomes noisy. It starts at zero and is in no folder at step 0."""
 
 
-def outline(folder: Path, **changes: Any) -> PreTrainedModel:
-    """The mixture of `folder`, its configuration changed by `changes`: fp32, whatever the folder has, without memory.
+def model_on_meta(folder: Path, **changes: Any) -> PreTrainedModel:
+    """Return the mixture of `folder` in fp32 on the meta device, with `changes` to its configuration.
 
-    But for that it is what `from_pretrained` gives.
+    Apart from that it equals the result of `from_pretrained`. The precision of the folder does not matter.
     """
     config = AutoConfig.from_pretrained(folder, **changes)
     with torch.device("meta"):
@@ -34,19 +34,20 @@ def outline(folder: Path, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def materialise(model: PreTrainedModel) -> None:
-    """Give an outline memory on the CPU: parameters are to be read, buffers are zero or functions of the configuration.
+def materialize(model: PreTrainedModel) -> None:
+    """Allocate a model on the meta device on the CPU.
 
-    Tied parameters stay one, and all keep their attributes.
+    Parameters are uninitialized and must be read. Buffers are zero or are computed from the configuration. Tied
+    parameters stay tied, and all parameters keep their attributes.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, outlined in list(module.named_parameters(recurse=False)):
-            if outlined not in made:
-                like = torch.zeros_like if name == NOISE else torch.empty_like  # empty: no page of it is there yet
-                made[outlined] = nn.Parameter(like(outlined, device="cpu"), outlined.requires_grad)
-                vars(made[outlined]).update(vars(outlined))  # such as ZeRO's marks of experts
-            setattr(module, name, made[outlined])
+        for name, on_meta in list(module.named_parameters(recurse=False)):
+            if on_meta not in made:
+                like = torch.zeros_like if name == NOISE_WEIGHT else torch.empty_like  # empty: touches no page yet
+                made[on_meta] = nn.Parameter(like(on_meta, device="cpu"), on_meta.requires_grad)
+                vars(made[on_meta]).update(vars(on_meta))  # for example ZeRO's marks of experts
+            setattr(module, name, made[on_meta])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros_like(buffer, device="cpu"))
         if isinstance(module, BamRotaryEmbedding):

@@ -1,7 +1,8 @@
-"""The micro batch that fits a device: found by trial, so that no person has to guess it.
+"""Find the micro batch that fits a device by trial, so that nobody has to guess it.
 
-The global batch is a setting; how many of its sequences go through the model at once only decides how much memory that
-takes and how fast it is. Dense models give the same losses for any, but for rounding.
+The global batch is a setting. The micro batch is the number of its sequences that pass through the model at once. It
+only determines memory use and speed: the losses of a dense model are the same for every micro batch, except for
+rounding.
 """
 
 from collections.abc import Callable
@@ -12,47 +13,55 @@ from bam_ray.errors import TrainingError
 from bam_ray.training.memory import GIB, Memory, is_out_of_memory
 
 
-def largest_that_fits(
-    trial: Callable[[int], None], most: int, memory: Memory, any_rank: Callable[[bool], bool] = bool
+def find_largest_micro_batch(
+    trial: Callable[[int], None], limit: int, memory: Memory, any_rank: Callable[[bool], bool] = bool
 ) -> int:
-    """The largest power of two up to `most` for which `trial(size)`, a forward and backward pass, fits `memory`.
+    """Return the largest power of two up to `limit` for which `trial(size)` fits `memory`.
 
-    Each size is measured before twice as much is tried: memory for activations grows at most in proportion, and a CPU's
-    does not say no when it ends (the kernel kills the process). Processes that train together find the same by asking
-    whether something holds for `any_rank`. Raises `TrainingError` where one sequence is too much.
+    Each size is measured before twice the size is tried. The memory for activations grows at most in proportion to
+    the size, and a CPU raises no error when its memory ends: the kernel kills the process.
+
+    Args:
+        trial: Does a forward and backward pass over `size` sequences.
+        limit: The largest size to try.
+        memory: The memory of the device.
+        any_rank: Returns True on all ranks if its argument is True on any rank, so that all ranks find the same size.
+
+    Raises:
+        TrainingError: If a single sequence does not fit.
     """
-    if any_rank(ran_out(trial, 1)):  # this one also leaves behind what stays: gradients, the libraries' workspaces
-        raise too_small(memory)
-    base = memory.used()
+    if any_rank(runs_out_of_memory(trial, 1)):  # this trial also allocates what stays: gradients, library workspaces
+        raise single_sequence_error(memory)
+    base = memory.used_bytes()
     size = 1
     while True:
         memory.reset_peak()
-        if any_rank(ran_out(trial, size)):
+        if any_rank(runs_out_of_memory(trial, size)):
             return max(1, size // 2)
-        activations = max(0, memory.peak() - base)
-        if 2 * size > most or any_rank(2 * activations > memory.room()):
+        activations = max(0, memory.peak_bytes() - base)
+        if 2 * size > limit or any_rank(2 * activations > memory.available_bytes()):
             return size
         size *= 2
 
 
-def halved_to_fit(
+def halve_until_it_fits(
     work: Callable[[int], None], size: int, memory: Memory, any_rank: Callable[[bool], bool] = bool
 ) -> int:
-    """Do `work(size)`, with half the size as often as memory runs out on any rank; returns the size that did.
+    """Do `work(size)`, and halve `size` each time memory runs out on any rank; returns the size that fits.
 
-    Each time `work` begins anew. Raises `TrainingError` where one sequence is too much.
+    `work` starts from the beginning each time. Raises `TrainingError` if a single sequence does not fit.
     """
-    while any_rank(ran_out(work, size)):
+    while any_rank(runs_out_of_memory(work, size)):
         if size == 1:
-            raise too_small(memory)
+            raise single_sequence_error(memory)
         size //= 2
     return size
 
 
-def ran_out(work: Callable[[int], None], size: int) -> bool:
-    """Whether `work(size)` ran out of memory; other errors are raised.
+def runs_out_of_memory(work: Callable[[int], None], size: int) -> bool:
+    """Do `work(size)` and return True if it ran out of memory; all other errors are raised.
 
-    The error is dropped before this returns: its traceback would keep the tensors of the failed pass alive.
+    The error is dropped before this function returns, because its traceback keeps the tensors of the failed pass alive.
     """
     try:
         work(size)
@@ -61,13 +70,14 @@ def ran_out(work: Callable[[int], None], size: int) -> bool:
             raise
     else:
         return False
-    torch.cuda.empty_cache()  # what is left of the failed pass is in pieces of the wrong size
+    torch.cuda.empty_cache()  # the failed pass leaves cached blocks of the wrong size
     return True
 
 
-def too_small(memory: Memory) -> TrainingError:
-    """The device cannot hold a step with a single sequence."""
+def single_sequence_error(memory: Memory) -> TrainingError:
+    """Return the error for a device that cannot hold a step with a single sequence."""
     return TrainingError(
-        f"out of memory with a micro batch of one sequence ({memory.used() / GIB:.1f} GiB in use, "
-        f"{memory.room() / GIB:.1f} GiB free): use a device with more memory or a smaller data.sequence_length"
+        f"out of memory with a micro batch of one sequence ({memory.used_bytes() / GIB:.1f} GiB in use, "
+        f"{memory.available_bytes() / GIB:.1f} GiB free): use a device with more memory or a smaller "
+        "data.sequence_length"
     )

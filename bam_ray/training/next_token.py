@@ -1,8 +1,8 @@
-"""The next-token NLL of a causal LM, its logits never whole.
+"""The next-token NLL of a causal LM, computed without the logits of the whole micro batch.
 
-With a large vocabulary the logits of a micro batch, and their gradient, would be the largest tensors of training. Here
-they exist for a chunk of tokens at a time, and a chunk's gradients are made with its NLL, so that its logits are
-computed once (as in Liger's fused linear cross-entropy, arXiv 2410.10989).
+With a large vocabulary the logits of a micro batch and their gradient would be the largest tensors of training. Here
+they exist only for one chunk of tokens at a time. The gradients of a chunk are computed together with its NLL, so that
+its logits are computed once (as in Liger's fused linear cross-entropy, arXiv 2410.10989).
 
 Shapes: T tokens, d hidden, V vocabulary.
 """
@@ -19,22 +19,22 @@ from bam_ray.families import FAMILIES
 from bam_ray.model import RouterOutput
 from bam_ray.training.objective import as_mixture
 
-FEWEST = 256  # tokens of a chunk: fewer are slower
+MIN_CHUNK_TOKENS = 256  # smaller chunks are slower
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are one matrix times the last hidden states, and `logit_scale` where there is one.
+    """Return True if the logits are one matrix times the last hidden states, and times `logit_scale` if there is one.
 
-    So it is for mixtures and all families that they are made of; of others we don't know.
+    This holds for mixtures and for all families that they are made of. It is not known for other models.
     """
     return as_mixture(model) is not None or model.config.model_type in FAMILIES
 
 
 class NextTokenLoss(nn.Module):
-    """`model` as the function that is minimised: token ids to their NLL. It has no parameters but the model's, as
-    they are when it is made.
+    """The function that is minimized: it maps token ids to the NLL of `model`.
 
-    Models without a plain head (`has_plain_head`) are computed with whole logits.
+    Its only parameters are those that the model has at construction. For a model without a plain head
+    (`has_plain_head`) all logits are computed at once.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -43,7 +43,10 @@ class NextTokenLoss(nn.Module):
         self.head = ChunkedHead(model) if has_plain_head(model) else None
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, tuple[RouterOutput, ...]]:
-        """[B, L] -> mean NLL of the last L - 1 tokens of each row; of mixtures the `RouterOutput` of each layer."""
+        """Compute the NLL of `input_ids` [B, L].
+
+        Returns the mean NLL of the last L - 1 tokens of each row, and for mixtures the `RouterOutput` of each layer.
+        """
         targets = input_ids[:, 1:].flatten()
         if self.head is None:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
@@ -54,8 +57,10 @@ class NextTokenLoss(nn.Module):
 
 
 class ChunkedHead(nn.Module):
-    """The head of a model and the loss in one. It holds the head's weight itself: ZeRO-3 gathers what a module holds
-    when that module is called."""
+    """The head of a model together with the loss.
+
+    It holds the head's weight itself, because ZeRO-3 gathers the parameters of a module when that module is called.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -63,30 +68,31 @@ class ChunkedHead(nn.Module):
         self.scale = getattr(model.config, "logit_scale", 1.0)
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[T, d], [T] -> mean NLL."""
+        """Return the mean NLL of `targets` [T] for the hidden states [T, d]."""
         weight = self.weight
-        if not torch.is_grad_enabled():  # autograd functions are not told
+        if not torch.is_grad_enabled():  # an autograd function cannot see this itself
             hidden, weight = hidden.detach(), weight.detach()
         nll: Tensor = SummedNLL.apply(hidden * self.scale, weight, targets)  # type: ignore[no-untyped-call]
         return nll / len(targets)
 
 
 class SummedNLL(torch.autograd.Function):
-    """hidden [T, d], weight [V, d], targets [T] -> Σ -log softmax(hidden · weightᵀ)[target], in fp32.
+    """The sum Σ -log softmax(hidden · weightᵀ)[target] in fp32, for hidden [T, d], weight [V, d] and targets [T].
 
-    Matrix products are of autocast's precision where it is on, the softmax and sums over chunks fp32. A chunk's logits
-    are about as large as the weight.
+    Matrix products use the precision of autocast if it is enabled. The softmax and the sums over chunks are fp32. The
+    logits of a chunk are about as large as the weight.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Compute the sum, and the gradients for a loss gradient of 1."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float) if of_weight else None
         total = hidden.new_zeros((), dtype=torch.float)
-        size = max(FEWEST, hidden.shape[1])
+        size = max(MIN_CHUNK_TOKENS, hidden.shape[1])
         with torch.autocast(device, enabled=False):
             cast = weight.to(dtype)
             for start in range(0, len(hidden), size):
@@ -100,7 +106,7 @@ class SummedNLL(torch.autograd.Function):
                     grad_hidden[start : start + size] = grad @ cast
                 if grad_weight is not None:
                     _add_product(grad_weight, grad.t(), x)
-                del log_p, grad  # before the next chunk's are made
+                del log_p, grad  # frees them before the next chunk allocates its own
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return total
@@ -108,16 +114,17 @@ class SummedNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Scale the gradients that `forward` computed."""
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
-        if grad_weight is not None:  # in place: it is as large as the weight
+        if grad_weight is not None:  # in place, because it is as large as the weight
             grad_weight = grad_weight.mul_(grad).to(ctx.dtype)
         return grad_hidden, grad_weight, None
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into [m, n] fp32 += a [m, k] · b [k, n]."""
+    """Add the product a [m, k] · b [k, n] to `into` [m, n], which is fp32."""
     if a.dtype is into.dtype:
         into.addmm_(a, b)
     else:

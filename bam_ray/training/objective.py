@@ -1,4 +1,7 @@
-"""What is minimised: next-token NLL, and for mixtures the routers' losses beside it."""
+"""The training objective: next-token NLL, and for mixtures the auxiliary losses of the routers.
+
+Shapes: B sequences of L tokens, D domains, M layers with experts, N experts, k experts per token.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,28 +16,67 @@ from bam_ray.settings import Losses
 
 
 @dataclass(frozen=True)
-class Load:
-    """How the tokens of a batch, of D domains, met the FFN experts of M layers that have any.
+class ExpertLoad:
+    """The routing of a batch's tokens to the FFN experts of all layers that have experts.
 
-    Of each mean over the batch there is what every domain adds to it; a domain's own mean is that over its share.
+    Every mean over the batch is split into the contributions of the domains. The mean of one domain is its
+    contribution divided by the share of the batch that belongs to the domain.
     """
 
-    choices: Tensor  # [M, D, N], of all choices
-    entropy: Tensor  # [M, D], of a token's router probabilities, in nats
-    dropped: Tensor  # [M], of all choices, those past an expert's capacity
+    choices: Tensor  # [M, D, N]: shares of all choices
+    entropy: Tensor  # [M, D]: entropy of a token's router probabilities, in nats
+    dropped: Tensor  # [M]: share of all choices that exceeded an expert's capacity
 
     @property
     def share(self) -> Tensor:
-        """Of all choices, those of each expert: [M, N]."""
+        """Each expert's share of all choices: [M, N]."""
         return self.choices.sum(1)
 
 
-@dataclass
-class Objective:
-    """NLL plus the weighted auxiliary losses of one micro batch."""
+@dataclass(frozen=True)
+class BatchStatistics:
+    """The losses and the expert load of a batch: detached means over its sequences.
 
-    total: Tensor
-    parts: Tensor  # [3], detached: nll, load balance, router z; of mixtures then the `Load`'s, [M, 1 + D·(N + 1)] flat
+    `pack` makes one vector of them, so that one operation adds two micro batches, and one collective averages over all
+    ranks.
+    """
+
+    nll: Tensor  # nats per token
+    load_balance: Tensor
+    router_z: Tensor
+    load: ExpertLoad | None  # None: the model has no experts
+
+    def losses(self) -> tuple[float, float, float]:
+        """Return NLL, load-balance loss and router z-loss; waits for the device once."""
+        nll, load_balance, router_z = torch.stack((self.nll, self.load_balance, self.router_z)).tolist()
+        return nll, load_balance, router_z
+
+    def pack(self) -> Tensor:
+        """Return all values as one vector [3 + M·(1 + D·(N + 1))]; without experts it is [3]."""
+        losses = torch.stack((self.nll, self.load_balance, self.router_z))
+        if self.load is None:
+            return losses
+        by_domain = torch.cat((self.load.choices, self.load.entropy.unsqueeze(-1)), dim=-1)  # [M, D, N + 1]
+        by_layer = torch.cat((self.load.dropped.unsqueeze(1), by_domain.flatten(1)), dim=1)  # [M, 1 + D·(N + 1)]
+        return torch.cat((losses, by_layer.flatten()))
+
+    @staticmethod
+    def unpack(packed: Tensor, mixture: BamForCausalLM | None) -> "BatchStatistics":
+        """Return the statistics that `pack` packed; `mixture` is the model, or None for a dense model."""
+        load = None
+        if mixture is not None and mixture.config.mixture_layers:
+            by_layer = packed[3:].view(len(mixture.config.mixture_layers), -1)
+            by_domain = by_layer[:, 1:].unflatten(1, (-1, mixture.config.num_experts + 1))
+            load = ExpertLoad(by_domain[..., :-1], by_domain[..., -1], by_layer[:, 0])
+        return BatchStatistics(packed[0], packed[1], packed[2], load)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training loss of one micro batch."""
+
+    total: Tensor  # NLL plus the weighted auxiliary losses: the value to differentiate
+    statistics: BatchStatistics
 
 
 def objective(
@@ -45,87 +87,64 @@ def objective(
     reduce: Callable[[Tensor], Tensor] | None = None,
     domains: Tensor | None = None,
 ) -> Objective:
-    """The training loss of `input_ids` [B, L]: next-token NLL, and for mixtures the routers' losses.
+    """Compute the training loss of `input_ids` [B, L].
 
-    `model` is what is called: a `NextTokenLoss`, of `mixture` unless that is None (dense models), or an engine around
-    it. `reduce` averages routing statistics over data-parallel ranks (`model.routing_losses`). `domains` [B, D]:
-    which sequences are of which domain (`Engine.step`).
+    Args:
+        model: The module to call: a `NextTokenLoss`, or an engine that wraps one.
+        input_ids: Token ids [B, L].
+        losses: Coefficients of the auxiliary losses, without ramps (`Losses.at`).
+        mixture: The mixture that `model` computes, or None for a dense model.
+        reduce: Averages routing statistics over data-parallel ranks (`model.routing_losses`).
+        domains: [B, D], 1 if a sequence belongs to a domain, else 0. None: all sequences belong to a single domain.
     """
     nll, routers = model(input_ids)
     if mixture is None or not mixture.config.mixture_layers:
         zero = torch.zeros((), device=nll.device)
-        return Objective(nll, torch.stack((nll.detach(), zero, zero)))
+        return Objective(nll, BatchStatistics(nll.detach(), zero, zero, None))
     biases = mixture.selection_biases()
     routing = routing_losses(routers, mixture.config.num_experts_per_tok, reduce, bias=biases)
-    load = _load(routing, mixture, all_of_one(input_ids) if domains is None else domains)
+    load = _expert_load(routing, mixture, single_domain(input_ids) if domains is None else domains)
     load_balance, router_z = losses.load_balance, losses.router_z
-    assert isinstance(load_balance, float) and isinstance(router_z, float), "a ramp: use Losses.at"
+    assert isinstance(load_balance, float) and isinstance(router_z, float), "ramps are not allowed: use Losses.at"
     total = nll + load_balance * routing.load_balance + router_z * routing.router_z
-    parts = torch.stack((nll, routing.load_balance, routing.router_z)).detach()
-    return Objective(total, torch.cat((parts, load.flatten())))
+    statistics = BatchStatistics(nll.detach(), routing.load_balance.detach(), routing.router_z.detach(), load)
+    return Objective(total, statistics)
 
 
-def _load(routing: RoutingLosses, mixture: BamForCausalLM, domains: Tensor) -> Tensor:
-    """The `Load` of sequences of `domains` [B, D], in one: [M, 1 + D·(N + 1)]."""
+def _expert_load(routing: RoutingLosses, mixture: BamForCausalLM, domains: Tensor) -> ExpertLoad:
+    """Return the load of the sequences whose domains are `domains` [B, D]."""
     sequences, config = len(domains), mixture.config
     chosen = F.one_hot(routing.chosen.unflatten(1, (sequences, -1)), config.num_experts)  # [M, B, L, k, N]
     choices = chosen.float().mean((2, 3))
     entropy = routing.entropy.unflatten(1, (sequences, -1)).mean(2, keepdim=True)  # [M, B, 1]
     by_sequence = torch.cat((choices, entropy), dim=-1).unsqueeze(2)  # [M, B, 1, N + 1]
-    # No matrix product, which a GPU may round more
-    by_domain = (by_sequence * domains.unsqueeze(-1)).mean(1)  # [M, D, N + 1]
+    # A matrix product would do the same, but a GPU may round it more
+    by_domain = (by_sequence * domains.unsqueeze(-1)).mean(1).detach()  # [M, D, N + 1]
     dropped = dropped_share(routing.chosen, config, sequences)
-    return torch.cat((dropped.unsqueeze(1), by_domain.flatten(1)), dim=1)
+    return ExpertLoad(by_domain[..., :-1], by_domain[..., -1], dropped)
 
 
-def all_of_one(input_ids: Tensor) -> Tensor:
-    """The domains [B, 1] of sequences [B, L] that are of one."""
+def single_domain(input_ids: Tensor) -> Tensor:
+    """Return the domains [B, 1] of sequences [B, L] that all belong to a single domain."""
     return input_ids.new_ones(len(input_ids), 1)
 
 
-def parts_of(mixture: BamForCausalLM | None, domains: int) -> int:
-    """How many numbers `Objective.parts` has."""
-    if mixture is None:
-        return 3
-    numbers: int = 3 + len(mixture.config.mixture_layers) * (1 + domains * (mixture.config.num_experts + 1))
-    return numbers
-
-
-def load_of(parts: Tensor, mixture: BamForCausalLM | None) -> Load | None:
-    """The load in (a mean of) `Objective.parts`."""
-    if mixture is None or not mixture.config.mixture_layers:
-        return None
-    by_layer = parts[3:].view(len(mixture.config.mixture_layers), -1)
-    by_domain = by_layer[:, 1:].unflatten(1, (-1, mixture.config.num_experts + 1))
-    return Load(by_domain[..., :-1], by_domain[..., -1], by_layer[:, 0])
-
-
-@torch.no_grad()
-def held_out_nll(
-    model: PreTrainedModel, forward: Callable[[Tensor], Objective], input_ids: Tensor, micro_batch: int | None
-) -> float:
-    """The mean NLL of `input_ids` [B, L], no noise and no dropout in it; `forward` calls `model`."""
-    model.eval()
-    try:
-        micros = input_ids.split(micro_batch or 1)
-        sums = [forward(micro).parts[0] * len(micro) for micro in micros]
-    finally:
-        model.train()
-    return float(torch.stack(sums).sum() / len(input_ids))
-
-
 def as_mixture(model: PreTrainedModel) -> BamForCausalLM | None:
-    """`model` where it is a mixture."""
+    """Return `model` if it is a mixture, else None."""
     return model if isinstance(model, BamForCausalLM) else None
 
 
 @torch.no_grad()
-def balance(mixture: BamForCausalLM | None, load: Load | None, rate: float) -> None:
-    """Move every selection bias by `rate`: up where an expert's share of the last batch's choices is too small, down
-    where it is too large. Nothing for a rate of 0 or a model without experts."""
+def update_selection_biases(mixture: BamForCausalLM | None, load: ExpertLoad | None, rate: float) -> None:
+    """Move every selection bias by `rate`, so that experts with too small a share of the choices are chosen more often.
+
+    The bias goes up if the expert's share of the last batch's choices is below an even share, and down if it is above.
+    A rate of 0, or a model without experts, changes nothing.
+    """
     if mixture is None or load is None or not rate:
         return
-    lack = 1.0 / mixture.config.num_experts - load.share
-    towards = torch.where(lack.abs() < 1e-6, 0.0, lack.sign() * rate)  # what rounding makes of none depends on ranks
-    for layer, step in zip(mixture.config.mixture_layers, towards, strict=True):
+    missing = 1.0 / mixture.config.num_experts - load.share
+    # A share that is even up to rounding must not move: its sign would depend on the number of ranks
+    change = torch.where(missing.abs() < 1e-6, 0.0, missing.sign() * rate)
+    for layer, step in zip(mixture.config.mixture_layers, change, strict=True):
         mixture.model.layers[layer].mlp.gate.selection_bias += step

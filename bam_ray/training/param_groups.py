@@ -1,7 +1,7 @@
-"""Which parameters are trained, and which of them are updated alike.
+"""The parameter groups of a model: which parameters are trained, and at which rates.
 
-Parameters that are not trained have no gradient and no state of an optimizer. Those that only wait (all but the routers
-in a routers' warm-up) have both: their learning rate is 0 until then.
+A frozen parameter has no gradient and no optimizer state. A parameter that waits for the end of the router warm-up has
+both: its learning rate is 0 until then.
 """
 
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from transformers import PreTrainedModel
 
 from bam_ray.settings import Mixing
 
-Kind = Literal["expert", "router", "shared"]
-TRAINED: dict[str, tuple[Kind, ...]] = {
+ParameterKind = Literal["expert", "router", "shared"]
+TRAINED_KINDS: dict[str, tuple[ParameterKind, ...]] = {
     "all": ("expert", "router", "shared"),
     "routers_and_shared": ("router", "shared"),
     "routers": ("router",),
 }
 
 
-def kinds(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, Kind]]:
-    """Every parameter, and whether it is the experts' own (stacked), a router's, or shared by all experts."""
-    # Keys and values that all experts share lie among the stacked too
+def parameter_kinds(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, ParameterKind]]:
+    """Yield every parameter, and whether it belongs to the experts (stacked), to a router, or to all experts."""
+    # Keys and values that all experts share are stored beside the stacked parameters
     shared = ("k_", "v_") if getattr(model.config, "attention_experts", None) == "kv_shared" else ()
-    for name, parameter in model.named_parameters():  # tied weights once
+    for name, parameter in model.named_parameters():  # yields tied weights once
         if ".gate." in name:
             yield name, parameter, "router"
         elif ".experts." in name and not name.rpartition(".")[2].startswith(shared):
@@ -33,33 +33,32 @@ def kinds(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, Kind]]:
             yield name, parameter, "shared"
 
 
-def decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases, stacked ones included."""
+def has_weight_decay(name: str, parameter: Tensor) -> bool:
+    """Return True if weight decay applies: to matrices, but not to norms and biases, even if they are stacked."""
     return parameter.ndim > 1 and "norm" not in name and not name.endswith("bias")
 
 
 def freeze(model: PreTrainedModel, mixing: Mixing) -> None:
-    """Leave gradients only to what is trained."""
-    for _, parameter, kind in kinds(model):
-        parameter.requires_grad_(kind in TRAINED[mixing.train])
+    """Disable the gradients of all parameters that are not trained."""
+    for _, parameter, kind in parameter_kinds(model):
+        parameter.requires_grad_(kind in TRAINED_KINDS[mixing.train])
 
 
-def groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
-    """An optimizer's groups of the parameters that are trained, with their `kind`, in an order that is always the
-    same."""
-    found: dict[tuple[Kind, bool], list[nn.Parameter]] = {}
-    for name, parameter, kind in kinds(model):
+def param_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups of all trained parameters, with their `kind`, in a fixed order."""
+    found: dict[tuple[ParameterKind, bool], list[nn.Parameter]] = {}
+    for name, parameter, kind in parameter_kinds(model):
         if parameter.requires_grad:
-            found.setdefault((kind, decayed(name, parameter)), []).append(parameter)
+            found.setdefault((kind, has_weight_decay(name, parameter)), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "kind": kind}
         for (kind, decays), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
 
 
-def set_rates(groups: list[dict[str, Any]], lr: float, mixing: Mixing, done: float) -> None:
-    """Set the learning rate of every group for a step at which the fraction `done` of all steps is done."""
-    waiting = done < mixing.router_warmup_fraction
+def set_learning_rates(groups: list[dict[str, Any]], lr: float, mixing: Mixing, fraction_done: float) -> None:
+    """Set the learning rate of every parameter group for the step after `fraction_done` of all steps."""
+    waiting = fraction_done < mixing.router_warmup_fraction
     factors = {"router": 1.0, "shared": 0.0 if waiting else 1.0, "expert": 0.0 if waiting else mixing.expert_lr_factor}
     for group in groups:
         group["lr"] = lr * factors[group["kind"]]

@@ -1,4 +1,4 @@
-"""Learning rate by step: linear warm-up, then a cosine down to a fraction of the peak (the paper's recipe)."""
+"""The learning rate by step: linear warm-up, then a cosine down to a fraction of the peak (the paper's recipe)."""
 
 import math
 
@@ -6,7 +6,7 @@ from bam_ray.settings import TrainingSettings
 
 
 def learning_rate(settings: TrainingSettings, step: int) -> float:
-    """The rate of update number `step`, counted from 0."""
+    """Return the learning rate of update number `step`, counted from 0."""
     warmup = max(1, round(settings.steps * settings.warmup_fraction))
     if step < warmup:
         return settings.peak_lr * (step + 1) / warmup

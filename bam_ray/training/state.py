@@ -1,9 +1,9 @@
-"""The canonical training state: a Hugging Face folder and the optimizer's tensors beside it. No pickle.
+"""The canonical training state: a Hugging Face folder with the optimizer's tensors beside it. It uses no pickle.
 
     config.json, generation_config.json, model*.safetensors    weights, all experts in global order
-    optimizer.safetensors                                       `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`, `step`
+    optimizer.safetensors                                      `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`, `step`
 
-It says nothing of ranks, so it loads at any number of processes.
+The state contains nothing about ranks, so any number of processes can load it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,45 +24,53 @@ ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class State:
-    """Weights (all of them, global order) and Adam's states by parameter name, after `step` updates.
+class TrainingState:
+    """All weights in global order, and Adam's states by parameter name, after `step` updates.
 
-    `live`: the tensors are the engine's own, and change with its next step. Else they are copies in host memory.
+    If `live`, the tensors are the engine's own and change with its next step. Otherwise they are copies in host memory.
     """
 
-    model: PreTrainedModel  # for its configuration and code alone
+    model: PreTrainedModel  # only for its configuration and code
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     step: int
     live: bool
 
     def write(self, folder: Path) -> None:
-        """Write all of it, to be read by `read_weights` and `read_optimizer`."""
+        """Write the state, which `read_weights` and `read_optimizer` read."""
         self.write_model(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.optimizer.items()}
         save_file({**tensors, "step": torch.tensor(self.step)}, folder / OPTIMIZER)
 
     def write_model(self, folder: Path) -> None:
-        """Write the Hugging Face folder alone."""
+        """Write only the Hugging Face folder."""
         self.model.save_pretrained(folder, state_dict=dict(self.weights))
 
 
 def snapshot(
-    model: PreTrainedModel, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], step: int, room: int
-) -> State:
-    """The state at this moment: copied, so that training can go on at once, where the host has `room` for that."""
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    step: int,
+    available_bytes: int,
+) -> TrainingState:
+    """Return the state at this moment.
+
+    The tensors are copied if the host has `available_bytes` for that, so that training can continue at once. Otherwise
+    the state is live.
+    """
     size = sum(tensor.nbytes for tensors in (weights, optimizer) for tensor in tensors.values())
-    if size > room:
-        return State(model, weights, optimizer, step, live=True)
-    return State(model, _copies(weights), _copies(optimizer), step, live=False)
+    if size > available_bytes:
+        return TrainingState(model, weights, optimizer, step, live=True)
+    return TrainingState(model, _copies(weights), _copies(optimizer), step, live=False)
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of safetensors files, each read when it is asked for."""
+    """The tensors of safetensors files, by name; each tensor is read when it is requested."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         files: list[Any] = [safe_open(path, framework="pt") for path in paths]
-        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file_of[name].get_tensor(name)
@@ -76,35 +84,35 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a Hugging Face folder, on the CPU."""
+    """Read all weights of a Hugging Face folder to the CPU."""
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         weights.update(load_file(path))
     if not weights:
-        raise CheckpointError(f"{folder} has no model*.safetensors")
+        raise CheckpointError(f"{folder} has no model*.safetensors: use the folder of a saved model")
     return weights
 
 
 def read_optimizer(folder: Path) -> tuple[dict[str, Tensor], int]:
-    """Adam's states by parameter name (none before the first update), and the number of updates."""
+    """Read Adam's states by parameter name (none before the first update), and the number of updates."""
     with safe_open(folder / OPTIMIZER, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     return tensors, int(tensors.pop("step"))
 
 
-def grown(states: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Adam's states for `model`, whose parameters may have got rows at their end since: those rows' are zero."""
+def resize_optimizer_state(states: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return Adam's states for `model`, whose parameters may have more rows at their end: those rows get zeros."""
     parameters = dict(model.named_parameters())
 
-    def filled(state: Tensor, length: int) -> Tensor:
+    def padded(state: Tensor, length: int) -> Tensor:
         missing = length - state.shape[0]
         return torch.cat([state, state.new_zeros(missing, *state.shape[1:])]) if missing else state
 
-    return {name: filled(state, len(parameters[name.rpartition(".")[0]])) for name, state in states.items()}
+    return {name: padded(state, len(parameters[name.rpartition(".")[0]])) for name, state in states.items()}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory. Tensors that are one (tied weights) stay one."""
+    """Return copies in host memory. Names that share a tensor (tied weights) share its copy."""
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The `ray up` files, checked without a cloud: by Ray's schema, the clouds' own, the shell and this package."""
+"""The `ray up` files are valid for Ray, the clouds, the shell and this package; checked without a cloud."""
 
 import copy
 import re
@@ -25,39 +25,39 @@ KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
 
 
 def prepared(config: Any) -> Any:
-    """As `ray up` takes it; raises where it would."""
+    """Return the configuration as `ray up` uses it; raises if `ray up` would."""
     ready = prepare_config(copy.deepcopy(config))
     validate_config(ready)
     return ready
 
 
 def typos(config: Any) -> list[Any]:
-    """The same file with one slip each."""
-    slips = []
+    """Return copies of the configuration that have one typo each."""
+    copies = []
     for path, name, wrong in [
         ((), "max_workers", "max_worker"),
         (("available_node_types", "head"), "node_config", "node_cfg"),
         (("available_node_types", "spot-l4"), "labels", "label"),
         (("auth",), "ssh_user", "ssh_usr"),
     ]:
-        slip = copy.deepcopy(config)
-        part = slip
+        copy_with_typo = copy.deepcopy(config)
+        part = copy_with_typo
         for key in path:
             part = part[key]
         part[wrong] = part.pop(name)
-        slips.append(slip)
-    slip = copy.deepcopy(config)
-    slip["head_node_type"] = "haed"
-    return [*slips, slip]
+        copies.append(copy_with_typo)
+    copy_with_typo = copy.deepcopy(config)
+    copy_with_typo["head_node_type"] = "haed"
+    return [*copies, copy_with_typo]
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_ray_takes_the_file_and_refuses_typos(path: str) -> None:
+def test_ray_accepts_the_file_and_finds_typos(path: str) -> None:
     config = load(path)
     prepared(config)
-    for slip in typos(config):
+    for copy_with_typo in typos(config):
         with pytest.raises((jsonschema.ValidationError, ValueError)):
-            prepared(slip)
+            prepared(copy_with_typo)
 
 
 def kinds(path: str) -> dict[str, Any]:
@@ -65,30 +65,30 @@ def kinds(path: str) -> dict[str, Any]:
     return types
 
 
-def test_ec2_takes_the_instances() -> None:
+def test_ec2_accepts_the_instances() -> None:
     shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for kind in kinds(FILES[0]).values():
-        asked = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
-        assert not ParamValidator().validate(asked, shape).has_errors()
-        assert asked["InstanceType"] in shape.members["InstanceType"].enum
-        assert ParamValidator().validate(asked | {"InstanceMarketOption": {}}, shape).has_errors()
-        spot = asked.get("InstanceMarketOptions", {}).get("MarketType")
+        request = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        assert not ParamValidator().validate(request, shape).has_errors()
+        assert request["InstanceType"] in shape.members["InstanceType"].enum
+        assert ParamValidator().validate(request | {"InstanceMarketOption": {}}, shape).has_errors()
+        spot = request.get("InstanceMarketOptions", {}).get("MarketType")
         assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "spot")
 
 
-def test_compute_engine_takes_the_instances() -> None:
+def test_compute_engine_accepts_the_instances() -> None:
     validator = gce_validator()
     for kind in kinds(FILES[1]).values():
-        asked = kind["node_config"]
-        assert errors(validator, asked) == []
-        assert len(errors(validator, asked | {"machinetype": "n2-standard-8"})) == 1
-        assert len(errors(validator, asked | {"scheduling": {"provisioningModel": "SPOTTED"}})) == 1
-        spot = asked.get("scheduling", {}).get("provisioningModel")
+        request = kind["node_config"]
+        assert errors(validator, request) == []
+        assert len(errors(validator, request | {"machinetype": "n2-standard-8"})) == 1
+        assert len(errors(validator, request | {"scheduling": {"provisioningModel": "SPOTTED"}})) == 1
+        spot = request.get("scheduling", {}).get("provisioningModel")
         assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "SPOT")
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_head_is_on_demand_and_workers_are_spot_gpus_of_two_kinds(path: str) -> None:
+def test_the_head_is_on_demand_and_workers_are_spot_nodes(path: str) -> None:
     types = kinds(path)
     head = types.pop(load(path)["head_node_type"])
     assert head["labels"] == {"ray.io/market-type": "on-demand"}
@@ -97,12 +97,12 @@ def test_the_head_is_on_demand_and_workers_are_spot_gpus_of_two_kinds(path: str)
     assert {label["ray.io/market-type"] for label in labels} == {"spot"}
     accelerator_types = {label["ray.io/accelerator-type"] for label in labels}
     assert len(accelerator_types) == 2
-    assert accelerator_types <= KNOWN  # the names that Ray itself gives
+    assert accelerator_types <= KNOWN  # the names that Ray itself uses
     assert all(worker["resources"]["GPU"] == 1 for worker in types.values())
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_smallest_cluster_holds_every_task_of_a_recipe_on_gpus(path: str) -> None:
+def test_the_smallest_cluster_can_run_every_task(path: str) -> None:
     nodes = []
     for name, kind in kinds(path).items():
         count = 1 if name == load(path)["head_node_type"] else kind["min_workers"]
@@ -113,7 +113,7 @@ def test_the_smallest_cluster_holds_every_task_of_a_recipe_on_gpus(path: str) ->
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_commands_parse_and_start_ray_with_a_token_and_a_private_dashboard(path: str) -> None:
+def test_commands_start_ray_with_a_token(path: str) -> None:
     ready = prepared(load(path))
     lists = [name for name in ready if name.endswith("_commands")]
     for command in [command for name in lists for command in ready[name]]:
@@ -129,22 +129,20 @@ def test_commands_parse_and_start_ray_with_a_token_and_a_private_dashboard(path:
             assert options["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
         else:
             assert options["address"] == "$RAY_HEAD_IP:6379"
-            (listening,) = more
+            (watcher,) = more
             cloud = load(path)["provider"]["type"]
-            assert (
-                f"-m bam_ray.on_ray.spot {cloud} $RAY_HEAD_IP:6379" in listening and "RAY_AUTH_MODE=token" in listening
-            )
+            assert f"-m bam_ray.on_ray.spot {cloud} $RAY_HEAD_IP:6379" in watcher and "RAY_AUTH_MODE=token" in watcher
 
 
 def ray_start_options(command: str) -> dict[str, Any]:
-    """The options as `ray start` itself reads them; it exits where it does not know one."""
+    """Return the options as `ray start` parses them; it exits if an option is unknown."""
     words = shlex.split(command.rpartition("ray start")[2])
     options: dict[str, Any] = start.make_context("ray start", words).params
     return options
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_what_travels_is_what_installing_needs(path: str) -> None:
+def test_mounted_files_are_those_of_the_installation(path: str) -> None:
     config = load(path)
     mounts = config["file_mounts"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -152,7 +150,7 @@ def test_what_travels_is_what_installing_needs(path: str) -> None:
     for needed in needs:
         assert (ROOT / needed).exists()
         assert mounts[f"~/bam_ray/{needed}"] == needed
-    # Ray reads every file of a mount to see what changed: `.` would mean .venv and all data
+    # Ray reads every file of a mount to find changes, and `.` would include .venv and all data
     own = [source for source in mounts.values() if not source.startswith("~/")]
     assert sorted(own) == sorted(needs)
     assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
@@ -162,13 +160,13 @@ def test_what_travels_is_what_installing_needs(path: str) -> None:
 
 PUBLIC = [*ROOT.glob("cluster/**/*"), *ROOT.glob("recipes/*"), *ROOT.glob("docs/*"), *ROOT.glob("jobs/*")]
 SECRET = re.compile(
-    r"AKIA[0-9A-Z]{16}"  # AWS's access keys
+    r"AKIA[0-9A-Z]{16}"  # access keys of AWS
     r"|(?i:secret_access_key|secret_key|auth_token|password)['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9+/_-]{12,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 
 
-def test_no_file_holds_a_secret() -> None:
+def test_no_public_file_contains_a_secret() -> None:
     for planted in (
         "AKIAIOSFODNN7EXAMPLE",
         "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG",
@@ -180,7 +178,7 @@ def test_no_file_holds_a_secret() -> None:
     assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}
 
 
-def test_the_guides_commands_parse_and_name_files_that_are_there() -> None:
+def test_commands_of_the_guide_are_valid() -> None:
     guide = (ROOT / "docs/clusters.md").read_text()
     named = set(re.findall(r"(?:cluster|recipes|jobs)/[\w./-]*\w", guide)) - {"recipes/my-run.yaml"}
     assert {"cluster/aws.yaml", "cluster/gcp.yaml", "cluster/Containerfile"} <= named

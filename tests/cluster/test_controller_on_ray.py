@@ -28,6 +28,7 @@ from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.submit import INTERRUPTED, follow, submit
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import find_task, subset, task_graph
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.states import Committed, Failed, Node, Running
 from bam_ray.scheduling.nodes import demand_met, selector_of, selects
 from bam_ray.settings import Needs, Recipe, parse_recipe
@@ -62,20 +63,21 @@ def upcycled(recipe: Recipe) -> Recipe:
 
 @pytest.fixture
 def seeded(recipe: Recipe) -> Recipe:
-    """A recipe whose branches can begin."""
+    """Return a recipe whose branches can start, because the seed is committed."""
     store = FolderStore(recipe.store.uri)
     for task in subset(task_graph(recipe), ["seeds"]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
     return recipe
 
 
-class Run:
-    """A controller over the cluster, on a thread."""
+class BackgroundRun:
+    """A run on the cluster whose controller works on a thread."""
 
     def __init__(self, recipe: Recipe, kinds: list[ArtifactKind], functions: StageFunctions = STUB_STAGES) -> None:
         self.store = FolderStore(recipe.store.uri)
-        self.launcher = RayLauncher(recipe, self.store, stub_engine, functions)
-        self.tasks = subset(task_graph(recipe), kinds)
+        run = PipelineRun.of(recipe, self.store)
+        self.launcher = RayLauncher(run, stub_engine, functions)
+        self.tasks = subset(run.tasks, kinds)
         self.controller = Controller(self.tasks, self.store, self.launcher)
         self.outcome: str | None = None
         self._thread = threading.Thread(target=self._run)
@@ -91,7 +93,7 @@ class Run:
         return self.controller.states[find_task(self.tasks, kind, name).id]
 
     def node(self, kind: ArtifactKind, name: str, steps: int = 3) -> Node:
-        """Where a task is, once it has made some steps."""
+        """Return the node of a task when it has made some steps."""
 
         def runs() -> bool:
             state = self.state(kind, name)
@@ -102,7 +104,7 @@ class Run:
         return node
 
     def done(self, kind: ArtifactKind, name: str) -> list[list[Any]]:
-        """[node id, process id] of every step of a task."""
+        """Return [node id, process id] of every step of a task."""
         steps: list[list[Any]] = json.loads(self.store.get(f"steps/{kind}-{name}.json"))
         return steps
 
@@ -112,18 +114,18 @@ class Run:
         return self.outcome
 
 
-def wait_for(condition: Callable[[], bool], tell: Callable[[], str], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], message: Callable[[], str], seconds: float = 90.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, tell()
+        assert time.monotonic() < until, message()
         time.sleep(0.1)
 
 
-def test_branches_run_side_by_side_and_outlive_a_node(cluster: Cluster, seeded: Recipe) -> None:
-    # A worker may go on for seconds when its node is dead: the branches must be longer than that
+def test_branches_run_in_parallel_and_survive_a_node(cluster: Cluster, seeded: Recipe) -> None:
+    # A worker may continue for seconds after its node died, so the branches must take longer than that
     long = seeded.branch.training.model_copy(update={"tokens": 300 * seeded.branch.training.batch_tokens})
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"training": long})})
-    run = Run(recipe, ["branches"])
+    run = BackgroundRun(recipe, ["branches"])
     nodes = {domain: run.node("branches", domain).id for domain in recipe.branch.domains}
     assert len(set(nodes.values())) == 3, "spread over the nodes"
     victim = next(node for node in cluster.list_all_nodes() if node.node_id == nodes["code"])
@@ -138,15 +140,15 @@ def test_branches_run_side_by_side_and_outlive_a_node(cluster: Cluster, seeded: 
     code = [node for node, _ in run.done("branches", "code")]
     assert len(code) == 300
     moved = code.index(code[-1])
-    assert code[-1] != nodes["code"], "went on elsewhere"
-    assert moved >= before, "from the last checkpoint"
-    assert code == [nodes["code"]] * moved + [code[-1]] * (300 - moved), "one at a time"
-    assert {node for node, _ in run.done("branches", "law")} == {nodes["law"]}, "the others were left alone"
+    assert code[-1] != nodes["code"], "the branch resumes on another node"
+    assert moved >= before, "it resumes from the last checkpoint"
+    assert code == [nodes["code"]] * moved + [code[-1]] * (300 - moved), "no step runs on both nodes"
+    assert {node for node, _ in run.done("branches", "law")} == {nodes["law"]}, "the other branches do not move"
     assert run.controller.attempts(find_task(run.tasks, "branches", "code").id) == 2
 
 
 def test_a_killed_worker_is_replaced(cluster: Cluster, seeded: Recipe) -> None:
-    run = Run(seeded, ["branches"])
+    run = BackgroundRun(seeded, ["branches"])
     run.node("branches", "law")
     pid = run.done("branches", "law")[-1][1]
     os.kill(pid, signal.SIGKILL)
@@ -156,9 +158,9 @@ def test_a_killed_worker_is_replaced(cluster: Cluster, seeded: Recipe) -> None:
     assert len({process for _, process in steps}) == 2
 
 
-def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: Recipe) -> None:
+def test_a_failed_branch_does_not_stop_the_others(cluster: Cluster, seeded: Recipe) -> None:
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"max_attempts": 2})})
-    run = Run(recipe, ["upcycled"], StageFunctions(failing_law_stage, stub_rank))
+    run = BackgroundRun(recipe, ["upcycled"], StageFunctions(failing_law_stage, stub_rank))
     assert run.join() == "failed"
     law = run.state("branches", "law")
     assert isinstance(law, Failed)
@@ -170,21 +172,25 @@ def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: R
     assert status.build("tiny", run.controller).rows[-1].note == "branches/law failed"
 
 
-def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Recipe) -> None:
+def test_a_label_that_no_node_has_is_an_error_at_once(cluster: Cluster, seeded: Recipe) -> None:
     needs = seeded.branch.needs.model_copy(update={"labels": {"gpu": "in(A100,H100)"}})
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"needs": needs})})
     store = FolderStore(recipe.store.uri)
-    launcher = RayLauncher(recipe, store, stub_engine, STUB_STAGES)
+    run = PipelineRun.of(recipe, store)
+    launcher = RayLauncher(run, stub_engine, STUB_STAGES)
     with pytest.raises(PlacementError) as caught:
-        Controller(subset(task_graph(recipe), ["branches"]), store, launcher).step()
+        Controller(subset(run.tasks, ["branches"]), store, launcher).step()
     assert str(caught.value).endswith(
         " needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give "
         "(3 × 2 CPU, kind=plain; 1 × 0 CPU): mend branch.needs (or its override) or add nodes"
     )
 
 
-def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cluster: Cluster, seeded: Recipe) -> None:
-    """Two branches on a fast and a slow node: when the fast one has no more to do, or sooner, the other goes there."""
+def test_a_branch_moves_to_a_faster_node(cluster: Cluster, seeded: Recipe) -> None:
+    """Two branches run on a fast and a slow node. The slow one moves to the fast node at the latest when that is free.
+
+    Both use a fallback of their resource request.
+    """
     fallback = {"cpus": 1, "labels": {"seconds": "in(0.05,1.0)"}}
     needs = Needs.model_validate({"cpus": 1, "gpus": 1, "fallback": [fallback]})
     two = {"domains": ["code", "law"], "needs": needs}
@@ -195,7 +201,7 @@ def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cl
         for seconds in ("0.05", "1.0")
     ]
     try:
-        run = Run(recipe, ["branches"])
+        run = BackgroundRun(recipe, ["branches"])
         assert run.join() == "finished"
     finally:
         for node in nodes:
@@ -203,10 +209,10 @@ def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cl
     fast, slow = (node.node_id for node in nodes)
     steps = {name: [node for node, _ in run.done("branches", name)] for name in ("code", "law")}
     behind = next(name for name in steps if steps[name][0] == slow)
-    assert steps[behind][-1] == fast, "it did not end where it began"
+    assert steps[behind][-1] == fast, "the slow branch ends on the fast node"
     histories = {task.name: run.controller.history(task.id) for task in run.tasks if task.kind == "branches"}
     for name, nodes_of_steps in steps.items():
-        assert len(nodes_of_steps) == 300, "nothing was done twice"
+        assert len(nodes_of_steps) == 300, "no step is repeated"
         assert set(nodes_of_steps) <= {fast, slow}
         changes = sum(here != there for here, there in itertools.pairwise(nodes_of_steps))
         causes = [ended.cause for ended in histories[name].ended]
@@ -216,7 +222,7 @@ def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cl
         )
 
 
-def test_avoided_nodes_are_left_out_while_others_will_do(cluster: Cluster, recipe: Recipe) -> None:
+def test_avoided_nodes_are_excluded_if_others_suffice(cluster: Cluster, recipe: Recipe) -> None:
     task = find_task(task_graph(recipe), "branches", "law")
     nodes = living_nodes()
     workers = [node for node in nodes if node.resources.get("CPU")]
@@ -232,16 +238,16 @@ def test_avoided_nodes_are_left_out_while_others_will_do(cluster: Cluster, recip
         demand_met(wide, others)
 
 
-def test_a_group_trains_under_ray_train_and_stops_and_goes_on(cluster: Cluster, upcycled: Recipe) -> None:
-    run = Run(upcycled, ["mixtures"])
+def test_a_process_group_is_stopped_and_resumed(cluster: Cluster, upcycled: Recipe) -> None:
+    run = BackgroundRun(upcycled, ["mixtures"])
     node = run.node("mixtures", "bam")
-    assert node.id in {facts.id for facts in living_nodes() if facts.resources.get("CPU")}, "rank 0's, not the host's"
+    assert node.id in {facts.id for facts in living_nodes() if facts.resources.get("CPU")}, "the node of rank 0"
     run.controller.stop()
     assert run.join() == "interrupted"
-    assert run.store.exists("drained"), "rank 0 was left the time for its checkpoint"
+    assert run.store.exists("drained"), "rank 0 had the time to write its checkpoint"
     before = run.done("mixtures", "bam")
     assert 3 <= len(before) < 60
-    again = Run(upcycled, ["mixtures"])
+    again = BackgroundRun(upcycled, ["mixtures"])
     assert again.join() == "finished"
     after = again.done("mixtures", "bam")
     assert after[: len(before)] == before
@@ -249,8 +255,8 @@ def test_a_group_trains_under_ray_train_and_stops_and_goes_on(cluster: Cluster, 
     assert again.state("mixtures", "bam").progress.step == 60
 
 
-def test_a_group_outlives_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
-    run = Run(upcycled, ["mixtures"])
+def test_a_process_group_survives_the_death_of_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
+    run = BackgroundRun(upcycled, ["mixtures"])
     run.node("mixtures", "bam")
     os.kill(run.done("mixtures", "bam")[-1][1], signal.SIGKILL)
     assert run.join() == "finished"
@@ -258,8 +264,8 @@ def test_a_group_outlives_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
     assert run.controller.attempts(find_task(run.tasks, "mixtures", "bam").id) == 2
 
 
-def test_the_error_of_one_rank_is_the_groups(cluster: Cluster, upcycled: Recipe) -> None:
-    run = Run(upcycled, ["mixtures"], StageFunctions(stub_stage, failing_rank_one))
+def test_the_error_of_one_rank_is_that_of_the_group(cluster: Cluster, upcycled: Recipe) -> None:
+    run = BackgroundRun(upcycled, ["mixtures"], StageFunctions(stub_stage, failing_rank_one))
     assert run.join() == "failed"
     assert run.state("mixtures", "bam").error == "experts do not fit"
     assert run.controller.attempts(find_task(run.tasks, "mixtures", "bam").id) == 1
@@ -274,22 +280,20 @@ def project(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def test_a_job_is_submitted_followed_stopped_and_submitted_again(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_is_stopped_and_submitted_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = FolderStore(project / "store")
     job = submit("recipe.yaml", [])
 
-    def interrupt_when_it_runs() -> None:
+    def interrupt_when_running() -> None:
         wait_for(lambda: store.exists("steps/branches-law.json"), lambda: "no step yet")
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt_when_it_runs).start()
+    threading.Thread(target=interrupt_when_running).start()
     assert follow(job, store) == INTERRUPTED
-    said = capsys.readouterr().out
-    assert "seeds/seed committed" in said
-    assert "tiny: interrupted, 2 of 5 committed" in said
-    assert f"{job} was stopped: submit it again to go on" in said
+    output = capsys.readouterr().out
+    assert "seeds/seed committed" in output
+    assert "tiny: interrupted, 2 of 5 committed" in output
+    assert f"{job} was stopped: submit it again to resume" in output
     reached = json.loads(store.get("steps/branches-law.json"))
     assert 0 < len(reached) < 40
 
@@ -299,14 +303,14 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again(
     assert len(json.loads(store.get("steps/branches-law.json"))) == 40
 
 
-def test_a_job_that_cannot_begin_says_why(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_cannot_start_shows_its_error(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "store").write_text("in the way")
     store = FolderStore(project / "elsewhere")
     assert follow(submit("recipe.yaml", []), store) == 1
     assert f"error: folder store {project}/store: Not a directory" in capsys.readouterr().out
 
 
-def test_what_cannot_be_submitted_is_said_before_anything_is_sent(
+def test_errors_are_raised_before_a_job_is_submitted(
     project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SettingsError, match="unknown key"):

@@ -1,4 +1,4 @@
-"""Progress reaches the Prometheus endpoint of a real Ray node."""
+"""The progress of a task reaches the Prometheus endpoint of a real Ray node."""
 
 import re
 import tempfile
@@ -11,10 +11,11 @@ import pytest
 import ray
 
 from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.observations import Done
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import Work
-from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import parse_recipe
 from cluster.processes import free_ports
 from tests.support.cluster.stub_stages import RECIPE, STUB_STAGES
@@ -42,11 +43,11 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ray.shutdown()
 
 
-def test_a_task_s_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) -> None:
+def test_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) -> None:
     recipe = parse_recipe(RECIPE.replace("STORE", str(tmp_path)), "test")
-    task = find_task(task_graph(recipe), "branches", "code")
+    run = PipelineRun.of(recipe, FolderStore(tmp_path))
     actor = remote_class().remote()
-    ray.get(actor.start.remote(Work(task, recipe, FolderStore(tmp_path), STUB_STAGES)))
+    ray.get(actor.start.remote(Work(run.task(ArtifactKind.BRANCHES, "code"), run, STUB_STAGES)))
     while not isinstance(ray.get(actor.poll.remote()), Done):
         time.sleep(0.1)
     wanted = {

@@ -1,5 +1,7 @@
-"""Groups that train for real lose a rank, a node and their driver, or hear in time that they will lose a node, and come
-to what an undisturbed group does."""
+"""Process groups that really train survive the loss of a rank, a node and their driver.
+
+Their results are those of a group that nothing disturbs. A group also leaves a node before it is taken away.
+"""
 
 import json
 import os
@@ -36,34 +38,34 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 60
 
 
-def of_two(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix: Any) -> Recipe:
-    """A recipe whose branch and mixture are trained by two workers, long enough to be disturbed."""
+def two_worker_recipe(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix: Any) -> Recipe:
+    """Return a recipe whose branch and mixture are trained by two workers, for long enough to be disturbed."""
     training = {**TRAINING, "tokens": STEPS * TRAINING["batch_tokens"], "peak_lr": 0.005, "checkpoint_every": 5}
     return small_recipe(
         folder,
         store={"uri": str(folder / store)},
         branch={"domains": ["code"], "training": training, "workers": 2, **(branch or {})},
         upcycle={"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 2, "norm_topk_prob": True}}},
-        # Two micro batches of a sequence on each of two processes, of two where one process is left
+        # Each of two processes computes two micro batches of one sequence; a single process computes two of two
         mix={"training": {**training, "micro_batch_sequences": 1}, "expert_parallel": 2, **mix},
     )
 
 
 @pytest.fixture(scope="module")
 def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store `unbroken` in it, of a run that nothing disturbed."""
+    """Return a folder with the store `undisturbed`, of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("groups")
-    run = of_two(folder, "unbroken")
+    run = two_worker_recipe(folder, "undisturbed")
     make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
-    Driver(cluster.address, folder, run, "mixtures", step_seconds=0.0).join()
+    DriverProcess(cluster.address, folder, run, "mixtures", step_seconds=0.0).join()
     return folder
 
 
-class Driver:
-    """A process that drives one kind of task on the cluster."""
+class DriverProcess:
+    """A process that runs one kind of task on the cluster."""
 
     def __init__(
-        self, address: str, folder: Path, run: Recipe, kind: ArtifactKind, *patience: str, step_seconds: float = 0.3
+        self, address: str, folder: Path, run: Recipe, kind: ArtifactKind, *timeout: str, step_seconds: float = 0.3
     ) -> None:
         file = folder / "recipe.yaml"
         file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -77,7 +79,7 @@ class Driver:
             str(file),
             kind,
             str(step_seconds),
-            *patience,
+            *timeout,
         ]
         self._environment = os.environ | {"RAY_ADDRESS": address}
         self.start()
@@ -87,7 +89,7 @@ class Driver:
             self.process = subprocess.Popen(self._arguments, env=self._environment, stdout=log, stderr=log)
 
     def rank(self, other_than: int = 0) -> list[Any]:
-        """[node id, process id] of rank 1 of two, once it is another process than one that died and has trained on."""
+        """Return [node id, process id] of rank 1 of two, when it is not the process `other_than` and has trained."""
         found: list[list[Any]] = []
         known = self.steps()
 
@@ -101,7 +103,7 @@ class Driver:
         return found[-1]
 
     def steps(self) -> set[str]:
-        """All checkpoints that there are."""
+        """Return the manifest keys of all checkpoints."""
         return {key for key in self.store.list(f"{self.made.prefix}/steps/") if key.endswith("/manifest.json")}
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -116,13 +118,13 @@ class Driver:
 
 
 def artifact(run: Recipe, kind: ArtifactKind) -> Artifact:
-    """The branch or the mixture of a run."""
+    """Return the branch or the mixture of a run."""
     name = "code" if kind == "branches" else "bam"
     return Artifact(open_store(run.store.uri), kind, find_task(task_graph(run), kind, name).id)
 
 
 def losses(made: Artifact) -> list[tuple[float, ...]]:
-    """Of every step: NLL, balance, and the gradient's norm."""
+    """Return the NLL, the load-balance loss and the gradient norm of every step."""
     folder = made.fetch()
     return [
         (point["nll"], point["load_balance"], point["grad_norm"])
@@ -130,11 +132,11 @@ def losses(made: Artifact) -> list[tuple[float, ...]]:
     ]
 
 
-def before(folder: Path, kind: ArtifactKind, store: str) -> None:
-    """A store in which all is there that a task of `kind` is made from."""
+def copy_parents(folder: Path, kind: ArtifactKind, store: str) -> None:
+    """Make a store with everything that a task of `kind` is made from."""
     made = ["branches", "upcycled", "mixtures"]
     shutil.copytree(
-        folder / "unbroken", folder / store, ignore=shutil.ignore_patterns("ranks", *made[made.index(kind) :])
+        folder / "undisturbed", folder / store, ignore=shutil.ignore_patterns("ranks", *made[made.index(kind) :])
     )
 
 
@@ -145,15 +147,15 @@ def kill_node(running: Cluster, node_id: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["branches", "mixtures"])
-def test_a_group_outlives_a_rank_a_node_and_its_driver(
+def test_a_group_survives_a_rank_a_node_and_its_driver(
     cluster: Cluster,
     folder: Path,
     kind: ArtifactKind,
     tmp_path: Path,
 ) -> None:
-    before(folder, kind, kind)
-    run = of_two(folder, kind)
-    driver = Driver(cluster.address, tmp_path, run, kind)
+    copy_parents(folder, kind, kind)
+    run = two_worker_recipe(folder, kind)
+    driver = DriverProcess(cluster.address, tmp_path, run, kind)
     _, pid = driver.rank()
     os.kill(pid, signal.SIGKILL)
     node_id, pid = driver.rank(other_than=pid)
@@ -166,43 +168,43 @@ def test_a_group_outlives_a_rank_a_node_and_its_driver(
         driver.join()
     finally:
         add_node(cluster)
-    assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), kind))
+    assert losses(driver.made) == losses(artifact(two_worker_recipe(folder, "undisturbed"), kind))
     leases = list(driver.store.list(f"{driver.made.prefix}/leases/"))
-    assert len(leases) == 4, "as many attempts as were undone, and the last"
+    assert len(leases) == 4, "three attempts were killed, and the fourth finished"
 
 
-def test_a_group_leaves_before_a_node_of_any_rank_is_taken_away(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
-    before(folder, "branches", "noticed")
-    run = of_two(folder, "noticed", branch={"needs": {"cpus": 2}})
-    driver = Driver(cluster.address, tmp_path, run, "branches")
+def test_a_group_leaves_a_node_that_will_be_taken_away(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+    copy_parents(folder, "branches", "noticed")
+    run = two_worker_recipe(folder, "noticed", branch={"needs": {"cpus": 2}})
+    driver = DriverProcess(cluster.address, tmp_path, run, "branches")
     node_id, pid = driver.rank()
-    assert json.loads(driver.store.get("ranks/2-0.json"))[0] != node_id, "not rank 0's, which is shown as the branch's"
+    assert json.loads(driver.store.get("ranks/2-0.json"))[0] != node_id, "the node of rank 1, not that of rank 0"
     in_a_minute = time.time_ns() // 1_000_000 + 60_000
     assert GcsClient(address=cluster.address).drain_node(node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", in_a_minute)[0]
     try:
         driver.rank(other_than=pid)
-        kill_node(cluster, node_id)  # which nobody is on any more
+        kill_node(cluster, node_id)  # no rank runs on it any more
         driver.join()
     finally:
         add_node(cluster)
-    assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), "branches"))
+    assert losses(driver.made) == losses(artifact(two_worker_recipe(folder, "undisturbed"), "branches"))
     first, second = (
         [json.loads(line) for line in driver.store.get(key).splitlines()]
         for key in driver.store.list(f"{driver.made.prefix}/events/")
     )
     (stopped,) = [event["step"] for event in first if event["event"] == "stopped"]
     (resumed,) = [event["step"] for event in second if event["event"] == "resumed"]
-    assert stopped == resumed, "not a step was done twice"
+    assert stopped == resumed, "no step is repeated"
 
 
-def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(
+def test_a_mixture_continues_with_fewer_workers(
     cluster: Cluster,
     folder: Path,
     tmp_path: Path,
 ) -> None:
-    before(folder, "mixtures", "elastic")
-    run = of_two(folder, "elastic", min_workers=1, needs={"cpus": 2})
-    driver = Driver(cluster.address, tmp_path, run, "mixtures", "1")
+    copy_parents(folder, "mixtures", "elastic")
+    run = two_worker_recipe(folder, "elastic", min_workers=1, needs={"cpus": 2})
+    driver = DriverProcess(cluster.address, tmp_path, run, "mixtures", "1")
     driver.rank()
     nodes = [json.loads(driver.store.get(f"ranks/2-{rank}.json"))[0] for rank in (0, 1)]
     for node_id in nodes:
@@ -213,27 +215,27 @@ def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(
         add_node(cluster)
         add_node(cluster)
     assert driver.store.exists("ranks/1-0.json")
-    unbroken = losses(artifact(of_two(folder, "unbroken"), "mixtures"))
-    for step, wanted in zip(losses(driver.made), unbroken, strict=True):
+    undisturbed = losses(artifact(two_worker_recipe(folder, "undisturbed"), "mixtures"))
+    for step, wanted in zip(losses(driver.made), undisturbed, strict=True):
         assert step == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_late_branch_is_absorbed_and_outlives_a_rank(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+def test_an_absorbed_branch_survives_the_loss_of_a_rank(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(
-        folder / "unbroken", folder / "late", ignore=shutil.ignore_patterns("ranks", "upcycled", "mixtures")
+        folder / "undisturbed", folder / "late", ignore=shutil.ignore_patterns("ranks", "upcycled", "mixtures")
     )
-    steps = 2 * STEPS  # the branch, which trains beside the mixture, comes well before its end
+    steps = 2 * STEPS  # the branch trains beside the mixture, and is committed well before the mixture ends
     training = {**TRAINING, "tokens": steps * TRAINING["batch_tokens"], "checkpoint_every": 5}
-    unbroken = of_two(folder, "late", training={**training, "micro_batch_sequences": 1})
-    run = unbroken.model_copy(
+    one_branch = two_worker_recipe(folder, "late", training={**training, "micro_batch_sequences": 1})
+    run = one_branch.model_copy(
         update={
-            "branch": unbroken.branch.model_copy(update={"domains": ["code", "general"]}),
+            "branch": one_branch.branch.model_copy(update={"domains": ["code", "general"]}),
             "upcycle": UpcycleSettings.model_validate(
                 {"mixtures": {"bam": {"method": "bam", "num_experts": 4}}, "when": {"at_least": 1}}
             ),
         }
     )
-    driver = Driver(cluster.address, tmp_path, run, "mixtures")
+    driver = DriverProcess(cluster.address, tmp_path, run, "mixtures")
     driver.wait_for(lambda: any("/0002-" in key for key in driver.steps()))
     _, pid = driver.rank()
     os.kill(pid, signal.SIGKILL)
@@ -245,8 +247,8 @@ def test_a_late_branch_is_absorbed_and_outlives_a_rank(cluster: Cluster, folder:
     assert list(absorb["of"]) == ["mixture", "general"]
     assert 5 <= absorb["absorb"]["step"] < steps
     assert len(losses(driver.made)) == steps
-    told = status.read(driver.store)
-    assert told is not None
-    past = next(row for row in told.rows if row.id == driver.made.id).past
+    last = status.read(driver.store)
+    assert last is not None
+    past = next(row for row in last.rows if row.id == driver.made.id).past
     assert past[0].cause == "to absorb general" and past[-1].cause == "committed"
     assert len(list(driver.store.list(f"{driver.made.prefix}/leases/"))) == 3

@@ -1,4 +1,4 @@
-"""The KubeRay manifests, checked without a cluster: by KubeRay's own schemas, by Ray's, and against the image."""
+"""The KubeRay manifests are valid for KubeRay, Ray and the image; checked without a cluster."""
 
 import copy
 import re
@@ -19,7 +19,8 @@ from ray.util.accelerators import accelerators
 
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, SettingsError
-from bam_ray.on_ray.serve_app import mixture_of
+from bam_ray.on_ray.job import run_of
+from bam_ray.on_ray.serve_app import served_mixture
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Recipe, load_recipe
 from tests.support.cluster.manifests import ROOT, crd_validator, errors, facts, gib, load, unmet
@@ -27,14 +28,14 @@ from tests.support.cluster.manifests import ROOT, crd_validator, errors, facts, 
 PATHS = {kind: f"cluster/kuberay/{kind.lower()}.yaml" for kind in ("RayCluster", "RayJob", "RayService")}
 CLUSTER_OF = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INSTALLED = "/opt/bam_ray/"  # where the image has the repository
+INSTALLED = "/opt/bam_ray/"  # path of the repository in the image
 KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
 
 every_kind = pytest.mark.parametrize("kind", PATHS)
 
 
 def cluster_of(kind: str) -> Any:
-    """The Ray cluster that a manifest describes."""
+    """Return the Ray cluster that a manifest describes."""
     spec = load(PATHS[kind])["spec"]
     return spec[CLUSTER_OF[kind]] if kind in CLUSTER_OF else spec
 
@@ -46,28 +47,28 @@ def containers(kind: str) -> list[Any]:
 
 
 @every_kind
-def test_kuberay_takes_the_manifest_and_its_schema_finds_typos(kind: str) -> None:
+def test_kuberay_accepts_the_manifest_and_finds_typos(kind: str) -> None:
     validator = crd_validator(kind)
     manifest = load(PATHS[kind])
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
     assert errors(validator, manifest) == []
-    for place, wrong in [
+    for path, wrong in [
         (("headGroupSpec", "template", "spec", "containers", 0), {"img": "x"}),
         (("headGroupSpec",), {"rayStartParam": {}}),
         (("workerGroupSpecs", 0), {"minReplica": 1}),
         (("workerGroupSpecs", 0), {"maxReplicas": "8"}),
         (("authOptions",), {"mode": "tokens"}),
     ]:
-        slip = copy.deepcopy(manifest)
-        part = slip["spec"][CLUSTER_OF[kind]] if kind in CLUSTER_OF else slip["spec"]
-        for key in place:
+        with_typo = copy.deepcopy(manifest)
+        part = with_typo["spec"][CLUSTER_OF[kind]] if kind in CLUSTER_OF else with_typo["spec"]
+        for key in path:
             part = part[key]
         part.update(wrong)
-        assert len(errors(validator, slip)) == 1
+        assert len(errors(validator, with_typo)) == 1
 
 
 @every_kind
-def test_ray_and_image_are_of_this_package(kind: str) -> None:
+def test_ray_and_image_have_the_versions_of_the_package(kind: str) -> None:
     cluster = cluster_of(kind)
     (ray,) = [needed for needed in PROJECT["dependencies"] if needed.startswith("ray[")]
     assert cluster["rayVersion"] in SpecifierSet(ray.partition("]")[2])
@@ -77,34 +78,34 @@ def test_ray_and_image_are_of_this_package(kind: str) -> None:
 
 
 @every_kind
-def test_a_token_guards_the_cluster_and_secrets_come_from_a_secret(kind: str) -> None:
+def test_a_token_protects_the_cluster(kind: str) -> None:
     cluster = cluster_of(kind)
     assert cluster["authOptions"] == {"mode": "token"}
     for container in containers(kind):
         assert container["envFrom"] == [{"secretRef": {"name": "bam-s3"}}]
         assert "env" not in container
     host = cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"]
-    # The operator must reach the dashboard of a cluster that it submits or deploys to; no Service opens it to outside
+    # The operator must reach the dashboard of a cluster that it submits or deploys to; no Service exposes it outside
     assert host == ("127.0.0.1" if kind == "RayCluster" else "0.0.0.0")
     assert "serviceType" not in cluster["headGroupSpec"]
 
 
 @every_kind
-def test_ray_knows_the_start_parameters(kind: str) -> None:
+def test_ray_accepts_the_start_parameters(kind: str) -> None:
     cluster = cluster_of(kind)
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         flags = {"disable-usage-stats"}
         parameters = group["rayStartParams"].items()
         words = [f"--{name}" if name in flags else f"--{name}={value}" for name, value in parameters]
-        start.make_context("ray start", words)  # exits where it does not know one
+        start.make_context("ray start", words)  # exits if a parameter is unknown
 
 
 @every_kind
-def test_requests_and_labels_are_what_placement_needs(kind: str) -> None:
+def test_resources_and_labels_suit_placement(kind: str) -> None:
     cluster = cluster_of(kind)
     for group in cluster["workerGroupSpecs"]:
         (container,) = group["template"]["spec"]["containers"]
-        # Ray declares what the limits say; with lower requests a node would promise what it may not get
+        # Ray declares the limits as resources. With lower requests, a node would declare more than it is guaranteed.
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert group["labels"]["ray.io/accelerator-type"] in KNOWN
@@ -119,7 +120,7 @@ def test_requests_and_labels_are_what_placement_needs(kind: str) -> None:
 
 
 def recipe_of(kind: str) -> Recipe:
-    """The recipe that a manifest runs or serves, at the place where the image has it."""
+    """Return the recipe that a manifest runs or serves, from its path in the image."""
     if kind == "RayService":
         arguments = serve_config()["applications"][0]["args"]
         return load_recipe(in_repository(arguments["recipe"]), arguments["overrides"])
@@ -136,7 +137,7 @@ def serve_config() -> Any:
 
 
 def in_repository(path: str) -> Path:
-    """Where the repository has what the image has at `path`."""
+    """Return the path in the repository of the file at `path` in the image."""
     assert path.startswith(INSTALLED)
     inside = path.removeprefix(INSTALLED)
     assert re.search(rf"^COPY {inside.partition('/')[0]} ", (ROOT / "cluster/Containerfile").read_text(), re.MULTILINE)
@@ -144,7 +145,7 @@ def in_repository(path: str) -> Path:
 
 
 @every_kind
-def test_the_smallest_cluster_holds_what_it_is_for(kind: str) -> None:
+def test_the_smallest_cluster_can_run_its_recipe(kind: str) -> None:
     cluster = cluster_of(kind)
     nodes = []
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -163,10 +164,10 @@ def test_the_smallest_cluster_holds_what_it_is_for(kind: str) -> None:
 
 def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
     schema = ServeDeploySchema.model_validate(serve_config())
-    assert schema.http_options.host == "0.0.0.0"  # of the pod: a Kubernetes Service stands before it
+    assert schema.http_options.host == "0.0.0.0"  # all addresses of the pod, which a Kubernetes Service exposes
     (described,) = schema.applications
     builder = import_attr(described.import_path)
-    # The image's path and the bucket, here
+    # The paths of the image and the bucket are replaced by local ones
     recipe = str(in_repository(described.args["recipe"]))
     overrides = [*described.args["overrides"], f"store.uri={tmp_path}"]
     asked: dict[str, Any] = {"recipe": recipe, "overrides": overrides}
@@ -176,7 +177,7 @@ def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="not committed: run the stage that makes it"):
         build()
-    mixture, name = mixture_of(load_recipe(recipe, overrides))
+    mixture, name = served_mixture(run_of(load_recipe(recipe, overrides)))
     (tmp_path / "empty").mkdir()
     mixture.publish(tmp_path / "empty", Manifest(id=mixture.id, kind="mixtures", name=name))
     assert isinstance(build(), Application)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.observations import Alive, Broke, Stopped
 from bam_ray.control.policies import FIRST_DELAY, PLACEMENT_DELAY
 from bam_ray.errors import PlacementError
@@ -68,7 +69,7 @@ def test_a_recipe_says_how_few_will_do() -> None:
             "branch.overrides.law.workers=2",
         )
     )
-    assert find_task(tasks, "mixtures", "bam").fewer_workers == (2, 1)
+    assert find_task(tasks, ArtifactKind.MIXTURES, "bam").fewer_workers == (2, 1)
     batch_of_24 = ["mix.training.batch_tokens=3072", "data.sequence_length=128", "mix.workers=4", "mix.min_workers=1"]
     small = find_task(task_graph(sample_recipe(*batch_of_24)), "mixtures", "bam")
     assert small.fewer_workers == (2, 1), "not 3: what is balanced together would be 15 sequences, not 16"
@@ -76,7 +77,7 @@ def test_a_recipe_says_how_few_will_do() -> None:
         task_graph(sample_recipe(*batch_of_24, "mix.training.micro_batch_sequences=6")), "mixtures", "bam"
     )
     assert whole.fewer_workers == (2, 3, 1), "all of a batch is balanced together"
-    branches = [find_task(tasks, "branches", name) for name in ("code", "law")]
+    branches = [find_task(tasks, ArtifactKind.BRANCHES, name) for name in ("code", "law")]
     assert [(task.workers, task.is_group, task.trains_alone, task.fewer_workers) for task in branches] == [
         (4, True, False, ()),
         (2, True, False, ()),

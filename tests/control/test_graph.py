@@ -2,6 +2,7 @@
 
 import pytest
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.graph import find_task, subset, task_graph
 from bam_ray.settings import Demand, Needs
 from tests.support.control.sample_recipe import changed_tasks, sample_recipe
@@ -33,12 +34,12 @@ def test_parents_come_first_and_all_are_there() -> None:
 
 def test_steps_workers_and_attempts() -> None:
     tasks = task_graph(sample_recipe())
-    assert find_task(tasks, "seeds", "seed").total_steps == 4  # ceil(1000 / 256)
-    assert find_task(tasks, "branches", "law").total_steps == 2
-    assert find_task(tasks, "mixtures", "bam").total_steps == 3
-    assert find_task(tasks, "branches", "law").max_attempts == 7
-    assert find_task(tasks, "mixtures", "bam").max_attempts == 3
-    assert find_task(tasks, "mixtures", "bam").workers == 2
+    assert find_task(tasks, ArtifactKind.SEEDS, "seed").total_steps == 4  # ceil(1000 / 256)
+    assert find_task(tasks, ArtifactKind.BRANCHES, "law").total_steps == 2
+    assert find_task(tasks, ArtifactKind.MIXTURES, "bam").total_steps == 3
+    assert find_task(tasks, ArtifactKind.BRANCHES, "law").max_attempts == 7
+    assert find_task(tasks, ArtifactKind.MIXTURES, "bam").max_attempts == 3
+    assert find_task(tasks, ArtifactKind.MIXTURES, "bam").workers == 2
     assert find_task(task_graph(sample_recipe("mix.workers=4")), "mixtures", "bam").workers == 4
 
 
@@ -97,15 +98,15 @@ def test_one_branch_can_have_needs_of_its_own() -> None:
     tasks = task_graph(
         sample_recipe("branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}", "branch.needs.cpus=2")
     )
-    assert find_task(tasks, "branches", "law").needs == Needs(gpus=1, fallback=(Demand(cpus=4),))
-    assert find_task(tasks, "branches", "code").needs == Needs(cpus=2)
+    assert find_task(tasks, ArtifactKind.BRANCHES, "law").needs == Needs(gpus=1, fallback=(Demand(cpus=4),))
+    assert find_task(tasks, ArtifactKind.BRANCHES, "code").needs == Needs(cpus=2)
 
 
 def test_what_can_be_measured_together() -> None:
     tasks = task_graph(sample_recipe())
     alone = {task.where: (task.model, task.step_tokens) for task in tasks if task.trains_alone}
     assert alone == dict.fromkeys(["seeds/seed", *BRANCHES], ("dense", 256))
-    assert find_task(tasks, "mixtures", "bam").model != find_task(tasks, "mixtures", "btx").model
+    assert find_task(tasks, ArtifactKind.MIXTURES, "bam").model != find_task(tasks, ArtifactKind.MIXTURES, "btx").model
 
 
 def test_subset_takes_kinds_and_what_they_are_made_from() -> None:

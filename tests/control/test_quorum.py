@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, Broke, Stopped
@@ -218,16 +219,16 @@ def test_what_is_made_of_the_seed_alone_waits_for_no_branch() -> None:
         "reports/report",
     }
     tasks = task_graph(sample_recipe(sparse, TWO))
-    assert find_task(tasks, "upcycled", "sparse").quorum is None
-    assert find_task(tasks, "mixtures", "sparse").quorum is None
+    assert find_task(tasks, ArtifactKind.UPCYCLED, "sparse").quorum is None
+    assert find_task(tasks, ArtifactKind.MIXTURES, "sparse").quorum is None
 
 
 def test_tasks_say_which_branches_may_be_late() -> None:
     tasks = task_graph(sample_recipe("upcycle.when={at_least: 2, deadline_hours: 1.5}"))
     branches = tuple((task.id, task.name) for task in tasks if task.kind == "branches")
-    assert find_task(tasks, "upcycled", "bam").quorum == Quorum(branches, 2, 1.5 * HOUR)
-    assert find_task(tasks, "mixtures", "bam").quorum == Quorum(branches, 0, 0.0)
-    assert find_task(tasks, "reports", "report").quorum == Quorum(branches, 0, math.inf)
+    assert find_task(tasks, ArtifactKind.UPCYCLED, "bam").quorum == Quorum(branches, 2, 1.5 * HOUR)
+    assert find_task(tasks, ArtifactKind.MIXTURES, "bam").quorum == Quorum(branches, 0, 0.0)
+    assert find_task(tasks, ArtifactKind.REPORTS, "report").quorum == Quorum(branches, 0, math.inf)
     assert all(task.quorum is None for task in task_graph(sample_recipe()))
 
 

@@ -12,13 +12,13 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_stage
 from tests.support.distributed.dense_groups import run_tasks_on_rank
 from tests.support.distributed.gloo_ranks import run_on_ranks
 from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
     make_artifacts,
+    run_task,
     small_recipe,
 )
 
@@ -59,7 +59,7 @@ def test_several_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert (first[0], other[0]) == (seed.id, "nothing")
     assert first[1] == other[1] == "stopped at step 3 of 10; the same command goes on from there"
     with pytest.raises(Interrupted, match="step 6 of 10"):
-        run_stage("branches", "code", third, store, RecordingContext(6))
+        run_task(third, store, "branches", "code", RecordingContext(6))
     said = run_on_ranks(4, run_tasks_on_rank, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
     assert said == [[branch.id], ["nothing"], ["nothing"], ["nothing"]]
     assert task_graph(alone) == task_graph(third), "the number of workers is not part of an identity"

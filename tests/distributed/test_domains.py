@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bam_ray.training.engine import TorchEngine
+from bam_ray.training.torch_engine import TorchEngine
 from tests.support.distributed.cases import SHARE, shares
 from tests.support.distributed.domains import CASES, DOMAINS, statistics_of_rank, step_statistics
 from tests.support.distributed.gloo_ranks import run_on_ranks
@@ -13,7 +13,7 @@ from tests.support.distributed.gloo_ranks import run_on_ranks
 def test_statistics_by_domain_of_two_ranks_equal_one_process() -> None:
     first, second = run_on_ranks(2, statistics_of_rank)
     for name, case in CASES.items():
-        alone = TorchEngine(case.model(), case.settings(2 * SHARE), case.mixing)
+        alone = TorchEngine(case.spec(2 * SHARE))
         wanted = step_statistics(alone, shares(2, 0).flatten(0, 1), DOMAINS)
         for part, tensor in wanted.items():
             assert torch.equal(first[name][part], second[name][part]), "ranks disagree"

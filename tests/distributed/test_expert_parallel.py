@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from bam_ray.training.engine import TorchEngine
 from bam_ray.training.state import read_optimizer, read_weights
+from bam_ray.training.torch_engine import TorchEngine
 from tests.support.distributed.cases import (
     BF16,
     COHERE,
     FOUR,
     FOUR_BF16,
     LENGTH,
-    LOSSES,
     LR,
     OTHER_STAGES,
     RESUMED,
@@ -24,6 +23,7 @@ from tests.support.distributed.cases import (
     TWO,
     Case,
     shares,
+    step_losses,
 )
 from tests.support.distributed.expert_parallel import ffn_gradients, routed_tokens, train_on_four, train_on_two
 from tests.support.distributed.gloo_ranks import run_on_ranks
@@ -92,12 +92,12 @@ def train_on_one_process(case: Case, world_size: int, folder: Path) -> list[dict
 
     The state is saved to `folder` at the end, and to `folder`/first after one step.
     """
-    engine = TorchEngine(case.model(), case.settings(case.micro * world_size), case.mixing)
+    engine = TorchEngine(case.spec(case.micro * world_size))
     batches = [in_order_of_micro_batches(shares(world_size, step), case.micro) for step in range(STEPS)]
-    results = [vars(engine.step(batches[0], LR))]
+    results = [step_losses(engine.step(batches[0], LR))]
     (folder / "first").mkdir()
     engine.state().write(folder / "first")
-    results += [vars(engine.step(batch, LR)) for batch in batches[1:]]
+    results += [step_losses(engine.step(batch, LR)) for batch in batches[1:]]
     engine.state().write(folder)
     return results
 
@@ -205,10 +205,12 @@ def test_non_finite_steps_change_nothing_at_other_zero_stages(
 
 
 def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
+    engine = TorchEngine(RESUMED.spec(2 * SHARE))
     engine.load(folder / "half")
     for step, wanted in enumerate(two[0]["resumed"]["unbroken"], start=STEPS):
-        assert vars(engine.step(shares(2, step).view(-1, LENGTH), LR)) == pytest.approx(wanted, rel=1e-5)
+        result = engine.step(shares(2, step).view(-1, LENGTH), LR)
+        assert step_losses(result) == pytest.approx(wanted, rel=1e-5)
+        assert result.exchange_seconds is None
     engine.state().write(tmp_path)
     assert_same_training(tmp_path, folder / "whole")
     held_out = engine.evaluate(shares(2, 99).view(-1, LENGTH))
@@ -216,7 +218,6 @@ def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_pa
         assert rank["resumed"]["held out"] == pytest.approx(held_out, rel=1e-5)
         assert rank["resumed"]["mean"] == 0.5
         assert rank["resumed"]["exchange"] > 0
-    assert engine.last_exchange is None
 
 
 def test_all_ranks_raise_the_same_error_and_change_nothing(
@@ -235,7 +236,7 @@ def test_all_ranks_raise_the_same_error_and_change_nothing(
     before = state(folder / "before")
     for case in ("after a loss", "after a gradient", "after a spike", "after a high loss"):
         torch.testing.assert_close(state(folder / case), before, rtol=0, atol=0)
-    engine = TorchEngine(RESUMED.model(), RESUMED.settings(2 * SHARE), LOSSES)
+    engine = TorchEngine(RESUMED.spec(2 * SHARE))
     engine.step(shares(2, 0).view(-1, LENGTH), LR)
     engine.state().write(tmp_path)
     assert_same_training(folder / "after all", tmp_path)

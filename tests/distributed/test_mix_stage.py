@@ -9,14 +9,13 @@ import pytest
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.model import BamConfig
 from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.stages import run_stage
 from bam_ray.training.flops import training_flops
 from tests.support.distributed.gloo_ranks import run_on_ranks
 from tests.support.distributed.mix_stage import absorb_late_branch, train_and_resume, wait_for_rank_0
 from tests.support.stage_run import (
     TRAINING,
-    RecordingContext,
     make_artifacts,
+    run_task,
     small_recipe,
 )
 
@@ -83,7 +82,7 @@ def test_late_branch_joins_experts_that_are_sharded(tmp_path: Path, monkeypatch:
         uri = str(tmp_path / f"store-{number}")
         store = open_store(uri)
         make_artifacts(run, store, ("corpora", "seeds"))
-        run_stage("branches", "code", run, store, RecordingContext())
+        run_task(run, store, "branches", "code")
         make_artifacts(run, store, ("upcycled",))
         first, _ = run_on_ranks(2, absorb_late_branch, run, uri, stops, cache)
         assert first["experts"] == ("seed", "code", "seed-2", "general")

@@ -55,8 +55,8 @@ def test_all_ranks_refuse_the_folder_of_another_model(folder: Path) -> None:
     layer = f"{folder / 'kv_experts'}: model.layers.0"
     assert first == second
     assert first == [
-        f"{layer}.mlp.experts.gate_up_proj is [4, 48, 32]: it is the checkpoint of another model",
-        f"{layer}.self_attn.experts.q_bias is missing: it is the checkpoint of another model",
+        f"{layer}.mlp.experts.gate_up_proj is [4, 48, 32]: this is the checkpoint of another model",
+        f"{layer}.self_attn.experts.q_bias is missing: this is the checkpoint of another model",
     ]
 
 

@@ -24,20 +24,20 @@ def test_ranks_resume_from_the_newest_checkpoint_readable_by_all(ranks: list[dic
 def test_all_ranks_record_which_rank_could_not_read_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["refused"] == [
-            "mixtures/x/steps/0001-00000006 does not match its manifest (for ranks [0] alone: look at their nodes)",
-            "mixtures/x/steps/0001-00000004 does not match its manifest (for ranks [1] alone: look at their nodes)",
+            "mixtures/x/steps/0001-00000006 is not what its manifest says (only on ranks [0]: check their nodes)",
+            "mixtures/x/steps/0001-00000004 is not what its manifest says (only on ranks [1]: check their nodes)",
         ]
         assert rank["remembered"] == rank["refused"]
 
 
 def test_rollback_uses_the_newest_checkpoint_readable_by_all(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert ("refused", "0003-00000004") in rank["told"]
-        assert rank["told"][-1] == ("rolled_back", 3)
+        assert ("refused", "0003-00000004") in rank["events"]
+        assert rank["events"][-1] == ("rolled_back", 3)
         assert rank["curve"] == rank["unbroken"]
 
 
 def test_training_does_not_restart_if_only_some_ranks_can_read(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "can be read on all 2 processes" in rank["error"]
-        assert "look at the nodes of ranks [0, 1]," in rank["error"]
+        assert "the nodes of ranks [0, 1]," in rank["error"]

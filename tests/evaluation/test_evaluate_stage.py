@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import ComputeCost, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.evaluation.results import Results
@@ -20,6 +20,7 @@ from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.settings import Recipe
 from bam_ray.stages.evaluate import ancestors, evaluate, held_out_rows
+from tests.support.stage_run import task_run
 from tests.support.tiny import SIZES, dense
 
 LENGTH = 16
@@ -119,9 +120,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobSt
 def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     recipe, store = run
     listener = Listener()
-    manifest = evaluate("report", recipe, store, listener)
+    manifest = evaluate(task_run(recipe, store, "reports", "report", listener))
     graph = task_graph(recipe)
-    assert manifest == Artifact(store, "reports", find_task(graph, "reports", "report").id).manifest()
+    assert manifest == Artifact(store, "reports", find_task(graph, ArtifactKind.REPORTS, "report").id).manifest()
     assert set(manifest.files) == {"report.html", "results.json"}
     assert manifest.attempt == 1
 
@@ -152,14 +153,14 @@ def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     assert listener.heard[-1] == Progress(step=4, total_steps=4, note="writing the report")
 
     silent = Listener()
-    assert evaluate("report", recipe, store, silent) == manifest
+    assert evaluate(task_run(recipe, store, "reports", "report", silent)) == manifest
     assert silent.heard == [], "a finished report is not made again"
 
 
 def test_an_interrupted_evaluation_goes_on(run: tuple[Recipe, BlobStore]) -> None:
     recipe, store = run
     with pytest.raises(Interrupted, match="model 3 of 4"):
-        evaluate("report", recipe, store, Listener(stop_at="mixture bam on code"))
+        evaluate(task_run(recipe, store, "reports", "report", Listener(stop_at="mixture bam on code")))
     report = find_task(task_graph(recipe), "reports", "report")
     assert Artifact(store, "reports", report.id).manifest() is None
     assert len([key for key in store.list("evaluations/") if key.endswith("manifest.json")]) == 2
@@ -167,7 +168,7 @@ def test_an_interrupted_evaluation_goes_on(run: tuple[Recipe, BlobStore]) -> Non
     other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # is no part of an evaluation's identity
     listener = Listener(stop_at="mixture btx on general")
     with pytest.raises(Interrupted, match="model 4 of 4"):
-        evaluate("report", other_batch, store, listener)
+        evaluate(task_run(other_batch, store, "reports", "report", listener))
     notes = [progress.note for progress in listener.heard]
     assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
 
@@ -177,7 +178,7 @@ def test_a_model_that_is_missing_is_named(run: tuple[Recipe, BlobStore]) -> None
     task = find_task(task_graph(recipe), "mixtures", "btx")
     store.delete(f"mixtures/{task.id}/manifest.json")
     with pytest.raises(CheckpointError, match=f"{task.id} is not committed"):
-        evaluate("report", recipe, store, Listener())
+        evaluate(task_run(recipe, store, "reports", "report", Listener()))
     assert list(store.list("evaluations/")) == []
 
 
@@ -190,7 +191,7 @@ def test_held_out_rows_are_spread_over_all() -> None:
 
 def test_ancestors_are_named_once(tmp_path: Path) -> None:
     graph = task_graph(make_recipe(tmp_path))
-    mixture = find_task(graph, "mixtures", "bam")
+    mixture = find_task(graph, ArtifactKind.MIXTURES, "bam")
     made = {task.id: Manifest(id=task.id, kind=task.kind, name=task.name, parents=task.parents) for task in graph}
     found = ancestors(mixture.id, made)
     kinds = {task.id: task.kind for task in graph}

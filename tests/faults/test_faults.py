@@ -1,7 +1,7 @@
-"""What can befall a run, each on a real cluster and a real S3 server; afterwards its branches are as if nothing had.
+"""Faults of a run on a real cluster with a real S3 server. They do not change the results of its branches.
 
-The branches are tiny, but train for real, so that losses and weights can be compared with those of a run that nothing
-disturbed (`branch_checks`).
+The branches are tiny but really train. Their losses and weights are compared with those of a run without faults
+(`branch_checks`).
 """
 
 import contextlib
@@ -41,39 +41,39 @@ def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster
 
 @pytest.fixture
 def cluster(shared_cluster: ClusterUnderTest) -> ClusterUnderTest:
-    """With all its nodes and its store."""
+    """Return the cluster with all its nodes and its store."""
     shared_cluster.restore()
     return shared_cluster
 
 
 @pytest.fixture
 def run(cluster: ClusterUnderTest, reference: ReferenceRun, request: pytest.FixtureRequest) -> DisturbedRun:
-    """A run over the S3 server, that has just begun."""
+    """Return a run over the S3 server that has just started."""
     name = request.node.name.translate(str.maketrans("_[]", "---"))
     return DisturbedRun(
         cluster, reference, reference.recipe(cluster.uri(name), cluster.proxy.endpoint), cluster.store(name)
     )
 
 
-def manifests_of_steps(run: DisturbedRun) -> list[str]:
-    """The keys of the manifests of all checkpoints of the branch `code`, oldest first."""
+def checkpoint_manifests(run: DisturbedRun) -> list[str]:
+    """Return the manifest keys of all checkpoints of the branch `code`, oldest first."""
     keys = run.store.list(f"branches/{branch_id(run.recipe, 'code')}/steps/")
     return [key for key in keys if key.endswith(f"/{MANIFEST}")]
 
 
 def pid_of(log: AttemptLog) -> int:
-    """The process that an attempt runs in."""
+    """Return the id of the process that an attempt runs in."""
     pid: int = log.named("started")[0]["pid"]
     return pid
 
 
 def test_a_worker_is_killed(run: DisturbedRun) -> None:
     log = run.log("code")
-    assert log.named("started")[0]["node"] == run.node("code"), "told as the status names it"
+    assert log.named("started")[0]["node"] == run.node("code"), "the log has the node name of the status"
     os.kill(pid_of(log), signal.SIGKILL)
     logs = run.finish()
     assert len(logs["code"]) == 2
-    assert len(logs["law"]) == 1, "the others are left alone"
+    assert len(logs["law"]) == 1, "the other branches are not affected"
 
 
 def test_a_raylet_is_killed(run: DisturbedRun) -> None:
@@ -86,7 +86,7 @@ def test_a_raylet_is_killed(run: DisturbedRun) -> None:
     assert (len(logs["code"]), len(logs["law"])) == (2, 1)
 
 
-def test_a_raylet_is_asked_to_stop(run: DisturbedRun) -> None:
+def test_a_raylet_is_terminated(run: DisturbedRun) -> None:
     run.log("code")
     node = run.node("code")
     run.cluster.nodes[node].terminate_raylet()
@@ -96,19 +96,19 @@ def test_a_raylet_is_asked_to_stop(run: DisturbedRun) -> None:
     assert (len(logs["code"]), len(logs["law"])) == (2, 1)
 
 
-def test_a_notice_says_that_a_node_will_be_taken_away(run: DisturbedRun) -> None:
+def test_a_node_gets_an_interruption_notice(run: DisturbedRun) -> None:
     run.log("code")
     node = run.node("code")
     with MetadataServer() as metadata:
         listener = run.cluster.nodes[node].start_spot_listener(metadata.url)
         metadata.announce_termination()
-        assert listener.wait(60) == 0, "Ray was told"
+        assert listener.wait(60) == 0, "the watcher made Ray drain the node"
     wait_for("the branch has stopped", lambda: attempts(run.store, run.recipe, "code")[0].named("stopped"), 20)
     run.cluster.nodes[node].kill()
     logs = run.finish()
     first, second = logs["code"]
     stopped, resumed = first.named("stopped")[0]["step"], second.named("resumed")[0]["step"]
-    assert first.checkpoints[-1] == stopped == resumed, "not a step was done twice"
+    assert first.checkpoints[-1] == stopped == resumed, "no step is repeated"
     assert run.row("code").attempt == 2
     assert len(logs["law"]) == 1
 
@@ -118,7 +118,7 @@ def test_the_driver_is_killed(run: DisturbedRun) -> None:
     run.driver.kill()
     run.submit()
     run.finish()
-    # An actor may outlive its driver for a moment, and even get done
+    # An actor may outlive its driver for a moment, and may even finish its task
     assert "reference: finished" in run.driver.output
 
 
@@ -126,7 +126,7 @@ def test_the_driver_of_a_submitted_job_is_killed(
     cluster: ClusterUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
-    reference = ReferenceRun(tmp_path / "reference", steps=1500)  # nothing holds its steps back
+    reference = ReferenceRun(tmp_path / "reference", steps=1500)  # the steps of this run are not throttled
     recipe, store = reference.recipe(cluster.uri("job"), cluster.proxy.endpoint), cluster.store("job")
     run = DisturbedRun(cluster, reference, recipe, store, cluster.submit_job)
     run.log("code")
@@ -134,7 +134,7 @@ def test_the_driver_of_a_submitted_job_is_killed(
     run.submit()
     logs = run.finish()
     assert "reference: finished" in run.driver.output
-    assert len(logs["code"]) > 1, "the first attempt had not got done"
+    assert len(logs["code"]) > 1, "the first attempt had not finished"
 
 
 def test_the_head_is_killed(run: DisturbedRun) -> None:
@@ -146,7 +146,7 @@ def test_the_head_is_killed(run: DisturbedRun) -> None:
     run.finish()
 
 
-def test_the_store_is_killed_and_comes_back(run: DisturbedRun) -> None:
+def test_the_store_is_killed_and_restarted(run: DisturbedRun) -> None:
     log = run.log("code")
     run.cluster.kill_s3()
     time.sleep(5.0)
@@ -176,7 +176,7 @@ def test_the_store_is_ten_times_slower(run: DisturbedRun) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[Path], SmallDisk]]:
-    """Mounts a small disk on a folder until the test is over."""
+    """Return a function that mounts a small disk on a folder until the end of the test."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(SmallDisk(tmp_path))
@@ -185,7 +185,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[Path], SmallDisk]]:
         yield lambda folder: stack.enter_context(SmallDisk(folder))
 
 
-def test_a_nodes_disk_is_full(
+def test_the_disk_of_a_node_is_full(
     cluster: ClusterUnderTest, reference: ReferenceRun, disk: Callable[[Path], SmallDisk]
 ) -> None:
     disks = {name: disk(node.temporary) for name, node in cluster.nodes.items()}
@@ -198,12 +198,12 @@ def test_a_nodes_disk_is_full(
     run.log("code", attempt=2)
     assert run.node("code") != node
     logs = run.finish()
-    said = logs["code"][0].named("failed")[0]["error"]
-    assert said.startswith(f"TrainingError: no checkpoint can be written to {cluster.nodes[node].temporary}"), said
+    error = logs["code"][0].named("failed")[0]["error"]
+    assert error.startswith(f"TrainingError: no checkpoint can be written to {cluster.nodes[node].temporary}"), error
     assert len(logs["law"]) == 1
 
 
-def test_the_stores_disk_is_full(
+def test_the_disk_of_the_store_is_full(
     cluster: ClusterUnderTest,
     reference: ReferenceRun,
     disk: Callable[[Path], SmallDisk],
@@ -214,28 +214,30 @@ def test_the_stores_disk_is_full(
     run = DisturbedRun(cluster, reference, reference.recipe(str(folder)), open_store(str(folder)))
     run.log("code")
     small.fill()
-    known = manifests_of_steps(run)[-1]
+    known = checkpoint_manifests(run)[-1]
     time.sleep(5.0)
-    assert manifests_of_steps(run)[-1] == known, "nothing gets through"
+    assert checkpoint_manifests(run)[-1] == known, "no checkpoint is written to a full disk"
     small.empty()
     logs = run.finish()
-    assert (len(logs["code"]), len(logs["law"])) == (1, 1), "training waits for room"
+    assert (len(logs["code"]), len(logs["law"])) == (1, 1), "training waits for free space"
 
 
-def test_a_node_is_cut_off_and_comes_back(run: DisturbedRun) -> None:
+def test_a_node_is_unreachable_for_a_while(run: DisturbedRun) -> None:
     zombie = pid_of(run.log("code"))
     node = run.cluster.nodes[run.node("code")]
     node.freeze()
     run.log("code", step=100, attempt=2)
-    send(signal.SIGCONT, [zombie])  # its raylet would take it down
-    failed = wait_for("it sees", lambda: attempts(run.store, run.recipe, "code")[0].named("failed"))
+    send(signal.SIGCONT, [zombie])  # the process alone, because its raylet would stop it
+    failed = wait_for(
+        "the attempt finds that it is stale", lambda: attempts(run.store, run.recipe, "code")[0].named("failed")
+    )
     assert failed[0]["error"].startswith("StaleLease: attempt 1 at branches/code-"), failed
     node.resume()
     logs = run.finish()
     assert (len(logs["code"]), len(logs["law"])) == (2, 1)
 
 
-def test_a_loss_that_is_not_finite_once(run: DisturbedRun) -> None:
+def test_a_loss_is_not_finite_once(run: DisturbedRun) -> None:
     run.log("code")
     mark = run.cluster.nodes[run.node("code")].break_weights()
     logs = run.finish()
@@ -247,7 +249,7 @@ def test_a_loss_that_is_not_finite_once(run: DisturbedRun) -> None:
     assert not logs["law"][0].named("rolled_back")
 
 
-def test_a_loss_that_is_not_finite_again(cluster: ClusterUnderTest, reference: ReferenceRun) -> None:
+def test_a_loss_is_not_finite_repeatedly(cluster: ClusterUnderTest, reference: ReferenceRun) -> None:
     recipe = reference.recipe(cluster.uri("nan"), cluster.proxy.endpoint, peak_lr=1e30)
     run = DisturbedRun(cluster, reference, recipe, cluster.store("nan"))
     assert run.driver.join() == 1
@@ -263,7 +265,7 @@ def test_a_loss_that_is_not_finite_again(cluster: ClusterUnderTest, reference: R
 def test_a_checkpoint_in_the_store_is_damaged(run: DisturbedRun) -> None:
     run.log("code", step=80)
     assert run.driver.stop() == 130
-    before, newest = manifests_of_steps(run)
+    before, newest = checkpoint_manifests(run)
     damaged = newest.replace(MANIFEST, "optimizer.safetensors")
     data = bytearray(run.store.get(damaged))
     data[-1] ^= 1
@@ -273,5 +275,5 @@ def test_a_checkpoint_in_the_store_is_damaged(run: DisturbedRun) -> None:
     (refused,) = logs["code"][1].named("refused")
     assert refused["checkpoint"] == newest.split("/")[-2]
     assert logs["code"][1].named("resumed")[0]["step"] == int(before.split("/")[-2].rpartition("-")[2])
-    (said,) = branch_manifest(run.store, run.recipe, "code").facts["refused_checkpoints"]
-    assert damaged in said and "damaged" in said
+    (reason,) = branch_manifest(run.store, run.recipe, "code").facts["refused_checkpoints"]
+    assert damaged in reason and "damaged" in reason

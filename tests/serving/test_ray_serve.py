@@ -24,7 +24,8 @@ from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
-from bam_ray.on_ray.serve_app import deploy, mixture_of, shutdown
+from bam_ray.on_ray.job import run_of
+from bam_ray.on_ray.serve_app import deploy, served_mixture, shutdown
 from bam_ray.serving import DecodeEngine, Sampling
 from bam_ray.settings import Needs, ServeSettings, load_recipe
 
@@ -33,12 +34,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 DRIVER = """
 import json, sys
 import ray
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.on_ray.serve_app import deploy
 from bam_ray.settings import ServeSettings
 address, store, port = sys.argv[1:]
 ray.init(address=address)
 settings = ServeSettings(port=int(port), slots=4, max_length=64)
-print(json.dumps(deploy(store, None, "mixtures", "bam", "demo", settings)))
+print(json.dumps(deploy(Artifact(open_store(store), "mixtures", "bam"), "demo", settings)))
 """
 
 
@@ -89,7 +92,7 @@ def url(cluster: Cluster, store: FolderStore, port: int) -> str:
         squatter.listen()
         ray.init(address=cluster.address, log_to_driver=False)
         with pytest.raises(ServingError, match=r"Address already in use.*serve\.port"):
-            deploy(store.uri, None, "mixtures", "bam", "demo", ServeSettings(port=port))
+            deploy(Artifact(store, "mixtures", "bam"), "demo", ServeSettings(port=port))
     arguments = [sys.executable, "-c", DRIVER, cluster.address, store.uri, str(port)]
     driver = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     return str(json.loads(driver.stdout.splitlines()[-1]))
@@ -147,7 +150,7 @@ def test_client_that_leaves_frees_its_slot(url: str) -> None:
 
 def test_what_cannot_be_served_is_said(url: str, store: FolderStore, port: int) -> None:
     def serve(id: str = "bam", **settings: Any) -> None:
-        deploy(store.uri, None, "mixtures", id, "demo", ServeSettings(port=port, **settings))
+        deploy(Artifact(store, "mixtures", id), "demo", ServeSettings(port=port, **settings))
 
     with pytest.raises(CheckpointError, match="not committed"):
         serve("nothing")
@@ -155,8 +158,8 @@ def test_what_cannot_be_served_is_said(url: str, store: FolderStore, port: int) 
         serve(needs=Needs(gpus=1))
     with pytest.raises(PlacementError, match="5 replica"):
         serve(replicas=5)
-    with pytest.raises(ServingError, match=rf"listens on 127.0.0.1:{port} already"):
-        deploy(store.uri, None, "mixtures", "bam", "demo", ServeSettings(port=port + 1))
+    with pytest.raises(ServingError, match=rf"already listens on 127.0.0.1:{port}"):
+        deploy(Artifact(store, "mixtures", "bam"), "demo", ServeSettings(port=port + 1))
     with pytest.raises(ServingError, match=r"lower serve\.max_length"):
         serve(max_length=1 << 20)
     # The replica that was there before serves on
@@ -167,7 +170,7 @@ def test_what_cannot_be_served_is_said(url: str, store: FolderStore, port: int) 
 def test_a_serve_configuration_serves_a_recipe(url: str, store: FolderStore, port: int, tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
     overrides = [f"store.uri={store.uri}", "serve.slots=4", "serve.max_length=64", "serve.needs.cpus=0.5"]
-    mixture, name = mixture_of(load_recipe(recipe, overrides))
+    mixture, name = served_mixture(run_of(load_recipe(recipe, overrides)))
     mixture.publish(
         Artifact(store, "mixtures", "bam").fetch(tmp_path), Manifest(id=mixture.id, kind="mixtures", name=name)
     )
@@ -187,7 +190,7 @@ def test_a_serve_configuration_serves_a_recipe(url: str, store: FolderStore, por
 
 def test_deployed_again_then_shut_down(url: str, store: FolderStore, port: int) -> None:
     settings = ServeSettings(port=port, slots=2, max_length=32, replicas=2, needs=Needs(cpus=0.5))
-    assert deploy(store.uri, None, "mixtures", "bam", "second", settings) == url
+    assert deploy(Artifact(store, "mixtures", "bam"), "second", settings) == url
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["second"]
     shutdown()

@@ -1,4 +1,4 @@
-"""Mixing starts with the branches that have arrived; a late one becomes an expert of the newest checkpoint."""
+"""Mixing starts with the committed branches, and a late one becomes an expert of the newest checkpoint."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.results import Results
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import StoreSettings
-from bam_ray.stages import run_stage, train_mixture
 from bam_ray.toolbox.step_export import export_step
 from bam_ray.training.flops import training_flops
 from tests.support.late_branch_run import MIX, ControlledRun, LateBranchRun, expert_names
@@ -22,7 +22,7 @@ from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     tensorboard_curves,
 )
 
@@ -32,15 +32,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
 
 
-class Dying(RecordingContext):
-    """The context of an attempt whose process dies."""
+class CrashingContext(RecordingContext):
+    """The context of an attempt that crashes at a step."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, step: int) -> None:
         super().__init__()
-        self._at = at
+        self._step = step
 
     def report(self, progress: Progress) -> None:
-        if progress.step == self._at:
+        if progress.step == self._step:
             raise ConnectionAbortedError
         super().report(progress)
 
@@ -54,15 +54,13 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
     ("zero", "balanced"),
     [("noise_weight", {}), ("selection_bias", {"gate": "plain", "losses": {"bias_rate": 0.01}})],
 )
-def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
-    tmp_path: Path, zero: str, balanced: dict[str, Any]
-) -> None:
+def test_a_late_branch_becomes_an_expert_of_a_checkpoint(tmp_path: Path, zero: str, balanced: dict[str, Any]) -> None:
     run = LateBranchRun(tmp_path, mix={**MIX, **balanced})
     run.start()
     assert run.mix(stop_at=6) is None
     late = run.branch("general")
     with pytest.raises(ConnectionAbortedError):
-        train_mixture("bam", run.recipe, run.store, Dying(at=7), one_process_engine)
+        run_task(run.recipe, run.store, "mixtures", "bam", CrashingContext(step=7))
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(6, "general")]
 
     before, after = run.step("0001-00000006"), run.step("0002-00000006")
@@ -72,12 +70,12 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
     branch = load_file(Artifact(run.store, "branches", late.id).fetch() / "model.safetensors")
     assert set(old) == set(new)
     for name, weight in old.items():
-        assert torch.equal(new[name][: len(weight)], weight), f"{name}: what was there is as it was"
+        assert torch.equal(new[name][: len(weight)], weight), f"{name}: the existing part is unchanged"
         assert (len(new[name]) == 3) == (len(weight) == 2 and (".gate." in name or ".experts." in name)), name
     assert torch.equal(new["model.layers.0.mlp.experts.down_proj"][2], branch["model.layers.0.mlp.down_proj.weight"])
     assert new["model.layers.0.mlp.gate.weight"][2].std() == pytest.approx(0.02, rel=0.5)
     assert not new[f"model.layers.0.mlp.gate.{zero}"][2].any()
-    assert old[f"model.layers.0.mlp.gate.{zero}"].any(), "it had been trained"
+    assert old[f"model.layers.0.mlp.gate.{zero}"].any(), "the old experts' values were trained"
     old, new = load_file(before / "optimizer.safetensors"), load_file(after / "optimizer.safetensors")
     assert set(old) == set(new)
     for name, state in old.items():
@@ -85,11 +83,11 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
             assert state == new[name]
             continue
         assert torch.equal(new[name][: len(state)], state), name
-        assert not new[name][len(state) :].any(), f"{name}: nothing is known of the new expert's gradients"
+        assert not new[name][len(state) :].any(), f"{name}: the state of the new expert is zero"
     first, second = (json.loads((folder / "trainer.json").read_text()) for folder in (before, after))
     assert second == {**first, "sampler": {**first["sampler"], "reference": None}, "changed": 6}
 
-    # The next attempt goes on with what was absorbed, and absorbs nothing again
+    # The next attempt resumes with the new expert, and absorbs nothing again
     manifest = run.mix()
     assert manifest is not None
     assert [event["step"] for event in run.events("resumed")] == [0, 6, 6]
@@ -117,9 +115,11 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
     assert history_of(tmp_path / "eight") == [upcycled, absorb]
 
 
-def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) -> None:
+def test_training_resumes_exactly_after_a_branch_is_absorbed(tmp_path: Path) -> None:
     losses, seen = [], []
-    for number, stops in enumerate(((4, None), (4, 7, None), (4, 4, None))):  # the last: stopped right after it
+    for number, stops in enumerate(
+        ((4, None), (4, 7, None), (4, 4, None))
+    ):  # the last case stops right after the absorption
         run = LateBranchRun(tmp_path, f"store-{number}", metrics={"routing": {"every": 3}})
         run.start()
         first, *others = stops
@@ -134,13 +134,13 @@ def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) ->
     assert losses[0] == losses[1] == losses[2]
     assert seen[0] == seen[1] == seen[2]
     load, drift = (seen[0][f"routing_by_domain/general/layer_0/{name}"] for name in ("load_general", "drift"))
-    assert [step for step, _ in load] == [6, 9], "it came amid the steps of the former"
+    assert [step for step, _ in load] == [6, 9], "the branch is absorbed inside the interval of steps 4 to 6"
     for (_, part), (_, moved) in zip(load, drift[1:], strict=True):
-        assert 0 < part <= moved + 1e-6, "what goes to an expert that had nothing has moved"
+        assert 0 < part <= moved + 1e-6, "all load of a new expert is moved load"
     assert losses[0][-1] < losses[0][0]
 
 
-def test_a_branch_that_arrives_before_the_first_step_is_there_from_it_on(tmp_path: Path) -> None:
+def test_a_branch_committed_before_the_first_step_is_added_at_step_0(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     run.branch("general")
@@ -152,7 +152,7 @@ def test_a_branch_that_arrives_before_the_first_step_is_there_from_it_on(tmp_pat
     assert history_of(Artifact(run.store, "mixtures", manifest.id).fetch())[-1]["absorb"]["step"] == 0
 
 
-def test_what_comes_too_late_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_branch_committed_after_the_mixture_is_left_out(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     manifest = run.mix()
@@ -160,46 +160,46 @@ def test_what_comes_too_late_is_left_out_and_said(tmp_path: Path) -> None:
     run.branch("general")
     assert manifest.facts["left_out"] == ["general"]
     assert manifest.parents == run.mixture.parents
-    report = run_stage("reports", "report", run.recipe, run.store, RecordingContext())
+    report = run_task(run.recipe, run.store, "reports", "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     mixture = next(model for model in results.models if model.kind == "mixtures")
     assert mixture.routing is not None
     assert mixture.routing.expert_names == ("seed", "code")
-    assert mixture.lineage_tokens == 3 * 1280, "of the seed, one branch and its own"
+    assert mixture.lineage_tokens == 3 * 1280, "of the seed, one branch and the mixture"
 
 
-def test_a_report_does_without_a_branch_that_never_came(tmp_path: Path) -> None:
+def test_a_report_leaves_out_a_branch_that_is_never_committed(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     run.mix()
-    report = run_stage("reports", "report", run.recipe, run.store, RecordingContext())
+    report = run_task(run.recipe, run.store, "reports", "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
-    assert run.task("branches", "general").id not in report.parents
+    assert run.task(ArtifactKind.BRANCHES, "general").id not in report.parents
 
 
-def test_with_which_branches_it_starts_is_decided_once(tmp_path: Path) -> None:
+def test_the_starting_branches_are_decided_once(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     make_artifacts(run.recipe, run.store, ("corpora", "seeds"))
     with pytest.raises(
-        CheckpointError, match=r"0 of the 2 branches are committed, and upcycle\.when asks for at least 1"
+        CheckpointError, match=r"0 of the 2 branches are committed, but upcycle\.when requires at least 1"
     ):
         make_artifacts(run.recipe, run.store, ("upcycled",))
     run.branch("code")
 
-    class Stopped(RecordingContext):
+    class StoppedContext(RecordingContext):
         def should_stop(self) -> bool:
             return True
 
     with pytest.raises(Interrupted):
-        run_stage("upcycled", "bam", run.recipe, run.store, Stopped())
+        run_task(run.recipe, run.store, "upcycled", "bam", StoppedContext())
     late = run.branch("general")
-    manifest = run_stage("upcycled", "bam", run.recipe, run.store, RecordingContext())
+    manifest = run_task(run.recipe, run.store, "upcycled", "bam")
     assert expert_names(Artifact(run.store, "upcycled", manifest.id).fetch()) == ["seed", "code"]
     assert late.id not in manifest.parents and len(manifest.parents) == 2
 
 
-def test_averages_copies_and_router_fits_are_of_what_is_there(tmp_path: Path) -> None:
+def test_a_missing_branch_changes_averages_copies_and_routers(tmp_path: Path) -> None:
     mixture = {
         "method": "btx",
         "num_experts": 4,
@@ -218,15 +218,12 @@ def test_averages_copies_and_router_fits_are_of_what_is_there(tmp_path: Path) ->
     assert expert_names(Artifact(run.store, "mixtures", manifest.id).fetch()) == ["seed", "code", "seed-2", "general"]
 
 
-# With the controller
-
-
-def test_a_run_starts_mixing_early_and_takes_in_the_slow_branch(tmp_path: Path) -> None:
+def test_a_controlled_run_absorbs_the_slow_branch(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     assert ControlledRun(run).causes == ["to absorb general", "committed"]
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(4, "general")]
     folder = Artifact(run.store, "mixtures", run.mixture.id).fetch()
     assert expert_names(folder) == ["seed", "code", "general"]
-    report = run.task("reports", "report")
+    report = run.task(ArtifactKind.REPORTS, "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     assert next(model for model in results.models if model.kind == "mixtures").lineage_tokens == 4 * 1280

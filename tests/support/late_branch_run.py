@@ -17,8 +17,7 @@ from bam_ray.errors import Interrupted
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress, StageContext, Task
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_stage, train_mixture
-from tests.support.stage_run import TRAINING, RecordingContext, make_artifacts, one_process_engine, small_recipe
+from tests.support.stage_run import TRAINING, RecordingContext, make_artifacts, run_task, small_recipe
 
 # Every setting of `mix` that creates state of an expert or of a branch
 MIX = {
@@ -37,7 +36,7 @@ class LateBranchRun:
         branch = {"domains": ["code", "general"], "training": TRAINING}
         self.recipe: Recipe = small_recipe(folder, **{"upcycle": upcycle, "mix": MIX, "branch": branch, **changes})
         self.store: BlobStore = open_store(str(folder / store))
-        self.mixture = self.task("mixtures", "bam")
+        self.mixture = self.task(ArtifactKind.MIXTURES, "bam")
 
     def task(self, kind: ArtifactKind, name: str) -> Task:
         """Return a task of the run."""
@@ -45,7 +44,7 @@ class LateBranchRun:
 
     def branch(self, name: str) -> Manifest:
         """Train a branch and return its manifest."""
-        return run_stage("branches", name, self.recipe, self.store, RecordingContext())
+        return run_task(self.recipe, self.store, ArtifactKind.BRANCHES, name)
 
     def start(self) -> None:
         """Make everything that the mixture starts from, with the branch `code` alone."""
@@ -56,13 +55,13 @@ class LateBranchRun:
     def mix(self, stop_at: int | None = None) -> Manifest | None:
         """Make one attempt at the mixture; return None if it was stopped at step `stop_at`."""
         try:
-            return train_mixture("bam", self.recipe, self.store, RecordingContext(stop_at), one_process_engine)
+            return run_task(self.recipe, self.store, ArtifactKind.MIXTURES, "bam", RecordingContext(stop_at))
         except Interrupted:
             return None
 
     def step(self, name: str) -> Path:
         """Return a folder with the mixture's training checkpoint `name`."""
-        return Artifact(self.store, "mixtures", self.mixture.id, "steps", name).fetch()
+        return Artifact(self.store, ArtifactKind.MIXTURES, self.mixture.id, "steps", name).fetch()
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events called `name` of all attempts at the mixture."""
@@ -126,11 +125,10 @@ class ControlledRun:
     def _work(self, task: Task, context: StageContext) -> None:
         run = self._run
         if task.kind == "mixtures":
-            pausing = PausingContext(context, self._mixing)
-            train_mixture(task.name, run.recipe, run.store, pausing, one_process_engine)
+            run_task(run.recipe, run.store, task.kind, task.name, PausingContext(context, self._mixing))
             return
         if task.name == "general":
             assert self._mixing.wait(60.0), "mixing did not start without it"
-        run_stage(task.kind, task.name, run.recipe, run.store, context)
+        run_task(run.recipe, run.store, task.kind, task.name, context)
         if task.name == "general":
             self._damage()

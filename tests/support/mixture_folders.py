@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bam_ray.blobs.folder import FolderStore
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.model import BamForCausalLM
@@ -16,7 +16,7 @@ from bam_ray.upcycling import Upcycled, upcycle
 from tests.support import tiny
 
 NAMES = ["seed", "code", "law", "medicine"]
-MANIFEST = Manifest(id="mixture-0", kind="upcycled", name="mixture")
+MANIFEST = Manifest(id="mixture-0", kind=ArtifactKind.UPCYCLED, name="mixture")
 
 # Methods that mix a seed and branches
 CASES: dict[str, dict[str, Any]] = {

@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.pipeline.graph import task_graph
-from bam_ray.pipeline.tasks import Progress
-from bam_ray.settings import Mixing, Recipe, TrainingSettings
-from bam_ray.stages import run_stage, train_mixture
-from bam_ray.training.engine import TorchEngine
-from bam_ray.training.meta_init import materialise
+from bam_ray.pipeline.run import PipelineRun
+from bam_ray.pipeline.tasks import Progress, StageContext
+from bam_ray.settings import Recipe
+from bam_ray.stages.run import run_rank, run_stage
+from bam_ray.stages.task_run import TaskRun
+from bam_ray.training.engine import EngineFactory, EngineSpec
+from bam_ray.training.meta_init import materialize
 from bam_ray.training.state import read_weights
+from bam_ray.training.torch_engine import TorchEngine
 
 TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}
 
@@ -70,23 +73,46 @@ def small_recipe(folder: Path, **changes: object) -> Recipe:
     return Recipe.model_validate({**plain, **changes})
 
 
-def one_process_engine(
-    model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, size: int, folder: Path
-) -> TorchEngine:
-    """Return an engine for a mixture that holds all experts in this process; `size` is not used."""
-    assert model.device.type == "meta"  # so that ranks that share the experts never hold all of them
-    materialise(model)
-    model.load_state_dict(read_weights(folder), strict=False)
-    return TorchEngine(model, settings, mixing)
+def one_process_engine(spec: EngineSpec) -> TorchEngine:
+    """Return an engine for a mixture that holds all experts in this process; `spec.expert_parallel` is not used."""
+    assert spec.model.device.type == "meta"  # so that ranks that share the experts never hold all of them
+    assert spec.weights_folder is not None
+    materialize(spec.model)
+    spec.model.load_state_dict(read_weights(spec.weights_folder), strict=False)
+    return TorchEngine(spec)
+
+
+def task_run(
+    recipe: Recipe, store: BlobStore, kind: ArtifactKind, name: str, context: StageContext | None = None, rank: int = 0
+) -> TaskRun:
+    """Return the task `kind/name` of `recipe` as it is placed if no fallback is needed."""
+    run = PipelineRun.of(recipe, store)
+    return TaskRun(run.task(kind, name), run, context or RecordingContext(), rank)
+
+
+def run_task(
+    recipe: Recipe,
+    store: BlobStore,
+    kind: ArtifactKind,
+    name: str,
+    context: StageContext | None = None,
+    engine_factory: EngineFactory = one_process_engine,
+) -> Manifest:
+    """Execute the task `kind/name` in this process and return the manifest of its artifact.
+
+    Mixtures are trained with `engine_factory`.
+    """
+    run = task_run(recipe, store, kind, name, context)
+    manifest = run_rank(run, engine_factory) if kind == "mixtures" else run_stage(run)
+    assert manifest is not None
+    return manifest
 
 
 def make_artifacts(recipe: Recipe, store: BlobStore, kinds: tuple[str, ...]) -> None:
     """Execute all tasks of `recipe` whose kind is one of `kinds`, in the order of the task graph."""
     for task in task_graph(recipe):
-        if task.kind == "mixtures" and task.kind in kinds:
-            train_mixture(task.name, recipe, store, RecordingContext(), one_process_engine)
-        elif task.kind in kinds:
-            run_stage(task.kind, task.name, recipe, store, RecordingContext())
+        if task.kind in kinds:
+            run_task(recipe, store, task.kind, task.name)
 
 
 def tensorboard_curves(store: BlobStore, prefix: str, folder: Path) -> dict[str, list[tuple[int, float]]]:

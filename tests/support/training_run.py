@@ -8,12 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.model import BamConfig
 from bam_ray.settings import Mixing, TrainingSettings
-from bam_ray.training.checkpoints import Checkpoints, Retention, Tell
-from bam_ray.training.engine import TorchEngine
-from bam_ray.training.loop import Point, Training
+from bam_ray.training.checkpoints import Checkpoints, Retention
+from bam_ray.training.engine import EngineSpec
+from bam_ray.training.events import Event
+from bam_ray.training.listener import TrainingListener
+from bam_ray.training.loop import Training
+from bam_ray.training.torch_engine import TorchEngine
 from tests.support import tiny
 
 LENGTH = 16
@@ -44,10 +49,36 @@ class CountingSampler:
         self.position = state["position"]
 
 
+class RecordingListener(TrainingListener):
+    """A listener that records all events, and asks to stop after the steps for which `stop_after` is true."""
+
+    def __init__(self, stop_after: Callable[[int], bool] = lambda step: False) -> None:
+        self.events: list[Event] = []
+        self._stop_after = stop_after
+        self._step = 0
+
+    def emit(self, event: Event) -> None:
+        """Record an event."""
+        self.events.append(event)
+
+    def on_step(self, metrics: Any, result: Any, seconds: Any) -> None:
+        """Remember the step."""
+        self._step = metrics.step
+
+    def should_stop(self) -> bool:
+        """Return True if training is to stop after the last step."""
+        return self._stop_after(self._step)
+
+
 def engine(config: Any = DENSE, settings: TrainingSettings = SETTINGS, mixing: Mixing | None = None) -> TorchEngine:
     """Return an engine over a model of `config` with the same initial weights every time."""
     torch.manual_seed(0)
-    return TorchEngine(AutoModelForCausalLM.from_config(config), settings, mixing)
+    return TorchEngine(EngineSpec(AutoModelForCausalLM.from_config(config), settings, mixing or Mixing()))
+
+
+def checkpoints_of(store: BlobStore, lease: Lease | None, retention: Retention = RETENTION, **more: Any) -> Checkpoints:
+    """Return the checkpoints of the artifact `branches/x` of `store`."""
+    return Checkpoints(Artifact(store, ArtifactKind.BRANCHES, "x"), lease, retention, **more)
 
 
 def run(
@@ -56,21 +87,23 @@ def run(
     settings: TrainingSettings = SETTINGS,
     config: Any = DENSE,
     model: PreTrainedModel | None = None,
-    tell: Tell = lambda what, **facts: None,
+    events: list[Event] | None = None,
     mixing: Mixing | None = None,
 ) -> list[float]:
-    """Make one attempt at the artifact `branches/x` of `store`; return the NLL of every step since step 1."""
-    lease = Lease.take(store, "branches/x")
-    points: list[Point] = []
+    """Make one attempt at the artifact `branches/x` of `store`; return the NLL of every step since step 1.
+
+    The events of the attempt are added to `events`.
+    """
+    listener = RecordingListener(should_stop)
+    if events is not None:
+        listener.events = events
     training = Training(
-        engine(config, settings, mixing) if model is None else TorchEngine(model, settings),
+        engine(config, settings, mixing) if model is None else TorchEngine(EngineSpec(model, settings)),
         CountingSampler(),
         LENGTH,
         settings,
-        Checkpoints(store, "branches", "x", lease, RETENTION, tell),
-        points.append,
-        tell,
-        lambda: should_stop(points[-1].step),
+        checkpoints_of(store, Lease.take(store, "branches/x"), emit=listener.emit),
+        listener,
     )
     training.resume()
-    return [point.nll for point in training.run()]
+    return [metrics.nll for metrics in training.run().curve]

@@ -1,4 +1,4 @@
-"""Checkpoints reach a store that fails, is slow or damages them; training hears of it no more than it must."""
+"""Checkpoints in a store that fails, is slow or damages them, and how much of that reaches training."""
 
 import errno
 import json
@@ -14,12 +14,13 @@ from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.errors import Interrupted, StaleLease, StoreUnavailable, TrainingError
 from bam_ray.training.checkpoints import Checkpoints, Retention
-from bam_ray.training.state import State
+from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Event
+from bam_ray.training.state import TrainingState
 from tests.support import tiny
-from tests.support.training_run import LENGTH, RETENTION, SETTINGS, engine, run
+from tests.support.training_run import LENGTH, RETENTION, SETTINGS, checkpoints_of, engine, run
 
 
-class Flaky(MemoryStore):
+class FlakyStore(MemoryStore):
     """A store that is down for the next `down` writes."""
 
     down = 0
@@ -33,71 +34,71 @@ class Flaky(MemoryStore):
         super().put_file(key, path)
 
 
-class Slow(MemoryStore):
-    """A store whose writes wait until `opened`, one at a time."""
+class SlowStore(MemoryStore):
+    """A store whose writes wait until they are let through, one at a time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.opened = threading.Semaphore(0)
+        self.let_through = threading.Semaphore(0)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         if "/steps/" in key:
-            assert self.opened.acquire(timeout=60)
+            assert self.let_through.acquire(timeout=60)
         super().put_if_absent(key, data)
 
 
-def four_times() -> Retrying:
+def four_attempts() -> Retrying:
     return Retrying(retry=retry_if_exception_type(StoreUnavailable), stop=stop_after_attempt(4), reraise=True)
 
 
-def checkpoints(store: MemoryStore, retention: Retention = RETENTION, **named: Any) -> Checkpoints:
-    lease = Lease.take(store, "branches/x")
-    return Checkpoints(store, "branches", "x", lease, retention, retrying=four_times(), **named)
+def open_checkpoints(store: MemoryStore, retention: Retention = RETENTION, **named: Any) -> Checkpoints:
+    return checkpoints_of(store, Lease.take(store, "branches/x"), retention, retrying=four_attempts(), **named)
 
 
-def state(step: int = 0) -> State:
+def state(step: int = 0) -> TrainingState:
     found = engine().state()
-    return State(found.model, found.weights, found.optimizer, step, live=False)
+    return TrainingState(found.model, found.weights, found.optimizer, step, live=False)
 
 
 def trainer(step: int) -> dict[str, Any]:
     return {"step": step, "sampler": {}, "curve": [], "legs": [], "refused": []}
 
 
-def steps(store: MemoryStore) -> list[int]:
-    """Of committed checkpoints."""
+def committed_steps(store: MemoryStore) -> list[int]:
     keys = [key for key in store.list("branches/x/steps/") if key.endswith("manifest.json")]
     return [int(key.split("/")[3].split("-")[1]) for key in keys]
 
 
-def test_an_upload_is_tried_again_until_the_store_is_back() -> None:
-    store = Flaky()
-    kept = checkpoints(store)
+def test_an_upload_is_retried_until_the_store_is_back() -> None:
+    store = FlakyStore()
+    events: list[Event] = []
+    checkpoints = open_checkpoints(store, emit=events.append)
     store.down = 3
-    kept.save(state(), trainer(4))
-    kept.wait()
-    assert kept.committed_step == 4
+    checkpoints.save(state(), trainer(4))
+    checkpoints.wait()
+    assert events == [CheckpointCommitted(4)]
     assert store.refused >= 1
-    found = kept.latest()
+    found = checkpoints.latest()
     assert found is not None and found.step == 4
 
 
-def test_a_store_that_stays_down_ends_the_run_and_is_named() -> None:
-    store = Flaky()
-    kept = checkpoints(store)
+def test_a_store_that_stays_down_fails_the_run_and_is_named() -> None:
+    store = FlakyStore()
+    events: list[Event] = []
+    checkpoints = open_checkpoints(store, emit=events.append)
     store.down = 1000
-    kept.save(state(), trainer(4))
+    checkpoints.save(state(), trainer(4))
     with pytest.raises(
         StoreUnavailable, match=r"step 4 could not be written to memory://anonymous: no S3 server answers"
     ):
-        kept.wait()
-    assert kept.committed_step is None
-    assert steps(store) == []
+        checkpoints.wait()
+    assert events == []
+    assert committed_steps(store) == []
 
 
-def test_the_loop_hears_of_a_failed_upload_at_its_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bam_ray.training.checkpoints.patient", four_times)
-    store = Flaky()
+def test_a_failed_upload_fails_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bam_ray.training.checkpoints.retry_while_unavailable", four_attempts)
+    store = FlakyStore()
     store.down = 1000
     reached = []
     with pytest.raises(StoreUnavailable, match="step 0 could not be written"):
@@ -105,7 +106,7 @@ def test_the_loop_hears_of_a_failed_upload_at_its_next_step(monkeypatch: pytest.
     assert reached[-1] < 12
 
 
-def test_only_a_store_that_is_away_is_asked_again() -> None:
+def test_only_an_unavailable_store_is_retried() -> None:
     class Broken(MemoryStore):
         tries = 0
 
@@ -114,73 +115,74 @@ def test_only_a_store_that_is_away_is_asked_again() -> None:
             raise OSError(errno.EIO, "Input/output error")
 
     store = Broken()
-    kept = checkpoints(store)
-    kept.save(state(), trainer(4))
+    checkpoints = open_checkpoints(store)
+    checkpoints.save(state(), trainer(4))
     with pytest.raises(OSError, match="Input/output"):
-        kept.wait()
+        checkpoints.wait()
     assert store.tries <= 5  # the files of one checkpoint, once each
 
 
-def test_training_waits_for_no_upload_but_with_two_on_their_way() -> None:
-    store = Slow()
-    kept = checkpoints(store)
-    kept.save(state(), trainer(1))
-    kept.save(state(), trainer(2))  # returns, though nothing is through
-    assert steps(store) == []
-    third = threading.Thread(target=kept.save, args=(state(), trainer(3)))
+def test_training_waits_only_if_two_uploads_are_pending() -> None:
+    store = SlowStore()
+    checkpoints = open_checkpoints(store)
+    checkpoints.save(state(), trainer(1))
+    checkpoints.save(state(), trainer(2))  # returns, although nothing is uploaded
+    assert committed_steps(store) == []
+    third = threading.Thread(target=checkpoints.save, args=(state(), trainer(3)))
     third.start()
     third.join(timeout=0.3)
-    assert third.is_alive(), "a third copy was made while two were waiting"
-    store.opened.release()
+    assert third.is_alive(), "a third copy was made while two uploads were pending"
+    store.let_through.release()
     third.join(timeout=60)
     assert not third.is_alive()
-    assert steps(store) == [1]
-    store.opened.release(2)
-    kept.wait()
-    assert steps(store) == [2, 3]
+    assert committed_steps(store) == [1]
+    store.let_through.release(2)
+    checkpoints.wait()
+    assert committed_steps(store) == [2, 3]
 
 
-def test_old_checkpoints_are_dropped() -> None:
+def test_old_checkpoints_are_pruned() -> None:
     store = MemoryStore()
     with pytest.raises(Interrupted):
         run(store, lambda step: step == 10)
     assert {key.split("/")[3] for key in store.list("branches/x/steps/")} == {"0001-00000008", "0001-00000010"}
 
 
-def test_some_are_kept_for_good() -> None:
+def test_checkpoints_at_multiples_of_keep_every_stay() -> None:
     store = MemoryStore()
-    kept = checkpoints(store, Retention(last=1, every=4))
+    checkpoints = open_checkpoints(store, Retention(last=1, every=4))
     for step in range(1, 11):
-        kept.save(state(), trainer(step))
-    kept.wait()
-    assert steps(store) == [4, 8, 10]
-    kept.clear()
-    assert steps(store) == [4, 8]
+        checkpoints.save(state(), trainer(step))
+    checkpoints.wait()
+    assert committed_steps(store) == [4, 8, 10]
+    checkpoints.clear()
+    assert committed_steps(store) == [4, 8]
 
 
-def test_a_damaged_or_cut_off_checkpoint_is_passed_over_and_said() -> None:
+def test_a_damaged_or_truncated_checkpoint_is_skipped_and_reported() -> None:
     unbroken = run(MemoryStore())
     store = MemoryStore()
     with pytest.raises(Interrupted):
         run(store, lambda step: step == 9)
     newest = "branches/x/steps/0001-00000009/optimizer.safetensors"
     whole = store.get(newest)
-    told: list[tuple[str, dict[str, Any]]] = []
+    events: list[Event] = []
     for damage in (whole[:-1] + b"\xff", whole[: len(whole) // 2]):
         store.put(newest, damage)
-        kept = Checkpoints(store, "branches", "x", None, RETENTION, lambda what, **facts: told.append((what, facts)))
-        found = kept.latest()
+        checkpoints = checkpoints_of(store, None, emit=events.append)
+        found = checkpoints.latest()
         assert found is not None and found.step == 8
-        what, facts = told.pop()
-        assert (what, facts["checkpoint"]) == ("refused", "0001-00000009")
-        assert "0001-00000009/optimizer.safetensors does not match its manifest" in facts["error"]
-        assert kept.refused == [facts["error"]]
+        event = events.pop()
+        assert isinstance(event, CheckpointRefused) and event.checkpoint == "0001-00000009"
+        assert "0001-00000009/optimizer.safetensors is not what its manifest says" in event.error
+        assert checkpoints.refused == [event.error]
     store.delete(newest)
-    assert run(store, tell=lambda what, **facts: told.append((what, facts))) == unbroken
-    assert "optimizer.safetensors does not exist" in dict(told)["refused"]["error"]
+    assert run(store, events=events) == unbroken
+    (refused,) = (event for event in events if isinstance(event, CheckpointRefused))
+    assert "optimizer.safetensors does not exist" in refused.error
 
 
-def test_what_was_refused_is_remembered_by_later_checkpoints() -> None:
+def test_later_checkpoints_store_the_refused_ones() -> None:
     store = MemoryStore()
     with pytest.raises(Interrupted):
         run(store, lambda step: step == 9)
@@ -194,23 +196,23 @@ def test_what_was_refused_is_remembered_by_later_checkpoints() -> None:
     ]
 
 
-def test_a_damaged_checkpoint_of_this_attempt_can_be_written_anew() -> None:
-    """After a rollback past a damaged checkpoint its step comes again."""
+def test_a_damaged_checkpoint_of_this_attempt_can_be_rewritten() -> None:
+    """After a rollback to before a damaged checkpoint, training reaches its step again."""
     store = MemoryStore()
-    kept = checkpoints(store)
-    kept.save(state(), trainer(4))
-    kept.wait()
+    checkpoints = open_checkpoints(store)
+    checkpoints.save(state(), trainer(4))
+    checkpoints.wait()
     store.put("branches/x/steps/0001-00000004/optimizer.safetensors", b"")
-    assert kept.latest() is None
-    kept.save(state(), {**trainer(4), "sampler": {"position": 1}})
-    kept.wait()
-    found = kept.latest()
+    assert checkpoints.latest() is None
+    checkpoints.save(state(), {**trainer(4), "sampler": {"position": 1}})
+    checkpoints.wait()
+    found = checkpoints.latest()
     assert found is not None and found.trainer["sampler"] == {"position": 1}
 
 
 def test_a_stale_attempt_cannot_commit() -> None:
     store = MemoryStore()
-    old = checkpoints(store)
+    old = open_checkpoints(store)
     Lease.take(store, "branches/x")
     old.save(state(), trainer(1))
     with pytest.raises(StaleLease, match="attempt 2 took over"):
@@ -218,18 +220,18 @@ def test_a_stale_attempt_cannot_commit() -> None:
     assert not list(store.list("branches/x/steps/"))
 
 
-def test_a_live_state_is_written_before_training_goes_on() -> None:
-    store = Slow()
-    kept = checkpoints(store)
+def test_a_live_state_is_written_before_training_continues() -> None:
+    store = SlowStore()
+    checkpoints = open_checkpoints(store)
     trained = engine()
     trained.step(tiny.tokens(4, LENGTH), 1e-3)
     found = trained.state()
-    live = State(trained.model, trained.model.state_dict(), found.optimizer, found.step, live=True)
-    kept.save(live, trainer(1))
+    live = TrainingState(trained.model, trained.model.state_dict(), found.optimizer, found.step, live=True)
+    checkpoints.save(live, trainer(1))
     trained.step(tiny.tokens(4, LENGTH), 1e-3)
-    store.opened.release()
-    kept.wait()
-    resumable = kept.latest()
+    store.let_through.release()
+    checkpoints.wait()
+    resumable = checkpoints.latest()
     assert resumable is not None
     again = engine(settings=SETTINGS)
     again.load(resumable.folder)
@@ -237,13 +239,15 @@ def test_a_live_state_is_written_before_training_goes_on() -> None:
         assert torch.equal(again.model.state_dict()[name], weight), name
 
 
-@pytest.mark.parametrize("where", ["tempfile.mkdtemp", "pathlib.Path.write_text", "bam_ray.training.state.State.write"])
-def test_no_room_for_the_local_folder_is_said(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "where", ["tempfile.mkdtemp", "pathlib.Path.write_text", "bam_ray.training.state.TrainingState.write"]
+)
+def test_a_full_local_disk_is_reported(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    kept, found = checkpoints(MemoryStore()), state()
+    checkpoints, found = open_checkpoints(MemoryStore()), state()
     monkeypatch.setattr(where, full)
-    kept.save(found, trainer(1))
-    with pytest.raises(TrainingError, match="No space left on device; make room there or set TMPDIR"):
-        kept.wait()
+    checkpoints.save(found, trainer(1))
+    with pytest.raises(TrainingError, match="No space left on device; free space there or set TMPDIR"):
+        checkpoints.wait()

@@ -1,4 +1,4 @@
-"""Counted operations follow the parameters that a token meets, and the keys it sees."""
+"""The counted operations follow from the parameters that a token uses and the keys that it attends to."""
 
 import copy
 from typing import Any
@@ -31,7 +31,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_two_operations_for_each_matrix_element_that_a_token_meets(name: str) -> None:
+def test_each_matrix_element_that_a_token_uses_costs_two_operations(name: str) -> None:
     model = build(name)
     matrices = count_parameters(model)[1]
     for parameter_name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def test_two_operations_for_each_matrix_element_that_a_token_meets(name: str) ->
     assert without_keys == 2 * matrices
 
 
-def test_windows_see_fewer_keys() -> None:
+def test_a_window_has_fewer_keys() -> None:
     sizes = {**tiny.SIZES, "num_hidden_layers": 1}
     full = forward_flops_per_token(BamConfig(**sizes), 100)
     one_layer = BamConfig(**sizes, sliding_window=10)

@@ -1,4 +1,4 @@
-"""A disk without room: curves end, runs do not."""
+"""A full local disk ends the curves, but not the run."""
 
 import errno
 import threading
@@ -8,17 +8,19 @@ import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.settings import MetricsSettings
-from bam_ray.training.metrics import Metrics
+from bam_ray.training.curves import CurveWriter
 
 
-def test_a_curve_ends_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of TensorBoard's own thread, which dies of it
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's own thread dies of the error
     store = MemoryStore()
-    metrics = Metrics(MetricsSettings(), store, "branches/x", "x", 1, 0)
-    metrics.write(1, {"loss/nll": 1.0})
-    metrics.flush()
+    curves = CurveWriter(MetricsSettings(), Artifact(store, "branches", "x"), "x", 1)
+    curves.open(0)
+    curves.write(1, {"loss/nll": 1.0})
+    curves.flush()
     written = {key: store.get(key) for key in store.list()}
     assert len(written) == 1
 
@@ -27,21 +29,22 @@ def test_a_curve_ends_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(RecordWriter, "write", full)
     for step in range(2, 40):
-        metrics.write(step, {"loss/nll": 1.0})
-    metrics.flush()
-    metrics.go_back(20)
-    metrics.close()
+        curves.write(step, {"loss/nll": 1.0})
+    curves.flush()
+    curves.roll_back(20)
+    curves.close()
     assert {key: store.get(key) for key in store.list()} == written
-    assert list(tmp_path.iterdir()) == [], "its room is given back"
+    assert list(tmp_path.iterdir()) == [], "the files were not deleted"
 
 
-def test_a_disk_that_is_full_from_the_start_is_no_reason_not_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_from_the_start_allows_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **more: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tempfile.mkdtemp", full)
     store = MemoryStore()
-    metrics = Metrics(MetricsSettings(), store, "branches/x", "x", 1, 0)
-    metrics.write(1, {"loss/nll": 1.0})
-    metrics.close()
+    curves = CurveWriter(MetricsSettings(), Artifact(store, "branches", "x"), "x", 1)
+    curves.open(0)
+    curves.write(1, {"loss/nll": 1.0})
+    curves.close()
     assert list(store.list()) == []

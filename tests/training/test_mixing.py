@@ -1,4 +1,4 @@
-"""What a mixture learns by: losses counted once, biases that balance, and only what is to be trained moves."""
+"""Mixing settings in a step: auxiliary losses, selection biases, and the parameters that are trained."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from bam_ray.blobs.memory import MemoryStore
 from bam_ray.errors import Interrupted
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, Mixing, Ramp
-from bam_ray.training.engine import TorchEngine
-from bam_ray.training.param_groups import kinds
+from bam_ray.training.param_groups import parameter_kinds
+from bam_ray.training.torch_engine import TorchEngine
 from tests.support import tiny
 from tests.support.training_run import BAM, LENGTH, SETTINGS, engine, run
 
@@ -27,29 +27,34 @@ def after(trainer: TorchEngine, steps: int = 1, lr: float = 1e-2) -> dict[str, t
 
 
 def moved(before: dict[str, torch.Tensor], trainer: TorchEngine) -> set[str]:
-    """The kinds of parameters that changed at all; asserts that all of a kind do, or none."""
+    """Return the kinds of parameters that changed; asserts that of each kind all parameters changed, or none."""
     changed: dict[str, set[bool]] = {}
-    for name, parameter, kind in kinds(trainer.model):
+    for name, parameter, kind in parameter_kinds(trainer.model):
         changed.setdefault(kind, set()).add(not torch.equal(parameter.detach(), before[name]))
     assert all(len(each) == 1 for each in changed.values()), changed
     return {kind for kind, each in changed.items() if each == {True}}
 
 
-def test_recomputation_counts_the_routers_losses_once() -> None:
+def test_recomputation_counts_the_router_losses_once() -> None:
     found = []
     for recomputed in (False, True):
         trainer = engine(BAM, mixing=Mixing(losses=Losses(load_balance=1.0, router_z=0.5)))
         if recomputed:
             trainer.model.activation_checkpointing_enable()
         result = trainer.step(IDS, 1e-3)
-        found.append((vars(result), {k: v["exp_avg"] for k, v in trainer.optimizer.state.items()}.values()))
+        found.append(
+            (
+                [result.nll, result.load_balance, result.router_z, result.grad_norm],
+                {k: v["exp_avg"] for k, v in trainer.optimizer.state.items()}.values(),
+            )
+        )
     (plain, gradients), (again, others) = found
     assert again == pytest.approx(plain, rel=1e-6)
     for gradient, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_a_ramp() -> None:
+def test_a_ramp_is_linear_and_then_constant() -> None:
     ramp = Ramp(start=0.1, end=0.0, steps_fraction=0.5)
     assert [ramp.at(done) for done in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.1, 0.05, 0.0, 0.0])
     part = ramp.at(0.25)
@@ -57,20 +62,19 @@ def test_a_ramp() -> None:
     assert Losses(load_balance=0.2, router_z=ramp).at(0.25) == Losses(load_balance=0.2, router_z=part)
 
 
-def test_the_coefficients_of_a_step_are_the_ramps_and_stay_so_on_resume() -> None:
+def test_the_coefficients_follow_the_ramps_after_a_resume() -> None:
     falling = Mixing(losses=Losses(load_balance=Ramp(start=1.0, end=0.0), router_z=Ramp(start=0.0, end=0.5)))
     constant = Mixing(losses=Losses(load_balance=0.5, router_z=0.25))
     trainer, other = engine(BAM, mixing=falling), engine(BAM, mixing=constant)
-    for each in (trainer, other):  # as when a checkpoint of step 6 of 12 is loaded
-        each._set_states({}, 6)
+    for each in (trainer, other):  # as if a checkpoint of step 6 of 12 were loaded
+        each._set_optimizer_states({}, 6)
     one, two = after(trainer), after(other)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_biases_move_towards_balance_by_their_rate() -> None:
     trainer = engine(BIASED, mixing=Mixing(losses=Losses(bias_rate=0.01)))
-    trainer.step(IDS, 0.0)
-    load = trainer.last_load
+    load = trainer.step(IDS, 0.0).expert_load
     assert load is not None
     torch.testing.assert_close(load.share.sum(-1), torch.ones(2))
     bias = trainer.model.selection_biases()
@@ -79,20 +83,19 @@ def test_biases_move_towards_balance_by_their_rate() -> None:
     torch.manual_seed(0)
     imbalance = []
     for _ in range(60):
-        trainer.step(IDS, 0.0)
-        imbalance.append(trainer.last_load.share.max().item())
+        imbalance.append(trainer.step(IDS, 0.0).expert_load.share.max().item())
     assert sum(imbalance[-10:]) < sum(imbalance[:10])
 
 
-def test_a_step_tells_what_its_experts_had_no_room_for() -> None:
-    """Of the whole batch, in whatever micro batches it was computed: a sequence's room is its own."""
+def test_a_step_reports_the_choices_that_exceed_the_capacity() -> None:
+    """The micro batch does not matter, because each sequence has its own capacity."""
     found = []
     for factor, micro_batch in ((0.5, 4), (0.5, 1), (None, 4)):
         config = BamConfig(**{**KV_SHARED.to_dict(), "capacity_factor": factor})
         trainer = engine(config, SETTINGS.model_copy(update={"micro_batch_sequences": micro_batch}))
         result = trainer.step(IDS, 1e-3)
-        assert trainer.last_load is not None
-        found.append((result.nll, trainer.last_load.dropped.tolist()))
+        assert result.expert_load is not None
+        found.append((result.nll, result.expert_load.dropped.tolist()))
     whole, parts, without = found
     assert parts == (pytest.approx(whole[0]), pytest.approx(whole[1]))
     assert min(whole[1]) > 0
@@ -109,7 +112,7 @@ def test_a_step_tells_what_its_experts_had_no_room_for() -> None:
     ],
     ids=["noise, ramp", "biases", "frozen experts", "warm-up"],
 )
-def test_stopped_and_resumed_is_bitwise_the_unbroken_run(config: BamConfig, mixing: Mixing) -> None:
+def test_a_resumed_run_has_bitwise_the_losses_of_an_unbroken_run(config: BamConfig, mixing: Mixing) -> None:
     unbroken = run(MemoryStore(), config=config, mixing=mixing)
     store = MemoryStore()
     with pytest.raises(Interrupted):
@@ -122,30 +125,32 @@ def test_stopped_and_resumed_is_bitwise_the_unbroken_run(config: BamConfig, mixi
     ("train", "kinds_trained"),
     [("all", {"expert", "router", "shared"}), ("routers_and_shared", {"router", "shared"}), ("routers", {"router"})],
 )
-def test_only_what_is_trained_moves_and_has_states(config: BamConfig, train: Any, kinds_trained: set[str]) -> None:
+def test_only_trained_parameters_change_and_have_optimizer_states(
+    config: BamConfig, train: Any, kinds_trained: set[str]
+) -> None:
     trainer = engine(config, mixing=Mixing(train=train))
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     passed: list[str] = []
-    for name, parameter, kind in kinds(trainer.model):
+    for name, parameter, kind in parameter_kinds(trainer.model):
         if kind in kinds_trained:
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: passed.append(name))
         else:
             assert not parameter.requires_grad
     trainer.step(IDS, 1e-2)
     assert moved(before, trainer) == kinds_trained
-    names = {name for name, _, kind in kinds(trainer.model) if kind in kinds_trained}
+    names = {name for name, _, kind in parameter_kinds(trainer.model) if kind in kinds_trained}
     assert set(passed) == names
     state = trainer.state()
     assert {name.rpartition(".exp_avg")[0] for name in state.optimizer} == names
 
 
-def test_keys_and_values_that_all_experts_share_are_no_experts() -> None:
-    found = {name.partition("self_attn.")[2]: kind for name, _, kind in kinds(engine(KV_SHARED).model)}
+def test_keys_and_values_that_all_experts_share_count_as_shared() -> None:
+    found = {name.partition("self_attn.")[2]: kind for name, _, kind in parameter_kinds(engine(KV_SHARED).model)}
     assert found["experts.q_proj"] == found["experts.o_proj"] == "expert"
     assert found["experts.k_proj"] == found["experts.v_proj"] == "shared"
 
 
-def test_all_but_the_routers_wait_out_their_warm_up() -> None:
+def test_only_the_routers_change_during_their_warm_up() -> None:
     trainer = engine(BAM, mixing=Mixing(router_warmup_fraction=0.25))  # of 12 steps
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     after(trainer, 3)
@@ -154,23 +159,29 @@ def test_all_but_the_routers_wait_out_their_warm_up() -> None:
     assert moved(before, trainer) == {"router", "shared", "expert"}
 
 
-def test_experts_have_a_rate_of_their_own() -> None:
+def test_experts_have_their_own_learning_rate() -> None:
     before = {name: tensor.clone() for name, tensor in engine(BAM).model.state_dict().items()}
     no_decay = SETTINGS.model_copy(update={"weight_decay": 0.0})
     plain, slowed = (after(engine(BAM, no_decay, Mixing(expert_lr_factor=factor))) for factor in (1.0, 0.1))
-    for name, _, kind in kinds(engine(BAM).model):
+    for name, _, kind in parameter_kinds(engine(BAM).model):
         whole, part = plain[name] - before[name], slowed[name] - before[name]
         torch.testing.assert_close(part, whole * (0.1 if kind == "expert" else 1.0), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"train": "routers", "router_warmup_fraction": 0.1}, "router_warmup_fraction comes before"),
-        ({"train": "routers_and_shared", "expert_lr_factor": 0.5}, "expert_lr_factor is of experts"),
-        ({"gate": "noisy", "losses": {"bias_rate": 0.1}}, "gate: noisy by a loss that knows of no biases: leave out"),
+        (
+            {"train": "routers", "router_warmup_fraction": 0.1},
+            "router_warmup_fraction has no effect with train: routers",
+        ),
+        (
+            {"train": "routers_and_shared", "expert_lr_factor": 0.5},
+            "expert_lr_factor has no effect with train: routers_and_shared",
+        ),
+        ({"gate": "noisy", "losses": {"bias_rate": 0.1}}, "losses.bias_rate and gate: noisy exclude each other"),
     ],
 )
-def test_settings_that_do_not_do_what_they_say_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_settings_without_an_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Mixing(**settings)

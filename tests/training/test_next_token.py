@@ -1,4 +1,4 @@
-"""The loss in chunks of tokens is the loss of whole logits, in value and in every gradient."""
+"""The loss in chunks of tokens equals the loss of all logits at once, and so does every gradient."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from bam_ray.families import FAMILIES
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.planning.model_size import CHUNK_TOKENS
 from bam_ray.training import next_token
-from bam_ray.training.next_token import FEWEST, NextTokenLoss, has_plain_head
+from bam_ray.training.next_token import MIN_CHUNK_TOKENS, NextTokenLoss, has_plain_head
 from tests.support import tiny
 
 Loss = Callable[[Tensor], Tensor]
@@ -27,7 +27,7 @@ IDS = tiny.tokens(3, 17)  # 48 predictions
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(next_token, "FEWEST", 1)  # of as many tokens as the hidden states are wide: 32, then 16
+    monkeypatch.setattr(next_token, "MIN_CHUNK_TOKENS", 1)  # chunks of the hidden size: 32 tokens, then 16
 
 
 def model_of(name: str) -> PreTrainedModel:
@@ -50,7 +50,7 @@ def in_chunks(model: PreTrainedModel) -> Loss:
 
 
 def gradients(model: PreTrainedModel, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and the gradients of 0.3 of it."""
+    """Return the loss, and the gradients of 0.3 times the loss."""
     model.zero_grad()
     value = loss(IDS)
     (value * 0.3).backward()
@@ -58,12 +58,12 @@ def gradients(model: PreTrainedModel, loss: Loss) -> tuple[Tensor, dict[str, Ten
     return value.detach(), {name: each.grad.clone() for name, each in named if each.grad is not None}
 
 
-def test_every_family_is_here() -> None:
+def test_the_cases_cover_every_family() -> None:
     assert tiny.CONFIGS.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
-def test_chunks_give_the_loss_and_the_gradients_of_whole_logits(name: str) -> None:
+def test_chunks_have_the_loss_and_gradients_of_all_logits(name: str) -> None:
     model = model_of(name)
     assert has_plain_head(model)
     expected, wanted = gradients(model, whole_logits(model))
@@ -75,7 +75,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_whole_logits(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["cohere", "gpt_neox", "bam"])
-def test_in_bf16_chunks_are_as_near_to_fp32_as_whole_logits(name: str) -> None:
+def test_bf16_chunks_are_as_close_to_fp32_as_all_logits(name: str) -> None:
     model = model_of(name)
     exact_loss, exact = gradients(model, whole_logits(model))
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,7 +91,7 @@ def test_in_bf16_chunks_are_as_near_to_fp32_as_whole_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["lm_head", "model."])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
     model = model_of("llama")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
@@ -102,8 +102,8 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
         torch.testing.assert_close(found[each], wanted[each], rtol=1e-5, atol=1e-5, msg=each)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that is made."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that is created."""
 
     numbers = 0
 
@@ -116,24 +116,24 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("graded", [True, False])
-def test_no_tensor_is_larger_than_the_logits_of_a_chunk(graded: bool) -> None:
+def test_no_tensor_is_larger_than_the_logits_of_one_chunk(graded: bool) -> None:
     tokens, hidden, vocabulary = 100, 8, 999
     model = BamForCausalLM(BamConfig(**{**tiny.SIZES, "hidden_size": hidden, "vocab_size": vocabulary}))
     head = NextTokenLoss(model).head
     x = torch.randn(tokens, hidden, requires_grad=True)
-    with torch.set_grad_enabled(graded), Largest() as seen:
+    with torch.set_grad_enabled(graded), LargestTensor() as seen:
         loss = head(x, torch.randint(0, vocabulary, (tokens,)))
         if graded:
             loss.backward()
     assert seen.numbers == hidden * vocabulary
 
 
-def test_a_head_that_we_do_not_know_is_computed_with_whole_logits() -> None:
+def test_an_unknown_head_computes_all_logits_at_once() -> None:
     sizes = {**tiny.SIZES, "num_local_experts": 2}
     model = MixtralForCausalLM(MixtralConfig(**sizes))
     assert not has_plain_head(model)
     assert torch.equal(in_chunks(model)(IDS), whole_logits(model)(IDS))
 
 
-def test_plans_reckon_with_the_chunks_that_are_computed() -> None:
-    assert CHUNK_TOKENS == FEWEST, "plans load no torch, so they have a number of their own"
+def test_plans_assume_the_chunk_size_of_training() -> None:
+    assert CHUNK_TOKENS == MIN_CHUNK_TOKENS, "plans import no torch, so they have their own constant"

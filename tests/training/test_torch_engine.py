@@ -1,4 +1,4 @@
-"""One step is the same in any micro batches, and memory decides which."""
+"""One step gives the same result with any micro batch, and the memory determines the micro batch."""
 
 from typing import Any
 
@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from bam_ray.errors import LossNotFinite, TrainingError
 from bam_ray.settings import TrainingSettings
-from bam_ray.training.engine import TorchEngine, precision_on
-from bam_ray.training.memory import HostMemory, cgroup_room, is_out_of_memory
-from bam_ray.training.micro_batch import largest_that_fits
+from bam_ray.training.devices import resolve_precision
+from bam_ray.training.engine import EngineSpec
+from bam_ray.training.memory import HostMemory, cgroup_available_bytes, is_out_of_memory, limit_in_bytes
+from bam_ray.training.micro_batch import find_largest_micro_batch
+from bam_ray.training.torch_engine import TorchEngine
 from tests.support import tiny
 from tests.support.training_run import LENGTH, SETTINGS, engine
 
@@ -21,8 +23,8 @@ def with_micro_batch(size: int | str) -> TrainingSettings:
     return SETTINGS.model_copy(update={"micro_batch_sequences": size})
 
 
-def holds_at_most(sequences: int, trainer: TorchEngine, error: BaseException | None = None) -> list[int]:
-    """Let a model run out of memory above so many sequences; the sizes that it is given."""
+def limit_memory(sequences: int, trainer: TorchEngine, error: BaseException | None = None) -> list[int]:
+    """Make a model run out of memory with more than `sequences`; the returned list records the sizes of its calls."""
     sizes: list[int] = []
 
     def forward(module: object, inputs: object, named: dict[str, Any]) -> None:
@@ -58,19 +60,19 @@ def test_uneven_micro_batches_give_the_same_step(size: int) -> None:
     ],
     ids=["device", "python", "cpu"],
 )
-def test_a_step_that_runs_out_of_memory_goes_on_with_half(error: BaseException | None) -> None:
+def test_a_step_that_runs_out_of_memory_halves_the_micro_batch(error: BaseException | None) -> None:
     trainer = engine(settings=with_micro_batch(8))
-    sizes = holds_at_most(2, trainer, error)
+    sizes = limit_memory(2, trainer, error)
     result, weights = after_one_step(trainer)
     assert sizes == [8, 4, 2, 2, 2, 2]
     expected, wanted = after_one_step(engine(settings=with_micro_batch(2)))
     assert result == expected
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
     trainer.step(tiny.tokens(8, LENGTH), 1e-3)
-    assert sizes[6:] == [2, 2, 2, 2], "what did not fit is not tried again"
+    assert sizes[6:] == [2, 2, 2, 2], "a size that did not fit is tried again"
 
 
-def test_memory_that_ends_in_the_middle_of_a_step_leaves_nothing_of_it() -> None:
+def test_a_step_starts_again_if_memory_runs_out_halfway() -> None:
     trainer = engine(settings=with_micro_batch(2))
     calls = []
 
@@ -86,34 +88,34 @@ def test_memory_that_ends_in_the_middle_of_a_step_leaves_nothing_of_it() -> None
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
 
-def test_a_device_too_small_for_one_sequence_is_said() -> None:
+def test_a_device_too_small_for_one_sequence_is_reported() -> None:
     for size in (4, "auto"):
         trainer = engine(settings=with_micro_batch(size))
-        holds_at_most(0, trainer)
+        limit_memory(0, trainer)
         with pytest.raises(TrainingError, match="out of memory with a micro batch of one sequence"):
             trainer.step(tiny.tokens(8, LENGTH), 1e-3)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+def test_other_errors_are_not_taken_for_out_of_memory() -> None:
     trainer = engine(settings=with_micro_batch(4))
-    holds_at_most(0, trainer, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    limit_memory(0, trainer, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
         trainer.step(tiny.tokens(8, LENGTH), 1e-3)
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 
 @pytest.mark.parametrize(("most", "found"), [(8, 8), (5, 4), (3, 2), (1, 1)])
-def test_the_largest_that_fits_is_found(most: int, found: int) -> None:
+def test_the_largest_micro_batch_that_fits_is_found(most: int, found: int) -> None:
     trainer = engine(settings=with_micro_batch("auto"))
-    holds_at_most(most, trainer)
+    limit_memory(most, trainer)
     result, _ = after_one_step(trainer)
     assert trainer.micro_batch == found
     expected, _ = after_one_step(engine(settings=with_micro_batch(found)))
-    assert result == expected, "trials leave something behind"
+    assert result == expected, "the trials changed the step"
 
 
 class FakeMemory:
-    """`base` bytes that stay, and so many more a sequence while a trial runs."""
+    """A memory with `base` bytes in use, and `each` more bytes per sequence while a trial runs."""
 
     def __init__(self, base: int, each: int, total: int) -> None:
         self.base, self.each, self.total = base, each, total
@@ -123,54 +125,54 @@ class FakeMemory:
         self.most = max(self.most, self.base + size * self.each)
         assert self.most <= self.total, "the kernel would have killed the process"
 
-    def used(self) -> int:
+    def used_bytes(self) -> int:
         return self.base
 
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
         return self.most
 
     def reset_peak(self) -> None:
         self.most = self.base
 
-    def room(self) -> int:
+    def available_bytes(self) -> int:
         return self.total - self.base
 
 
 @pytest.mark.parametrize(("total", "found"), [(100 + 15 * 7, 8), (100 + 16 * 7, 16), (100 + 7, 1), (100000, 32)])
-def test_a_cpu_is_never_asked_for_more_than_it_has(total: int, found: int) -> None:
+def test_trials_never_exceed_the_memory_of_a_cpu(total: int, found: int) -> None:
     memory = FakeMemory(base=100, each=7, total=total)
-    assert largest_that_fits(memory.trial, 32, memory) == found
+    assert find_largest_micro_batch(memory.trial, 32, memory) == found
 
 
-def test_host_memory_sees_what_a_trial_took() -> None:
+def test_host_memory_measures_the_peak_of_a_trial() -> None:
     memory = HostMemory()
     memory.reset_peak()
-    before = memory.peak()
+    before = memory.peak_bytes()
     block = torch.ones(64 * MIB // 4)
     del block
-    assert 60 * MIB < memory.peak() - before < 128 * MIB
+    assert 60 * MIB < memory.peak_bytes() - before < 128 * MIB
     memory.reset_peak()
-    assert memory.peak() - before < 30 * MIB
+    assert memory.peak_bytes() - before < 30 * MIB
 
 
-def test_a_task_gets_no_more_of_the_host_than_it_asked_for(tmp_path: Any) -> None:
-    used = HostMemory().used()
-    assert 0.8 * 100 * MIB < HostMemory(used + 100 * MIB).room() <= 100 * MIB
-    assert HostMemory(1).room() == 0
+def test_a_task_gets_no_more_host_memory_than_it_requested(tmp_path: Any) -> None:
+    used = HostMemory().used_bytes()
+    assert 0.8 * 100 * MIB < HostMemory(used + 100 * MIB).available_bytes() <= 100 * MIB
+    assert HostMemory(1).available_bytes() == 0
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("5\n")
-    assert cgroup_room(tmp_path) == []
+    assert cgroup_available_bytes(tmp_path) == []
     (tmp_path / "memory.max").write_text("12\n")
-    assert cgroup_room(tmp_path) == [7]
+    assert cgroup_available_bytes(tmp_path) == [7]
 
 
-def test_precision_follows_the_device_unless_it_is_fixed() -> None:
-    assert precision_on("cpu", "auto") == "fp32"
-    assert precision_on("cpu", "bf16") == "bf16"
+def test_auto_precision_depends_on_the_device() -> None:
+    assert resolve_precision("cpu", "auto") == "fp32"
+    assert resolve_precision("cpu", "bf16") == "bf16"
     assert engine().precision == "fp32"
 
 
-def test_a_loss_that_is_not_finite_updates_nothing() -> None:
+def test_a_non_finite_loss_updates_nothing() -> None:
     broken = engine()
     with torch.no_grad():
         broken.model.model.norm.weight[0] = float("nan")
@@ -180,9 +182,9 @@ def test_a_loss_that_is_not_finite_updates_nothing() -> None:
     assert torch.equal(broken.model.lm_head.weight, before)
 
 
-def test_a_snapshot_is_a_copy_where_there_is_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_a_copy_if_the_host_has_memory_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.CONFIGS["mistral"]  # tied
-    trainer = TorchEngine(AutoModelForCausalLM.from_config(config), SETTINGS)
+    trainer = TorchEngine(EngineSpec(AutoModelForCausalLM.from_config(config), SETTINGS))
     trainer.step(tiny.tokens(4, LENGTH), 1e-3)
     state = trainer.state()
     assert not state.live
@@ -191,5 +193,25 @@ def test_a_snapshot_is_a_copy_where_there_is_room_for_one(monkeypatch: pytest.Mo
     trainer.step(tiny.tokens(4, LENGTH), 1e-3)
     assert torch.equal(state.weights["model.norm.weight"], before)
     assert not torch.equal(trainer.model.model.norm.weight, before)
-    monkeypatch.setattr(HostMemory, "room", lambda self: 1000)
+    monkeypatch.setattr(HostMemory, "available_bytes", lambda self: 1000)
     assert trainer.state().live
+
+
+def limited_engine(limit: int | None) -> TorchEngine:
+    """Return an engine with a memory limit in bytes, whose model allocates 40 MiB per sequence in a forward pass."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS["cohere"])
+
+    def allocate(module: object, inputs: object, named: dict[str, Any]) -> None:
+        torch.ones(len(named["input_ids"]) * 40 * MIB // 4)  # large enough that malloc always maps and unmaps it
+
+    model.base_model.register_forward_pre_hook(allocate, with_kwargs=True)
+    return TorchEngine(EngineSpec(model, with_micro_batch("auto"), memory_limit=limit))
+
+
+def test_the_memory_limit_bounds_micro_batch_and_checkpoint_copy() -> None:
+    limited, unlimited = limited_engine(limit_in_bytes(1e-6)), limited_engine(limit_in_bytes(0.0))
+    results = [trainer.step(tiny.tokens(8, LENGTH), 1e-3) for trainer in (limited, unlimited)]
+    assert (limited.micro_batch, unlimited.micro_batch) == (1, 8)
+    assert results[0].nll == pytest.approx(results[1].nll, rel=1e-6)
+    assert (limited.state().live, unlimited.state().live) == (True, False)

@@ -13,16 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import BlobNotFound, Interrupted, UpcycleError
 from bam_ray.on_ray.cluster import living_nodes
-from bam_ray.on_ray.task_actor import here
 from bam_ray.on_ray.work import StageFunctions
-from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.pipeline.tasks import Progress, StageContext
-from bam_ray.settings import Recipe
+from bam_ray.on_ray.worker_env import current_node
+from bam_ray.pipeline.tasks import Progress
+from bam_ray.stages.task_run import TaskRun
 
 STEP_SECONDS = 0.1
 RECIPE = """
@@ -61,10 +58,10 @@ def write_project(folder: Path, store: str) -> None:
     shutil.copy(__file__, folder / "stub_stages.py")
 
 
-def stub_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+def stub_stage(run: TaskRun) -> None:
     """Add [node id, process id] to the list at `steps/KIND-NAME.json` for each step, then commit an empty artifact."""
-    task = find_task(task_graph(recipe), kind, name)
-    key = f"steps/{kind}-{name}.json"
+    task, store, context = run.task, run.store, run.context
+    key = f"steps/{task.kind}-{task.name}.json"
     try:
         done = json.loads(store.get(key))
     except BlobNotFound:
@@ -74,34 +71,31 @@ def stub_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, 
         if context.should_stop():
             raise Interrupted("stopped")
         time.sleep(seconds)
-        done.append([here().id, os.getpid()])
+        done.append([current_node().id, os.getpid()])
         store.put(key, json.dumps(done).encode())
         loss = 1.0 / (step + 1)
         context.report(Progress(step + 1, task.total_steps, loss, checkpoint_step=step + 1, curves={"lr": loss / 100}))
-    Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name, step=task.total_steps))
+    run.artifact.commit(Manifest(id=task.id, kind=task.kind, name=task.name, step=task.total_steps))
 
 
 def step_seconds() -> float:
     """Return the duration of a step: the label `seconds` of this node, or STEP_SECONDS if the node does not have it."""
-    node_id = here().id
+    node_id = current_node().id
     labels = next(node.labels for node in living_nodes() if node.id == node_id)
     return float(labels.get("seconds", STEP_SECONDS))
 
 
-def failing_law_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+def failing_law_stage(run: TaskRun) -> None:
     """Do as `stub_stage` does, but fail for the branch `law`."""
-    if (kind, name) == ("branches", "law"):
+    if run.task.where == "branches/law":
         raise ValueError("the law is an ass")
-    stub_stage(kind, name, recipe, store, context)
+    stub_stage(run)
 
 
-def stub_rank(
-    kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
-) -> None:
+def stub_rank(run: TaskRun, engine_factory: Any) -> None:
     """Do what `stub_stage` does on each rank of a process group: each step is an all-reduce, and rank 0 counts."""
-    task = find_task(task_graph(recipe), kind, name)
-    key = f"steps/{kind}-{name}.json"
-    rank = dist.get_rank()
+    task, store, context, rank = run.task, run.store, run.context, run.rank
+    key = f"steps/{task.kind}-{task.name}.json"
     done = json.loads(store.get(key)) if store.exists(key) else []
     for step in range(len(done), task.total_steps):
         stop = torch.tensor([float(context.should_stop())])
@@ -116,19 +110,17 @@ def stub_rank(
         assert total.item() == sum(range(1, dist.get_world_size() + 1))
         assert engine_factory() == "an engine"
         time.sleep(STEP_SECONDS)
-        done.append([here().id, os.getpid()])
+        done.append([current_node().id, os.getpid()])
         if rank == 0:
             store.put(key, json.dumps(done).encode())
         context.report(Progress(step + 1, task.total_steps, checkpoint_step=step + 1))
     if rank == 0:
-        Artifact(store, kind, task.id).commit(Manifest(id=task.id, kind=kind, name=name))
+        run.artifact.commit(Manifest(id=task.id, kind=task.kind, name=task.name))
 
 
-def failing_rank_one(
-    kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
-) -> None:
+def failing_rank_one(run: TaskRun, engine_factory: Any) -> None:
     """Fail on rank 1 while the other ranks wait for it."""
-    if dist.get_rank() == 1:
+    if run.rank == 1:
         raise UpcycleError("experts do not fit")
     dist.barrier()
 

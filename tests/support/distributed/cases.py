@@ -1,6 +1,6 @@
 """Models, settings and batches of the distributed tests, which also train them on one process for comparison."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedConfig, P
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Losses, Mixing, Ramp, TrainingSettings
-from bam_ray.training.document_mask import keep_apart
-from bam_ray.training.engine import Engine
+from bam_ray.training.document_mask import mask_documents
+from bam_ray.training.engine import Engine, EngineSpec, StepResult
 
 SHARE, LENGTH, VOCABULARY = 4, 12, 64  # sequences per rank and step, tokens per sequence, tokens of the vocabulary
 STEPS, LR = 3, 5e-5
@@ -57,7 +57,7 @@ class Case:
             return AutoModelForCausalLM.from_config(self.dense)
         model = BamForCausalLM(BamConfig(**{**DENSE, "num_experts": 4, **self.config}))
         if self.apart:
-            keep_apart(model, END_OF_TEXT)
+            mask_documents(model, END_OF_TEXT)
         if self.idle:  # logits v·u, -v·u, 0, 0: one of the first two is always the highest
             layers: Any = model.model.layers
             for layer in layers:
@@ -78,10 +78,13 @@ class Case:
             recompute=self.recompute,
         )
 
+    def spec(self, micro: MicroBatch | None = None) -> EngineSpec:
+        """Return what an engine is made from; `micro` replaces the case's own number of sequences per micro batch."""
+        return EngineSpec(self.model(), self.settings(micro or self.micro), self.mixing, self.expert_parallel)
+
     def engine(self, micro: MicroBatch | None = None) -> Engine:
-        """Return an engine over all ranks; `micro` replaces the case's own number of sequences per micro batch."""
-        settings = self.settings(micro or self.micro)
-        return deepspeed_engine(self.model(), settings, self.mixing, self.expert_parallel)
+        """Return an engine over all ranks for `spec(micro)`."""
+        return deepspeed_engine(self.spec(micro))
 
 
 RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -209,12 +212,17 @@ class ShareSampler:
         self.position = state["position"]
 
 
+def step_losses(result: StepResult) -> dict[str, float]:
+    """Return the losses and the gradient norm of a step by name."""
+    return {name: getattr(result, name) for name in ("nll", "load_balance", "router_z", "grad_norm")}
+
+
 def train(engine: Engine, first: int, steps: int) -> list[dict[str, float]]:
     """Train `steps` steps from step `first` on and return their results."""
     results = []
     for step in range(first, first + steps):
         torch.manual_seed(step * engine.world_size + engine.rank)  # as the training loop does, for the noise of gates
-        results.append(asdict(engine.step(shares(engine.world_size, step)[engine.rank], LR)))
+        results.append(step_losses(engine.step(shares(engine.world_size, step)[engine.rank], LR)))
     return results
 
 

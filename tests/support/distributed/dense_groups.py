@@ -9,10 +9,8 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_rank
-from tests.support.stage_run import (
-    RecordingContext,
-)
+from bam_ray.stages.run import run_rank
+from tests.support.stage_run import RecordingContext, task_run
 
 
 def run_tasks_on_rank(run: Recipe, tasks: list[tuple[ArtifactKind, str, int | None]], cache: str) -> list[str]:
@@ -23,11 +21,12 @@ def run_tasks_on_rank(run: Recipe, tasks: list[tuple[ArtifactKind, str, int | No
         message of `Interrupted`.
     """
     os.environ["BAM_CACHE"] = cache
+    store, rank = open_store(run.store.uri), int(os.environ["RANK"])
     outcomes = []
     for kind, name, stop_at in tasks:
         context = RecordingContext(stop_at)
         try:
-            manifest = run_rank(kind, name, run, open_store(run.store.uri), context, deepspeed_engine)
+            manifest = run_rank(task_run(run, store, kind, name, context, rank), deepspeed_engine)
         except Interrupted as error:
             outcomes.append(str(error))
             dist.barrier()  # wait until rank 0 has written its checkpoint

@@ -20,9 +20,9 @@ DOMAINS = torch.eye(3, dtype=torch.long)[[0, 1, 0, 0, 2, 2, 0, 2]]
 
 def step_statistics(engine: Engine, ids: Tensor, domains: Tensor) -> dict[str, Any]:
     """Train one step and return its router statistics by name."""
-    engine.step(ids, LR, domains=domains)
-    assert engine.last_load is not None
-    return {name: tensor.clone() for name, tensor in vars(engine.last_load).items()}
+    load = engine.step(ids, LR, domains=domains).expert_load
+    assert load is not None
+    return {name: tensor.clone() for name, tensor in vars(load).items()}
 
 
 def statistics_of_rank() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import itertools
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.training.checkpoints import Checkpoints, Retention
-from bam_ray.training.engine import Engine, Limits
+from bam_ray.training.engine import Engine, LossLimits
+from bam_ray.training.events import RolledBack
 from bam_ray.training.loop import Training
 from tests.support.distributed.cases import (
     BF16,
@@ -26,7 +29,6 @@ from tests.support.distributed.cases import (
     FOUR_BF16,
     FROZEN,
     LENGTH,
-    LOSSES,
     LR,
     NOISY,
     OTHER_STAGES,
@@ -38,8 +40,10 @@ from tests.support.distributed.cases import (
     ShareSampler,
     save,
     shares,
+    step_losses,
     train,
 )
+from tests.support.training_run import RecordingListener
 
 
 def all_cases(cases: dict[str, Case], folder: Path) -> dict[str, Any]:
@@ -78,17 +82,17 @@ def train_on_four(folder: Path) -> dict[str, Any]:
     """Execute everything that needs four ranks; `folder` is the one that `train_on_two` wrote to."""
     results = all_cases(FOUR | FOUR_BF16, folder)
     for size in (1, 4):
-        engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE // 2), LOSSES, size)
+        engine = replace(RESUMED, expert_parallel=size).engine(SHARE // 2)
         engine.load(folder / "half")
         save(engine, folder / f"half again on {size}")
         batches = [shares(2, step).view(4, SHARE // 2, LENGTH) for step in range(STEPS, 2 * STEPS)]
-        results[f"resumed on {size}"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
+        results[f"resumed on {size}"] = [step_losses(engine.step(batch[engine.rank], LR)) for batch in batches]
         save(engine, folder / f"resumed on {size}")
     for name, case in OTHER_STAGES.items():
         engine = replace(case, expert_parallel=2 * case.expert_parallel).engine(SHARE // 2)
         engine.load(folder / f"{name} resumed" / "half")
         save(engine, folder / f"{name} resumed" / "half again")
-        results[f"{name} resumed"] = [asdict(engine.step(batch[engine.rank], LR)) for batch in batches]
+        results[f"{name} resumed"] = [step_losses(engine.step(batch[engine.rank], LR)) for batch in batches]
     return results
 
 
@@ -106,7 +110,8 @@ def uninterrupted_and_resumed(folder: Path, case: Case = RESUMED) -> dict[str, A
     resumed = train(engine, STEPS, STEPS)
     save(engine, folder / "whole, resumed")
     held_out = engine.evaluate(shares(2, 99)[engine.rank])
-    found = {"held out": held_out, "mean": engine.mean(float(engine.rank)), "exchange": engine.last_exchange}
+    exchange = engine.step(shares(2, 7)[engine.rank], LR).exchange_seconds
+    found = {"held out": held_out, "mean": engine.mean(float(engine.rank)), "exchange": exchange}
     return {"unbroken": unbroken, "resumed": resumed, **found}
 
 
@@ -115,16 +120,12 @@ def partly_frozen_and_resumed(folder: Path) -> dict[str, Any]:
 
     Frozen parameters are not in the optimizer's state, and the selection bias is a buffer, not a parameter.
     """
-
-    def engine() -> Engine:
-        return deepspeed_engine(FROZEN.model(), FROZEN.settings(SHARE), FROZEN.mixing, 2)
-
-    first = engine()
+    first = FROZEN.engine()
     train(first, 0, STEPS)
     save(first, folder / "half, frozen")
     unbroken = train(first, STEPS, STEPS)
     save(first, folder / "whole, frozen")
-    again = engine()
+    again = FROZEN.engine()
     again.load(folder / "half, frozen")
     return {"unbroken": unbroken, "resumed": train(again, STEPS, STEPS)}
 
@@ -141,7 +142,7 @@ def undisturbed_and_rolled_back(folder: Path) -> list[list[float]]:
         settings = RESUMED.settings(SHARE).model_copy(
             update={"tokens": tokens, "batch_tokens": tokens // 6, "checkpoint_every": 2}
         )
-        engine = deepspeed_engine(RESUMED.model(), settings, RESUMED.mixing, 2)
+        engine = deepspeed_engine(replace(RESUMED.spec(), training=settings))
         calls = itertools.count(1)
 
         def spoil(module: Any, inputs: Any, out: Any, calls: Any = calls, spoiled: int | None = spoiled) -> None:
@@ -151,21 +152,12 @@ def undisturbed_and_rolled_back(folder: Path) -> list[list[float]]:
         engine.model.base_model.register_forward_hook(spoil)
         store = FolderStore(folder / f"store {spoiled}")
         lease = Lease.take(store, "mixtures/x") if engine.rank == 0 else None
-        kept = Checkpoints(store, "mixtures", "x", lease, Retention(2, None))
-        told: list[str] = []
-        training = Training(
-            engine,
-            ShareSampler(),
-            LENGTH,
-            settings,
-            kept,
-            lambda point: None,
-            lambda what, told=told, **facts: told.append(what),
-            lambda: False,
-        )
+        checkpoints = Checkpoints(Artifact(store, ArtifactKind.MIXTURES, "x"), lease, Retention(2, None))
+        listener = RecordingListener()
+        training = Training(engine, ShareSampler(), LENGTH, settings, checkpoints, listener)
         training.resume()
-        curves.append([point.nll for point in training.run()])
-        assert ("rolled_back" in told) == (spoiled is not None)
+        curves.append([metrics.nll for metrics in training.run().curve])
+        assert any(isinstance(event, RolledBack) for event in listener.events) == (spoiled is not None)
     return curves
 
 
@@ -196,7 +188,7 @@ def non_finite_steps(folder: Path, case: Case) -> list[str]:
             messages.append(str(error))
         hook.remove()
     try:
-        engine.step(batch, LR, Limits(grad_norm=1e-3))
+        engine.step(batch, LR, LossLimits(grad_norm=1e-3))
     except TrainingError as error:
         messages.append(str(error))
     save(engine, folder / "before")
@@ -213,7 +205,7 @@ def refusals(folder: Path) -> dict[str, str]:
     """Return the messages of errors that must be raised on all ranks with the same message."""
     messages = {}
     rank = dist.get_rank()
-    engine = deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 2)
+    engine = RESUMED.engine()
     batch = shares(2, 0)[rank]
     try:
         engine.step(batch[: SHARE - rank], LR)
@@ -223,7 +215,7 @@ def refusals(folder: Path) -> dict[str, str]:
     for case in ("loss", "gradient"):
         messages[case] = spoiled_step(engine, batch, case)
         save(engine, folder / f"after a {case}")
-    for name, limits in (("spike", Limits(grad_norm=1e-3)), ("high loss", Limits(nll=1e-3))):
+    for name, limits in (("spike", LossLimits(grad_norm=1e-3)), ("high loss", LossLimits(nll=1e-3))):
         try:
             engine.step(batch, LR, limits)
         except TrainingError as error:
@@ -232,7 +224,7 @@ def refusals(folder: Path) -> dict[str, str]:
     engine.step(batch, LR)  # after the errors, training continues
     save(engine, folder / "after all")
     try:
-        deepspeed_engine(RESUMED.model(), RESUMED.settings(SHARE), LOSSES, 3)
+        replace(RESUMED, expert_parallel=3).engine()
     except TrainingError as error:
         messages["group"] = str(error)
     try:
@@ -297,7 +289,7 @@ def mixture_short_of_memory() -> dict[str, Any]:
     for _ in range(20):
         engine.evaluate(shares(2, 0)[engine.rank])
     started = time.perf_counter()
-    train(engine, 0, 1)
+    waited = engine.step(shares(2, 0)[engine.rank], LR).exchange_seconds
     step = time.perf_counter() - started
 
     def run_out(module: Any, args: Any) -> None:
@@ -307,7 +299,7 @@ def mixture_short_of_memory() -> dict[str, Any]:
     try:
         train(engine, 1, 1)
     except SettingsError as error:
-        return {"waited": engine.last_exchange, "step": step, "refused": str(error)}
+        return {"waited": waited, "step": step, "refused": str(error)}
     raise AssertionError("training continued without memory")
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch.distributed as dist
 
 from bam_ray.blobs import open_store
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_stage, train_mixture
-from bam_ray.stages.absorb import others_wait
+from bam_ray.stages.absorb import rank_zero_first
+from bam_ray.stages.run import run_rank
+from bam_ray.training.engine import EngineSpec
 from tests.support.distributed.unreadable_checkpoints import unreadable
-from tests.support.stage_run import (
-    RecordingContext,
-)
+from tests.support.stage_run import RecordingContext, run_task, task_run
 
 
 def train_and_resume(run: Recipe, uri: str, stop_at: int | None, cache: str) -> dict[str, Any]:
@@ -24,13 +24,14 @@ def train_and_resume(run: Recipe, uri: str, stop_at: int | None, cache: str) -> 
     os.environ["BAM_CACHE"] = cache
     # The process that starts ranks does this, so that both attempts spread the experts in the same way
     dist.init_process_group("gloo")
+    store, rank = open_store(uri), dist.get_rank()
     context = RecordingContext(stop_at)
     try:
-        manifest = train_mixture("bam", run, open_store(uri), context, deepspeed_engine)
+        manifest = run_rank(task_run(run, store, ArtifactKind.MIXTURES, "bam", context, rank), deepspeed_engine)
     except Interrupted:
         dist.barrier()  # wait until rank 0 has written its checkpoint
         context = RecordingContext()
-        manifest = train_mixture("bam", run, open_store(uri), context, deepspeed_engine)
+        manifest = run_rank(task_run(run, store, ArtifactKind.MIXTURES, "bam", context, rank), deepspeed_engine)
     last = context.reports[-1]
     found = {"steps": last.step, "imbalance": last.load_imbalance, "curves": dict(last.curves)}
     return {"id": manifest.id if manifest else None, **found}
@@ -44,18 +45,18 @@ def absorb_late_branch(run: Recipe, uri: str, stops: tuple[int | None, ...], cac
     experts = []  # the number of experts that each attempt held on this rank
     for number, stop_at in enumerate(stops):
         if number == 1 and dist.get_rank() == 0:
-            run_stage("branches", "general", run, store, RecordingContext())
+            run_task(run, store, ArtifactKind.BRANCHES, "general")
         dist.barrier()
         context = RecordingContext(stop_at)
         engines: list[Any] = []
 
-        def factory(*arguments: Any, engines: list[Any] = engines) -> Any:
-            engines.append(deepspeed_engine(*arguments))
+        def factory(spec: EngineSpec, engines: list[Any] = engines) -> Any:
+            engines.append(deepspeed_engine(spec))
             return engines[-1]
 
         try:
             with unreadable((1, 7)):  # all ranks resume from the checkpoint before it
-                train_mixture("bam", run, store, context, factory)
+                run_rank(task_run(run, store, ArtifactKind.MIXTURES, "bam", context, dist.get_rank()), factory)
         except Interrupted:
             dist.barrier()  # wait until rank 0 has written its checkpoint
         experts.append(len(engines[0].model.model.layers[0].mlp.experts.down_proj))
@@ -69,7 +70,7 @@ def wait_for_rank_0(timeout: float) -> float:
         The time when rank 0 had finished its work, or when another rank had waited for it.
     """
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-    with others_wait():
+    with rank_zero_first():
         if dist.get_rank() == 0:
             time.sleep(1.5 * timeout)
             done = time.time()

@@ -94,7 +94,7 @@ def attend_two_layers(interleaved: bool) -> dict[str, Tensor]:
     first, second = (layer.self_attn for layer in model.model.layers)
     assert first.exchange is second.exchange
     torch.manual_seed(dist.get_rank())
-    x = torch.randn(2, 5, DENSE["hidden_size"], requires_grad=True)
+    x = torch.randn(2, 5, int(DENSE["hidden_size"]), requires_grad=True)
     inputs = attention_inputs(model, 5)
     if interleaved:
         pending = [attention(x, **inputs)[0] for attention in (first, second)]
@@ -115,7 +115,9 @@ def attend_two_layers(interleaved: bool) -> dict[str, Tensor]:
 def attend_out_of_order() -> list[str]:
     """Return the errors if a pending attention is waited for before it is computed, and if it is computed twice."""
     model: Any = Case(2).engine().model
-    pending, _ = model.model.layers[0].self_attn(torch.randn(2, 5, DENSE["hidden_size"]), **attention_inputs(model, 5))
+    pending, _ = model.model.layers[0].self_attn(
+        torch.randn(2, 5, int(DENSE["hidden_size"])), **attention_inputs(model, 5)
+    )
     messages = []
     for call, legal in ((pending.wait, pending.compute), (pending.compute, pending.wait)):
         try:
@@ -133,7 +135,7 @@ def exchanged_dtypes(precision: Literal["fp32", "bf16"]) -> set[tuple[str, str]]
 
     def record_dtype(collective: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(out: Tensor, sent: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if sent.shape[-1] == DENSE["hidden_size"]:
+            if sent.shape[-1] == int(DENSE["hidden_size"]):
                 found.add((name, str(sent.dtype)))
             return collective(out, sent, *args, **kwargs)
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Mixing
-from bam_ray.training.engine import Engine
-from bam_ray.training.meta_init import outline
+from bam_ray.training.engine import Engine, EngineSpec
+from bam_ray.training.meta_init import model_on_meta
 from tests.support.distributed.cases import Case, save, train
 
 EVERYTHING = {"noisy_gate": True, "selection_bias": True, "capacity_factor": 0.75}
@@ -40,8 +40,9 @@ def start_engine(case: Case, folder: Path, whole: bool, **changes: Any) -> Engin
     settings = case.settings(case.micro)
     if whole:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
-        return deepspeed_engine(model, settings, case.mixing, case.expert_parallel)
-    return deepspeed_engine(outline(folder, **changes), settings, case.mixing, case.expert_parallel, folder)
+        return deepspeed_engine(EngineSpec(model, settings, case.mixing, case.expert_parallel))
+    model = model_on_meta(folder, **changes)
+    return deepspeed_engine(EngineSpec(model, settings, case.mixing, case.expert_parallel, folder))
 
 
 def start_whole_and_partial(folder: Path, out: Path) -> dict[str, list[dict[str, Any]]]:

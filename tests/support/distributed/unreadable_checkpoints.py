@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,9 +13,12 @@ import torch.distributed as dist
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, LossNotFinite
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.training.checkpoints import Checkpoints, Retention
+from bam_ray.training.events import CheckpointCommitted, Event, RolledBack
+from bam_ray.training.listener import TrainingListener
 from bam_ray.training.loop import Training
 from tests.support.distributed.cases import LENGTH, RESUMED, SHARE, ShareSampler
 
@@ -39,35 +43,40 @@ def unreadable(*checkpoints: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-class Attempt:
+class Attempt(TrainingListener):
     """One attempt at a mixture whose checkpoints are in `folder`, which is stopped at step `stop_at`."""
 
     def __init__(self, folder: Path, stop_at: int | None = None) -> None:
         rank = dist.get_rank()
-        self.told: list[tuple[str, Any]] = []
+        self.events: list[tuple[str, Any]] = []
+        self.stop_at = stop_at
         store = FolderStore(folder)
         lease = Lease.take(store, "mixtures/x") if rank == 0 else None
         self.training = Training(
-            deepspeed_engine(RESUMED.model(), SETTINGS, RESUMED.mixing, 2),
+            deepspeed_engine(replace(RESUMED.spec(), training=SETTINGS)),
             ShareSampler(),
             LENGTH,
             SETTINGS,
-            Checkpoints(store, "mixtures", "x", lease, Retention(9, None), self.tell),
-            lambda point: None,
-            self.tell,
-            lambda: self.training.step == stop_at,
+            Checkpoints(Artifact(store, ArtifactKind.MIXTURES, "x"), lease, Retention(9, None), self.emit),
+            self,
         )
         self.training.resume()
         self.resumed_at = self.training.step
 
-    def tell(self, what: str, **facts: Any) -> None:
-        """Record an event and the step or the checkpoint that it names."""
-        self.told.append((what, facts.get("to", facts.get("checkpoint"))))
+    def emit(self, event: Event) -> None:
+        """Record a rollback with its step, or a refused checkpoint with its name."""
+        if not isinstance(event, CheckpointCommitted):
+            found = event.to if isinstance(event, RolledBack) else getattr(event, "checkpoint", None)
+            self.events.append((event.name, found))
+
+    def should_stop(self) -> bool:
+        """Return True after step `stop_at`."""
+        return self.training.step == self.stop_at
 
     def run(self) -> list[float]:
         """Train until the end or until step `stop_at`; return the NLL of every step since step 1."""
         try:
-            curve = self.training.run()
+            curve = self.training.run().curve
         except Interrupted:
             curve = self.training.curve
         dist.barrier()  # wait until rank 0 has written its checkpoints
@@ -88,11 +97,11 @@ def resume_and_roll_back(folder: Path) -> dict[str, Any]:
     attempt = Attempt(folder / "store")
     found["resumed again at"] = attempt.resumed_at
     found["remembered"] = list(attempt.training.refused)
-    attempt.training._advance()
-    attempt.training._checkpoint()
+    attempt.training.train_step()
+    attempt.training.save_checkpoint()
     with unreadable((1, 4)):
-        attempt.training._meet(LossNotFinite("the loss (nan) is not finite"))
-    found["told"] = [each for each in attempt.told if each[0] != "checkpoint"]
+        attempt.training.handle_bad_loss(LossNotFinite("the loss (nan) is not finite"))
+    found["events"] = list(attempt.events)
     found["curve"] = attempt.run()
 
     with unreadable(*((0, step) for step in range(0, 8, 2)), (1, 3)):

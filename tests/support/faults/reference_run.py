@@ -9,11 +9,13 @@ import torch
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.pipeline.graph import task_graph
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_stage
+from bam_ray.stages.run import run_stage
+from bam_ray.stages.task_run import TaskRun
 
 LETTERS = {"general": "abcdefgh", "code": "uvwxyz", "law": "klmnop", "prose": "qrst", "verse": "ijklab"}
 BATCH_TOKENS = 128
@@ -61,9 +63,10 @@ class ReferenceRun:
         recipe = self.recipe(str(folder / "store"))
         self._store = open_store(recipe.store.uri)
         torch.set_num_threads(1)
-        for task in task_graph(recipe):
+        run = PipelineRun.of(recipe, self._store)
+        for task in run.tasks:
             if task.kind in ("corpora", "seeds", "branches"):
-                run_stage(task.kind, task.name, recipe, self._store, SilentContext())
+                run_stage(TaskRun(task, run, SilentContext()))
         self.expected = {domain: read_branch(self._store, recipe, domain) for domain in domains}
 
     def recipe(
@@ -114,7 +117,7 @@ def read_branch(store: BlobStore, recipe: Recipe, domain: str) -> BranchResult:
 
 def branch_manifest(store: BlobStore, recipe: Recipe, domain: str) -> Manifest:
     """Return the manifest of a branch, which must be committed."""
-    manifest = Artifact(store, "branches", branch_id(recipe, domain)).manifest()
+    manifest = Artifact(store, ArtifactKind.BRANCHES, branch_id(recipe, domain)).manifest()
     assert manifest is not None, f"{domain} is not committed"
     return manifest
 

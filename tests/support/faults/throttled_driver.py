@@ -17,21 +17,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import BamError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import EXIT_CODES
 from bam_ray.on_ray.run import run_tasks
-from bam_ray.on_ray.task_actor import here
-from bam_ray.on_ray.work import StageFunctions, run_rank, run_stage
+from bam_ray.on_ray.work import StageFunctions
+from bam_ray.on_ray.worker_env import current_node
 from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.scheduling import elastic
-from bam_ray.settings import Recipe, load_recipe
+from bam_ray.settings import load_recipe
+from bam_ray.stages.task_run import TaskRun
 
 
 class ThrottledContext:
@@ -52,19 +52,19 @@ class ThrottledContext:
         return self._context.should_stop()
 
 
-def throttled_stage(
-    seconds: float, kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext
-) -> object:
-    """Do as `stages.run_stage` does; branches have steps of `seconds` and weights that a test can make NaN."""
-    if kind != "branches":
-        return run_stage(kind, name, recipe, store, context)
-    if recipe.upcycle.when != "all" and name == recipe.branch.domains[-1]:
-        while not any(key.endswith("00000005/manifest.json") for key in store.list("mixtures/")):
+def throttled_stage(seconds: float, run: TaskRun) -> object:
+    """Do as `stages.run.run_stage` does; branches have steps of `seconds` and weights that a test can make NaN."""
+    from bam_ray.stages.run import run_stage  # only workers import torch
+
+    if run.task.kind != "branches":
+        return run_stage(run)
+    if run.recipe.upcycle.when != "all" and run.task.name == run.recipe.branch.domains[-1]:
+        while not any(key.endswith("00000005/manifest.json") for key in run.store.list("mixtures/")):
             time.sleep(0.1)
-    from bam_ray.training.engine import TorchEngine  # only workers import torch
+    from bam_ray.training.torch_engine import TorchEngine
 
     with mock.patch.object(TorchEngine, "step", breakable_step(TorchEngine.step)):
-        return run_stage(kind, name, recipe, store, ThrottledContext(context, seconds))
+        return run_stage(replace(run, context=ThrottledContext(run.context, seconds)))
 
 
 def breakable_step(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,20 +87,15 @@ def breakable_step(step: Callable[..., Any]) -> Callable[..., Any]:
     return stepping
 
 
-def throttled_rank(
-    seconds: float,
-    kind: ArtifactKind,
-    name: str,
-    recipe: Recipe,
-    store: BlobStore,
-    context: StageContext,
-    engine_factory: Any,
-) -> object:
-    """Do as `stages.run_rank` does, with steps of `seconds`, and write down the node and the process of the rank."""
+def throttled_rank(seconds: float, run: TaskRun, engine_factory: Any) -> object:
+    """Do as `stages.run.run_rank` does, with steps of `seconds`, and record the node and the process of the rank."""
     import torch.distributed as dist  # only workers import torch
 
-    store.put(f"ranks/{dist.get_world_size()}-{dist.get_rank()}.json", json.dumps([here().id, os.getpid()]).encode())
-    return run_rank(kind, name, recipe, store, ThrottledContext(context, seconds), engine_factory)
+    from bam_ray.stages.run import run_rank
+
+    where = json.dumps([current_node().id, os.getpid()]).encode()
+    run.store.put(f"ranks/{dist.get_world_size()}-{run.rank}.json", where)
+    return run_rank(replace(run, context=ThrottledContext(run.context, seconds)), engine_factory)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves for people to see: its event log, and its curves."""
+"""The event log, the status notes and the curves of a task that trains."""
 
 import itertools
 import json
@@ -19,14 +19,14 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError, TrainingError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
-from bam_ray.stages import run_stage, train_mixture
-from bam_ray.training.engine import TorchEngine
+from bam_ray.training.engine import EngineSpec
 from bam_ray.training.flops import training_flops
+from bam_ray.training.torch_engine import TorchEngine
 from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     small_recipe,
     tensorboard_curves,
 )
@@ -53,10 +53,10 @@ def names(log: list[dict[str, Any]]) -> list[str]:
 def interrupted_seed(run: Recipe, store: BlobStore, stop_at: int = 6) -> None:
     make_artifacts(run, store, ("corpora",))
     with pytest.raises(Interrupted):
-        run_stage("seeds", "seed", run, store, RecordingContext(stop_at))
+        run_task(run, store, "seeds", "seed", RecordingContext(stop_at))
 
 
-def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
+def test_each_attempt_has_a_log_of_its_events(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     interrupted_seed(run, store)
@@ -65,7 +65,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     )
     store.put(newest, b"damaged")
     context = RecordingContext()
-    manifest = run_stage("seeds", "seed", run, store, context)
+    manifest = run_task(run, store, "seeds", "seed", context)
 
     first = events(store, seed_prefix(run), 1)
     assert [name for name in names(first) if name != "checkpoint"] == ["started", "resumed", "computing", "stopped"]
@@ -82,91 +82,91 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     assert names(second) == ["started", "refused", "resumed", "checkpoint", "finished"]
     assert second[1]["checkpoint"] == "0001-00000006"
     assert (second[2]["step"], second[-1]["step"]) == (4, 10)
-    assert context.reports[0].note.startswith("passed over a damaged checkpoint: ")
+    assert context.reports[0].note.startswith("skipped a damaged checkpoint: ")
     assert manifest.facts["refused_checkpoints"] == [second[1]["error"]]
     assert manifest.facts["computed_on"] == [
         {"step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4, "processes": 1},
     ]
 
 
-def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_and_halved_micro_batches_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora",))
-    forward = TorchEngine._forward
+    forward = TorchEngine.forward
 
-    def spoiled(self: TorchEngine, micro: torch.Tensor, *domains: torch.Tensor) -> Any:
+    def failing_forward(self: TorchEngine, micro: torch.Tensor, domains: torch.Tensor | None = None) -> Any:
         done = max((progress.step for progress in context.reports), default=0)
         if done == 2 and len(micro) > 2:
             raise torch.OutOfMemoryError
-        loss = forward(self, micro, *domains)
+        loss = forward(self, micro, domains)
         return replace(loss, total=loss.total * torch.inf) if done == 5 else loss
 
-    monkeypatch.setattr(TorchEngine, "_forward", spoiled)
+    monkeypatch.setattr(TorchEngine, "forward", failing_forward)
     context = RecordingContext()
     with pytest.raises(LossNotFinite, match=r"\(2 in a row\)"):
-        run_stage("seeds", "seed", run, store, context)
+        run_task(run, store, "seeds", "seed", context)
     log = events(store, seed_prefix(run), 1)
     halved = next(event for event in log if event["event"] == "micro_batch")
     assert (halved["step"], halved["before"], halved["sequences"]) == (3, 4, 2)
     assert names(log)[-2:] == ["rolled_back", "failed"]
     assert log[-1]["error"].startswith("LossNotFinite: step 5: ")
-    assert "went back from step 6 to 4" in context.reports[-1].note
+    assert "rolled back from step 6 to 4" in context.reports[-1].note
 
 
-def test_a_mixture_says_where_fewer_processes_share_its_experts_than_wanted(tmp_path: Path) -> None:
-    """Two experts, which two processes could share, on the one process that is left."""
+def test_fewer_processes_than_requested_share_the_experts(tmp_path: Path) -> None:
+    """The recipe asks for two processes that share two experts, and one process is there."""
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
     context = RecordingContext()
-    train_mixture("bam", run, store, context, one_process_engine)
+    run_task(run, store, "mixtures", "bam", context)
     mixture = find_task(task_graph(run), "mixtures", "bam").id
     shared = next(event for event in events(store, f"mixtures/{mixture}", 1) if event["event"] == "shared")
     assert [shared[key] for key in ("experts", "processes", "wanted", "workers")] == [2, 1, 2, 1]
     assert context.reports[0].note == "2 experts on 1 processes are shared by 1 of them, not by 2"
 
 
-def test_a_mixture_that_cannot_begin_says_so_in_its_log(tmp_path: Path) -> None:
+def test_a_mixture_that_cannot_start_logs_the_failure(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
 
-    def no_memory(*arguments: Any) -> Any:
+    def no_memory(spec: EngineSpec) -> Any:
         raise TrainingError("the model does not fit")
 
     with pytest.raises(TrainingError):
-        train_mixture("bam", run, store, RecordingContext(), no_memory)
+        run_task(run, store, "mixtures", "bam", RecordingContext(), no_memory)
     log = events(store, f"mixtures/{find_task(task_graph(run), 'mixtures', 'bam').id}", 1)
     assert names(log) == ["started", "failed"]
     assert (log[0]["attempt"], log[0]["node"]) == (1, "here")
     assert (log[1]["step"], log[1]["error"]) == (0, "TrainingError: the model does not fit")
 
 
-def test_utilisation_is_what_is_computed_over_the_peak_that_is_given(tmp_path: Path) -> None:
+def test_mfu_uses_the_peak_of_the_recipe(tmp_path: Path) -> None:
     run = small_recipe(tmp_path, metrics={"peak_tflops": 0.5})
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora",))
     context = RecordingContext()
-    run_stage("seeds", "seed", run, store, context)
+    run_task(run, store, "seeds", "seed", context)
     seen = context.reports[-1].curves
     seed = AutoConfig.from_pretrained(Artifact(store, "seeds", find_task(task_graph(run), "seeds", "seed").id).fetch())
     computed = seen["throughput/tokens_per_second"] * training_flops(seed, run.data.sequence_length, 1)
     assert seen["throughput/mfu"] == pytest.approx(computed / 0.5e12)
 
 
-def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
+def test_curves_have_no_step_twice_after_a_resume(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     interrupted_seed(run, store)
     for key in list(store.list(f"{seed_prefix(run)}/steps/0001-00000006/")):
-        store.delete(key)  # as if it had been killed: goes on from step 4, having shown 5 and 6
-    run_stage("seeds", "seed", run, store, RecordingContext())
+        store.delete(key)  # as if the attempt was killed after steps 5 and 6 were written: training resumes from step 4
+    run_task(run, store, "seeds", "seed")
     found = tensorboard_curves(store, seed_prefix(run), tmp_path / "board")
     times = {f"time/{what}" for what in ("data", "compute", "checkpoint")}
     plain = {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
     assert set(found) == plain | times
-    # A checkpoint's time stands with the step that follows it; step 5 follows none of the attempt that shows it
+    # The time of a checkpoint is added to the next step. The attempt that writes step 5 starts with it.
     assert [step for step, seconds in found["time/checkpoint"] if seconds] == [1, 9]
     for points in found.values():
         assert [step for step, _ in points] == list(range(1, 11))
@@ -174,12 +174,12 @@ def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
     assert [value for _, value in found["loss/nll"]] == pytest.approx([point["nll"] for point in curve])
 
 
-def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
+def test_router_metrics_are_written_and_reported(tmp_path: Path) -> None:
     run = small_recipe(tmp_path, metrics={"routing": {"every": 5, "dead_below": 0.999}})
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
     context = RecordingContext()
-    manifest = train_mixture("bam", run, store, context, one_process_engine)
+    manifest = run_task(run, store, "mixtures", "bam", context)
     assert manifest is not None
     found = tensorboard_curves(store, f"mixtures/{manifest.id}", tmp_path / "board")
     below = "routing/layer_0/"
@@ -209,15 +209,15 @@ def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
     assert len(fine) == 2 * 5
     assert (last.load_imbalance, last.dead_experts) == (pytest.approx(2 * max(seed, code)), 1)
     lighter = "code" if code < seed else "seed"
-    told = [event for event in events(store, f"mixtures/{manifest.id}", 1) if event["event"] == "experts"]
-    assert (told[-1]["dead"], told[-1]["overloaded"]) == (f"layer 0 {lighter}", "none")
-    assert last.note == f"experts without work: layer 0 {lighter}; with too much: none"
+    logged = [event for event in events(store, f"mixtures/{manifest.id}", 1) if event["event"] == "experts"]
+    assert (logged[-1]["dead"], logged[-1]["overloaded"]) == (f"layer 0 {lighter}", "none")
+    assert last.note == f"dead experts: layer 0 {lighter}; overloaded: none"
 
 
-def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = small_recipe(tmp_path, metrics={"routing": {"every": 3}})
+def test_router_metrics_survive_a_stop_and_a_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With this micro batch, a step is one call of the engine's `forward`
+    mix = {"training": {**TRAINING, "micro_batch_sequences": 4}}
+    run = small_recipe(tmp_path, metrics={"routing": {"every": 3}}, mix=mix)
     make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds", "branches", "upcycled"))
     id = find_task(task_graph(run), "mixtures", "bam").id
 
@@ -226,21 +226,20 @@ def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does
         return open_store(str(tmp_path / name))
 
     unbroken, stopped, rolled_back = map(copy, ("unbroken", "stopped", "rolled back"))
-    train_mixture("bam", run, unbroken, RecordingContext(), one_process_engine)
+    run_task(run, unbroken, "mixtures", "bam")
     with pytest.raises(Interrupted):
-        train_mixture("bam", run, stopped, RecordingContext(stop_at=5), one_process_engine)
-    train_mixture("bam", run, stopped, RecordingContext(), one_process_engine)
-    forward, calls = TorchEngine._forward, itertools.count(1)
+        run_task(run, stopped, "mixtures", "bam", RecordingContext(stop_at=5))
+    run_task(run, stopped, "mixtures", "bam")
+    forward, calls = TorchEngine.forward, itertools.count(1)
 
-    def spoiled(self: TorchEngine, *given: torch.Tensor) -> Any:
-        loss = forward(self, *given)
+    def failing_forward(self: TorchEngine, *arguments: torch.Tensor) -> Any:
+        loss = forward(self, *arguments)
         return replace(loss, total=loss.total * torch.nan) if next(calls) == 7 else loss
 
-    monkeypatch.setattr(TorchEngine, "_fit", lambda self, input_ids: len(input_ids))  # a step is one call
-    monkeypatch.setattr(TorchEngine, "_forward", spoiled)
-    train_mixture("bam", run, rolled_back, RecordingContext(), one_process_engine)
+    monkeypatch.setattr(TorchEngine, "forward", failing_forward)
+    run_task(run, rolled_back, "mixtures", "bam")
     back = [event["to"] for event in events(rolled_back, f"mixtures/{id}", 1) if event["event"] == "rolled_back"]
-    assert back == [4], "amid the steps from 4 to 6, of which 6 had been shown"
+    assert back == [4], "training rolls back inside the interval of steps 4 to 6, after 6 was written"
 
     def routing(store: BlobStore, name: str) -> dict[str, list[tuple[int, float]]]:
         found = tensorboard_curves(store, f"mixtures/{id}", tmp_path / name)
@@ -253,14 +252,14 @@ def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does
     assert routing(rolled_back, "rolled back board") == wanted
 
 
-def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
+def test_tensorboard_can_be_turned_off(tmp_path: Path) -> None:
     run = small_recipe(tmp_path, metrics={"tensorboard": False})
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds"))
     assert not [key for key in store.list() if "tensorboard" in key]
 
 
-def test_wandb_is_imported_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_imported_only_if_the_recipe_names_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import raises ImportError
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
@@ -273,7 +272,7 @@ def test_wandb_is_imported_only_when_asked_for(tmp_path: Path, monkeypatch: pyte
         make_artifacts(small_recipe(tmp_path, **changed), store, ("seeds",))
 
 
-def test_wandb_gets_every_step_under_the_task_s_own_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_every_step_under_the_id_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[int] = []
     started: dict[str, Any] = {}
 

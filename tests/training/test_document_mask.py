@@ -1,4 +1,4 @@
-"""Documents that lie in one sequence are to every model as if each were alone."""
+"""With the document mask, a model computes each document of a sequence as if it were alone."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bam_ray.model import BamConfig, BamForCausalLM
-from bam_ray.training.document_mask import keep_apart, positions
+from bam_ray.training.document_mask import document_positions, mask_documents
 from tests.support import tiny
 
 END = 1
@@ -28,20 +28,20 @@ def model(name: str) -> PreTrainedModel:
     return BamForCausalLM(BamConfig(**{**tiny.SIZES, **MIXTURES[name]})).eval()
 
 
-def test_positions_begin_anew_after_an_end_of_text() -> None:
+def test_positions_restart_after_an_end_of_text_token() -> None:
     ids = torch.tensor([PACKED, [END, END, *range(2, 14)]])
-    assert positions(ids, END).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 0, *range(12)]]
+    assert document_positions(ids, END).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 0, *range(12)]]
 
 
 @pytest.mark.parametrize("name", [*tiny.CONFIGS, *MIXTURES])
 @torch.no_grad()
-def test_each_document_is_read_as_if_alone(name: str) -> None:
+def test_each_document_is_computed_as_if_it_were_alone(name: str) -> None:
     reader = model(name)
     alone = torch.cat([reader(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in DOCUMENTS])
     ids = torch.tensor([PACKED, list(range(20, 34))])
     together = reader(input_ids=ids, use_cache=False).logits
-    keep_apart(reader, END)
+    mask_documents(reader, END)
     apart = reader(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(apart[0], alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(apart[1], together[1], atol=1e-5, rtol=1e-5)  # holds one document
+    torch.testing.assert_close(apart[1], together[1], atol=1e-5, rtol=1e-5)  # a single document
     assert not torch.allclose(apart[0], together[0], atol=1e-3)

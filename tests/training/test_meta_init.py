@@ -1,4 +1,4 @@
-"""A mixture that begins as an outline is the one that `from_pretrained` gives, to the bit."""
+"""A mixture that starts on the meta device is bitwise the result of `from_pretrained`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bam_ray.model import BamConfig, BamForCausalLM
-from bam_ray.training.meta_init import materialise, outline
+from bam_ray.training.meta_init import materialize, model_on_meta
 from bam_ray.training.state import read_weights
 
 SIZES: dict[str, Any] = {
@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """A mixture whose buffers are random too."""
+    """Save a mixture, whose buffers are random too."""
     torch.manual_seed(0)
     model = BamForCausalLM(BamConfig(**{**SIZES, **config}))
     for name, buffer in model.named_buffers():
@@ -66,22 +66,22 @@ def saved(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, GATES], ids=["as it is", "with gates anew"])
+@pytest.mark.parametrize("changes", [{}, GATES], ids=["as it is", "with other gates"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_what_from_pretrained_gives(
+def test_it_equals_the_result_of_from_pretrained(
     case: str, changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder = saved(tmp_path / "saved", dtype, **CASES[case])
     wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
-    model = outline(folder, **changes)
+    model = model_on_meta(folder, **changes)
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
-    materialise(model)
+    materialize(model)
     model.load_state_dict(read_weights(folder), strict=False)
 
     for kind in ("named_parameters", "named_buffers"):
         found, expected = (dict(getattr(each, kind)()) for each in (model, wanted))
-        assert list(found) == list(expected)  # tied ones once
+        assert list(found) == list(expected)  # tied parameters appear once
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype == torch.float32
             assert torch.equal(found[name], tensor), name
@@ -94,11 +94,11 @@ def test_it_is_what_from_pretrained_gives(
     assert torch.equal(model(ids).logits, wanted(ids).logits)
 
 
-def test_parameters_keep_what_is_said_of_them(tmp_path: Path) -> None:
-    model: Any = outline(saved(tmp_path))
+def test_parameters_keep_their_attributes(tmp_path: Path) -> None:
+    model: Any = model_on_meta(saved(tmp_path))
     model.model.norm.weight.requires_grad_(False)
     model.model.norm.weight.group_name = "ep_size_2"
-    materialise(model)
+    materialize(model)
     assert not model.model.norm.weight.requires_grad
     assert model.model.norm.weight.group_name == "ep_size_2"
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,4 +1,4 @@
-"""Seeds as they lie on hubs: bf16, in shards, tied or not, with a configuration of an older transformers."""
+"""Seeds in the format of model hubs: bf16 shards, tied or untied, with a configuration of an older transformers."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer's folder: that of a corpus."""
+    """Return the folder of a corpus's tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     run = small_recipe(folder)
     store = open_store(run.store.uri)
@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hub_folder(family: str, tokenizer: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Write a model as a hub has it; returns its weights."""
+    """Write a model in the format of a hub, and return its weights."""
     config = type(tiny.CONFIGS[family]).from_dict({**tiny.CONFIGS[family].to_dict(), "vocab_size": 300})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
@@ -55,13 +55,15 @@ def hub_folder(family: str, tokenizer: Path, folder: Path) -> dict[str, torch.Te
     (folder / "config.json").write_text(json.dumps(written))
     for path in tokenizer.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    save_file({"tok_embeddings.weight": torch.zeros(4)}, folder / "consolidated.safetensors")  # another layout's
+    # Many hub folders hold the same weights in a second layout
+    save_file({"tok_embeddings.weight": torch.zeros(4)}, folder / "consolidated.safetensors")
     (folder / "original").mkdir()
     (folder / "original" / "params.json").write_text("{}")
     return {name: tensor for path in folder.glob("model-*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def seeded(folder: Path, uri: str, tokenizer: Path) -> Recipe:
+def imported_seed_recipe(folder: Path, uri: str, tokenizer: Path) -> Recipe:
+    """Return a recipe whose seed is the folder at `uri`."""
     data = {**small_recipe(folder).data.model_dump(), "tokenizer": {"folder": str(tokenizer)}}
     return small_recipe(folder, data=data, seed={"folder": uri}, branch={"domains": ["code"], "training": TRAINING})
 
@@ -74,7 +76,7 @@ def reader(store: BlobStore, run: Recipe, kind: Any, name: str) -> TensorReader:
 def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp_path: Path) -> None:
     weights = hub_folder(family, tokenizer, tmp_path / "hub")
     uri = str(tmp_path / "hub")
-    run = seeded(tmp_path, uri, tokenizer)
+    run = imported_seed_recipe(tmp_path, uri, tokenizer)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
 
@@ -94,8 +96,8 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
     assert AutoModelForCausalLM.from_pretrained(mixture).config.expert_names == ["seed", "code"]
 
 
-class Watched(MemoryStore):
-    """A store that knows what was asked of it."""
+class RecordingStore(MemoryStore):
+    """A store that records the reads of whole blobs and the lengths of range reads."""
 
     def __init__(self) -> None:
         super().__init__("hub")
@@ -117,18 +119,18 @@ class Watched(MemoryStore):
         return len(super().get(key))
 
 
-def test_a_seed_comes_from_a_store_without_being_held_in_memory(
+def test_a_seed_is_imported_without_being_held_in_memory(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = hub_folder("llama", tokenizer, tmp_path / "hub")
-    source = Watched()
+    source = RecordingStore()
     monkeypatch.setitem(MemoryStore._named, "hub", source)
     for path in (tmp_path / "hub").rglob("*"):
         if path.is_file():
             source.put(str(path.relative_to(tmp_path / "hub")), path.read_bytes())
-    run = seeded(tmp_path, "memory://hub", tokenizer)
+    run = imported_seed_recipe(tmp_path, "memory://hub", tokenizer)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds"))
     assert set(reader(store, run, "seeds", "seed").specs) == set(weights)
     assert not [key for key in source.whole if key.endswith(".safetensors")]
-    assert max(source.ranges) < 5000, "more than headers were read"
+    assert max(source.ranges) < 5000, "only headers may be read by range"

@@ -1,4 +1,4 @@
-"""A late branch that is damaged or does not fit is left out; the mixture, and the run, finish without it."""
+"""A late branch that is damaged or does not fit is left out, and the mixture and the run finish without it."""
 
 import json
 import random
@@ -12,16 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import StoreUnavailable
 from bam_ray.evaluation.results import Results
-from bam_ray.stages import train_mixture
 from tests.support.late_branch_run import ControlledRun, LateBranchRun, expert_names
 from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
-    one_process_engine,
+    run_task,
     small_recipe,
 )
 
@@ -33,8 +32,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
 
 
-def three(folder: Path) -> dict[str, Any]:
-    """The settings `data` with a third domain, `math`."""
+def three_domains(folder: Path) -> dict[str, Any]:
+    """Return the settings `data` with a third domain, `math`."""
     words = random.Random("math")
     texts = [" ".join("".join(words.choices("012345", k=4)) for _ in range(60)) for _ in range(40)]
     (folder / "math.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -42,30 +41,31 @@ def three(folder: Path) -> dict[str, Any]:
     return {**data, "domains": {**data["domains"], "math": {"source": str(folder / "math.jsonl")}}}
 
 
-def damaged(weights: Path) -> None:
+def damage(weights: Path) -> None:
+    """Change the last byte of a file."""
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
 
 
-def publish_instead(run: LateBranchRun, folder: Path, spoil: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Commit as the late branch what `spoil` makes of the other branch's weights; its digests are right."""
-    shutil.copytree(Artifact(run.store, "branches", run.task("branches", "code").id).fetch(), folder)
+def publish_changed(run: LateBranchRun, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Commit the other branch's weights, changed by `change`, as the late branch; the digests are correct."""
+    shutil.copytree(Artifact(run.store, "branches", run.task(ArtifactKind.BRANCHES, "code").id).fetch(), folder)
     weights = load_file(folder / "model.safetensors")
-    spoil(weights)
+    change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    id = run.task("branches", "general").id
+    id = run.task(ArtifactKind.BRANCHES, "general").id
     Artifact(run.store, "branches", id).publish(folder, Manifest(id=id, kind="branches", name="general"))
 
 
-def finishes_without_the_late_branch(run: LateBranchRun, words: str) -> None:
-    """The next attempt leaves it out for what `words` say, and trains on as if it had never come."""
+def check_that_it_is_left_out(run: LateBranchRun, words: str) -> None:
+    """Check that the next attempt leaves the branch out with an error that contains `words`, and trains to the end."""
     context = RecordingContext()
-    manifest = train_mixture("bam", run.recipe, run.store, context, one_process_engine)
+    manifest = run_task(run.recipe, run.store, "mixtures", "bam", context)
     assert manifest is not None
-    told = [(event["step"], event["branch"]) for event in run.events("left_out")]
-    assert told == [(4, "general")]
+    left_out = [(event["step"], event["branch"]) for event in run.events("left_out")]
+    assert left_out == [(4, "general")]
     error = run.events("left_out")[0]["error"]
     assert words in error and "\n" not in error
-    assert context.reports[0].note == f"left out general, which came late: {error}"
+    assert context.reports[0].note == f"left out late branch general: {error}"
     assert {(progress.experts, progress.left_out) for progress in context.reports} == {(("seed", "code"), ("general",))}
     assert manifest.facts["left_out"] == ["general"]
     assert manifest.parents == run.mixture.parents
@@ -75,29 +75,29 @@ def finishes_without_the_late_branch(run: LateBranchRun, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "harm", "words"),
+    ("file", "damage_file", "words"),
     [
-        ("model.safetensors", damaged, "does not match its manifest"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "is truncated"),
+        ("model.safetensors", damage, "is not what its manifest says"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "is cut short"),
         ("model.safetensors", Path.unlink, "is missing"),
         ("config.json", lambda path: path.write_bytes(b"{"), "is not JSON"),
         ("manifest.json", lambda path: path.write_bytes(b"{"), "is not a manifest"),
     ],
     ids=["changed", "cut-short", "missing", "config", "manifest"],
 )
-def test_a_late_branch_that_is_damaged_is_left_out(
-    tmp_path: Path, file: str, harm: Callable[[Path], object], words: str
+def test_a_damaged_late_branch_is_left_out(
+    tmp_path: Path, file: str, damage_file: Callable[[Path], object], words: str
 ) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     run.mix(stop_at=4)
     late = run.branch("general")
-    harm(tmp_path / "store" / "branches" / late.id / file)
-    finishes_without_the_late_branch(run, words)
+    damage_file(tmp_path / "store" / "branches" / late.id / file)
+    check_that_it_is_left_out(run, words)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("change", "words"),
     [
         (lambda weights: weights[FFN][0].fill_(float("nan")), "not finite"),
         (lambda weights: weights.pop(FFN), "lacks model.layers.0.mlp.down_proj.weight"),
@@ -106,23 +106,23 @@ def test_a_late_branch_that_is_damaged_is_left_out(
     ids=["nan", "lacks", "shape"],
 )
 def test_a_late_branch_that_does_not_fit_is_left_out(
-    tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], object], words: str
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], words: str
 ) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     run.mix(stop_at=4)
-    publish_instead(run, tmp_path / "spoilt", spoil)
-    finishes_without_the_late_branch(run, words)
+    publish_changed(run, tmp_path / "changed", change)
+    check_that_it_is_left_out(run, words)
 
 
-def test_of_two_late_branches_the_good_one_is_absorbed(tmp_path: Path) -> None:
+def test_a_damaged_late_branch_does_not_affect_another_one(tmp_path: Path) -> None:
     run = LateBranchRun(
-        tmp_path, branch={"domains": ["code", "general", "math"], "training": TRAINING}, data=three(tmp_path)
+        tmp_path, branch={"domains": ["code", "general", "math"], "training": TRAINING}, data=three_domains(tmp_path)
     )
     run.start()
     run.mix(stop_at=4)
     late = {name: run.branch(name) for name in ("general", "math")}
-    damaged(tmp_path / "store" / "branches" / late["general"].id / "model.safetensors")
+    damage(tmp_path / "store" / "branches" / late["general"].id / "model.safetensors")
     manifest = run.mix()
     assert manifest is not None
     assert [event["branch"] for event in run.events("left_out")] == ["general"]
@@ -132,13 +132,13 @@ def test_of_two_late_branches_the_good_one_is_absorbed(tmp_path: Path) -> None:
     assert manifest.parents == (*run.mixture.parents, late["math"].id)
 
 
-def test_a_late_branch_that_was_mended_is_absorbed_by_the_next_attempt(tmp_path: Path) -> None:
+def test_a_repaired_late_branch_is_absorbed_by_the_next_attempt(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     run.mix(stop_at=4)
     weights = tmp_path / "store" / "branches" / run.branch("general").id / "model.safetensors"
     whole = weights.read_bytes()
-    damaged(weights)
+    damage(weights)
     run.mix(stop_at=7)
     weights.write_bytes(whole)
     run.mix()
@@ -146,19 +146,19 @@ def test_a_late_branch_that_was_mended_is_absorbed_by_the_next_attempt(tmp_path:
     assert [event["step"] for event in run.events("absorbed")] == [7]
 
 
-def test_a_store_that_is_away_leaves_no_branch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_branch_is_left_out_because_the_store_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = LateBranchRun(tmp_path)
     run.start()
     run.mix(stop_at=4)
     run.branch("general")
 
-    def away(reader: TensorReader) -> int:
+    def unavailable(reader: TensorReader) -> int:
         raise StoreUnavailable("the endpoint is down")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TensorReader, "check_digests", away)
+        patch.setattr(TensorReader, "check_digests", unavailable)
         with pytest.raises(StoreUnavailable, match="down"):
-            train_mixture("bam", run.recipe, run.store, RecordingContext(), one_process_engine)
+            run_task(run.recipe, run.store, "mixtures", "bam")
     assert [event["attempt"] for event in run.events("started")] == [1, 2]
     assert [event["error"] for event in run.events("failed")] == ["StoreUnavailable: the endpoint is down"]
     manifest = run.mix()
@@ -167,13 +167,13 @@ def test_a_store_that_is_away_leaves_no_branch_out(tmp_path: Path, monkeypatch: 
     assert [event["step"] for event in run.events("absorbed")] == [4]
 
 
-def test_a_run_with_a_damaged_late_branch_finishes_and_stops_for_it_once(tmp_path: Path) -> None:
+def test_a_run_drains_its_mixture_once_for_a_damaged_branch(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
-    weights = tmp_path / "store" / "branches" / run.task("branches", "general").id / "model.safetensors"
-    # The controller learns of it once its stage has returned: it is damaged by then
-    assert ControlledRun(run, lambda: damaged(weights)).causes == ["to absorb general", "committed"]
+    weights = tmp_path / "store" / "branches" / run.task(ArtifactKind.BRANCHES, "general").id / "model.safetensors"
+    # The branch is damaged before its stage returns, which is when the controller sees that it is committed
+    assert ControlledRun(run, lambda: damage(weights)).causes == ["to absorb general", "committed"]
     assert [(event["step"], event["branch"]) for event in run.events("left_out")] == [(4, "general")]
     assert expert_names(Artifact(run.store, "mixtures", run.mixture.id).fetch()) == ["seed", "code"]
-    report = run.task("reports", "report")
+    report = run.task(ArtifactKind.REPORTS, "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]

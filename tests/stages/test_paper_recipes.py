@@ -1,4 +1,4 @@
-"""The shipped recipes of papers are the papers' to the numbers that they give."""
+"""The shipped recipes of papers have the numbers that the papers give."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ def millions(model: PreTrainedModel) -> float:
     return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
 
 
-def test_models_have_the_paper_s_sizes(recipe: Recipe, tmp_path: Path) -> None:
-    """Table 9, in millions of parameters."""
+def test_models_have_the_sizes_of_the_paper(recipe: Recipe, tmp_path: Path) -> None:
+    """The sizes are in Table 9, in millions of parameters."""
     assert recipe.seed.scratch is not None
     facts = {"sequence_length": 2048, "vocab_size": recipe.data.tokenizer.vocab_size, "end_of_text_id": 0}
     facts |= {"dtype": "<u4", "domains": {}, "attend_across_documents": True}
@@ -46,11 +46,11 @@ def test_models_have_the_paper_s_sizes(recipe: Recipe, tmp_path: Path) -> None:
             experts = {"num_experts": mixture.num_experts or 4, "num_experts_per_tok": mixture.num_experts_per_tok}
             config = BamConfig(**{**dense, **experts, "attention_experts": method_of(mixture).attention_experts})
             found[name] = millions(AutoModelForCausalLM.from_config(config))
-    assert found.pop("btx-6") == pytest.approx(776.0, rel=0.001)  # the control of as many parameters in all
+    assert found.pop("btx-6") == pytest.approx(776.0, rel=0.001)  # the baseline of equal total size
     assert found == {"seed": 587.2, "bam": 776.0, "bam-kv-shared": 738.3, "btx": 700.5}
 
 
-def test_training_is_the_paper_s(recipe: Recipe) -> None:
+def test_training_settings_are_those_of_the_paper(recipe: Recipe) -> None:
     assert recipe.seed.training is not None
     tokens = (recipe.seed.training.tokens, recipe.branch.training.tokens)
     assert tokens == (400_000_000_000, 100_000_000_000)
@@ -64,7 +64,7 @@ def test_training_is_the_paper_s(recipe: Recipe) -> None:
     assert not recipe.upcycle.mixtures["bam"].norm_topk_prob
 
 
-def test_its_identities_follow_from_what_it_says_alone(recipe: Recipe) -> None:
+def test_identities_depend_on_settings_only(recipe: Recipe) -> None:
     plain = yaml.safe_load(PAPER.read_text())
     reordered = Recipe.model_validate(dict(reversed(plain.items())))
     assert [task.id for task in task_graph(reordered)] == [task.id for task in task_graph(recipe)]
@@ -73,13 +73,15 @@ def test_its_identities_follow_from_what_it_says_alone(recipe: Recipe) -> None:
     assert differ == {f"mixtures/{name}" for name in recipe.upcycle.mixtures} | {"reports/report"}
 
 
-def test_its_plan_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: Recipe) -> None:
+def test_the_plan_of_the_paper_recipe_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: Recipe
+) -> None:
     assert bam(monkeypatch, "plan", str(PAPER)) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*recipe.branch.domains, *recipe.upcycle.mixtures))
 
 
-def test_llama_moe_s_presets_are_settings() -> None:
+def test_blend_presets_of_llama_moe_set_mix_settings() -> None:
     recipes = {name: load_recipe(LLAMA_MOE, [f"mix.blend={name}"]).mix for name in PRESETS}
     static, dynamic = recipes["static_sheared"], recipes["dynamic_llama"]
     assert load_recipe(LLAMA_MOE).mix == static
@@ -93,7 +95,7 @@ def test_llama_moe_s_presets_are_settings() -> None:
     assert sooner.dynamic_blend is not None and sooner.dynamic_blend.every == 10
 
 
-def test_a_preset_is_another_name_of_what_it_stands_for() -> None:
+def test_a_preset_has_the_identity_of_its_settings() -> None:
     named = load_recipe(LLAMA_MOE)
     plain = yaml.safe_load(LLAMA_MOE.read_text())
     plain["mix"]["blend"] = named.mix.blend

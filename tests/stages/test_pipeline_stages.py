@@ -1,4 +1,4 @@
-"""The story in one process, without a cluster: every stage makes its artifact from those before it."""
+"""All stages in one process, without a cluster: each makes its artifact from those of earlier stages."""
 
 import json
 import math
@@ -14,12 +14,11 @@ from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.stages import run_stage, train_mixture
 from tests.support.stage_run import (
     TRAINING,
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     small_recipe,
 )
 
@@ -45,7 +44,7 @@ def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
     assert branch.facts["sequences_drawn"]["code"] > branch.facts["sequences_drawn"]["general"]
     assert branch.compute.flops > 0
     assert manifests["mixtures", "bam"].compute.flops > manifests["mixtures", "btx"].compute.flops
-    assert not [key for key in store.list() if "/steps/" in key], "training checkpoints are left behind"
+    assert not [key for key in store.list() if "/steps/" in key], "training checkpoints are deleted at the end"
 
     folder = Artifact(store, "mixtures", manifests["mixtures", "bam"].id).fetch()
     assert AutoModelForCausalLM.from_pretrained(folder).config.expert_names == ["seed", "code"]
@@ -54,17 +53,17 @@ def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
     assert not {"optimizer.safetensors", "trainer.json"} & names
 
 
-def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+def test_a_committed_artifact_is_not_made_again(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora",))
     context = RecordingContext()
-    manifest = run_stage("corpora", "corpus", run, store, context)
+    manifest = run_task(run, store, "corpora", "corpus", context)
     assert manifest.id == task_graph(run)[0].id
     assert not context.reports
 
 
-def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_a_stopped_branch_resumes_to_the_same_weights(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     weights = []
     for number, stop_at in enumerate((None, 6)):
@@ -72,15 +71,15 @@ def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         make_artifacts(run, store, ("corpora", "seeds"))
         if stop_at is not None:
             with pytest.raises(Interrupted, match="step 6 of 10"):
-                run_stage("branches", "code", run, store, RecordingContext(stop_at))
+                run_task(run, store, "branches", "code", RecordingContext(stop_at))
         context = RecordingContext()
-        manifest = run_stage("branches", "code", run, store, context)
+        manifest = run_task(run, store, "branches", "code", context)
         assert context.reports[0].step == (1 if stop_at is None else 7)
         weights.append((Artifact(store, "branches", manifest.id).fetch() / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
-def test_a_blend_follows_held_out_losses_and_resumes_exactly(tmp_path: Path) -> None:
+def test_a_dynamic_blend_resumes_exactly(tmp_path: Path) -> None:
     mix = {"training": TRAINING, "dynamic_blend": {"every": 3, "sequences": 8}}
     run = small_recipe(tmp_path, mix=mix)
     curves = []
@@ -89,8 +88,8 @@ def test_a_blend_follows_held_out_losses_and_resumes_exactly(tmp_path: Path) -> 
         make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         if stop_at is not None:
             with pytest.raises(Interrupted, match="step 7 of 10"):
-                train_mixture("bam", run, store, RecordingContext(stop_at), one_process_engine)
-        manifest = train_mixture("bam", run, store, RecordingContext(), one_process_engine)
+                run_task(run, store, "mixtures", "bam", RecordingContext(stop_at))
+        manifest = run_task(run, store, "mixtures", "bam")
         assert manifest is not None
         curves.append([point["nll"] for point in manifest_curve(store, manifest.id)])
         if stop_at is None:
@@ -118,13 +117,13 @@ def manifest_curve(store: BlobStore, id: str) -> list[dict[str, float]]:
     return points
 
 
-def test_a_stage_without_its_parents_says_which(tmp_path: Path) -> None:
+def test_a_stage_names_the_parent_that_is_missing(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     with pytest.raises(CheckpointError, match=r"corpora/corpus-.* is not committed"):
-        run_stage("seeds", "seed", run, open_store(run.store.uri), RecordingContext())
+        run_task(run, open_store(run.store.uri), "seeds", "seed")
 
 
-def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
+def test_a_seed_can_be_imported_from_a_folder(tmp_path: Path) -> None:
     first = small_recipe(tmp_path)
     store = open_store(first.store.uri)
     make_artifacts(first, store, ("corpora", "seeds"))
@@ -137,8 +136,8 @@ def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
     assert (imported / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
     config = json.loads((made / "config.json").read_text())
-    for key, value, error, said in (
-        ("model_type", "gpt2", FamilyError, "has architecture 'gpt2'"),
+    for key, value, error, message in (
+        ("model_type", "gpt2", FamilyError, "of architecture 'gpt2'"),
         ("vocab_size", 10, SettingsError, "set data.tokenizer.folder to the seed's folder"),
     ):
         other = tmp_path / key
@@ -146,12 +145,12 @@ def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
         for path in made.iterdir():
             (other / path.name).write_bytes(path.read_bytes())
         (other / "config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             make_artifacts(small_recipe(tmp_path, data=data, seed={"folder": str(other)}), store, ("seeds",))
 
 
 def test_losses_fall(tmp_path: Path) -> None:
-    """Not a stub: ten steps on words of six letters are learned from."""
+    """Ten steps on words of six letters lower the loss."""
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds"))

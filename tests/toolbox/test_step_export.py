@@ -1,4 +1,4 @@
-"""Training checkpoints, copied out of a run as Hugging Face folders."""
+"""Training checkpoints are copied out of a run as Hugging Face folders."""
 
 import shutil
 import sys
@@ -16,20 +16,19 @@ from bam_ray.cli.app import app
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, Interrupted, SettingsError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, StoreSettings
-from bam_ray.stages import train_mixture
 from bam_ray.toolbox import step_export
 from bam_ray.toolbox.step_export import export_step
 from tests.support.stage_run import (
     RecordingContext,
     make_artifacts,
-    one_process_engine,
+    run_task,
     small_recipe,
 )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A run that was stopped in the middle of its mixture."""
+    """Return a run that was stopped at step 6 of its mixture."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("run")
         patch.setenv("BAM_CACHE", str(folder / "cache"))
@@ -37,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         store = open_store(run.store.uri)
         make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         with pytest.raises(Interrupted, match="step 6 of 10"):
-            train_mixture("bam", run, store, RecordingContext(6), one_process_engine)
+            run_task(run, store, "mixtures", "bam", RecordingContext(6))
     return run
 
 
@@ -46,7 +45,7 @@ def store(run: Recipe) -> BlobStore:
     return open_store(run.store.uri)
 
 
-def test_the_newest_step_is_a_folder_that_loads_anywhere(
+def test_the_newest_checkpoint_loads_with_transformers(
     run: Recipe, store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -73,14 +72,14 @@ def test_the_newest_step_is_a_folder_that_loads_anywhere(
     assert TensorReader(open_store(str(out))).check_digests() == len(manifest.files)
 
 
-def test_a_step_can_be_named(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
+def test_a_checkpoint_is_chosen_by_its_step(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
     assert export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "four")), step=4).step == 4
-    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 5 \(of \[4, 6\]\)"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 5 \(available: \[4, 6\]\)"):
         export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "five")), step=5)
 
 
-class Pruning(FolderStore):
-    """A copy of a run that goes on training: when its weights are first read, `pruned` of its newest checkpoints go."""
+class PruningStore(FolderStore):
+    """A copy of a run that is still training: each of the first `pruned` reads of weights deletes that checkpoint."""
 
     def __init__(self, run: BlobStore, folder: Path, pruned: int) -> None:
         shutil.copytree(run.uri, folder)
@@ -95,49 +94,45 @@ class Pruning(FolderStore):
         return super().get_range(key, start, length)
 
 
-def test_where_the_newest_is_pruned_meanwhile_the_one_that_is_newest_then_is_exported(
-    store: BlobStore, tmp_path: Path
-) -> None:
-    training = Pruning(store, tmp_path / "run", pruned=1)
+def test_another_checkpoint_is_copied_if_the_newest_is_pruned(store: BlobStore, tmp_path: Path) -> None:
+    training = PruningStore(store, tmp_path / "run", pruned=1)
     assert export_step(training, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out"))).step == 4
     assert TensorReader(open_store(str(tmp_path / "out"))).check_digests()
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}, "nothing of the first is left"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}, "the first copy is deleted"
 
 
-def test_a_named_step_that_is_pruned_meanwhile_is_said(store: BlobStore, tmp_path: Path) -> None:
-    training = Pruning(store, tmp_path / "run", pruned=1)
-    with pytest.raises(CheckpointError, match=r"/0001-00000004 was pruned while it was copied: .*keep_every keeps"):
+def test_a_chosen_checkpoint_that_is_pruned_is_an_error(store: BlobStore, tmp_path: Path) -> None:
+    training = PruningStore(store, tmp_path / "run", pruned=1)
+    with pytest.raises(CheckpointError, match=r"/0001-00000004 was pruned while it was copied: .*keep_every to keep"):
         export_step(training, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")), step=4)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_checkpoint_that_is_pruned_each_time_is_not_looked_for_forever(
-    store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_export, "MOST_TRIES", 2)
-    training = Pruning(store, tmp_path / "run", pruned=2)
+def test_the_number_of_tries_is_limited(store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_export, "MAX_TRIES", 2)
+    training = PruningStore(store, tmp_path / "run", pruned=2)
     with pytest.raises(CheckpointError, match="was pruned while it was copied"):
         export_step(training, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_checkpoint_that_lost_a_file_is_not_called_pruned(store: BlobStore, tmp_path: Path) -> None:
-    damaged = Pruning(store, tmp_path / "run", pruned=0)
+def test_a_missing_file_is_not_taken_for_pruning(store: BlobStore, tmp_path: Path) -> None:
+    damaged = PruningStore(store, tmp_path / "run", pruned=0)
     damaged.delete(next(key for key in damaged.list("mixtures/") if key.endswith("0006/generation_config.json")))
     with pytest.raises(BlobNotFound, match=r"0006/generation_config\.json"):
         export_step(damaged, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")))
 
 
-def test_what_cannot_be_exported_is_said(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
+def test_names_without_a_checkpoint_are_errors(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no checkpoint; its last step is the artifact itself"):
         export_step(store, "branches", "code", StoreSettings(uri=str(tmp_path / "code")))
-    with pytest.raises(CheckpointError, match="has 0 artifacts called branches/law"):
+    with pytest.raises(CheckpointError, match="has 0 artifacts named branches/law"):
         export_step(store, "branches", "law", StoreSettings(uri=str(tmp_path / "law")))
     with pytest.raises(SettingsError, match="'corpora/corpus' is not KIND/NAME with a kind of seeds, branches"):
         app(["export-step", run.store.uri, "corpora/corpus", "--out", "x"], standalone_mode=False)
 
 
-def test_a_damaged_checkpoint_leaves_nothing(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_leaves_no_folder(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
     task = find_task(task_graph(run), "mixtures", "bam")
     key = f"mixtures/{task.id}/steps/0001-00000006/model.safetensors"
     whole = store.get(key)

@@ -1,0 +1,49 @@
+"""The environment of a worker process: its node, its output, its threads and its log."""
+
+import logging
+import os
+from collections import deque
+
+import ray
+
+from bam_ray.on_ray.cluster import living_nodes
+from bam_ray.pipeline.states import Node
+
+QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+
+
+def current_node() -> Node:
+    """Return the node that this process runs on."""
+    id = ray.get_runtime_context().get_node_id()
+    return next(Node(node.id, node.name) for node in living_nodes() if node.id == id)
+
+
+def silence_libraries() -> None:
+    """Turn off the progress bars and banners of libraries, because nobody reads a worker's output."""
+    os.environ.update(QUIET_LIBRARIES)
+
+
+def limit_threads(cpus: float) -> None:
+    """Make torch use as many threads as CPUs were requested, because tasks share nodes."""
+    import torch
+
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def keep_log(lines: deque[str]) -> None:
+    """Append everything that this process logs to `lines`, to be shown with an error."""
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    keeper = Keeper()
+    keeper.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(keeper)
+    logging.getLogger("bam_ray").setLevel(logging.INFO)

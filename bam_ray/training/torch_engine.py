@@ -1,0 +1,144 @@
+"""The engine for one process and one device, in plain torch."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bam_ray.errors import LossNotFinite, TrainingError
+from bam_ray.training.devices import device_name, resolve_precision
+from bam_ray.training.engine import NO_LIMITS, EngineSpec, LossLimits, StepResult
+from bam_ray.training.gradient_accumulation import GradientAccumulator
+from bam_ray.training.memory import HostMemory, memory_of
+from bam_ray.training.next_token import NextTokenLoss
+from bam_ray.training.objective import BatchStatistics, Objective, as_mixture, objective, update_selection_biases
+from bam_ray.training.param_groups import freeze, param_groups, set_learning_rates
+from bam_ray.training.state import ADAM_STATES, TrainingState, read_optimizer, read_weights, snapshot
+
+
+def torch_engine(spec: EngineSpec) -> "TorchEngine":
+    """Return an engine on the GPU of this process, or on the CPU if there is no GPU."""
+    return TorchEngine(spec, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+class TorchEngine:
+    """One process, one device and AdamW in fp32; bf16 is autocast, if the settings or the device ask for it."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, spec: EngineSpec, device: str = "cpu") -> None:
+        model, settings = spec.model, spec.training
+        self.model = model.to(device).train()
+        self.settings, self.mixing, self.device = settings, spec.mixing, device
+        self.precision = resolve_precision(device, settings.precision)
+        self.memory = memory_of(device, spec.memory_limit)
+        self._host = HostMemory(spec.memory_limit)
+        self._next_token = NextTokenLoss(model)
+        self._mixture = as_mixture(model)
+        self._accumulator = GradientAccumulator(self, device, settings.micro_batch_sequences)
+        if settings.recompute:
+            model.activation_checkpointing_enable()
+        freeze(model, self.mixing)
+        self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            param_groups(model, settings.weight_decay), lr=settings.peak_lr, betas=settings.betas, eps=1e-8, fused=True
+        )
+        # Adam's states exist from the start: memory is then measured with them, and an update cannot run out of memory
+        self._set_optimizer_states({}, 0)
+
+    @property
+    def device_name(self) -> str:
+        """See `Engine`."""
+        return device_name(self.device)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """See `Engine`."""
+        return self._accumulator.micro_batch
+
+    def step(
+        self, input_ids: Tensor, lr: float, limits: LossLimits = NO_LIMITS, domains: Tensor | None = None
+    ) -> StepResult:
+        """See `Engine`."""
+        statistics = BatchStatistics.unpack(self._accumulator.accumulate(input_ids, domains), self._mixture)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+        nll, load_balance, router_z = statistics.losses()
+        try:
+            if not torch.isfinite(norm + statistics.nll):
+                raise LossNotFinite(f"the loss ({nll:.4g}) or its gradient ({norm:.4g}) is not finite")
+            limits.check(nll, float(norm))
+        except TrainingError:
+            self.drop_gradients()
+            raise
+        set_learning_rates(self.optimizer.param_groups, lr, self.mixing, self._fraction_done)
+        self.optimizer.step()
+        self.drop_gradients()
+        self._updates += 1
+        update_selection_biases(self._mixture, statistics.load, self.mixing.losses.bias_rate)
+        return StepResult(nll, load_balance, router_z, float(norm), statistics.load)
+
+    def forward(self, input_ids: Tensor, domains: Tensor | None = None) -> Objective:
+        """See `GradientBackend`."""
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+            losses = self.mixing.losses.at(self._fraction_done)
+            return objective(self._next_token, input_ids, losses, self._mixture, domains=domains)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `GradientBackend`."""
+        loss.backward()
+
+    def drop_gradients(self) -> None:
+        """See `GradientBackend`."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _fraction_done(self) -> float:
+        """The fraction of all steps that is done."""
+        return self._updates / self.settings.steps
+
+    def evaluate(self, input_ids: Tensor) -> float:
+        """See `Engine`."""
+        return self._accumulator.evaluate(input_ids)
+
+    def any_rank(self, flag: bool) -> bool:
+        """See `Engine`."""
+        return flag
+
+    def gather(self, mine: Any) -> list[Any]:
+        """See `Engine`."""
+        return [mine]
+
+    def mean(self, value: float) -> float:
+        """See `Engine`."""
+        return value
+
+    def state(self) -> TrainingState:
+        """See `Engine`."""
+        states = {
+            f"{name}.{kind}": self.optimizer.state[parameter][kind]
+            for name, parameter in self.parameters.items()
+            for kind in ADAM_STATES
+        }
+        step = self._updates
+        available = self._host.available_bytes()
+        return snapshot(self.model, self.model.state_dict(), states if step else {}, step, available)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`."""
+        self.model.load_state_dict(read_weights(folder), strict=False)
+        self._set_optimizer_states(*read_optimizer(folder))
+
+    def _set_optimizer_states(self, states: dict[str, Tensor], step: int) -> None:
+        """Set Adam's states after `step` updates; states that are missing are zero."""
+        self._updates = step
+        for name, parameter in self.parameters.items():
+            given = {kind: states.get(f"{name}.{kind}") for kind in ADAM_STATES}
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), device=self.device),
+                **{
+                    kind: torch.zeros_like(parameter) if state is None else state.to(self.device)
+                    for kind, state in given.items()
+                },
+            }
