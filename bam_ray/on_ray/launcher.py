@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control.attempt import LOG_LINES
-from bam_ray.control.observations import Alive, Broke, Queued, Sighting
+from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Queued
 from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work
@@ -44,7 +44,7 @@ class _Placed:
     meant_for: str | None  # the id of a node
     question: Any  # of `start` while there is no node, of `poll` afterwards; None: ask
     node: Node | None = None
-    last: Sighting = field(default_factory=Queued)
+    last: AttemptStatus = field(default_factory=Queued)
     unreachable_since: float | None = None
 
 
@@ -95,7 +95,7 @@ class RayLauncher:
         actor = self._actors.options(max_concurrency=2, **self._where(work)).remote()
         self._placed[task.id] = _Placed(task, actor, node_id, actor.start.remote(work))
 
-    def poll(self) -> dict[str, Sighting]:
+    def poll(self) -> dict[str, AttemptStatus]:
         for placed in self._placed.values():
             if placed.question is None:
                 placed.question = placed.actor.poll.remote()
@@ -148,7 +148,9 @@ class RayLauncher:
             placed.last = self._death(placed, error)
         except RayTaskError as error:  # the work could not even be read there: most often a module that is missing
             lines = str(error).strip().splitlines()
-            placed.last = Broke(f"it could not begin: {lines[-1].strip()}", placed.node, log=tuple(lines[-LOG_LINES:]))
+            placed.last = Crashed(
+                f"it could not begin: {lines[-1].strip()}", placed.node, log=tuple(lines[-LOG_LINES:])
+            )
         else:
             placed.unreachable_since = None
             if isinstance(answer, Node):
@@ -168,7 +170,7 @@ class RayLauncher:
             placed.last = Queued()
             placed.question = placed.actor.poll.remote()
 
-    def _death(self, placed: _Placed, error: ActorDiedError) -> Broke:
+    def _death(self, placed: _Placed, error: ActorDiedError) -> Crashed:
         """What to say of an actor that is known to be dead."""
         node = placed.node
         gone = error.preempted or (node is not None and all(node.id != living.id for living in living_nodes()))
@@ -177,7 +179,7 @@ class RayLauncher:
             said = f"node {node.name} {'was preempted' if error.preempted else 'died'}"
         else:
             said = f"its process died: {_reason(error)}"
-        return Broke(said, node, progress or Progress(0, placed.task.total_steps), node_fault=gone)
+        return Crashed(said, node, progress or Progress(0, placed.task.total_steps), node_fault=gone)
 
 
 def _reason(error: ActorDiedError) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import FrameType
 
 import ray
@@ -18,7 +18,7 @@ from bam_ray.blobs import BlobStore
 from bam_ray.blobs.check import checked_store
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import status
-from bam_ray.control.controller import Controller, Outcome
+from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
@@ -37,7 +37,7 @@ def run_tasks(
     kinds: Collection[Kind] | None = None,
     engine_factory: EngineFactory | None = None,
     functions: StageFunctions | None = None,
-) -> Outcome:
+) -> RunOutcome:
     """Make all artifacts of `kinds` (None: all) and what they are made from; returns how that ended.
 
     SIGTERM and SIGINT make all running tasks write a checkpoint first. Raises `StoreError` where the blob store cannot
@@ -69,9 +69,9 @@ class Narrator:
         self._store = store
         self._console = Console(width=TABLE_WIDTH, file=sys.stdout)
         self._written = self._printed = float("-inf")
-        self._before = status.last(store)
+        self._before = status.read_if_valid(store)
 
-    def __call__(self, changed: bool) -> None:
+    def __call__(self, changed: Sequence[object]) -> None:
         now = time.monotonic()
         if changed or now - self._written >= STATUS_EVERY:
             self._write()

@@ -26,8 +26,8 @@ from rich.live import Live
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control import status
-from bam_ray.control.controller import DRAIN_PATIENCE
-from bam_ray.control.status import Row, Status
+from bam_ray.control.policies import STOP_TIMEOUT
+from bam_ray.control.status import Status, TaskRow
 from bam_ray.control.status_table import headline, render
 from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_line
 from bam_ray.settings import load_recipe
@@ -55,7 +55,7 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
         overrides = [*overrides, f"store.uri={Path(settings.store.uri).expanduser().absolute()}"]
     entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *overrides])
     # Ray kills a job 3 s after it asked it to stop: running tasks need longer for their last checkpoint
-    patience = str(int(DRAIN_PATIENCE) + 30)
+    patience = str(int(STOP_TIMEOUT) + 30)
     try:
         job_id: str = client(address).submit_job(
             entrypoint=entrypoint,
@@ -168,7 +168,7 @@ class Lines:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def line(row: Row) -> str:
+def line(row: TaskRow) -> str:
     """One task in one line."""
     parts = [f"{row.kind}/{row.name} {row.state}"]
     if row.node:

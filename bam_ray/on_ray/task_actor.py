@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from bam_ray.control.attempt import LOG_LINES, Attempt
-from bam_ray.control.observations import Alive, Queued, Sighting
+from bam_ray.control.observations import Alive, AttemptStatus, Queued
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.gauges import Gauges
@@ -48,12 +48,12 @@ class TaskActor:
         self._attempt = Attempt(lambda context: run(work, context), here(), self._log)
         self._gauges = Gauges(work.task.kind, work.task.name)
         self._attempt.start()
-        return self._attempt.where
+        return self._attempt.host
 
-    def poll(self) -> Sighting:
+    def poll(self) -> AttemptStatus:
         """How the attempt stands."""
         assert self._attempt is not None
-        sighting = self._attempt.look()
+        sighting = self._attempt.poll()
         if not isinstance(sighting, Queued):
             self._gauges.show(sighting.progress)
         return replace(sighting, nodes=frozenset(self._nodes)) if isinstance(sighting, Alive) else sighting
@@ -68,7 +68,7 @@ class TaskActor:
         assert self._attempt is not None
         self._nodes.add(node.id)
         if rank == 0:
-            self._attempt.where = node
+            self._attempt.host = node
 
     def exchange(self, progress: Progress | None) -> bool:
         """Rank 0 of a group says how far it is, and learns whether the group should stop."""

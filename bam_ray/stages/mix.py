@@ -18,7 +18,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.data import Corpus
 from bam_ray.evaluation.perplexity import perplexity
-from bam_ray.pipeline.tasks import Quorum, StageContext
+from bam_ray.pipeline.tasks import BranchQuorum, StageContext
 from bam_ray.settings import Mixing, MixSettings, Recipe, TrainingSettings
 from bam_ray.stages.absorb import Begun, begin
 from bam_ray.stages.attempt import Attempt, attempting
@@ -101,7 +101,7 @@ def _train(
     return train_to_artifact(place, store, job, model, make_engine, context, attempt)
 
 
-def _arrivals(quorum: Quorum, start: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:
+def _arrivals(quorum: BranchQuorum, start: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:
     """What a `Job` must know of branches that came after the mixture had begun, or did not."""
     first = start.manifest()
     assert first is not None

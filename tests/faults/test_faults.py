@@ -21,7 +21,7 @@ from faults.world import Job, Run, World, send, wait_for
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.manifest import MANIFEST
 from bam_ray.control import status
-from bam_ray.control.status import Row
+from bam_ray.control.status import TaskRow
 from bam_ray.settings import Recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -75,7 +75,7 @@ class Story:
         log: Log = wait_for(f"attempt {attempt} at {domain} is at step {step}\n{self.run.said[-3000:]}", reached)
         return log
 
-    def row(self, domain: str) -> Row:
+    def row(self, domain: str) -> TaskRow:
         """A branch in the run's status."""
         now = status.read(self.store)
         assert now is not None
