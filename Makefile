@@ -43,7 +43,7 @@ test-fast: setup ## the tests that need no server and no cluster
 	@$(BIN)/pytest -n auto -m 'not slow'
 
 soak: setup ## faults at random over a local cluster for ten minutes (BAM_SOAK_SECONDS, BAM_SOAK_SEED)
-	@PYTHONPATH=tests $(BIN)/python -m faults.soak
+	@$(BIN)/python -m tests.support.faults.soak
 
 check: setup ## format, lint, types, directions of imports
 	@$(BIN)/ruff format --check .

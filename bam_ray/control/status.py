@@ -97,7 +97,10 @@ def read(store: BlobStore) -> Status | None:
         return None
     except ValidationError as error:
         message = error.errors()[0]["msg"]
-        raise StoreError(f"{store.uri}/{STATUS} is not a valid status ({message}): submit the run again") from None
+        raise StoreError(
+            f"{store.uri}/{STATUS} is not a valid status ({message}): "
+            "wait until its coordinator replaces it, or submit the run again"
+        ) from None
 
 
 def read_if_valid(store: BlobStore) -> Status | None:

