@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.errors import BlobNotFound, StoreError
 from bam_ray.pipeline.readiness import describe_branches
@@ -35,7 +35,7 @@ class TaskRow(BaseModel):
     """One task."""
 
     model_config = ConfigDict(frozen=True)
-    kind: Kind
+    kind: ArtifactKind
     name: str
     id: str
     state: StateLabel
@@ -61,7 +61,7 @@ class Status(BaseModel):
     run: str
     state: RunOutcome
     rows: tuple[TaskRow, ...]
-    eta_kind: Kind | None = None  # the last stage whose end can be estimated
+    eta_kind: ArtifactKind | None = None  # the last stage whose end can be estimated
     eta_seconds: float | None = None
 
 
@@ -114,9 +114,9 @@ def read_if_valid(store: BlobStore) -> Status | None:
         return None
 
 
-def _eta(controller: Controller) -> tuple[Kind | None, float | None]:
+def _eta(controller: Controller) -> tuple[ArtifactKind | None, float | None]:
     """Return the last stage that is being trained, and the seconds until its end on the nodes that train it now."""
-    speeds: dict[Kind, list[float]] = {}
+    speeds: dict[ArtifactKind, list[float]] = {}
     for task_id, state in controller.states.items():
         if isinstance(state, Running) and state.steps_per_second:
             speeds.setdefault(controller.tasks[task_id].kind, []).append(state.steps_per_second)

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.status import Status, TaskRow
 from bam_ray.units import format_bytes, format_duration
 
@@ -80,7 +80,7 @@ def render_history(status: Status) -> RenderableType:
     return table if shown else Group()
 
 
-def render_storage(stored: Mapping[Kind, int]) -> RenderableType:
+def render_storage(stored: Mapping[ArtifactKind, int]) -> RenderableType:
     """Return one line with the stored bytes by kind."""
     parts = [f"{kind} {format_bytes(size)}" for kind, size in stored.items()]
     total = format_bytes(sum(stored.values()))

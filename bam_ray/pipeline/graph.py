@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bam_ray.checkpoint.manifest import Kind, identity
+from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
 from bam_ray.settings import Mixing, MixtureSettings, Needs, Recipe, TrainingSettings
 
@@ -33,7 +33,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     return [corpus, seed, *branches, *upcycled, *mixtures, report]
 
 
-def subset(tasks: Sequence[Task], kinds: Collection[Kind]) -> list[Task]:
+def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
     """Return the tasks of `kinds` and all tasks that they are made from, in the order of `tasks`."""
     wanted: set[str] = set()
     for task in reversed(tasks):  # children before parents
@@ -42,7 +42,7 @@ def subset(tasks: Sequence[Task], kinds: Collection[Kind]) -> list[Task]:
     return [task for task in tasks if task.id in wanted]
 
 
-def find_task(tasks: Sequence[Task], kind: Kind, name: str) -> Task:
+def find_task(tasks: Sequence[Task], kind: ArtifactKind, name: str) -> Task:
     """Return the task of `kind` with `name`; raise `KeyError` if there is none."""
     for task in tasks:
         if task.kind == kind and task.name == name:
@@ -51,7 +51,7 @@ def find_task(tasks: Sequence[Task], kind: Kind, name: str) -> Task:
 
 
 def _corpus_task(recipe: Recipe) -> Task:
-    return Task("corpora", "corpus", identity("corpus", recipe.data, ()), parents=(), needs=Needs())
+    return Task(ArtifactKind.CORPORA, "corpus", identity("corpus", recipe.data, ()), parents=(), needs=Needs())
 
 
 def _seed_task(recipe: Recipe, corpus: Task) -> Task:
@@ -64,7 +64,7 @@ def _seed_task(recipe: Recipe, corpus: Task) -> Task:
     }
     parents = (corpus.id,)
     return _with_training(
-        Task("seeds", "seed", identity("seed", content, parents), parents, seed.needs, seed.workers),
+        Task(ArtifactKind.SEEDS, "seed", identity("seed", content, parents), parents, seed.needs, seed.workers),
         seed.training,
         seed.min_workers,
         recipe.data.sequence_length,
@@ -80,7 +80,7 @@ def _branch_task(recipe: Recipe, domain: str, seed: Task, corpus: Task) -> Task:
     }
     parents = (seed.id, corpus.id)
     task = Task(
-        "branches",
+        ArtifactKind.BRANCHES,
         domain,
         identity(domain, content, parents),
         parents,
@@ -96,7 +96,7 @@ def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Tas
     made_from = branches if mixture.has_branches else []
     parents = (seed.id, *(branch.id for branch in made_from))
     return Task(
-        "upcycled",
+        ArtifactKind.UPCYCLED,
         name,
         identity(name, _upcycled_content(recipe, mixture), parents),
         parents,
@@ -115,9 +115,9 @@ def _mixture_task(recipe: Recipe, start: Task, corpus: Task) -> Task:
         **mix.model_dump(mode="json", include=set(Mixing.model_fields)),
     }
     parents = (start.id, corpus.id)
-    shared = mix.alike(mix.training.batch_tokens // sequence_length)
+    shared = mix.process_multiple(mix.training.batch_tokens // sequence_length)
     return Task(
-        "mixtures",
+        ArtifactKind.MIXTURES,
         start.name,
         identity(start.name, content, parents),
         parents,
@@ -139,7 +139,7 @@ def _report_task(recipe: Recipe, evaluated: Sequence[Task], branches: Sequence[T
     content = {"tokens_per_domain": recipe.evaluate.tokens_per_domain}
     quorum = _quorum(recipe, branches)
     return Task(
-        "reports",
+        ArtifactKind.REPORTS,
         "report",
         identity("report", content, parents),
         parents,

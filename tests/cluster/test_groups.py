@@ -20,7 +20,7 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, UpcycleSettings
@@ -63,7 +63,7 @@ class Driver:
     """A process that drives one kind of task on the cluster."""
 
     def __init__(
-        self, address: str, folder: Path, run: Recipe, kind: Kind, *patience: str, step_seconds: float = 0.3
+        self, address: str, folder: Path, run: Recipe, kind: ArtifactKind, *patience: str, step_seconds: float = 0.3
     ) -> None:
         file = folder / "recipe.yaml"
         file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -115,7 +115,7 @@ class Driver:
         assert self.process.wait(timeout=300) == 0, self._log.read_text()
 
 
-def artifact(run: Recipe, kind: Kind) -> Artifact:
+def artifact(run: Recipe, kind: ArtifactKind) -> Artifact:
     """The branch or the mixture of a run."""
     name = "code" if kind == "branches" else "bam"
     return Artifact(open_store(run.store.uri), kind, find_task(task_graph(run), kind, name).id)
@@ -130,7 +130,7 @@ def losses(made: Artifact) -> list[tuple[float, ...]]:
     ]
 
 
-def before(folder: Path, kind: Kind, store: str) -> None:
+def before(folder: Path, kind: ArtifactKind, store: str) -> None:
     """A store in which all is there that a task of `kind` is made from."""
     made = ["branches", "upcycled", "mixtures"]
     shutil.copytree(
@@ -148,7 +148,7 @@ def kill_node(running: Cluster, node_id: str) -> None:
 def test_a_group_outlives_a_rank_a_node_and_its_driver(
     cluster: Cluster,
     folder: Path,
-    kind: Kind,
+    kind: ArtifactKind,
     tmp_path: Path,
 ) -> None:
     before(folder, kind, kind)

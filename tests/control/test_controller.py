@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import policies
 from bam_ray.control.controller import Controller
 from bam_ray.control.launcher import InProcessLauncher
@@ -74,7 +75,7 @@ def test_the_queue_of_the_launcher_is_bounded() -> None:
 
 def test_at_once_limits_the_active_tasks_of_a_kind() -> None:
     harness = ControllerHarness(
-        *(replace(make_task(name), at_once=1) for name in "ab"), replace(make_task("c"), kind="seeds")
+        *(replace(make_task(name), at_once=1) for name in "ab"), replace(make_task("c"), kind=ArtifactKind.SEEDS)
     )
     harness.step()
     assert harness.launcher.names == ["a", "c"]

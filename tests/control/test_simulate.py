@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed
 from bam_ray.errors import PlacementError, SettingsError
@@ -23,7 +24,16 @@ MIXED = {"fast": (2, 4000.0), "middle": (2, 2000.0), "slow": (4, 1000.0)}
 
 def branches(count: int, steps: int, needs: Needs | None = None) -> list[Task]:
     return [
-        Task("branches", f"b{i}", f"b{i}", (), needs or Needs(), total_steps=steps, model="dense", step_tokens=1000)
+        Task(
+            ArtifactKind.BRANCHES,
+            f"b{i}",
+            f"b{i}",
+            (),
+            needs or Needs(),
+            total_steps=steps,
+            model="dense",
+            step_tokens=1000,
+        )
         for i in range(count)
     ]
 
@@ -109,7 +119,9 @@ def test_a_cluster_that_can_never_hold_a_branch_is_refused() -> None:
 
 
 def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest() -> None:
-    task = Task("mixtures", "bam", "bam", (), Needs(), workers=4, total_steps=1000, model="bam", step_tokens=4000)
+    task = Task(
+        ArtifactKind.MIXTURES, "bam", "bam", (), Needs(), workers=4, total_steps=1000, model="bam", step_tokens=4000
+    )
     result = simulate_tasks([task], make_cluster({"fast": (3, 2000.0), "slow": (1, 500.0)}))
     assert result.seconds == pytest.approx(30 + 4_000_000 / (4 * 500) + 15, abs=2)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed
@@ -53,8 +53,8 @@ class CrashingLauncher:
 @pytest.fixture
 def failed_run() -> status.Status:
     tasks = [
-        Task("branches", "law", "law-1", (), Needs(), total_steps=9),
-        Task("upcycled", "bam", "bam-1", ("law-1",), Needs()),
+        Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9),
+        Task(ArtifactKind.UPCYCLED, "bam", "bam-1", ("law-1",), Needs()),
     ]
     controller = Controller(tasks, MemoryStore(), CrashingLauncher())
     controller.run(pause=0.0)
@@ -110,7 +110,7 @@ def test_a_silent_coordinator_is_reported(failed_run: status.Status) -> None:
 
 
 def test_a_new_coordinator_keeps_the_attempts_of_the_last(failed_run: status.Status) -> None:
-    tasks = [Task("branches", "law", "law-1", (), Needs(), total_steps=9)]
+    tasks = [Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9)]
     controller = Controller(tasks, MemoryStore(), CrashingLauncher())
     controller.run(pause=0.0)
     again = status.build("demo", controller, failed_run)
@@ -126,7 +126,7 @@ def test_a_new_coordinator_keeps_the_attempts_of_the_last(failed_run: status.Sta
 
 
 def test_stage_eta_follows_from_remaining_steps_and_speeds() -> None:
-    tasks = [Task("branches", f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
+    tasks = [Task(ArtifactKind.BRANCHES, f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
     launcher = CrashingLauncher()
     now = [0.0]
     controller = Controller(tasks, MemoryStore(), launcher, clock=lambda: now[0])

@@ -8,7 +8,7 @@ import pytest
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
@@ -37,7 +37,7 @@ def staged(folder: Path, store: str, zero_stage: int) -> Recipe:
     )
 
 
-def curve(run: Recipe, kind: Kind, name: str) -> list[dict[str, Any]]:
+def curve(run: Recipe, kind: ArtifactKind, name: str) -> list[dict[str, Any]]:
     task = find_task(task_graph(run), kind, name)
     artifact = Artifact(open_store(run.store.uri), kind, task.id)
     points: list[dict[str, Any]] = json.loads((artifact.fetch() / "curve.json").read_text())
@@ -52,7 +52,7 @@ def test_a_group_trains_as_one_process_whatever_its_size(tmp_path: Path, monkeyp
     second, third = (staged(tmp_path, "together", stage) for stage in (2, 3))
     store = open_store(second.store.uri)
     make_artifacts(second, store, ("corpora",))
-    tasks: list[tuple[Kind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
+    tasks: list[tuple[ArtifactKind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
     first, other = run_on_ranks(2, run_tasks_on_rank, second, tasks, str(tmp_path / "of-ranks"))
     seed, branch = task_graph(second)[1:3]
     assert (first[0], other[0]) == (seed.id, "nothing")

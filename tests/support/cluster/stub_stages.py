@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.errors import BlobNotFound, Interrupted, UpcycleError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.task_actor import here
@@ -61,7 +61,7 @@ def write_project(folder: Path, store: str) -> None:
     shutil.copy(__file__, folder / "stub_stages.py")
 
 
-def stub_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+def stub_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
     """Add [node id, process id] to the list at `steps/KIND-NAME.json` for each step, then commit an empty artifact."""
     task = find_task(task_graph(recipe), kind, name)
     key = f"steps/{kind}-{name}.json"
@@ -88,7 +88,7 @@ def step_seconds() -> float:
     return float(labels.get("seconds", STEP_SECONDS))
 
 
-def failing_law_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+def failing_law_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
     """Do as `stub_stage` does, but fail for the branch `law`."""
     if (kind, name) == ("branches", "law"):
         raise ValueError("the law is an ass")
@@ -96,7 +96,7 @@ def failing_law_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, c
 
 
 def stub_rank(
-    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
+    kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
 ) -> None:
     """Do what `stub_stage` does on each rank of a process group: each step is an all-reduce, and rank 0 counts."""
     task = find_task(task_graph(recipe), kind, name)
@@ -125,7 +125,7 @@ def stub_rank(
 
 
 def failing_rank_one(
-    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
+    kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: Any
 ) -> None:
     """Fail on rank 1 while the other ranks wait for it."""
     if dist.get_rank() == 1:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import AttemptStatus, Done, Queued
 from bam_ray.control.transitions import Transition
@@ -19,7 +19,7 @@ NODE = Node("1", "one")
 
 def make_task(name: str, *parents: str, steps: int = 10, attempts: int = 4) -> Task:
     """Return a branch whose identity is `name` and that has the given parents."""
-    return Task("branches", name, name, parents, Needs(), total_steps=steps, max_attempts=attempts)
+    return Task(ArtifactKind.BRANCHES, name, name, parents, Needs(), total_steps=steps, max_attempts=attempts)
 
 
 def make_measurable_task(name: str, steps: int = 100) -> Task:

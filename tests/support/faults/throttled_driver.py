@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import BamError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import EXIT_CODES
@@ -53,7 +53,7 @@ class ThrottledContext:
 
 
 def throttled_stage(
-    seconds: float, kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext
+    seconds: float, kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext
 ) -> object:
     """Do as `stages.run_stage` does; branches have steps of `seconds` and weights that a test can make NaN."""
     if kind != "branches":
@@ -89,7 +89,7 @@ def breakable_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def throttled_rank(
     seconds: float,
-    kind: Kind,
+    kind: ArtifactKind,
     name: str,
     recipe: Recipe,
     store: BlobStore,
