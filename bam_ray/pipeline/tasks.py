@@ -101,7 +101,7 @@ class StageContext(Protocol):
 def fewer_workers(workers: int, least: int | None, sequences: int, expert_parallel: int = 1) -> tuple[int, ...]:
     """Return the numbers of workers that can replace `workers`, best first.
 
-    Each number divides `sequences` (the global batch, or `MixSettings.alike` for a mixture), so that all workers get
+    Each number divides `sequences` (the global batch, or `MixSettings.process_multiple` for a mixture), so that all workers get
     equally many sequences. Experts are sharded over the greatest common divisor of the number and `expert_parallel`.
     Numbers with a larger divisor come first, because the memory of a worker was requested for its share of the experts.
 

@@ -15,7 +15,7 @@ from bam_ray.scheduling.matching import Level, Slot, match, to_move
 from bam_ray.scheduling.throughput import Group, Speeds
 from bam_ray.settings import Needs
 
-AMORTISED = 2.0  # a task moves only after it has trained for this many times the cost of a move
+AMORTIZED = 2.0  # a task moves only after it has trained for this many times the cost of a move
 
 
 @dataclass
@@ -152,7 +152,7 @@ class SpeedPlacement:
     def _may_move(self, group: Group, state: Active) -> bool:
         if not isinstance(state, Running) or state.steps_per_second is None:
             return False
-        return self._now - state.measured_from > AMORTISED * self._speeds.cost(group)
+        return self._now - state.measured_from > AMORTIZED * self._speeds.cost(group)
 
 
 def _tokens(task: Task, progress: Progress | None) -> float:

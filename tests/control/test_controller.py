@@ -342,9 +342,9 @@ class TwoNodesHarness(ControllerHarness):
         self.step()
         self.busy("fast", "slow")
         on = {"a": Node("fast", "fast"), "b": Node("slow", "slow")}
-        self.step(**{name: Alive(where, None) for name, where in on.items()})
+        self.step(**{name: Alive(node, None) for name, node in on.items()})
         self.now = 1.0
-        self.step(**{name: Alive(where, Progress(1, 100)) for name, where in on.items()})
+        self.step(**{name: Alive(node, Progress(1, 100)) for name, node in on.items()})
         self.now = 4.0
         self.step(a=Alive(on["a"], Progress(31, 100)), b=Alive(on["b"], Progress(4, 100)))
 
