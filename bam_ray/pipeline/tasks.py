@@ -101,14 +101,14 @@ class StageContext(Protocol):
 def fewer_workers(workers: int, least: int | None, sequences: int, expert_parallel: int = 1) -> tuple[int, ...]:
     """Return the numbers of workers that can replace `workers`, best first.
 
-    Each number divides `sequences` (the global batch, or `MixSettings.process_multiple` for a mixture), so that all workers get
-    equally many sequences. Experts are sharded over the greatest common divisor of the number and `expert_parallel`.
-    Numbers with a larger divisor come first, because the memory of a worker was requested for its share of the experts.
+    Each number divides `sequences`, so that all workers get equally many sequences. Experts are sharded over the
+    greatest common divisor of the number and `expert_parallel`. Numbers with a larger divisor come first, because the
+    memory of a worker was requested for its share of the experts.
 
     Args:
         workers: The configured number of workers.
         least: The smallest acceptable number; None allows no smaller number.
-        sequences: The number of sequences that the workers share.
+        sequences: The global batch, or `MixSettings.process_multiple` for a mixture.
         expert_parallel: The configured size of expert parallelism.
     """
     numbers = [number for number in range(least or workers, workers) if sequences % number == 0]
