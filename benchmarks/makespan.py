@@ -96,7 +96,7 @@ def main() -> None:
     work, slots = float(STEPS * STEP_TOKENS), [rate for rate in rates.values() if rate]
     split = static(work, BRANCHES, slots, start)
     barrier = work * BRANCHES / (len(slots) * min(slots))
-    moves = sum(ended.cause == "moved" for task in tasks for ended in controller.history(task.id).ended)
+    moves = sum(ended.cause == "moved" for task in tasks for ended in controller.history(task.id).past_attempts)
     columns = ["what", "seconds", "over the floor"]
     rows: list[list[str | float]] = [
         ["total work / total speed", floor, 1.0],

@@ -1,29 +1,35 @@
-"""One attempt at a task, as a thread that can be looked at and asked to stop while it works.
+"""One attempt at a task, as a thread that can be polled and asked to stop while it works.
 
-Work that runs inside a method of a Ray actor can be neither seen nor cancelled, so work goes on a thread of its own and
-everything else asks the `Attempt`, which answers at once.
+Work that runs inside a method of a Ray actor can be neither observed nor canceled. So the work runs on a thread of its
+own, and all questions go to the `Attempt`, which answers at once.
 """
 
 import threading
 import traceback
 from collections.abc import Callable, Iterable
 
-from bam_ray.control.observations import Alive, Broke, Done, Sighting, Stopped
+from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Done, Stopped
 from bam_ray.control.policies import is_final
 from bam_ray.errors import BamError, Interrupted, StoreUnavailable, one_line
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, StageContext
 
-LOG_LINES = 20
+LOG_LINES = 20  # lines of a crashed attempt's traceback and log that are kept
 
 
 class Attempt:
-    """Runs `work(self)` on a thread; a `StageContext` to the work, a mailbox to everyone else."""
+    """A thread that runs `work(self)`. The work uses the attempt as its `StageContext`.
 
-    def __init__(self, work: Callable[[StageContext], object], where: Node, log: Iterable[str] = ()) -> None:
-        self.where = where
+    Args:
+        work: The function to run.
+        host: The node that the work runs on.
+        log: The latest log lines of the process; they are shown with an error.
+    """
+
+    def __init__(self, work: Callable[[StageContext], object], host: Node, log: Iterable[str] = ()) -> None:
+        self.host = host
         self._work = work
-        self._log = log  # what the process has logged lately, to be shown with an error
+        self._log = log
         self._thread = threading.Thread(target=self._run, name="attempt", daemon=True)
         self._started = False
         self._stop = threading.Event()
@@ -31,45 +37,45 @@ class Attempt:
         self._error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start the work."""
         self._started = True
         self._thread.start()
 
     @property
     def node(self) -> str:
-        """Of `StageContext`."""
-        return self.where.name
+        """The name of the node, for the work."""
+        return self.host.name
 
     def report(self, progress: Progress) -> None:
-        """Of `StageContext`."""
+        """Record progress, for the work."""
         self._progress = progress
 
     def should_stop(self) -> bool:
-        """Of `StageContext`."""
+        """Return True if the work was asked to stop, for the work."""
         return self._stop.is_set()
 
     def drain(self) -> None:
-        """Ask the work to stop at its next chance."""
+        """Ask the work to stop when it next checks `should_stop`."""
         self._stop.set()
 
     @property
     def busy(self) -> bool:
-        """Whether the work goes on."""
+        """True while the work runs."""
         return self._thread.is_alive()
 
-    def look(self) -> Sighting:
-        """How it stands."""
+    def poll(self) -> AttemptStatus:
+        """Return the status of the attempt."""
         if not self._started or self._thread.is_alive():
-            return Alive(self.where, self._progress)
+            return Alive(self.host, self._progress)
         if self._error is None:
-            return Done(self.where, self._progress)
+            return Done(self.host, self._progress)
         if isinstance(self._error, Interrupted):
-            return Stopped(self.where, self._progress)
-        return Broke(
+            return Stopped(self.host, self._progress)
+        return Crashed(
             error=one_line(self._error),
-            node=self.where,
+            node=self.host,
             progress=self._progress,
-            log=(*_lines(self._error), *self._log)[-LOG_LINES:],
+            log=(*_traceback_lines(self._error), *self._log)[-LOG_LINES:],
             final=is_final(self._error),
             store_fault=isinstance(self._error, StoreUnavailable),
         )
@@ -77,12 +83,12 @@ class Attempt:
     def _run(self) -> None:
         try:
             self._work(self)
-        except BaseException as error:  # a thread has no caller: what ended it is kept for `look`
+        except BaseException as error:  # a thread has no caller: `poll` reports the error
             self._error = error
 
 
-def _lines(error: BaseException) -> list[str]:
-    """The end of an error's traceback; errors of ours explain themselves."""
+def _traceback_lines(error: BaseException) -> list[str]:
+    """Return the end of an error's traceback; the message of a `BamError` suffices without it."""
     if isinstance(error, BamError):
         return []
     return "".join(traceback.format_exception(error)).rstrip().splitlines()[-LOG_LINES:]

@@ -1,7 +1,7 @@
-"""The launcher protocol: all that the controller knows of where and how tasks run.
+"""The launcher protocol: everything that the controller knows about where and how tasks run.
 
-Every method returns at once. `poll` says what is seen of each attempt that was placed and not yet freed; an attempt
-that cannot be reached, but is not known to be dead either, is still `Alive`: to begin another would make two writers.
+Every method returns at once. `poll` returns the status of each attempt that was placed and not freed. An attempt that
+cannot be reached but is not known to be dead is still `Alive`: a second attempt would make two writers.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,32 +9,35 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bam_ray.control.attempt import Attempt
-from bam_ray.control.observations import Queued, Sighting
+from bam_ray.control.observations import AttemptStatus, Queued
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import StageContext, Task
 from bam_ray.scheduling.nodes import NodeFacts
 
 
 class Launcher(Protocol):
-    """Runs attempts at tasks."""
+    """The interface to whatever runs attempts at tasks."""
 
     def nodes(self) -> Sequence[NodeFacts] | None:
-        """The living nodes, and what of them is free; None where the launcher alone chooses among its own."""
+        """Return the living nodes with their free resources; None if only the launcher chooses among its nodes."""
         ...
 
     def expect(self, tasks: Sequence[Task]) -> None:
-        """Hear which tasks can be worked on by now, placed or not: a cluster that grows on demand grows for them."""
+        """Receive all tasks that can run now, placed or not, so that an autoscaling cluster can grow for them."""
         ...
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-        """Begin an attempt, on the node `node_id`, or (None) on one that is not in `avoid`, where others will do.
+        """Start an attempt; queue it until there is capacity.
 
-        Where there is no room it is begun when there is.
+        Args:
+            task: The task, with the resource request that was chosen.
+            avoid: Ids of nodes not to start on, if others can hold the task.
+            node_id: The node to start on; None lets the launcher choose.
         """
         ...
 
-    def poll(self) -> dict[str, Sighting]:
-        """What is seen of every attempt, by task id."""
+    def poll(self) -> dict[str, AttemptStatus]:
+        """Return the status of every attempt, by task id."""
         ...
 
     def drain(self, task_id: str) -> None:
@@ -42,7 +45,7 @@ class Launcher(Protocol):
         ...
 
     def free(self, task_id: str) -> None:
-        """Forget an attempt and give back what it holds, killing it where it still runs."""
+        """Forget an attempt and release its resources; kill it if it still runs."""
         ...
 
 
@@ -53,7 +56,12 @@ class _Entry:
 
 
 class InProcessLauncher:
-    """Attempts as threads of this process, at most `slots` at a time, first come first served."""
+    """A launcher that runs attempts as threads of this process, first come, first served.
+
+    Args:
+        run: The function that runs a task.
+        slots: The largest number of attempts that run at the same time.
+    """
 
     def __init__(self, run: Callable[[Task, StageContext], object], slots: int = 1) -> None:
         self._run = run
@@ -63,30 +71,34 @@ class InProcessLauncher:
         self._queue: list[str] = []
 
     def nodes(self) -> None:
+        """Return None: threads have no nodes to choose from."""
         return None
 
     def expect(self, tasks: Sequence[Task]) -> None:
-        """Threads are there as they are wanted."""
+        """Do nothing: threads are created on demand."""
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+        """Queue an attempt, and start it if a slot is free."""
         attempt = Attempt(lambda context: self._run(task, context), self._node)
         self._entries[task.id] = _Entry(task, attempt)
         self._queue.append(task.id)
         self._start()
 
-    def poll(self) -> dict[str, Sighting]:
+    def poll(self) -> dict[str, AttemptStatus]:
+        """Start queued attempts, and return the status of every attempt."""
         self._start()
         waiting = set(self._queue)
         return {
-            task_id: Queued() if task_id in waiting else entry.attempt.look()
+            task_id: Queued() if task_id in waiting else entry.attempt.poll()
             for task_id, entry in self._entries.items()
         }
 
     def drain(self, task_id: str) -> None:
+        """Ask an attempt to stop."""
         self._entries[task_id].attempt.drain()
 
     def free(self, task_id: str) -> None:
-        """Threads cannot be killed: one that still runs is asked to stop, and forgotten."""
+        """Forget an attempt. A thread cannot be killed: if it still runs, it is asked to stop."""
         self._entries.pop(task_id).attempt.drain()
         if task_id in self._queue:
             self._queue.remove(task_id)

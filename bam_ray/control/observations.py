@@ -1,4 +1,4 @@
-"""What a launcher sees of one attempt at a task."""
+"""The status of an attempt, as a launcher reports it."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from bam_ray.pipeline.tasks import Progress
 
 @dataclass(frozen=True)
 class Queued:
-    """No node has taken it yet."""
+    """No node has started the attempt yet."""
 
 
 @dataclass(frozen=True)
 class Alive:
-    """It runs, as far as anyone can tell."""
+    """The attempt runs, as far as is known."""
 
     node: Node
     progress: Progress | None
-    nodes: frozenset[str] = frozenset()  # ids of all that a group's ranks are on, as far as they have said so
+    nodes: frozenset[str] = frozenset()  # ids of the nodes of a group's ranks that have reported theirs
 
 
 @dataclass(frozen=True)
 class Done:
-    """It returned."""
+    """The attempt returned."""
 
     node: Node
     progress: Progress | None
@@ -30,23 +30,23 @@ class Done:
 
 @dataclass(frozen=True)
 class Stopped:
-    """It was asked to stop, and stopped cleanly."""
+    """The attempt stopped cleanly, as it was asked to."""
 
     node: Node
     progress: Progress | None
 
 
 @dataclass(frozen=True)
-class Broke:
-    """It ended badly: by an error of its own, or because its process or node died."""
+class Crashed:
+    """The attempt ended with an error, or its process or node died."""
 
     error: str  # one line
     node: Node | None
     progress: Progress | None = None
     log: tuple[str, ...] = ()
-    final: bool = False  # another attempt would end the same way
-    node_fault: bool = False  # the node died, not the task
-    store_fault: bool = False  # the blob store was away
+    final: bool = False  # another attempt would end in the same way
+    node_fault: bool = False  # the node died; the task did not cause it
+    store_fault: bool = False  # the blob store was unavailable
 
 
-Sighting = Queued | Alive | Done | Stopped | Broke
+AttemptStatus = Queued | Alive | Done | Stopped | Crashed

@@ -1,4 +1,7 @@
-"""Since when branches are waited for, by the wall clock: in the store, so that a controller begun again counts on."""
+"""The deadlines for late branches.
+
+The start of each deadline is kept in the blob store, in wall-clock time, so that it outlives the controller.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,28 +9,39 @@ from datetime import UTC, datetime
 
 from bam_ray.blobs import BlobStore
 from bam_ray.errors import BlobExists, StoreUnavailable
-from bam_ray.pipeline.tasks import Quorum, Task
+from bam_ray.pipeline.tasks import Task
 
 
-class Waits:
-    """How long tasks with a deadline have waited for branches, `wall` being seconds since 1970."""
+class QuorumDeadlines:
+    """The time for which tasks have waited for branches.
+
+    Args:
+        store: The blob store of the run.
+        wall: Returns the wall-clock time in seconds since 1970.
+    """
 
     def __init__(self, store: BlobStore, wall: Callable[[], float]) -> None:
         self._store, self._wall = store, wall
         self._since: dict[str, float] = {}
 
-    def seconds(self, task: Task, quorum: Quorum) -> float:
-        """Since this was first asked of `task`, by this controller or one before it; 0 where nobody must know."""
-        if not 0.0 < quorum.deadline < math.inf:
-            return 0.0
-        if task.id not in self._since:
-            try:
-                self._since[task.id] = self._begun(f"{task.kind}/{task.id}/quorum/since.txt")
-            except StoreUnavailable:
-                return 0.0  # asked again at the next step
-        return self._wall() - self._since[task.id]
+    def start(self, task: Task) -> None:
+        """Start the deadline of `task`, unless this controller or an earlier one has; do nothing if it has none.
 
-    def _begun(self, key: str) -> float:
+        If the blob store is unavailable, the deadline does not start; call again at the next step.
+        """
+        if task.id in self._since or task.quorum is None or not 0.0 < task.quorum.deadline < math.inf:
+            return
+        try:
+            self._since[task.id] = self._put_if_absent(f"{task.kind}/{task.id}/quorum/since.txt")
+        except StoreUnavailable:
+            return
+
+    def waited(self, task: Task) -> float:
+        """Return the seconds since the deadline of `task` started; 0 if it has not started."""
+        since = self._since.get(task.id)
+        return 0.0 if since is None else self._wall() - since
+
+    def _put_if_absent(self, key: str) -> float:
         now = datetime.fromtimestamp(self._wall(), UTC).isoformat()
         try:
             self._store.put_if_absent(key, now.encode())

@@ -1,4 +1,4 @@
-"""How much of the blob store a run fills, by its manifests: each says the length of every file of its artifact."""
+"""The size of a run in the blob store, from its manifests: each lists the size of every file of its artifact."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from bam_ray.errors import BlobNotFound
 
 
 def stored_bytes(store: BlobStore) -> Mapping[ArtifactKind, int]:
-    """Bytes by kind, in artifacts and in training checkpoints; what is still being uploaded is left out."""
+    """Return the bytes in artifacts and training checkpoints by kind, without unfinished uploads."""
     keys = [key for kind in ArtifactKind for key in store.list(f"{kind}/") if key.endswith(f"/{MANIFEST}")]
     sizes: Counter[ArtifactKind] = Counter()
     with ThreadPoolExecutor(max_workers=16) as pool:
@@ -22,6 +22,6 @@ def stored_bytes(store: BlobStore) -> Mapping[ArtifactKind, int]:
 def _size(store: BlobStore, key: str) -> int:
     try:
         data = store.get(key)
-    except BlobNotFound:  # a checkpoint that was just deleted
+    except BlobNotFound:  # a checkpoint that was pruned in the meantime
         return 0
     return len(data) + sum(entry.size for entry in Manifest.from_bytes(data, key).files.values())

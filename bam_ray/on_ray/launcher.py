@@ -22,7 +22,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.control.attempt import LOG_LINES
-from bam_ray.control.observations import Alive, Broke, Queued, Sighting
+from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Queued
 from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import StageFunctions, Work
@@ -47,7 +47,7 @@ class _PlacedActor:
     requested_node: str | None  # node id; None if Ray chooses
     call: Any  # reference to the answer of `start` while `node` is None, of `poll` afterwards; None: call again
     node: Node | None = None
-    last: Sighting = field(default_factory=Queued)
+    last: AttemptStatus = field(default_factory=Queued)
     unreachable_since: float | None = None
 
 
@@ -103,7 +103,7 @@ class RayLauncher:
         actor = self._actors.options(max_concurrency=2, **self._placement_options(work)).remote()
         self._placed[task.id] = _PlacedActor(task, actor, node_id, actor.start.remote(work))
 
-    def poll(self) -> dict[str, Sighting]:
+    def poll(self) -> dict[str, AttemptStatus]:
         """Return the last known status of every placed attempt by task id."""
         for placed in self._placed.values():
             if placed.call is None:
@@ -161,7 +161,7 @@ class RayLauncher:
         except RayTaskError as error:
             # The worker cannot unpickle the work, most often because a module is missing there
             lines = str(error).strip().splitlines()
-            placed.last = Broke(
+            placed.last = Crashed(
                 f"the attempt could not start: {lines[-1].strip()}", placed.node, log=tuple(lines[-LOG_LINES:])
             )
         else:
@@ -184,7 +184,7 @@ class RayLauncher:
             placed.last = Queued()
             placed.call = placed.actor.poll.remote()
 
-    def _died(self, placed: _PlacedActor, error: ActorDiedError) -> Broke:
+    def _died(self, placed: _PlacedActor, error: ActorDiedError) -> Crashed:
         """Return the status of an attempt whose actor is known to be dead."""
         node = placed.node
         gone = error.preempted or (node is not None and all(node.id != living.id for living in living_nodes()))
@@ -193,7 +193,7 @@ class RayLauncher:
             message = f"node {node.name} {'was preempted' if error.preempted else 'died'}"
         else:
             message = f"its process died: {_reason(error)}"
-        return Broke(message, node, progress or Progress(0, placed.task.total_steps), node_fault=gone)
+        return Crashed(message, node, progress or Progress(0, placed.task.total_steps), node_fault=gone)
 
 
 def _reason(error: ActorDiedError) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from bam_ray.blobs import BlobStore
 from bam_ray.blobs.check import open_checked_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
-from bam_ray.control.controller import Controller, Outcome
+from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
@@ -42,7 +42,7 @@ def run_tasks(
     kinds: Collection[ArtifactKind] | None = None,
     engine_factory: "EngineFactory | None" = None,
     functions: StageFunctions | None = None,
-) -> Outcome:
+) -> RunOutcome:
     """Make all artifacts of `kinds` and everything that they are made from, and return the outcome.
 
     After SIGTERM or SIGINT, all running tasks write a checkpoint before this returns. Errors of tasks are shown in the
@@ -84,9 +84,9 @@ class StatusReporter:
         self._store = store
         self._console = Console(width=TABLE_WIDTH, file=sys.stdout)
         self._written = self._printed = float("-inf")
-        self._before = status.last(store)
+        self._before = status.read_if_valid(store)
 
-    def __call__(self, changed: bool) -> None:
+    def __call__(self, changed: Sequence[object]) -> None:
         """Write and print what is due; called after every step of the controller."""
         now = time.monotonic()
         if changed or now - self._written >= STATUS_SECONDS:

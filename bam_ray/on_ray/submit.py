@@ -27,8 +27,8 @@ from rich.live import Live
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control import status
-from bam_ray.control.controller import DRAIN_PATIENCE
-from bam_ray.control.status import Row, Status
+from bam_ray.control.policies import STOP_TIMEOUT
+from bam_ray.control.status import Status, TaskRow
 from bam_ray.control.status_table import headline, render
 from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_line
 from bam_ray.settings import load_recipe
@@ -58,7 +58,7 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
         overrides = [*overrides, f"store.uri={Path(settings.store.uri).expanduser().absolute()}"]
     entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *overrides])
     # By default Ray kills a job 3 s after asking it to stop. Running tasks need longer for their last checkpoint.
-    stop_timeout = str(int(DRAIN_PATIENCE) + 30)
+    stop_timeout = str(int(STOP_TIMEOUT) + 30)
     try:
         job_id: str = client(address).submit_job(
             entrypoint=entrypoint,
@@ -183,7 +183,7 @@ class LineOutput:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def line(row: Row) -> str:
+def line(row: TaskRow) -> str:
     """Return the state of one task as one line."""
     parts = [f"{row.kind}/{row.name} {row.state}"]
     if row.node:

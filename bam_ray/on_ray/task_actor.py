@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from bam_ray.control.attempt import LOG_LINES, Attempt
-from bam_ray.control.observations import Alive, Queued, Sighting
+from bam_ray.control.observations import Alive, AttemptStatus, Queued
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.gauges import Gauges
 from bam_ray.on_ray.work import Work
@@ -38,12 +38,12 @@ class TaskActor:
         self._attempt = Attempt(lambda context: run(work, context), current_node(), self._log)
         self._gauges = Gauges(work.task.kind, work.task.name)
         self._attempt.start()
-        return self._attempt.where
+        return self._attempt.host
 
-    def poll(self) -> Sighting:
+    def poll(self) -> AttemptStatus:
         """Return the status of the attempt, and update the gauges."""
         assert self._attempt is not None
-        status = self._attempt.look()
+        status = self._attempt.poll()
         if not isinstance(status, Queued):
             self._gauges.update(status.progress)
         return replace(status, nodes=frozenset(self._nodes)) if isinstance(status, Alive) else status
@@ -58,7 +58,7 @@ class TaskActor:
         assert self._attempt is not None
         self._nodes.add(node.id)
         if rank == 0:
-            self._attempt.where = node
+            self._attempt.host = node
 
     def exchange(self, progress: Progress | None) -> bool:
         """Record the progress, and return True if the process group should stop; called by rank 0."""

@@ -46,7 +46,7 @@ class Work:
     def execute_rank(self, context: StageContext, rank: int) -> None:
         """Run one rank's part of the stage; raises `TypeError` if there is no engine factory."""
         if self.engine_factory is None:
-            raise TypeError(f"{self.task.where} trains on a process group: pass an engine factory to `run_tasks`")
+            raise TypeError(f"{self.task.full_name} trains on a process group: pass an engine factory to `run_tasks`")
         run = TaskRun(self.task, self.run, context, rank)
         if self.functions.run_rank is not None:
             self.functions.run_rank(run, self.engine_factory)

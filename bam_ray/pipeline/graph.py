@@ -1,10 +1,11 @@
-"""The tasks of a recipe, in an order that respects their parents.
+"""The tasks of a recipe, parents first.
 
     corpora/corpus ─▶ seeds/seed ─▶ branches/<domain> … ─▶ upcycled/<mixture> ─▶ mixtures/<mixture> ─▶ reports/report
 
-Identities are pure functions of the settings that determine an artifact's content and of its parents' identities, so
-all are known before anything runs. What only says how or where the work is done (micro batch, how often to write
-checkpoints, expert parallelism, what a worker needs) is no part of them: changing it goes on with the same artifacts.
+The id of a task is a pure function of the settings that determine its artifact's content and of its parents' ids, so
+all ids are known before anything runs. Settings that only control how or where the work is done (micro batch,
+checkpoint interval, expert parallelism, resource requests) are not part of an id: a run continues with the same
+artifacts after they change.
 """
 
 import math
@@ -15,103 +16,25 @@ from typing import Any
 from pydantic import BaseModel
 
 from bam_ray.checkpoint.manifest import ArtifactKind, identity
-from bam_ray.pipeline.tasks import Quorum, Task, fewer_workers
-from bam_ray.settings import Mixing, MixSettings, MixtureSettings, Needs, Recipe, TrainingSettings
+from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
+from bam_ray.settings import Mixing, MixtureSettings, Needs, Recipe, TrainingSettings
 
-DENSE = "dense"  # the model of the seed and of all branches
+DENSE = "dense"  # `Task.model` of the seed and of all branches
 
 
 def task_graph(recipe: Recipe) -> list[Task]:
-    """Every task of `recipe`, parents first."""
-    corpus = _task(ArtifactKind.CORPORA, "corpus", recipe.data)
-    seed = _task(
-        ArtifactKind.SEEDS,
-        "seed",
-        {
-            "scratch": _plain(recipe.seed.scratch),
-            "folder": recipe.seed.folder,
-            "training": _content(recipe.seed.training),
-            "blend": recipe.seed.blend,
-        },
-        parents=(corpus.id,),
-        needs=recipe.seed.needs,
-        workers=recipe.seed.workers,
-        min_workers=recipe.seed.min_workers,
-        sequence_length=recipe.data.sequence_length,
-        training=recipe.seed.training,
-        model=DENSE,
-    )
-    branches = [
-        _task(
-            ArtifactKind.BRANCHES,
-            domain,
-            {
-                "domain": domain,
-                "training": _content(recipe.branch.training),
-                "general_fraction": recipe.branch.general_fraction,
-            },
-            parents=(seed.id, corpus.id),
-            needs=recipe.branch.needs_of(domain),
-            workers=recipe.branch.workers_of(domain),
-            min_workers=recipe.branch.min_workers,
-            sequence_length=recipe.data.sequence_length,
-            training=recipe.branch.training,
-            model=DENSE,
-            max_attempts=recipe.branch.max_attempts,
-        )
-        for domain in recipe.branch.domains
-    ]
-    quorum = _quorum(recipe, branches)
-    upcycled = [
-        _task(
-            ArtifactKind.UPCYCLED,
-            name,
-            _upcycled_content(recipe, mixture),
-            parents=(seed.id, *(branch.id for branch in branches if mixture.has_branches)),
-            needs=recipe.upcycle.needs,
-            quorum=quorum if mixture.has_branches else None,
-        )
-        for name, mixture in recipe.upcycle.mixtures.items()
-    ]
-    mixtures = [
-        _task(
-            ArtifactKind.MIXTURES,
-            start.name,
-            {
-                "training": _content(recipe.mix.training),
-                "balance_sequences": recipe.mix.balance_sequences,
-                "blend": recipe.mix.blend,
-                "dynamic_blend": _plain(recipe.mix.dynamic_blend),
-                **recipe.mix.model_dump(mode="json", include=set(Mixing.model_fields)),
-            },
-            parents=(start.id, corpus.id),
-            needs=recipe.mix.needs,
-            workers=recipe.mix.processes,
-            min_workers=recipe.mix.min_workers,
-            sequence_length=recipe.data.sequence_length,
-            mix=recipe.mix,
-            training=recipe.mix.training,
-            model=f"mixture {start.name}",
-            max_attempts=recipe.mix.max_failures + 1,
-            at_once=recipe.mix.at_once,
-            # It starts with what was upcycled, and absorbs what arrives later
-            quorum=replace(start.quorum, at_least=0, deadline=0.0) if start.quorum else None,
-        )
-        for start in upcycled
-    ]
-    report = _task(
-        ArtifactKind.REPORTS,
-        "report",
-        {"tokens_per_domain": recipe.evaluate.tokens_per_domain},
-        parents=tuple(task.id for task in [corpus, seed, *branches, *mixtures]),
-        needs=recipe.evaluate.needs,
-        quorum=replace(quorum, at_least=0, deadline=math.inf) if quorum else None,
-    )
+    """Return every task of `recipe`, parents first."""
+    corpus = _corpus_task(recipe)
+    seed = _seed_task(recipe, corpus)
+    branches = [_branch_task(recipe, domain, seed, corpus) for domain in recipe.branch.domains]
+    upcycled = [_upcycled_task(recipe, name, seed, branches) for name in recipe.upcycle.mixtures]
+    mixtures = [_mixture_task(recipe, start, corpus) for start in upcycled]
+    report = _report_task(recipe, [corpus, seed, *branches, *mixtures], branches)
     return [corpus, seed, *branches, *upcycled, *mixtures, report]
 
 
 def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
-    """The tasks of `kinds` and everything they are made from, in the order of `tasks`."""
+    """Return the tasks of `kinds` and all tasks that they are made from, in the order of `tasks`."""
     wanted: set[str] = set()
     for task in reversed(tasks):  # children before parents
         if task.kind in kinds or task.id in wanted:
@@ -120,61 +43,136 @@ def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]
 
 
 def find_task(tasks: Sequence[Task], kind: ArtifactKind, name: str) -> Task:
-    """The one task of `kind` called `name`; raises KeyError."""
+    """Return the task of `kind` with `name`; raise `KeyError` if there is none."""
     for task in tasks:
         if task.kind == kind and task.name == name:
             return task
     raise KeyError(f"{kind}/{name}")
 
 
-def _task(
-    kind: ArtifactKind,
-    name: str,
-    settings: BaseModel | dict[str, Any],
-    *,
-    parents: tuple[str, ...] = (),
-    needs: Needs | None = None,
-    workers: int = 1,
-    min_workers: int | None = None,
-    sequence_length: int = 1,
-    mix: MixSettings | None = None,
-    training: TrainingSettings | None = None,
-    model: str = "",
-    max_attempts: int = 4,
-    at_once: int | None = None,
-    quorum: Quorum | None = None,
-) -> Task:
-    """A task whose identity is that of its settings and parents."""
-    sequences = training.batch_tokens // sequence_length if training else 0
-    alike, expert_parallel = (mix.process_multiple(sequences), mix.expert_parallel) if mix else (sequences, 1)
-    return Task(
-        kind=kind,
-        name=name,
-        id=identity(name, settings, parents),
-        parents=parents,
-        needs=needs or Needs(),
-        workers=workers,
-        fewer_workers=fewer_workers(workers, min_workers, alike, expert_parallel),
-        total_steps=training.steps if training else 0,
-        max_attempts=max_attempts,
-        at_once=at_once,
-        model=model if training else "",
-        step_tokens=training.batch_tokens if training else 0,
-        quorum=quorum,
+def _corpus_task(recipe: Recipe) -> Task:
+    return Task(ArtifactKind.CORPORA, "corpus", identity("corpus", recipe.data, ()), parents=(), needs=Needs())
+
+
+def _seed_task(recipe: Recipe, corpus: Task) -> Task:
+    seed = recipe.seed
+    content = {
+        "scratch": _plain(seed.scratch),
+        "folder": seed.folder,
+        "training": _content(seed.training),
+        "blend": seed.blend,
+    }
+    parents = (corpus.id,)
+    return _with_training(
+        Task(ArtifactKind.SEEDS, "seed", identity("seed", content, parents), parents, seed.needs, seed.workers),
+        seed.training,
+        seed.min_workers,
+        recipe.data.sequence_length,
     )
 
 
-def _quorum(recipe: Recipe, branches: Sequence[Task]) -> Quorum | None:
-    """With which of `branches` mixtures start; None: with all."""
+def _branch_task(recipe: Recipe, domain: str, seed: Task, corpus: Task) -> Task:
+    branch = recipe.branch
+    content = {
+        "domain": domain,
+        "training": _content(branch.training),
+        "general_fraction": branch.general_fraction,
+    }
+    parents = (seed.id, corpus.id)
+    task = Task(
+        ArtifactKind.BRANCHES,
+        domain,
+        identity(domain, content, parents),
+        parents,
+        branch.needs_of(domain),
+        branch.workers_of(domain),
+        max_attempts=branch.max_attempts,
+    )
+    return _with_training(task, branch.training, branch.min_workers, recipe.data.sequence_length)
+
+
+def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Task]) -> Task:
+    mixture = recipe.upcycle.mixtures[name]
+    made_from = branches if mixture.has_branches else []
+    parents = (seed.id, *(branch.id for branch in made_from))
+    return Task(
+        ArtifactKind.UPCYCLED,
+        name,
+        identity(name, _upcycled_content(recipe, mixture), parents),
+        parents,
+        recipe.upcycle.needs,
+        quorum=_quorum(recipe, branches) if mixture.has_branches else None,
+    )
+
+
+def _mixture_task(recipe: Recipe, start: Task, corpus: Task) -> Task:
+    mix, sequence_length = recipe.mix, recipe.data.sequence_length
+    content = {
+        "training": _content(mix.training),
+        "balance_sequences": mix.balance_sequences,
+        "blend": mix.blend,
+        "dynamic_blend": _plain(mix.dynamic_blend),
+        **mix.model_dump(mode="json", include=set(Mixing.model_fields)),
+    }
+    parents = (start.id, corpus.id)
+    shared = mix.process_multiple(mix.training.batch_tokens // sequence_length)
+    return Task(
+        ArtifactKind.MIXTURES,
+        start.name,
+        identity(start.name, content, parents),
+        parents,
+        mix.needs,
+        mix.processes,
+        fewer_workers(mix.processes, mix.min_workers, shared, mix.expert_parallel),
+        mix.training.steps,
+        mix.max_failures + 1,
+        at_once=mix.at_once,
+        model=f"mixture {start.name}",
+        step_tokens=mix.training.batch_tokens,
+        # The upcycled model has waited for the quorum; the mixture starts with it and absorbs late branches
+        quorum=replace(start.quorum, at_least=0, deadline=0.0) if start.quorum else None,
+    )
+
+
+def _report_task(recipe: Recipe, evaluated: Sequence[Task], branches: Sequence[Task]) -> Task:
+    parents = tuple(task.id for task in evaluated)
+    content = {"tokens_per_domain": recipe.evaluate.tokens_per_domain}
+    quorum = _quorum(recipe, branches)
+    return Task(
+        ArtifactKind.REPORTS,
+        "report",
+        identity("report", content, parents),
+        parents,
+        recipe.evaluate.needs,
+        quorum=replace(quorum, at_least=0, deadline=math.inf) if quorum else None,
+    )
+
+
+def _with_training(task: Task, training: TrainingSettings | None, least: int | None, sequence_length: int) -> Task:
+    """Return a dense task with its steps and the acceptable numbers of workers; a copied seed has no training."""
+    if training is None:
+        return task
+    sequences = training.batch_tokens // sequence_length
+    return replace(
+        task,
+        fewer_workers=fewer_workers(task.workers, least, sequences),
+        total_steps=training.steps,
+        model=DENSE,
+        step_tokens=training.batch_tokens,
+    )
+
+
+def _quorum(recipe: Recipe, branches: Sequence[Task]) -> BranchQuorum | None:
+    """Return which of `branches` the mixtures can start without; None if they start with all."""
     when = recipe.upcycle.when
     if when == "all":
         return None
     deadline = when.deadline_hours * 3600.0 if when.deadline_hours else 0.0
-    return Quorum(tuple((branch.id, branch.name) for branch in branches), when.at_least, deadline)
+    return BranchQuorum(tuple((branch.id, branch.name) for branch in branches), when.at_least, deadline)
 
 
 def _upcycled_content(recipe: Recipe, mixture: MixtureSettings) -> BaseModel | dict[str, Any]:
-    """A mixture of some branches must not be taken for that of all."""
+    """Return the settings that determine an upcycled model; with a quorum they include the quorum."""
     when = recipe.upcycle.when
     if when == "all" or not mixture.has_branches:
         return mixture
@@ -186,10 +184,10 @@ def _plain(settings: BaseModel | None) -> dict[str, Any] | None:
 
 
 def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
-    """The part of training settings that determines the weights."""
+    """Return the training settings that determine the weights."""
     if training is None:
         return None
     how = {"micro_batch_sequences", "recompute", "checkpoint_every", "keep_last", "keep_every", "zero_stage"}
     if training.on_not_finite == "retry":
-        how.add("on_not_finite")  # what was trained before there was a choice is not trained anew
+        how.add("on_not_finite")  # the ids of artifacts that are older than this setting stay the same
     return training.model_dump(mode="json", exclude=how)

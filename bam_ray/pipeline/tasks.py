@@ -1,7 +1,7 @@
-"""What is to be made, and how the code that makes it speaks with the controller.
+"""Tasks, and the interface between a stage and the process that runs it.
 
-A task makes one artifact. It is finished exactly when its artifact's manifest exists. While it runs it says how far it
-is (`Progress`) and is asked whether it should stop; nothing else passes between a task and the controller.
+A task makes one artifact. It is finished if and only if the manifest of its artifact exists. While a stage runs, it
+reports its `Progress` and asks whether it should stop; nothing else passes between a stage and the controller.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from bam_ray.settings import Needs
 
 
 @dataclass(frozen=True)
-class Quorum:
-    """The branches that a task need not wait for, and how many of them are enough."""
+class BranchQuorum:
+    """The branches that a task can start without, and the number of them that it requires."""
 
-    branches: tuple[tuple[str, str], ...]  # id and name
+    branches: tuple[tuple[str, str], ...]  # (task id, name) of each
     at_least: int
-    deadline: float  # seconds for which those that are still to come are waited for; inf: for all that can come
+    deadline: float  # seconds to wait for the other branches; 0: do not wait; inf: wait for all that can still come
 
 
 @dataclass(frozen=True)
@@ -29,56 +29,60 @@ class Task:
     kind: ArtifactKind
     name: str  # "corpus", "seed", a domain, a mixture, "report"
     id: str
-    parents: tuple[str, ...]  # ids of tasks that must be committed first
-    needs: Needs  # of each worker; once placed, the demand that was taken
+    parents: tuple[str, ...]  # ids of the tasks that must be committed first
+    needs: Needs  # of each worker; for a placed task, the resource request that was chosen
     workers: int = 1  # more than 1: a group of processes that train together
-    fewer_workers: tuple[int, ...] = ()  # what will do where nodes are gone for good, best first
+    fewer_workers: tuple[int, ...] = ()  # acceptable numbers of workers after nodes were lost for good, best first
     total_steps: int = 0
     max_attempts: int = 4
-    at_once: int | None = None  # how many tasks of this kind may be worked on together; None: as many as fit
-    model: str = ""  # tasks of one model and one demand go at the same speed on nodes of one kind
-    step_tokens: int = 0  # tokens of a step; 0: the steps are no measure of work
-    quorum: Quorum | None = None  # None: all parents must be committed first
+    at_once: int | None = None  # how many tasks of this kind may be active at the same time; None: no limit
+    model: str = ""  # tasks with equal models and resource requests train equally fast on nodes of one kind
+    step_tokens: int = 0  # tokens of a step; 0: the steps do not measure the work
+    quorum: BranchQuorum | None = None  # None: all parents must be committed first
 
     @property
-    def where(self) -> str:
-        """For people: `branches/law`."""
+    def full_name(self) -> str:
+        """The kind and name of the task for messages, such as `branches/law`."""
         return f"{self.kind}/{self.name}"
 
     @property
     def is_group(self) -> bool:
-        """Whether processes that train together do it; a mixture's are a group even where they are one."""
+        """True if a group of processes runs the task; a mixture is trained by a group even if it has one process."""
         return self.workers > 1 or self.kind == "mixtures"
 
     @property
     def trains_alone(self) -> bool:
-        """Whether one actor trains it, step by step: such a task is placed by speed, and moved."""
+        """True if one actor trains the task step by step; such a task is placed by speed and can be moved."""
         return not self.is_group and self.step_tokens > 0 and self.total_steps > 0
 
     def remaining_steps(self, progress: "Progress | None") -> int:
-        """Return the number of steps that are still to do, as far as `progress` tells."""
+        """Return the number of steps that are left, as far as `progress` shows."""
         return max(0, self.total_steps - (progress.step if progress else 0))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a running task says of itself."""
+    """The progress that a running stage reports.
+
+    The controller reads `step`, `total_steps` and `checkpoint_step`. The other fields are for status, metrics and drain
+    policies.
+    """
 
     step: int
     total_steps: int
-    loss: float | None = None  # NLL in nats a token, auxiliary losses not counted
+    loss: float | None = None  # NLL in nats per token, without auxiliary losses
     tokens_per_second: float | None = None
-    checkpoint_step: int | None = None  # the last committed
-    note: str = ""  # what it does now: "tokenising law"
-    load_imbalance: float | None = None  # of a mixture's experts: largest over mean share, in the worst layer
-    dead_experts: int | None = None  # of all layers
-    experts: tuple[str, ...] = ()  # of a mixture: their names
-    left_out: tuple[str, ...] = ()  # branches that this attempt could not make experts of
-    curves: Mapping[str, float] = field(default_factory=dict)  # the last value of each, by TensorBoard's names
+    checkpoint_step: int | None = None  # step of the last committed checkpoint
+    note: str = ""  # current activity, such as "tokenizing law"
+    load_imbalance: float | None = None  # largest over mean share of an expert, in the worst layer of a mixture
+    dead_experts: int | None = None  # in all layers of a mixture
+    experts: tuple[str, ...] = ()  # names of a mixture's experts
+    left_out: tuple[str, ...] = ()  # committed branches that this attempt could not turn into experts
+    curves: Mapping[str, float] = field(default_factory=dict)  # last value of each training curve, by TensorBoard tag
 
 
 class StageContext(Protocol):
-    """A stage's line to whoever runs it."""
+    """The connection of a stage to the process that runs it."""
 
     @property
     def node(self) -> str:
@@ -86,20 +90,26 @@ class StageContext(Protocol):
         ...
 
     def report(self, progress: Progress) -> None:
-        """Say how far the stage is; cheap enough for every step."""
+        """Report progress. The call is cheap enough for every step."""
         ...
 
     def should_stop(self) -> bool:
-        """Whether to write a checkpoint and raise `errors.Interrupted`; asked between steps."""
+        """Return True if the stage should write a checkpoint and raise `errors.Interrupted`; ask between steps."""
         ...
 
 
 def fewer_workers(workers: int, least: int | None, sequences: int, expert_parallel: int = 1) -> tuple[int, ...]:
-    """Numbers of workers that will do in place of `workers`, best first; none where `least` is None.
+    """Return the numbers of workers that can replace `workers`, best first.
 
-    They share `sequences` alike: the global batch, or of mixtures `MixSettings.alike`. Experts are spread over the
-    greatest common divisor of their number and `expert_parallel`, which is taken as large as can be: a worker's memory
-    was meant for its part of the experts.
+    Each number divides `sequences`, so that all workers get equally many sequences. Experts are sharded over the
+    greatest common divisor of the number and `expert_parallel`. Numbers with a larger divisor come first, because the
+    memory of a worker was requested for its share of the experts.
+
+    Args:
+        workers: The configured number of workers.
+        least: The smallest acceptable number; None allows no smaller number.
+        sequences: The global batch, or `MixSettings.process_multiple` for a mixture.
+        expert_parallel: The configured size of expert parallelism.
     """
     numbers = [number for number in range(least or workers, workers) if sequences % number == 0]
     return tuple(sorted(numbers, key=lambda number: (gcd(number, expert_parallel), number), reverse=True))

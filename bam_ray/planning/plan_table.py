@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bam_ray.control.status_table import amount, duration
 from bam_ray.planning.planner import Plan, Planned
 from bam_ray.scheduling.nodes import GIB, said_of
+from bam_ray.units import format_amount, format_duration
 
 NODES_SHOWN = 4  # of a task that moved often
 WRAPPED = ("each needs", "where")  # between words
@@ -49,14 +49,14 @@ def _cells(row: Planned) -> dict[str, str]:
         "task": task.name,
         "id": task.id,
         "steps": str(task.total_steps or ""),
-        "tokens": amount(row.tokens) if row.tokens else "",
+        "tokens": format_amount(row.tokens) if row.tokens else "",
         "workers": str(task.workers),
         "each needs": needs,
-        "memory": f"{amount(row.memory)}B" if row.memory else "",
-        "stored": f"{amount(row.kept)}B" if row.kept else "",
+        "memory": f"{format_amount(row.memory)}B" if row.memory else "",
+        "stored": f"{format_amount(row.kept)}B" if row.kept else "",
         "where": ", ".join(row.nodes[:NODES_SHOWN]) + left_out,
-        "begins": duration(row.begins),
-        "ends": duration(row.ends),
+        "begins": format_duration(row.begins),
+        "ends": format_duration(row.ends),
     }
 
 
@@ -82,22 +82,23 @@ def _words(plan: Plan) -> list[str]:
             for values in zip(*((row.written, row.kept, row.most) for row in plan.rows), strict=True)
         )
         lines.append(
-            f"{amount(plan.size.parameters)} parameters a branch, {amount(tokens)} tokens in all; {amount(written)}B "
-            f"written to the blob store, {amount(most)}B there at most, {amount(kept)}B in the end (corpora left out)"
+            f"{format_amount(plan.size.parameters)} parameters a branch, {format_amount(tokens)} tokens in all; "
+            f"{format_amount(written)}B written to the blob store, {format_amount(most)}B there at most, "
+            f"{format_amount(kept)}B in the end (corpora left out)"
         )
         lines.append("memory is an estimate of weights, gradients, AdamW and activations in fp32 or as the recipe says")
     else:
-        lines.append(f"{amount(tokens)} tokens in all; the seed's size is not known before the run")
+        lines.append(f"{format_amount(tokens)} tokens in all; the seed's size is not known before the run")
     if plan.cluster and plan.simulated:
         run = plan.simulated
         outcome = "not finished" if run.outcome == "running" else run.outcome
         nodes = sum(group.count for group in plan.cluster.nodes.values())
         lines.append(
             f"simulated on {plan.cluster.name} ({nodes} node{'' if nodes == 1 else 's'}): "
-            f"{outcome} after {duration(run.seconds)}, {run.preemptions} preemptions, {run.moves} moves"
+            f"{outcome} after {format_duration(run.seconds)}, {run.preemptions} preemptions, {run.moves} moves"
         )
         lines += [
-            f"{stage.kind}: {duration(stage.seconds)}, at best {duration(stage.at_best)} "
+            f"{stage.kind}: {format_duration(stage.seconds)}, at best {format_duration(stage.at_best)} "
             f"({stage.seconds / stage.at_best:.2f} ×)"
             for stage in plan.stages
         ]
@@ -108,11 +109,11 @@ def _warnings(plan: Plan) -> list[str]:
     """What went wrong, and what looks too large for the nodes it ran on."""
     if not plan.cluster or not plan.simulated:
         return []
-    lines = [f"{row.task.where}: {error}" for row in plan.rows if (error := plan.simulated.errors.get(row.task.id))]
+    lines = [f"{row.task.full_name}: {error}" for row in plan.rows if (error := plan.simulated.errors.get(row.task.id))]
     for kind, group in plan.cluster.nodes.items():
         there = group.device_memory_gib if group.gpus else group.memory_gib
         here = [row for row in plan.rows if any(node.startswith(f"{kind}-") for node in row.nodes)]
-        large = [row.task.where for row in here if there and (row.memory or 0) > there * GIB]
+        large = [row.task.full_name for row in here if there and (row.memory or 0) > there * GIB]
         if large:
             what = "a GPU" if group.gpus else "a node"
             lines.append(f"{what} of {kind} has {there:g} GiB, too little for {', '.join(large)}: mend their needs")

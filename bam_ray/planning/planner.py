@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.control.status_table import duration
 from bam_ray.errors import SettingsError
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
@@ -15,6 +14,7 @@ from bam_ray.planning.simulate import Simulated, SpeedOf, simulate
 from bam_ray.scheduling.matching import bound
 from bam_ray.scheduling.nodes import NodeFacts, demand_met, fits, resources_of, selects
 from bam_ray.settings import MixtureSettings, Recipe, TrainingSettings
+from bam_ray.units import format_duration
 
 LOOKS = 150  # of the simulated controller between events, over the time that the longest stage takes at best
 LATE = 300.0  # seconds that a task without a node waits longer than it must, at most
@@ -63,13 +63,16 @@ class Plan:
         run = self.simulated
         if not run or run.outcome == "finished":
             return None
-        first = next((f"{row.task.where}: {error}" for row in self.rows if (error := run.errors.get(row.task.id))), "")
+        first = next(
+            (f"{row.task.full_name}: {error}" for row in self.rows if (error := run.errors.get(row.task.id))), ""
+        )
         if run.outcome == "failed":
-            return f"the simulated run fails after {duration(run.seconds)}: {first}"
-        open_still = ", ".join(row.task.where for row in self.rows if row.ends is None)
+            return f"the simulated run fails after {format_duration(run.seconds)}: {first}"
+        open_still = ", ".join(row.task.full_name for row in self.rows if row.ends is None)
         return (
-            f"the simulated run has not finished after {duration(run.seconds)}, {TOO_LONG} times as long as it takes "
-            f"at best, without {open_still}: write checkpoints more often, ask for fewer workers or for steadier nodes"
+            f"the simulated run has not finished after {format_duration(run.seconds)}, {TOO_LONG} times as long "
+            f"as it takes at best, without {open_still}: write checkpoints more often, "
+            f"ask for fewer workers or for steadier nodes"
         )
 
 

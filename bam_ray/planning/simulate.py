@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.manifest import MANIFEST
-from bam_ray.control.controller import Controller, Outcome
-from bam_ray.control.observations import Alive, Broke, Done, Queued, Sighting, Stopped
-from bam_ray.pipeline.states import Committed, Ended, Failed, Node, Retrying
+from bam_ray.control.controller import Controller, RunOutcome
+from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Done, Queued, Stopped
+from bam_ray.control.transitions import changed_tasks
+from bam_ray.pipeline.states import AttemptRecord, Committed, Failed, Node, Retrying
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
 from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, fits, resources_of, selector_of, selects
@@ -110,7 +111,7 @@ class SimulatedLauncher:
         run = self._runs[task.id] = _Run(task, node_id, avoid)
         self._seat(run)
 
-    def poll(self) -> dict[str, Sighting]:
+    def poll(self) -> dict[str, AttemptStatus]:
         return {task_id: self._look(run) for task_id, run in self._runs.items()}
 
     def drain(self, task_id: str) -> None:
@@ -220,7 +221,7 @@ class SimulatedLauncher:
             reached = run.step(self.now - self._cluster.checkpoint_seconds) // every * every
             self._durable[run.task.id] = max(self._durable.get(run.task.id, 0), reached)
 
-    def _look(self, run: _Run) -> Sighting:
+    def _look(self, run: _Run) -> AttemptStatus:
         if not run.machines:
             return Queued()
         step = run.step(self.now)
@@ -230,7 +231,7 @@ class SimulatedLauncher:
         progress = Progress(step, total, checkpoint_step=durable, experts=run.experts) if trained else None
         if run.broke:
             lost = Progress(durable or 0, total, checkpoint_step=durable)
-            return Broke(f"node {run.node.name} was preempted", run.node, lost, node_fault=True)
+            return Crashed(f"node {run.node.name} was preempted", run.node, lost, node_fault=True)
         if self.now < run.ends_at:
             return Alive(run.node, progress)
         if run.stops_at < math.inf and step < total:
@@ -244,9 +245,9 @@ class SimulatedLauncher:
 class Simulated:
     """How a simulated run went. Times in seconds from its begin."""
 
-    outcome: Outcome
+    outcome: RunOutcome
     seconds: float
-    attempts: Mapping[str, tuple[Ended, ...]]  # by task id
+    attempts: Mapping[str, tuple[AttemptRecord, ...]]  # by task id
     preemptions: int
     errors: Mapping[str, str]  # of tasks that failed, by id
 
@@ -286,18 +287,18 @@ def simulate(
     controller = Controller(tasks, store, launcher, clock=lambda: launcher.now, wall=lambda: launcher.now)
     alone = [task.id for task in tasks if task.trains_alone]
     while True:
-        changed = controller.step()
+        transitions = controller.step()
         now = launcher.now
         if controller.outcome() != "running" or now >= until:
             break
         retries = [state.not_before for state in controller.states.values() if isinstance(state, Retrying)]
         # One that could have begun already waits for room, which comes with an event
         times = [launcher.next_event(), until, *(max(now + grain, retry) for retry in retries if retry > now)]
-        if changed:
+        if changed_tasks(transitions):
             times.append(now + SOON)
         if any(not isinstance(controller.states[task_id], Committed) for task_id in alone):
             times.append(now + look_every)  # what moves, moves between events too
         launcher.advance(min(times))
-    histories = {task_id: controller.history(task_id).ended for task_id in controller.tasks}
+    histories = {task_id: controller.history(task_id).past_attempts for task_id in controller.tasks}
     errors = {task_id: state.error for task_id, state in controller.states.items() if isinstance(state, Failed)}
     return Simulated(controller.outcome(), launcher.now, histories, launcher.preemptions, errors)

@@ -1,4 +1,4 @@
-"""The nodes at one look of the controller, and what of them it gives away while it looks."""
+"""The nodes of the cluster during one controller step, and the capacity that the step assigns."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -7,98 +7,113 @@ from bam_ray.errors import PlacementError
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, room, said_of, selects
 from bam_ray.scheduling.throughput import Group
-from bam_ray.settings import Needs
+from bam_ray.settings import Demand, Needs
 
-_Key = tuple[float, float, float, tuple[tuple[str, str], ...]]  # what tells demands apart
+_Key = tuple[float, float, float, tuple[tuple[str, str], ...]]  # equal for equal resource requests
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A demand that the cluster can meet."""
+class ChosenRequest:
+    """The resource request of a task that the cluster can satisfy."""
 
-    needs: Needs  # without a fallback
+    needs: Needs  # without fallbacks
     group: Group
-    said: str  # of a fallback
+    message: str  # why a fallback was chosen; empty for the first choice
 
 
-class Snapshot:
-    """Free room on nodes, by demand."""
+class ClusterView:
+    """The nodes of a cluster and their free capacity, counted in workers for each resource request.
+
+    The `reserve` methods take capacity from this view; all other methods only answer questions. The launcher and the
+    cluster do not see the reservations.
+    """
 
     def __init__(self, nodes: Sequence[NodeFacts]) -> None:
         self.nodes = {node.id: node for node in nodes}
         self._free = {node.id: dict(node.free) for node in nodes}
-        self._rooms: dict[_Key, tuple[dict[str, float], dict[str, int]]] = {}
+        self._capacities: dict[_Key, tuple[dict[str, float], dict[str, int]]] = {}
         self._fitting: dict[_Key, list[NodeFacts]] = {}
-        self._taken: dict[tuple[int, str, int], Taken] = {}
+        self._chosen: dict[tuple[_Key, tuple[_Key, ...], str, int], ChosenRequest] = {}
 
-    def taken(self, task: Task) -> Taken:
-        """The demand of `task` that is taken; raises `PlacementError` where none can ever be met."""
-        key = id(task.needs), task.model, task.workers
-        if key not in self._taken:
-            demand, said = demand_met(task, list(self.nodes.values()))
-            self._taken[key] = Taken(as_needs(demand), (task.model, said_of(demand)), said)
-        return self._taken[key]
+    def choose_request(self, task: Task) -> ChosenRequest:
+        """Return the first resource request of `task` that the idle nodes could satisfy for all workers.
+
+        Raises:
+            PlacementError: The nodes can satisfy none of them.
+        """
+        key = _key(task.needs), tuple(map(_key, task.needs.fallback)), task.model, task.workers
+        if key not in self._chosen:
+            demand, message = demand_met(task, list(self.nodes.values()))
+            self._chosen[key] = ChosenRequest(as_needs(demand), (task.model, said_of(demand)), message)
+        return self._chosen[key]
 
     def can_hold(self, task: Task) -> bool:
-        """Whether the nodes could hold all workers of `task` if they were idle."""
+        """Return True if the nodes could hold all workers of `task` if they were idle."""
         try:
-            self.taken(task)
+            self.choose_request(task)
         except PlacementError:
             return False
         return True
 
-    def fitting(self, needs: Needs) -> list[NodeFacts]:
-        """The nodes that could hold a worker if they were idle, and will stay."""
-        if _key(needs) not in self._fitting:
+    def fitting_nodes(self, needs: Needs) -> list[NodeFacts]:
+        """Return the nodes that could hold a worker if they were idle, without those that will be taken away."""
+        key = _key(needs)
+        if key not in self._fitting:
             wanted, labels = resources_of(needs), needs.labels
             staying = [node for node in self.nodes.values() if not node.leaving]
             fitting = [node for node in staying if selects(labels, node.labels) and fits(wanted, node.resources)]
-            self._fitting[_key(needs)] = fitting
-        return self._fitting[_key(needs)]
+            self._fitting[key] = fitting
+        return self._fitting[key]
 
-    def free(self, needs: Needs) -> dict[str, int]:
-        """How many more workers each node has room for now, by id, those with room alone."""
-        return {node_id: count for node_id, count in self._rooms_for(needs).items() if count > 0}
+    def free_capacity(self, needs: Needs) -> dict[str, int]:
+        """Return how many more workers each node can hold now, by node id, without full nodes."""
+        return {node_id: count for node_id, count in self._capacity(needs).items() if count > 0}
 
-    def take(self, node_id: str, needs: Needs) -> None:
-        """Give away room for one worker."""
+    def nodes_to_avoid(
+        self, needs: Needs, avoid: frozenset[str], workers: int = 1, wait: bool = False
+    ) -> frozenset[str]:
+        """Return `avoid` if the other nodes are enough for `workers`, else an empty set.
+
+        The other nodes are enough if they have the capacity now, or, with `wait`, if they had it when idle.
+        """
+        if not avoid:
+            return avoid
+        others = [node for node in self.fitting_nodes(needs) if node.id not in avoid]
+        if wait:
+            capacity = room(needs, others, workers)
+        else:
+            free = self.free_capacity(needs)
+            capacity = sum(free.get(node.id, 0) for node in others)
+        return avoid if capacity >= workers else frozenset()
+
+    def reserve(self, node_id: str, needs: Needs) -> None:
+        """Reserve capacity for one worker on a node."""
         free = self._free[node_id]
         for name, amount in resources_of(needs).items():
             free[name] = free.get(name, 0.0) - amount
-        for wanted, rooms in self._rooms.values():
-            if wanted and node_id in rooms:
-                rooms[node_id] = fits(wanted, free)
+        for wanted, capacities in self._capacities.values():
+            if wanted and node_id in capacities:
+                capacities[node_id] = fits(wanted, free)
 
-    def spared(self, needs: Needs, avoid: frozenset[str], workers: int = 1, wait: bool = False) -> frozenset[str]:
-        """`avoid` where the other nodes have room for `workers` now, or (`wait`) would have if they were idle, else
-        nothing."""
-        if not avoid:
-            return avoid
-        others = [node for node in self.fitting(needs) if node.id not in avoid]
-        if wait:
-            there = room(needs, others, workers)
-        else:
-            free = self.free(needs)
-            there = sum(free.get(node.id, 0) for node in others)
-        return avoid if there >= workers else frozenset()
-
-    def take_any(self, needs: Needs, avoid: Collection[str] = ()) -> bool:
-        """Give away room for one worker on the node with the most that is not in `avoid`."""
-        rooms = self._rooms_for(needs)
-        best = max((node_id for node_id in rooms if node_id not in avoid), key=rooms.__getitem__, default=None)
-        if best is None or rooms[best] < 1:
+    def reserve_any(self, needs: Needs, avoid: Collection[str] = ()) -> bool:
+        """Reserve capacity for one worker on the emptiest node outside `avoid`; return False if there is none."""
+        capacities = self._capacity(needs)
+        candidates = (node_id for node_id in capacities if node_id not in avoid)
+        best = max(candidates, key=capacities.__getitem__, default=None)
+        if best is None or capacities[best] < 1:
             return False
-        self.take(best, needs)
+        self.reserve(best, needs)
         return True
 
-    def _rooms_for(self, needs: Needs) -> dict[str, int]:
-        if _key(needs) not in self._rooms:
+    def _capacity(self, needs: Needs) -> dict[str, int]:
+        key = _key(needs)
+        if key not in self._capacities:
             wanted = resources_of(needs)
             most = MANY if wanted else 1
-            rooms = {node.id: fits(wanted, self._free[node.id], most) for node in self.fitting(needs)}
-            self._rooms[_key(needs)] = wanted, rooms
-        return self._rooms[_key(needs)][1]
+            counts = {node.id: fits(wanted, self._free[node.id], most) for node in self.fitting_nodes(needs)}
+            self._capacities[key] = wanted, counts
+        return self._capacities[key][1]
 
 
-def _key(needs: Needs) -> _Key:
-    return needs.cpus, needs.gpus, needs.memory_gib, tuple(needs.labels.items())
+def _key(demand: Demand) -> _Key:
+    return demand.cpus, demand.gpus, demand.memory_gib, tuple(demand.labels.items())

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling import elastic
-from bam_ray.scheduling.cluster_view import Snapshot
+from bam_ray.scheduling.cluster_view import ClusterView
 from bam_ray.scheduling.nodes import NodeFacts
 
 JOIN_PATIENCE = 600.0  # seconds that a head has for its first worker, which may be a machine that is still to start
@@ -40,7 +40,7 @@ class DemandCheck:
             self._check(tasks)
 
     def _check(self, tasks: Iterable[Task]) -> None:
-        seen = Snapshot(list(self._seen.values()))
+        seen = ClusterView(list(self._seen.values()))
         for task in tasks:
             if elastic.shrunk(task, seen.can_hold) is None:
-                seen.taken(task)
+                seen.choose_request(task)

@@ -93,7 +93,7 @@ def demand_met(task: Task, nodes: Sequence[NodeFacts]) -> tuple[Demand, str]:
             return demand, said
     asked = " or ".join(_with_workers(task, demand) for demand in demands)
     raise PlacementError(
-        f"{task.where} needs {asked}, which the {len(nodes)} living nodes can never give "
+        f"{task.full_name} needs {asked}, which the {len(nodes)} living nodes can never give "
         f"({said_of_nodes(nodes)}): mend {task.kind.setting} or add nodes"
     )
 

@@ -1,142 +1,199 @@
-"""Where tasks that train alone should go, and which should move: `matching` over one snapshot, group by group.
+"""Decide which tasks start now, on which nodes, and which running tasks move: pure functions over one cluster view.
 
-Tasks of one group (same model, same demand) are matched with the slots of the nodes that can hold them. Until a speed
-has been measured for a group its tasks go wherever there is room.
+Tasks that train alone are placed by speed (`speed_placement`). All others, groups among them, start in the order of
+their remaining steps while the launcher's queue is short. If the launcher chooses nodes itself, there is no cluster
+view, and every task goes to the launcher's queue.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from bam_ray.pipeline.states import Draining, History, Placing, Running
+from bam_ray.errors import PlacementError
+from bam_ray.pipeline.states import Active, History, Placing
 from bam_ray.pipeline.tasks import Progress, Task
-from bam_ray.scheduling.cluster_view import Snapshot
-from bam_ray.scheduling.matching import Level, Slot, match, to_move
+from bam_ray.scheduling import elastic
+from bam_ray.scheduling.cluster_view import ClusterView
+from bam_ray.scheduling.speed_placement import SpeedPlacement
 from bam_ray.scheduling.throughput import Group, Speeds
-from bam_ray.settings import Needs
 
-AMORTISED = 2.0  # a task moves only when it has trained this many times what moving costs
-
-
-@dataclass
-class _Members:
-    """The unfinished tasks of one group."""
-
-    needs: Needs
-    waiting: dict[str, tuple[Task, Level]] = field(default_factory=dict)
-    active: dict[str, Level] = field(default_factory=dict)
-    leaving: dict[str, Level] = field(default_factory=dict)
-    history: dict[str, History] = field(default_factory=dict)
+MAX_PENDING = 32  # tasks in the launcher's queue: enough to keep nodes busy, few enough that our order still matters
 
 
-class Placement:
-    """Fill with what is unfinished, then ask."""
+class ReadyTask(NamedTuple):
+    """A task that can start."""
 
-    def __init__(self, snapshot: Snapshot, speeds: Speeds, now: float, kinds: Mapping[str, str]) -> None:
-        self._snapshot = snapshot
-        self._speeds = speeds
-        self._now = now
-        self._kinds = kinds
-        self._groups: dict[Group, _Members] = {}
-
-    def add_active(self, task: Task, group: Group, state: Placing | Running | Draining) -> None:
-        """One that a node has, or is meant to have; `task` with the demand that was taken."""
-        members = self._groups.setdefault(group, _Members(task.needs))
-        node_id = state.node_id if isinstance(state, Placing) else state.node.id if state.node else None
-        if node_id is None:  # in the launcher's queue: it will take some room
-            self._snapshot.take_any(task.needs)
-            return
-        node = self._snapshot.nodes.get(node_id)
-        if node is None or node.leaving:  # it died, which will soon be seen, or will
-            return
-        level = Level(task.id, _tokens(task, state.progress), node_id, self._may_move(group, state))
-        if isinstance(state, Draining):
-            members.leaving[task.id] = level
-        else:
-            members.active[task.id] = level
-
-    def add_waiting(self, task: Task, progress: Progress | None, history: History) -> None:
-        """One that is ready; raises `PlacementError` where no node can ever hold it."""
-        taken = self._snapshot.taken(task)
-        members = self._groups.setdefault(taken.group, _Members(taken.needs))
-        members.waiting[task.id] = task, Level(task.id, _tokens(task, progress))
-        members.history[task.id] = history
-
-    def to_move(self) -> list[str]:
-        """Running tasks that should leave their nodes."""
-        moving: list[str] = []
-        for group, members in self._groups.items():
-            slots = self._slots(group, members, in_use=True)
-            if slots:
-                away = [Level(level.task_id, level.tokens) for level in members.leaving.values()]
-                waiting = [level for _, level in members.waiting.values()]
-                levels = [*members.active.values(), *away, *waiting]
-                moving += to_move(levels, slots, self._speeds.cost(group))
-        return moving
-
-    def leaves(self, task_id: str) -> None:
-        """It has been asked to."""
-        for members in self._groups.values():
-            if task_id in members.active:
-                members.leaving[task_id] = members.active.pop(task_id)
-
-    def to_place(self) -> Iterator[tuple[Task, str | None, frozenset[str]]]:
-        """What should begin now, and on which node; None: on any with room, off those that come third."""
-        for group, members in self._groups.items():
-            if not self._snapshot.free(members.needs):
-                continue
-            if self._slots(group, members, in_use=False):
-                yield from self._matched(group, members)
-            else:
-                yield from self._anywhere(members)
-
-    def _matched(self, group: Group, members: _Members) -> Iterator[tuple[Task, str, frozenset[str]]]:
-        """The longest to the fastest; a task that is leaving, and its room, count as if it had left."""
-        free = self._snapshot.free(members.needs)
-        levels = [*(level for _, level in members.waiting.values()), *members.leaving.values()]
-        avoid = {task_id: self._spared(task_id, members) for task_id in members.waiting}
-        matched = match(levels, self._slots(group, members, in_use=False), avoid)
-        for task_id, slot in matched.items():
-            if task_id in members.waiting and free.get(slot.node_id, 0) > 0:
-                free[slot.node_id] -= 1
-                self._snapshot.take(slot.node_id, members.needs)
-                yield members.waiting[task_id][0], slot.node_id, frozenset()
-
-    def _anywhere(self, members: _Members) -> Iterator[tuple[Task, None, frozenset[str]]]:
-        for task, _ in sorted(members.waiting.values(), key=lambda each: each[1].tokens, reverse=True):
-            avoid = self._spared(task.id, members)
-            if self._snapshot.take_any(members.needs, avoid):
-                yield task, None, avoid
-            elif not avoid:
-                return
-
-    def _slots(self, group: Group, members: _Members, in_use: bool) -> list[Slot]:
-        """Room that is free or becomes so, or (`in_use`) all room of this group; empty where nothing was measured."""
-        fitting = self._snapshot.fitting(members.needs)
-        speeds = self._speeds.expected(group, {node.kind for node in fitting})
-        if not speeds:
-            return []
-        counts: dict[str, int] = defaultdict(int, self._snapshot.free(members.needs))
-        for level in [*members.leaving.values(), *(members.active.values() if in_use else ())]:
-            assert level.node_id is not None
-            counts[level.node_id] += 1
-        return [
-            Slot(node_id, speeds[self._kinds[node_id]])
-            for node_id, count in counts.items()
-            if self._kinds[node_id] in speeds
-            for _ in range(count)
-        ]
-
-    def _spared(self, task_id: str, members: _Members) -> frozenset[str]:
-        """Nodes that a waiting task should not go to now."""
-        history = members.history[task_id]
-        return self._snapshot.spared(members.needs, history.avoid, wait=history.would_wait)
-
-    def _may_move(self, group: Group, state: Placing | Running | Draining) -> bool:
-        if not isinstance(state, Running) or state.steps_per_second is None:
-            return False
-        return self._now - state.since > AMORTISED * self._speeds.cost(group)
+    task: Task
+    history: History
+    progress: Progress | None  # of its last attempt
 
 
-def _tokens(task: Task, progress: Progress | None) -> float:
-    return float(task.remaining_steps(progress) * task.step_tokens)
+class ActiveTask(NamedTuple):
+    """A task with an attempt; `task` carries the chosen resource request and number of workers."""
+
+    task: Task
+    group: Group
+    state: Active
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start an attempt now.
+
+    Attributes:
+        task: The task with the chosen resource request and number of workers.
+        group: The throughput group that the attempt is measured in.
+        avoid: Ids of nodes that the launcher should avoid if it chooses the node.
+        node_id: The node to start on; None lets the launcher choose.
+        message: About the placement, such as a fallback that was chosen.
+        no_capacity_since: Since when the cluster could not hold all configured workers.
+    """
+
+    task: Task
+    group: Group
+    avoid: frozenset[str] = frozenset()
+    node_id: str | None = None
+    message: str = ""
+    no_capacity_since: float | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """Drain a running task, so that it continues on another node."""
+
+    task_id: str
+
+
+@dataclass(frozen=True)
+class NoCapacity:
+    """The living nodes could not hold a task even if they were idle."""
+
+    task_id: str
+    error: PlacementError
+    no_capacity_since: float | None
+
+
+PlacementDecision = Start | Move | NoCapacity
+
+
+def plan_placement(
+    ready: Sequence[ReadyTask],
+    active: Sequence[ActiveTask],
+    view: ClusterView | None,
+    speeds: Speeds,
+    kinds: Mapping[str, str],
+    now: float,
+) -> Iterator[PlacementDecision]:
+    """Decide what happens to all tasks that are ready or active.
+
+    Args:
+        ready: The tasks that can start.
+        active: The tasks that have an attempt.
+        view: The cluster; capacity is reserved in it. None: the launcher chooses among its own nodes.
+        speeds: The measured speeds and costs.
+        kinds: The kinds of all known nodes, by node id.
+        now: The time on the controller's clock.
+    """
+    if view is None:
+        for each in choose_queued(ready, active):
+            yield Start(each.task, (each.task.model, ""), each.history.avoid)
+        return
+    for each in choose_queued([each for each in ready if not each.task.trains_alone], active):
+        avoid = _nodes_to_avoid(each, view)
+        if _reserve_group(each.task, view, avoid):
+            yield _start(each, view, now, avoid)
+    alone = [each for each in ready if each.task.trains_alone]
+    training = [each for each in active if each.task.trains_alone]
+    yield from _plan_by_speed(alone, training, view, SpeedPlacement(view, speeds, now, kinds), now)
+
+
+def choose_queued(ready: Iterable[ReadyTask], active: Iterable[ActiveTask]) -> list[ReadyTask]:
+    """Return the ready tasks to hand to the launcher now, the longest first, while its queue is short.
+
+    `Task.at_once` limits how many tasks of one kind are active at the same time.
+    """
+    together: Counter[str] = Counter()
+    pending = 0
+    for placed in active:
+        together[placed.task.kind] += 1
+        pending += isinstance(placed.state, Placing) and placed.state.node_id is None
+    chosen: list[ReadyTask] = []
+    for each in sorted(ready, key=lambda each: each.task.remaining_steps(each.progress), reverse=True):
+        task = each.task
+        if pending + len(chosen) >= MAX_PENDING:
+            break
+        if task.at_once is None or together[task.kind] < task.at_once:
+            chosen.append(each)
+            together[task.kind] += 1
+    return chosen
+
+
+def is_stranded(task: Task, waited: float, view: ClusterView) -> bool:
+    """Return True if a group, `waited` seconds after it was placed, waits for ranks that no living node can hold."""
+    return task.is_group and waited > elastic.PATIENCE and not view.can_hold(task)
+
+
+def _plan_by_speed(
+    ready: Sequence[ReadyTask], active: Iterable[ActiveTask], view: ClusterView, placement: SpeedPlacement, now: float
+) -> Iterator[PlacementDecision]:
+    """Decide what happens to the tasks that train alone."""
+    for placed in active:
+        placement.add_active(placed.task, placed.group, placed.state)
+    for each in ready:
+        try:
+            placement.add_waiting(each.task, each.progress, each.history)
+        except PlacementError as error:
+            yield NoCapacity(each.task.id, error, each.history.no_capacity_since)
+    for task_id in placement.moves():
+        placement.mark_leaving(task_id)
+        yield Move(task_id)
+    by_id = {each.task.id: each for each in ready}
+    for task, node_id, avoid in placement.starts():
+        yield _start(by_id[task.id], view, now, avoid, node_id)
+
+
+def _nodes_to_avoid(ready: ReadyTask, view: ClusterView) -> frozenset[str]:
+    """Return the nodes that a task whose node the launcher chooses should not start on now."""
+    task, history = ready.task, ready.history
+    if not view.can_hold(task):
+        return history.avoid
+    needs = view.choose_request(task).needs
+    return view.nodes_to_avoid(needs, history.avoid, task.workers, history.waits_for_other_nodes)
+
+
+def _reserve_group(task: Task, view: ClusterView, avoid: frozenset[str]) -> bool:
+    """Reserve capacity for all workers of a group; return False if they do not all fit now.
+
+    The capacity of a group that does not fit stays reserved in the view, so that no other task takes it.
+    """
+    if not task.is_group or not view.can_hold(task):
+        return True
+    needs = view.choose_request(task).needs
+    return all([view.reserve_any(needs, avoid) for _ in range(task.workers)])
+
+
+def _start(
+    ready: ReadyTask, view: ClusterView, now: float, avoid: frozenset[str], node_id: str | None = None
+) -> Start | NoCapacity:
+    """Start a task with the first of its resource requests that the cluster can satisfy."""
+    task, since = _fit_workers(ready, view, now)
+    try:
+        request = view.choose_request(task)
+    except PlacementError as error:
+        return NoCapacity(task.id, error, since)
+    message = request.message
+    if task.workers < ready.task.workers:
+        message = f"continues with {task.workers} of {ready.task.workers} workers"
+    return Start(replace(task, needs=request.needs), request.group, avoid, node_id, message, since)
+
+
+def _fit_workers(ready: ReadyTask, view: ClusterView, now: float) -> tuple[Task, float | None]:
+    """Return the task, with fewer workers if all have not fit for too long, and since when they have not fit."""
+    task = ready.task
+    if view.can_hold(task):
+        return task, None
+    since = now if ready.history.no_capacity_since is None else ready.history.no_capacity_since
+    if now - since < elastic.PATIENCE:
+        return task, since
+    return elastic.shrunk(task, view.can_hold) or task, since

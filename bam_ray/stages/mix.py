@@ -17,7 +17,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.evaluation.perplexity import perplexity
-from bam_ray.pipeline.tasks import Quorum
+from bam_ray.pipeline.tasks import BranchQuorum
 from bam_ray.settings import MixSettings
 from bam_ray.stages.absorb import StartPoint, absorb_late_branches
 from bam_ray.stages.task_run import TaskRun
@@ -110,7 +110,7 @@ def _dynamic_sampler(
     return DynamicBlendSampler(sampler, settings, reference, rows)
 
 
-def _quorum_record(quorum: Quorum, initial: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:
+def _quorum_record(quorum: BranchQuorum, initial: Artifact, experts: Sequence[str], lineage: Path) -> dict[str, Any]:
     """Return the fields of a `TrainingJob` that record branches which were committed late, or not in time."""
     first = initial.manifest()
     assert first is not None

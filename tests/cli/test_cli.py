@@ -101,4 +101,4 @@ def test_status_tells_what_is_stored(
     out = capsys.readouterr().out
     assert "demo: finished, 0 of 0 committed" in out
     size = store.size("seeds/seed-1/manifest.json")
-    assert f"stored: seeds {size}B; {size}B in all" in out
+    assert f"stored: seeds {size}B; {size}B in total" in out

@@ -215,10 +215,11 @@ def test_a_branch_moves_to_a_faster_node(cluster: Cluster, seeded: Recipe) -> No
         assert len(nodes_of_steps) == 300, "no step is repeated"
         assert set(nodes_of_steps) <= {fast, slow}
         changes = sum(here != there for here, there in itertools.pairwise(nodes_of_steps))
-        causes = [ended.cause for ended in histories[name].ended]
+        causes = [ended.cause for ended in histories[name].past_attempts]
         assert causes == ["moved"] * changes + ["committed"]
         assert (
-            histories[name].said == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU, labels seconds=in(0.05,1.0)"
+            histories[name].message
+            == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU, labels seconds=in(0.05,1.0)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Identities follow from what determines the content, and from nothing else."""
+"""The tasks of a recipe: their parents, their settings, and the settings that determine their ids."""
 
 import pytest
 
@@ -11,7 +11,7 @@ BRANCHES = {"branches/code", "branches/law", "branches/general"}
 MIXED = {"upcycled/bam", "upcycled/btx", "mixtures/bam", "mixtures/btx", "reports/report"}
 
 
-def test_parents_come_first_and_all_are_there() -> None:
+def test_every_task_follows_its_parents() -> None:
     tasks = task_graph(sample_recipe())
     assert [(task.kind, task.name) for task in tasks] == [
         ("corpora", "corpus"),
@@ -32,7 +32,7 @@ def test_parents_come_first_and_all_are_there() -> None:
     assert len(seen) == len(tasks)
 
 
-def test_steps_workers_and_attempts() -> None:
+def test_tasks_have_the_steps_workers_and_attempts_of_the_recipe() -> None:
     tasks = task_graph(sample_recipe())
     assert find_task(tasks, ArtifactKind.SEEDS, "seed").total_steps == 4  # ceil(1000 / 256)
     assert find_task(tasks, ArtifactKind.BRANCHES, "law").total_steps == 2
@@ -50,7 +50,7 @@ def test_steps_workers_and_attempts() -> None:
         "seed.training.zero_stage=3",
         "branch.training.checkpoint_every=3",
         "branch.training.micro_batch_sequences=2",
-        "mix.training.micro_batch_sequences=8",  # on two processes 16 at once, as without it
+        "mix.training.micro_batch_sequences=8",  # two processes: 16 sequences at once, as by default
         "mix.training.recompute=true",
         "branch.training.keep_last=5",
         "mix.training.keep_every=10",
@@ -66,7 +66,7 @@ def test_steps_workers_and_attempts() -> None:
         "name=other",
     ],
 )
-def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
+def test_settings_of_how_or_where_change_no_id(override: str) -> None:
     assert changed_tasks(override) == set()
 
 
@@ -86,15 +86,15 @@ def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
         ("evaluate.tokens_per_domain=1", {"reports/report"}),
     ],
 )
-def test_what_determines_content_changes_it_and_all_made_from_it(override: str, expected: set[str]) -> None:
+def test_settings_of_the_content_change_the_ids_of_all_descendants(override: str, expected: set[str]) -> None:
     assert changed_tasks(override) == expected
 
 
-def test_the_order_of_domains_is_the_order_of_experts() -> None:
+def test_the_order_of_domains_is_part_of_a_mixture() -> None:
     assert changed_tasks("branch.domains=[code, general, law]") >= {"upcycled/bam", "mixtures/bam"}
 
 
-def test_one_branch_can_have_needs_of_its_own() -> None:
+def test_an_override_changes_the_needs_of_one_branch() -> None:
     tasks = task_graph(
         sample_recipe("branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}", "branch.needs.cpus=2")
     )
@@ -102,14 +102,14 @@ def test_one_branch_can_have_needs_of_its_own() -> None:
     assert find_task(tasks, ArtifactKind.BRANCHES, "code").needs == Needs(cpus=2)
 
 
-def test_what_can_be_measured_together() -> None:
+def test_dense_tasks_share_a_model_and_mixtures_do_not() -> None:
     tasks = task_graph(sample_recipe())
-    alone = {task.where: (task.model, task.step_tokens) for task in tasks if task.trains_alone}
+    alone = {task.full_name: (task.model, task.step_tokens) for task in tasks if task.trains_alone}
     assert alone == dict.fromkeys(["seeds/seed", *BRANCHES], ("dense", 256))
     assert find_task(tasks, ArtifactKind.MIXTURES, "bam").model != find_task(tasks, ArtifactKind.MIXTURES, "btx").model
 
 
-def test_subset_takes_kinds_and_what_they_are_made_from() -> None:
+def test_subset_includes_the_ancestors_of_its_kinds() -> None:
     tasks = task_graph(sample_recipe())
     assert [task.kind for task in subset(tasks, ["seeds"])] == ["corpora", "seeds"]
     assert {task.kind for task in subset(tasks, ["upcycled"])} == {"corpora", "seeds", "branches", "upcycled"}

@@ -100,7 +100,7 @@ def test_an_unknown_size_leaves_memory_out(tmp_path: Path) -> None:
 
 
 def test_memory_and_bytes() -> None:
-    rows = {row.task.where: row for row in make_plan(recipe()).rows}
+    rows = {row.task.full_name: row for row in make_plan(recipe()).rows}
     law, size = rows["branches/law"], seed_size(recipe())
     assert size is not None
     assert law.tokens == 7630 * 131072
@@ -127,7 +127,7 @@ def test_scores_over_the_vocabulary_take_no_more_memory_for_more_sequences() -> 
 
 def test_memory_is_that_of_the_fewest_processes_that_can_share_the_experts() -> None:
     def memory(*overrides: str) -> int:
-        row = next(row for row in make_plan(recipe(*overrides)).rows if row.task.where == "mixtures/btx")
+        row = next(row for row in make_plan(recipe(*overrides)).rows if row.task.full_name == "mixtures/btx")
         assert row.memory is not None
         return row.memory
 
@@ -149,15 +149,15 @@ def test_memory_is_that_of_the_fewest_processes_that_can_share_the_experts() -> 
 def test_checkpoints_that_the_recipe_keeps_are_counted(setting: str, kept: int, most: int) -> None:
     planned = recipe(f"branch.training.{setting}")
     law, size = make_plan(planned).rows[3], seed_size(planned)
-    assert size is not None and law.task.where == "branches/law"
+    assert size is not None and law.task.full_name == "branches/law"
     assert (law.kept, law.most) == (kept * size.parameters, most * size.parameters)
 
 
 def test_a_plan_names_every_task_and_when_it_would_be_done() -> None:
     plan = make_plan(recipe(), eight())
     assert plan.simulated is not None and plan.simulated.outcome == "finished"
-    ends = {row.task.where: row.ends for row in plan.rows}
-    begins = {row.task.where: row.begins for row in plan.rows}
+    ends = {row.task.full_name: row.ends for row in plan.rows}
+    begins = {row.task.full_name: row.begins for row in plan.rows}
     assert all(end is not None for end in ends.values())
     assert max(end for end in ends.values() if end) == ends["reports/report"] == plan.simulated.seconds
     assert begins["branches/law"] >= ends["seeds/seed"]  # type: ignore[operator]
@@ -191,7 +191,7 @@ def test_times_are_exact_beside_a_stage_of_months() -> None:
     )
     plan = make_plan(paper, eight())
     assert plan.simulated is not None and plan.simulated.outcome == "finished" and plan.failure is None
-    ends = {row.task.where: row.ends for row in plan.rows}
+    ends = {row.task.full_name: row.ends for row in plan.rows}
     assert ends["corpora/corpus"] == 90 + 600, "a start, and the stage"
     days = {stage.kind: stage.seconds / 86400 for stage in plan.stages}
     assert 66 < days["seeds"] < 68

@@ -9,7 +9,7 @@ import pytest
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller
-from bam_ray.control.observations import Alive, Broke, Sighting
+from bam_ray.control.observations import Alive, AttemptStatus, Crashed
 from bam_ray.errors import PlacementError, SettingsError
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import load_cluster
@@ -85,11 +85,11 @@ class OneKill(SimulatedLauncher):
 
     killed = False
 
-    def poll(self) -> dict[str, Sighting]:
+    def poll(self) -> dict[str, AttemptStatus]:
         seen = super().poll()
         if self.now >= 100 and not self.killed:
             self.killed = True
-            seen["b0"] = Broke("its process died", cast(Alive, seen["b0"]).node)
+            seen["b0"] = Crashed("its process died", cast(Alive, seen["b0"]).node)
         return seen
 
 

@@ -1,4 +1,4 @@
-"""What people are shown of a run."""
+"""`status.json`, its table, and the size of a run."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -12,8 +12,8 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
-from bam_ray.control.observations import Alive, Broke, Sighting
-from bam_ray.control.status_table import SILENCE, amount, duration, headline, render, render_history
+from bam_ray.control.observations import Alive, AttemptStatus, Crashed
+from bam_ray.control.status_table import SILENCE, headline, render, render_history
 from bam_ray.control.storage import stored_bytes
 from bam_ray.errors import StoreError
 from bam_ray.pipeline.states import Node
@@ -22,8 +22,8 @@ from bam_ray.scheduling.nodes import NodeFacts
 from bam_ray.settings import Needs
 
 
-class Broken:
-    """A launcher on which every attempt ends badly."""
+class CrashingLauncher:
+    """A launcher whose attempts all crash."""
 
     def __init__(self) -> None:
         self.placed: list[str] = []
@@ -37,11 +37,11 @@ class Broken:
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
         self.placed.append(task.id)
 
-    def poll(self) -> dict[str, Sighting]:
-        broke = Broke(
+    def poll(self) -> dict[str, AttemptStatus]:
+        crashed = Crashed(
             "loss is NaN", Node("1", "127.0.0.7"), Progress(3, 9, 5.25, 1234.0, 2), ("last words",), final=True
         )
-        return dict.fromkeys(self.placed, broke)
+        return dict.fromkeys(self.placed, crashed)
 
     def drain(self, task_id: str) -> None:
         raise AssertionError
@@ -51,47 +51,48 @@ class Broken:
 
 
 @pytest.fixture
-def failed() -> status.Status:
+def failed_run() -> status.Status:
     tasks = [
         Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9),
         Task(ArtifactKind.UPCYCLED, "bam", "bam-1", ("law-1",), Needs()),
     ]
-    controller = Controller(tasks, MemoryStore(), Broken())
+    controller = Controller(tasks, MemoryStore(), CrashingLauncher())
     controller.run(pause=0.0)
     return status.build("demo", controller)
 
 
-def text(shown: status.Status) -> str:
+def render_text(shown: status.Status) -> str:
+    """Return the table as the terminal shows it, 110 columns wide."""
     console = Console(width=110)
     with console.capture() as capture:
         console.print(render(shown))
     return capture.get()
 
 
-def test_rows_say_what_happened(failed: status.Status) -> None:
-    law, bam = failed.rows
-    assert failed.state == "failed"
+def test_rows_show_the_state_of_each_task(failed_run: status.Status) -> None:
+    law, bam = failed_run.rows
+    assert failed_run.state == "failed"
     assert (law.state, law.node, law.step, law.total_steps, law.loss) == ("failed", "127.0.0.7", 3, 9, 5.25)
     assert (law.checkpoint_step, law.attempt, law.error, law.log) == (2, 1, "loss is NaN", ("last words",))
     assert (bam.state, bam.note) == ("blocked", "branches/law failed")
 
 
-def test_what_is_written_is_read(failed: status.Status) -> None:
+def test_status_is_read_as_it_was_written(failed_run: status.Status) -> None:
     store = MemoryStore()
     assert status.read(store) is None
-    status.write(store, failed)
-    assert status.read(store) == failed
+    status.write(store, failed_run)
+    assert status.read(store) == failed_run
 
 
-def test_a_damaged_status_is_said_in_one_line() -> None:
+def test_a_damaged_status_is_reported_in_one_line() -> None:
     store = MemoryStore("torn")
     store.put(status.STATUS, b"{")
-    with pytest.raises(StoreError, match=r"memory://torn/status.json is no status"):
+    with pytest.raises(StoreError, match=r"memory://torn/status.json is not a valid status \("):
         status.read(store)
 
 
-def test_the_table_fits_and_ends_with_the_errors(failed: status.Status) -> None:
-    lines = text(failed).splitlines()
+def test_the_table_is_narrow_and_ends_with_the_errors(failed_run: status.Status) -> None:
+    lines = render_text(failed_run).splitlines()
     assert lines[0] == "demo: failed, 0 of 2 committed"
     assert lines[2].split() == ["branches", "law", "failed", "127.0.0.7", "3/9", "5.250", "2"]
     assert lines[-3:] == [
@@ -102,31 +103,31 @@ def test_the_table_fits_and_ends_with_the_errors(failed: status.Status) -> None:
     assert max(map(len, lines)) <= 110
 
 
-def test_a_silent_coordinator_is_noticed(failed: status.Status) -> None:
-    running = failed.model_copy(update={"state": "running"})
-    assert "nothing heard" not in headline(running, running.updated + SILENCE)
-    assert "nothing heard for 1m 00s" in headline(running, running.updated + timedelta(seconds=60))
+def test_a_silent_coordinator_is_reported(failed_run: status.Status) -> None:
+    running = failed_run.model_copy(update={"state": "running"})
+    assert "no update" not in headline(running, running.updated + SILENCE)
+    assert "no update for 1m 00s" in headline(running, running.updated + timedelta(seconds=60))
 
 
-def test_a_new_coordinator_keeps_the_history_of_the_last(failed: status.Status) -> None:
+def test_a_new_coordinator_keeps_the_attempts_of_the_last(failed_run: status.Status) -> None:
     tasks = [Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9)]
-    controller = Controller(tasks, MemoryStore(), Broken())
+    controller = Controller(tasks, MemoryStore(), CrashingLauncher())
     controller.run(pause=0.0)
-    again = status.build("demo", controller, failed)
+    again = status.build("demo", controller, failed_run)
     assert [past.cause for past in again.rows[0].past] == ["loss is NaN", "loss is NaN"]
     console = Console(width=110)
     with console.capture() as capture:
         console.print(render_history(again))
     lines = capture.get().splitlines()
-    assert lines[1].split() == ["task", "node", "began", "lasted", "step", "ended", "by"]
+    assert lines[1].split() == ["task", "node", "started", "duration", "step", "cause", "of", "end"]
     assert [line.split()[:2] + line.split()[-4:] for line in lines[2:]] == [
         ["branches/law", "127.0.0.7", "3", "loss", "is", "NaN"]
     ] * 2
 
 
-def test_the_end_of_a_stage_is_foretold_from_what_is_left_and_how_fast_it_goes() -> None:
+def test_stage_eta_follows_from_remaining_steps_and_speeds() -> None:
     tasks = [Task(ArtifactKind.BRANCHES, f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
-    launcher = Broken()
+    launcher = CrashingLauncher()
     now = [0.0]
     controller = Controller(tasks, MemoryStore(), launcher, clock=lambda: now[0])
     controller.step()
@@ -137,11 +138,11 @@ def test_the_end_of_a_stage_is_foretold_from_what_is_left_and_how_fast_it_goes()
         controller.step()
     shown = status.build("demo", controller)
     assert shown.eta_kind == "branches"
-    assert shown.eta_seconds == pytest.approx((70 + 70 + 100) / 4)  # two nodes, two steps a second each
+    assert shown.eta_seconds == pytest.approx((70 + 70 + 100) / 4)  # two nodes with two steps per second each
     assert headline(shown).endswith(", branches done in 1m 00s")
 
 
-def test_storage_is_counted_by_manifests(tmp_path: Path) -> None:
+def test_stored_bytes_follow_from_manifests(tmp_path: Path) -> None:
     store = MemoryStore()
     (tmp_path / "weights").write_bytes(b"x" * 1000)
     for kind, below in (("branches", ()), ("branches", ("steps", "0001-00000005")), ("seeds", ())):
@@ -152,18 +153,3 @@ def test_storage_is_counted_by_manifests(tmp_path: Path) -> None:
     written = sum(store.size(key) for key in store.list()) - 5000
     assert sum(stored.values()) == written
     assert stored["branches"] > 2000 > stored["seeds"] > 1000
-
-
-@pytest.mark.parametrize(
-    ("number", "shown"), [(0, "0"), (999, "999"), (1234, "1.23k"), (999_900, "1M"), (5.6e9, "5.6G"), (2e19, "2e+04P")]
-)
-def test_amounts(number: float, shown: str) -> None:
-    assert amount(number) == shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(None, ""), (0.4, "0s"), (59.9, "59s"), (190, "3m 10s"), (7500, "2h 05m"), (3.2 * 86400, "3d 4h")],
-)
-def test_durations(seconds: float | None, shown: str) -> None:
-    assert duration(seconds) == shown

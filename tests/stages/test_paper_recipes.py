@@ -69,7 +69,9 @@ def test_identities_depend_on_settings_only(recipe: Recipe) -> None:
     reordered = Recipe.model_validate(dict(reversed(plain.items())))
     assert [task.id for task in task_graph(reordered)] == [task.id for task in task_graph(recipe)]
     changed = load_recipe(PAPER, ["mix.train=routers_and_shared", "metrics.routing.every=1"])
-    differ = {task.where for task, other in zip(task_graph(recipe), task_graph(changed), strict=True) if task != other}
+    differ = {
+        task.full_name for task, other in zip(task_graph(recipe), task_graph(changed), strict=True) if task != other
+    }
     assert differ == {f"mixtures/{name}" for name in recipe.upcycle.mixtures} | {"reports/report"}
 
 

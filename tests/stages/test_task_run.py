@@ -40,7 +40,7 @@ def test_the_memory_of_a_fallback_reaches_the_engine(tmp_path: Path, monkeypatch
 def test_a_task_run_finds_the_artifacts_of_its_run(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
     run = task_run(recipe, open_store(recipe.store.uri), "mixtures", "bam")
-    ids = {task.where: task.id for task in task_graph(recipe)}
+    ids = {task.full_name: task.id for task in task_graph(recipe)}
     assert run.artifact.prefix == f"mixtures/{ids['mixtures/bam']}"
     assert run.parent(ArtifactKind.BRANCHES, "code").prefix == f"branches/{ids['branches/code']}"
     with pytest.raises(KeyError, match="branches/law"):

@@ -120,7 +120,7 @@ class ControlledRun:
         tasks = [replace(task, max_attempts=1) for task in task_graph(run.recipe)]  # nothing may fail
         controller = Controller(tasks, run.store, InProcessLauncher(self._work, slots=4))
         assert controller.run(pause=0.01) == "finished"
-        self.causes = [ended.cause for ended in controller.history(run.mixture.id).ended]
+        self.causes = [ended.cause for ended in controller.history(run.mixture.id).past_attempts]
 
     def _work(self, task: Task, context: StageContext) -> None:
         run = self._run

@@ -54,7 +54,7 @@ def unmet(tasks: Sequence[Task], nodes: Sequence[NodeFacts]) -> list[str]:
         try:
             demand_met(task, nodes)
         except PlacementError:
-            missing.append(task.where)
+            missing.append(task.full_name)
     return missing
 
 

@@ -87,7 +87,7 @@ def step_seconds() -> float:
 
 def failing_law_stage(run: TaskRun) -> None:
     """Do as `stub_stage` does, but fail for the branch `law`."""
-    if run.task.where == "branches/law":
+    if run.task.full_name == "branches/law":
         raise ValueError("the law is an ass")
     stub_stage(run)
 

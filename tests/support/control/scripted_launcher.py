@@ -7,7 +7,8 @@ from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
-from bam_ray.control.observations import Done, Queued, Sighting
+from bam_ray.control.observations import AttemptStatus, Done, Queued
+from bam_ray.control.transitions import Transition
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling.nodes import NodeFacts
@@ -40,7 +41,7 @@ class ScriptedLauncher:
     """A launcher that starts nothing: it records its calls and returns the attempt statuses that a test sets."""
 
     def __init__(self) -> None:
-        self.statuses: dict[str, Sighting] = {}
+        self.statuses: dict[str, AttemptStatus] = {}
         self.placed: list[tuple[str, frozenset[str]]] = []
         self.drained: list[str] = []
         self.known_nodes: list[NodeFacts] | None = None  # None: this launcher chooses nodes itself
@@ -62,7 +63,7 @@ class ScriptedLauncher:
         self.chosen_nodes[task.id] = node_id
         self.statuses[task.id] = Queued()
 
-    def poll(self) -> dict[str, Sighting]:
+    def poll(self) -> dict[str, AttemptStatus]:
         """Return the status of every attempt."""
         return dict(self.statuses)
 
@@ -92,7 +93,7 @@ class ControllerHarness:
             commit_task(self.store, self.tasks[name])
         self.controller = Controller(tasks, self.store, self.launcher, clock=lambda: self.now)
 
-    def step(self, **statuses: Sighting) -> bool:
+    def step(self, **statuses: AttemptStatus) -> list[Transition]:
         """Set the statuses of attempts and let the controller make one step."""
         self.launcher.statuses.update(statuses)
         return self.controller.step()

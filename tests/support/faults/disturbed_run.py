@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control import status
-from bam_ray.control.status import Row
+from bam_ray.control.status import TaskRow
 from bam_ray.settings import Recipe
 from tests.support.faults.branch_checks import AttemptLog, attempts, check_branches
 from tests.support.faults.cluster_under_test import ClusterUnderTest
@@ -42,7 +42,7 @@ class DisturbedRun:
         log: AttemptLog = wait_for(what, reached)
         return log
 
-    def row(self, domain: str) -> Row:
+    def row(self, domain: str) -> TaskRow:
         """Return the row of a branch in the status of the run."""
         now = status.read(self.store)
         assert now is not None

@@ -1,0 +1,132 @@
+"""The decisions of the controller: pure functions of tasks and states that return transitions.
+
+`tracking` decides what follows from a launcher's reports, and `scheduling.placement` which tasks start and move.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from bam_ray.control import policies
+from bam_ray.control.tracking import end_attempt
+from bam_ray.control.transitions import Drain, Free, Launch, PlacedTask, Transition
+from bam_ray.pipeline import readiness
+from bam_ray.pipeline.drain_policies import DrainPolicy
+from bam_ray.pipeline.states import Blocked, Draining, History, Placing, Running, State, Waiting
+from bam_ray.pipeline.tasks import Task
+from bam_ray.scheduling.cluster_view import ClusterView
+from bam_ray.scheduling.placement import (
+    ActiveTask,
+    Move,
+    NoCapacity,
+    PlacementDecision,
+    Start,
+    is_stranded,
+)
+
+Tasks = Mapping[str, Task]  # all by task id
+States = Mapping[str, State]
+Histories = Mapping[str, History]
+
+
+def kill_unresponsive(states: States, histories: Histories, now: float) -> Iterator[Transition]:
+    """End the attempts that were asked to stop and have not stopped in time."""
+    for task_id, state in states.items():
+        if isinstance(state, Draining):
+            timeout = policies.MOVE_TIMEOUT if state.moving else policies.STOP_TIMEOUT
+            if now - state.since > timeout:
+                cause = "killed: it did not stop in time"
+                yield end_attempt(task_id, state, histories[task_id], cause, now)
+
+
+def shut_down(states: States, now: float) -> Iterator[Transition]:
+    """Drain the running tasks, and cancel those that no node runs yet."""
+    for task_id, state in states.items():
+        match state:
+            case Placing():
+                yield Transition(task_id, state, Waiting(state.progress), "the run is being stopped", Free())
+            case Running():
+                draining = Draining(state.node, state.progress, now, state.placed_at)
+                yield Transition(task_id, state, draining, "the run is being stopped", Drain())
+
+
+def leave_nodes(tasks: Tasks, states: States, leaving: set[str], now: float) -> Iterator[Transition]:
+    """Move what trains on the nodes `leaving`, which will be taken away, while there is time for a checkpoint.
+
+    A group moves if one of its nodes will be taken away. A task without checkpoints stays: it may still finish.
+    """
+    for task_id, state in states.items() if leaving else ():
+        if isinstance(state, Running) and tasks[task_id].total_steps and leaving & {state.node.id, *state.nodes}:
+            yield drain_to_move(task_id, state, "moved", now)
+
+
+def drain_by_policy(drain_policy: DrainPolicy, tasks: Tasks, states: States, now: float) -> Iterator[Transition]:
+    """Drain the running attempts that a policy selects."""
+    for request in drain_policy(tasks, states):
+        state = states[request.task_id]
+        if isinstance(state, Running):
+            yield drain_to_move(request.task_id, state, request.reason, now)
+
+
+def withdraw_untaken(states: States, living: set[str], now: float) -> Iterator[Transition]:
+    """Withdraw what was placed on a node that is not in `living`, or that has not started it in time."""
+    for task_id, state in states.items():
+        if isinstance(state, Placing) and state.node_id is not None:
+            gone = state.node_id not in living
+            if gone or now - state.since > policies.PIN_TIMEOUT:
+                reason = "its node is gone" if gone else "its node did not start it in time"
+                yield Transition(task_id, state, Waiting(state.progress), reason, Free())
+
+
+def withdraw_stranded(
+    active: Iterable[ActiveTask], histories: Histories, view: ClusterView, now: float
+) -> Iterator[Transition]:
+    """Withdraw the groups that wait for ranks on nodes that have died since they were placed."""
+    for each in active:
+        state = each.state
+        if isinstance(state, Running) and not state.first_step and is_stranded(each.task, now - state.placed_at, view):
+            cause = "nodes died before it started"
+            yield end_attempt(each.task.id, state, histories[each.task.id], cause, now)
+
+
+def block(tasks: Tasks, states: States) -> Iterator[Transition]:
+    """Block the tasks that a failure cuts off.
+
+    Parents come first in `tasks`: if each transition is applied before the next is taken, all descendants are blocked.
+    """
+    for task_id, state in states.items():
+        if isinstance(state, Waiting):
+            blocker = readiness.blocking_task(tasks[task_id], tasks, states)
+            if blocker:
+                yield Transition(task_id, state, Blocked(blocker), f"{blocker} failed")
+
+
+def after_placement(decision: PlacementDecision, states: States, histories: Histories, now: float) -> Transition:
+    """Return the transition for one decision of the placement."""
+    match decision:
+        case Start():
+            return _launch(decision, states[decision.task.id], histories[decision.task.id], now)
+        case Move(task_id):
+            state = states[task_id]
+            assert isinstance(state, Running), state
+            return drain_to_move(task_id, state, "moved", now)
+        case NoCapacity(task_id, error, since):
+            history = replace(histories[task_id], no_capacity_since=since)
+            retrying = policies.after_no_capacity(error, now)
+            return Transition(task_id, states[task_id], retrying, retrying.error, history=history)
+
+
+def drain_to_move(task_id: str, state: Running, cause: str, now: float) -> Transition:
+    """Ask for a checkpoint, after which the task continues in another attempt."""
+    draining = Draining(state.node, state.progress, now, state.placed_at, moving=True, cause=cause)
+    return Transition(task_id, state, draining, cause, Drain())
+
+
+def _launch(start: Start, state: State, history: History, now: float) -> Transition:
+    """Start the next attempt at a task. This is where an attempt gets its number."""
+    placed = PlacedTask(start.task, history.attempts + 1, start.group)
+    following = replace(
+        history, attempts=placed.attempt, message=start.message, no_capacity_since=start.no_capacity_since
+    )
+    placing = Placing(now, start.node_id, state.progress)
+    action = Launch(placed, start.avoid, start.node_id)
+    return Transition(start.task.id, state, placing, start.message or "the task is ready", action, following)

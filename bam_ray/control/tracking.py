@@ -1,0 +1,125 @@
+"""What follows from a launcher's report of an attempt: pure functions, except `record_throughput`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from bam_ray.control import policies
+from bam_ray.control.observations import Alive, Crashed, Done, Queued, Stopped
+from bam_ray.control.transitions import Free, PlacedTask, Transition
+from bam_ray.pipeline.states import (
+    AttemptRecord,
+    Committed,
+    Draining,
+    History,
+    Node,
+    Placing,
+    Running,
+    State,
+    Waiting,
+)
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling.throughput import Speeds
+
+
+def while_active(task: Task, state: State, status: Queued | Alive, now: float) -> Transition:
+    """Update the state of a task whose attempt has not ended."""
+    following = state
+    if isinstance(status, Alive):
+        following = _update(task, state, status, now)
+    elif isinstance(state, Placing) and state.node_id is None:  # time in the launcher's queue is no time to start
+        following = replace(state, since=now)
+    return Transition(task.id, state, following, "a node runs the attempt")
+
+
+def after_stop(task_id: str, state: Draining, history: History, status: Stopped, now: float) -> Transition:
+    """Let a task wait for its next attempt after one that stopped as it was asked to."""
+    progress = status.progress or state.progress
+    history = _with_attempt(history, state, status.node, progress, state.cause, now)
+    return Transition(task_id, state, Waiting(progress), state.cause, Free(), history)
+
+
+def end_attempt(task_id: str, state: Running | Draining, history: History, cause: str, now: float) -> Transition:
+    """End an attempt that has not failed; the task waits for its next attempt."""
+    history = _with_attempt(history, state, state.node, state.progress, cause, now)
+    return Transition(task_id, state, Waiting(state.progress), cause, Free(), history)
+
+
+def after_end(
+    task: Task, state: State, history: History, status: Done | Stopped | Crashed, committed: bool, now: float
+) -> Transition:
+    """Decide whether a task is committed, retried or failed after an attempt that nobody asked to stop.
+
+    If the manifest exists, the attempt succeeded, whatever the launcher reports: a node that was cut off may have
+    committed before it died.
+    """
+    crashed = _as_crash(task, status)
+    cause = "committed" if committed else crashed.error
+    history = _with_attempt(history, state, crashed.node, crashed.progress, cause, now)
+    if committed:
+        return Transition(task.id, state, Committed(crashed.progress), cause, Free(), history)
+    history, following = policies.after_failure(task, history, crashed, now)
+    return Transition(task.id, state, following, cause, Free(), history)
+
+
+def record_throughput(
+    speeds: Speeds, placed: PlacedTask, transition: Transition, kinds: Mapping[str, str], now: float
+) -> None:
+    """Record what one report shows: the speed of an attempt, or the time of its start or of its last checkpoint.
+
+    Args:
+        speeds: Receives the measurement.
+        placed: The attempt.
+        transition: The change of its task's state that followed from the report.
+        kinds: The kinds of all known nodes, by node id.
+        now: The time on the controller's clock.
+    """
+    previous, state = transition.previous, transition.state
+    if isinstance(previous, Draining) and previous.moving and isinstance(state, Waiting):
+        speeds.saw_checkpoint(placed.group, now - previous.since)
+    if not isinstance(previous, Running) or not isinstance(state, Running):
+        return
+    if not previous.first_step and state.first_step:
+        speeds.saw_start(placed.group, now - previous.placed_at)
+    elif state.last_step_at == now and state.steps_per_second and state.node.id in kinds:
+        rate = state.steps_per_second * placed.task.step_tokens
+        speeds.saw(placed.group, kinds[state.node.id], placed.task.id, rate)
+
+
+def _update(task: Task, state: State, alive: Alive, now: float) -> Running | Draining:
+    node, progress = alive.node, alive.progress
+    match state:
+        case Running(first_step=0) if progress and progress.step > 0:
+            # Reading a checkpoint is no training: the speed is measured from the first step that is reported
+            return Running(node, progress, now, progress.step, now, state.placed_at, alive.nodes)
+        case Running():
+            progress = progress or state.progress
+            last_step_at = now if progress.step != state.progress.step else state.last_step_at
+            start = state.measured_from, state.first_step
+            return Running(node, progress, *start, last_step_at, state.placed_at, alive.nodes)
+        case Draining():
+            return replace(state, node=node, progress=progress or state.progress)
+        case _:
+            assert isinstance(state, Placing), state
+            # A resumed attempt reports its step only with its next step; until then show that of the last attempt
+            known = progress or state.progress or Progress(0, task.total_steps)
+            first_step = progress.step if progress else 0
+            return Running(node, known, now, first_step, now, state.since, alive.nodes)
+
+
+def _as_crash(task: Task, status: Done | Stopped | Crashed) -> Crashed:
+    """Return what is wrong with an end if the task is not committed."""
+    match status:
+        case Done(node, progress):
+            return Crashed(f"{task.full_name} ended without a manifest", node, progress)
+        case Stopped(node, progress):
+            return Crashed("the attempt stopped without being asked to", node, progress)
+        case Crashed():
+            return status
+
+
+def _with_attempt(
+    history: History, state: State, node: Node | None, progress: Progress | None, cause: str, now: float
+) -> History:
+    """Return `history` with the attempt that ends now; `state` is the state of its task until now."""
+    placed_at = state.placed_at if isinstance(state, Placing | Running | Draining) else now
+    return history.with_past_attempt(AttemptRecord(node, placed_at, now, progress.step if progress else 0, cause))
