@@ -13,7 +13,7 @@ import openai
 import pytest
 import uvicorn
 
-from bam_ray.serving import DecodeEngine, Sampling, Scheduler, create_app
+from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
 
 MODEL = "tiny"
 
@@ -30,7 +30,7 @@ class Endpoint:
     def solo(self, prompt: str, max_tokens: int) -> str:
         """What the engine alone makes of a prompt, greedily."""
         tokens = self.engine.tokenizer(prompt).input_ids
-        generation, delta = self.engine.add(tokens, Sampling(max_tokens=max_tokens, temperature=0))
+        generation, delta = self.engine.add(tokens, SamplingParams(max_tokens=max_tokens, temperature=0))
         text = delta.text
         while self.engine.active:
             text += "".join(delta.text for other, delta in self.engine.step() if other is generation)
@@ -207,7 +207,7 @@ def test_a_failing_model_is_an_error_and_the_next_request_is_served(
         ({"prompt": [300]}, 400, "not in", None, "prompt"),
         ({"prompt": ""}, 400, "empty", None, "prompt"),
         ({"prompt": []}, 400, "empty", None, "prompt"),
-        ({"n": 2}, 400, "n=2 is not served", "unsupported_value", "n"),
+        ({"n": 2}, 400, "n=2 is not supported", "unsupported_value", "n"),
         ({"echo": True}, 400, "echo=True", "unsupported_value", "echo"),
         ({"stop": list("abcde")}, 400, "up to 4", None, "stop"),
         ({"temperature": -1}, 400, "temperature", None, "temperature"),

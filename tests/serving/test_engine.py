@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bam_ray.errors import ServingError
-from bam_ray.serving import DecodeEngine, Sampling
+from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.serving.engine import Delta, Generation
 
 
-def run(engine: DecodeEngine, prompts: list[list[int]], sampling: Callable[[int], Sampling]) -> list[Delta]:
+def run(engine: DecodeEngine, prompts: list[list[int]], sampling: Callable[[int], SamplingParams]) -> list[Delta]:
     """All prompts through the engine, each joining as soon as a slot is free; their whole deltas."""
     waiting = list(enumerate(prompts))
     owners: dict[Generation, int] = {}
@@ -40,7 +40,7 @@ def test_batched_equals_generate(family: str, models_by_family: Any, tokenizer: 
     engine = DecodeEngine(model, tokenizer, slots=3, max_length=64)
     prompts = prompts_of(8, engine.vocab_size)
     budgets = [3 + 7 * (i % 3) + i for i in range(len(prompts))]  # so that they leave at different steps
-    got = run(engine, prompts, lambda i: Sampling(max_tokens=budgets[i], temperature=0))
+    got = run(engine, prompts, lambda i: SamplingParams(max_tokens=budgets[i], temperature=0))
     for prompt, budget, delta in zip(prompts, budgets, got, strict=True):
         ids = torch.tensor([prompt])
         alone = model.generate(
@@ -54,27 +54,27 @@ def test_batched_equals_generate(family: str, models_by_family: Any, tokenizer: 
 def test_sampled_request_is_the_same_in_any_company(engine: DecodeEngine) -> None:
     prompts = prompts_of(6, engine.vocab_size)
 
-    def sampling(index: int) -> Sampling:
-        return Sampling(max_tokens=12, temperature=0.9, top_p=(1.0, 0.8, 0.0)[index % 3], seed=index)
+    def sampling(index: int) -> SamplingParams:
+        return SamplingParams(max_tokens=12, temperature=0.9, top_p=(1.0, 0.8, 0.0)[index % 3], seed=index)
 
     together = run(engine, prompts, sampling)
     for index, prompt in enumerate(prompts):
         (alone,) = run(engine, [prompt], lambda _, index=index: sampling(index))  # type: ignore[misc]
         assert alone == together[index]
-    other = run(engine, prompts, lambda i: Sampling(max_tokens=12, temperature=0.9, seed=100 + i))
+    other = run(engine, prompts, lambda i: SamplingParams(max_tokens=12, temperature=0.9, seed=100 + i))
     assert other != together
 
 
 def test_nucleus_of_zero_is_greedy(engine: DecodeEngine) -> None:
     prompts = prompts_of(3, engine.vocab_size)
-    greedy = run(engine, prompts, lambda _: Sampling(max_tokens=8, temperature=0))
-    assert run(engine, prompts, lambda _: Sampling(max_tokens=8, temperature=2, top_p=0)) == greedy
-    assert run(engine, prompts, lambda _: Sampling(max_tokens=8, temperature=1e-6)) == greedy
+    greedy = run(engine, prompts, lambda _: SamplingParams(max_tokens=8, temperature=0))
+    assert run(engine, prompts, lambda _: SamplingParams(max_tokens=8, temperature=2, top_p=0)) == greedy
+    assert run(engine, prompts, lambda _: SamplingParams(max_tokens=8, temperature=1e-6)) == greedy
 
 
 def test_removed_request_leaves_the_others_as_they_were(engine: DecodeEngine) -> None:
     prompts = prompts_of(4, engine.vocab_size)
-    sampling = Sampling(max_tokens=20, temperature=0)
+    sampling = SamplingParams(max_tokens=20, temperature=0)
     expected = run(engine, prompts, lambda _: sampling)
     started = [engine.add(prompt, sampling) for prompt in prompts[:3]]
     got = {generation: delta for generation, delta in started}
@@ -94,16 +94,16 @@ def test_removed_request_leaves_the_others_as_they_were(engine: DecodeEngine) ->
 
 def test_a_text_ends_at_the_last_position(engine: DecodeEngine) -> None:
     longest = [5] * (engine.max_length - 1)
-    full, one = run(engine, [longest, longest[:-3]], lambda _: Sampling(max_tokens=99, temperature=0))
+    full, one = run(engine, [longest, longest[:-3]], lambda _: SamplingParams(max_tokens=99, temperature=0))
     assert (len(full.tokens), full.finish_reason) == (1, "length")
     assert len(one.tokens) == 4
 
 
 def test_text_ends_before_a_stop_string(engine: DecodeEngine) -> None:
     prompt = prompts_of(1, engine.vocab_size)
-    (free,) = run(engine, prompt, lambda _: Sampling(max_tokens=30, temperature=0))
+    (free,) = run(engine, prompt, lambda _: SamplingParams(max_tokens=30, temperature=0))
     stop = free.text[6:9]
-    (cut,) = run(engine, prompt, lambda _: Sampling(max_tokens=30, temperature=0, stop=("nowhere", stop)))
+    (cut,) = run(engine, prompt, lambda _: SamplingParams(max_tokens=30, temperature=0, stop=("nowhere", stop)))
     assert cut.text == free.text[: free.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert len(cut.tokens) < len(free.tokens)
@@ -112,7 +112,7 @@ def test_text_ends_before_a_stop_string(engine: DecodeEngine) -> None:
 
 def test_logprobs_are_the_models(engine: DecodeEngine, models_by_family: Any) -> None:
     prompt = [7, 8, 9]
-    (delta,) = run(engine, [prompt], lambda _: Sampling(max_tokens=4, temperature=0, logprobs=2))
+    (delta,) = run(engine, [prompt], lambda _: SamplingParams(max_tokens=4, temperature=0, logprobs=2))
     ids = torch.tensor([prompt + list(delta.tokens)])
     with torch.no_grad():
         expected = models_by_family["cohere"](ids).logits[0].log_softmax(-1)

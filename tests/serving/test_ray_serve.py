@@ -25,7 +25,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.serve_app import deploy, mixture_of, shutdown
-from bam_ray.serving import DecodeEngine, Sampling
+from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.settings import Needs, ServeSettings, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -101,7 +101,7 @@ def test_streams_equal_solo(url: str, models_by_family: Any, tokenizer: Any) -> 
     prompts = [f"the cat sat {word}" for word in ("on", "under", "by the mat", "☕", "in", "so")]
 
     def solo(prompt: str) -> str:
-        _, delta = engine.add(tokenizer(prompt).input_ids, Sampling(max_tokens=30, temperature=0))
+        _, delta = engine.add(tokenizer(prompt).input_ids, SamplingParams(max_tokens=30, temperature=0))
         while engine.active:
             delta += engine.step()[0][1]
         return delta.text

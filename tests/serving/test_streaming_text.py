@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bam_ray.serving.text import Detokenizer, StopStrings
+from bam_ray.serving.detokenizer import Detokenizer, StopStringMatcher
 
 
 @pytest.mark.parametrize("text", ["the naïve ☕ café", "日本語 🎉👩‍🔬 mat", "a\ufffdb", ""])
@@ -34,7 +34,7 @@ def test_special_tokens_are_not_text(tokenizer: Any) -> None:
 
 @given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_strings_cut_as_on_the_whole_text(text: str, stops: list[str], data: Any) -> None:
-    matcher = StopStrings(tuple(stops))
+    matcher = StopStringMatcher(tuple(stops))
     sent, rest, stopped = "", text, False
     while rest and not stopped:
         size = data.draw(st.integers(1, len(rest)))
@@ -53,7 +53,7 @@ def test_stop_strings_cut_as_on_the_whole_text(text: str, stops: list[str], data
 
 
 def test_only_what_may_be_a_stop_is_held() -> None:
-    matcher = StopStrings(("\nuser:",))
+    matcher = StopStringMatcher(("\nuser:",))
     assert matcher.feed("hello\nus") == ("hello", False)
     assert matcher.feed("ual\n") == ("\nusual", False)
     assert matcher.feed("user: more") == ("", True)
