@@ -26,9 +26,10 @@ from bam_ray.control.graph import task_graph
 from bam_ray.control.tasks import Progress, StageContext, Task
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
+from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.perplexity import score
-from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, Results, label
-from bam_ray.evaluation.routing import routing_of
+from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, model_label
+from bam_ray.evaluation.routing import combine_domains
 from bam_ray.model.parameters import count_parameters
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
@@ -64,7 +65,7 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
         lineage = [made[id] for id in ancestors(task.id, made)]
         scores.append(evaluator.model_score(task, kind, lineage, step, len(models)))
     context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
-    results = Results.of(recipe.name, scores)
+    results = make_results(recipe.name, scores)
     curves = {task.id: _curve(made[task.id], store) for task, _ in models}
     with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
         from bam_ray.evaluation.report import write_report  # matplotlib: a second that no other stage's start needs
@@ -128,7 +129,7 @@ class Evaluator:
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             if not self.corpus.attend_across_documents:
                 keep_apart(model, self.corpus.end_of_text_id)
-            progress = Progress(step=step, total_steps=total_steps, note=label(kind, task.name))
+            progress = Progress(step=step, total_steps=total_steps, note=model_label(kind, task.name))
             domains, routings = self._on_all_domains(model, progress)
             result = describe(task, kind, lineage, model, domains, routings)
             wall = time.perf_counter() - started
@@ -199,7 +200,7 @@ def describe(
         flops=lineage[0].compute.flops,
         lineage_flops=sum(manifest.compute.flops for manifest in lineage),
         domains=domains,
-        routing=routing_of(model.config, routings) if is_mixture else None,
+        routing=combine_domains(model.config, routings) if is_mixture else None,
     )
 
 

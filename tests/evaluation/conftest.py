@@ -7,6 +7,7 @@ import torch
 from paper_table import PAPER, model_score
 from tiny import SIZES
 
+from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.results import Results
 from bam_ray.model import BamConfig, BamForCausalLM
 
@@ -14,7 +15,7 @@ from bam_ray.model import BamConfig, BamForCausalLM
 @pytest.fixture(scope="session")
 def paper() -> Results:
     """The results of the paper's table."""
-    return Results.of("paper", [model_score(name, row) for name, row in PAPER.items()])
+    return make_results("paper", [model_score(name, row) for name, row in PAPER.items()])
 
 
 @pytest.fixture

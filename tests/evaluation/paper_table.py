@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from bam_ray.evaluation.results import DomainRouting, DomainScore, ModelScore, Routing
+from bam_ray.evaluation.results import DomainRouting, DomainScore, MixtureRouting, ModelScore
 from bam_ray.evaluation.routing import layer_routing
 
 DOMAINS = ("general", "code", "law", "math")
@@ -23,7 +23,7 @@ ATTENTION = {"btx": "averaged", "bam": "kv_experts", "shared": "kv_shared"}
 def domain_score(perplexity: float, domain: str, spread: float = 0.2) -> DomainScore:
     """A score of 40 sequences whose difficulty is the same for every model."""
     hard = np.random.default_rng(DOMAINS.index(domain)).normal(0.0, spread, 40)
-    return DomainScore.of((math.log(perplexity) + hard - hard.mean()).tolist(), 40 * 16)
+    return DomainScore.from_sequence_nll((math.log(perplexity) + hard - hard.mean()).tolist(), 40 * 16)
 
 
 def model_score(name: str, perplexities: tuple[float, ...]) -> ModelScore:
@@ -31,7 +31,7 @@ def model_score(name: str, perplexities: tuple[float, ...]) -> ModelScore:
     attention = ATTENTION.get(name)
     layer = layer_routing([0.5, 0.25, 0.25, 0.0], [0.4, 0.3, 0.2, 0.1], 1.28, [], None)
     domain = DomainRouting(tokens=640, layers=(layer,))
-    routing = Routing(
+    routing = MixtureRouting(
         expert_names=("seed", "code", "law", "math"), domains=dict.fromkeys(DOMAINS, domain), overall=domain
     )
     if attention not in (None, "averaged"):

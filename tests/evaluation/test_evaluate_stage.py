@@ -17,7 +17,7 @@ from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.evaluation.results import Results
-from bam_ray.evaluation.table import number
+from bam_ray.evaluation.table import format_perplexity
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import Recipe
 from bam_ray.stages.evaluate import ancestors, evaluate, held_out_rows
@@ -144,7 +144,7 @@ def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     assert code.domains["code"].tokens == 10 * (LENGTH - 1)
 
     html = (folder / "report.html").read_text()
-    assert "mixture bam" in html and number(bam.perplexity("code")) in html
+    assert "mixture bam" in html and format_perplexity(bam.perplexity("code")) in html
     assert ">Training<" in html
     assert manifest.facts["findings"].keys() == {finding.claim for finding in results.findings}
     assert manifest.metrics["perplexity/mean/seed"] == results.means[seed.id]

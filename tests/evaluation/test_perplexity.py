@@ -53,7 +53,7 @@ def test_the_auxiliary_losses_are_no_part_of_it() -> None:
 
 def test_nothing_to_predict_and_broken_weights_are_said() -> None:
     model = dense("cohere", seed=1)
-    with pytest.raises(DataError, match="nothing to predict"):
+    with pytest.raises(DataError, match="no token to predict"):
         perplexity(model, ROWS[:, :1], 4)
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan

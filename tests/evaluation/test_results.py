@@ -6,8 +6,9 @@ from paper_table import DOMAINS, PAPER, model_score
 from pydantic import ValidationError
 from rich.console import Console
 
+from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.results import MEAN, DomainScore, Finding, Results
-from bam_ray.evaluation.table import findings_text, number, perplexity_table
+from bam_ray.evaluation.table import format_findings, format_perplexity, perplexity_table
 
 
 def finding(results: Results, about: str, label: str = "") -> Finding:
@@ -42,7 +43,7 @@ def test_what_does_not_hold_is_said(paper: Results) -> None:
     rows["law"] = PAPER["seed"]  # a branch that learned nothing: no better, so no
     rows["bam"], rows["btx"] = PAPER["btx"], PAPER["bam"]
     rows["shared"] = tuple(2 * value for value in PAPER["seed"])
-    worse = Results.of("worse", [model_score(name, row) for name, row in rows.items()])
+    worse = make_results("worse", [model_score(name, row) for name, row in rows.items()])
     assert finding(worse, "branch_beats_seed", "code").holds
     for about, label in (
         ("branch_beats_seed", "law"),
@@ -52,7 +53,7 @@ def test_what_does_not_hold_is_said(paper: Results) -> None:
     ):
         assert not finding(worse, about, label).holds
         assert finding(worse, about, label).support == 0.0
-    lines = findings_text(worse).splitlines()
+    lines = format_findings(worse).splitlines()
     assert len(lines) == len(worse.findings)
     assert lines[0] == "yes  branch code beats the seed on code: 3.71 against 8.62 (in 100% of resamples)"
     assert lines[1] == "no   branch law beats the seed on law: 8.92 against 8.92 (in 0% of resamples)"
@@ -62,17 +63,17 @@ def test_a_difference_within_the_noise_has_middling_support() -> None:
     rng = np.random.default_rng(0)
 
     def noisy(name: str, perplexity: float) -> DomainScore:
-        return DomainScore.of((np.log(perplexity) + rng.normal(0, 0.3, 40)).tolist(), 640)
+        return DomainScore.from_sequence_nll((np.log(perplexity) + rng.normal(0, 0.3, 40)).tolist(), 640)
 
     models = []
     for name in ("seed", "bam"):
         model = model_score(name, PAPER["seed"])
         models.append(model.model_copy(update={"domains": {domain: noisy(name, 10.0) for domain in DOMAINS}}))
-    assert 0.02 < Results.of("noise", models).findings[0].support < 0.98
+    assert 0.02 < make_results("noise", models).findings[0].support < 0.98
 
 
 def test_claims_without_their_models_are_left_out() -> None:
-    only = Results.of("dense", [model_score(name, PAPER[name]) for name in ("seed", "code")])
+    only = make_results("dense", [model_score(name, PAPER[name]) for name in ("seed", "code")])
     assert [each.about for each in only.findings] == ["branch_beats_seed"]
 
 
@@ -81,7 +82,7 @@ def test_intervals_come_from_the_sequences(paper: Results) -> None:
     for column in paper.columns:
         low, high = seed.interval(column)
         assert low < seed.perplexity(column) < high
-    sure = DomainScore.of([2.0] * 8, 64)
+    sure = DomainScore.from_sequence_nll([2.0] * 8, 64)
     assert sure.interval == pytest.approx((sure.perplexity, sure.perplexity))
     widths = [high - low for low, high in (seed.interval(column) for column in ("general", MEAN))]
     assert widths[1] < widths[0], "a mean of four is surer than one of them"
@@ -104,4 +105,9 @@ def test_the_table_marks_the_best(paper: Results) -> None:
 
 
 def test_numbers_keep_three_or_more_digits() -> None:
-    assert [number(value) for value in (3.456, 99.99, 123.45, 54321.0)] == ["3.46", "99.99", "123.5", "54,321"]
+    assert [format_perplexity(value) for value in (3.456, 99.99, 123.45, 54321.0)] == [
+        "3.46",
+        "99.99",
+        "123.5",
+        "54,321",
+    ]

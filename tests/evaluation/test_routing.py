@@ -8,7 +8,7 @@ from tiny import dense, tokens
 
 from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import DomainRouting
-from bam_ray.evaluation.routing import routing_of
+from bam_ray.evaluation.routing import combine_domains
 from bam_ray.model import BamForCausalLM
 
 ROWS = tokens(batch=6, length=10).numpy()
@@ -81,7 +81,7 @@ def test_averaged_attention_has_no_gates_and_top_1_attention_keeps_one(mixture: 
 
 def test_all_domains_together_are_all_tokens_together(mixture: Mixture) -> None:
     model = mixture(expert_names=["seed", "code", "law", "math"])
-    routing = routing_of(model.config, {"code": routing_on(model, ROWS[:2]), "law": routing_on(model, ROWS[2:])})
+    routing = combine_domains(model.config, {"code": routing_on(model, ROWS[:2]), "law": routing_on(model, ROWS[2:])})
     whole = routing_on(model)
     assert routing.expert_names == ("seed", "code", "law", "math")
     assert routing.overall.tokens == whole.tokens
