@@ -101,3 +101,11 @@ class ServingError(BamError):
 
 class Interrupted(BamError):
     """Work was asked to stop and stopped cleanly: the same command goes on where it stood."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error for people: its message's first line, with its type's name where it is none of ours."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, BamError):
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -9,11 +9,11 @@ import statistics
 import time
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.control.cluster_file import ClusterFile
 from bam_ray.control.controller import Controller
-from bam_ray.control.simulate import SimulatedLauncher
-from bam_ray.control.states import Running
-from bam_ray.control.tasks import Task
+from bam_ray.pipeline.states import Running
+from bam_ray.pipeline.tasks import Task
+from bam_ray.planning.cluster_file import ClusterFile
+from bam_ray.planning.simulate import SimulatedLauncher
 from bam_ray.settings import Needs
 from benchmarks.measure import report
 

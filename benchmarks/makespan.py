@@ -20,15 +20,15 @@ from bam_ray.blobs import BlobStore
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind, Manifest
-from bam_ray.control.cluster_file import ClusterFile
 from bam_ray.control.controller import Controller
-from bam_ray.control.graph import find_task, subset, task_graph
-from bam_ray.control.simulate import simulate
-from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
+from bam_ray.pipeline.graph import find_task, subset, task_graph
+from bam_ray.pipeline.tasks import Progress, StageContext
+from bam_ray.planning.cluster_file import ClusterFile
+from bam_ray.planning.simulate import simulate
 from bam_ray.settings import Recipe, parse_recipe
 from benchmarks.measure import report
 from benchmarks.scheduling import static

@@ -11,10 +11,10 @@ Static split and barrier are spared preemptions, and the barrier its communicati
 import statistics
 from pathlib import Path
 
-from bam_ray.control.cluster_file import ClusterFile, NodeGroup, load_cluster
-from bam_ray.control.matching import bound
-from bam_ray.control.simulate import Simulated, simulate
-from bam_ray.control.tasks import Task
+from bam_ray.pipeline.tasks import Task
+from bam_ray.planning.cluster_file import ClusterFile, NodeGroup, load_cluster
+from bam_ray.planning.simulate import Simulated, simulate
+from bam_ray.scheduling.matching import bound
 from bam_ray.settings import Needs
 from benchmarks.measure import report
 

@@ -19,7 +19,7 @@ from bam_ray.settings import MixtureSettings, StoreSettings, apply_override, val
 
 if TYPE_CHECKING:
     from bam_ray.checkpoint.tensors import TensorReader
-    from bam_ray.stages.folders import Changed, Flight
+    from bam_ray.toolbox.folders import Changed, Flight
     from bam_ray.upcycling import Change
     from bam_ray.upcycling import Progress as Told
 
@@ -60,8 +60,8 @@ def upcycle(
     if not out and not dry_run:
         raise SettingsError("say where the mixture goes with --out (or look first with --dry-run)")
 
-    from bam_ray.stages.folders import make_mixture, open_model, preflight, texts_of
-    from bam_ray.upcycling.separation import separation_table
+    from bam_ray.toolbox.folders import make_mixture, open_model, preflight, texts_of
+    from bam_ray.upcycling.routers.separation import separation_table
 
     sources = {name: open_model(uri, endpoint) for name, uri in origins.items()}
     sequences = max(settings.router.sequences, settings.split.sequences)
@@ -89,7 +89,7 @@ def absorb(
     weak_store: WeakStore = False,
 ) -> None:
     """Add a branch to a mixture, trained or not; its other experts stay as they are."""
-    from bam_ray.stages.folders import open_model
+    from bam_ray.toolbox.folders import open_model
     from bam_ray.upcycling import absorbed, mixture_config_of
 
     ((name, uri),) = _named([branch], "--branch").items()
@@ -111,7 +111,7 @@ def remove(
     weak_store: WeakStore = False,
 ) -> None:
     """Take an expert out of a mixture."""
-    from bam_ray.stages.folders import open_model
+    from bam_ray.toolbox.folders import open_model
     from bam_ray.upcycling import mixture_config_of, removed
 
     before = open_model(mixture, endpoint)
@@ -133,7 +133,7 @@ def replace(
     weak_store: WeakStore = False,
 ) -> None:
     """Put a branch in the place of an expert; it takes over that expert's router rows."""
-    from bam_ray.stages.folders import open_model
+    from bam_ray.toolbox.folders import open_model
     from bam_ray.upcycling import mixture_config_of, replaced
 
     ((name, uri),) = _named([branch], "--branch").items()
@@ -150,7 +150,7 @@ def verify(
     endpoint: Endpoint = None,
 ) -> None:
     """Prove that a mixture is what it says: digests, lineage, and that its experts are the dense models they were."""
-    from bam_ray.stages.folders import open_model
+    from bam_ray.toolbox.folders import open_model
     from bam_ray.upcycling import verify as receipts_of
 
     with console.status("reading") as status:
@@ -172,7 +172,7 @@ def inspect(
     model: Annotated[str, typer.Argument(help="a model folder: a path or s3://")], endpoint: Endpoint = None
 ) -> None:
     """Show what a model folder holds: family, shapes, parameters, experts, lineage."""
-    from bam_ray.stages.folders import open_model
+    from bam_ray.toolbox.folders import open_model
     from bam_ray.upcycling.inspect import inspect as facts_of
 
     facts = facts_of(open_model(model, endpoint))
@@ -203,8 +203,8 @@ def export(
     """Write a mixture in another architecture's form, for runtimes that know only that."""
     if format != "mixtral":
         raise SettingsError(f"--format {format!r} is not known: use mixtral")
-    from bam_ray.stages.folders import export as export_to
-    from bam_ray.stages.folders import open_model
+    from bam_ray.toolbox.folders import export as export_to
+    from bam_ray.toolbox.folders import open_model
 
     with _bar("exporting") as told:
         export_to(open_model(mixture, endpoint), target(out, endpoint, weak_store), told)
@@ -221,7 +221,7 @@ def _change(
     sequences: int,
     length: int,
 ) -> None:
-    from bam_ray.stages.folders import change_mixture, texts_of
+    from bam_ray.toolbox.folders import change_mixture, texts_of
 
     texts = texts_of(_named(text or [], "--text"), mixture, sequences, length)
     with _bar(what.verb) as told:

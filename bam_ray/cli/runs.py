@@ -10,8 +10,8 @@ from rich.live import Live
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.cli.app import Endpoint, app, console
 from bam_ray.control import status as statuses
+from bam_ray.control.status_table import render, render_history, render_storage
 from bam_ray.control.storage import stored_bytes
-from bam_ray.control.table import render, render_history, render_storage
 from bam_ray.errors import CheckpointError, PlacementError
 from bam_ray.settings import load_recipe
 
@@ -45,9 +45,9 @@ def plan(
     cluster: Annotated[Path | None, typer.Option(help="a cluster file: simulate the run on it")] = None,
 ) -> None:
     """Show what a run would make, need and store, and with a cluster file where and for how long. Starts nothing."""
-    from bam_ray.control.cluster_file import load_cluster
-    from bam_ray.control.plan_table import render_plan
-    from bam_ray.control.planner import make_plan
+    from bam_ray.planning.cluster_file import load_cluster
+    from bam_ray.planning.plan_table import render_plan
+    from bam_ray.planning.planner import make_plan
 
     settings = load_recipe(recipe, overrides)
     planned = make_plan(settings, load_cluster(cluster) if cluster else None)

@@ -25,7 +25,7 @@ def export_step(
     kind, _, name = what.partition("/")
     if kind not in TRAINED or not name:
         raise SettingsError(f"{what!r} is not KIND/NAME with a kind of {', '.join(TRAINED)}")
-    from bam_ray.stages.step_export import export_step as export_to
+    from bam_ray.toolbox.step_export import export_step as export_to
 
     to = target(out, endpoint, weak_store)
     made = export_to(open_store(run, endpoint), cast(Kind, kind), name, to, step)

@@ -8,11 +8,11 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 
+from bam_ray.control.observations import Alive, Broke, Done, Sighting, Stopped
 from bam_ray.control.policies import is_final
-from bam_ray.control.sightings import Alive, Broke, Done, Sighting, Stopped
-from bam_ray.control.states import Node
-from bam_ray.control.tasks import Progress, StageContext
-from bam_ray.errors import BamError, Interrupted, StoreUnavailable
+from bam_ray.errors import BamError, Interrupted, StoreUnavailable, one_line
+from bam_ray.pipeline.states import Node
+from bam_ray.pipeline.tasks import Progress, StageContext
 
 LOG_LINES = 20
 
@@ -79,14 +79,6 @@ class Attempt:
             self._work(self)
         except BaseException as error:  # a thread has no caller: what ended it is kept for `look`
             self._error = error
-
-
-def one_line(error: BaseException) -> str:
-    """An error for people: its message's first line, with its type's name where it is none of ours."""
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, BamError):
-        return message
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _lines(error: BaseException) -> list[str]:

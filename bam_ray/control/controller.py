@@ -17,14 +17,12 @@ from typing import Literal
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST, Kind
-from bam_ray.control import elastic, policies
-from bam_ray.control.demands import DemandCheck
+from bam_ray.control import policies
 from bam_ray.control.launcher import Launcher
-from bam_ray.control.placement import Placement
-from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
-from bam_ray.control.snapshot import Snapshot
-from bam_ray.control.speeds import Group, Speeds
-from bam_ray.control.states import (
+from bam_ray.control.observations import Alive, Broke, Done, Queued, Sighting, Stopped
+from bam_ray.control.quorum_deadline import Waits
+from bam_ray.errors import PlacementError, StoreUnavailable
+from bam_ray.pipeline.states import (
     Blocked,
     Committed,
     Draining,
@@ -38,9 +36,12 @@ from bam_ray.control.states import (
     State,
     Waiting,
 )
-from bam_ray.control.tasks import Progress, Task
-from bam_ray.control.waits import Waits
-from bam_ray.errors import PlacementError, StoreUnavailable
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling import elastic
+from bam_ray.scheduling.cluster_view import Snapshot
+from bam_ray.scheduling.feasibility import DemandCheck
+from bam_ray.scheduling.placement import Placement
+from bam_ray.scheduling.throughput import Group, Speeds
 
 Outcome = Literal["running", "finished", "failed", "interrupted"]
 OnChange = Callable[[Task, State], None]
@@ -162,7 +163,7 @@ class Controller:
         if speed is None and task.step_tokens:
             kind = self._kinds.get(state.node.id, "")
             speed = (self.speeds.measured(self._placed[task_id].group, kind) or 0.0) / task.step_tokens
-        return policies.remaining_steps(task, state.progress) / speed if speed else None
+        return task.remaining_steps(state.progress) / speed if speed else None
 
     def remaining_steps(self, task_id: str) -> int:
         """Steps still to be done, as far as is known."""
@@ -170,7 +171,7 @@ class Controller:
         if isinstance(state, Committed):
             return 0
         progress = None if isinstance(state, Blocked) else state.progress
-        return policies.remaining_steps(self.tasks[task_id], progress)
+        return self.tasks[task_id].remaining_steps(progress)
 
     def _is_spared(self, task_id: str) -> bool:
         """Whether a task failed that others could be, and were, made without."""
@@ -367,7 +368,7 @@ class Controller:
         if snapshot is None or not snapshot.can_hold(task):
             return history.avoid
         needs = snapshot.taken(task).needs
-        return snapshot.spared(needs, history.avoid, task.workers, policies.would_wait(history))
+        return snapshot.spared(needs, history.avoid, task.workers, history.would_wait)
 
     def _has_room(self, task: Task, snapshot: Snapshot, avoid: frozenset[str]) -> bool:
         """Whether all workers of a group fit now; where they do not, what is free is kept for them."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bam_ray.control.attempt import Attempt
-from bam_ray.control.nodes import NodeFacts
-from bam_ray.control.sightings import Queued, Sighting
-from bam_ray.control.states import Node
-from bam_ray.control.tasks import StageContext, Task
+from bam_ray.control.observations import Queued, Sighting
+from bam_ray.pipeline.states import Node
+from bam_ray.pipeline.tasks import StageContext, Task
+from bam_ray.scheduling.nodes import NodeFacts
 
 
 class Launcher(Protocol):

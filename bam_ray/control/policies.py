@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.sightings import Broke
-from bam_ray.control.states import Blocked, Committed, Failed, History, Retrying, State
-from bam_ray.control.tasks import Progress, Quorum, Task
+from bam_ray.control.observations import Broke
 from bam_ray.errors import (
     DataError,
     FamilyError,
@@ -29,6 +27,8 @@ from bam_ray.errors import (
     StoreDenied,
     UpcycleError,
 )
+from bam_ray.pipeline.states import Blocked, Committed, Failed, History, Retrying, State
+from bam_ray.pipeline.tasks import Quorum, Task
 
 FINAL = (
     SettingsError,
@@ -53,11 +53,6 @@ PLACEMENT_DELAY = 15.0  # seconds between looks for a node that can hold a task 
 def is_final(error: BaseException) -> bool:
     """Whether another attempt would end the same way."""
     return isinstance(error, FINAL)
-
-
-def remaining_steps(task: Task, progress: Progress | None) -> int:
-    """Steps that `task` has still to do, as far as is known."""
-    return max(0, task.total_steps - (progress.step if progress else 0))
 
 
 def arrived(quorum: Quorum, states: Mapping[str, State]) -> list[str]:
@@ -122,14 +117,6 @@ def after_failure(task: Task, history: History, broke: Broke, now: float) -> tup
         return history, Failed(broke.error + tries, broke.node, broke.log, broke.progress)
     delay = 0.0 if broke.node_fault else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** max(0, failures - 1, outages - 1))
     return history, Retrying(broke.error, now + delay, broke.progress)
-
-
-def would_wait(history: History) -> bool:
-    """Whether a task should wait for a node that is busy rather than go back to one that it failed on.
-
-    One failure may be chance, and a node that idles does no work; two in a row may be the node's doing.
-    """
-    return history.failures > 1
 
 
 def after_no_place(error: PlacementError, now: float) -> Retrying:

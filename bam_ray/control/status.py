@@ -13,10 +13,10 @@ from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import policies
 from bam_ray.control.controller import Controller, Outcome
-from bam_ray.control.matching import bound
-from bam_ray.control.states import Blocked, Committed, Draining, Failed, Placing, Retrying, Running, State, Waiting
-from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import BlobNotFound, StoreError
+from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Placing, Retrying, Running, State, Waiting
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling.matching import bound
 
 STATUS = "status.json"
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed.expert_parallel import ExpertShards
 from bam_ray.training.memory import HostMemory
-from bam_ray.training.outline import NOISE
+from bam_ray.training.meta_init import NOISE
 from bam_ray.training.state import ADAM_STATES, OPTIMIZER, State, TensorFiles, snapshot
 
 

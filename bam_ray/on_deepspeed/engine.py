@@ -25,9 +25,9 @@ from bam_ray.on_deepspeed import canonical
 from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
 from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.engine import NO_LIMITS, Limits, StepResult, name_of, precision_on
-from bam_ray.training.fitting import halved_to_fit, largest_that_fits, ran_out
-from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import memory_of
+from bam_ray.training.meta_init import materialise
+from bam_ray.training.micro_batch import halved_to_fit, largest_that_fits, ran_out
 from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import (
     Load,
@@ -40,7 +40,7 @@ from bam_ray.training.objective import (
     objective,
     parts_of,
 )
-from bam_ray.training.outline import materialise
+from bam_ray.training.param_groups import freeze, groups, set_rates
 from bam_ray.training.state import State
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings say what our errors say, or nothing to act on

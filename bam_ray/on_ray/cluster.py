@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import ray
 from ray._private.state import available_resources_per_node, state
 
-from bam_ray.control.nodes import NodeFacts
+from bam_ray.scheduling.nodes import NodeFacts
 
 
 def living_nodes() -> list[NodeFacts]:

@@ -3,7 +3,7 @@
 from ray.util.metrics import Gauge
 
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.tasks import Progress
+from bam_ray.pipeline.tasks import Progress
 
 GAUGES = {  # field of `Progress`: name and meaning
     "step": ("bam_step", "Optimizer steps done"),

@@ -17,12 +17,11 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from bam_ray.control.attempt import one_line
-from bam_ray.control.nodes import resources_of
-from bam_ray.control.tasks import Progress
-from bam_ray.errors import BamError, Interrupted, TrainingError
+from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
 from bam_ray.on_ray.task_actor import here, quiet, use_threads
 from bam_ray.on_ray.work import Work
+from bam_ray.pipeline.tasks import Progress
+from bam_ray.scheduling.nodes import resources_of
 
 EXCHANGE_EVERY = 1.0  # seconds between rank 0's words with the driver
 # gloo's words, and the last NCCL's

@@ -54,17 +54,17 @@ def serve_mixture(recipe: Recipe) -> tuple[str, str]:
 
 def show_results(recipe: Recipe, console: Console) -> None:
     """The perplexity table, and where the report lies."""
-    from bam_ray.stages import showing  # torch and transformers: not before they are needed
+    from bam_ray.on_ray import run_summary  # torch and transformers: not before they are needed
 
-    showing.show_results(recipe, open_store(recipe.store.uri, recipe.store.endpoint), console)
+    run_summary.show_results(recipe, open_store(recipe.store.uri, recipe.store.endpoint), console)
 
 
 def serve_and_ask(recipe: Recipe, console: Console) -> None:
     """Serve the mixture, let it continue one text a domain, and print how to ask it."""
-    from bam_ray.stages import showing
+    from bam_ray.on_ray import run_summary
 
     url, name = serve_mixture(recipe)
-    showing.stream_completions(recipe, open_store(recipe.store.uri, recipe.store.endpoint), url, name, console)
+    run_summary.stream_completions(recipe, open_store(recipe.store.uri, recipe.store.endpoint), url, name, console)
     console.print(f"{name} is served at {url}. Ask it:", highlight=False)
     body = f'{{"model": "{name}", "prompt": "The ", "max_tokens": 40}}'
     console.print(

@@ -22,13 +22,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control.attempt import LOG_LINES
-from bam_ray.control.nodes import NODE_ID, NodeFacts, resources_of, selector_of
-from bam_ray.control.sightings import Alive, Broke, Queued, Sighting
-from bam_ray.control.states import Node
-from bam_ray.control.tasks import Progress, Task
+from bam_ray.control.observations import Alive, Broke, Queued, Sighting
 from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import EngineFactory, StageFunctions, Work
+from bam_ray.pipeline.states import Node
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, resources_of, selector_of
 from bam_ray.settings import Recipe
 
 ANSWER_WAIT = 0.5  # seconds that a poll waits for answers; those that come later are seen at the next

@@ -19,11 +19,11 @@ from bam_ray.blobs.check import checked_store
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, Outcome
-from bam_ray.control.graph import subset, task_graph
-from bam_ray.control.table import render
+from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import EngineFactory, StageFunctions
+from bam_ray.pipeline.graph import subset, task_graph
 from bam_ray.settings import Recipe
 
 STEP_EVERY = 0.5  # seconds

@@ -30,10 +30,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.nodes import NodeFacts, resources_of, room, said_of, said_of_nodes
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.cluster import living_nodes
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.scheduling.nodes import NodeFacts, resources_of, room, said_of, said_of_nodes
 from bam_ray.settings import Recipe, ServeSettings, load_recipe
 
 APP = "bam"

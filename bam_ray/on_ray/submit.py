@@ -26,11 +26,10 @@ from rich.live import Live
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control import status
-from bam_ray.control.attempt import one_line
 from bam_ray.control.controller import DRAIN_PATIENCE
 from bam_ray.control.status import Row, Status
-from bam_ray.control.table import headline, render
-from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable
+from bam_ray.control.status_table import headline, render
+from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_line
 from bam_ray.settings import load_recipe
 
 LOOK_EVERY = 1.0  # seconds

@@ -14,13 +14,13 @@ from typing import Any
 import ray
 
 from bam_ray.control.attempt import LOG_LINES, Attempt
-from bam_ray.control.sightings import Alive, Queued, Sighting
-from bam_ray.control.states import Node
-from bam_ray.control.tasks import Progress, StageContext
+from bam_ray.control.observations import Alive, Queued, Sighting
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.gauges import Gauges
 from bam_ray.on_ray.work import Work
+from bam_ray.pipeline.states import Node
+from bam_ray.pipeline.tasks import Progress, StageContext
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -10,7 +10,7 @@ from typing import Any
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.tasks import StageContext, Task
+from bam_ray.pipeline.tasks import StageContext, Task
 from bam_ray.settings import Recipe
 
 EngineFactory = Callable[..., Any]

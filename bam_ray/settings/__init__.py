@@ -1,7 +1,7 @@
 """The recipe: everything a run is told, as strict frozen models."""
 
 from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
-from bam_ray.settings.mixing import DynamicBlend, Losses, Mixing, Ramp
+from bam_ray.settings.mixing import PRESETS, DynamicBlend, Losses, Mixing, Ramp
 from bam_ray.settings.quorum import Quorum
 from bam_ray.settings.recipe import (
     AverageSettings,
@@ -26,14 +26,16 @@ from bam_ray.settings.recipe import (
     TokenizerSettings,
     UpcycleSettings,
 )
-from bam_ray.settings.strict import Blend, Strict
+from bam_ray.settings.strict import Blend, Count, Name, Strict
 from bam_ray.settings.training import Spike, TrainingSettings
 
 __all__ = [
+    "PRESETS",
     "AverageSettings",
     "Blend",
     "BranchOverride",
     "BranchSettings",
+    "Count",
     "DataSettings",
     "Demand",
     "DomainSettings",
@@ -44,6 +46,7 @@ __all__ = [
     "MixSettings",
     "Mixing",
     "MixtureSettings",
+    "Name",
     "Needs",
     "Quorum",
     "Ramp",

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind, Manifest
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.tasks import StageContext
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.tasks import StageContext
 from bam_ray.settings import Recipe
 from bam_ray.stages.corpus import make_corpus
 from bam_ray.stages.dense import train_branch, train_seed

@@ -22,15 +22,14 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
-from bam_ray.control.attempt import one_line
-from bam_ray.errors import CheckpointError, FamilyError, UpcycleError
+from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import News
 from bam_ray.training.checkpoints import Checkpoints, Gather, Retention
 from bam_ray.training.state import State, grown, read_optimizer
 from bam_ray.upcycling.dense import mixture_config_of
-from bam_ray.upcycling.lifecycle import absorbed, change, names_of
+from bam_ray.upcycling.edit_experts import absorbed, change, names_of
 from bam_ray.upcycling.write import CARRIED, LINEAGE
 
 Load = Callable[[Path], PreTrainedModel]

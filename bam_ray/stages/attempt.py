@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.control.tasks import StageContext
 from bam_ray.errors import Interrupted
+from bam_ray.pipeline.tasks import StageContext
 from bam_ray.training.events import Events
 
 

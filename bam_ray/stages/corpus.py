@@ -5,9 +5,9 @@ from pathlib import Path
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import build_corpus
 from bam_ray.errors import Interrupted
+from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrai
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import family_of
+from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import Recipe, Scratch, TrainingSettings
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import Job, train_to_artifact

@@ -22,8 +22,6 @@ from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Compute, Manifest, identity
-from bam_ray.control.graph import task_graph
-from bam_ray.control.tasks import Progress, StageContext, Task
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.findings import make_results
@@ -31,10 +29,12 @@ from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, model_label
 from bam_ray.evaluation.routing import combine_domains
 from bam_ray.model.parameters import count_parameters
+from bam_ray.pipeline.graph import task_graph
+from bam_ray.pipeline.tasks import Progress, StageContext, Task
 from bam_ray.settings import Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import CURVE
-from bam_ray.training.documents import keep_apart
+from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.flops import forward_flops_per_token
 
 MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)

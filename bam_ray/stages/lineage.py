@@ -3,8 +3,8 @@
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.tasks import Task
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.tasks import Task
 from bam_ray.settings import Recipe
 
 

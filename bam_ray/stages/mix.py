@@ -16,17 +16,17 @@ import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.control.tasks import Quorum, StageContext
 from bam_ray.data import Corpus
 from bam_ray.evaluation.perplexity import perplexity
+from bam_ray.pipeline.tasks import Quorum, StageContext
 from bam_ray.settings import Mixing, MixSettings, Recipe, TrainingSettings
 from bam_ray.stages.absorb import Begun, begin
 from bam_ray.stages.attempt import Attempt, attempting
 from bam_ray.stages.lineage import Place
 from bam_ray.stages.train import Following, Job, sampler_of, train_to_artifact
-from bam_ray.training.documents import keep_apart
+from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.engine import Engine
-from bam_ray.training.outline import outline
+from bam_ray.training.meta_init import outline
 from bam_ray.upcycling.write import LINEAGE
 
 BATCH_SEQUENCES = 8

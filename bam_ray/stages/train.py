@@ -18,23 +18,23 @@ from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Compute, Manifest
-from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.errors import SettingsError
+from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import Blend, DynamicBlend, MetricsSettings, TrainingSettings
 from bam_ray.stages.attempt import Attempt, attempting
 from bam_ray.stages.lineage import Place
 from bam_ray.training.blending import FollowingSampler
 from bam_ray.training.checkpoints import Checkpoints, Retention, patient
-from bam_ray.training.documents import keep_apart
+from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.engine import Engine
 from bam_ray.training.flops import peak_flops, training_flops
 from bam_ray.training.loop import Point, Training
 from bam_ray.training.memory import GIB
 from bam_ray.training.metrics import Metrics
 from bam_ray.training.objective import as_mixture
+from bam_ray.training.router_metrics import RoutingReport, RoutingWatch
 from bam_ray.training.state import TensorFiles
-from bam_ray.training.watching import RoutingReport, RoutingWatch
 
 CURVE = "curve.json"
 NOTES = {  # what a person who looks at the run's table should know

@@ -12,9 +12,9 @@ from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
-from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.data import Corpus
 from bam_ray.errors import BlobExists, CheckpointError, Interrupted
+from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import MixtureSettings, Recipe
 from bam_ray.stages.lineage import Place
 from bam_ray.upcycling import upcycle

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import LossNotFinite, LossSpiked, TrainingError
 from bam_ray.settings import Mixing, TrainingSettings
-from bam_ray.training.fitting import halved_to_fit, largest_that_fits
-from bam_ray.training.groups import freeze, groups, set_rates
 from bam_ray.training.memory import Memory, memory_of
+from bam_ray.training.micro_batch import halved_to_fit, largest_that_fits
 from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import (
     Load,
@@ -30,6 +29,7 @@ from bam_ray.training.objective import (
     objective,
     parts_of,
 )
+from bam_ray.training.param_groups import freeze, groups, set_rates
 from bam_ray.training.state import ADAM_STATES, State, read_optimizer, read_weights, snapshot
 
 Precision = Literal["fp32", "bf16"]

@@ -13,12 +13,12 @@ export         a mixture as Mixtral
 """
 
 from bam_ray.upcycling.dense import mixture_config_of
+from bam_ray.upcycling.edit_experts import Change, absorbed, change, removed, replaced
 from bam_ray.upcycling.export import export_mixtral
-from bam_ray.upcycling.lifecycle import Change, absorbed, change, removed, replaced
 from bam_ray.upcycling.loading import load_model
 from bam_ray.upcycling.methods import METHODS, Method, Operation, method_of
-from bam_ray.upcycling.receipts import Receipt, verify
 from bam_ray.upcycling.upcycle import plan, upcycle
+from bam_ray.upcycling.verify import Receipt, verify
 from bam_ray.upcycling.write import Progress, Upcycled, write_mixture
 
 __all__ = [

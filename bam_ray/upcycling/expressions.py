@@ -20,7 +20,7 @@ from torch import Tensor
 from bam_ray.checkpoint.tensors import CHUNK_BYTES, TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.upcycling.averaging import ties
-from bam_ray.upcycling.router_rows import generator
+from bam_ray.upcycling.routers.rows import generator
 
 Sources = Mapping[str, TensorReader]
 Rows = tuple[tuple[int, int], ...]

@@ -27,7 +27,7 @@ from bam_ray.upcycling.expressions import (
     Ties,
 )
 from bam_ray.upcycling.methods import KEY_SIDE, QUERY_SIDE, Operation, method_of
-from bam_ray.upcycling.router_rows import generator
+from bam_ray.upcycling.routers.rows import generator
 
 COLUMNS = (Role.DOWN, Role.OUTPUT)  # whose inputs, not outputs, belong to neurons or heads
 

@@ -16,7 +16,7 @@ from bam_ray.errors import UpcycleError
 from bam_ray.settings import Losses, MixtureSettings
 from bam_ray.upcycling.plan import Planner, experts_of, mixture_config
 from bam_ray.upcycling.preflight import check_seed, check_sources
-from bam_ray.upcycling.slices import partitions_of
+from bam_ray.upcycling.split.slices import partitions_of
 from bam_ray.upcycling.write import PARTITION, Planned, Progress, Upcycled, write_mixture
 
 

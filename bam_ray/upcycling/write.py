@@ -15,8 +15,8 @@ from bam_ray.model import BamConfig
 from bam_ray.upcycling.card import model_card
 from bam_ray.upcycling.expressions import Fitted
 from bam_ray.upcycling.plan import Output
-from bam_ray.upcycling.routers import fit_routers
-from bam_ray.upcycling.separation import Separation
+from bam_ray.upcycling.routers.initialize import fit_routers
+from bam_ray.upcycling.routers.separation import Separation
 
 LINEAGE = "lineage.json"
 SEPARATION = "separation.json"

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
-from bam_ray.control.nodes import NodeFacts, demand_met
-from bam_ray.control.tasks import Task
 from bam_ray.errors import PlacementError
+from bam_ray.pipeline.tasks import Task
+from bam_ray.scheduling.nodes import NodeFacts, demand_met
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = Path(__file__).parent / "schemas"

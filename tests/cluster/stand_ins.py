@@ -11,12 +11,12 @@ import torch.distributed as dist
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind, Manifest
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import BlobNotFound, Interrupted, UpcycleError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.task_actor import here
 from bam_ray.on_ray.work import StageFunctions
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import Recipe
 
 STEP_TIME = 0.1

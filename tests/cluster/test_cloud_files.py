@@ -16,7 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 from ray.util.accelerators import accelerators
 
-from bam_ray.control.graph import task_graph
+from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import load_recipe
 
 FILES = ["cluster/aws.yaml", "cluster/gcp.yaml"]

@@ -26,14 +26,14 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
-from bam_ray.control.graph import find_task, subset, task_graph
-from bam_ray.control.nodes import demand_met, selector_of, selects
-from bam_ray.control.states import Committed, Failed, Node, Running
 from bam_ray.errors import PlacementError, SettingsError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.submit import INTERRUPTED, follow, submit
 from bam_ray.on_ray.work import StageFunctions
+from bam_ray.pipeline.graph import find_task, subset, task_graph
+from bam_ray.pipeline.states import Committed, Failed, Node, Running
+from bam_ray.scheduling.nodes import demand_met, selector_of, selects
 from bam_ray.settings import Needs, Recipe, parse_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

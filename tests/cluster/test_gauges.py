@@ -13,10 +13,10 @@ from stand_ins import STAND_INS
 from test_controller_on_ray import RECIPE
 
 from bam_ray.blobs.folder import FolderStore
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.sightings import Done
+from bam_ray.control.observations import Done
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import Work
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import parse_recipe
 from cluster.processes import free_ports
 

@@ -25,7 +25,7 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import status
-from bam_ray.control.graph import find_task, task_graph
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, UpcycleSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -19,9 +19,9 @@ from ray.serve.schema import ServeDeploySchema
 from ray.util.accelerators import accelerators
 
 from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.control.graph import task_graph
 from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.on_ray.serve_app import mixture_of
+from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Recipe, load_recipe
 
 PATHS = {kind: f"cluster/kuberay/{kind.lower()}.yaml" for kind in ("RayCluster", "RayJob", "RayService")}

@@ -13,13 +13,13 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import policies
 from bam_ray.control.controller import DRAIN_PATIENCE, MOVE_PATIENCE, Controller
-from bam_ray.control.demands import JOIN_PATIENCE
 from bam_ray.control.launcher import InProcessLauncher
-from bam_ray.control.nodes import HEAD, NodeFacts
-from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
-from bam_ray.control.states import Blocked, Committed, Draining, Failed, Node, Placing, Retrying, Running, Waiting
-from bam_ray.control.tasks import Progress, StageContext, Task
+from bam_ray.control.observations import Alive, Broke, Done, Queued, Sighting, Stopped
 from bam_ray.errors import DataError, Interrupted, PlacementError, StoreUnavailable
+from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Node, Placing, Retrying, Running, Waiting
+from bam_ray.pipeline.tasks import Progress, StageContext, Task
+from bam_ray.scheduling.feasibility import JOIN_PATIENCE
+from bam_ray.scheduling.nodes import HEAD, NodeFacts
 from bam_ray.settings import Demand, Needs
 
 HERE = Node("1", "one")

@@ -6,15 +6,14 @@ import pytest
 from test_controller import Scene, make, node, trained
 from test_graph import recipe
 
-from bam_ray.control import elastic
-from bam_ray.control.elastic import fewer_workers
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.nodes import NodeFacts
+from bam_ray.control.observations import Alive, Broke, Stopped
 from bam_ray.control.policies import FIRST_DELAY, PLACEMENT_DELAY
-from bam_ray.control.sightings import Alive, Broke, Stopped
-from bam_ray.control.states import Node, Retrying, Running, Waiting
-from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import PlacementError
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.states import Node, Retrying, Running, Waiting
+from bam_ray.pipeline.tasks import Progress, Task, fewer_workers
+from bam_ray.scheduling import elastic
+from bam_ray.scheduling.nodes import NodeFacts
 
 WHERE = Node("1", "one")
 

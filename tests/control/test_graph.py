@@ -2,7 +2,7 @@
 
 import pytest
 
-from bam_ray.control.graph import find_task, subset, task_graph
+from bam_ray.pipeline.graph import find_task, subset, task_graph
 from bam_ray.settings import Demand, Needs, Recipe, parse_recipe
 
 RECIPE = """

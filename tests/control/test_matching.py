@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bam_ray.control.matching import Level, Slot, bound, match, to_move
+from bam_ray.scheduling.matching import Level, Slot, bound, match, to_move
 
 FAST, SLOW = Slot("fast", 4.0), Slot("slow", 1.0)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bam_ray.control.nodes import ACCELERATOR, GIB, NODE_ID, NodeFacts, demand_met, room, selector_of, selects
-from bam_ray.control.tasks import Task
 from bam_ray.errors import PlacementError
+from bam_ray.pipeline.tasks import Task
+from bam_ray.scheduling.nodes import ACCELERATOR, GIB, NODE_ID, NodeFacts, demand_met, room, selector_of, selects
 from bam_ray.settings import Demand, Needs
 
 

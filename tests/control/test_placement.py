@@ -2,11 +2,11 @@
 
 from test_controller import node, trained
 
-from bam_ray.control.placement import Placement
-from bam_ray.control.snapshot import Snapshot
-from bam_ray.control.speeds import Speeds
-from bam_ray.control.states import History
-from bam_ray.control.tasks import Task
+from bam_ray.pipeline.states import History
+from bam_ray.pipeline.tasks import Task
+from bam_ray.scheduling.cluster_view import Snapshot
+from bam_ray.scheduling.placement import Placement
+from bam_ray.scheduling.throughput import Speeds
 
 FAST = frozenset({"fast"})
 

@@ -10,11 +10,11 @@ import tiny
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from bam_ray.control.cluster_file import ClusterFile, load_cluster
-from bam_ray.control.model_size import ModelSize, seed_size
-from bam_ray.control.plan_table import render_plan
-from bam_ray.control.planner import Plan, make_plan
 from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.planning.cluster_file import ClusterFile, load_cluster
+from bam_ray.planning.model_size import ModelSize, seed_size
+from bam_ray.planning.plan_table import render_plan
+from bam_ray.planning.planner import Plan, make_plan
 from bam_ray.settings import Recipe, load_recipe, parse_recipe
 from bam_ray.training.flops import training_flops
 
@@ -245,8 +245,8 @@ def test_two_hundred_nodes_are_planned() -> None:
 
 def test_planning_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from bam_ray.control.planner import make_plan;"
-        "from bam_ray.control.cluster_file import load_cluster;"
+        "import sys; from bam_ray.planning.planner import make_plan;"
+        "from bam_ray.planning.cluster_file import load_cluster;"
         "from bam_ray.settings import load_recipe;"
         "make_plan(load_recipe('recipes/demo.yaml'), load_cluster('recipes/clusters/laptop.yaml'));"
         "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"

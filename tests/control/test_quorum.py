@@ -12,13 +12,13 @@ from test_simulate import cluster, run
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.plan_table import render_plan
-from bam_ray.control.planner import make_plan
-from bam_ray.control.sightings import Alive, Broke, Stopped
-from bam_ray.control.states import Blocked, Committed, Draining, Failed, Placing, Running, Waiting
-from bam_ray.control.tasks import Progress, Quorum, Task
+from bam_ray.control.observations import Alive, Broke, Stopped
 from bam_ray.errors import StoreUnavailable
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Placing, Running, Waiting
+from bam_ray.pipeline.tasks import Progress, Quorum, Task
+from bam_ray.planning.plan_table import render_plan
+from bam_ray.planning.planner import make_plan
 
 TWO = "upcycle.when={at_least: 2}"
 HOUR = 3600.0

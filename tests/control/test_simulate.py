@@ -7,13 +7,13 @@ from typing import cast
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.control.cluster_file import ClusterFile, load_cluster
 from bam_ray.control.controller import Controller
-from bam_ray.control.matching import bound
-from bam_ray.control.sightings import Alive, Broke, Sighting
-from bam_ray.control.simulate import Simulated, SimulatedLauncher, simulate
-from bam_ray.control.tasks import Task
+from bam_ray.control.observations import Alive, Broke, Sighting
 from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.pipeline.tasks import Task
+from bam_ray.planning.cluster_file import ClusterFile, load_cluster
+from bam_ray.planning.simulate import Simulated, SimulatedLauncher, simulate
+from bam_ray.scheduling.matching import bound
 from bam_ray.settings import Needs
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "recipes" / "clusters").glob("*.yaml"))

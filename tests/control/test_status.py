@@ -12,13 +12,13 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
-from bam_ray.control.nodes import NodeFacts
-from bam_ray.control.sightings import Alive, Broke, Sighting
-from bam_ray.control.states import Node
+from bam_ray.control.observations import Alive, Broke, Sighting
+from bam_ray.control.status_table import SILENCE, amount, duration, headline, render, render_history
 from bam_ray.control.storage import stored_bytes
-from bam_ray.control.table import SILENCE, amount, duration, headline, render, render_history
-from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import StoreError
+from bam_ray.pipeline.states import Node
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling.nodes import NodeFacts
 from bam_ray.settings import Needs
 
 

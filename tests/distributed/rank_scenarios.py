@@ -20,7 +20,7 @@ from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Losses, Mixing, Ramp, TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, Retention
-from bam_ray.training.documents import keep_apart
+from bam_ray.training.document_mask import keep_apart
 from bam_ray.training.engine import Engine, Limits
 from bam_ray.training.loop import Training
 

@@ -16,7 +16,7 @@ from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Mixing
 from bam_ray.training.engine import Engine
-from bam_ray.training.outline import outline
+from bam_ray.training.meta_init import outline
 
 EVERYTHING = {"noisy_gate": True, "selection_bias": True, "capacity_factor": 0.75}
 STARTS = {

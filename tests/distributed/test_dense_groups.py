@@ -12,8 +12,8 @@ from stages.test_story import TRAINING, Context, make, recipe
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import Interrupted
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage
 

@@ -10,8 +10,8 @@ from mix_scenario import absorb, mix, wait_for_rank_0
 from stages.test_story import TRAINING, Context, make, recipe
 
 from bam_ray.blobs import BlobStore, open_store
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.model import BamConfig
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.stages import run_stage
 from bam_ray.training.flops import training_flops
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Compute, Manifest
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.tasks import Progress, Task
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.evaluation.results import Results
 from bam_ray.evaluation.table import format_perplexity
 from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.settings import Recipe
 from bam_ray.stages.evaluate import ancestors, evaluate, held_out_rows
 

@@ -23,14 +23,14 @@ from unittest import mock
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control import elastic
-from bam_ray.control.tasks import Progress, StageContext
 from bam_ray.errors import BamError
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import EXIT_CODES
 from bam_ray.on_ray.run import run_tasks
 from bam_ray.on_ray.task_actor import here
 from bam_ray.on_ray.work import StageFunctions, run_rank, run_stage
+from bam_ray.pipeline.tasks import Progress, StageContext
+from bam_ray.scheduling import elastic
 from bam_ray.settings import Recipe, load_recipe
 
 

@@ -10,8 +10,8 @@ import torch
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.control.graph import task_graph
-from bam_ray.control.tasks import Progress
+from bam_ray.pipeline.graph import task_graph
+from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage
 

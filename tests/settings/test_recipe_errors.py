@@ -7,10 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from bam_ray.control.cluster_file import load_cluster
 from bam_ray.errors import SettingsError
-from bam_ray.settings import MixSettings, load_recipe, parse_recipe
-from bam_ray.settings.load import apply_override
+from bam_ray.planning.cluster_file import load_cluster
+from bam_ray.settings import MixSettings, apply_override, load_recipe, parse_recipe
 
 TRAINING: dict[str, Any] = {"tokens": 1000, "peak_lr": 0.001}
 

@@ -19,14 +19,14 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control.controller import Controller
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.control.launcher import InProcessLauncher
-from bam_ray.control.tasks import Progress, StageContext, Task
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.results import Results
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.tasks import Progress, StageContext, Task
 from bam_ray.settings import Recipe, StoreSettings
 from bam_ray.stages import run_stage, train_mixture
-from bam_ray.stages.step_export import export_step
+from bam_ray.toolbox.step_export import export_step
 from bam_ray.training.flops import training_flops
 
 EVERYTHING = {  # that `mix` knows and that has something of an expert's own, or of a branch's

@@ -9,12 +9,11 @@ import yaml
 from cli.command import bam
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bam_ray.control.graph import task_graph
 from bam_ray.data import Corpus
 from bam_ray.families import family_of
 from bam_ray.model import BamConfig
-from bam_ray.settings import Recipe, load_recipe
-from bam_ray.settings.mixing import PRESETS
+from bam_ray.pipeline.graph import task_graph
+from bam_ray.settings import PRESETS, Recipe, load_recipe
 from bam_ray.stages.dense import scratch_config
 from bam_ray.training.schedule import learning_rate
 from bam_ray.upcycling.methods import method_of

@@ -15,7 +15,7 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.control.graph import find_task, task_graph
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 
 

@@ -18,8 +18,8 @@ from transformers import AutoConfig
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError, TrainingError
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine

@@ -14,11 +14,12 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.cli.app import app
-from bam_ray.control.graph import find_task, task_graph
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, Interrupted, SettingsError
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, StoreSettings
-from bam_ray.stages import step_export, train_mixture
-from bam_ray.stages.step_export import export_step
+from bam_ray.stages import train_mixture
+from bam_ray.toolbox import step_export
+from bam_ray.toolbox.step_export import export_step
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.control.graph import find_task, task_graph
-from bam_ray.control.tasks import Progress
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
 from bam_ray.evaluation.perplexity import perplexity
+from bam_ray.pipeline.graph import find_task, task_graph
+from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Mixing, Recipe, TrainingSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
-from bam_ray.training.outline import materialise
+from bam_ray.training.meta_init import materialise
 from bam_ray.training.state import read_weights
 
 TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}

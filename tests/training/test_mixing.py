@@ -12,7 +12,7 @@ from bam_ray.errors import Interrupted
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, Mixing, Ramp
 from bam_ray.training.engine import TorchEngine
-from bam_ray.training.groups import kinds
+from bam_ray.training.param_groups import kinds
 
 IDS = tiny.tokens(4, LENGTH)
 KV_SHARED = BamConfig(**{**tiny.SIZES, "attention_experts": "kv_shared", "num_experts_per_tok": 2})

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from bam_ray.control.model_size import CHUNK_TOKENS
 from bam_ray.families import FAMILIES
 from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.planning.model_size import CHUNK_TOKENS
 from bam_ray.training import next_token
 from bam_ray.training.next_token import FEWEST, NextTokenLoss, has_plain_head
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bam_ray.model import BamConfig, BamForCausalLM
-from bam_ray.training.outline import materialise, outline
+from bam_ray.training.meta_init import materialise, outline
 from bam_ray.training.state import read_weights
 
 SIZES: dict[str, Any] = {

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from bam_ray.errors import LossNotFinite, TrainingError
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.engine import TorchEngine, precision_on
-from bam_ray.training.fitting import largest_that_fits
 from bam_ray.training.memory import HostMemory, cgroup_room, is_out_of_memory
+from bam_ray.training.micro_batch import largest_that_fits
 
 MIB = 1 << 20
 

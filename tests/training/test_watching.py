@@ -11,7 +11,7 @@ from running import LENGTH, SETTINGS, engine
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import RoutingSettings
 from bam_ray.training.objective import Load
-from bam_ray.training.watching import RoutingWatch
+from bam_ray.training.router_metrics import RoutingWatch
 
 NAMES = ["seed", "code", "law", "math"]
 

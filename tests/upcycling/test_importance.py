@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import UpcycleError
 from bam_ray.families import FAMILIES, Role
-from bam_ray.upcycling import importance
-from bam_ray.upcycling.importance import cluster_sequences, neuron_importance
+from bam_ray.upcycling.split import importance
+from bam_ray.upcycling.split.importance import cluster_sequences, neuron_importance
 
 PROJECTIONS = [f"model.layers.{layer}.mlp.down_proj" for layer in range(tiny.SIZES["num_hidden_layers"])]
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bam_ray.errors import UpcycleError
-from bam_ray.upcycling.balanced_kmeans import balanced_assignment, balanced_kmeans
-from bam_ray.upcycling.partition import clustering_partition, inner_partition, inter_partition, random_partition
+from bam_ray.upcycling.split.balanced_kmeans import balanced_assignment, balanced_kmeans
+from bam_ray.upcycling.split.partition import clustering_partition, inner_partition, inter_partition, random_partition
 
 
 def points(n: int, d: int, seed: int) -> torch.Tensor:

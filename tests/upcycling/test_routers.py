@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bam_ray.errors import UpcycleError
 from bam_ray.model import BamConfig, BamForCausalLM
-from bam_ray.upcycling.router_rows import RIDGES, Assignment, domain_rows, fit_router, generator, router_logits
-from bam_ray.upcycling.routers import draw_router, fit_routers, split_rows
-from bam_ray.upcycling.separation import Separation, separation_table
+from bam_ray.upcycling.routers.initialize import draw_router, fit_routers, split_rows
+from bam_ray.upcycling.routers.rows import RIDGES, Assignment, domain_rows, fit_router, generator, router_logits
+from bam_ray.upcycling.routers.separation import Separation, separation_table
 
 NAMES = ["seed", "code", "law"]
 MIXTURES: dict[str, dict[str, Any]] = {

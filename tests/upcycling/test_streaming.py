@@ -25,7 +25,7 @@ MIB = 1 << 20
 # What only the first mixture of a process loads (code, mostly) is loaded for a tiny one, of the model at argv[1].
 CHILD = """
 import json, os, signal, sys, tempfile, threading
-from bam_ray.stages.folders import make_mixture, open_model
+from bam_ray.toolbox.folders import make_mixture, open_model
 from bam_ray.settings import MixtureSettings, StoreSettings
 
 def anonymous():

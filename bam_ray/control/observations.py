@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from bam_ray.control.states import Node
-from bam_ray.control.tasks import Progress
+from bam_ray.pipeline.states import Node
+from bam_ray.pipeline.tasks import Progress
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.manifest import MANIFEST
-from bam_ray.control.cluster_file import ClusterFile, NodeGroup
 from bam_ray.control.controller import Controller, Outcome
-from bam_ray.control.nodes import NODE_ID, NodeFacts, fits, resources_of, selector_of, selects
-from bam_ray.control.sightings import Alive, Broke, Done, Queued, Sighting, Stopped
-from bam_ray.control.states import Committed, Ended, Failed, Node, Retrying
-from bam_ray.control.tasks import Progress, Task
+from bam_ray.control.observations import Alive, Broke, Done, Queued, Sighting, Stopped
+from bam_ray.pipeline.states import Committed, Ended, Failed, Node, Retrying
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
+from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, fits, resources_of, selector_of, selects
 
 SpeedOf = Callable[[Task, NodeGroup], float | None]  # tokens a second of one worker; None: the task does not train
 YEAR = 365 * 86400.0  # longer than any run that ends

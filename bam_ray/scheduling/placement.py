@@ -8,13 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from bam_ray.control import policies
-from bam_ray.control.matching import Level, Slot, match, to_move
-from bam_ray.control.snapshot import Snapshot
-from bam_ray.control.speeds import Group, Speeds
-from bam_ray.control.states import Draining, History, Placing, Running
-from bam_ray.control.tasks import Progress, Task
-from bam_ray.settings.recipe import Needs
+from bam_ray.pipeline.states import Draining, History, Placing, Running
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling.cluster_view import Snapshot
+from bam_ray.scheduling.matching import Level, Slot, match, to_move
+from bam_ray.scheduling.throughput import Group, Speeds
+from bam_ray.settings import Needs
 
 AMORTISED = 2.0  # a task moves only when it has trained this many times what moving costs
 
@@ -131,7 +130,7 @@ class Placement:
     def _spared(self, task_id: str, members: _Members) -> frozenset[str]:
         """Nodes that a waiting task should not go to now."""
         history = members.history[task_id]
-        return self._snapshot.spared(members.needs, history.avoid, wait=policies.would_wait(history))
+        return self._snapshot.spared(members.needs, history.avoid, wait=history.would_wait)
 
     def _may_move(self, group: Group, state: Placing | Running | Draining) -> bool:
         if not isinstance(state, Running) or state.steps_per_second is None:
@@ -140,4 +139,4 @@ class Placement:
 
 
 def _tokens(task: Task, progress: Progress | None) -> float:
-    return float(policies.remaining_steps(task, progress) * task.step_tokens)
+    return float(task.remaining_steps(progress) * task.step_tokens)

@@ -17,7 +17,7 @@ from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, MixtureSettings, StoreSettings
-from bam_ray.stages.texts import token_rows
+from bam_ray.toolbox.token_rows import token_rows
 from bam_ray.upcycling import Change, Progress, Upcycled, change, export_mixtral, load_model, plan, write_mixture
 from bam_ray.upcycling.preflight import Drift, Estimate, drift, estimate
 

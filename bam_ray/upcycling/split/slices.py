@@ -9,10 +9,10 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.families import Family, Role
 from bam_ray.settings import MixtureSettings
-from bam_ray.upcycling.importance import cluster_sequences, neuron_importance
 from bam_ray.upcycling.loading import load_model
-from bam_ray.upcycling.partition import clustering_partition, inner_partition, inter_partition, random_partition
 from bam_ray.upcycling.plan import Partition
+from bam_ray.upcycling.split.importance import cluster_sequences, neuron_importance
+from bam_ray.upcycling.split.partition import clustering_partition, inner_partition, inter_partition, random_partition
 
 
 def partitions_of(

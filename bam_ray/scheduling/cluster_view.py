@@ -3,11 +3,11 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from bam_ray.control.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, room, said_of, selects
-from bam_ray.control.speeds import Group
-from bam_ray.control.tasks import Task
 from bam_ray.errors import PlacementError
-from bam_ray.settings.recipe import Needs
+from bam_ray.pipeline.tasks import Task
+from bam_ray.scheduling.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, room, said_of, selects
+from bam_ray.scheduling.throughput import Group
+from bam_ray.settings import Needs
 
 _Key = tuple[float, float, float, tuple[tuple[str, str], ...]]  # what tells demands apart
 

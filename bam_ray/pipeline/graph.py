@@ -15,11 +15,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from bam_ray.checkpoint.manifest import Kind, identity
-from bam_ray.control.elastic import fewer_workers
-from bam_ray.control.tasks import Quorum, Task
-from bam_ray.settings.mixing import Mixing
-from bam_ray.settings.recipe import MixSettings, MixtureSettings, Needs, Recipe
-from bam_ray.settings.training import TrainingSettings
+from bam_ray.pipeline.tasks import Quorum, Task, fewer_workers
+from bam_ray.settings import Mixing, MixSettings, MixtureSettings, Needs, Recipe, TrainingSettings
 
 DENSE = "dense"  # the model of the seed and of all branches
 

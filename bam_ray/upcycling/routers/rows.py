@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bam_ray.upcycling.separation import Initialisation, RouterScore
+from bam_ray.upcycling.routers.separation import Initialisation, RouterScore
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ to choose from, in units of the mean squared input
 TUNING_SHARE = 4  # one in so many tokens is kept from the rows, for the factor and λ

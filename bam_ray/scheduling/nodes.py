@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.tasks import Task
 from bam_ray.errors import PlacementError
-from bam_ray.settings.recipe import Demand, Needs
+from bam_ray.pipeline.tasks import Task
+from bam_ray.settings import Demand, Needs
 
 NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
 ACCELERATOR = "ray.io/accelerator-type"  # and this to nodes with an accelerator

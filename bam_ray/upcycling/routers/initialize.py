@@ -27,8 +27,8 @@ from bam_ray.model import BamConfig
 from bam_ray.model.attention_bam import BamRotaryEmbedding
 from bam_ray.model.modeling_bam import BamModel
 from bam_ray.model.routing_bam import BamRouter
-from bam_ray.upcycling.router_rows import Assignment, fit_router, generator, router_logits
-from bam_ray.upcycling.separation import RouterKind, RouterSeparation, Separation
+from bam_ray.upcycling.routers.rows import Assignment, fit_router, generator, router_logits
+from bam_ray.upcycling.routers.separation import RouterKind, RouterSeparation, Separation
 
 BATCH_TOKENS = 8192  # through a layer at a time
 

@@ -17,9 +17,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.nodes import ACCELERATOR, GIB
-from bam_ray.settings.load import load_as
-from bam_ray.settings.strict import Count, Name, Strict
+from bam_ray.scheduling.nodes import ACCELERATOR, GIB
+from bam_ray.settings import Count, Name, Strict, load_as
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]

@@ -11,8 +11,7 @@ from typing import Any
 
 from bam_ray.blobs import open_store
 from bam_ray.errors import StoreError
-from bam_ray.settings.recipe import MixtureSettings, Recipe, Scratch
-from bam_ray.settings.training import TrainingSettings
+from bam_ray.settings import MixtureSettings, Recipe, Scratch, TrainingSettings
 
 TRAINING_BYTES = 16  # a parameter: weight, gradient, two states of Adam
 CHECKPOINT_BYTES = 12  # weight and Adam's states

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bam_ray.upcycling.balanced_kmeans import balanced_kmeans, require_divisible
+from bam_ray.upcycling.split.balanced_kmeans import balanced_kmeans, require_divisible
 
 BATCH_TOKENS = 2048  # through the model at a time
 

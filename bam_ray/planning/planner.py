@@ -5,17 +5,16 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.control.cluster_file import ClusterFile, NodeGroup
-from bam_ray.control.graph import task_graph
-from bam_ray.control.matching import bound
-from bam_ray.control.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
-from bam_ray.control.nodes import NodeFacts, demand_met, fits, resources_of, selects
-from bam_ray.control.simulate import Simulated, SpeedOf, simulate
-from bam_ray.control.table import duration
-from bam_ray.control.tasks import Task
+from bam_ray.control.status_table import duration
 from bam_ray.errors import SettingsError
-from bam_ray.settings.recipe import MixtureSettings, Recipe
-from bam_ray.settings.training import TrainingSettings
+from bam_ray.pipeline.graph import task_graph
+from bam_ray.pipeline.tasks import Task
+from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
+from bam_ray.planning.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
+from bam_ray.planning.simulate import Simulated, SpeedOf, simulate
+from bam_ray.scheduling.matching import bound
+from bam_ray.scheduling.nodes import NodeFacts, demand_met, fits, resources_of, selects
+from bam_ray.settings import MixtureSettings, Recipe, TrainingSettings
 
 LOOKS = 150  # of the simulated controller between events, over the time that the longest stage takes at best
 LATE = 300.0  # seconds that a task without a node waits longer than it must, at most

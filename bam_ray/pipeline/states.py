@@ -9,7 +9,7 @@ Waiting ─▶ Placing ─▶ Running ─▶ Committed
 
 from dataclasses import dataclass, field
 
-from bam_ray.control.tasks import Progress
+from bam_ray.pipeline.tasks import Progress
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,11 @@ class History:
     ended: tuple[Ended, ...] = ()
     said: str = ""  # of the demand that was taken
     no_place_since: float | None = None  # since when no nodes could hold it
+
+    @property
+    def would_wait(self) -> bool:
+        """True if the task should wait for a busy node instead of returning to one that it failed on.
+
+        One failure may be chance, and an idle node does no work. Two in a row may be the node's fault.
+        """
+        return self.failures > 1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bam_ray.errors import UpcycleError
-from bam_ray.upcycling.balanced_kmeans import balanced_kmeans, require_divisible
+from bam_ray.upcycling.split.balanced_kmeans import balanced_kmeans, require_divisible
 
 
 def random_partition(neurons: int, experts: int, seed: int) -> Tensor:

@@ -8,10 +8,10 @@ from then on, whichever nodes are away.
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from bam_ray.control import elastic
-from bam_ray.control.nodes import NodeFacts
-from bam_ray.control.snapshot import Snapshot
-from bam_ray.control.tasks import Task
+from bam_ray.pipeline.tasks import Task
+from bam_ray.scheduling import elastic
+from bam_ray.scheduling.cluster_view import Snapshot
+from bam_ray.scheduling.nodes import NodeFacts
 
 JOIN_PATIENCE = 600.0  # seconds that a head has for its first worker, which may be a machine that is still to start
 

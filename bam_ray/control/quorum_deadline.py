@@ -5,8 +5,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from bam_ray.blobs import BlobStore
-from bam_ray.control.tasks import Quorum, Task
 from bam_ray.errors import BlobExists, StoreUnavailable
+from bam_ray.pipeline.tasks import Quorum, Task
 
 
 class Waits:

@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bam_ray.control.nodes import GIB, said_of
-from bam_ray.control.planner import Plan, Planned
-from bam_ray.control.table import amount, duration
+from bam_ray.control.status_table import amount, duration
+from bam_ray.planning.planner import Plan, Planned
+from bam_ray.scheduling.nodes import GIB, said_of
 
 NODES_SHOWN = 4  # of a task that moved often
 WRAPPED = ("each needs", "where")  # between words

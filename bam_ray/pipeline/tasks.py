@@ -6,10 +6,11 @@ is (`Progress`) and is asked whether it should stop; nothing else passes between
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Protocol
 
 from bam_ray.checkpoint.manifest import Kind
-from bam_ray.settings.recipe import Needs
+from bam_ray.settings import Needs
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Task:
         """Whether one actor trains it, step by step: such a task is placed by speed, and moved."""
         return not self.is_group and self.step_tokens > 0 and self.total_steps > 0
 
+    def remaining_steps(self, progress: "Progress | None") -> int:
+        """Return the number of steps that are still to do, as far as `progress` tells."""
+        return max(0, self.total_steps - (progress.step if progress else 0))
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -87,3 +92,14 @@ class StageContext(Protocol):
     def should_stop(self) -> bool:
         """Whether to write a checkpoint and raise `errors.Interrupted`; asked between steps."""
         ...
+
+
+def fewer_workers(workers: int, least: int | None, sequences: int, expert_parallel: int = 1) -> tuple[int, ...]:
+    """Numbers of workers that will do in place of `workers`, best first; none where `least` is None.
+
+    They share `sequences` alike: the global batch, or of mixtures `MixSettings.alike`. Experts are spread over the
+    greatest common divisor of their number and `expert_parallel`, which is taken as large as can be: a worker's memory
+    was meant for its part of the experts.
+    """
+    numbers = [number for number in range(least or workers, workers) if sequences % number == 0]
+    return tuple(sorted(numbers, key=lambda number: (gcd(number, expert_parallel), number), reverse=True))

@@ -1,0 +1,1 @@
+"""Splitting one dense model into experts (LLaMA-MoE): which neurons and which heads go to which expert."""
