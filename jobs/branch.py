@@ -1,4 +1,4 @@
-"""Branch: train the seed, where it is not there yet, and one branch a domain."""
+"""Train the branches of a recipe, and the seed if it is missing."""
 
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import run_job

@@ -1,4 +1,7 @@
-"""The whole story: corpus, seed, branches, upcycling, mixing, evaluation, endpoint. Submitted again, it goes on."""
+"""Run all stages of a recipe: corpus, seed, branches, upcycling, mixing, evaluation and the endpoint.
+
+A job that is submitted again resumes the run.
+"""
 
 from rich.console import Console
 
@@ -7,11 +10,11 @@ from bam_ray.on_ray.job import run_job, serve_and_ask, show_results
 from bam_ray.settings import Recipe
 
 
-def end(recipe: Recipe, console: Console) -> None:
-    """What a person waited for."""
+def show_results_and_serve(recipe: Recipe, console: Console) -> None:
+    """Print the results of a finished run, serve its mixture and print sample completions."""
     show_results(recipe, console)
     serve_and_ask(recipe, console)
 
 
 if __name__ == "__main__":
-    run_job(None, deepspeed_engine, end)
+    run_job(None, deepspeed_engine, show_results_and_serve)

@@ -1,4 +1,4 @@
-"""Serve: put the recipe's mixture behind an OpenAI-compatible endpoint, and let it speak."""
+"""Serve the mixture of a recipe at an OpenAI-compatible endpoint, and print sample completions."""
 
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import run_job, serve_and_ask

@@ -1,4 +1,4 @@
-"""Upcycle: turn seed and branches into mixtures at step 0."""
+"""Upcycle the seed and the branches of a recipe to mixtures at step 0."""
 
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import run_job

@@ -232,7 +232,7 @@ def test_a_killed_node_comes_back(home: Path) -> None:
     while processes["spot"].pid() is not None:
         time.sleep(0.05)
     assert "spot         down" in cluster(home, "status", code=1)
-    assert "starting again what died: spot" in cluster(home, "up")
+    assert "restarting dead nodes: spot" in cluster(home, "up")
     after = {name: process.pid() for name, process in processes.items()}
     assert after.pop("spot") not in (None, before.pop("spot"))
     assert after == before
@@ -313,7 +313,7 @@ def test_what_does_not_heed_sigterm_is_killed_with_its_children(tmp_path: Path) 
     while process.log.read_text().count("deaf") < 2:
         time.sleep(0.05)
     assert len(process.family()) == 2
-    assert stop([process], patience=0.5) == ["deaf"]
+    assert stop([process], timeout=0.5) == ["deaf"]
     assert process.family() == set()
 
 

@@ -78,7 +78,7 @@ class Node:
     def start(self) -> None:
         """Start it, or start it again; `wait` says when it is there."""
         world = self._world
-        stop([self._process], patience=0.0)
+        stop([self._process], timeout=0.0)
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.id = ""
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
@@ -102,7 +102,7 @@ class Node:
             nonlocal tries
             if self._process.pid() is None:  # on a busy machine it may miss the 30 s that Ray gives it to start
                 tries -= 1
-                assert tries, f"{self.name}: {self._process.last_words()}"
+                assert tries, f"{self.name}: {self._process.failure_reason()}"
                 self.start()
             living = self._world.living()
             return next((id for id, name in living.items() if name == self.name and id not in not_these), None)
@@ -124,11 +124,11 @@ class Node:
 
     def kill(self) -> None:
         """The machine is gone."""
-        stop([self._process], patience=0.0)
+        stop([self._process], timeout=0.0)
 
     def stop(self) -> None:
         """An orderly end."""
-        stop([self._process], patience=5.0)
+        stop([self._process], timeout=5.0)
 
     def drain(self, seconds: int) -> None:
         """Say that it will be taken away in so many seconds; that is then the caller's to do."""
@@ -288,7 +288,7 @@ class World:
             run.process.wait()
         for node in self.nodes.values():
             node.thaw()
-        stop([node._process for node in self.nodes.values()], patience=0.0)
+        stop([node._process for node in self.nodes.values()], timeout=0.0)
         stop_s3_server(self._s3, self._settings)
         self.proxy.close()
 
@@ -362,7 +362,7 @@ class World:
 
     def kill_s3(self) -> None:
         """kill -9."""
-        stop([self._s3], patience=0.0)
+        stop([self._s3], timeout=0.0)
 
     def submit(self, recipe: Recipe, pace: float = 0.03) -> Run:
         """Start a driver of `recipe`."""
