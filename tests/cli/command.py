@@ -1,4 +1,4 @@
-"""The command line, run in this process."""
+"""Helpers that run the command line in this process."""
 
 import sys
 
@@ -8,7 +8,7 @@ from bam_ray import cli
 
 
 def bam(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command line in this process; its exit code."""
+    """Run the command line in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["bam", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -16,7 +16,7 @@ def bam(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a mistake gets."""
+    """Run a command that must fail and return its error, which must be one line."""
     assert bam(monkeypatch, *arguments) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.strip().splitlines()

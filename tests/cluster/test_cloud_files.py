@@ -1,4 +1,4 @@
-"""The `ray up` files, checked without a cloud: by Ray's schema, the clouds' own, the shell and this package."""
+"""The `ray up` files, validated offline with the schemas of Ray and of the clouds, the shell and this package."""
 
 import copy
 import re
@@ -25,39 +25,39 @@ KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
 
 
 def prepared(config: Any) -> Any:
-    """As `ray up` takes it; raises where it would."""
+    """Prepare and validate a configuration like `ray up`, with the same errors."""
     ready = prepare_config(copy.deepcopy(config))
     validate_config(ready)
     return ready
 
 
 def typos(config: Any) -> list[Any]:
-    """The same file with one slip each."""
-    slips = []
+    """Return copies of a configuration with one error each."""
+    mutants = []
     for path, name, wrong in [
         ((), "max_workers", "max_worker"),
         (("available_node_types", "head"), "node_config", "node_cfg"),
         (("available_node_types", "spot-l4"), "labels", "label"),
         (("auth",), "ssh_user", "ssh_usr"),
     ]:
-        slip = copy.deepcopy(config)
-        part = slip
+        mutant = copy.deepcopy(config)
+        part = mutant
         for key in path:
             part = part[key]
         part[wrong] = part.pop(name)
-        slips.append(slip)
-    slip = copy.deepcopy(config)
-    slip["head_node_type"] = "haed"
-    return [*slips, slip]
+        mutants.append(mutant)
+    mutant = copy.deepcopy(config)
+    mutant["head_node_type"] = "haed"
+    return [*mutants, mutant]
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_ray_takes_the_file_and_refuses_typos(path: str) -> None:
+def test_ray_accepts_the_file_and_rejects_typos(path: str) -> None:
     config = load(path)
     prepared(config)
-    for slip in typos(config):
+    for mutant in typos(config):
         with pytest.raises((jsonschema.ValidationError, ValueError)):
-            prepared(slip)
+            prepared(mutant)
 
 
 def kinds(path: str) -> dict[str, Any]:
@@ -65,30 +65,30 @@ def kinds(path: str) -> dict[str, Any]:
     return types
 
 
-def test_ec2_takes_the_instances() -> None:
+def test_ec2_accepts_the_instances() -> None:
     shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for kind in kinds(FILES[0]).values():
-        asked = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
-        assert not ParamValidator().validate(asked, shape).has_errors()
-        assert asked["InstanceType"] in shape.members["InstanceType"].enum
-        assert ParamValidator().validate(asked | {"InstanceMarketOption": {}}, shape).has_errors()
-        spot = asked.get("InstanceMarketOptions", {}).get("MarketType")
+        instance = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        assert not ParamValidator().validate(instance, shape).has_errors()
+        assert instance["InstanceType"] in shape.members["InstanceType"].enum
+        assert ParamValidator().validate(instance | {"InstanceMarketOption": {}}, shape).has_errors()
+        spot = instance.get("InstanceMarketOptions", {}).get("MarketType")
         assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "spot")
 
 
-def test_compute_engine_takes_the_instances() -> None:
+def test_compute_engine_accepts_the_instances() -> None:
     validator = gce_validator()
     for kind in kinds(FILES[1]).values():
-        asked = kind["node_config"]
-        assert errors(validator, asked) == []
-        assert len(errors(validator, asked | {"machinetype": "n2-standard-8"})) == 1
-        assert len(errors(validator, asked | {"scheduling": {"provisioningModel": "SPOTTED"}})) == 1
-        spot = asked.get("scheduling", {}).get("provisioningModel")
+        instance = kind["node_config"]
+        assert errors(validator, instance) == []
+        assert len(errors(validator, instance | {"machinetype": "n2-standard-8"})) == 1
+        assert len(errors(validator, instance | {"scheduling": {"provisioningModel": "SPOTTED"}})) == 1
+        spot = instance.get("scheduling", {}).get("provisioningModel")
         assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "SPOT")
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_head_is_on_demand_and_workers_are_spot_gpus_of_two_kinds(path: str) -> None:
+def test_workers_are_spot_gpus_of_two_types(path: str) -> None:
     types = kinds(path)
     head = types.pop(load(path)["head_node_type"])
     assert head["labels"] == {"ray.io/market-type": "on-demand"}
@@ -97,12 +97,12 @@ def test_the_head_is_on_demand_and_workers_are_spot_gpus_of_two_kinds(path: str)
     assert {label["ray.io/market-type"] for label in labels} == {"spot"}
     accelerator_types = {label["ray.io/accelerator-type"] for label in labels}
     assert len(accelerator_types) == 2
-    assert accelerator_types <= KNOWN  # the names that Ray itself gives
+    assert accelerator_types <= KNOWN  # the names that Ray itself uses
     assert all(worker["resources"]["GPU"] == 1 for worker in types.values())
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_smallest_cluster_holds_every_task_of_a_recipe_on_gpus(path: str) -> None:
+def test_the_smallest_cluster_can_run_every_task(path: str) -> None:
     nodes = []
     for name, kind in kinds(path).items():
         count = 1 if name == load(path)["head_node_type"] else kind["min_workers"]
@@ -113,7 +113,7 @@ def test_the_smallest_cluster_holds_every_task_of_a_recipe_on_gpus(path: str) ->
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_commands_parse_and_start_ray_with_a_token_and_a_private_dashboard(path: str) -> None:
+def test_ray_starts_with_a_token_and_a_private_dashboard(path: str) -> None:
     ready = prepared(load(path))
     lists = [name for name in ready if name.endswith("_commands")]
     for command in [command for name in lists for command in ready[name]]:
@@ -137,21 +137,21 @@ def test_commands_parse_and_start_ray_with_a_token_and_a_private_dashboard(path:
 
 
 def ray_start_options(command: str) -> dict[str, Any]:
-    """The options as `ray start` itself reads them; it exits where it does not know one."""
+    """Return the options as `ray start` parses them. It exits on an unknown option."""
     words = shlex.split(command.rpartition("ray start")[2])
     options: dict[str, Any] = start.make_context("ray start", words).params
     return options
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_what_travels_is_what_installing_needs(path: str) -> None:
+def test_the_mounted_files_are_those_that_pip_needs(path: str) -> None:
     config = load(path)
     mounts = config["file_mounts"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for needed in ("pyproject.toml", project["readme"], "bam_ray"):
         assert (ROOT / needed).exists()
         assert mounts[f"~/bam_ray/{needed}"] == needed
-    # Ray reads every file of a mount to see what changed: `.` would mean .venv and all data
+    # Ray hashes every file of a mount, so mounting `.` would include .venv and all data
     own = [source for source in mounts.values() if not source.startswith("~/")]
     assert sorted(own) == sorted(["pyproject.toml", project["readme"], "bam_ray"])
     assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
@@ -161,13 +161,13 @@ def test_what_travels_is_what_installing_needs(path: str) -> None:
 
 PUBLIC = [*ROOT.glob("cluster/**/*"), *ROOT.glob("recipes/*"), *ROOT.glob("docs/*"), *ROOT.glob("jobs/*")]
 SECRET = re.compile(
-    r"AKIA[0-9A-Z]{16}"  # AWS's access keys
+    r"AKIA[0-9A-Z]{16}"  # access keys of AWS
     r"|(?i:secret_access_key|secret_key|auth_token|password)['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9+/_-]{12,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 
 
-def test_no_file_holds_a_secret() -> None:
+def test_no_file_contains_a_secret() -> None:
     for planted in (
         "AKIAIOSFODNN7EXAMPLE",
         "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG",
@@ -179,7 +179,7 @@ def test_no_file_holds_a_secret() -> None:
     assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}
 
 
-def test_the_guides_commands_parse_and_name_files_that_are_there() -> None:
+def test_the_commands_of_the_guide_parse_and_their_files_exist() -> None:
     guide = (ROOT / "docs/clusters.md").read_text()
     named = set(re.findall(r"(?:cluster|recipes|jobs)/[\w./-]*\w", guide)) - {"recipes/my-run.yaml"}
     assert {"cluster/aws.yaml", "cluster/gcp.yaml", "cluster/Containerfile"} <= named

@@ -1,4 +1,4 @@
-"""The container file, checked without an engine: its grammar, what it copies, and that this is enough to install."""
+"""The container file, validated without a container engine: its grammar, and the files that it copies."""
 
 import fnmatch
 import re
@@ -17,14 +17,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The instructions in order, continued lines joined."""
+    """Return the instructions in order, with continuation lines joined."""
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "cluster/Containerfile").read_text(), flags=re.MULTILINE)
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines)]
 
 
 def copied() -> list[str]:
-    """What is copied from the repository, to the same place below the working folder."""
+    """Return the paths that are copied from the repository to the same path in the working folder."""
     sources = []
     for word, rest in instructions():
         if word == "COPY":
@@ -35,17 +35,17 @@ def copied() -> list[str]:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a path out of the build: its last matching line decides."""
-    out = False
+    """Return True if .dockerignore excludes a path. The last matching line decides."""
+    excluded = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!").removeprefix("**/")
         parts = path.split("/") if line.startswith("**/") else [path.split("/")[0]]
         if line and not line.startswith("#") and any(fnmatch.fnmatch(part, pattern) for part in parts):
-            out = not line.startswith("!")
-    return out
+            excluded = not line.startswith("!")
+    return excluded
 
 
-def test_the_instructions_parse_and_the_base_fits_the_package() -> None:
+def test_the_instructions_are_valid() -> None:
     first, *others = instructions()
     base = re.fullmatch(r"docker\.io/library/python:(\d+\.\d+)-slim-bookworm", first[1])
     assert first[0] == "FROM"
@@ -61,7 +61,7 @@ def test_the_instructions_parse_and_the_base_fits_the_package() -> None:
     assert extras <= set(PROJECT["optional-dependencies"])
 
 
-def test_all_that_is_copied_reaches_the_engine_and_no_secret_does() -> None:
+def test_dockerignore_admits_copied_files_and_no_secrets() -> None:
     for name in copied():
         assert (ROOT / name).exists()
         assert not ignored(name)
@@ -76,7 +76,7 @@ def test_all_that_is_copied_reaches_the_engine_and_no_secret_does() -> None:
         assert ignored(name)
 
 
-def test_the_copied_files_build_the_whole_package(tmp_path: Path) -> None:
+def test_the_copied_files_build_the_complete_package(tmp_path: Path) -> None:
     for name in copied():
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,7 +1,7 @@
-"""The controller on a real cluster of a head and three nodes, whose nodes and workers are killed.
+"""The controller on a Ray cluster with a head and three nodes, whose nodes and workers are killed.
 
-The stages are stand-ins that train nothing, but everything around them is real: actors, Ray Train, the blob store,
-signals. A stand-in adds a line to a file of its own for every step, so that what was done twice can be counted.
+The stages are stand-ins that do not train. Everything else is real: actors, Ray Train, the blob store and signals. A
+stand-in records every step in the blob store, so that steps that ran twice can be counted.
 """
 
 import itertools
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    # A folder of its own, with a short name (sockets lie in it): other clusters of this machine are left alone
+    # A separate folder isolates this cluster from others on the machine. Its path is short because it contains sockets
     with tempfile.TemporaryDirectory(prefix="bam-control-") as folder, pytest.MonkeyPatch.context() as patch:
         (Path(folder) / "ray").mkdir()
         patch.setenv("RAY_TMPDIR", folder)
@@ -80,7 +80,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def upcycled(recipe: Recipe) -> Recipe:
-    """A recipe of which all but the mixture and the report is there already."""
+    """Return a recipe whose upcycled models are committed."""
     store = FolderStore(recipe.store.uri)
     for task in subset(task_graph(recipe), ["upcycled"]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
@@ -89,7 +89,7 @@ def upcycled(recipe: Recipe) -> Recipe:
 
 @pytest.fixture
 def seeded(recipe: Recipe) -> Recipe:
-    """A recipe whose branches can begin."""
+    """Return a recipe whose seed is committed, so that its branches can start."""
     store = FolderStore(recipe.store.uri)
     for task in subset(task_graph(recipe), ["seeds"]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
@@ -97,7 +97,7 @@ def seeded(recipe: Recipe) -> Recipe:
 
 
 class Run:
-    """A controller over the cluster, on a thread."""
+    """A controller that runs in a thread."""
 
     def __init__(self, recipe: Recipe, kinds: list[Kind], functions: StageFunctions = STAND_INS) -> None:
         self.store = FolderStore(recipe.store.uri)
@@ -118,7 +118,7 @@ class Run:
         return self.controller.states[find_task(self.tasks, kind, name).id]
 
     def node(self, kind: Kind, name: str, steps: int = 3) -> Node:
-        """Where a task is, once it has made some steps."""
+        """Return the node of a task, once the task has completed `steps` steps."""
 
         def runs() -> bool:
             state = self.state(kind, name)
@@ -129,7 +129,7 @@ class Run:
         return node
 
     def done(self, kind: Kind, name: str) -> list[list[Any]]:
-        """[node id, process id] of every step of a task."""
+        """Return the [node id, process id] of every step of a task."""
         steps: list[list[Any]] = json.loads(self.store.get(f"steps/{kind}-{name}.json"))
         return steps
 
@@ -139,15 +139,15 @@ class Run:
         return self.outcome
 
 
-def wait_for(condition: Callable[[], bool], tell: Callable[[], str], seconds: float = 90.0) -> None:
-    until = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], describe: Callable[[], str], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, tell()
+        assert time.monotonic() < deadline, describe()
         time.sleep(0.1)
 
 
-def test_branches_run_side_by_side_and_outlive_a_node(cluster: Cluster, seeded: Recipe) -> None:
-    # A worker may go on for seconds when its node is dead: the branches must be longer than that
+def test_branches_run_concurrently_and_survive_the_loss_of_a_node(cluster: Cluster, seeded: Recipe) -> None:
+    # A worker may run for seconds after its node died, so the branches must be longer than that
     long = seeded.branch.training.model_copy(update={"tokens": 300 * seeded.branch.training.batch_tokens})
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"training": long})})
     run = Run(recipe, ["branches"])
@@ -165,10 +165,10 @@ def test_branches_run_side_by_side_and_outlive_a_node(cluster: Cluster, seeded: 
     code = [node for node, _ in run.done("branches", "code")]
     assert len(code) == 300
     moved = code.index(code[-1])
-    assert code[-1] != nodes["code"], "went on elsewhere"
-    assert moved >= before, "from the last checkpoint"
-    assert code == [nodes["code"]] * moved + [code[-1]] * (300 - moved), "one at a time"
-    assert {node for node, _ in run.done("branches", "law")} == {nodes["law"]}, "the others were left alone"
+    assert code[-1] != nodes["code"], "resumed on another node"
+    assert moved >= before, "resumed from the last checkpoint"
+    assert code == [nodes["code"]] * moved + [code[-1]] * (300 - moved), "never on both nodes at once"
+    assert {node for node, _ in run.done("branches", "law")} == {nodes["law"]}, "the other branches did not move"
     assert run.controller.attempts(find_task(run.tasks, "branches", "code").id) == 2
 
 
@@ -183,7 +183,7 @@ def test_a_killed_worker_is_replaced(cluster: Cluster, seeded: Recipe) -> None:
     assert len({process for _, process in steps}) == 2
 
 
-def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: Recipe) -> None:
+def test_a_failed_branch_does_not_stop_the_others(cluster: Cluster, seeded: Recipe) -> None:
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"max_attempts": 2})})
     run = Run(recipe, ["upcycled"], StageFunctions(failing_law, summing_rank))
     assert run.join() == "failed"
@@ -197,7 +197,7 @@ def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: R
     assert status.build("tiny", run.controller).rows[-1].note == "branches/law failed"
 
 
-def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Recipe) -> None:
+def test_an_unknown_label_is_rejected_immediately(cluster: Cluster, seeded: Recipe) -> None:
     needs = seeded.branch.needs.model_copy(update={"labels": {"gpu": "in(A100,H100)"}})
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"needs": needs})})
     store = FolderStore(recipe.store.uri)
@@ -210,8 +210,8 @@ def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Reci
     )
 
 
-def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cluster: Cluster, seeded: Recipe) -> None:
-    """Two branches on a fast and a slow node: when the fast one has no more to do, or sooner, the other goes there."""
+def test_a_branch_moves_to_a_faster_node_and_uses_a_fallback(cluster: Cluster, seeded: Recipe) -> None:
+    """The branch on the slow node moves to the fast node, at the latest when the other branch has finished."""
     fallback = {"cpus": 1, "labels": {"seconds": "in(0.05,1.0)"}}
     needs = Needs.model_validate({"cpus": 1, "gpus": 1, "fallback": [fallback]})
     two = {"domains": ["code", "law"], "needs": needs}
@@ -230,10 +230,10 @@ def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cl
     fast, slow = (node.node_id for node in nodes)
     steps = {name: [node for node, _ in run.done("branches", name)] for name in ("code", "law")}
     behind = next(name for name in steps if steps[name][0] == slow)
-    assert steps[behind][-1] == fast, "it did not end where it began"
+    assert steps[behind][-1] == fast, "it moved to the fast node"
     histories = {task.name: run.controller.history(task.id) for task in run.tasks if task.kind == "branches"}
     for name, nodes_of_steps in steps.items():
-        assert len(nodes_of_steps) == 300, "nothing was done twice"
+        assert len(nodes_of_steps) == 300, "no step ran twice"
         assert set(nodes_of_steps) <= {fast, slow}
         changes = sum(here != there for here, there in itertools.pairwise(nodes_of_steps))
         causes = [ended.cause for ended in histories[name].ended]
@@ -243,7 +243,7 @@ def test_a_branch_moves_to_a_faster_node_that_falls_free_and_takes_a_fallback(cl
         )
 
 
-def test_avoided_nodes_are_left_out_while_others_will_do(cluster: Cluster, recipe: Recipe) -> None:
+def test_avoided_nodes_are_used_only_as_a_last_resort(cluster: Cluster, recipe: Recipe) -> None:
     task = find_task(task_graph(recipe), "branches", "law")
     nodes = living_nodes()
     workers = [node for node in nodes if node.resources.get("CPU")]
@@ -259,13 +259,15 @@ def test_avoided_nodes_are_left_out_while_others_will_do(cluster: Cluster, recip
         demand_met(wide, others)
 
 
-def test_a_group_trains_under_ray_train_and_stops_and_goes_on(cluster: Cluster, upcycled: Recipe) -> None:
+def test_a_process_group_stops_and_resumes(cluster: Cluster, upcycled: Recipe) -> None:
     run = Run(upcycled, ["mixtures"])
     node = run.node("mixtures", "bam")
-    assert node.id in {facts.id for facts in living_nodes() if facts.resources.get("CPU")}, "rank 0's, not the host's"
+    assert node.id in {facts.id for facts in living_nodes() if facts.resources.get("CPU")}, (
+        "the node of rank 0, not that of the actor"
+    )
     run.controller.stop()
     assert run.join() == "interrupted"
-    assert run.store.exists("drained"), "rank 0 was left the time for its checkpoint"
+    assert run.store.exists("drained"), "rank 0 had time to write its checkpoint"
     before = run.done("mixtures", "bam")
     assert 3 <= len(before) < 60
     again = Run(upcycled, ["mixtures"])
@@ -276,7 +278,7 @@ def test_a_group_trains_under_ray_train_and_stops_and_goes_on(cluster: Cluster, 
     assert again.state("mixtures", "bam").progress.step == 60
 
 
-def test_a_group_outlives_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
+def test_a_process_group_survives_the_loss_of_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
     run = Run(upcycled, ["mixtures"])
     run.node("mixtures", "bam")
     os.kill(run.done("mixtures", "bam")[-1][1], signal.SIGKILL)
@@ -285,7 +287,7 @@ def test_a_group_outlives_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
     assert run.controller.attempts(find_task(run.tasks, "mixtures", "bam").id) == 2
 
 
-def test_the_error_of_one_rank_is_the_groups(cluster: Cluster, upcycled: Recipe) -> None:
+def test_the_error_of_one_rank_fails_the_process_group(cluster: Cluster, upcycled: Recipe) -> None:
     run = Run(upcycled, ["mixtures"], StageFunctions(stand_in, rank_one_refuses))
     assert run.join() == "failed"
     assert run.state("mixtures", "bam").error == "experts do not fit"
@@ -294,7 +296,7 @@ def test_the_error_of_one_rank_is_the_groups(cluster: Cluster, upcycled: Recipe)
 
 @pytest.fixture
 def project(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to submit from, with a job and a recipe in it, and the cluster's dashboard in the environment."""
+    """Return a folder with a job and a recipe, and set RAY_ADDRESS to the dashboard of the cluster."""
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/run_all.py").write_text(PROJECT)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("STORE", "store"))
@@ -303,17 +305,15 @@ def project(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def test_a_job_is_submitted_followed_stopped_and_submitted_again(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stopped_job_resumes_when_it_is_submitted_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = FolderStore(project / "store")
     job = submit("recipe.yaml", [])
 
-    def interrupt_when_it_runs() -> None:
+    def interrupt_after_first_step() -> None:
         wait_for(lambda: store.exists("steps/branches-law.json"), lambda: "no step yet")
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt_when_it_runs).start()
+    threading.Thread(target=interrupt_after_first_step).start()
     assert follow(job, store) == INTERRUPTED
     said = capsys.readouterr().out
     assert "seeds/seed committed" in said
@@ -328,14 +328,14 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again(
     assert len(json.loads(store.get("steps/branches-law.json"))) == 40
 
 
-def test_a_job_that_cannot_begin_says_why(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_cannot_start_reports_its_error(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "store").write_text("in the way")
     store = FolderStore(project / "elsewhere")
     assert follow(submit("recipe.yaml", []), store) == 1
     assert f"error: folder store {project}/store: Not a directory" in capsys.readouterr().out
 
 
-def test_what_cannot_be_submitted_is_said_before_anything_is_sent(
+def test_invalid_submissions_are_rejected_before_upload(
     project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SettingsError, match="unknown key"):

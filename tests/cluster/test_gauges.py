@@ -1,4 +1,4 @@
-"""Progress reaches the Prometheus endpoint of a real Ray node."""
+"""The progress of a task appears at the Prometheus endpoint of a Ray node."""
 
 import re
 import tempfile
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A node that serves its metrics there."""
+    """Start a Ray node, and return the URL of its metrics."""
     (port,) = free_ports(1)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers unpickle the stand-ins
     with tempfile.TemporaryDirectory(prefix="bam-gauges-") as folder:
@@ -42,14 +42,14 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ray.shutdown()
 
 
-def test_a_task_s_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) -> None:
+def test_progress_is_exported_as_gauges(endpoint: str, tmp_path: Path) -> None:
     recipe = parse_recipe(RECIPE.replace("STORE", str(tmp_path)), "test")
     task = find_task(task_graph(recipe), "branches", "code")
     actor = remote_class().remote()
     ray.get(actor.start.remote(Work(task, recipe, FolderStore(tmp_path), STAND_INS)))
     while not isinstance(ray.get(actor.poll.remote()), Done):
         time.sleep(0.1)
-    wanted = {
+    expected = {
         "ray_bam_step": 40.0,
         "ray_bam_total_steps": 40.0,
         "ray_bam_loss_nll": 1 / 40,
@@ -57,8 +57,10 @@ def test_a_task_s_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) ->
         "ray_bam_curve lr": 1 / 4000,
     }
     found: dict[str, float] = {}
-    until = time.monotonic() + 60
-    while found != wanted and time.monotonic() < until:  # nodes collect what actors measure every few seconds
+    deadline = time.monotonic() + 60
+    while (
+        found != expected and time.monotonic() < deadline
+    ):  # a node collects the metrics of its actors every few seconds
         time.sleep(0.5)
         text = httpx.get(endpoint).text
         lines = re.findall(r"^(ray_bam_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
@@ -67,4 +69,4 @@ def test_a_task_s_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) ->
             for name, tags, value in lines
             if 'kind="branches"' in tags and 'name="code"' in tags
         }
-    assert found == pytest.approx(wanted)
+    assert found == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Of all that the ranks of a group end with, the cause is told: not what a rank's end did to the others."""
+"""The root cause of the failure of a process group is reported, not the errors that it causes on other ranks."""
 
 import pytest
 import torch
@@ -23,33 +23,33 @@ IN_NCCL = dist.DistBackendError("NCCL error in: NCCLUtils.cpp:77, unhandled cuda
 
 
 def dead() -> Exception:
-    """What Ray Train has of a rank whose process is gone."""
+    """Return the error that Ray Train reports for a rank whose process died."""
     return WorkerHealthCheckFailedError("A worker health check failed.", RayActorError())
 
 
 @pytest.mark.parametrize("symptom", OTHER_WENT, ids=["closed", "reset", "nccl"])
 @pytest.mark.parametrize("own", [OUT_OF_MEMORY, IN_NCCL, OURS], ids=["memory", "collective", "ours"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_lost_another_is_no_cause(rank: int, own: Exception, symptom: Exception) -> None:
+def test_the_loss_of_a_peer_is_not_the_root_cause(rank: int, own: Exception, symptom: Exception) -> None:
     assert cause(WorkerGroupError("", {rank: own, 1 - rank: symptom})) is own
 
 
 @pytest.mark.parametrize("symptom", [*OTHER_WENT, IN_NCCL], ids=["closed", "reset", "nccl", "collective"])
-def test_ranks_that_died_without_a_word_are_named(symptom: Exception) -> None:
+def test_ranks_whose_process_died_are_named(symptom: Exception) -> None:
     found = cause(WorkerGroupError("", {0: symptom, 1: dead(), 2: symptom, 3: dead()}))
     assert str(found) == "the process or the node of rank 1, 3 died"
 
 
 @pytest.mark.parametrize("own", [OUT_OF_MEMORY, OURS], ids=["memory", "ours"])
-def test_what_a_rank_said_itself_comes_before_deaths(own: Exception) -> None:
+def test_an_exception_precedes_the_death_of_a_rank(own: Exception) -> None:
     assert cause(WorkerGroupError("", {0: dead(), 1: own})) is own
 
 
-def test_errors_of_ours_come_first_and_of_the_lowest_rank() -> None:
+def test_our_own_errors_come_first_by_lowest_rank() -> None:
     found = cause(WorkerGroupError("", {3: StoreUnavailable("down"), 2: OURS, 0: OUT_OF_MEMORY}))
     assert found is OURS
     assert any(note.startswith("on rank 2:") for note in found.__notes__)
 
 
-def test_where_there_is_nothing_better_the_symptom_is_told() -> None:
+def test_the_loss_of_a_peer_is_the_last_resort() -> None:
     assert cause(WorkerGroupError("", {1: OTHER_WENT[1], 0: OTHER_WENT[0]})) is OTHER_WENT[0]

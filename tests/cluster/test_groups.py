@@ -1,5 +1,7 @@
-"""Groups that train for real lose a rank, a node and their driver, or hear in time that they will lose a node, and come
-to what an undisturbed group does."""
+"""Process groups that lose a rank, a node or their driver train to the same result as an undisturbed group.
+
+The same holds for a group that is notified before a node is preempted. All groups run real training.
+"""
 
 import json
 import os
@@ -35,21 +37,21 @@ STEPS = 60
 
 
 def of_two(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix: Any) -> Recipe:
-    """A recipe whose branch and mixture are trained by two workers, long enough to be disturbed."""
+    """Return a recipe whose branch and mixture train on two workers, long enough to inject faults."""
     training = {**TRAINING, "tokens": STEPS * TRAINING["batch_tokens"], "peak_lr": 0.005, "checkpoint_every": 5}
     return recipe(
         folder,
         store={"uri": str(folder / store)},
         branch={"domains": ["code"], "training": training, "workers": 2, **(branch or {})},
         upcycle={"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 2, "norm_topk_prob": True}}},
-        # Two micro batches of a sequence on each of two processes, of two where one process is left
+        # Micro batches of one sequence on each of two processes, and of two sequences if one process is left
         mix={"training": {**training, "micro_batch_sequences": 1}, "expert_parallel": 2, **mix},
     )
 
 
 @pytest.fixture(scope="module")
 def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store `unbroken` in it, of a run that nothing disturbed."""
+    """Return a folder with a store `unbroken`, which contains a run without faults."""
     folder = tmp_path_factory.mktemp("groups")
     run = of_two(folder, "unbroken")
     make(run, open_store(run.store.uri), ("corpora", "seeds"))
@@ -58,7 +60,7 @@ def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Driver:
-    """A process that drives one kind of task on the cluster."""
+    """A process that runs the controller for one kind of task on the cluster."""
 
     def __init__(
         self, address: str, folder: Path, run: Recipe, kind: Kind, *patience: str, step_seconds: float = 0.3
@@ -77,7 +79,7 @@ class Driver:
             self.process = subprocess.Popen(self._arguments, env=self._environment, stdout=log, stderr=log)
 
     def rank(self, other_than: int = 0) -> list[Any]:
-        """[node id, process id] of rank 1 of two, once it is another process than one that died and has trained on."""
+        """Return the [node id, process id] of rank 1 of 2, once it is a new process that has made progress."""
         found: list[list[Any]] = []
         known = self.steps()
 
@@ -91,7 +93,7 @@ class Driver:
         return found[-1]
 
     def steps(self) -> set[str]:
-        """All checkpoints that there are."""
+        """Return the keys of all checkpoints."""
         return {key for key in self.store.list(f"{self.made.prefix}/steps/") if key.endswith("/manifest.json")}
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -106,13 +108,13 @@ class Driver:
 
 
 def artifact(run: Recipe, kind: Kind) -> Artifact:
-    """The branch or the mixture of a run."""
+    """Return the branch or the mixture of a run."""
     name = "code" if kind == "branches" else "bam"
     return Artifact(open_store(run.store.uri), kind, find_task(task_graph(run), kind, name).id)
 
 
 def losses(made: Artifact) -> list[tuple[float, ...]]:
-    """Of every step: NLL, balance, and the gradient's norm."""
+    """Return the NLL, the balance loss and the gradient norm of every step."""
     folder = made.fetch()
     return [
         (point["nll"], point["load_balance"], point["grad_norm"])
@@ -121,7 +123,7 @@ def losses(made: Artifact) -> list[tuple[float, ...]]:
 
 
 def before(folder: Path, kind: Kind, store: str) -> None:
-    """A store in which all is there that a task of `kind` is made from."""
+    """Create a store that contains everything that a task of `kind` depends on."""
     made = ["branches", "upcycled", "mixtures"]
     shutil.copytree(
         folder / "unbroken", folder / store, ignore=shutil.ignore_patterns("ranks", *made[made.index(kind) :])
@@ -135,7 +137,7 @@ def kill_node(running: Cluster, node_id: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["branches", "mixtures"])
-def test_a_group_outlives_a_rank_a_node_and_its_driver(
+def test_a_group_survives_the_loss_of_rank_node_and_driver(
     cluster: Cluster,
     folder: Path,
     kind: Kind,
@@ -158,20 +160,22 @@ def test_a_group_outlives_a_rank_a_node_and_its_driver(
         add_node(cluster)
     assert losses(driver.made) == losses(artifact(of_two(folder, "unbroken"), kind))
     leases = list(driver.store.list(f"{driver.made.prefix}/leases/"))
-    assert len(leases) == 4, "as many attempts as were undone, and the last"
+    assert len(leases) == 4, "three attempts that failed, and the last"
 
 
-def test_a_group_leaves_before_a_node_of_any_rank_is_taken_away(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+def test_a_group_drains_before_a_node_of_any_rank_is_preempted(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
     before(folder, "branches", "noticed")
     run = of_two(folder, "noticed", branch={"needs": {"cpus": 2}})
     driver = Driver(cluster.address, tmp_path, run, "branches")
     node_id, pid = driver.rank()
-    assert json.loads(driver.store.get("ranks/2-0.json"))[0] != node_id, "not rank 0's, which is shown as the branch's"
+    assert json.loads(driver.store.get("ranks/2-0.json"))[0] != node_id, (
+        "the node of rank 0, which is shown for the branch, is another one"
+    )
     in_a_minute = time.time_ns() // 1_000_000 + 60_000
     assert GcsClient(address=cluster.address).drain_node(node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", in_a_minute)[0]
     try:
         driver.rank(other_than=pid)
-        kill_node(cluster, node_id)  # which nobody is on any more
+        kill_node(cluster, node_id)  # no worker is left on it
         driver.join()
     finally:
         add_node(cluster)
@@ -182,10 +186,10 @@ def test_a_group_leaves_before_a_node_of_any_rank_is_taken_away(cluster: Cluster
     )
     (stopped,) = [event["step"] for event in first if event["event"] == "stopped"]
     (resumed,) = [event["step"] for event in second if event["event"] == "resumed"]
-    assert stopped == resumed, "not a step was done twice"
+    assert stopped == resumed, "no step ran twice"
 
 
-def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(
+def test_a_mixture_continues_with_fewer_workers_after_node_loss(
     cluster: Cluster,
     folder: Path,
     tmp_path: Path,
@@ -208,11 +212,11 @@ def test_a_mixture_goes_on_with_fewer_workers_where_nodes_are_gone_for_good(
         assert step == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_late_branch_is_absorbed_and_outlives_a_rank(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+def test_a_late_branch_is_absorbed_despite_the_loss_of_a_rank(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(
         folder / "unbroken", folder / "late", ignore=shutil.ignore_patterns("ranks", "upcycled", "mixtures")
     )
-    steps = 2 * STEPS  # the branch, which trains beside the mixture, comes well before its end
+    steps = 2 * STEPS  # the branch, which trains concurrently, finishes well before the mixture
     training = {**TRAINING, "tokens": steps * TRAINING["batch_tokens"], "checkpoint_every": 5}
     unbroken = of_two(folder, "late", training={**training, "micro_batch_sequences": 1})
     run = unbroken.model_copy(

@@ -1,4 +1,4 @@
-"""The KubeRay manifests, checked without a cluster: by KubeRay's own schemas, by Ray's, and against the image."""
+"""The KubeRay manifests, validated offline with the schemas of KubeRay and Ray, and against the image."""
 
 import copy
 import re
@@ -27,14 +27,14 @@ from bam_ray.settings import Recipe, load_recipe
 PATHS = {kind: f"cluster/kuberay/{kind.lower()}.yaml" for kind in ("RayCluster", "RayJob", "RayService")}
 CLUSTER_OF = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INSTALLED = "/opt/bam_ray/"  # where the image has the repository
+INSTALLED = "/opt/bam_ray/"  # the repository inside the image
 KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
 
 every_kind = pytest.mark.parametrize("kind", PATHS)
 
 
 def cluster_of(kind: str) -> Any:
-    """The Ray cluster that a manifest describes."""
+    """Return the specification of the Ray cluster in a manifest."""
     spec = load(PATHS[kind])["spec"]
     return spec[CLUSTER_OF[kind]] if kind in CLUSTER_OF else spec
 
@@ -46,7 +46,7 @@ def containers(kind: str) -> list[Any]:
 
 
 @every_kind
-def test_kuberay_takes_the_manifest_and_its_schema_finds_typos(kind: str) -> None:
+def test_kuberay_accepts_the_manifest_and_rejects_typos(kind: str) -> None:
     validator = crd_validator(kind)
     manifest = load(PATHS[kind])
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
@@ -58,16 +58,16 @@ def test_kuberay_takes_the_manifest_and_its_schema_finds_typos(kind: str) -> Non
         (("workerGroupSpecs", 0), {"maxReplicas": "8"}),
         (("authOptions",), {"mode": "tokens"}),
     ]:
-        slip = copy.deepcopy(manifest)
-        part = slip["spec"][CLUSTER_OF[kind]] if kind in CLUSTER_OF else slip["spec"]
+        mutant = copy.deepcopy(manifest)
+        part = mutant["spec"][CLUSTER_OF[kind]] if kind in CLUSTER_OF else mutant["spec"]
         for key in place:
             part = part[key]
         part.update(wrong)
-        assert len(errors(validator, slip)) == 1
+        assert len(errors(validator, mutant)) == 1
 
 
 @every_kind
-def test_ray_and_image_are_of_this_package(kind: str) -> None:
+def test_ray_and_image_versions_match_the_package(kind: str) -> None:
     cluster = cluster_of(kind)
     (ray,) = [needed for needed in PROJECT["dependencies"] if needed.startswith("ray[")]
     assert cluster["rayVersion"] in SpecifierSet(ray.partition("]")[2])
@@ -77,34 +77,34 @@ def test_ray_and_image_are_of_this_package(kind: str) -> None:
 
 
 @every_kind
-def test_a_token_guards_the_cluster_and_secrets_come_from_a_secret(kind: str) -> None:
+def test_a_token_protects_the_cluster(kind: str) -> None:
     cluster = cluster_of(kind)
     assert cluster["authOptions"] == {"mode": "token"}
     for container in containers(kind):
         assert container["envFrom"] == [{"secretRef": {"name": "bam-s3"}}]
         assert "env" not in container
     host = cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"]
-    # The operator must reach the dashboard of a cluster that it submits or deploys to; no Service opens it to outside
+    # The operator must reach the dashboard of a cluster that it submits or deploys to. No Service exposes it
     assert host == ("127.0.0.1" if kind == "RayCluster" else "0.0.0.0")
     assert "serviceType" not in cluster["headGroupSpec"]
 
 
 @every_kind
-def test_ray_knows_the_start_parameters(kind: str) -> None:
+def test_ray_accepts_the_start_parameters(kind: str) -> None:
     cluster = cluster_of(kind)
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         flags = {"disable-usage-stats"}
         parameters = group["rayStartParams"].items()
         words = [f"--{name}" if name in flags else f"--{name}={value}" for name, value in parameters]
-        start.make_context("ray start", words)  # exits where it does not know one
+        start.make_context("ray start", words)  # exits on an unknown option
 
 
 @every_kind
-def test_requests_and_labels_are_what_placement_needs(kind: str) -> None:
+def test_requests_and_labels_support_placement(kind: str) -> None:
     cluster = cluster_of(kind)
     for group in cluster["workerGroupSpecs"]:
         (container,) = group["template"]["spec"]["containers"]
-        # Ray declares what the limits say; with lower requests a node would promise what it may not get
+        # Ray declares the limits as resources; with lower requests a node would declare more than it may get
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert group["labels"]["ray.io/accelerator-type"] in KNOWN
@@ -119,7 +119,7 @@ def test_requests_and_labels_are_what_placement_needs(kind: str) -> None:
 
 
 def recipe_of(kind: str) -> Recipe:
-    """The recipe that a manifest runs or serves, at the place where the image has it."""
+    """Return the recipe that a manifest runs or serves."""
     if kind == "RayService":
         arguments = serve_config()["applications"][0]["args"]
         return load_recipe(in_repository(arguments["recipe"]), arguments["overrides"])
@@ -136,7 +136,7 @@ def serve_config() -> Any:
 
 
 def in_repository(path: str) -> Path:
-    """Where the repository has what the image has at `path`."""
+    """Return the path in the repository of a file at `path` in the image."""
     assert path.startswith(INSTALLED)
     inside = path.removeprefix(INSTALLED)
     assert re.search(rf"^COPY {inside.partition('/')[0]} ", (ROOT / "cluster/Containerfile").read_text(), re.MULTILINE)
@@ -144,7 +144,7 @@ def in_repository(path: str) -> Path:
 
 
 @every_kind
-def test_the_smallest_cluster_holds_what_it_is_for(kind: str) -> None:
+def test_the_smallest_cluster_can_run_its_recipe(kind: str) -> None:
     cluster = cluster_of(kind)
     nodes = []
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -163,16 +163,16 @@ def test_the_smallest_cluster_holds_what_it_is_for(kind: str) -> None:
 
 def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
     schema = ServeDeploySchema.model_validate(serve_config())
-    assert schema.http_options.host == "0.0.0.0"  # of the pod: a Kubernetes Service stands before it
-    (described,) = schema.applications
-    builder = import_attr(described.import_path)
-    # The image's path and the bucket, here
-    recipe = str(in_repository(described.args["recipe"]))
-    overrides = [*described.args["overrides"], f"store.uri={tmp_path}"]
-    asked: dict[str, Any] = {"recipe": recipe, "overrides": overrides}
+    assert schema.http_options.host == "0.0.0.0"  # the address of the pod: a Kubernetes Service forwards to it
+    (application,) = schema.applications
+    builder = import_attr(application.import_path)
+    # Replace the path in the image and the bucket by local ones
+    recipe = str(in_repository(application.args["recipe"]))
+    overrides = [*application.args["overrides"], f"store.uri={tmp_path}"]
+    defaults: dict[str, Any] = {"recipe": recipe, "overrides": overrides}
 
     def build(**arguments: Any) -> Application:
-        return call_user_app_builder_with_args_if_necessary(builder, asked | arguments)
+        return call_user_app_builder_with_args_if_necessary(builder, defaults | arguments)
 
     with pytest.raises(CheckpointError, match="not committed: run the stage that makes it"):
         build()

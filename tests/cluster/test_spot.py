@@ -1,4 +1,7 @@
-"""The ear of a spot node, against metadata servers that ask for what the clouds' do. `tests/faults` has it tell Ray."""
+"""Interruption notices of spot nodes, from metadata servers that behave like those of the clouds.
+
+The tests in `tests/faults` cover the report to Ray.
+"""
 
 import pytest
 from faults.metadata import Metadata
@@ -7,9 +10,9 @@ from bam_ray.on_ray.spot import CLOUDS
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_a_notice_is_heard_when_it_is_given(cloud: str) -> None:
+def test_an_interruption_notice_is_detected(cloud: str) -> None:
     noticed, seconds = CLOUDS[cloud]
-    assert seconds < {"aws": 120, "gcp": 30}[cloud], "what is left when it is heard late"
+    assert seconds < {"aws": 120, "gcp": 30}[cloud], "the polling interval leaves time to drain"
     with Metadata() as metadata:
         assert not noticed(metadata.url)
         metadata.notice()
@@ -17,7 +20,7 @@ def test_a_notice_is_heard_when_it_is_given(cloud: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_a_metadata_server_that_does_not_answer_says_nothing(cloud: str) -> None:
+def test_an_unreachable_metadata_server_gives_no_notice(cloud: str) -> None:
     with Metadata() as metadata:
         url = metadata.url
     assert not CLOUDS[cloud][0](url)

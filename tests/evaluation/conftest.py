@@ -1,4 +1,4 @@
-"""The paper's table as results, and tiny mixtures."""
+"""Fixtures: the results of the paper's table, and tiny mixtures."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ from bam_ray.model import BamConfig, BamForCausalLM
 
 @pytest.fixture(scope="session")
 def paper() -> Results:
-    """The results of the paper's table."""
+    """Return the results of the paper's table."""
     return make_results("paper", [model_score(name, row) for name, row in PAPER.items()])
 
 
 @pytest.fixture
 def mixture() -> Callable[..., BamForCausalLM]:
-    """Makes tiny random mixtures: `mixture(num_experts_per_tok=2)`."""
+    """Return a function that creates tiny random mixtures: `mixture(num_experts_per_tok=2)`."""
 
     def make(**settings: object) -> BamForCausalLM:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Scores in the shape of the paper's table."""
+"""The table of the paper, and scores of models with its perplexities."""
 
 import math
 
@@ -21,13 +21,13 @@ ATTENTION = {"btx": "averaged", "bam": "kv_experts", "shared": "kv_shared"}
 
 
 def domain_score(perplexity: float, domain: str, spread: float = 0.2) -> DomainScore:
-    """A score of 40 sequences whose difficulty is the same for every model."""
-    hard = np.random.default_rng(DOMAINS.index(domain)).normal(0.0, spread, 40)
-    return DomainScore.from_sequence_nll((math.log(perplexity) + hard - hard.mean()).tolist(), 40 * 16)
+    """Return the score of 40 sequences, whose relative difficulty is the same for every model."""
+    difficulty = np.random.default_rng(DOMAINS.index(domain)).normal(0.0, spread, 40)
+    return DomainScore.from_sequence_nll((math.log(perplexity) + difficulty - difficulty.mean()).tolist(), 40 * 16)
 
 
 def model_score(name: str, perplexities: tuple[float, ...]) -> ModelScore:
-    """The model called `name` in `PAPER`, with these perplexities."""
+    """Return the score of the model `name` of `PAPER`, with the given perplexities."""
     attention = ATTENTION.get(name)
     layer = layer_routing([0.5, 0.25, 0.25, 0.0], [0.4, 0.3, 0.2, 0.1], 1.28, [], None)
     domain = DomainRouting(tokens=640, layers=(layer,))
