@@ -28,7 +28,7 @@ from bam_ray.model.attention_bam import BamAttentionExperts
 from bam_ray.model.experts_bam import BamExperts
 from bam_ray.model.modeling_bam import BamModel, masks_of
 from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, Wire, gathered
-from bam_ray.settings.divisors import divisors
+from bam_ray.settings import divisors
 
 
 @dataclass(frozen=True)

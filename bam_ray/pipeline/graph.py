@@ -146,7 +146,7 @@ def _task(
 ) -> Task:
     """A task whose identity is that of its settings and parents."""
     sequences = training.batch_tokens // sequence_length if training else 0
-    alike, expert_parallel = (mix.alike(sequences), mix.expert_parallel) if mix else (sequences, 1)
+    alike, expert_parallel = (mix.process_multiple(sequences), mix.expert_parallel) if mix else (sequences, 1)
     return Task(
         kind=kind,
         name=name,

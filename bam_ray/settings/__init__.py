@@ -1,33 +1,19 @@
-"""The recipe: everything a run is told, as strict frozen models."""
+"""The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
+from bam_ray.settings.blends import PRESETS, DynamicBlend
+from bam_ray.settings.consistency import divisors
+from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
+from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
 from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
-from bam_ray.settings.mixing import PRESETS, DynamicBlend, Losses, Mixing, Ramp
-from bam_ray.settings.quorum import Quorum
-from bam_ray.settings.recipe import (
-    AverageSettings,
-    BranchOverride,
-    BranchSettings,
-    DataSettings,
-    Demand,
-    DomainSettings,
-    EvaluateSettings,
-    MetricsSettings,
-    MixSettings,
-    MixtureSettings,
-    Needs,
-    Recipe,
-    RouterSettings,
-    RoutingSettings,
-    Scratch,
-    SeedSettings,
-    ServeSettings,
-    SplitSettings,
-    StoreSettings,
-    TokenizerSettings,
-    UpcycleSettings,
-)
-from bam_ray.settings.strict import Blend, Count, Name, Strict
+from bam_ray.settings.mix import MixSettings
+from bam_ray.settings.mixing import Losses, Mixing, Ramp
+from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingSettings, ServeSettings
+from bam_ray.settings.quorum import QuorumSettings
+from bam_ray.settings.recipe import Recipe, StoreSettings
+from bam_ray.settings.resources import Demand, Needs
+from bam_ray.settings.strict import Blend, Count, Identity, Name, Strict
 from bam_ray.settings.training import Spike, TrainingSettings
+from bam_ray.settings.upcycle import AverageSettings, MixtureSettings, RouterSettings, SplitSettings, UpcycleSettings
 
 __all__ = [
     "PRESETS",
@@ -41,6 +27,7 @@ __all__ = [
     "DomainSettings",
     "DynamicBlend",
     "EvaluateSettings",
+    "Identity",
     "Losses",
     "MetricsSettings",
     "MixSettings",
@@ -48,7 +35,7 @@ __all__ = [
     "MixtureSettings",
     "Name",
     "Needs",
-    "Quorum",
+    "QuorumSettings",
     "Ramp",
     "Recipe",
     "RouterSettings",
@@ -64,6 +51,7 @@ __all__ = [
     "TrainingSettings",
     "UpcycleSettings",
     "apply_override",
+    "divisors",
     "load_as",
     "load_recipe",
     "parse_recipe",

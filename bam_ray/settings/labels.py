@@ -1,7 +1,8 @@
-"""Label selectors in Ray's grammar, checked here: Ray would refuse one only when the first worker is placed.
+"""Label selectors in Ray's grammar.
 
-Keys and values are like Kubernetes': letters and digits, `-`, `_` and `.` between them, 63 characters at most; before a
-key's name may stand a domain and a slash.
+They are checked here because Ray rejects a bad selector only when it places the first worker. Keys and values follow
+Kubernetes' rules: letters and digits with `-`, `_` and `.` between them, at most 63 characters. A domain and a slash
+may precede the name of a key.
 """
 
 import re
@@ -18,14 +19,14 @@ CONDITION = re.compile(rf"!?(?:{WORD}|in\({WORD}(?:, ?{WORD})*\))")
 def _checked(selector: dict[str, str]) -> dict[str, str]:
     for key, condition in selector.items():
         if not KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is no label: write a name like kind or ray.io/accelerator-type")
+            raise ValueError(f"{key!r} is not a label: use a name like kind or ray.io/accelerator-type")
         if not CONDITION.fullmatch(condition):
             raise ValueError(
-                f"{condition!r} is no condition on label {key}: write value, !value, in(a,b) or !in(a,b), values of "
-                "letters, digits and - _ . between them"
+                f"{condition!r} is not a condition on label {key}: use value, !value, in(a,b) or !in(a,b), with values "
+                "of letters and digits with - _ . between them"
             )
     return selector
 
 
 LabelSelector = Annotated[dict[str, str], AfterValidator(_checked)]
-"""What a node's labels must be: for each key `value`, `!value`, `in(a,b)` or `!in(a,b)`."""
+"""Conditions on a node's labels. Each key maps to `value`, `!value`, `in(a,b)` or `!in(a,b)`."""

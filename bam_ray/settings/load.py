@@ -1,4 +1,7 @@
-"""A recipe from YAML and dotted overrides (`mix.training.tokens=200000`), with errors of one line."""
+"""Loading of recipes: YAML files with dotted overrides (`mix.training.tokens=200000`).
+
+Every error is a `SettingsError` with one line that names the file, the setting and what is wrong.
+"""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,22 +16,30 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read the recipe at `path`; raises `SettingsError`."""
+    """Load the recipe at `path`.
+
+    Args:
+        path: A YAML file.
+        overrides: Settings to change, as `key.subkey=value` with a YAML value.
+
+    Raises:
+        SettingsError: The file cannot be read, or a setting is wrong.
+    """
     return parse_recipe(_read(path, "recipe"), str(path), overrides)
 
 
-def parse_recipe(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe from YAML text; `where` names it in errors."""
-    plain = _mapping(text, f"recipe {where}")
+def parse_recipe(text: str, source: str, overrides: list[str] | None = None) -> Recipe:
+    """Parse a recipe from YAML text. `source` names it in errors."""
+    plain = _mapping(text, f"recipe {source}")
     for override in overrides or []:
         apply_override(plain, override)
-    return validated(Recipe, plain, f"recipe {where}")
+    return validated(Recipe, plain, f"recipe {source}")
 
 
 def load_as(model: type[Model], path: str | Path, what: str) -> Model:
-    """Read the YAML file at `path` as a `model`; `what` it is stands in errors. Raises `SettingsError`."""
-    where = f"{what} {path}"
-    return validated(model, _mapping(_read(path, what), where), where)
+    """Load the YAML file at `path` as a `model`. `what` describes the file in errors."""
+    source = f"{what} {path}"
+    return validated(model, _mapping(_read(path, what), source), source)
 
 
 def _read(path: str | Path, what: str) -> str:
@@ -37,41 +48,53 @@ def _read(path: str | Path, what: str) -> str:
     except OSError as error:
         raise SettingsError(f"{what} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SettingsError(f"{what} {path} cannot be read: it is not text (UTF-8)") from None
+        raise SettingsError(f"{what} {path} cannot be read: it is not UTF-8 text") from None
 
 
-def _mapping(text: str, where: str) -> dict[str, Any]:
+def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
         plain = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SettingsError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
-        raise SettingsError(f"{where} is not a mapping of settings")
+        raise SettingsError(f"{source} is not a mapping of settings")
     return plain
 
 
-def validated(model: type[Model], plain: dict[str, Any], where: str) -> Model:
-    """`plain` as a `model`; raises `SettingsError` of one line that begins with `where`."""
+def validated(model: type[Model], plain: dict[str, Any], source: str) -> Model:
+    """Validate `plain` as a `model`.
+
+    Raises:
+        SettingsError: A setting is wrong. The message is one line that begins with `source`.
+    """
     try:
         return model.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        setting = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "unknown key"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise SettingsError(f"{where}: {place + ': ' if place else ''}{message}{more}") from None
+        raise SettingsError(f"{source}: {setting + ': ' if setting else ''}{message}{more}") from None
 
 
 def apply_override(plain: dict[str, Any], override: str) -> None:
-    """Set one dotted key of a nested mapping to a YAML value."""
+    """Set one dotted key of a nested mapping to a YAML value.
+
+    Args:
+        plain: The mapping to change.
+        override: `key.subkey=value`.
+
+    Raises:
+        SettingsError: The override is malformed, or a part of the key is not a group of settings.
+    """
     dotted, separator, value = override.partition("=")
     if not separator or not all(dotted.split(".")):
-        raise SettingsError(f"override {override!r} is not of the form key.subkey=value")
-    *parents, last = dotted.split(".")
+        raise SettingsError(f"override {override!r} is malformed: use key.subkey=value")
+    *groups, last = dotted.split(".")
     inner = plain
-    for part in parents:
+    for part in groups:
         following = inner.setdefault(part, {})
         if not isinstance(following, dict):
             raise SettingsError(f"override {override!r}: {part!r} is a value, not a group of settings")

@@ -1,4 +1,4 @@
-"""When mixing starts: with all branches, or with those that have arrived."""
+"""When mixing starts: with all branches, or with those that have been committed."""
 
 from typing import Annotated, Literal, Self
 
@@ -7,24 +7,24 @@ from pydantic import Discriminator, Tag, model_validator
 from bam_ray.settings.strict import Count, Positive, Strict
 
 
-class Quorum(Strict):
-    """So many branches are enough to start with; those that arrive later are absorbed at the next checkpoint.
-
-    With a deadline mixing waits for the others until then, counted from when the branches could first begin.
-    """
+class QuorumSettings(Strict):
+    """The number of branches that are enough to start mixing. Later branches are absorbed at the next checkpoint."""
 
     at_least: Count = 1
+    """Number of committed branches that are enough."""
     deadline_hours: Positive | None = None
+    """Wait this long for the other branches, counted from the time when the first branch could start. `null` means
+    not to wait."""
 
     @model_validator(mode="after")
-    def _says_when(self) -> Self:
+    def _is_not_empty(self) -> Self:
         if not self.model_fields_set:
             raise ValueError("give at_least, deadline_hours or both, or `when: all` to wait for all branches")
         return self
 
 
 When = Annotated[
-    Annotated[Literal["all"], Tag("all")] | Annotated[Quorum, Tag("quorum")],
-    # So that an error is that of the form which was meant
-    Discriminator(lambda value: "quorum" if isinstance(value, dict | Quorum) else "all"),
+    Annotated[Literal["all"], Tag("all")] | Annotated[QuorumSettings, Tag("quorum")],
+    # The discriminator makes pydantic report the errors of the form that was meant, not of both
+    Discriminator(lambda value: "quorum" if isinstance(value, dict | QuorumSettings) else "all"),
 ]

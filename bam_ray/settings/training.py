@@ -1,58 +1,82 @@
-"""One training job's settings, the same for seeds, branches and mixtures."""
+"""Settings of one training job. Seeds, branches and mixtures use the same ones."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bam_ray.settings.strict import Count, Fraction, Strict
+from bam_ray.settings.strict import Count, Fraction, Identity, NotNegative, Positive, Strict
 
 
 class Spike(Strict):
-    """A loss or gradient norm so many times the median of the last steps; the numbers are ours, papers judge by eye."""
+    """What counts as a spike: a multiple of the median over the last steps.
+
+    The defaults are our own. Papers judge spikes by eye.
+    """
 
     loss: Annotated[float, Field(gt=1.0)] = 1.5
+    """A loss above this multiple of the median is a spike."""
     grad_norm: Annotated[float, Field(gt=1.0)] = 10.0
-    window: Count = 50  # steps; before so many are done nothing is a spike
+    """A gradient norm above this multiple of the median is a spike."""
+    window: Count = 50
+    """Number of steps of the median. No step before that many have finished is a spike."""
 
 
 class TrainingSettings(Strict):
-    """One training job: AdamW, warm-up, then cosine down to a fraction of the peak (the paper's recipe)."""
+    """One training job: AdamW, linear warm-up, then cosine decay to a fraction of the peak (the BAM paper's recipe)."""
 
     tokens: Count
-    batch_tokens: Count = 8192  # the global batch
-    peak_lr: Annotated[float, Field(gt=0.0)]
+    """Number of tokens to train on. The last step is a whole batch."""
+    batch_tokens: Count = 8192
+    """Size of the global batch, in tokens. It must be a multiple of `data.sequence_length`."""
+    peak_lr: Positive
+    """Learning rate after warm-up."""
     final_lr_fraction: Fraction = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
     warmup_fraction: Fraction = 0.05
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Fraction of the steps with linear warm-up."""
+    weight_decay: NotNegative = 0.1
+    """AdamW weight decay of matrices. Norms and biases are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    # skip: the batch is left out. roll_back: to the last checkpoint, and on with the data after the spike (PaLM's)
+    """AdamW betas."""
+    clip_norm: Positive = 1.0
+    """Maximum norm of the gradient over all parameters."""
     on_spike: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
+    """Reaction to a spike. `skip` leaves the batch out. `roll_back` returns to the last checkpoint and continues with
+    the data after the spike (as in PaLM). `stop` ends training with an error."""
     spike: Spike = Spike()
-    # Where the loss or its gradient is NaN or infinite. retry: to the last checkpoint once, and the same data again
+    """Thresholds of a spike."""
     on_not_finite: Literal["retry", "skip", "roll_back", "stop"] = "retry"
-    # On each device; never changes what a dense model learns. auto: the largest power of two that fits its memory. Of
-    # mixtures see MixSettings.balance_sequences
-    micro_batch_sequences: Count | Literal["auto"] = "auto"
-    recompute: bool = False  # activations in the backward pass: less memory for a third more operations
-    checkpoint_every: Count = 50  # steps
-    keep_last: Count = 2  # checkpoints kept: the last, and the one before should the last be damaged
-    keep_every: Count | None = None  # steps; checkpoints at its multiples stay for good
-    precision: Literal["fp32", "bf16", "auto"] = "auto"  # auto: bf16 on GPUs that compute in it, else fp32
-    # Of several workers, each keeps a part of the optimizer's states (1), of gradients too (2), of weights too (3)
-    zero_stage: Literal[1, 2, 3] = 1
+    """Reaction to a loss or gradient that is NaN or infinite. `retry` returns to the last checkpoint once and repeats
+    the same data. The other values work as in `on_spike`."""
+    micro_batch_sequences: Annotated[Count | Literal["auto"], Identity.EXCLUDED] = "auto"
+    """Number of sequences per forward pass on each device. `auto` uses the largest power of two that fits in memory.
+    A dense model learns the same for any value. For mixtures see [balance](mixing.md#balance)."""
+    recompute: Annotated[bool, Identity.EXCLUDED] = False
+    """Recompute activations in the backward pass. This saves memory and costs about a third more operations."""
+    checkpoint_every: Annotated[Count, Identity.EXCLUDED] = 50
+    """Number of steps between checkpoints."""
+    keep_last: Annotated[Count, Identity.EXCLUDED] = 2
+    """Number of newest checkpoints to keep. The second one is used if the newest is damaged."""
+    keep_every: Annotated[Count | None, Identity.EXCLUDED] = None
+    """Checkpoints whose step is a multiple of this number are never deleted. `null` means that none are kept."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """Precision of the forward and backward pass. Weights are always fp32. `auto` means bf16 on GPUs that support it,
+    and fp32 elsewhere."""
+    zero_stage: Annotated[Literal[1, 2, 3], Identity.EXCLUDED] = 1
+    """ZeRO stage with several workers: 1 shards the optimizer states, 2 also the gradients, 3 also the weights."""
     seed: int = 0
+    """Random seed of initialization, data order and dropout."""
 
     @property
     def steps(self) -> int:
-        """Optimizer steps: enough to see `tokens`, the last one whole."""
+        """Number of optimizer steps: enough to see `tokens`, with a whole last batch."""
         return -(-self.tokens // self.batch_tokens)
 
     @model_validator(mode="after")
-    def _spikes_can_be_told(self) -> Self:
+    def _spike_window_fills(self) -> Self:
         if self.on_spike != "ignore" and self.spike.window >= self.steps:
             raise ValueError(
                 f"on_spike {self.on_spike} never acts: nothing is a spike before spike.window {self.spike.window} "
-                f"steps are done, and there are {self.steps}: make the window smaller, or use on_spike: ignore"
+                f"steps are done, and there are {self.steps}: use a smaller window or on_spike: ignore"
             )
         return self

@@ -11,8 +11,7 @@ from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.errors import UpcycleError
 from bam_ray.families import FFN_ROLES, Family, Place, Role, expert_name, plain_name, router_names, shared_name
 from bam_ray.model import BamConfig
-from bam_ray.settings import Losses, MixtureSettings
-from bam_ray.settings.divisors import divisors
+from bam_ray.settings import Losses, MixtureSettings, divisors
 from bam_ray.upcycling.expressions import (
     Concat,
     Draw,

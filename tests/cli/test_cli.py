@@ -28,7 +28,7 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
         ),
         ("mix.expert_parallel=3", "does not divide the 4 experts"),
         ("serve.mixture=none", "serve.mixture is 'none'"),
-        ("tokens", "is not of the form key.subkey=value"),
+        ("tokens", "is malformed: use key.subkey=value"),
     ],
 )
 def test_an_invalid_setting_is_one_line(

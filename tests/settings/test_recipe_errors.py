@@ -1,4 +1,4 @@
-"""Whatever is wrong with a recipe is said in one line that names the place and what to write instead."""
+"""Every error in a recipe is one line that names the setting and a value that works."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ TRAINING: dict[str, Any] = {"tokens": 1000, "peak_lr": 0.001}
 
 
 def plain() -> dict[str, Any]:
-    """The smallest recipe: two domains, one branch of two."""
+    """Return the smallest recipe: two domains and one branch."""
     return {
         "name": "small",
         "store": {"uri": "runs/small"},
@@ -27,8 +27,8 @@ def plain() -> dict[str, Any]:
     }
 
 
-def said(text: str, overrides: list[str] | None = None) -> str:
-    """The error's message, which is one line."""
+def error_of(text: str, overrides: list[str] | None = None) -> str:
+    """Return the message of the error, which must be one line."""
     with pytest.raises(SettingsError) as caught:
         parse_recipe(text, "here.yaml", overrides)
     message = str(caught.value)
@@ -62,12 +62,12 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ),
         ("name", "With Space", "name: String should match pattern"),
         ("serve.port", 70000, "serve.port: Input should be less than or equal to 65535"),
-        ("data.general", "prose", "data: data.general is 'prose', which is none of data.domains ['code', 'general']"),
-        ("branch.domains", ["code", "law"], "branch.domains names ['law'], which is none of data.domains"),
+        ("data.general", "prose", "data: data.general is 'prose', which is not in data.domains ['code', 'general']"),
+        ("branch.domains", ["code", "law"], "branch.domains names ['law'], which are not in data.domains"),
         (
             "branch.overrides",
             {"law": {"needs": {}}},
-            "branch: branch.overrides names ['law'], which is none of branch.d",
+            "branch: branch.overrides names ['law'], which are not in branch.d",
         ),
         (
             "mix.blend",
@@ -75,18 +75,18 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             "mix: blend is 'dynamic_lama': give weights of domains, or one of static_llama, ",
         ),
         ("mix.blend", "static_llama", "mix.blend names ['arxiv', 'books', 'c4', 'common-crawl', 'github', "),
-        ("mix.blend", {"law": 1.0}, "mix.blend names ['law'], which is none of data.domains"),
+        ("mix.blend", {"law": 1.0}, "mix.blend names ['law'], which are not in data.domains"),
         (
             "mix.dynamic_blend",
             {"reference": {"code": 1.0}},
-            "mix.dynamic_blend.reference names ['code'], but the blend is of ['code', 'general']",
+            "mix.dynamic_blend.reference names ['code'], but the domains of the blend are ['code', 'general']",
         ),
         ("mix.train", "experts", "mix.train: Input should be 'all', 'routers_and_shared' or 'routers'"),
         ("mix.losses.load_balance", {"start": 1.0}, "mix.losses.load_balance"),
         (
             "mix",
             {"training": {**TRAINING, "batch_tokens": 512}, "router_warmup_fraction": 1.0},
-            "mix: router_warmup_fraction 1.0 of 2 steps is all of them, and nothing but routers is ever trained: make",
+            "mix: router_warmup_fraction 1.0 of 2 steps is all of them, so that only the routers are ever trained",
         ),
         (
             "mix",
@@ -95,48 +95,56 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ),
         ("metrics.peak_tflops", 0, "metrics.peak_tflops: Input should be greater than 0"),
         ("mix.capacity_factor", 0.0, "mix.capacity_factor: Input should be greater than 0"),
-        ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which is none of data.domains"),
-        ("serve.mixture", "btx", "serve.mixture is 'btx', none of upcycle.mixtures ['bam']"),
+        ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which are not in data.domains"),
+        ("serve.mixture", "btx", "serve.mixture is 'btx', which is not in upcycle.mixtures ['bam']"),
         ("mix.expert_parallel", 3, "does not divide the 2 experts of mixture"),
         (
             "mix.workers",
             3,
-            "mix.workers 3 is no multiple of mix.expert_parallel 2: make it one, or use one of [1] for the latter",
+            "mix.workers is 3, not a multiple of mix.expert_parallel 2: change it, or use one of [1] for mix.expert",
         ),
-        ("mix.training.zero_stage", 3, "mix: mix.training.zero_stage 3 partitions all weights, but those of experts"),
+        (
+            "mix.training.zero_stage",
+            3,
+            "mix: mix.training.zero_stage 3 shards all weights, but mix.expert_parallel already distributes those",
+        ),
         (
             "branch.training",
             {**TRAINING, "batch_tokens": 256, "on_spike": "skip", "spike": {"window": 4}},
             "branch.training: on_spike skip never acts: nothing is a spike before spike.window 4 steps are done, and "
-            "there are 4: make the window smaller",
+            "there are 4: use a smaller window or on_spike: ignore",
         ),
         ("mix.training.zero_stage", 0, "mix.training.zero_stage: Input should be 1, 2 or 3"),
         (
             "branch.workers",
             64,
-            "branch.workers is 64, which cannot share a batch of 32 sequences alike: use one of [1, 2, ",
+            "branch.workers is 64, which does not divide a batch of 32 sequences: use one of [1, 2, ",
         ),
         (
             "mix.training.batch_tokens",
             256,
-            "mix.workers is 2, which cannot share a batch of 1 sequences alike: use another mix.training.batch_tokens",
+            "mix.workers is 2, which does not divide a batch of 1 sequences: use another mix.training.batch_tokens",
         ),
         (
             "mix.training.batch_tokens",
             255,
-            "mix.training.batch_tokens is 255, no multiple of data.sequence_length 256: use 256",
+            "mix.training.batch_tokens is 255, not a multiple of data.sequence_length 256: use 256",
         ),
         (
             "branch.training.batch_tokens",
             8191,
-            "branch.training.batch_tokens is 8191, no multiple of data.sequence_length 256: use 7936 or 8192",
+            "branch.training.batch_tokens is 8191, not a multiple of data.sequence_length 256: use 7936 or 8192",
         ),
         (
             "seed.training.batch_tokens",
             300,
-            "seed.training.batch_tokens is 300, no multiple of data.sequence_length 256: use 256 or 512",
+            "seed.training.batch_tokens is 300, not a multiple of data.sequence_length 256: use 256 or 512",
         ),
-        ("seed", {"folder": "some/model", "workers": 2}, "seed: seed.workers is of a seed that is trained"),
+        (
+            "seed",
+            {"folder": "some/model", "workers": 2},
+            "seed: seed.workers has no effect with seed.folder, which is only copied",
+        ),
         ("branch.min_workers", 2, "branch.min_workers is 2, more than branch.workers, which is 1"),
         ("mix.min_workers", 3, "mix.min_workers is 3, more than mix.workers, which is 2"),
         ("seed.folder", "some/model", "seed: seed needs exactly one of `scratch` and `folder`"),
@@ -145,7 +153,7 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("upcycle.when", {"at_leest": 1}, "upcycle.when.quorum.at_leest: unknown key"),
         ("upcycle.when", {}, "upcycle.when.quorum: give at_least, deadline_hours or both, or `when: all`"),
         ("upcycle.when", {"deadline_hours": 0}, "upcycle.when.quorum.deadline_hours: Input should be greater than 0"),
-        ("upcycle.when", {"at_least": 2}, "upcycle.when.at_least is 2, more than the 1 branches there are"),
+        ("upcycle.when", {"at_least": 2}, "upcycle.when.at_least is 2, more than the number of branches, 1"),
     ],
 )
 def test_a_wrong_setting_is_named(place: str, value: object, words: str) -> None:
@@ -155,18 +163,18 @@ def test_a_wrong_setting_is_named(place: str, value: object, words: str) -> None
     for parent in parents:
         inner = inner.setdefault(parent, {})
     inner[last] = value
-    message = said(yaml.safe_dump(recipe))
+    message = error_of(yaml.safe_dump(recipe))
     assert message.startswith("recipe here.yaml: ")
     assert words in message
 
 
-def test_what_is_proposed_for_expert_parallel_will_do_for_workers_and_all_mixtures() -> None:
+def test_proposed_expert_parallel_sizes_work() -> None:
     recipe = plain()
     recipe["upcycle"]["mixtures"] = {name: {"method": "bam", "num_experts": n} for name, n in (("a", 4), ("b", 8))}
     recipe["mix"] |= {"workers": 6, "expert_parallel": 4}
-    assert said(yaml.safe_dump(recipe)).endswith("make it one, or use one of [1, 2] for the latter")
+    assert error_of(yaml.safe_dump(recipe)).endswith("change it, or use one of [1, 2] for mix.expert_parallel")
     recipe["mix"]["expert_parallel"] = 3
-    assert said(yaml.safe_dump(recipe)).endswith("the 4 experts of mixture a: use one of [1, 2]")
+    assert error_of(yaml.safe_dump(recipe)).endswith("the 4 experts of mixture a: use one of [1, 2]")
     recipe["mix"]["expert_parallel"] = 2
     parse_recipe(yaml.safe_dump(recipe | {"mix": recipe["mix"] | {"workers": 8}}), "here.yaml")
 
@@ -176,7 +184,7 @@ def test_a_quorum_must_be_enough_for_every_mixture() -> None:
     recipe["data"]["domains"]["law"] = {"source": "package:licences"}
     recipe["branch"]["domains"] = ["code", "law", "general"]
     recipe["upcycle"] = {"mixtures": {"bam": {"method": "bam", "num_experts_per_tok": 3}}, "when": {"at_least": 1}}
-    assert "num_experts_per_tok is 3, but with upcycle.when.at_least 1 mixing may start with 2 experts" in said(
+    assert "num_experts_per_tok is 3, but with upcycle.when.at_least 1 mixing may start with 2 experts" in error_of(
         yaml.safe_dump(recipe)
     )
     recipe["upcycle"]["when"]["at_least"] = 2
@@ -186,41 +194,41 @@ def test_a_quorum_must_be_enough_for_every_mixture() -> None:
 def test_a_missing_setting_is_named() -> None:
     recipe = plain()
     del recipe["branch"]["training"]
-    assert said(yaml.safe_dump(recipe)) == "recipe here.yaml: branch.training: Field required"
+    assert error_of(yaml.safe_dump(recipe)) == "recipe here.yaml: branch.training: Field required"
 
 
 def test_further_errors_are_counted() -> None:
     recipe = plain()
     recipe["branch"]["tokens"] = recipe["mix"]["tokens"] = recipe["colour"] = 1
-    assert said(yaml.safe_dump(recipe)).endswith("(and 2 more)")
+    assert error_of(yaml.safe_dump(recipe)).endswith("(and 2 more)")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "7"])
-def test_what_is_no_mapping_is_no_recipe(text: str) -> None:
-    assert said(text) == "recipe here.yaml is not a mapping of settings"
+def test_yaml_that_is_not_a_mapping_is_refused(text: str) -> None:
+    assert error_of(text) == "recipe here.yaml is not a mapping of settings"
 
 
 @pytest.mark.parametrize("text", ["a: [1, 2", "a: b: c", "\tname: x", "name: !!python/object:os.system x"])
-def test_what_is_no_yaml_is_no_recipe(text: str) -> None:
-    assert said(text).startswith("recipe here.yaml is not YAML: ")
+def test_text_that_is_not_yaml_is_refused(text: str) -> None:
+    assert error_of(text).startswith("recipe here.yaml is not YAML: ")
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("tokens", "override 'tokens' is not of the form key.subkey=value"),
-        ("=5", "override '=5' is not of the form key.subkey=value"),
+        ("tokens", "override 'tokens' is malformed: use key.subkey=value"),
+        ("=5", "override '=5' is malformed: use key.subkey=value"),
         ("name.first=x", "override 'name.first=x': 'name' is a value, not a group of settings"),
         ("branch.colour=red", "branch.colour: unknown key"),
         ("branch.training.tokens=many", "branch.training.tokens: Input should be a valid integer"),
         ("branch.domains=[code", "override 'branch.domains=[code': the value is not YAML"),
-        ('branch.needs.labels={"a": "!in("}', "branch.needs.labels: '!in(' is no condition on label a: write value, "),
-        ('mix.needs={fallback: [{labels: {"a b": x}}]}', "mix.needs.fallback.0.labels: 'a b' is no label: write"),
-        ("branch..tokens=1", "override 'branch..tokens=1' is not of the form key.subkey=value"),
+        ('branch.needs.labels={"a": "!in("}', "branch.needs.labels: '!in(' is not a condition on label a: use value, "),
+        ('mix.needs={fallback: [{labels: {"a b": x}}]}', "mix.needs.fallback.0.labels: 'a b' is not a label: use"),
+        ("branch..tokens=1", "override 'branch..tokens=1' is malformed: use key.subkey=value"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, words: str) -> None:
-    assert words in said(yaml.safe_dump(plain()), [override])
+    assert words in error_of(yaml.safe_dump(plain()), [override])
 
 
 def test_overrides_apply_in_order_and_make_groups() -> None:
@@ -240,19 +248,21 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read: Is a directory"):
         load_recipe(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(SettingsError, match=r"binary\.yaml cannot be read: it is not text \(UTF-8\)"):
+    with pytest.raises(SettingsError, match=r"binary\.yaml cannot be read: it is not UTF-8 text"):
         load_recipe(tmp_path / "binary.yaml")
 
 
-def test_branches_start_at_half_the_seed_s_rate() -> None:
+def test_branch_lr_defaults_to_half_of_the_seeds() -> None:
     recipe = plain()
     del recipe["branch"]["training"]["peak_lr"]
     assert parse_recipe(yaml.safe_dump(recipe), "here.yaml").branch.training.peak_lr == TRAINING["peak_lr"] / 2
     recipe["seed"] = {"folder": "/models/seed"}
-    assert "branch.training.peak_lr is missing: it is half of seed.training.peak_lr" in said(yaml.safe_dump(recipe))
+    assert "branch.training.peak_lr is missing, and there is no seed.training.peak_lr to take half of" in error_of(
+        yaml.safe_dump(recipe)
+    )
 
 
-def test_a_mixture_is_balanced_over_as_many_sequences_on_any_number_of_processes() -> None:
+def test_balance_sequences_do_not_depend_on_processes() -> None:
     def mix(micro_batch: int | str = "auto", workers: int = 2) -> MixSettings:
         training = {"tokens": 1, "peak_lr": 1.0, "micro_batch_sequences": micro_batch}
         return MixSettings.model_validate({"training": training, "workers": workers})
@@ -261,8 +271,8 @@ def test_a_mixture_is_balanced_over_as_many_sequences_on_any_number_of_processes
     assert (of_two.balance_sequences, of_two.micro_batch(2), of_two.micro_batch(1)) == (6, 3, 6)
     assert [mix(workers=workers).micro_batch(workers) for workers in (2, 4, 6, 16, 112)] == [8, 4, 3, 1, 1]
     assert [mix(workers=workers).balance_sequences for workers in (2, 4, 6, 16, 112)] == [16, 16, 18, 16, 112]
-    assert mix(workers=4).alike(48) == 16, "3 processes share the batch, but not what is balanced together"
-    assert mix(workers=4).alike(12) == 12, "the whole batch is balanced together, on 3 processes too"
+    assert mix(workers=4).process_multiple(48) == 16, "3 processes share the batch equally, but not a forward pass"
+    assert mix(workers=4).process_multiple(12) == 12, "the whole batch is one forward pass, on 3 processes too"
 
 
 @pytest.mark.parametrize(
@@ -270,12 +280,12 @@ def test_a_mixture_is_balanced_over_as_many_sequences_on_any_number_of_processes
 )
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
 def test_a_number_that_is_not_finite_is_refused(place: str, value: str) -> None:
-    assert f"{place}: Input should be a finite number" in said(yaml.safe_dump(plain()), [f"{place}={value}"])
+    assert f"{place}: Input should be a finite number" in error_of(yaml.safe_dump(plain()), [f"{place}={value}"])
 
 
 @pytest.mark.parametrize("value", [".inf", ".nan"])
 @pytest.mark.parametrize("place", ["start_seconds", "stage_seconds.corpora", "nodes.a.tokens_per_second"])
-def test_a_cluster_s_number_that_is_not_finite_is_refused(tmp_path: Path, place: str, value: str) -> None:
+def test_a_cluster_number_that_is_not_finite_is_refused(tmp_path: Path, place: str, value: str) -> None:
     cluster: dict[str, Any] = {"name": "c", "nodes": {"a": {"count": 1, "tokens_per_second": 5}}}
     apply_override(cluster, f"{place}={value}")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(cluster))

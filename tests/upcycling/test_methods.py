@@ -236,11 +236,11 @@ def test_fitted_routers_are_written_and_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"method": "sparse"}, "say how many with num_experts"),
-        ({"method": "split", "num_experts": 4, "redraw_fraction": 0.5}, "redraw_fraction is of copies"),
-        ({"method": "bam", "split": {"attention": "groups"}}, "split settings are of method split"),
-        ({"method": "sparse", "num_experts": 4, "router": {"init": "ridge"}}, "tells domains apart"),
-        ({"method": "btx", "average": {"how": "ties", "weights": {"code": 1.0}}}, "weights are of the mean"),
+        ({"method": "sparse"}, "set num_experts"),
+        ({"method": "split", "num_experts": 4, "redraw_fraction": 0.5}, "redraw_fraction applies to copied experts"),
+        ({"method": "bam", "split": {"attention": "groups"}}, "split settings apply only to method split"),
+        ({"method": "sparse", "num_experts": 4, "router": {"init": "ridge"}}, "separates domains"),
+        ({"method": "btx", "average": {"how": "ties", "weights": {"code": 1.0}}}, "weights apply only to how: mean"),
         ({"method": "btx", "dense_layers": [-1]}, "greater than or equal to 0"),
     ],
 )

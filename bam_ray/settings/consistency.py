@@ -1,0 +1,155 @@
+"""Checks across the sections of a recipe. Each raises `ValueError` with the settings' names and values that work."""
+
+from collections.abc import Callable
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+from bam_ray.settings.quorum import QuorumSettings
+
+if TYPE_CHECKING:
+    from bam_ray.settings.recipe import Recipe
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors of `number`, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def with_branch_lr(plain: Any) -> Any:
+    """Return the plain recipe with `branch.training.peak_lr` set to half of the seed's if it is missing (BAM paper)."""
+    branch = plain.get("branch") if isinstance(plain, dict) else None
+    training = branch.get("training") if isinstance(branch, dict) else None
+    if not isinstance(branch, dict) or not isinstance(training, dict) or "peak_lr" in training:
+        return plain
+    seed = plain.get("seed")
+    trained = seed.get("training") if isinstance(seed, dict) else None
+    rate = trained.get("peak_lr") if isinstance(trained, dict) else None
+    if not isinstance(rate, int | float):
+        raise ValueError(
+            "branch.training.peak_lr is missing, and there is no seed.training.peak_lr to take half of: set it"
+        )
+    return {**plain, "branch": {**branch, "training": {**training, "peak_lr": rate / 2}}}
+
+
+def min_workers_are_fewer(recipe: "Recipe") -> None:
+    """Check that `min_workers` never exceeds the number of workers."""
+    mix, branch = recipe.mix, recipe.branch
+    for section, least, most in (
+        ("seed", recipe.seed.min_workers, recipe.seed.workers),
+        ("branch", branch.min_workers, max(map(branch.workers_of, branch.domains), default=branch.workers)),
+        ("mix", mix.min_workers, mix.processes),
+    ):
+        if least is not None and least > most:
+            raise ValueError(f"{section}.min_workers is {least}, more than {section}.workers, which is {most}")
+
+
+def domains_exist(recipe: "Recipe") -> None:
+    """Check that every domain that a setting names is in `data.domains`."""
+    known = set(recipe.data.domains)
+    for setting, names in (
+        ("branch.domains", recipe.branch.domains),
+        ("seed.blend", recipe.seed.blend or {}),
+        ("mix.blend", recipe.mix.blend or {}),
+    ):
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"{setting} names {unknown}, which are not in data.domains {sorted(known)}")
+    blended = {domain for domain in known if recipe.mix.blend is None or recipe.mix.blend.get(domain)}
+    dynamic = recipe.mix.dynamic_blend
+    if dynamic is not None and dynamic.reference is not None and set(dynamic.reference) != blended:
+        raise ValueError(
+            f"mix.dynamic_blend.reference names {sorted(dynamic.reference)}, but the domains of the blend are "
+            f"{sorted(blended)}"
+        )
+
+
+def mixtures_exist(recipe: "Recipe") -> None:
+    """Check that the mixture to serve exists, and that each mixture has an expert for every model."""
+    mixtures, branches = recipe.upcycle.mixtures, len(recipe.branch.domains)
+    if recipe.serve.mixture is not None and recipe.serve.mixture not in mixtures:
+        raise ValueError(
+            f"serve.mixture is {recipe.serve.mixture!r}, which is not in upcycle.mixtures {sorted(mixtures)}"
+        )
+    for name, mixture in mixtures.items():
+        experts = recipe.experts_of(mixture)
+        if mixture.has_branches and experts < 1 + branches:
+            raise ValueError(
+                f"upcycle.mixtures.{name}.num_experts is {experts}, fewer than the seed and its {branches} branches: "
+                f"leave it out or make it at least {1 + branches}"
+            )
+
+
+def processes_share_experts(recipe: "Recipe") -> None:
+    """Check that experts and workers are multiples of `mix.expert_parallel`."""
+    size, workers = recipe.mix.expert_parallel, recipe.mix.workers or 0  # 0: as many as `size`, whatever it is
+    experts = {name: recipe.experts_of(mixture) for name, mixture in recipe.upcycle.mixtures.items()}
+    choices = divisors(gcd(workers, *experts.values()))
+    for name, count in experts.items():
+        if count % size:
+            raise ValueError(
+                f"mix.expert_parallel is {size}, which does not divide the {count} experts of mixture {name}: "
+                f"use one of {choices}"
+            )
+    if workers % size:
+        raise ValueError(
+            f"mix.workers is {workers}, not a multiple of mix.expert_parallel {size}: change it, or use one of "
+            f"{choices} for mix.expert_parallel"
+        )
+
+
+def workers_share_batches(recipe: "Recipe") -> None:
+    """Check that each batch is a whole number of sequences, and that workers can share it equally."""
+    branch, mix = recipe.branch, recipe.mix
+    jobs = [("branch", branch.training, branch.workers_of(domain)) for domain in branch.domains]
+    jobs.append(("mix", mix.training, mix.processes))
+    if recipe.seed.training is not None:
+        jobs.append(("seed", recipe.seed.training, recipe.seed.workers))
+    for section, training, workers in jobs:
+        sequences = _sequences(section, training.batch_tokens, recipe.data.sequence_length)
+        if sequences % workers:
+            shared = mix.expert_parallel if section == "mix" else 1
+            choices = [number for number in divisors(sequences) if number % shared == 0]
+            choice = f"use one of {choices} or" if choices else "use"
+            raise ValueError(
+                f"{section}.workers is {workers}, which does not divide a batch of {sequences} sequences: "
+                f"{choice} another {section}.training.batch_tokens"
+            )
+
+
+def _sequences(section: str, batch_tokens: int, length: int) -> int:
+    """Return the number of sequences in a batch of `section`."""
+    sequences, rest = divmod(batch_tokens, length)
+    if rest:
+        nearest = [str(tokens) for tokens in (sequences * length, (sequences + 1) * length) if tokens]
+        raise ValueError(
+            f"{section}.training.batch_tokens is {batch_tokens}, not a multiple of data.sequence_length {length}: "
+            f"use {' or '.join(nearest)}"
+        )
+    return sequences
+
+
+def quorum_is_enough(recipe: "Recipe") -> None:
+    """Check that every mixture can start with the branches of the quorum."""
+    when, branches = recipe.upcycle.when, len(recipe.branch.domains)
+    if not isinstance(when, QuorumSettings):
+        return
+    if when.at_least > branches:
+        raise ValueError(f"upcycle.when.at_least is {when.at_least}, more than the number of branches, {branches}")
+    for name, mixture in recipe.upcycle.mixtures.items():
+        experts = recipe.experts_of(mixture) - branches + when.at_least
+        for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
+            if mixture.has_branches and getattr(mixture, key) > experts:
+                raise ValueError(
+                    f"upcycle.mixtures.{name}.{key} is {getattr(mixture, key)}, but with upcycle.when.at_least "
+                    f"{when.at_least} mixing may start with {experts} experts: raise at_least or lower {key}"
+                )
+
+
+CHECKS: tuple[Callable[["Recipe"], None], ...] = (
+    min_workers_are_fewer,
+    domains_exist,
+    mixtures_exist,
+    processes_share_experts,
+    workers_share_batches,
+    quorum_is_enough,
+)

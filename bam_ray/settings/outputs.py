@@ -1,0 +1,64 @@
+"""Settings of what a run shows and serves: evaluation, the endpoint, and curves of training."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from bam_ray.settings.resources import Demand, Needs
+from bam_ray.settings.strict import Count, Identity, Name, Positive, Strict
+
+
+class EvaluateSettings(Strict):
+    """Held-out perplexity and routing of every model on every domain."""
+
+    tokens_per_domain: Count = 32768
+    """Number of held-out tokens per domain."""
+    batch_sequences: Annotated[Count, Identity.EXCLUDED] = 16
+    """Number of sequences per forward pass."""
+    needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
+    """Resources of the process that evaluates."""
+
+
+class ServeSettings(Strict):
+    """The OpenAI-compatible endpoint."""
+
+    mixture: Name | None = None
+    """Name of the mixture to serve. `null` means the first of `upcycle.mixtures`."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
+    replicas: Count = 1
+    """Number of replicas."""
+    slots: Count = 8
+    """Number of requests that a replica decodes at the same time."""
+    max_length: Count = 512
+    """Maximum length of prompt and completion together, in tokens."""
+    needs: Demand = Demand()
+    """Resources of each replica."""
+
+
+class RoutingSettings(Strict):
+    """Monitoring of the routers during training. The two limits are multiples of an equal share of the load; they are
+    our own."""
+
+    every: Count = 10
+    """Number of steps over which the load is averaged and reported."""
+    dead_below: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """An expert with less load is reported as dead."""
+    overloaded_above: Annotated[float, Field(gt=1.0)] = 3.0
+    """An expert with more load is reported as overloaded."""
+
+
+class MetricsSettings(Strict):
+    """Where curves of training are written, besides the run's table and Ray's Prometheus endpoint."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files under `<kind>/<id>/tensorboard/` in the blob store."""
+    wandb_project: str | None = None
+    """Weights & Biases project. It requires the package `wandb` and its API key in the environment."""
+    routing: RoutingSettings = RoutingSettings()
+    """Monitoring of the routers."""
+    peak_tflops: Positive | None = None
+    """Peak bf16 throughput of one device in TFLOP/s, for the model FLOPs utilization. `null` means to look it up by
+    the name of the device."""
