@@ -16,12 +16,16 @@ from typer.cli import get_docs_for_click
 
 from bam_ray.cli.app import app
 from bam_ray.settings import Recipe
+from bam_ray.settings.strict import Identity
 
 SETTINGS_INTRO = """# Settings
 
 Every key of a recipe, generated from the models in `bam_ray/settings/`. A recipe is a YAML file. All commands that read
 one also take overrides with dots, such as `mix.training.tokens=200000`. Unknown keys and wrong types are
 errors.
+
+Settings that are marked "Not part of the identity" can be changed between two submissions of a run: it continues with the
+artifacts that exist. A change of any other setting makes new artifacts.
 """
 CLI_INTRO = """# Command line
 
@@ -40,7 +44,8 @@ def settings_page() -> str:
     """Return the settings reference as Markdown: one section for each model, in the order of the recipe."""
     sections: dict[type[BaseModel], list[str]] = {}
     _collect(Recipe, "", sections)
-    return "\n".join([SETTINGS_INTRO, *(_section(model, paths) for model, paths in sections.items())])
+    page = "\n".join([SETTINGS_INTRO, *(_section(model, paths) for model, paths in sections.items())])
+    return re.sub(r"\]\((?:docs/)?(?=[a-z_]+\.md)", "](../", page)  # descriptions link to pages of docs/
 
 
 def cli_page() -> str:
@@ -82,7 +87,7 @@ def _section(model: type[BaseModel], paths: list[str]) -> str:
         [
             f"## {title} {{ #{model.__name__.lower()} }}",
             "",
-            inspect.cleandoc(model.__doc__ or ""),
+            _unwrap(inspect.cleandoc(model.__doc__ or "")),
             *(["", f"The same settings are used at {others}."] if others else []),
             "",
             "| setting | type | default | description |",
@@ -93,10 +98,18 @@ def _section(model: type[BaseModel], paths: list[str]) -> str:
     )
 
 
+def _unwrap(text: str) -> str:
+    """Join the lines of each paragraph, so that a line break is never read as the start of a list."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each if each.startswith(("- ", "|", "    ")) else each.replace("\n", " ") for each in paragraphs)
+
+
 def _row(name: str, field: FieldInfo) -> str:
     """Return a field as a row of a table."""
     constraints = _constraints(field.metadata)
-    cells = (f"`{name}`", _type(field.annotation) + constraints, _default(field), field.description or "")
+    excluded = " Not part of the identity." if Identity.EXCLUDED in field.metadata else ""
+    description = (field.description or "") + excluded
+    cells = (f"`{name}`", _type(field.annotation) + constraints, _default(field), description)
     return "| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in cells) + " |"
 
 
