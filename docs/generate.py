@@ -24,8 +24,8 @@ Every key of a recipe, generated from the models in `bam_ray/settings/`. A recip
 one also take overrides with dots, such as `mix.training.tokens=200000`. Unknown keys and wrong types are
 errors.
 
-A setting that is marked "Not part of the identity" can be changed between two submissions of a run, which then continues
-with the artifacts that exist. A change of any other setting makes new artifacts.
+A setting that is marked "Not part of the identity" can be changed between two submissions of a run. The run then
+continues with the artifacts that exist. A change of any other setting makes new artifacts.
 """
 CLI_INTRO = """# Command line
 

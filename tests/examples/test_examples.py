@@ -25,7 +25,7 @@ def run_example(name: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def branch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The branch that `train_branch.py` trains by its recipe, with fewer tokens."""
+    """Return the branch that `train_branch.py` trains by its recipe, with fewer tokens."""
     tokens = [f"{section}.training.tokens=8192" for section in ("seed", "branch")]
     printed = run_example("train_branch.py", f"store.uri={tmp_path_factory.mktemp('example')}", *tokens)
     assert "step 4/4 loss" in printed
@@ -34,7 +34,7 @@ def branch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def url(branch: Path) -> Iterator[str]:
-    """The base URL of an endpoint that serves the branch."""
+    """Yield the base URL of an endpoint that serves the branch."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(branch), AutoTokenizer.from_pretrained(branch)
     engine = DecodeEngine(model.eval(), tokenizer, slots=1, max_length=64)
     started = threading.Event()
