@@ -88,4 +88,6 @@ def test_the_copied_files_build_the_whole_package(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "wheels").iterdir()
     assert wheel.name.startswith(f"bam_ray-{PROJECT['version']}-")
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "bam_ray").rglob("*.py")}
-    assert modules <= set(zipfile.ZipFile(wheel).namelist())
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert modules | {"bam_ray/py.typed"} <= packed
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in packed)
