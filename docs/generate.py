@@ -1,4 +1,4 @@
-"""A hook of mkdocs that writes the generated pages: the settings reference and the command line reference."""
+"""A hook of mkdocs: it generates the settings and command line references, and refuses resources of other hosts."""
 
 import inspect
 import json
@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
@@ -32,12 +34,22 @@ CLI_INTRO = """# Command line
 The command `bam`, generated from its source. Errors are printed as one line, and the exit code is 1.
 """
 
+REMOTE = re.compile(r"""<(?:script|img|iframe|link)[^>]*\s(?:src|href)=["']?(?:https?:)?//[^>]*>""")
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     for path, content in (("reference/settings.md", settings_page()), ("reference/cli.md", cli_page())):
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Raise `PluginError` if a page loads anything from another host."""
+    remote = REMOTE.search(output)
+    if remote:
+        raise PluginError(f"{page.file.src_uri} loads {remote[0]} from another host: put the file into docs/ instead")
+    return output
 
 
 def settings_page() -> str:
