@@ -58,7 +58,7 @@ test-fast: setup ## run the tests that need no server and no cluster
 	@$(BIN)/pytest -n auto -m 'not slow'
 
 soak: setup ## inject random faults into a local cluster for ten minutes (BAM_SOAK_SECONDS, BAM_SOAK_SEED)
-	@PYTHONPATH=tests $(BIN)/python -m faults.soak
+	@$(BIN)/python -m tests.support.faults.soak
 
 bench: setup ## list the benchmarks, or run one: make bench NAME=controller_step ARGS=--help
 ifdef NAME

@@ -50,7 +50,13 @@ def main() -> None:
         launcher.advance(launcher.now + LOOK_EVERY)
     running = sum(isinstance(state, Running) for state in controller.states.values())
     taken.sort()
-    row = ["1,000 branches, 300 nodes", str(running), statistics.median(taken), taken[int(0.99 * LOOKS)], 50.0]
+    row: list[str | float] = [
+        "1,000 branches, 300 nodes",
+        str(running),
+        statistics.median(taken),
+        taken[int(0.99 * LOOKS)],
+        50.0,
+    ]
     report("controller_step", ["what", "running at the end", "median ms", "99th of 100 ms", "target ms"], [row])
 
 

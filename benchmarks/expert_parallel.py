@@ -23,9 +23,9 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.experts_bam import BamExperts
@@ -225,7 +225,8 @@ def sizes(d: int, layers: int, vocab_size: int = 1, **settings: Any) -> BamConfi
 def rank(number: int, folder: str, rounds: int, only: str) -> None:
     """Run all cases in one of the processes."""
     torch.set_num_threads(1)
-    start_deepspeed(number, RANKS, dist.FileStore(f"{folder}/store", RANKS))
+    store = dist.FileStore(f"{folder}/store", RANKS)  # type: ignore[attr-defined]  # torch marks no re-exports
+    start_deepspeed(number, RANKS, store)
     count_traffic()
     layers: list[Row] = []
     steps: list[Row] = []
@@ -246,7 +247,7 @@ def main(
 ) -> None:
     """Measure, print tables and write `benchmarks/results/expert_parallel_*.json`."""
     with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
-        mp.start_processes(rank, (folder, rounds, only), nprocs=RANKS, start_method="spawn")
+        start_processes(rank, (folder, rounds, only), nprocs=RANKS, start_method="spawn")
         layers, steps = torch.load(Path(folder, "0.pt"))
     if layers:
         columns = ("shape", "case", "wall clock ÷ ours", "CPU ÷ ours", "bytes ÷ least")

@@ -129,6 +129,6 @@ def start_deepspeed(rank: int = 0, world_size: int = 1, store: Any = None) -> No
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # otherwise DeepSpeed compiles a C++ extension
-    store = store or torch.distributed.HashStore()
+    store = store or torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch marks no re-exports
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)

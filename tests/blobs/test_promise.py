@@ -1,12 +1,9 @@
 """Servers that have no conditional puts: refused, or used under a weaker promise that is said."""
 
-import http.client
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -15,63 +12,6 @@ from bam_ray.blobs.check import checked_store
 from bam_ray.errors import BlobExists, NoConditionalPut
 from bam_ray.settings import StoreSettings
 from cluster.s3_server import BUCKET
-
-KINDS = {
-    "overwrites": "silently overwrites on a conditional put",
-    "refuses": r"has no conditional puts \(NotImplemented\)",
-}
-NOT_IMPLEMENTED = b"<Error><Code>NotImplemented</Code><Message>If-None-Match</Message></Error>"
-
-
-def proxy(behind: str, overwrites: bool) -> ThreadingHTTPServer:
-    """A server before another one: without the condition of a put, or refusing those that have one, as some do."""
-    host, port = urlsplit(behind).hostname, urlsplit(behind).port
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            conditional = self.headers.get("If-None-Match") is not None
-            del self.headers["If-None-Match"]
-            if conditional and not overwrites:
-                self.answer(501, {"Content-Type": "application/xml"}, NOT_IMPLEMENTED)
-                return
-            connection = http.client.HTTPConnection(host or "", port, timeout=30)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            response = connection.getresponse()
-            self.answer(response.status, dict(response.getheaders()), response.read())
-            connection.close()
-
-        def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-            self.send_response_only(status)
-            for name, value in headers.items():
-                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(name, value)
-            is_head = self.command == "HEAD"
-            self.send_header("Content-Length", headers.get("Content-Length", "0") if is_head else str(len(body)))
-            self.end_headers()
-            self.wfile.write(b"" if is_head else body)
-
-        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = pass_on
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-
-@pytest.fixture(params=KINDS)
-def weak_server(
-    request: pytest.FixtureRequest, moto_endpoint: str, credentials: Callable[[str, str], None]
-) -> Iterator[tuple[str, str]]:
-    """Its endpoint, and what is to be said of it."""
-    credentials("any", "any")
-    server = proxy(moto_endpoint, overwrites=request.param == "overwrites")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", KINDS[request.param]
-    server.shutdown()
-    server.server_close()
 
 
 def settings(endpoint: str, promise: str) -> StoreSettings:

@@ -7,17 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from blobs.conftest import credentials, moto_endpoint  # noqa: F401 (fixtures)
-from blobs.test_promise import weak_server  # noqa: F401
-from cli.command import bam, refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralForCausalLM
 
 from bam_ray.blobs import open_store
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.data.tokenizer import train_tokenizer
+from tests.support import tiny
+from tests.support.command_line import bam, refusal
 
 NAMES = ["seed", "code", "law"]
 CONFIG = LlamaConfig(**tiny.SIZES | {"vocab_size": 300, "num_key_value_heads": 4})
@@ -144,7 +142,7 @@ def test_models_are_read_from_and_written_to_a_store(run: Run, refused: Run, fol
 def test_a_store_without_conditional_puts_needs_weak_store(
     run: Run,
     refused: Run,
-    weak_server: tuple[str, str],  # noqa: F811
+    weak_server: tuple[str, str],
 ) -> None:
     endpoint, _ = weak_server
     run(*UPCYCLE)

@@ -11,13 +11,13 @@ import botocore.session
 import jsonschema
 import pytest
 from botocore.validate import ParamValidator
-from manifests import ROOT, errors, facts, gce_validator, load, unmet
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 from ray.util.accelerators import accelerators
 
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import load_recipe
+from tests.support.cluster.manifests import ROOT, errors, facts, gce_validator, load, unmet
 
 FILES = ["cluster/aws.yaml", "cluster/gcp.yaml"]
 ON_GPUS = ["branch.needs.gpus=1", "mix.needs.gpus=1", "serve.needs.gpus=1"]

@@ -9,8 +9,9 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from manifests import ROOT
 from packaging.specifiers import SpecifierSet
+
+from tests.support.cluster.manifests import ROOT
 
 KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -19,9 +19,6 @@ import yaml
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-from stages.test_story import TRAINING, make, recipe
-from test_controller_on_ray import add_node
-from test_controller_on_ray import cluster as a_cluster
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
@@ -29,17 +26,22 @@ from bam_ray.checkpoint.manifest import Kind
 from bam_ray.control import status
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, UpcycleSettings
+from tests.support.cluster.ray_cluster import add_node
+from tests.support.stage_run import (
+    TRAINING,
+    make_artifacts,
+    small_recipe,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-cluster = a_cluster  # the fixture
 STEPS = 60
 
 
 def of_two(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix: Any) -> Recipe:
     """Return a recipe whose branch and mixture train on two workers, long enough to inject faults."""
     training = {**TRAINING, "tokens": STEPS * TRAINING["batch_tokens"], "peak_lr": 0.005, "checkpoint_every": 5}
-    return recipe(
+    return small_recipe(
         folder,
         store={"uri": str(folder / store)},
         branch={"domains": ["code"], "training": training, "workers": 2, **(branch or {})},
@@ -54,7 +56,7 @@ def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a store `unbroken`, which contains a run without faults."""
     folder = tmp_path_factory.mktemp("groups")
     run = of_two(folder, "unbroken")
-    make(run, open_store(run.store.uri), ("corpora", "seeds"))
+    make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
     Driver(cluster.address, folder, run, "mixtures", step_seconds=0.0).join()
     return folder
 
@@ -70,7 +72,15 @@ class Driver:
         self.store = open_store(run.store.uri)
         self.made = artifact(run, kind)
         self._log = folder / "driver.log"
-        self._arguments = [sys.executable, "-m", "faults.pace", str(file), kind, str(step_seconds), *patience]
+        self._arguments = [
+            sys.executable,
+            "-m",
+            "tests.support.faults.throttled_driver",
+            str(file),
+            kind,
+            str(step_seconds),
+            *patience,
+        ]
         self._environment = os.environ | {"RAY_ADDRESS": address}
         self.start()
 

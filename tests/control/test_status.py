@@ -126,14 +126,14 @@ def test_a_new_coordinator_keeps_the_history_of_the_last(failed: status.Status) 
 
 def test_the_end_of_a_stage_is_foretold_from_what_is_left_and_how_fast_it_goes() -> None:
     tasks = [Task("branches", f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
-    script = Broken()
+    launcher = Broken()
     now = [0.0]
-    controller = Controller(tasks, MemoryStore(), script, clock=lambda: now[0])
+    controller = Controller(tasks, MemoryStore(), launcher, clock=lambda: now[0])
     controller.step()
     for now[0], step in ((1.0, None), (2.0, 10), (12.0, 30)):
         progress = Progress(step, 100) if step else None
         seen = {"b0": Alive(Node("1", "one"), progress), "b1": Alive(Node("2", "two"), progress)}
-        script.poll = lambda seen=seen: seen  # type: ignore[method-assign, misc]
+        launcher.poll = lambda seen=seen: seen  # type: ignore[method-assign, misc]
         controller.step()
     shown = status.build("demo", controller)
     assert shown.eta_kind == "branches"

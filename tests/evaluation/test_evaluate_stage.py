@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import SIZES, dense
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
@@ -21,6 +20,7 @@ from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.settings import Recipe
 from bam_ray.stages.evaluate import ancestors, evaluate, held_out_rows
+from tests.support.tiny import SIZES, dense
 
 LENGTH = 16
 DOMAINS = ("general", "code")

@@ -2,13 +2,13 @@ import io
 
 import numpy as np
 import pytest
-from paper_table import DOMAINS, PAPER, model_score
 from pydantic import ValidationError
 from rich.console import Console
 
 from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.results import MEAN, DomainScore, Finding, Results
 from bam_ray.evaluation.table import format_findings, format_perplexity, perplexity_table
+from tests.support.paper_table import DOMAINS, PAPER, model_score
 
 
 def finding(results: Results, about: str, label: str = "") -> Finding:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from transformers import (
 
 from bam_ray.families import Family, Role, expert_name, family_of, plain_name
 from bam_ray.model import BamConfig, BamForCausalLM
+from tests.support import tiny
 
 SIZES = {**tiny.SIZES, "num_hidden_layers": 3}
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-import tiny
 
 from bam_ray.errors import FamilyError
 from bam_ray.families import FAMILIES, Role, family_of
 from bam_ray.families.family import HIDDEN_ACTS, ROPE_TYPES
 from bam_ray.model import BamConfig, configuration_bam
+from tests.support import tiny
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

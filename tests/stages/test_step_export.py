@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_story import Context, make, one_process, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bam_ray import cli
@@ -20,6 +19,12 @@ from bam_ray.settings import Recipe, StoreSettings
 from bam_ray.stages import train_mixture
 from bam_ray.toolbox import step_export
 from bam_ray.toolbox.step_export import export_step
+from tests.support.stage_run import (
+    RecordingContext,
+    make_artifacts,
+    one_process_engine,
+    small_recipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +33,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("run")
         patch.setenv("BAM_CACHE", str(folder / "cache"))
-        run = recipe(folder)
+        run = small_recipe(folder)
         store = open_store(run.store.uri)
-        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         with pytest.raises(Interrupted, match="step 6 of 10"):
-            train_mixture("bam", run, store, Context(6), one_process)
+            train_mixture("bam", run, store, RecordingContext(6), one_process_engine)
     return run
 
 

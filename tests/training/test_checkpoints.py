@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from running import LENGTH, RETENTION, SETTINGS, engine, run
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from bam_ray.blobs.memory import MemoryStore
@@ -17,6 +15,8 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.errors import Interrupted, StaleLease, StoreUnavailable, TrainingError
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.state import State
+from tests.support import tiny
+from tests.support.training_run import LENGTH, RETENTION, SETTINGS, engine, run
 
 
 class Flaky(MemoryStore):
