@@ -286,10 +286,10 @@ def test_a_stopped_job_resumes_when_it_is_submitted_again(project: Path, capsys:
 
     threading.Thread(target=interrupt_after_first_step).start()
     assert follow(job, store) == INTERRUPTED
-    said = capsys.readouterr().out
-    assert "seeds/seed committed" in said
-    assert "tiny: interrupted, 2 of 5 committed" in said
-    assert f"{job} was stopped: submit it again to go on" in said
+    output = capsys.readouterr().out
+    assert "seeds/seed committed" in output
+    assert "tiny: interrupted, 2 of 5 committed" in output
+    assert f"{job} was stopped: submit it again to go on" in output
     reached = json.loads(store.get("steps/branches-law.json"))
     assert 0 < len(reached) < 40
 

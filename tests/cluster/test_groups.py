@@ -65,7 +65,7 @@ class Driver:
     """A process that runs the controller for one kind of task on the cluster."""
 
     def __init__(
-        self, address: str, folder: Path, run: Recipe, kind: Kind, *patience: str, step_seconds: float = 0.3
+        self, address: str, folder: Path, run: Recipe, kind: Kind, *timeouts: str, step_seconds: float = 0.3
     ) -> None:
         file = folder / "recipe.yaml"
         file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -79,7 +79,7 @@ class Driver:
             str(file),
             kind,
             str(step_seconds),
-            *patience,
+            *timeouts,
         ]
         self._environment = os.environ | {"RAY_ADDRESS": address}
         self.start()
@@ -249,8 +249,8 @@ def test_a_late_branch_is_absorbed_despite_the_loss_of_a_rank(cluster: Cluster, 
     assert list(absorb["of"]) == ["mixture", "general"]
     assert 5 <= absorb["absorb"]["step"] < steps
     assert len(losses(driver.made)) == steps
-    told = status.read(driver.store)
-    assert told is not None
-    past = next(row for row in told.rows if row.id == driver.made.id).past
+    run_status = status.read(driver.store)
+    assert run_status is not None
+    past = next(row for row in run_status.rows if row.id == driver.made.id).past
     assert past[0].cause == "to absorb general" and past[-1].cause == "committed"
     assert len(list(driver.store.list(f"{driver.made.prefix}/leases/"))) == 3
