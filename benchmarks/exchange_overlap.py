@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from bam_ray.model import BamConfig, BamForCausalLM
-from bam_ray.on_deepspeed.dispatch import Wire
+from bam_ray.model.attention_exchange_bam import Attend, AttentionExchange, ComputedAttention, PendingAttention
+from bam_ray.on_deepspeed.collectives import CommTimer
 from benchmarks.measure import report
 from benchmarks.peers import start_deepspeed
 
@@ -84,7 +85,7 @@ class Held:
             self.wire.advance()
 
 
-def compared(run: Callable[[str], None], wire: Wire, rounds: int) -> list[float]:
+def compared(run: Callable[[str], None], timer: CommTimer, rounds: int) -> list[float]:
     """Medians over rounds: the first schedule in seconds and the part of these that this rank waited, and what each
     other takes of its seconds and of its wait. All ranks begin and end together."""
     found = []
@@ -95,33 +96,59 @@ def compared(run: Callable[[str], None], wire: Wire, rounds: int) -> list[float]
             start = time.perf_counter()
             run(schedule)
             dist.barrier()
-            taken[schedule] = time.perf_counter() - start, wire.seconds()
+            taken[schedule] = time.perf_counter() - start, timer.pop_seconds()
         wall, wait = taken[SCHEDULES[0]]
         ratios = [part for name in SCHEDULES[1:] for part in (taken[name][0] / wall, taken[name][1] / wait)]
         found.append((wall, wait / wall, *ratios))
     return [statistics.median(column) for column in zip(*found[1:], strict=True)]  # the first warms up
 
 
+class WithoutOverlap:
+    """An exchange that computes and waits at once."""
+
+    def __init__(self, exchange: AttentionExchange) -> None:
+        self.exchange = exchange
+
+    def start(self, x: Tensor, gates: Tensor, attend: Attend) -> PendingAttention:
+        """See `AttentionExchange.start`."""
+        return ComputedAttention(self.exchange.start(x, gates, attend).result())
+
+
+class SumInFlight:
+    """An exchange that computes at once and leaves the sum of the outputs in flight."""
+
+    def __init__(self, exchange: AttentionExchange) -> None:
+        self.exchange = exchange
+
+    def start(self, x: Tensor, gates: Tensor, attend: Attend) -> PendingAttention:
+        """See `AttentionExchange.start`."""
+        return PendingSum(self.exchange.start(x, gates, attend))
+
+
+class PendingSum(PendingAttention):
+    """An attention whose outputs are being summed."""
+
+    def __init__(self, pending: PendingAttention) -> None:
+        super().__init__()
+        pending.compute()
+        self._pending = pending
+
+    def _compute(self) -> None:
+        """Do nothing."""
+
+    def _wait(self) -> Tensor:
+        return self._pending.wait()
+
+
 def training_pass(model: BamForCausalLM, ids: Tensor) -> Callable[[str], None]:
-    """Forward and backward, in the schedule of a name."""
+    """Return a function that runs a forward and a backward pass in the schedule of a given name."""
     layers: Any = model.model.layers
-    exchange, dispatcher = layers[0].self_attn.experts.exchange, layers[0].mlp.experts.dispatcher  # those of all layers
-
-    def arrived_at_once(*call: Any) -> Tensor:
-        out: Tensor = exchange.arrived(exchange(*call))
-        return out
-
-    def summed_at_once(*call: Any) -> Tensor:
-        out: Tensor = exchange(*call)
-        exchange.attend()
-        return out
+    exchange = layers[0].self_attn.exchange  # the same for all layers
+    exchanges = dict(zip(SCHEDULES, (WithoutOverlap(exchange), SumInFlight(exchange), exchange), strict=True))
 
     def run(schedule: str) -> None:
-        one_by_one, both = schedule == SCHEDULES[0], schedule == SCHEDULES[2]
-        dispatcher.meanwhile = exchange.attend if both else lambda: None
         for layer in layers:
-            layer.arrived = (lambda attended: attended) if one_by_one else exchange.arrived
-            layer.self_attn.experts.exchange = exchange if both else arrived_at_once if one_by_one else summed_at_once
+            layer.self_attn.exchange = exchanges[schedule]
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
 
@@ -146,9 +173,10 @@ def measure(rank: int, folder: str, rounds: int, megabits: float) -> None:
             )
             model = BamForCausalLM(config).train()
             shards = apply_expert_parallelism(model, RANKS)
-            assert shards.wire is not None
+            assert shards.ep_group is not None
             torch.manual_seed(rank)
-            found = compared(training_pass(model, torch.randint(0, 512, (batch, length))), shards.wire, rounds)
+            ids = torch.randint(0, 512, (batch, length))
+            found = compared(training_pass(model, ids), shards.ep_group.timer, rounds)
             rows.append([wire, f"{RANKS} x {batch}x{length}, d {d}", *found])
     if rank == 0:
         report("exchange_overlap", COLUMNS, rows)

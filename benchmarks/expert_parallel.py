@@ -75,9 +75,9 @@ def count_traffic() -> None:
     from deepspeed.module_inject import auto_ep_layer
     from deepspeed.moe import sharded_moe
 
-    from bam_ray.on_deepspeed import dispatch
+    from bam_ray.on_deepspeed import collectives, dispatch
 
-    for module in (dispatch, sharded_moe, auto_ep_layer):
+    for module in (collectives, dispatch, sharded_moe, auto_ep_layer):
         Traffic(module)
 
 
@@ -106,12 +106,13 @@ class Ours(nn.Module):
         super().__init__()
         from deepspeed.utils import groups
 
-        from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, Wire
+        from bam_ray.on_deepspeed.collectives import EPGroup
+        from bam_ray.on_deepspeed.dispatch import AllToAllTokenDispatcher
 
         self.experts = filled(BamExperts(config), dtype)
         groups._create_expert_and_data_parallel(RANKS)
         group = groups._get_expert_parallel_group(f"ep_size_{RANKS}")
-        self.experts.dispatcher = AllToAllDispatcher(Wire(group, group))
+        self.experts.dispatcher = AllToAllTokenDispatcher(EPGroup(group, group), EXPERTS)
         for name, whole in list(self.experts.named_parameters()):
             setattr(self.experts, name, nn.Parameter(whole.detach().chunk(RANKS)[dist.get_rank()].clone()))
         self.index, self.weights = expert[:, None], torch.ones(len(expert), 1, dtype=dtype)

@@ -92,15 +92,15 @@ def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
 
     def looped(x: Tensor) -> Tensor:
         gates = gate(x).softmax(-1)
-        return sum(gates[..., i, None] * each(x, **more)[0] for i, each in enumerate(loop))  # type: ignore[return-value]
+        return sum(gates[..., i, None] * each(x, **more)[0].result() for i, each in enumerate(loop))  # type: ignore[return-value]
 
     x = torch.randn(batch, length, d)
     times = ratios(
         seconds(
             {
                 "loop over experts": passes(loop, looped, x),
-                "one call": passes(one, lambda x: one(x, **more)[0], x),
-                "one call, kv_shared": passes(shared, lambda x: shared(x, **more)[0], x),
+                "one call": passes(one, lambda x: one(x, **more)[0].result(), x),
+                "one call, kv_shared": passes(shared, lambda x: shared(x, **more)[0].result(), x),
             },
             rounds,
         ),

@@ -37,6 +37,7 @@ PHASES = ("node given up", "next attempt begun", "trains again")
 
 
 def main() -> None:
+    """Measure, print a table and write `benchmarks/results/recovery.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=3)
     options = parser.parse_args()

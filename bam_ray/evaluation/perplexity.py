@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bam_ray.errors import CheckpointError, DataError
 from bam_ray.evaluation.results import DomainRouting, DomainScore
 from bam_ray.evaluation.routing import RoutingAccumulator
+from bam_ray.model import is_mixture
 
 
 def perplexity(model: PreTrainedModel, sequences: np.ndarray, batch_sequences: int) -> DomainScore:
@@ -45,7 +46,7 @@ def score(
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise DataError(f"held-out sequences of shape {list(sequences.shape)} have no token to predict: add text")
-    has_routers = model.config.model_type == "bam" and model.config.mixture_layers
+    has_routers = is_mixture(model.config) and model.config.mixture_layers
     routing = RoutingAccumulator(model.config, model.selection_biases()) if has_routers else None
     outputs: dict[str, Any] = {} if routing is None else {"output_router_logits": True}
     was_training = model.training

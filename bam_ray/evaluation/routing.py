@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  PyTorch's own abbreviation
 from torch import Tensor
 
 from bam_ray.evaluation.results import DomainRouting, LayerRouting, MixtureRouting
-from bam_ray.model import BamCausalLMOutput, BamConfig, choose
+from bam_ray.model import BamCausalLMOutput, BamConfig, select_experts
 
 
 class RoutingAccumulator:
@@ -39,7 +39,7 @@ class RoutingAccumulator:
         """Add the tokens of one forward pass, which must have been called with `output_router_logits`."""
         assert out.router_logits is not None and out.attention_router_logits is not None
         probability = torch.stack(out.router_logits).float().softmax(-1)  # [M, T, N]
-        chosen = choose(probability, self.top_k, self.selection_bias)
+        chosen = select_experts(probability, self.top_k, self.selection_bias)
         self.tokens += probability.shape[1]
         self.choices += F.one_hot(chosen, probability.shape[-1]).sum((1, 2)).cpu()
         self.probability += probability.sum(1, dtype=torch.double).cpu()

@@ -1,23 +1,25 @@
-"""The mixture model, registered with transformers' Auto classes. torch and transformers only.
+"""The mixture model, registered with transformers' Auto classes. This package imports torch and transformers only.
 
-The files `*_bam.py` are also copied into every saved mixture, so that it loads with
-`trust_remote_code=True` where this package is not installed.
+The files `*_bam.py` are also copied into every saved mixture, so that it can be loaded with `trust_remote_code=True`
+on machines without this package.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bam_ray.model.configuration_bam import BamConfig
+from bam_ray.model.configuration_bam import BamConfig, is_mixture
 from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM
-from bam_ray.model.routing_bam import RoutingLosses, choose, dropped_share, routing_losses
+from bam_ray.model.routing_bam import RouterOutput, RoutingLosses, dropped_share, routing_losses, select_experts
 
 __all__ = [
     "BamCausalLMOutput",
     "BamConfig",
     "BamForCausalLM",
+    "RouterOutput",
     "RoutingLosses",
-    "choose",
     "dropped_share",
+    "is_mixture",
     "routing_losses",
+    "select_experts",
 ]
 
 AutoConfig.register("bam", BamConfig, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The attention of the BAM mixture: soft experts as one call of an attention backend, or one dense attention.
+"""The attention of a mixture: soft experts as one call of an attention backend, or one dense attention.
 
-Shapes: B batch, L length, S keys, T = B·L tokens, d hidden, N experts, H query heads, G key/value heads, h head_dim.
+Shapes: B batch, L length, S number of keys, T = B·L tokens, d hidden size, N experts of the layer, n experts on this
+rank (N without expert parallelism), H query heads and G key/value heads of one expert, h head_dim, r its rotated part.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_exchange_bam import AttentionExchange, ComputedAttention, LocalAttentionExchange, PendingAttention
 from .configuration_bam import BamConfig
 from .routing_bam import BamRouter
 
-FEW_TOKENS = 64  # below this, reading the weights dominates and no GEMM is worth copying them for
+FEW_TOKENS = 64  # up to this number, reading the weights dominates, and copying them for a single GEMM does not pay
 
 
-def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: BamConfig) -> Tensor:
-    """LayerNorm or RMSNorm over the last dimension, in fp32; weight and bias broadcast over the ones before."""
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: BamConfig) -> Tensor:
+    """Apply LayerNorm or RMSNorm over the last dimension, in fp32; weight and bias broadcast over the others."""
     shape, eps, fused = x.shape[-1:], config.norm_eps, weight.ndim == 1
     inner = weight.float() if fused else None
     if config.norm_type == "layernorm":
@@ -33,7 +34,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: BamConfig)
 
 
 class BamNorm(nn.Module):
-    """LayerNorm or RMSNorm with a weight of any shape, over the last dimension."""
+    """LayerNorm or RMSNorm over the last dimension, with a weight of any shape."""
 
     def __init__(self, config: BamConfig, *shape: int, bias: bool = False) -> None:
         super().__init__()
@@ -42,16 +43,17 @@ class BamNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalise(x, self.weight, self.bias, self.config)
+        """Normalize the last dimension of x."""
+        return normalize(x, self.weight, self.bias, self.config)
 
 
 def block_norm(config: BamConfig) -> BamNorm:
-    """One of the norms of hidden states [..., d]."""
+    """Return a norm of hidden states [..., d]."""
     return BamNorm(config, config.hidden_size, bias=config.norm_bias)
 
 
 class BamRotaryEmbedding(nn.Module):
-    """cos and sin [1 or B, L, r] of rotary positions; r is the rotated part of head_dim."""
+    """The cosines and sines of rotary position embeddings."""
 
     inv_freq: Tensor
 
@@ -64,7 +66,7 @@ class BamRotaryEmbedding(nn.Module):
 
     @staticmethod
     def frequencies(config: BamConfig) -> tuple[Tensor, float]:
-        """Inverse frequencies [r/2] and the factor on cos and sin."""
+        """Return the inverse frequencies [r/2] and the factor by which cosines and sines are scaled."""
         assert config.rope_parameters is not None and config.head_dim is not None
         kind = config.rope_parameters.get("rope_type", "default")
         if kind != "default":
@@ -76,24 +78,26 @@ class BamRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        """Return cosines and sines [1 or B, L, r] of positions [1 or B, L], in the dtype and on the device of x."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)  # [1 or B, L, r/2]
         angles = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first r elements of each head of x [B, heads, L, h] by cos, sin [1 or B, L, r]; the dtype of x."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    kept = x[..., cos.shape[-1] :]
-    if kept.shape[-1]:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first r elements of each head of x [B, heads, L, h] by cos, sin [1 or B, L, r]; keeps x's dtype."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [1 or B, 1, L, r]
+    unrotated = x[..., cos.shape[-1] :]  # [B, heads, L, h - r]
+    if unrotated.shape[-1]:
         x = x[..., : cos.shape[-1]]
     if interleaved:
-        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        quarter_turn = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
     else:
         first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-    rotated = (x * cos + turned * sin).to(x.dtype)  # under autocast x is of less precision than cos and sin
-    return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
+        quarter_turn = torch.cat((-second, first), dim=-1)
+    # The cast is for autocast, under which x has a lower precision than cos and sin.
+    rotated = (x * cos + quarter_turn * sin).to(x.dtype)
+    return torch.cat((rotated, unrotated), dim=-1) if unrotated.shape[-1] else rotated
 
 
 def eager_attention(
@@ -106,7 +110,13 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention. query [B, heads, L, h], key and value [B, kv heads, S, h] -> [B, L, heads, h] and weights."""
+    """Compute attention without a fused kernel.
+
+    `query` is [B, heads, L, h]; `key` and `value` are [B, kv heads, S, h].
+
+    Returns:
+        The output [B, L, heads, h] and the attention weights [B, heads, L, S].
+    """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -117,30 +127,22 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class LocalExchange:
-    """Every token to every attention expert, all experts being here."""
-
-    def __call__(self, x: Tensor, gates: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """x [B, L, d], gates [B, L, N] -> `attend(x, gates)`: [B, L, d]."""
-        return attend(x, gates)
-
-
-class AttentionCall(nn.Module):
-    """What is the same for all attentions: positions, cache and the call of an attention backend."""
+class BamAttentionBase(nn.Module):
+    """The common part of all attentions: rotary positions, the cache and the call of an attention backend."""
 
     def __init__(self, config: BamConfig, layer_idx: int, query_heads_per_key: int) -> None:
         super().__init__()
         assert config.head_dim is not None and config.layer_types is not None
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = query_heads_per_key  # read by attention backends, as is_causal is
+        self.num_key_value_groups = query_heads_per_key  # attention backends read this attribute and is_causal
         self.is_causal = True
         self.scaling = config.head_dim**-0.5
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
         self.rotary = layer_idx not in (config.nope_layers or ())
 
-    def call(
+    def attention(
         self,
         query: Tensor,
         key: Tensor,
@@ -150,11 +152,18 @@ class AttentionCall(nn.Module):
         cache: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
-        """query [B, heads, L, h], key and value [B, kv heads, L, h] -> [B, L, heads, h]."""
+        """Rotate queries and keys, update the cache and call the attention backend.
+
+        `query` is [B, heads, L, h]; `key` and `value` are [B, kv heads, L, h]. `kwargs` are passed to the backend.
+
+        Returns:
+            The output of all heads [B, L, heads, h].
+        """
         if self.rotary:
             cos, sin = position_embeddings
             interleaved = self.config.rope_interleaved
-            query, key = rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)
+            query = apply_rotary(query, cos, sin, interleaved)
+            key = apply_rotary(key, cos, sin, interleaved)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -172,89 +181,101 @@ class AttentionCall(nn.Module):
         return heads
 
     def norm_shape(self, heads: int) -> tuple[int, ...]:
-        """The shape of the weight that normalises `heads` heads."""
+        """Return the shape of the weight that normalizes `heads` heads."""
         if self.config.qk_norm == "full":
             return (heads * self.head_dim,)
         return (heads, self.head_dim) if self.config.qk_norm == "per_head" else (self.head_dim,)
 
 
-class BamAttentionExperts(AttentionCall):
-    """N attentions as one call: N·H query heads, expert i's weighted by g_i, one stacked output projection.
+class BamAttentionExperts(BamAttentionBase):
+    """N attentions as one call with N·H query heads and one stacked output projection.
 
-    Soft routing weighs after the output projection; by linearity weighing the heads before it is the same.
+    Soft routing weights the output of each expert's output projection. The projection is linear, so the heads are
+    weighted before it, and one projection sums the experts.
+
+    Under expert parallelism the parameters are those of the n experts of this rank.
     """
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
-        d, N = config.hidden_size, config.num_experts
-        H, G, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        assert G is not None and h is not None
+        d, num_experts = config.hidden_size, config.num_experts
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads is not None and head_dim is not None
         self.kv_shared = config.attention_experts == "kv_shared"
-        K = 1 if self.kv_shared else N
-        super().__init__(config, layer_idx, H // G * (N // K))
-        self.heads, self.kv_heads = H, G
+        kv_experts = 1 if self.kv_shared else num_experts
+        super().__init__(config, layer_idx, heads // kv_heads * (num_experts // kv_experts))
+        self.heads, self.kv_heads = heads, kv_heads  # of one expert
 
         def stacked(wanted: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape)) if wanted else None
 
-        self.q_proj = nn.Parameter(torch.empty(N, H * h, d))
-        self.k_proj = nn.Parameter(torch.empty(K, G * h, d))
-        self.v_proj = nn.Parameter(torch.empty(K, G * h, d))
-        self.o_proj = nn.Parameter(torch.empty(N, d, H * h))
-        self.q_bias = stacked(config.attention_bias, N, H * h)
-        self.k_bias = stacked(config.attention_bias, K, G * h)
-        self.v_bias = stacked(config.attention_bias, K, G * h)
-        self.o_bias = stacked(config.attention_output_bias, N, d)
-        normed = config.qk_norm is not None
-        self.q_norm = stacked(normed, N, *self.norm_shape(H))
-        self.k_norm = stacked(normed, K, *self.norm_shape(G))
-        self.exchange: Callable[..., Tensor] = LocalExchange()
+        self.q_proj = nn.Parameter(torch.empty(num_experts, heads * head_dim, d))
+        self.k_proj = nn.Parameter(torch.empty(kv_experts, kv_heads * head_dim, d))
+        self.v_proj = nn.Parameter(torch.empty(kv_experts, kv_heads * head_dim, d))
+        self.o_proj = nn.Parameter(torch.empty(num_experts, d, heads * head_dim))
+        self.q_bias = stacked(config.attention_bias, num_experts, heads * head_dim)
+        self.k_bias = stacked(config.attention_bias, kv_experts, kv_heads * head_dim)
+        self.v_bias = stacked(config.attention_bias, kv_experts, kv_heads * head_dim)
+        self.o_bias = stacked(config.attention_output_bias, num_experts, d)
+        has_norm = config.qk_norm is not None
+        self.q_norm = stacked(has_norm, num_experts, *self.norm_shape(heads))
+        self.k_norm = stacked(has_norm, kv_experts, *self.norm_shape(kv_heads))
 
     def forward(self, x: Tensor, gates: Tensor, **kwargs: Any) -> Tensor:
-        """x [B, L, d], gates [B, L, N] -> Σ_i g_i · Attention_i(x): [B, L, d]. `kwargs`: those of `call`."""
-        out: Tensor = self.exchange(x, gates, partial(self.attend, **kwargs))
-        return out
+        """Return Σ_i gate_i · Attention_i(x) over the experts of this rank: x [B, L, d], gates [B, L, n] -> [B, L, d].
+
+        `kwargs` are those of `attention`.
+        """
+        query = self.project(x, self.q_proj, self.q_bias, self.q_norm)  # [B, L, n·H, h]
+        query = self.group_by_key(query) if self.kv_shared else query.transpose(1, 2)  # [B, n·H, L, h]
+        key = self.project(x, self.k_proj, self.k_bias, self.k_norm).transpose(1, 2)  # [B, n·G or G, L, h]
+        value = self.project(x, self.v_proj, self.v_bias).transpose(1, 2)  # [B, n·G or G, L, h]
+        heads = self.attention(query, key, value, **kwargs)  # [B, L, n·H, h]
+        return self.sum_experts(heads, gates.to(heads.dtype))
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> Tensor:
-        """x [B, L, d] by weights [n, heads·h, d] of n experts -> [B, L, n·heads, h]."""
-        out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        """Project x [B, L, d] by the weights [m, heads·h, d] of m experts, and normalize: [B, L, m·heads, h]."""
+        # [m, heads·h, d] -> [m·heads·h, d]: one GEMM for all experts.
+        out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())  # [B, L, m·heads·h]
         if norm is not None:
             if self.config.qk_norm == "full":
-                out = out.unflatten(-1, norm.shape)
+                out = out.unflatten(-1, norm.shape)  # [B, L, m, heads·h], norm [m, heads·h]
             else:
-                out = out.unflatten(-1, (norm.shape[0], -1, self.head_dim))
-                norm = norm.unsqueeze(1) if norm.ndim == 2 else norm
-            out = normalise(out, norm, None, self.config).flatten(2)
-        heads: Tensor = out.unflatten(-1, (-1, self.head_dim))
+                out = out.unflatten(-1, (norm.shape[0], -1, self.head_dim))  # [B, L, m, heads, h]
+                norm = norm.unsqueeze(1) if norm.ndim == 2 else norm  # [m, 1, h] or [m, heads, h]
+            out = normalize(out, norm, None, self.config).flatten(2)  # [B, L, m·heads·h]
+        heads: Tensor = out.unflatten(-1, (-1, self.head_dim))  # [B, L, m·heads, h]
         return heads
 
-    def attend(self, x: Tensor, gates: Tensor, **kwargs: Any) -> Tensor:
-        """The experts held here: x [B, L, d], their gates [B, L, n] -> their weighted sum [B, L, d]."""
-        B, L, _ = x.shape
-        n, H, G, h = self.q_proj.shape[0], self.heads, self.kv_heads, self.head_dim
-        query = self.project(x, self.q_proj, self.q_bias, self.q_norm)
-        if self.kv_shared:  # heads that share a key/value head must be neighbours: [G, n, H/G]
-            query = query.view(B, L, n, G, H // G, h).permute(0, 3, 2, 4, 1, 5).reshape(B, n * H, L, h)
+    def group_by_key(self, query: Tensor) -> Tensor:
+        """Make the query heads that read the same shared key/value head neighbors: [B, L, n·H, h] -> [B, n·H, L, h]."""
+        batch, length, all_heads, head_dim = query.shape
+        experts, per_key = all_heads // self.heads, self.heads // self.kv_heads
+        query = query.view(batch, length, experts, self.kv_heads, per_key, head_dim)  # [B, L, n, G, H/G, h]
+        query = query.permute(0, 3, 2, 4, 1, 5)  # [B, G, n, H/G, L, h]
+        return query.reshape(batch, all_heads, length, head_dim)  # [B, n·H, L, h]
+
+    def sum_experts(self, heads: Tensor, gates: Tensor) -> Tensor:
+        """Weight the heads [B, L, n·H, h] by gates [B, L, n], project them and sum the experts: [B, L, d]."""
+        batch, length, experts = gates.shape
+        tokens, width = batch * length, self.heads * self.head_dim
+        if self.kv_shared:  # heads are ordered as `group_by_key` has left them
+            per_key = self.heads // self.kv_heads
+            heads = heads.view(batch, length, self.kv_heads, experts, per_key, self.head_dim)  # [B, L, G, n, H/G, h]
+            heads = heads * gates.view(batch, length, 1, experts, 1, 1)
+            heads = heads.transpose(2, 3).reshape(tokens, experts, width)  # [B, L, n, G, H/G, h] -> [T, n, H·h]
         else:
-            query = query.transpose(1, 2)
-        key = self.project(x, self.k_proj, self.k_bias, self.k_norm).transpose(1, 2)
-        value = self.project(x, self.v_proj, self.v_bias).transpose(1, 2)
-        heads = self.call(query, key, value, **kwargs)  # [B, L, n·H, h]
-        gates = gates.to(heads.dtype)
-        if self.kv_shared:
-            heads = heads.view(B, L, G, n, H // G, h) * gates.view(B, L, 1, n, 1, 1)
-            heads = heads.transpose(2, 3).reshape(B * L, n, H * h)
-        else:
-            heads = (heads.view(B, L, n, H * h) * gates.unsqueeze(-1)).view(B * L, n, H * h)
-        if B * L <= FEW_TOKENS:
+            heads = heads.view(batch, length, experts, width) * gates.unsqueeze(-1)  # [B, L, n, H·h]
+            heads = heads.view(tokens, experts, width)  # [T, n, H·h]
+        if tokens <= FEW_TOKENS:  # n GEMMs: [n, T, H·h] · [n, H·h, d] -> [n, T, d] -> [T, d]
             out = torch.bmm(heads.transpose(0, 1), self.o_proj.transpose(1, 2)).sum(0)
-        else:  # one GEMM that sums the experts inside
+        else:  # one GEMM that also sums the experts: [T, n·H·h] · [d, n·H·h]ᵀ -> [T, d]
             out = F.linear(heads.flatten(1), self.o_proj.transpose(0, 1).flatten(1))
-        out = out.view(B, L, -1)
+        out = out.view(batch, length, -1)  # [B, L, d]
         return out if self.o_bias is None else out + gates @ self.o_bias.to(gates.dtype)
 
 
 class BamAttention(nn.Module):
-    """The attention of a layer: a router and its soft experts."""
+    """The attention of a mixture layer: a router and its soft experts."""
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
@@ -262,47 +283,61 @@ class BamAttention(nn.Module):
         self.scale = config.attention_output_scale
         self.gate = BamRouter(config)
         self.experts = BamAttentionExperts(config, layer_idx)
+        self.exchange: AttentionExchange = LocalAttentionExchange()
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[B, L, d] -> output [B, L, d], router logits [T, N]."""
-        logits = self.gate(x)
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[PendingAttention, Tensor]:
+        """Start the attention of x [B, L, d].
+
+        `kwargs` are those of `BamAttentionBase.attention`.
+
+        Returns:
+            The pending output [B, L, d] and the router logits [T, N].
+        """
+        logits = self.gate(x)  # [B, L, N]
         gates = logits.softmax(-1)
-        if self.top_k:
+        if self.top_k:  # the gates of other experts become 0, and the rest is not renormalized
             gates = gates * torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
-        return self.experts(x, gates * self.scale, **kwargs), logits.flatten(0, 1)
+        pending = self.exchange.start(x, gates * self.scale, partial(self.experts, **kwargs))
+        return pending, logits.flatten(0, 1)
 
 
-class AveragedAttention(AttentionCall):
-    """One dense attention: the mean of all (BTX), or a dense layer's."""
+class AveragedAttention(BamAttentionBase):
+    """One dense attention: the average of all experts (BTX), or the attention of a dense layer."""
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
-        d, h = config.hidden_size, config.head_dim
-        H, G = config.num_attention_heads, config.num_key_value_heads
+        d, head_dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         if layer_idx in (config.dense_layers or ()):
-            H = config.dense_num_attention_heads or H
-            G = config.dense_num_key_value_heads or G
-        assert G is not None and h is not None
-        super().__init__(config, layer_idx, H // G)
+            heads = config.dense_num_attention_heads or heads
+            kv_heads = config.dense_num_key_value_heads or kv_heads
+        assert kv_heads is not None and head_dim is not None
+        super().__init__(config, layer_idx, heads // kv_heads)
         bias = config.attention_bias
-        self.q_proj = nn.Linear(d, H * h, bias=bias)
-        self.k_proj = nn.Linear(d, G * h, bias=bias)
-        self.v_proj = nn.Linear(d, G * h, bias=bias)
-        self.o_proj = nn.Linear(H * h, d, bias=config.attention_output_bias)
-        self.q_norm = BamNorm(config, *self.norm_shape(H)) if config.qk_norm else None
-        self.k_norm = BamNorm(config, *self.norm_shape(G)) if config.qk_norm else None
+        self.q_proj = nn.Linear(d, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(d, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(d, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, d, bias=config.attention_output_bias)
+        self.q_norm = BamNorm(config, *self.norm_shape(heads)) if config.qk_norm else None
+        self.k_norm = BamNorm(config, *self.norm_shape(kv_heads)) if config.qk_norm else None
 
     def project(self, x: Tensor, projection: nn.Linear, norm: BamNorm | None = None) -> Tensor:
-        """x [B, L, d] -> [B, heads, L, h]."""
-        out: Tensor = projection(x)
+        """Project x [B, L, d] to heads and normalize them: [B, heads, L, h]."""
+        out: Tensor = projection(x)  # [B, L, heads·h]
         if norm is not None and self.config.qk_norm == "full":
             out, norm = norm(out), None
-        out = out.unflatten(-1, (-1, self.head_dim))
-        return (out if norm is None else norm(out)).transpose(1, 2)
+        out = out.unflatten(-1, (-1, self.head_dim))  # [B, L, heads, h]
+        return (out if norm is None else norm(out)).transpose(1, 2)  # [B, heads, L, h]
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """[B, L, d] -> output [B, L, d], no router logits."""
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[PendingAttention, None]:
+        """Compute the attention of x [B, L, d].
+
+        `kwargs` are those of `attention`.
+
+        Returns:
+            The output [B, L, d], complete but in the form that `BamAttention` returns, and None: it has no router.
+        """
         query = self.project(x, self.q_proj, self.q_norm)
         key = self.project(x, self.k_proj, self.k_norm)
-        heads = self.call(query, key, self.project(x, self.v_proj), **kwargs)
-        out: Tensor = self.o_proj(heads.flatten(2))
-        return out, None
+        heads = self.attention(query, key, self.project(x, self.v_proj), **kwargs)  # [B, L, heads, h]
+        out: Tensor = self.o_proj(heads.flatten(2))  # [B, L, heads·h] -> [B, L, d]
+        return ComputedAttention(out), None

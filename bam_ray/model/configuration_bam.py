@@ -1,5 +1,6 @@
 """The configuration of a BAM mixture: the dense model it came from, and how its experts are routed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,7 +11,7 @@ NORM_TYPES = ("layernorm", "rmsnorm")
 NORM_PLACEMENTS = ("before", "after")
 QK_NORMS = (None, "shared", "per_head", "full")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# transformers' names of the activations that the experts compute, and torch's: a function and, for GELU, its kind
+# The activations of the experts, by transformers' name: torch's function and, for GELU, its approximation.
 ACTIVATIONS = {
     "silu": ("silu", "none"),
     "swish": ("silu", "none"),
@@ -24,50 +25,60 @@ ACTIVATIONS = {
 
 @strict
 class BamConfig(PreTrainedConfig):
-    r"""
-    Sizes are those of one expert (`num_attention_heads`, `intermediate_size`, ...), which is one dense model's unless
-    experts are slices of it.
+    """The configuration of a mixture.
+
+    Sizes such as `num_attention_heads` and `intermediate_size` are those of one expert, which are those of one dense
+    model unless experts are slices of it.
 
     The mixture:
 
-    num_experts (`int`): N, the FFN experts of every layer, and its attention experts where it has them.
-    num_experts_per_tok (`int`): k, the FFN experts a token meets (BAM: 1, BTX: 2).
-    norm_topk_prob (`bool`): False keeps the softmax over all N as it is (BAM); True makes the k chosen sum to 1 (BTX).
-    noisy_gate (`bool`): the FFN's router logits get noise of a learned size in training (LLaMA-MoE, arXiv 1701.06538).
-    selection_bias (`bool`): a bias an expert is added to its probability when experts are chosen, and only then; it is
-        a buffer, moved by training without gradients (arXiv 2408.15664).
-    capacity_factor (`float`, *optional*): in training, an FFN expert takes at most `⌈capacity_factor · k · L / N⌉` of a
-        sequence's L tokens, and drops the choices past that (`routing_bam.within_capacity`). None: drops none.
+    num_experts (`int`): N, the number of FFN experts and, if there are any, of attention experts in each layer.
+    num_experts_per_tok (`int`): k, the number of FFN experts that a token uses (BAM: 1, BTX: 2).
+    norm_topk_prob (`bool`): False takes the weights from the softmax over all N experts (BAM); True makes the weights
+        of the k selected experts sum to 1 (BTX).
+    noisy_gate (`bool`): in training, the logits of the FFN router get noise of a learned scale (LLaMA-MoE, arXiv
+        1701.06538).
+    selection_bias (`bool`): each expert has a bias that is added to its probability when experts are selected, and only
+        then. It is a buffer that training updates without gradients (arXiv 2408.15664).
+    capacity_factor (`float`, *optional*): in training, an FFN expert processes at most
+        `⌈capacity_factor · k · L / N⌉` of the L tokens of a sequence; choices beyond that are dropped
+        (`routing_bam.within_capacity`). None: no choices are dropped.
     ffn_output_scale (`float`): factor on the routed FFN output (LLaMA-MoE's scale factor).
-    attention_experts (`str`): "kv_experts" (q, k, v, o per expert), "kv_shared" (q and o per expert, one mean k and v),
-        "averaged" (one attention, the mean of all: BTX).
-    num_attention_experts_per_tok (`int`): 0 is soft routing over all attention experts; 1 and 2 are the paper's
-        ablations, kept as they are, without renormalisation.
-    attention_output_scale (`float`): factor on the sum over attention experts (N where they are slices of one
-        attention: soft gates sum to 1, slices to the whole).
-    shared_expert_intermediate_size (`int`, *optional*): hidden size of an always-on FFN beside the routed ones.
-    dense_layers (`list[int]`, *optional*): layers without experts and routers: one attention and one FFN, of the
-        sizes `dense_intermediate_size`, `dense_num_attention_heads`, `dense_num_key_value_heads` (None: an expert's).
-    router_aux_loss_coef, router_z_loss_coef (`float`): added to the training loss, summed over layers.
-    expert_names (`list[str]`): what each expert was before: "seed" and the domains, in the order of the experts.
-    seed_config (`dict`, *optional*): the seed's `config.json` as it was: the way back to a dense model.
+    attention_experts (`str`): "kv_experts" (q, k, v and o for each expert), "kv_shared" (q and o for each expert, and
+        one averaged k and v), or "averaged" (one attention, the average of all: BTX).
+    num_attention_experts_per_tok (`int`): 0 is soft routing over all attention experts. 1 and 2 are the paper's
+        ablations: the other gates are set to 0 without renormalization.
+    attention_output_scale (`float`): factor on the sum over attention experts. It is N if experts are slices of one
+        attention: soft gates sum to 1, but the slices add up to the whole.
+    shared_expert_intermediate_size (`int`, *optional*): hidden size of an FFN that all tokens use beside the routed
+        experts.
+    dense_layers (`list[int]`, *optional*): layers without experts and routers. Each has one attention and one FFN, of
+        the sizes `dense_intermediate_size`, `dense_num_attention_heads` and `dense_num_key_value_heads` (None: the
+        size of an expert).
+    router_aux_loss_coef, router_z_loss_coef (`float`): factors of the auxiliary losses, which are summed over layers,
+        in the training loss.
+    expert_names (`list[str]`): the dense model that each expert was made from: "seed" or a domain, in the order of the
+        experts.
+    seed_config (`dict`, *optional*): the `config.json` of the seed, with which a dense model can be restored.
 
-    The block, as the dense family has it:
+    The block, which is that of the dense family:
 
-    parallel_block (`bool`): `x + attention(norm(x)) + ffn(norm(x))` (Cohere) instead of one after the other (Llama).
+    parallel_block (`bool`): `x + attention(norm(x)) + ffn(norm(x))` (Cohere) instead of attention before FFN (Llama).
     separate_ffn_norm (`bool`): in a parallel block, the FFN has a norm of its own (GPT-NeoX).
     norm_placement (`str`): "before" attention and FFN, or "after" them, before the residual is added (OLMo2).
-    norm_type (`str`): "layernorm" or "rmsnorm"; norm_bias (`bool`): whether norms have a bias (GPT-NeoX).
-    qk_norm (`str`, *optional*): norms of queries and keys: over each head with one weight [h] for all ("shared":
-        Qwen3) or a weight [heads, h] ("per_head": Cohere), or over all heads together ("full": OLMo2).
+    norm_type (`str`): "layernorm" or "rmsnorm".
+    norm_bias (`bool`): norms have a bias (GPT-NeoX).
+    qk_norm (`str`, *optional*): norm of queries and keys: for each head, with one weight [h] for all heads ("shared":
+        Qwen3) or with a weight [heads, h] ("per_head": Cohere), or over all heads together ("full": OLMo2).
     attention_bias, attention_output_bias, mlp_bias (`bool`): biases of q, k and v; of o; of the FFN.
-    mlp_gated (`bool`): `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` (GPT-NeoX).
-    hidden_act (`str`): one of `ACTIVATIONS`.
-    layer_types (`list[str]`, *optional*): "full_attention" or "sliding_attention" of every layer; all sliding where
-        `sliding_window` is given and this is not.
+    mlp_gated (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))` (GPT-NeoX).
+    hidden_act (`str`): a key of `ACTIVATIONS`.
+    layer_types (`list[str]`, *optional*): "full_attention" or "sliding_attention" for each layer. None: sliding in all
+        layers if there is a `sliding_window`, else full.
     nope_layers (`list[int]`, *optional*): layers without rotary positions (Cohere2's full attention).
-    rope_parameters (`dict`): transformers' layout, of one of `ROPE_TYPES`, `partial_rotary_factor` included.
-    rope_interleaved (`bool`): rotate neighbouring elements (Cohere) instead of the two halves (Llama).
+    rope_parameters (`dict`): in transformers' layout, including `partial_rotary_factor`; the type is one of
+        `ROPE_TYPES`.
+    rope_interleaved (`bool`): rotate adjacent elements (Cohere) instead of the two halves (Llama).
     logit_scale (`float`): factor on the output logits (Cohere).
     """
 
@@ -137,6 +148,11 @@ class BamConfig(PreTrainedConfig):
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        self._check_choices()
+        self._check_block()
+        self._check_mixture()
+
+    def _check_choices(self) -> None:
         for key, allowed in (
             ("attention_experts", ATTENTION_EXPERTS),
             ("norm_type", NORM_TYPES),
@@ -149,22 +165,35 @@ class BamConfig(PreTrainedConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type is {rope_type!r}: use one of {ROPE_TYPES}")
+
+    def _check_block(self) -> None:
         if self.norm_placement == "after" and self.parallel_block:
-            raise ValueError("norm_placement 'after' needs parallel_block False")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types has 'sliding_attention' but sliding_window is None")
+            raise ValueError("norm_placement 'after' needs a sequential block: set parallel_block to False")
+        if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
+            raise ValueError("layer_types has 'sliding_attention' but sliding_window is None: set sliding_window")
+
+    def _check_mixture(self) -> None:
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: use 1 to {self.num_experts}")
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(
-                f"capacity_factor is {self.capacity_factor}: use a number above 0, or None to drop nothing"
+                f"capacity_factor is {self.capacity_factor}: use a number above 0, or None to drop no choices"
             )
         if self.expert_names is not None and len(self.expert_names) != self.num_experts:
-            raise ValueError(f"expert_names has {len(self.expert_names)} names for {self.num_experts} experts")
+            raise ValueError(
+                f"expert_names has {len(self.expert_names)} names for {self.num_experts} experts: "
+                "give one name for each expert"
+            )
         if not set(self.dense_layers or ()) <= set(range(self.num_hidden_layers)):
             raise ValueError(f"dense_layers is {self.dense_layers}: use layers 0 to {self.num_hidden_layers - 1}")
 
     @property
     def mixture_layers(self) -> list[int]:
-        """The layers that have experts, ascending: those whose router logits a forward pass returns."""
+        """The layers that have experts, in ascending order: a forward pass returns router logits of these."""
         return [layer for layer in range(self.num_hidden_layers) if layer not in (self.dense_layers or ())]
+
+
+def is_mixture(config: PreTrainedConfig | Mapping[str, Any]) -> bool:
+    """Return True if `config`, which may be the content of a `config.json`, is that of a mixture."""
+    model_type = config.get("model_type") if isinstance(config, Mapping) else config.model_type
+    return bool(model_type == BamConfig.model_type)

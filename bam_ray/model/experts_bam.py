@@ -1,11 +1,11 @@
-"""The FFN experts of a mixture: tokens to the experts they chose, and the experts' arithmetic as one operator.
+"""The FFN experts of a mixture, whose arithmetic is one operator.
 
-Shapes: T tokens, R rows sorted by expert (T·k where no choice is dropped), d hidden, f FFN hidden, N experts,
-k experts a token.
+Shapes: T tokens, k experts a token, R rows sorted by expert (T·k unless choices are dropped), d hidden size, f hidden
+size of an FFN, u rows of `up` of one expert (2f if gated, else f), N experts. Under expert parallelism N counts the
+experts of this rank.
 """
 
 import re
-from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -13,27 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_bam import ACTIVATIONS, BamConfig
+from .token_dispatch_bam import LocalTokenDispatcher, Overlap, TokenDispatcher, to_autocast_dtype
 
-Compute = Callable[[Tensor, Tensor], Tensor]
-"""(rows [R, d] sorted by expert, how many each expert has) -> every expert applied to its rows: [R, d]."""
-
-
-def in_place(compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
-    """Rows to their experts, rows [R, d] and counts [N] -> [R, d]: all experts are here."""
-    return compute(rows, counts)
-
-
-def as_computed(x: Tensor) -> Tensor:
-    """x as matrix products read it: in autocast's dtype, where that is on."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-# The experts' arithmetic is one operator with its own gradient. How many rows an expert gets is data, so a compiler
-# could not see through it; and gradients are written straight into slices of the stacked gradient, which autograd
-# would assemble from copies. It is named after this module: the copy in a saved mixture has operators of its own.
+# The experts' arithmetic is one operator with its own gradient, for two reasons. The number of rows of an expert
+# depends on the data, which a compiler cannot trace. And gradients are written directly into slices of the stacked
+# gradient, which autograd would assemble from copies. The operator is named after this module, because the copy of this
+# code in a saved mixture must register operators of its own.
 OPERATORS = re.sub(r"\W", "_", __name__)
 
 
@@ -43,30 +28,40 @@ def expert_ffn(
     counts: Tensor,
     up: Tensor,
     down: Tensor,
-    up_bias: Optional[Tensor],  # noqa: UP045 (the schema's inference reads no unions)
-    down_bias: Optional[Tensor],  # noqa: UP045
+    up_bias: Optional[Tensor],  # noqa: UP045 (torch infers the operator's schema and does not support `X | None`)
+    down_bias: Optional[Tensor],  # noqa: UP045 (see above)
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply expert i to its counts[i] consecutive rows: rows [R, d] -> [R, d], and three [R, f] for the gradient.
+    """Apply each expert to its consecutive rows.
 
-    `up` [N, u, d] and `down` [N, d, f]: gated with u = 2f (gate first), plain with u = f. All of one floating dtype;
-    `activation` a key of `ACTIVATIONS`. It has no second derivative and no forward-mode gradient.
+    Elementwise operations run on all rows at once: buffers of one expert each, or of width 2f, are 10 % slower. The
+    operator has no second derivative and no forward-mode gradient. All floating-point tensors have the same dtype.
 
-    The three: of the first f rows of `up`, of its other rows (empty where plain), and what `down` is applied to.
-    Elementwise work is done on all rows at once: buffers of one expert each, or of 2f, are slower by a tenth.
+    Args:
+        rows: The inputs, sorted by expert [R, d].
+        counts: The number of rows of each expert [N].
+        up: The first projections [N, u, d]. If the FFN is gated, u is 2f and the gate comes first; else u is f.
+        down: The second projections [N, d, f].
+        up_bias: [N, u] or None.
+        down_bias: [N, d] or None.
+        activation: A key of `ACTIVATIONS`.
+
+    Returns:
+        The outputs [R, d], and three tensors that the gradient needs: the projection by the first f rows of `up`
+        [R, f], the projection by its other rows [R, f] (empty if not gated), and the input of `down` [R, f].
     """
     f, slices = down.shape[2], expert_slices(counts)
-    first = project_rows(rows, up[:, :f], None if up_bias is None else up_bias[:, :f], slices)
-    activated = activate(first, activation)
+    first = project_rows(rows, up[:, :f], None if up_bias is None else up_bias[:, :f], slices)  # [R, f]
+    activated = activate(first, activation)  # [R, f]
     second = rows.new_empty(0)
     if up.shape[1] > f:
-        second = project_rows(rows, up[:, f:], None if up_bias is None else up_bias[:, f:], slices)
+        second = project_rows(rows, up[:, f:], None if up_bias is None else up_bias[:, f:], slices)  # [R, f]
         activated.mul_(second)
     return project_rows(activated, down, down_bias, slices), first, second, activated
 
 
 @torch.library.custom_op(f"{OPERATORS}::expert_ffn_backward", mutates_args=())
-def expert_ffn_backward(
+def expert_ffn_backward(  # noqa: PLR0913 (an operator takes tensors, not structures of tensors)
     grad: Tensor,
     rows: Tensor,
     counts: Tensor,
@@ -78,7 +73,20 @@ def expert_ffn_backward(
     biased: bool,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of rows, up, down and (empty where not `biased`) their biases, from that of `expert_ffn`'s rows."""
+    """Return the gradients of the rows, `up`, `down` and their biases of `expert_ffn`; the last two empty without bias.
+
+    Args:
+        grad: The gradient of the outputs [R, d].
+        rows: See `expert_ffn`.
+        counts: See `expert_ffn`.
+        first: The first of the three tensors that `expert_ffn` returns for the gradient.
+        second: The second of them.
+        activated: The third of them.
+        up: See `expert_ffn`.
+        down: See `expert_ffn`.
+        biased: True if the experts have biases.
+        activation: See `expert_ffn`.
+    """
     f, slices = down.shape[2], expert_slices(counts)
     grad_rows, grad_up, grad_down = torch.empty_like(rows), torch.empty_like(up), torch.empty_like(down)
     grad_up_bias, grad_down_bias = (weight.new_empty(weight.shape[:2] if biased else (0,)) for weight in (up, down))
@@ -100,13 +108,13 @@ def expert_ffn_backward(
 
 
 def expert_slices(counts: Tensor) -> list[tuple[int, slice]]:
-    """Every expert and where its rows are."""
+    """Return the index of each expert and the slice of its rows, for counts [N]."""
     ends = counts.cumsum(0).tolist()
     return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
 
 
 def project_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, slices: list[tuple[int, slice]]) -> Tensor:
-    """Each expert's linear map of its rows: rows [R, i], weight [N, o, i], bias [N, o] -> [R, o]."""
+    """Apply each expert's linear map to its rows: rows [R, i], weight [N, o, i], bias [N, o] -> [R, o]."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for expert, part in slices:
         if part.start == part.stop:
@@ -119,15 +127,15 @@ def project_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, slices: list
 
 
 def weight_gradient(grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, slices: list[tuple[int, slice]]) -> None:
-    """Write the gradients of `project_rows`'s weight [N, o, i] and, unless it is empty, its bias [N, o]."""
+    """Write the gradients of the weight [N, o, i] and the bias [N, o] of `project_rows`; an empty bias is skipped."""
     for expert, part in slices:
-        torch.mm(grad[part].t(), rows[part], out=weight[expert])  # zero where it has no rows
+        torch.mm(grad[part].t(), rows[part], out=weight[expert])  # zeros for an expert without rows
         if bias.numel():
             torch.sum(grad[part], 0, out=bias[expert])
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation of `ACTIVATIONS`, elementwise."""
+    """Apply an activation of `ACTIVATIONS` elementwise."""
     name, kind = ACTIVATIONS[activation]
     if name == "gelu":
         return F.gelu(x, approximate=kind)
@@ -135,7 +143,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    """The gradient of x from that of `activate(x)`."""
+    """Return the gradient of x from the gradient of `activate(x)`."""
     name, kind = ACTIVATIONS[activation]
     out: Tensor
     if name == "gelu":
@@ -157,7 +165,7 @@ def _(
 
 
 @expert_ffn_backward.register_fake
-def _(
+def _(  # noqa: PLR0913 (the signature of `expert_ffn_backward`)
     grad: Tensor,
     rows: Tensor,
     counts: Tensor,
@@ -178,7 +186,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.biased = up_bias is not None
     ctx.save_for_backward(rows, counts, *output[1:], up, down)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # of those three
+    ctx.set_materialize_grads(False)  # no zeros as gradients of the three tensors that are not differentiable
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -194,45 +202,41 @@ expert_ffn.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class BamExperts(nn.Module):
-    """N FFNs, stacked: `down(act(gate(x)) * up(x))` each, or `down(act(up(x)))`."""
+    """N stacked FFNs, each `down(act(gate(x)) * up(x))` if gated, else `down(act(up(x)))`."""
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__()
-        d, f, N = config.hidden_size, config.intermediate_size, config.num_experts
-        self.num_experts = N  # of the whole mixture, wherever they are
+        d, f, num_experts = config.hidden_size, config.intermediate_size, config.num_experts
         self.activation = config.hidden_act
         up, width = ("gate_up", 2 * f) if config.mlp_gated else ("up", f)
         self.up_name = up
-        self.register_parameter(f"{up}_proj", nn.Parameter(torch.empty(N, width, d)))
-        self.down_proj = nn.Parameter(torch.empty(N, d, f))
-        self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(N, width)) if config.mlp_bias else None)
-        self.down_bias = nn.Parameter(torch.empty(N, d)) if config.mlp_bias else None
-        self.dispatcher: Callable[[Compute, Tensor, Tensor], Tensor] = in_place
+        self.register_parameter(f"{up}_proj", nn.Parameter(torch.empty(num_experts, width, d)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, d, f))
+        self.register_parameter(
+            f"{up}_bias", nn.Parameter(torch.empty(num_experts, width)) if config.mlp_bias else None
+        )
+        self.down_bias = nn.Parameter(torch.empty(num_experts, d)) if config.mlp_bias else None
+        self.dispatcher: TokenDispatcher = LocalTokenDispatcher(num_experts)
 
     def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, kept: Tensor | None = None
+        self,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        kept: Tensor | None = None,
+        overlap: Overlap | None = None,
     ) -> Tensor:
-        """[T, d], [T, k], [T, k] -> Σ_k weight · expert(hidden): [T, d].
+        """Return Σ_k weight · expert(x) of x [T, d], experts [T, k] and weights [T, k]: [T, d].
 
-        Choices that are not `kept` [T, k] (None: all are) have no row.
+        Choices that are False in `kept` [T, k] contribute nothing. `overlap` is called once while tokens are in flight.
         """
-        flat = top_k_index.reshape(-1)
-        order = flat.argsort(stable=True)
-        if kept is not None:
-            order = order[kept.reshape(-1)[order]]
-            flat = flat[order]
-        token = order // top_k_index.shape[1]
-        counts = (flat.unsqueeze(1) == torch.arange(self.num_experts, device=flat.device)).sum(0)
-        # Of the precision that experts compute in already here: on their way to other ranks rows are no larger
-        rows = self.dispatcher(self.compute, as_computed(hidden_states.index_select(0, token)), counts)
-        rows = rows.to(hidden_states.dtype)
-        rows = rows * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(1).to(rows.dtype)
-        return torch.zeros_like(hidden_states).index_add(0, token, rows)
+        rows, counts, metadata = self.dispatcher.dispatch(x, top_k_index, top_k_weights, kept, overlap)
+        return self.dispatcher.combine(self.compute(rows, counts), metadata, x)
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Apply expert i of those held here to its counts[i] rows: rows [R, d] sorted by expert -> [R, d]."""
+        """Apply each expert of this rank to its rows: rows [R, d], sorted by expert, and counts [N] -> [R, d]."""
         up, up_bias = getattr(self, f"{self.up_name}_proj"), getattr(self, f"{self.up_name}_bias")
         weights = (up, self.down_proj, up_bias, self.down_bias)
-        computed = (None if weight is None else as_computed(weight) for weight in weights)
-        out: Tensor = expert_ffn(as_computed(rows), counts, *computed, self.activation)[0]
+        cast = (None if weight is None else to_autocast_dtype(weight) for weight in weights)
+        out: Tensor = expert_ffn(to_autocast_dtype(rows), counts, *cast, self.activation)[0]
         return out

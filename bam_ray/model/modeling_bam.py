@@ -1,13 +1,12 @@
 """The BAM mixture: FFN experts and soft attention experts over one dense transformer (arXiv 2408.08274).
 
-Shapes: B batch, L length, T = B·L tokens, d hidden, N experts, k experts a token, V vocabulary.
+Shapes: B batch, L length, T = B·L tokens, d hidden size, N experts, k experts a token, V vocabulary size.
 
-The model knows nothing of ranks. Tokens reach their experts through two seams, `BamExperts.dispatcher` and
-`BamAttentionExperts.exchange`: here they stay in place; expert-parallel training puts collectives in their place. What
-an exchange gives may be under way until it has passed `BamDecoderLayer.arrived`, in a parallel block beside the FFN.
+The model does not depend on ranks. Tokens reach the experts through two seams, `BamExperts.dispatcher` and
+`BamAttention.exchange`. By default all experts are on this rank; expert-parallel training replaces both seams by
+collectives. The output of an attention may then be in flight while a parallel block computes its FFN.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +32,12 @@ from .attention_bam import (
 )
 from .configuration_bam import BamConfig
 from .experts_bam import BamExperts
-from .routing_bam import BamRouter, choose, routing_losses, within_capacity
+from .routing_bam import BamRouter, RouterOutput, RoutingLosses, routing_losses, select_experts, within_capacity
+from .token_dispatch_bam import Overlap
 
 
 class BamFFN(nn.Module):
-    """One dense FFN: of a dense layer, or the always-on expert beside the routed ones."""
+    """A dense FFN: that of a dense layer, or the shared expert that all tokens use beside the routed experts."""
 
     def __init__(self, config: BamConfig, width: int) -> None:
         super().__init__()
@@ -47,15 +47,22 @@ class BamFFN(nn.Module):
         self.down_proj = nn.Linear(width, d, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, None]:
-        """[B, L, d] -> output [B, L, d], no router logits."""
+    def forward(
+        self, x: Tensor, non_padding: Tensor | None = None, overlap: Overlap | None = None
+    ) -> tuple[Tensor, None]:
+        """Return the output [B, L, d] for x [B, L, d], and None: there is no router.
+
+        `non_padding` and `overlap` are those of `BamMoE`. Nothing is sent, so `overlap` is called first.
+        """
+        if overlap is not None:
+            overlap()
         up = self.up_proj(x)
         out: Tensor = self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
         return out, None
 
 
 class BamMoE(nn.Module):
-    """The FFN of a layer: a router, its experts and, where there is one, the expert that all tokens meet."""
+    """The FFN of a mixture layer: a router, its experts and, if the configuration has one, a shared expert."""
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__()
@@ -68,42 +75,50 @@ class BamMoE(nn.Module):
         width = config.shared_expert_intermediate_size
         self.shared_expert = BamFFN(config, width) if width else None
 
+    def router_output(self, x: Tensor) -> RouterOutput:
+        """Return the logits of tokens [T, d]; a noisy gate adds noise in training."""
+        logits = self.gate(x)  # [T, N]
+        if not self.training or self.gate.noise_weight is None:
+            return RouterOutput(logits)
+        scale = self.gate.noise_scale(x)  # [T, N]
+        return RouterOutput(logits + torch.randn_like(logits) * scale, logits, scale)
+
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [T, N] -> the k experts of each token and their weights: [T, k] both."""
+        """Return the k experts of each token and their weights, both [T, k], for logits [T, N]."""
         probabilities = logits.softmax(-1)
-        index = choose(probabilities, self.top_k, self.gate.selection_bias)
+        index = select_experts(probabilities, self.top_k, self.gate.selection_bias)
         weights = probabilities.gather(-1, index)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return index, weights * self.scale
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, L, d] -> output [B, L, d], router logits [T, N]; padding tokens are False in `real` [B, L].
+    def forward(
+        self, x: Tensor, non_padding: Tensor | None = None, overlap: Overlap | None = None
+    ) -> tuple[Tensor, RouterOutput]:
+        """Apply to each token the experts that its router selects.
 
-        With a noisy gate, in training, [3, T, N]: the logits with noise, those without, and the noise's scale.
+        Args:
+            x: The hidden states [B, L, d].
+            non_padding: False for padding tokens [B, L]; None: there are none.
+            overlap: Called once, while tokens are in flight to their experts.
+
+        Returns:
+            The output [B, L, d] and the router's output for the T tokens.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        logits = routed = self.gate(flat)
-        if self.training and self.gate.noise_weight is not None:
-            scale = self.gate.noise_scale(flat)
-            routed = logits + torch.randn_like(logits) * scale
-            logits = torch.stack((routed, logits, scale))
-        index, weights = self.route(routed)
+        tokens = x.reshape(-1, x.shape[-1])  # [T, d]
+        router = self.router_output(tokens)
+        index, weights = self.route(router.logits)  # [T, k]
         kept = None
         if self.training and self.capacity_factor is not None:
-            by_sequence = index.view(*x.shape[:-1], -1)
-            kept = within_capacity(by_sequence, logits.shape[-1], self.capacity_factor, real).view_as(index)
-        out = self.experts(flat, index, weights, kept).view_as(x)
-        return out if self.shared_expert is None else out + self.shared_expert(x)[0], logits
-
-
-def at_hand(attended: Tensor) -> Tensor:
-    """Attention's output, which is here as soon as it is computed."""
-    return attended
+            by_sequence = index.view(*x.shape[:-1], -1)  # [B, L, k]
+            experts = router.logits.shape[-1]
+            kept = within_capacity(by_sequence, experts, self.capacity_factor, non_padding).view_as(index)
+        out = self.experts(tokens, index, weights, kept, overlap).view_as(x)  # [T, d] -> [B, L, d]
+        return out if self.shared_expert is None else out + self.shared_expert(x)[0], router
 
 
 class BamDecoderLayer(GradientCheckpointingLayer):
-    """One block, parallel or sequential, of experts or dense."""
+    """One block: parallel or sequential, with experts or dense."""
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
@@ -113,7 +128,6 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         width = config.dense_intermediate_size or config.intermediate_size
         self.mlp = BamFFN(config, width) if dense else BamMoE(config)
         self.parallel = config.parallel_block
-        self.arrived: Callable[[Tensor], Tensor] = at_hand
         before = config.norm_placement == "before"
         ffn_norm = not self.parallel or config.separate_ffn_norm
         self.input_layernorm = block_norm(config) if before else None
@@ -121,70 +135,90 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         self.post_feedforward_layernorm = None if before else block_norm(config)
 
     def forward(
-        self, x: Tensor, real: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[B, L, d] -> [B, L, d], FFN router logits [T, N], attention router logits [T, N]: None where it has none.
+        self, x: Tensor, non_padding: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, RouterOutput | None, Tensor | None]:
+        """Apply the block to x [B, L, d].
 
-        `real` [B, L]: padding tokens are False; None: there are none.
+        In a parallel block the FFN calls `pending.compute` while its own tokens are in flight, and the FFN's experts
+        run while the outputs of the attention experts are in flight.
+
+        Args:
+            x: The hidden states [B, L, d].
+            non_padding: False for padding tokens [B, L]; None: there are none.
+            kwargs: Passed to the attention.
+
+        Returns:
+            The hidden states [B, L, d], the output of the FFN router and the logits [T, N] of the attention router;
+            None for a router that the layer does not have.
         """
-        first, second, third = self.input_layernorm, self.post_attention_layernorm, self.post_feedforward_layernorm
-        u = x if first is None else first(x)
-        attended, attention_logits = self.self_attn(u, **kwargs)
+        input_norm, inner_norm, output_norm = (
+            self.input_layernorm,
+            self.post_attention_layernorm,
+            self.post_feedforward_layernorm,
+        )
+        attention_in = x if input_norm is None else input_norm(x)
+        pending, attention_logits = self.self_attn(attention_in, **kwargs)
         if self.parallel:
-            routed, logits = self.mlp(u if second is None else second(x), real)
-            return x + self.arrived(attended) + routed, logits, attention_logits
-        assert second is not None
-        attended = self.arrived(attended)
-        if third is None:
-            x = x + attended
-            routed, logits = self.mlp(second(x), real)
-            return x + routed, logits, attention_logits
-        x = x + second(attended)
-        routed, logits = self.mlp(x, real)
-        return x + third(routed), logits, attention_logits
+            ffn_in = attention_in if inner_norm is None else inner_norm(x)
+            ffn_out, router = self.mlp(ffn_in, non_padding, overlap=pending.compute)
+            return x + pending.wait() + ffn_out, router, attention_logits
+        assert inner_norm is not None, "a sequential block has a norm between attention and FFN"
+        pending.compute()
+        attention_out = pending.wait()
+        if output_norm is None:  # norms before attention and FFN
+            x = x + attention_out
+            ffn_out, router = self.mlp(inner_norm(x), non_padding)
+            return x + ffn_out, router, attention_logits
+        x = x + inner_norm(attention_out)  # norms after attention and FFN
+        ffn_out, router = self.mlp(x, non_padding)
+        return x + output_norm(ffn_out), router, attention_logits
 
 
 @dataclass
 class BamModelOutput(ModelOutput):
-    """Of `BamModel`."""
+    """The output of `BamModel`."""
 
     last_hidden_state: Tensor | None = None  # [B, L, d]
     cache: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    attention_router_logits: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # [B, L, d] before each layer, and after the last norm
+    router_outputs: tuple[RouterOutput, ...] | None = None  # one for each layer with FFN experts
+    attention_router_logits: tuple[Tensor, ...] | None = None  # [T, N] for each layer with attention experts
 
 
 @dataclass
 class BamCausalLMOutput(ModelOutput):
-    """Of `BamForCausalLM`. `loss` is `nll` in evaluation, and in training the weighted auxiliary losses are added.
+    """The output of `BamForCausalLM`.
 
-    `router_logits`, `attention_router_logits`: one [T, N] a layer, where asked for (the latter empty for BTX).
+    `loss` is `nll` in evaluation; in training the weighted auxiliary losses are added. The logits of the routers are
+    None unless they are requested.
     """
 
-    loss: Tensor | None = None
+    loss: Tensor | None = None  # scalar
     logits: Tensor | None = None  # [B, L, V]
     cache: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    nll: Tensor | None = None
-    load_balance_loss: Tensor | None = None
-    router_z_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    attention_router_logits: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # those of `BamModelOutput`
+    nll: Tensor | None = None  # scalar
+    load_balance_loss: Tensor | None = None  # scalar
+    router_z_loss: Tensor | None = None  # scalar
+    router_logits: tuple[Tensor, ...] | None = None  # `RouterOutput.logits` [T, N] for each layer with FFN experts
+    attention_router_logits: tuple[Tensor, ...] | None = None  # those of `BamModelOutput`; empty for BTX
 
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
-def masks_of(
+def attention_masks(
     config: BamConfig,
     inputs_embeds: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
 ) -> dict[str, Tensor | None]:
-    """The attention masks of every kind of layer. Without `attention_mask` and cache, positions [B, L] that begin anew
-    within a sequence part it into documents, which do not see each other."""
+    """Return the attention mask of each type of layer in `config.layer_types`.
+
+    Without `attention_mask` and cache, positions [B, L] that restart within a sequence divide it into documents, and
+    tokens attend only to their own document.
+    """
     return {
         kind: MASKS[kind](
             config=config,
@@ -197,15 +231,15 @@ def masks_of(
     }
 
 
-def real_tokens(attention_mask: Any, length: int) -> Tensor | None:
-    """Which of the last `length` tokens are no padding: bool [B, length]; None where the mask is not of that kind."""
+def non_padding_tokens(attention_mask: Any, length: int) -> Tensor | None:
+    """Return False for the padding among the last `length` tokens [B, length], or None if the mask is not [B, S]."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -length:].bool()
 
 
 class BamPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the model."""
+    """The base class that declares to transformers what the model supports, and that initializes its weights."""
 
     config_class = BamConfig
     base_model_prefix = "model"
@@ -226,7 +260,7 @@ class BamPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
                 elif name.endswith("_norm"):
                     init.ones_(parameter)
-                elif name == "noise_weight":  # as LLaMA-MoE
+                elif name == "noise_weight":  # zeros, like LLaMA-MoE
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
@@ -241,7 +275,7 @@ class BamPreTrainedModel(PreTrainedModel):
 
 
 class BamModel(BamPreTrainedModel):
-    """Embeddings, blocks and the last norm."""
+    """The mixture without its language-model head: embeddings, blocks and the last norm."""
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__(config)
@@ -252,7 +286,8 @@ class BamModel(BamPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # as theirs
+    # transformers' own models have the same decorator.
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # untyped there
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -264,6 +299,11 @@ class BamModel(BamPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BamModelOutput:
+        """Compute the hidden states of `input_ids` [B, L] or `inputs_embeds` [B, L, d].
+
+        `position_ids` is [1 or B, L]. `attention_mask` is [B, S], or already a mask for each type of layer, as
+        `generate` makes it for a static cache.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -274,19 +314,19 @@ class BamModel(BamPreTrainedModel):
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        if isinstance(attention_mask, dict):  # `generate` has made them
+        if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            masks = masks_of(self.config, inputs_embeds, position_ids, attention_mask, cache)
+            masks = attention_masks(self.config, inputs_embeds, position_ids, attention_mask, cache)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        real = real_tokens(attention_mask, inputs_embeds.shape[1])
+        non_padding = non_padding_tokens(attention_mask, inputs_embeds.shape[1])
         x = inputs_embeds
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states, routers, attention_routers = [x], [], []
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            x, logits, attention_logits = layer(
+            x, router, attention_logits = layer(
                 x,
-                real=real,
+                non_padding=non_padding,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
@@ -295,8 +335,8 @@ class BamModel(BamPreTrainedModel):
             )
             if keep_states:
                 states.append(x)
-            if logits is not None:
-                routers.append(logits)
+            if router is not None:
+                routers.append(router)
             if attention_logits is not None:
                 attention_routers.append(attention_logits)
         x = self.norm(x)
@@ -304,7 +344,7 @@ class BamModel(BamPreTrainedModel):
             last_hidden_state=x,
             cache=cache if use_cache else None,
             hidden_states=(*states[:-1], x) if keep_states else None,
-            router_logits=tuple(routers),
+            router_outputs=tuple(routers),
             attention_router_logits=tuple(attention_routers),
         )
 
@@ -312,7 +352,8 @@ class BamModel(BamPreTrainedModel):
 class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
     """The mixture with its language-model head."""
 
-    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # transformers declares this attribute without ClassVar.
+    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (no ClassVar)
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__(config)
@@ -321,13 +362,14 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def selection_biases(self) -> Tensor | None:
-        """[mixture layers, N], where there are any."""
+        """Return the selection biases [mixture layers, N], or None if the configuration has none."""
         if not self.config.selection_bias:
             return None
         return torch.stack([self.model.layers[layer].mlp.gate.selection_bias for layer in self.config.mixture_layers])
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # as theirs
-    def forward(
+    # transformers' own models have the same decorator.
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # untyped there
+    def forward(  # noqa: PLR0913 (the signature of transformers' causal language models)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
@@ -340,7 +382,12 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> BamCausalLMOutput:
-        """input_ids [B, L] -> logits [B, L, V] (of the last `logits_to_keep` positions where that is given)."""
+        """Compute the logits [B, L, V] of `input_ids` [B, L] and, if there are `labels` [B, L], the loss.
+
+        `logits_to_keep` limits the logits to that number of last positions, or to the positions of an index; 0 keeps
+        all. `output_router_logits` adds the logits of the routers to the output. The other arguments are those of
+        `BamModel`.
+        """
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -350,27 +397,20 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept]) * self.config.logit_scale
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, positions]) * self.config.logit_scale
         loss = nll = None
         auxiliary = None
         if labels is not None:
             loss = nll = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-            if out.router_logits:
-                real = real_tokens(attention_mask, out.last_hidden_state.shape[1])
-                auxiliary = routing_losses(
-                    out.router_logits,
-                    self.config.num_experts_per_tok,
-                    real=None if real is None else real.flatten(),
-                    bias=self.selection_biases(),
-                )
+            auxiliary = self.auxiliary_losses(out, attention_mask)
             if auxiliary and self.training:
                 loss = (
                     nll
                     + self.config.router_aux_loss_coef * auxiliary.load_balance
                     + self.config.router_z_loss_coef * auxiliary.router_z
                 )
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         return BamCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -379,6 +419,19 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             nll=nll,
             load_balance_loss=auxiliary.load_balance if auxiliary else None,
             router_z_loss=auxiliary.router_z if auxiliary else None,
-            router_logits=out.router_logits if wanted else None,
-            attention_router_logits=out.attention_router_logits if wanted else None,
+            router_logits=tuple(router.logits for router in out.router_outputs) if with_routers else None,
+            attention_router_logits=out.attention_router_logits if with_routers else None,
+        )
+
+    def auxiliary_losses(self, out: BamModelOutput, attention_mask: Any) -> RoutingLosses | None:
+        """Return the losses of the FFN routers, or None if no layer has one."""
+        if not out.router_outputs:
+            return None
+        assert out.last_hidden_state is not None
+        non_padding = non_padding_tokens(attention_mask, out.last_hidden_state.shape[1])
+        return routing_losses(
+            out.router_outputs,
+            self.config.num_experts_per_tok,
+            non_padding=None if non_padding is None else non_padding.flatten(),  # [B, L] -> [T]
+            bias=self.selection_biases(),
         )

@@ -1,15 +1,18 @@
-"""How many parameters a model has, and how many of them a token meets."""
+"""The number of parameters of a model, and the number that one token uses."""
 
 from transformers import PreTrainedModel
 
+from bam_ray.model.configuration_bam import is_mixture
+
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """All parameters (tied ones once), and those that one token meets: its k of N FFN experts, everything else whole.
+    """Return the number of all parameters and the number that one token uses; tied parameters count once.
 
-    Attention experts all count, also with top-k gates: each token gives keys and values to all of them.
+    A token uses k of the N FFN experts of each layer, and everything else. All attention experts count, even if only
+    the top k of them have a gate above 0: each token provides keys and values to all of them.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    if model.config.model_type != "bam":
+    if not is_mixture(model.config):
         return total, total
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." in name)

@@ -1,11 +1,12 @@
-"""Routers of a mixture: their logits, which experts these choose, and the losses that keep experts busy.
+"""The routers of a mixture: their logits, the experts that these select, and the losses that balance the experts.
 
-Shapes: T tokens, d hidden, N experts, k experts a token.
+Shapes: T tokens, L length of a sequence, d hidden size, N experts, k experts a token.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,116 +16,160 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_bam import BamConfig
 
 
+class RouterOutput(NamedTuple):
+    """The output of the FFN router of one layer for T tokens.
+
+    The last two fields are None unless the layer has a noisy gate and is in training.
+    """
+
+    logits: Tensor  # [T, N] logits by which experts are selected, including the noise of a noisy gate
+    clean_logits: Tensor | None = None  # [T, N] logits without noise
+    noise_scale: Tensor | None = None  # [T, N] standard deviation of the noise
+
+
 @dataclass(frozen=True)
 class RoutingLosses:
-    """Auxiliary losses of the FFN routers, each summed over layers, and what they were computed from, by layer."""
+    """The auxiliary losses of the FFN routers, summed over layers, and the statistics that they were computed from."""
 
     load_balance: Tensor  # scalar
     router_z: Tensor  # scalar
-    share: Tensor  # [layers, N], no gradient: of all choices
-    chosen: Tensor  # [layers, T, k], no gradient: each token's experts
-    entropy: Tensor  # [layers, T], no gradient: that of a token's probabilities, in nats
+    share: Tensor  # [layers, N], no gradient: fraction of all choices that selected each expert
+    chosen: Tensor  # [layers, T, k], no gradient: experts of each token
+    entropy: Tensor  # [layers, T], no gradient: entropy of each token's probabilities, in nats
 
 
 def routing_losses(
-    router_logits: tuple[Tensor, ...],
+    routers: Sequence[RouterOutput],
     top_k: int,
     reduce: Callable[[Tensor], Tensor] | None = None,
-    real: Tensor | None = None,
+    non_padding: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> RoutingLosses:
-    """Load-balance and z-loss of FFN routers, summed over layers.
+    """Compute the load-balance loss and the z-loss of FFN routers, summed over layers.
 
-    `L_LB = N · Σ_i f_i · P_i`, with f_i the fraction of all choices that fell on expert i (no gradient) and P_i its
-    mean probability (Switch; 1 when balanced); `L_z = mean (logsumexp logits)²` (ST-MoE).
+    `L_LB = N · Σ_i f_i · P_i`, where f_i is the fraction of all choices that selected expert i (no gradient) and P_i
+    its mean probability (Switch, arXiv 2101.03961; 1 if balanced). `L_z = mean (logsumexp logits)²` (ST-MoE, arXiv
+    2202.08906). For noisy gates in training, `L_LB` is `noisy_balance_loss` (LLaMA-MoE; 0 if balanced).
 
-    Of noisy gates in training, `L_LB = CV²(importance) + CV²(load)` (LLaMA-MoE; 0 when balanced), see `noisy_balance`.
-
-    `router_logits`: one [T, N] a layer, or [3, T, N] of noisy gates in training (`BamMoE.forward`). `reduce` averages
-    over data-parallel ranks, so that their mean loss is the loss of the global batch. `real` [T]: padding tokens, which
-    are left out, are False. `bias` [layers, N]: the selection biases, where there are any.
+    Args:
+        routers: The output of each layer's router.
+        top_k: k.
+        reduce: Averages a tensor over data-parallel ranks, so that the mean of the ranks' losses is the loss of the
+            global batch. None: there is one rank.
+        non_padding: False for padding tokens, which are left out [T]; None: there are none.
+        bias: The selection biases [layers, N]; None: there are none.
     """
-    logits = torch.stack(router_logits).float()  # [layers, T, N], or [layers, 3, T, N]
-    if real is not None:
-        logits = logits[..., real, :]
-    noisy = logits.ndim == 4
-    routed, clean = (logits[:, 0], logits[:, 1]) if noisy else (logits, logits)
+    logits = stack_layers([router.logits for router in routers], non_padding)  # [layers, T, N]
+    clean = [router.clean_logits for router in routers if router.clean_logits is not None]
+    scales = [router.noise_scale for router in routers if router.noise_scale is not None]
+    clean_logits = stack_layers(clean, non_padding) if clean else logits  # [layers, T, N]
     experts = logits.shape[-1]
-    probabilities = routed.softmax(-1)
-    chosen = choose(probabilities.detach(), top_k, None if bias is None else bias.unsqueeze(1))  # [layers, T, k]
-    share = F.one_hot(chosen, experts).float().mean((1, 2))  # [layers, N]
+    probabilities = logits.softmax(-1)
+    chosen = select_experts(probabilities.detach(), top_k, None if bias is None else bias.unsqueeze(1))
+    share = F.one_hot(chosen, experts).float().mean((1, 2))  # [layers, T, k, N] -> [layers, N]
     if reduce is not None:
         share = reduce(share)
-    if noisy:
-        load_balance = noisy_balance(routed, clean, logits[:, 2], top_k, reduce)
+    if scales:
+        load_balance = noisy_balance_loss(logits, clean_logits, stack_layers(scales, non_padding), top_k, reduce)
     else:
         load_balance = experts * (share * probabilities.mean(1)).sum()
-    router_z = clean.logsumexp(-1).square().mean(1).sum()
+    router_z = clean_logits.logsumexp(-1).square().mean(1).sum()
     entropy = torch.special.entr(probabilities.detach()).sum(-1)
     return RoutingLosses(load_balance, router_z, share, chosen, entropy)
 
 
-def choose(probabilities: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
-    """The k experts of each token, by probability [..., T, N] and the selection bias [..., N]: [..., T, k]."""
+def stack_layers(logits: Sequence[Tensor], non_padding: Tensor | None) -> Tensor:
+    """Stack one [T, N] of each layer to [layers, T, N] in fp32, without the tokens that are padding."""
+    stacked = torch.stack(tuple(logits)).float()
+    return stacked if non_padding is None else stacked[:, non_padding]
+
+
+def select_experts(probabilities: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
+    """Return the k experts [..., T, k] with the largest sum of probability [..., T, N] and selection bias [..., N]."""
     return (probabilities if bias is None else probabilities + bias).topk(top_k, dim=-1).indices
 
 
-def within_capacity(index: Tensor, experts: int, factor: float, real: Tensor | None = None) -> Tensor:
-    """Which choices [..., L, k] of sequences find room with their experts: bool [..., L, k].
+def within_capacity(index: Tensor, experts: int, factor: float, non_padding: Tensor | None = None) -> Tensor:
+    """Return True for the choices of sequences that are within the capacity of their experts.
 
-    An expert takes `⌈factor · k · L / N⌉` tokens of a sequence, those that come first (Switch's capacity, a sequence
-    being GShard's group): who is dropped depends on neither the micro batch nor the ranks, and never on later tokens,
-    which GShard's "first choices first" would let push out earlier ones' second choices. Padding (`real` [..., L] is
-    False) takes no room, is none of the L tokens, and finds no expert.
+    The capacity of an expert is `⌈factor · k · L / N⌉` tokens of a sequence (that of Switch, with a sequence as
+    GShard's group), and the first tokens of the sequence have priority. So the dropped choices depend neither on the
+    micro-batch nor on the number of ranks, and never on later tokens. With GShard's order, all first choices before all
+    second choices, a later token could displace the second choice of an earlier one.
+
+    Args:
+        index: The experts of each token [..., L, k].
+        experts: N.
+        factor: The capacity factor.
+        non_padding: False for padding tokens [..., L]: they do not count as tokens of the sequence, use no capacity,
+            and their choices are dropped. None: there are none.
+
+    Returns:
+        A bool for each choice: [..., L, k].
     """
-    chosen = F.one_hot(index, experts).sum(-2)  # [..., L, N]: 0 or 1
+    chosen = F.one_hot(index, experts).sum(-2)  # [..., L, k, N] -> [..., L, N], 0 or 1
     share = factor * index.shape[-1] / experts
-    room: int | Tensor = math.ceil(round(share * index.shape[-2], 6))  # what rounding adds to a whole number is no room
-    if real is not None:
-        chosen = chosen * real.unsqueeze(-1)
-        room = (share * real.sum(-1)[..., None, None].double()).round(decimals=6).ceil()
-    before = (chosen.cumsum(-2) - chosen).gather(-1, index)  # tokens that the same expert was chosen by
-    kept = before < room
-    return kept if real is None else kept & real.unsqueeze(-1)
+    # Rounding keeps ⌈ ⌉ from adding one if the product exceeds a whole number by a rounding error only.
+    capacity: int | Tensor = math.ceil(round(share * index.shape[-2], 6))
+    if non_padding is not None:
+        chosen = chosen * non_padding.unsqueeze(-1)
+        capacity = (share * non_padding.sum(-1)[..., None, None].double()).round(decimals=6).ceil()  # [..., 1, 1]
+    before = (chosen.cumsum(-2) - chosen).gather(-1, index)  # [..., L, k] earlier tokens that selected the same expert
+    kept = before < capacity
+    return kept if non_padding is None else kept & non_padding.unsqueeze(-1)
 
 
 def dropped_share(chosen: Tensor, config: BamConfig, sequences: int) -> Tensor:
-    """Which share of the choices [layers, T, k] of `sequences` of one length found no room in training: [layers]."""
+    """Return the fraction of each layer's choices that exceed the capacity of their experts in training: [layers].
+
+    `chosen` [layers, T, k] are the experts of the tokens of `sequences` sequences, all of the same length.
+    """
     if config.capacity_factor is None:
         return torch.zeros(len(chosen), device=chosen.device)
-    kept = within_capacity(chosen.unflatten(1, (sequences, -1)), config.num_experts, config.capacity_factor)
+    by_sequence = chosen.unflatten(1, (sequences, -1))  # [layers, B·L, k] -> [layers, B, L, k]
+    kept = within_capacity(by_sequence, config.num_experts, config.capacity_factor)
     return 1.0 - kept.float().mean((1, 2, 3))
 
 
-def noisy_balance(
+def noisy_balance_loss(
     noisy: Tensor, clean: Tensor, scale: Tensor, top_k: int, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """LLaMA-MoE's balance loss, summed over layers, from logits with and without noise and its scale: [layers, T, N].
+    """Return LLaMA-MoE's balance loss of noisy gates, summed over layers.
 
-    `CV²(importance) + CV²(load)` (arXiv 1701.06538): importance is an expert's mean gate, a softmax over the k chosen;
-    load the mean probability that it is among the k when its own noise is drawn again, which has a gradient. Both are
-    those of the global batch; each rank's gradient is that of its own tokens' part.
+    It is `CV²(importance) + CV²(load)` (arXiv 1701.06538). The importance of an expert is its mean gate, with a softmax
+    over the k selected experts. Its load is the mean probability that it would be selected if its own noise were drawn
+    again, which has a gradient. Both are those of the global batch; the gradient on each rank is that of its own
+    tokens.
+
+    Args:
+        noisy: The logits with noise [layers, T, N].
+        clean: The logits without noise [layers, T, N].
+        scale: The standard deviation of the noise [layers, T, N].
+        top_k: k.
+        reduce: See `routing_losses`.
     """
     experts = noisy.shape[-1]
-    highest, index = noisy.topk(min(top_k + 1, experts), dim=-1)
+    highest, index = noisy.topk(min(top_k + 1, experts), dim=-1)  # [layers, T, k + 1]
     gates = torch.zeros_like(noisy).scatter(-1, index[..., :top_k], highest[..., :top_k].softmax(-1))
     if top_k < experts:
-        least_in, best_out = highest[..., top_k - 1 : top_k], highest[..., top_k:]
-        rival = torch.where(noisy > best_out, best_out, least_in)  # the k-th highest of the others
-        load = torch.special.ndtr((clean - rival) / scale)
+        last_selected, first_rejected = highest[..., top_k - 1 : top_k], highest[..., top_k:]  # [layers, T, 1]
+        # The k-th highest logit of all other experts: [layers, T, N].
+        threshold = torch.where(noisy > first_rejected, first_rejected, last_selected)
+        load = torch.special.ndtr((clean - threshold) / scale)
     else:
         load = torch.ones_like(noisy)
     total = noisy.new_zeros(())
     for part in (gates, load):
         mean = part.mean(1)  # [layers, N]
         if reduce is not None:
+            # The value of the global mean with the gradient of this rank's mean.
             mean = mean + (reduce(mean.detach().clone()) - mean.detach())
         total = total + (mean.var(-1) / (mean.mean(-1).square() + 1e-10)).sum()
     return total
 
 
 class BamRouter(nn.Module):
-    """A linear router without bias: [..., d] -> logits [..., N], in fp32 whatever autocast says."""
+    """A linear router without bias, computed in fp32 even under autocast."""
 
     selection_bias: Tensor | None
 
@@ -135,13 +180,15 @@ class BamRouter(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(config.num_experts) if biased else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [..., N] of hidden states [..., d]."""
         return self.linear(x, self.weight)
 
     def noise_scale(self, x: Tensor) -> Tensor:
-        """The standard deviation of the noise on each logit, [..., d] -> [..., N] (constants are LLaMA-MoE's)."""
+        """Return the standard deviation [..., N] of the noise on each logit of x [..., d] (with LLaMA-MoE's offset)."""
         assert self.noise_weight is not None
         return F.softplus(self.linear(x, self.noise_weight)) + 1e-2
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x [..., d] times the transposed weight [N, d], in fp32: [..., N]."""
         with maybe_autocast(x.device.type, enabled=False):
             return F.linear(x.float(), weight.float())

@@ -1,6 +1,7 @@
 """Training over many processes: DeepSpeed's ZeRO, with the mixture's experts spread over ranks.
 
-    dispatch         the collectives that bring tokens to experts elsewhere and back, with their gradients
+    collectives      asynchronous collectives with gradients, and the time that is spent waiting for them
+    dispatch         the two seams of the model over collectives: tokens to experts on other ranks and back
     expert_parallel  cuts a whole mixture down to this rank's experts, from outside
     engine           `training.engine.Engine` over DeepSpeed
     canonical        its state to and from the form that says nothing of ranks

@@ -37,7 +37,7 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | No
     names: dict[int, str] = {}  # of parameters that were gathered: tied ones are one
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not is_partitioned(tensor):
-            whole = shards.whole(name, tensor.detach())
+            whole = shards.gather(name, tensor.detach())
             if first and name in shards.names:  # one after the other, not all on rank 0's device
                 whole = whole.cpu()
         elif id(tensor) in names:
@@ -54,7 +54,7 @@ def state(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> State | No
         _link_states(zero)
         for name, parameter in trained(model):
             for kind in ADAM_STATES:
-                whole = shards.whole(name, safe_get_full_optimizer_state(parameter, kind))
+                whole = shards.gather(name, safe_get_full_optimizer_state(parameter, kind))
                 if first:
                     states[f"{name}.{kind}"] = whole.cpu()
     return snapshot(model, weights, states, step, HostMemory().room()) if first else None
@@ -70,12 +70,12 @@ def fill(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> None:
         whole = weights.get(name)
         if whole is None and name.endswith(f".{NOISE}"):
             continue
-        if whole is None or shards.mine(name, whole).shape != shape_of(parameter):
+        if whole is None or shards.shard(name, whole).shape != shape_of(parameter):
             found = "missing" if whole is None else f"{list(whole.shape)}"
             raise CheckpointError(f"{folder}: {name} is {found}: it is the checkpoint of another model")
         with GatheredParameters([parameter] if is_partitioned(parameter) else [], modifier_rank=0):
             if not is_partitioned(parameter) or dist.get_rank() == 0:
-                parameter.data.copy_(shards.mine(name, whole))
+                parameter.data.copy_(shards.shard(name, whole))
     for name, buffer in model.named_buffers():
         if name in weights:  # those that are no function of the configuration
             buffer.copy_(weights[name])
@@ -101,7 +101,7 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
     _link_states(zero)
     for name, parameter in trained(model):
         for kind in ADAM_STATES:
-            mine = shards.mine(name, states[f"{name}.{kind}"])
+            mine = shards.shard(name, states[f"{name}.{kind}"])
             if is_partitioned(parameter):
                 safe_set_local_optimizer_state(parameter, _part(mine, parameter), kind)
             else:

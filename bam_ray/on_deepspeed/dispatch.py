@@ -1,233 +1,144 @@
-"""Tokens to experts on other ranks and back: the expert-parallel sides of the model's two seams.
+"""The expert-parallel implementations of the model's two seams: tokens travel to experts on other ranks and back.
 
-FFN experts are sparse, so only the tokens that chose one travel to it: an uneven all-to-all, no padding.
-Attention experts are soft (every token meets every expert), so all tokens travel to all: an all-gather along the batch,
-the local experts' weighted outputs, and a reduce-scatter that sums them. Tokens travel in the precision that experts
-compute in.
+FFN experts are sparse, so a token travels only to the experts that it chose: an all-to-all with uneven sizes and
+without padding. Attention experts are soft (every token uses every expert), so all tokens travel to all ranks: an
+all-gather along the batch, the weighted outputs of the local experts, and a reduce-scatter that sums them. Tokens
+travel in the dtype of the experts' matrix products.
 
-In a parallel block the two take turns (`Flight`): what one computes runs beside what is under way for the other.
+In a parallel block the two branches overlap: each computes while the other communicates (`BamDecoderLayer.forward`).
+Time runs from left to right, and ┄ is communication:
 
-    attention   gather ┄┄┄┄┄┄┄┄┄┄ attend, sum ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄
-    FFN               route, rows there ┄┄┄┄┄┄ experts, rows back ┄┄┄┄
+    attention    start ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ compute ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ wait
+    FFN                route, dispatch ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ experts, combine ┄┄┄┄┄┄
 
-In the backward pass it is this from right to left: autograd runs, of all that it could, what was last computed.
+    pending = exchange.start(x, gates, attend)                     # start the all-gather
+    rows, counts, metadata = dispatcher.dispatch(                  # start the all-to-all
+        x, index, weights, overlap=pending.compute                 # wait for the all-gather, attend, start the sum
+    )                                                              # wait for the all-to-all
+    out = dispatcher.combine(compute(rows, counts), metadata, x)   # apply the experts, then all-to-all
+    attended = pending.wait()                                      # wait for the sum
 
-Each collective's gradient is the reverse collective, with SUM: the ranks of the group then hold gradients of the sum of
-their losses. ZeRO divides every gradient by the number of all ranks, which makes them those of the mean loss.
+The backward pass runs this from right to left, because autograd runs the operation that was recorded last first.
 
-Shapes: E ranks of the group, n = N / E experts on each, T tokens, k experts a token, B batch, L length, d hidden.
+The gradient of each collective is the reverse collective, with SUM: the ranks of a group then hold the gradients of the
+sum of their losses. ZeRO divides every gradient by the number of all ranks, which makes them those of the mean loss.
+
+Shapes: E ranks of the group, N experts of a layer, n = N / E experts on each rank, T tokens, k experts a token, R rows,
+B batch, L length, d hidden size.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from bam_ray.model.experts_bam import Compute, as_computed
-
-Begun = tuple[Tensor, dist.Work]
-"""A collective under way: its output, and what to wait for before reading that."""
-Collective = Callable[[Tensor], Begun]
-
-
-def gathering(x: Tensor, group: ProcessGroup) -> Begun:
-    """[B, ...] of each rank -> [E·B, ...], in the order of ranks."""
-    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    return out, dist.all_gather_into_tensor(out, x.contiguous(), group=group, async_op=True)
+from bam_ray.model.attention_exchange_bam import Attend, PendingAttention
+from bam_ray.model.token_dispatch_bam import LocalDispatchMetadata, LocalTokenDispatcher, Overlap, to_autocast_dtype
+from bam_ray.on_deepspeed.collectives import (
+    AsyncCollective,
+    EPGroup,
+    StartCollective,
+    start_all_gather,
+    start_all_to_all,
+    start_reduce_scatter,
+)
 
 
-def summing(x: Tensor, group: ProcessGroup) -> Begun:
-    """[E·B, ...] of each rank -> this rank's [B, ...] of their sum."""
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    return out, dist.reduce_scatter_tensor(out, x.contiguous(), group=group, async_op=True)
+class AllToAllMetadata(NamedTuple):
+    """What `AllToAllTokenDispatcher.combine` needs to know about a dispatch."""
+
+    local: LocalDispatchMetadata
+    sent: list[int]  # [E] number of rows that were sent to each rank
+    received: list[int]  # [E] number of rows that were received from each rank
+    order: Tensor  # [R'] permutation that sorted the received rows by expert
 
 
-def exchanging(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Begun:
-    """Send the first sent[0] rows to rank 0, and so on -> received[0] rows of rank 0, and so on."""
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    return out, dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group, async_op=True)
+class AllToAllTokenDispatcher:
+    """The token dispatcher of a group in which rank r has the experts r·n to (r + 1)·n - 1.
 
-
-def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
-    """`gathering`, done."""
-    out, work = gathering(x, group)
-    work.wait()
-    return out
-
-
-class Wire:
-    """The way that tokens take between the ranks of a group, and how long these wait for them.
-
-    `aside` are the same ranks once more, for what is to overlap: collectives of one process group wait for one another.
+    Every rank must dispatch and combine equally often, in the forward and in the backward pass, with any number of
+    rows: experts and ranks that receive no tokens take part with zero rows. It keeps no state, so layers can share it.
     """
 
-    def __init__(self, group: ProcessGroup, aside: ProcessGroup | None = None) -> None:
-        self.group, self.aside = group, aside or group
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    def __init__(self, ep_group: EPGroup, num_experts: int) -> None:
+        self.ep_group = ep_group
+        self.local = LocalTokenDispatcher(num_experts)
 
-    @contextmanager
-    def busy(self, device: torch.device) -> Iterator[None]:
-        """Tokens are waited for; on a GPU, once it comes to that."""
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._events.append((start, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
-
-    def seconds(self) -> float:
-        """Since this was last asked; ranks waiting for one another is in it, what is computed meanwhile is not.
-
-        Waits for the GPU.
-        """
-        if self._events:
-            self._events[-1][1].synchronize()
-        seconds: float = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        self._seconds = 0.0
-        self._events.clear()
-        return seconds
-
-
-class Flight:
-    """A collective under way, and in the backward pass its reverse: begun in one place and awaited in another.
-
-    What is computed between `depart` and `arrive` runs beside it, and so does, as gradients go the other way, its
-    backward pass. Every rank must begin all collectives in the same order.
-    """
-
-    def __init__(self, wire: Wire, there: Collective, back: Collective) -> None:
-        self.wire, self.there, self.back = wire, there, back
-        self._begun: Begun
-
-    def depart(self, x: Tensor) -> Tensor:
-        """Begin -> what must not be read before it has passed `arrive`."""
-        out: Tensor = _Depart.apply(x, self)  # type: ignore[no-untyped-call]
-        return out
-
-    def arrive(self, x: Tensor) -> Tensor:
-        """Wait for what `depart` gave."""
-        out: Tensor = _Arrive.apply(x, self)  # type: ignore[no-untyped-call]
-        return out
-
-    def begin(self, x: Tensor, collective: Collective) -> Tensor:
-        """Begin `there` or `back`, without gradient."""
-        self._begun = collective(x)
-        return self._begun[0]
-
-    def wait(self) -> Tensor:
-        """Wait for what has begun."""
-        out, work = self._begun
-        del self._begun
-        with self.wire.busy(out.device):
-            work.wait()
-        return out
-
-
-class _Depart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.begin(x, flight.there)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.wait(), None
-
-
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        ctx.save_for_backward(x.new_empty(0))  # so that recomputation comes as far as this and leaves none under way
-        return flight.wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.begin(grads[0], ctx.flight.back)
-        return grads[0], None  # of the shape that autograd asks for; `_Depart` gives what comes of it
-
-
-class AllToAllDispatcher:
-    """Rows to the experts they are sorted by and back, rank r of the group having the experts r·n to (r + 1)·n - 1.
-
-    Every rank must call it equally often, in the forward and in the backward pass, with any number of rows: experts or
-    ranks that get none take part with zero rows. `meanwhile` is called while rows are on their way to the experts.
-    """
-
-    def __init__(self, wire: Wire, meanwhile: Callable[[], None] = lambda: None) -> None:
-        self.wire, self.meanwhile = wire, meanwhile
-
-    def __call__(self, compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
-        """Apply expert i of all N to its counts[i] rows, wherever it is: rows [R, d] -> [R, d].
-
-        `compute(rows [R', d], counts [n])` is that of the experts here.
-        """
-        outgoing = counts.view(self.wire.group.size(), -1)  # [E, n]: to rank, its expert
-        incoming = torch.empty_like(outgoing)  # [E, n]: from rank, my expert
-        with self.wire.busy(rows.device):
-            dist.all_to_all_single(incoming, outgoing, group=self.wire.group)
+    def dispatch(
+        self,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        kept: Tensor | None = None,
+        overlap: Overlap | None = None,
+    ) -> tuple[Tensor, Tensor, AllToAllMetadata]:
+        """See `TokenDispatcher.dispatch`. `overlap` is called after the rows were sent."""
+        rows, counts, local = self.local.dispatch(x, top_k_index, top_k_weights, kept)
+        outgoing = counts.view(self.ep_group.size, -1)  # [E, n] rows for each expert of each rank
+        incoming = torch.empty_like(outgoing)  # [E, n] rows from each rank for each expert of this rank
+        with self.ep_group.timer.measure(rows.device):
+            dist.all_to_all_single(incoming, outgoing, group=self.ep_group.process_group)
         sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
-        there = partial(exchanging, sent=sent, received=received, group=self.wire.group)
-        back = partial(exchanging, sent=received, received=sent, group=self.wire.group)
-        flight = Flight(self.wire, there, back)
-        rows = flight.depart(rows)
-        self.meanwhile()
-        # They come sorted by rank, then expert; an expert wants its rows of all ranks together.
-        expert = torch.arange(incoming.shape[1], device=rows.device).repeat(incoming.shape[0])
-        order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)
-        rows = compute(flight.arrive(rows).index_select(0, order), incoming.sum(0))
-        flight = Flight(self.wire, back, there)
-        return flight.arrive(flight.depart(rows.index_select(0, order.argsort())))
+        collective = self._all_to_all(sent, received)
+        rows = collective.start(rows)
+        if overlap is not None:
+            overlap()
+        # Rows arrive sorted by rank, then by expert; an expert needs its rows of all ranks together.
+        expert = torch.arange(incoming.shape[1], device=rows.device).repeat(incoming.shape[0])  # [E·n]
+        order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)  # [R']
+        rows = collective.wait(rows).index_select(0, order)  # [R', d]
+        return rows, incoming.sum(0), AllToAllMetadata(local, sent, received, order)
+
+    def combine(self, rows: Tensor, metadata: AllToAllMetadata, x: Tensor) -> Tensor:
+        """See `TokenDispatcher.combine`."""
+        collective = self._all_to_all(sent=metadata.received, received=metadata.sent)
+        rows = rows.index_select(0, metadata.order.argsort())  # [R', d], sorted by rank again
+        return self.local.combine(collective.wait(collective.start(rows)), metadata.local, x)
+
+    def _all_to_all(self, sent: list[int], received: list[int]) -> AsyncCollective:
+        group = self.ep_group.process_group
+        forward = partial(start_all_to_all, sent=sent, received=received, group=group)
+        backward = partial(start_all_to_all, sent=received, received=sent, group=group)
+        return AsyncCollective(self.ep_group.timer, forward, backward)
 
 
-class AttentionExchange:
-    """Every token to every attention expert: rank r of the group has the experts r·n to (r + 1)·n - 1.
+class AllGatherAttentionExchange:
+    """The attention exchange of a group in which rank r has the experts r·n to (r + 1)·n - 1.
 
-    All ranks bring the same shape [B, L]; positions and masks come another way (`expert_parallel`). One call at a time
-    is under way: layers share it.
+    All ranks must bring the same shape [B, L]. Positions and masks take another route (`expert_parallel`). It keeps no
+    state, so layers can share it.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self._gather, self._sum = (partial(collective, group=wire.aside) for collective in (gathering, summing))
-        self._stages: Iterator[Tensor] = iter(())  # that are left of the last call
+    def __init__(self, ep_group: EPGroup) -> None:
+        self.ep_group = ep_group
 
-    def __call__(self, x: Tensor, gates: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """x [B, L, d], gates [B, L, N] -> what gives Σ_i gate_i · Attention_i(x): [B, L, d], once it has `arrived`.
+    def start(self, x: Tensor, gates: Tensor, attend: Attend) -> PendingAttention:
+        """See `AttentionExchange.start`. `attend` is called with the tokens [E·B, L, d] and gates [E·B, L, n]."""
+        return GatheredAttention(self.ep_group, x, gates, attend)
 
-        Tokens are under way, then: `attend` may be called once they may be waited for, and `arrived` must be.
-        `attend(x [E·B, L, d], gates [E·B, L, n])` is the weighted sum over the local experts.
-        """
-        self._stages = self._exchange(x, gates, attend)
-        return next(self._stages)
 
-    def attend(self) -> None:
-        """Go on with the last call, unless it has arrived: attend to what was gathered, and begin to sum."""
-        next(self._stages, None)
+class GatheredAttention(PendingAttention):
+    """The attention of the tokens [B, L, d] of this rank by the experts of all ranks."""
 
-    def arrived(self, _: Tensor) -> Tensor:
-        """The last call's output [B, L, d], to be read from now on."""
-        return list(self._stages)[-1]
+    def __init__(self, ep_group: EPGroup, x: Tensor, gates: Tensor, attend: Attend) -> None:
+        super().__init__()
+        gather: StartCollective = partial(start_all_gather, group=ep_group.side_group)
+        scatter: StartCollective = partial(start_reduce_scatter, group=ep_group.side_group)
+        self._ep_group, self._attend = ep_group, attend
+        self._gather_x = AsyncCollective(ep_group.timer, gather, scatter)
+        self._gather_gates = AsyncCollective(ep_group.timer, gather, scatter)
+        self._sum = AsyncCollective(ep_group.timer, scatter, gather)
+        self._x = self._gather_x.start(to_autocast_dtype(x))  # [E·B, L, d]
+        self._gates = self._gather_gates.start(gates)  # [E·B, L, N]
+        self._out: Tensor  # [B, L, d]
 
-    def _exchange(self, x: Tensor, gates: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
-        flights = [Flight(self.wire, self._gather, self._sum) for _ in range(2)]
-        x, gates = (flight.depart(each) for flight, each in zip(flights, (as_computed(x), gates), strict=True))
-        yield x
-        x, gates = (flight.arrive(each) for flight, each in zip(flights, (x, gates), strict=True))
-        group = self.wire.group
-        mine = gates.chunk(group.size(), dim=-1)[group.rank()]
-        flight = Flight(self.wire, self._sum, self._gather)
-        out = flight.depart(attend(x, mine))
-        yield out
-        yield flight.arrive(out)
+    def _compute(self) -> None:
+        x = self._gather_x.wait(self._x)
+        gates = self._gather_gates.wait(self._gates)
+        local_gates = gates.chunk(self._ep_group.size, dim=-1)[self._ep_group.rank]  # [E·B, L, n]
+        self._out = self._sum.start(self._attend(x, local_gates))
+
+    def _wait(self) -> Tensor:
+        return self._sum.wait(self._out)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import canonical
-from bam_ray.on_deepspeed.expert_parallel import announced_experts, apply_expert_parallelism
+from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism, expert_marker
 from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.engine import NO_LIMITS, Limits, StepResult, name_of, precision_on
 from bam_ray.training.memory import memory_of
@@ -88,7 +88,7 @@ class DeepSpeedEngine:
             self._partition_weights()
         if folder is not None:
             canonical.fill(folder, model, self.shards)
-        with announced_experts(model, self.shards):
+        with expert_marker(model, self.shards):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=NextTokenLoss(model),
                 optimizer=optimizer,
@@ -104,7 +104,7 @@ class DeepSpeedEngine:
 
     def _partition_weights(self) -> None:
         """Keep this rank's part of every parameter, on its device: the whole model may be larger than that."""
-        if self.shards.group is not None:
+        if self.shards.ep_group is not None:
             raise SettingsError(
                 "zero_stage 3 partitions all weights, but those of experts are spread by expert_parallel already: "
                 "use zero_stage 1 or 2, or expert_parallel 1"
@@ -161,8 +161,8 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """See `training.engine.Engine`. Every rank brings the same shape, so that the mean of ranks is the batch's."""
         self._check_shares(input_ids)
-        if self.shards.wire:
-            self.shards.wire.seconds()  # of what came between steps
+        if self.shards.ep_group:
+            self.shards.ep_group.timer.pop_seconds()  # of what came between steps
         domains = all_of_one(input_ids) if domains is None else domains
         sums = self._accumulate(input_ids.to(self.device), domains.to(self.device))
         nll, load_balance, router_z = self._mean(sums)[:3].tolist()
@@ -180,7 +180,7 @@ class DeepSpeedEngine:
         limits.check(nll, norm)
         self._updates += 1
         self.last_load = load_of(sums, self.mixture)
-        self.last_exchange = self.shards.wire.seconds() if self.shards.wire else None
+        self.last_exchange = self.shards.ep_group.timer.pop_seconds() if self.shards.ep_group else None
         balance(self.mixture, self.last_load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, norm)
 

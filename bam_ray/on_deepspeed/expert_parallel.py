@@ -1,14 +1,16 @@
-"""Expert parallelism, applied to a whole mixture from outside: each rank keeps its experts and forgets the others.
+"""Expert parallelism, applied to a whole mixture from outside: each rank keeps its own experts only.
 
-Rank r of a group of E keeps the experts r·n to (r + 1)·n - 1 of every layer, in the FFN and in the attention.
-Neighbouring ranks form a group; ranks that hold the same experts in different groups average their gradients.
-Everything else (embeddings, norms, routers) is whole on all ranks and plain data-parallel.
+In a group of E ranks with N experts, rank r keeps the n = N / E experts r·n to (r + 1)·n - 1 of every layer, in the FFN
+and in the attention. Neighboring ranks form a group. Ranks that hold the same experts in different groups average their
+gradients. Everything else (embeddings, norms, routers) is replicated on all ranks and plain data-parallel.
 
-kv_shared has one k_proj and v_proj for all experts. They stay whole: each rank computes K and V of all gathered tokens,
-but only its own experts' queries read them, so its gradient is the part of Σ_ranks loss that went through its experts.
-The parts of a group sum to the gradient of the group's summed loss; data-parallel averaging sums them over all groups
-and divides by the number of ranks, which is the gradient of the mean loss. So they are ordinary replicated parameters,
-with no factor.
+kv_shared has one k_proj and one v_proj for all experts. They are replicated: each rank computes keys and values of all
+gathered tokens, but only the queries of its own experts read them, so its gradient is the part of the sum of the ranks'
+losses that went through its experts. The parts of a group add up to the gradient of the group's summed loss, and
+data-parallel averaging sums them over all groups and divides by the number of ranks, which is the gradient of the mean
+loss. So k_proj and v_proj are ordinary replicated parameters, without a factor.
+
+Shapes: E ranks of a group, N experts of a layer, n experts on each rank, B batch, L length, d hidden size.
 """
 
 import math
@@ -24,120 +26,143 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from bam_ray.errors import TrainingError
-from bam_ray.model.attention_bam import BamAttentionExperts
+from bam_ray.model.attention_bam import BamAttention, BamAttentionExperts
 from bam_ray.model.experts_bam import BamExperts
-from bam_ray.model.modeling_bam import BamModel, masks_of
-from bam_ray.on_deepspeed.dispatch import AllToAllDispatcher, AttentionExchange, Wire, gathered
+from bam_ray.model.modeling_bam import BamModel, attention_masks
+from bam_ray.on_deepspeed.collectives import EPGroup, all_gather
+from bam_ray.on_deepspeed.dispatch import AllGatherAttentionExchange, AllToAllTokenDispatcher
 from bam_ray.settings import divisors
 
 
 @dataclass(frozen=True)
 class ExpertShards:
-    """Which parameters hold this rank's experts alone, and how they become whole again."""
+    """The parameters that are sharded over the ranks of a group, by expert."""
 
-    wire: Wire | None = None  # that tokens take to the experts; None: all experts are here
-    group_name: str = ""  # DeepSpeed's
+    ep_group: EPGroup | None = None  # None: every rank holds all experts
+    group_name: str = ""  # DeepSpeed's name of the process group
     names: frozenset[str] = frozenset()
 
-    @property
-    def group(self) -> ProcessGroup | None:
-        """The ranks that share the experts; None: all experts are here."""
-        return self.wire.group if self.wire else None
+    def shard(self, name: str, whole: Tensor) -> Tensor:
+        """Return this rank's shard of a parameter, or of an optimizer state: [N, ...] -> [n, ...].
 
-    def mine(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a parameter, or of a state of it: [N, ...] -> [n, ...]; a replicated one as it is."""
-        if self.group is None or name not in self.names:
+        A replicated parameter is returned unchanged.
+        """
+        if self.ep_group is None or name not in self.names:
             return whole
-        return whole.chunk(self.group.size())[self.group.rank()]
+        return whole.chunk(self.ep_group.size)[self.ep_group.rank]
 
-    def whole(self, name: str, mine: Tensor) -> Tensor:
-        """The inverse: [n, ...] -> [N, ...]. A collective for sharded parameters: call it on all ranks."""
-        if self.group is None or name not in self.names:
-            return mine
-        return gathered(mine, self.group)
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """Return the whole of a parameter of which every rank has a shard: [n, ...] -> [N, ...].
+
+        A replicated parameter is returned unchanged. A collective for sharded parameters: call it on all ranks.
+        """
+        if self.ep_group is None or name not in self.names:
+            return shard
+        return all_gather(shard, self.ep_group.process_group)
 
 
 def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
-    """Cut a `BamForCausalLM`, whole and equal on all ranks, down to this rank's experts, in groups of `size` ranks.
+    """Reduce a `BamForCausalLM` to this rank's experts, in groups of `size` ranks.
 
-    An outline (`training.outline`) as well, of which it then has only this rank's part to read.
+    The model must be whole and equal on all ranks, or on the meta device: then each rank reads its own shard
+    afterwards. Call it on all ranks, before an optimizer takes the parameters. A model without experts is left
+    unchanged, and so is any model if `size` is 1.
 
-    Call it on all ranks, before an optimizer takes the parameters. Raises `TrainingError` where experts or ranks are
-    not divisible by `size`. A model without experts, or `size` 1, is left as it is.
+    Raises:
+        TrainingError: If the number of experts or of ranks is not divisible by `size`.
     """
     config: Any = model.config
     experts = getattr(config, "num_experts", None)
     if experts is None or size == 1:
         return ExpertShards()
-    if experts % size or dist.get_world_size() % size:
-        ranks = dist.get_world_size()
+    ranks = dist.get_world_size()
+    if experts % size or ranks % size:
         raise TrainingError(
             f"expert_parallel is {size}, which does not divide the {experts} experts and the {ranks} processes: "
             f"use one of {divisors(math.gcd(experts, ranks))}"
         )
-    groups._create_expert_and_data_parallel(size)  # does nothing where they exist
+    groups._create_expert_and_data_parallel(size)  # private, but ZeRO finds no groups that were made another way
     group_name = f"ep_size_{size}"
-    group: ProcessGroup = groups._get_expert_parallel_group(group_name)
-    inner: Any = model.model
-    # In a parallel block, what attention gathers and sums is under way beside what the FFN exchanges
-    wire = Wire(group, dist.new_subgroups(size)[0] if config.parallel_block else None)
-    exchange = AttentionExchange(wire)
-    dispatcher = AllToAllDispatcher(wire, meanwhile=exchange.attend)
-    positions = _Positions(inner, group)
+    process_group: ProcessGroup = groups._get_expert_parallel_group(group_name)
+    # In a parallel block the collectives of the attention overlap with those of the FFN.
+    side_group = dist.new_subgroups(size)[0] if config.parallel_block else process_group
+    ep_group = EPGroup(process_group, side_group)
+    _replace_seams(model, ep_group)
     names = []
     for path, module in model.named_modules():
+        for name in _sharded_parameters(module):
+            _shard_parameter(module, name, ep_group, group_name)
+            names.append(f"{path}.{name}")
+    return ExpertShards(ep_group, group_name, frozenset(names))
+
+
+def _replace_seams(model: nn.Module, ep_group: EPGroup) -> None:
+    """Let the dispatchers and exchanges of all layers reach the experts of all ranks of a group."""
+    config: Any = model.config
+    inner: Any = model.model
+    dispatcher = AllToAllTokenDispatcher(ep_group, config.num_experts)
+    exchange = AllGatherAttentionExchange(ep_group)
+    gather_positions = _GatherPositions(inner, ep_group.process_group)
+    for module in model.modules():
         if isinstance(module, BamExperts):
             module.dispatcher = dispatcher
-            own = [name for name, _ in module.named_parameters(recurse=False)]
-        elif isinstance(module, BamAttentionExperts):
+        elif isinstance(module, BamAttention):
             module.exchange = exchange
-            inner.layers[module.layer_idx].arrived = exchange.arrived
-            module.register_forward_pre_hook(positions, with_kwargs=True)
-            own = [name for name, _ in module.named_parameters(recurse=False)]
-            if module.kv_shared:  # of query heads here, which all read the one set of key/value heads
-                module.num_key_value_groups //= size
-                own = [name for name in own if name[0] not in "kv"]
-        else:
-            continue
-        for name in own:
-            whole: nn.Parameter = getattr(module, name)
-            mine = nn.Parameter(whole.detach().chunk(size)[group.rank()].clone())
-            mine.allreduce, mine.group_name = False, group_name  # type: ignore[attr-defined] # read by ZeRO
-            setattr(module, name, mine)
-            names.append(f"{path}.{name}")
-    return ExpertShards(wire, group_name, frozenset(names))
+            module.register_forward_pre_hook(gather_positions, with_kwargs=True)
+            if module.experts.kv_shared:  # the query heads of fewer experts share each key/value head
+                module.experts.num_key_value_groups //= ep_group.size
 
 
-class _Positions:
-    """Forward pre-hook of attention experts: gives them positions and masks of all sequences that come to them.
+def _sharded_parameters(module: nn.Module) -> list[str]:
+    """Return the names of the parameters that `module` itself holds and that have one slice for each expert."""
+    if not isinstance(module, BamExperts | BamAttentionExperts):
+        return []
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    if isinstance(module, BamAttentionExperts) and module.kv_shared:
+        return [name for name in names if name[0] not in "kv"]
+    return names
 
-    Where positions are the same for every sequence, so are masks (causal, sliding windows), and one row of them is
-    enough. Else positions travel, once a forward pass, and masks are made of them here: whether there is any to make
-    (documents that end within a sequence) may differ between ranks.
+
+def _shard_parameter(module: nn.Module, name: str, ep_group: EPGroup, group_name: str) -> None:
+    """Replace a parameter [N, ...] by this rank's shard [n, ...]."""
+    whole: nn.Parameter = getattr(module, name)
+    shard = nn.Parameter(whole.detach().chunk(ep_group.size)[ep_group.rank].clone())
+    # ZeRO reads these two attributes and averages the gradient over the ranks with the same experts only.
+    shard.allreduce, shard.group_name = False, group_name  # type: ignore[attr-defined] # tensors accept attributes
+    setattr(module, name, shard)
+
+
+class _GatherPositions:
+    """Forward pre-hook of attentions that replaces positions and masks by those of all gathered sequences.
+
+    If all sequences have the same positions, they also have the same masks (causal, sliding windows), and one row of
+    them is enough. Otherwise positions are gathered, once in a forward pass, and the masks are computed from them on
+    every rank: a rank cannot know whether the sequences of other ranks need masks (for documents that end within a
+    sequence).
     """
 
-    def __init__(self, model: BamModel, group: ProcessGroup) -> None:
-        self._rotary, self._config, self._group = model.rotary_emb, model.config, group
-        self._mine: Tensor | None = None  # the last positions seen, and what was made of all ranks' together
+    def __init__(self, model: BamModel, process_group: ProcessGroup) -> None:
+        self._rotary, self._config, self._process_group = model.rotary_emb, model.config, process_group
+        self._local: Tensor | None = None  # positions of the current forward pass; what follows belongs to them
         self._embeddings: tuple[Tensor, Tensor]
         self._masks: dict[str, Tensor | None]
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: BamAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mine, mask, x = kwargs["position_ids"], kwargs["attention_mask"], args[0]
+        positions, mask, x = kwargs["position_ids"], kwargs["attention_mask"], args[0]
         assert kwargs["cache"] is None, "expert-parallel attention has no cache: generate from a saved checkpoint"
-        if mine.shape[0] < x.shape[0]:
+        if positions.shape[0] < x.shape[0]:  # [1, L]: the same positions for all sequences
             if mask is None:
                 return args, kwargs
-            assert bool((mask == mask[:1]).all()), "expert-parallel attention knows no padding: leave out the mask"
+            assert bool((mask == mask[:1]).all()), "expert-parallel attention does not support padding: omit the mask"
             return args, {**kwargs, "attention_mask": mask[:1]}
-        if mine is not self._mine:
-            self._mine = mine
-            everyones = gathered(mine, self._group)
-            self._embeddings = self._rotary(kwargs["position_embeddings"][0], everyones)
-            self._masks = masks_of(self._config, x.new_empty(*everyones.shape, 0), everyones)
-        kind = self._config.layer_types[module.layer_idx]
+        if positions is not self._local:
+            self._local = positions
+            gathered = all_gather(positions, self._process_group)  # [B, L] -> [E·B, L]
+            self._embeddings = self._rotary(kwargs["position_embeddings"][0], gathered)
+            self._masks = attention_masks(self._config, x.new_empty(*gathered.shape, 0), gathered)
+        kind = self._config.layer_types[module.experts.layer_idx]
         return args, {
             **kwargs,
             "position_embeddings": self._embeddings,
@@ -147,24 +172,27 @@ class _Positions:
 
 
 class _ExpertMarker(MoE):
-    """Tells DeepSpeed that the model has experts; it has no parameters and is never called.
+    """A module that makes DeepSpeed treat the model as one with experts; it has no parameters and is never called.
 
-    `deepspeed.DeepSpeedEngine` finds out by looking for instances of `MoE` in its `__init__`, where it also builds the
-    ZeRO optimizer: too early for an attribute set afterwards, and there is no setting. Without it ZeRO would average
-    expert parameters over all ranks, as if all held the same experts.
+    `deepspeed.DeepSpeedEngine` looks for instances of `MoE` in its `__init__`, where it also builds the ZeRO optimizer.
+    So an attribute that is set afterwards comes too late, and DeepSpeed has no setting for it. Without the marker, ZeRO
+    would average the gradients of expert parameters over all ranks, as if all ranks held the same experts.
     """
 
     def __init__(self, num_experts: int) -> None:
-        nn.Module.__init__(self)  # not MoE's, which would build DeepSpeed's own layer
+        nn.Module.__init__(self)  # MoE's own would build DeepSpeed's layer
         self.num_experts = num_experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by DeepSpeed to make groups: `apply_expert_parallelism` has made them."""
+        """Do nothing: DeepSpeed calls this to make groups, which `apply_expert_parallelism` has made already."""
 
 
 @contextmanager
-def announced_experts(model: nn.Module, shards: ExpertShards) -> Iterator[None]:
-    """Let `deepspeed.initialize` see that the model has experts to train; leaves no trace in the model."""
+def expert_marker(model: nn.Module, shards: ExpertShards) -> Iterator[None]:
+    """Mark the model as one with experts for `deepspeed.initialize`, if experts are sharded and trained.
+
+    The marker is removed at the end, so that the model and its state dict stay unchanged.
+    """
     if not any(parameter.requires_grad for name, parameter in model.named_parameters() if name in shards.names):
         yield
         return

@@ -28,6 +28,7 @@ from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, model_label
 from bam_ray.evaluation.routing import combine_domains
+from bam_ray.model import is_mixture
 from bam_ray.model.parameters import count_parameters
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Progress, StageContext, Task
@@ -185,14 +186,14 @@ def describe(
 ) -> ModelScore:
     """The scores of a model with what it is and what it cost."""
     total, active = count_parameters(model)
-    is_mixture = model.config.model_type == "bam"
+    mixture = is_mixture(model.config)
     return ModelScore(
         id=task.id,
         name=task.name,
         kind=kind,
-        attention_experts=model.config.attention_experts if is_mixture else None,
-        experts=model.config.num_experts if is_mixture else 1,
-        experts_per_token=model.config.num_experts_per_tok if is_mixture else 1,
+        attention_experts=model.config.attention_experts if mixture else None,
+        experts=model.config.num_experts if mixture else 1,
+        experts_per_token=model.config.num_experts_per_tok if mixture else 1,
         parameters=total,
         active_parameters=active,
         tokens=lineage[0].tokens,
@@ -200,7 +201,7 @@ def describe(
         flops=lineage[0].compute.flops,
         lineage_flops=sum(manifest.compute.flops for manifest in lineage),
         domains=domains,
-        routing=combine_domains(model.config, routings) if is_mixture else None,
+        routing=combine_domains(model.config, routings) if mixture else None,
     )
 
 

@@ -15,7 +15,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
-from bam_ray.model import BamConfig
+from bam_ray.model import BamConfig, is_mixture
 from bam_ray.settings import Losses, MixtureSettings, StoreSettings
 from bam_ray.toolbox.token_rows import token_rows
 from bam_ray.upcycling import Change, Progress, Upcycled, change, export_mixtral, load_model, plan, write_mixture
@@ -127,7 +127,7 @@ def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None 
 
 def texts_of(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
     """Rows of tokens of each named text, by the tokenizer of `model`; no longer than it has positions."""
-    config = BamConfig.from_dict(model.config) if model.config.get("model_type") == "bam" else None
+    config = BamConfig.from_dict(model.config) if is_mixture(model.config) else None
     positions = config.max_position_embeddings if config else model.config.get("max_position_embeddings", length)
     return {
         name: token_rows(name, source, model, sequences, min(length, int(positions)))

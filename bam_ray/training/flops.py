@@ -11,6 +11,8 @@ import re
 
 from transformers import PreTrainedConfig
 
+from bam_ray.model import is_mixture
+
 
 def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
     """Operations of one forward pass, a token, averaged over a sequence of `context` tokens."""
@@ -30,11 +32,11 @@ def _layer(config: PreTrainedConfig, layer: int, keys: float) -> float:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     matrices = 3 if getattr(config, "mlp_gated", config.model_type != "gpt_neox") else 2
     attention, own_keys, routed, routers = 1, 1, f, 0
-    if config.model_type == "bam" and layer in (config.dense_layers or ()):
+    if is_mixture(config) and layer in (config.dense_layers or ()):
         routed = config.dense_intermediate_size or f
         heads = config.dense_num_attention_heads or heads
         kv_heads = config.dense_num_key_value_heads or kv_heads
-    elif config.model_type == "bam":
+    elif is_mixture(config):
         routed = config.num_experts_per_tok * f + (config.shared_expert_intermediate_size or 0)
         routers = 1
         if config.attention_experts != "averaged":

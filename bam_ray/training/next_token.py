@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bam_ray.families import FAMILIES
+from bam_ray.model import RouterOutput
 from bam_ray.training.objective import as_mixture
 
 FEWEST = 256  # tokens of a chunk: fewer are slower
@@ -41,15 +42,15 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self.head = ChunkedHead(model) if has_plain_head(model) else None
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """[B, L] -> mean NLL of the last L - 1 tokens of each row; of mixtures router logits [T, N], one a layer."""
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, tuple[RouterOutput, ...]]:
+        """[B, L] -> mean NLL of the last L - 1 tokens of each row; of mixtures the `RouterOutput` of each layer."""
         targets = input_ids[:, 1:].flatten()
         if self.head is None:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets), ()
         out = self.model.base_model(input_ids=input_ids, use_cache=False)
         nll = self.head(out.last_hidden_state[:, :-1].flatten(0, 1), targets)
-        return nll, getattr(out, "router_logits", ())
+        return nll, getattr(out, "router_outputs", ())
 
 
 class ChunkedHead(nn.Module):

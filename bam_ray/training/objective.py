@@ -51,12 +51,12 @@ def objective(
     it. `reduce` averages routing statistics over data-parallel ranks (`model.routing_losses`). `domains` [B, D]:
     which sequences are of which domain (`Engine.step`).
     """
-    nll, router_logits = model(input_ids)
+    nll, routers = model(input_ids)
     if mixture is None or not mixture.config.mixture_layers:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, torch.stack((nll.detach(), zero, zero)))
     biases = mixture.selection_biases()
-    routing = routing_losses(router_logits, mixture.config.num_experts_per_tok, reduce, bias=biases)
+    routing = routing_losses(routers, mixture.config.num_experts_per_tok, reduce, bias=biases)
     load = _load(routing, mixture, all_of_one(input_ids) if domains is None else domains)
     load_balance, router_z = losses.load_balance, losses.router_z
     assert isinstance(load_balance, float) and isinstance(router_z, float), "a ramp: use Losses.at"

@@ -13,7 +13,7 @@ from torch import Tensor
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.families import FFN_ROLES, Place, Role, expert_name, family_of, plain_name, shared_name
-from bam_ray.model import BamConfig
+from bam_ray.model import BamConfig, is_mixture
 from bam_ray.upcycling.plan import COLUMNS, is_plain
 
 Read = Callable[[str], Tensor]
@@ -21,7 +21,7 @@ Read = Callable[[str], Tensor]
 
 def mixture_config_of(reader: TensorReader) -> BamConfig:
     """The configuration of the mixture at `reader`; raises `UpcycleError` where it is none."""
-    if reader.config.get("model_type") != "bam":
+    if not is_mixture(reader.config):
         raise UpcycleError(f"{reader.uri} is a {reader.config.get('model_type')!r} model, no mixture of bam_ray")
     config: BamConfig = BamConfig.from_dict(reader.config)
     return config

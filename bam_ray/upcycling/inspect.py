@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.families import family_of
-from bam_ray.model import BamForCausalLM
+from bam_ray.model import BamForCausalLM, is_mixture
 from bam_ray.model.parameters import count_parameters
 from bam_ray.upcycling.dense import mixture_config_of, seed_config
 from bam_ray.upcycling.write import LINEAGE
@@ -56,7 +56,7 @@ def inspect(reader: TensorReader) -> Facts:
     """Facts of a dense model of a supported family, or of a mixture; raises `FamilyError` for others."""
     total = sum(spec.bytes for spec in reader.specs.values())
     with torch.device("meta"):
-        if reader.config.get("model_type") == "bam":
+        if is_mixture(reader.config):
             config: Any = mixture_config_of(reader)
             architecture = f"mixture of {config.num_experts} × {seed_config(config)['model_type']}"
             model = BamForCausalLM(config)
@@ -72,6 +72,6 @@ def inspect(reader: TensorReader) -> Facts:
         parameters=count_parameters(model),
         bytes=total,
         files=list(reader.shards),
-        mixture={key: getattr(config, key) for key in MIXTURE} if config.model_type == "bam" else {},
+        mixture={key: getattr(config, key) for key in MIXTURE} if is_mixture(config) else {},
         history=json.loads(lineage)["history"] if lineage else [],
     )

@@ -34,7 +34,15 @@ CARRIED = (
     "generation_config.json",
 )
 # For `trust_remote_code` where this package is not installed
-MODEL_CODE = ("attention_bam.py", "configuration_bam.py", "experts_bam.py", "modeling_bam.py", "routing_bam.py")
+MODEL_CODE = (
+    "attention_bam.py",
+    "attention_exchange_bam.py",
+    "configuration_bam.py",
+    "experts_bam.py",
+    "modeling_bam.py",
+    "routing_bam.py",
+    "token_dispatch_bam.py",
+)
 AUTO_MAP = {"AutoConfig": "configuration_bam.BamConfig", "AutoModelForCausalLM": "modeling_bam.BamForCausalLM"}
 
 Progress = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""Seeds and branches trained by groups of any size, which change their size on the way, are those of one process."""
+"""Seeds and branches are the same if one process or several train them, and if that number changes."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,8 @@ from tests.support.stage_run import (
 pytestmark = pytest.mark.slow
 
 
-def staged(folder: Path, store: str, zero_stage: int) -> Recipe:
+def recipe_with_stage(folder: Path, store: str, zero_stage: int) -> Recipe:
+    """Return a recipe whose seed and branch are trained by two workers at a ZeRO stage."""
     training = {**TRAINING, "zero_stage": zero_stage}
     plain = small_recipe(folder).model_dump()
     seed = {**plain["seed"], "training": training, "workers": 2}
@@ -44,12 +45,12 @@ def curve(run: Recipe, kind: Kind, name: str) -> list[dict[str, Any]]:
     return points
 
 
-def test_a_group_trains_as_one_process_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
-    alone = staged(tmp_path, "alone", 1)
+    alone = recipe_with_stage(tmp_path, "alone", 1)
     make_artifacts(alone, open_store(alone.store.uri), ("corpora", "seeds", "branches"))
 
-    second, third = (staged(tmp_path, "together", stage) for stage in (2, 3))
+    second, third = (recipe_with_stage(tmp_path, "together", stage) for stage in (2, 3))
     store = open_store(second.store.uri)
     make_artifacts(second, store, ("corpora",))
     tasks: list[tuple[Kind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
@@ -61,7 +62,7 @@ def test_a_group_trains_as_one_process_whatever_its_size(tmp_path: Path, monkeyp
         run_stage("branches", "code", third, store, RecordingContext(6))
     said = run_on_ranks(4, run_tasks_on_rank, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
     assert said == [[branch.id], ["nothing"], ["nothing"], ["nothing"]]
-    assert task_graph(alone) == task_graph(third), "how many work on it is no part of an identity"
+    assert task_graph(alone) == task_graph(third), "the number of workers is not part of an identity"
 
     for kind, name in (("seeds", "seed"), ("branches", "code")):
         pairs = list(zip(curve(third, kind, name), curve(alone, kind, name), strict=True))
@@ -74,4 +75,4 @@ def test_a_group_trains_as_one_process_whatever_its_size(tmp_path: Path, monkeyp
     assert manifest.attempt == 3
     assert manifest.facts["sequences_drawn"]["code"] > 0
     events = [key for key in store.list(f"branches/{branch.id}/events/")]
-    assert len(events) == 3, "rank 0's alone"
+    assert len(events) == 3, "only rank 0 writes events"

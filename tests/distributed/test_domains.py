@@ -1,4 +1,4 @@
-"""What is counted by domain is of the global batch, however many processes count."""
+"""Router statistics by domain are those of the global batch, for any number of processes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.distributed.gloo_ranks import run_on_ranks
 
 
 @pytest.mark.slow
-def test_two_ranks_count_by_domain_what_one_process_counts() -> None:
+def test_statistics_by_domain_of_two_ranks_equal_one_process() -> None:
     first, second = run_on_ranks(2, statistics_of_rank)
     for name, case in CASES.items():
         alone = TorchEngine(case.model(), case.settings(2 * SHARE), case.mixing)

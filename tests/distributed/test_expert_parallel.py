@@ -1,4 +1,4 @@
-"""Expert-parallel training on 2 and 4 gloo processes is training on one."""
+"""Expert-parallel training on 2 and 4 gloo processes gives the results of one process."""
 
 import re
 from pathlib import Path
@@ -47,16 +47,16 @@ def four(two: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights, Adam's states and the number of updates."""
+    """Return the weights, Adam's states and the number of updates in a folder."""
     states, step = read_optimizer(folder)
     return {**read_weights(folder), **states, "step": torch.tensor(step)}
 
 
 def assert_same_training(saved: Path, reference: Path) -> None:
-    """Two states that differ by rounding.
+    """Assert that two states differ by rounding only.
 
-    Adam's first update is lr · sign(gradient). Where the gradient is rounding its sign is too, so a few weights may
-    differ by up to 2 · lr.
+    Adam's first update is lr · sign(gradient). If a gradient is zero except for rounding, its sign is random, so a few
+    weights may differ by up to 2 · lr.
     """
     one, other = state(saved), state(reference)
     assert one.keys() == other.keys()
@@ -71,7 +71,10 @@ def assert_same_training(saved: Path, reference: Path) -> None:
 
 
 def assert_same_gradients(saved: Path, reference: Path) -> None:
-    """Adam's states after one step are the clipped gradient and its square, each times a constant."""
+    """Assert that the first gradients of two states are equal.
+
+    After one step, Adam's states are the clipped gradient and its square, each multiplied by a constant.
+    """
     one, other = read_optimizer(saved)[0], read_optimizer(reference)[0]
     assert one.keys() == other.keys()
     for name, wanted in other.items():
@@ -80,12 +83,15 @@ def assert_same_gradients(saved: Path, reference: Path) -> None:
 
 
 def in_order_of_micro_batches(batch: torch.Tensor, micro: int) -> torch.Tensor:
-    """[ranks, SHARE, LENGTH] -> [sequences, LENGTH], the sequences that ranks compute at the same time together."""
+    """Put the sequences that ranks compute at the same time together: [ranks, SHARE, LENGTH] -> [sequences, LENGTH]."""
     return torch.cat([part.flatten(0, 1) for part in batch.split(micro, dim=1)])
 
 
-def alone(case: Case, world_size: int, folder: Path) -> list[dict[str, float]]:
-    """The same training by `TorchEngine`, saved to `folder`, after one step to `first` below it."""
+def train_on_one_process(case: Case, world_size: int, folder: Path) -> list[dict[str, float]]:
+    """Train a case with `TorchEngine` on the batches of `world_size` ranks, and return the step results.
+
+    The state is saved to `folder` at the end, and to `folder`/first after one step.
+    """
     engine = TorchEngine(case.model(), case.settings(case.micro * world_size), case.mixing)
     batches = [in_order_of_micro_batches(shares(world_size, step), case.micro) for step in range(STEPS)]
     results = [vars(engine.step(batches[0], LR))]
@@ -101,34 +107,38 @@ def assert_equals_one_process(
 ) -> None:
     assert all(other == results[0] for other in results[1:]), "ranks disagree"
     for step, wanted in zip(results[0], expected, strict=True):
-        assert wanted["grad_norm"] > case.settings(1).clip_norm  # so that clipping matters
+        assert wanted["grad_norm"] > case.settings(1).clip_norm  # so that gradients are clipped
         assert step == pytest.approx(wanted, rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_equal_one(name: str, two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    assert_equals_one_process(TWO[name], [rank[name] for rank in two], alone(TWO[name], 2, tmp_path), 1e-5)
+    assert_equals_one_process(
+        TWO[name], [rank[name] for rank in two], train_on_one_process(TWO[name], 2, tmp_path), 1e-5
+    )
     assert_same_gradients(folder / f"{name}, first", tmp_path / "first")
     assert_same_training(folder / name, tmp_path)
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one(name: str, four: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    assert_equals_one_process(FOUR[name], [rank[name] for rank in four], alone(FOUR[name], 4, tmp_path), 1e-5)
+    assert_equals_one_process(
+        FOUR[name], [rank[name] for rank in four], train_on_one_process(FOUR[name], 4, tmp_path), 1e-5
+    )
     assert_same_gradients(folder / f"{name}, first", tmp_path / "first")
     assert_same_training(folder / name, tmp_path)
 
 
-def test_noisy_gates_wherever_the_experts_are(two: list[dict[str, Any]], folder: Path) -> None:
-    """Each rank draws noise of its own for its tokens, so one process alone has other noise."""
+def test_noisy_gates_give_the_same_results_at_any_expert_parallel(two: list[dict[str, Any]], folder: Path) -> None:
+    """Each rank draws its own noise, so a single process would have different noise."""
     for rank in two:
         for step, wanted in zip(rank["noisy on 2"], rank["noisy on 1"], strict=True):
             assert step == pytest.approx(wanted, rel=1e-5)
     assert_same_training(folder / "noisy on 2", folder / "noisy on 1")
 
 
-def test_bf16_is_close_and_kept_in_fp32(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    assert_equals_one_process(BF16, [rank["bf16"] for rank in two], alone(BF16, 2, tmp_path), 1e-2)
+def test_bf16_is_close_and_saved_in_fp32(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    assert_equals_one_process(BF16, [rank["bf16"] for rank in two], train_on_one_process(BF16, 2, tmp_path), 1e-2)
     assert two[0]["bf16"] != two[0]["kv_experts"]
     assert {tensor.dtype for name, tensor in state(folder / "bf16").items() if name != "step"} == {torch.float32}
 
@@ -136,7 +146,7 @@ def test_bf16_is_close_and_kept_in_fp32(two: list[dict[str, Any]], folder: Path,
 @pytest.mark.parametrize("name", FOUR_BF16)
 def test_bf16_is_close_on_four(name: str, four: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     case = FOUR_BF16[name]
-    assert_equals_one_process(case, [rank[name] for rank in four], alone(case, 4, tmp_path), 1e-2)
+    assert_equals_one_process(case, [rank[name] for rank in four], train_on_one_process(case, 4, tmp_path), 1e-2)
     assert {tensor.dtype for key, tensor in state(folder / name).items() if key != "step"} == {torch.float32}
 
 
@@ -146,7 +156,7 @@ def test_resuming_at_the_same_size_is_exact(two: list[dict[str, Any]], folder: P
     torch.testing.assert_close(state(folder / "whole, resumed"), state(folder / "whole"), rtol=0, atol=0)
 
 
-def test_resuming_is_exact_where_not_all_is_trained(two: list[dict[str, Any]], folder: Path) -> None:
+def test_resuming_is_exact_with_frozen_experts(two: list[dict[str, Any]], folder: Path) -> None:
     for rank in two:
         assert rank["resumed, partly frozen"]["resumed"] == rank["resumed, partly frozen"]["unbroken"]
     before, after = state(folder / "half, frozen"), state(folder / "whole, frozen")
@@ -156,13 +166,13 @@ def test_resuming_is_exact_where_not_all_is_trained(two: list[dict[str, Any]], f
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_resuming_at_another_size(
+def test_resuming_on_another_number_of_ranks(
     size: int, two: list[dict[str, Any]], four: list[dict[str, Any]], folder: Path
 ) -> None:
     again = state(folder / f"half again on {size}")
     torch.testing.assert_close(again, state(folder / "half"), rtol=0, atol=0)
     for step, wanted in zip(four[0][f"resumed on {size}"], two[0]["resumed"]["unbroken"], strict=True):
-        # Balance is that of a micro batch: here half as many sequences a rank, on twice the ranks, so the same.
+        # The balance loss is that of a micro-batch over all ranks: twice the ranks with half the sequences each.
         assert step == pytest.approx(wanted, rel=1e-5)
     assert_same_training(folder / f"resumed on {size}", folder / "whole")
 
@@ -181,7 +191,7 @@ def test_resuming_at_other_zero_stages(
 
 
 @pytest.mark.parametrize("name", OTHER_STAGES)
-def test_what_is_not_finite_leaves_no_trace_at_other_zero_stages(
+def test_non_finite_steps_change_nothing_at_other_zero_stages(
     name: str, two: list[dict[str, Any]], folder: Path
 ) -> None:
     first, second = (rank[f"{name} spoiled"] for rank in two)
@@ -209,7 +219,9 @@ def test_resuming_on_one_process(two: list[dict[str, Any]], folder: Path, tmp_pa
     assert engine.last_exchange is None
 
 
-def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+def test_all_ranks_raise_the_same_error_and_change_nothing(
+    two: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
     first, second = (rank["refused"] for rank in two)
     assert first == second
     assert f"({SHARE}, {LENGTH}), ({SHARE - 1}, {LENGTH})" in first["uneven"]
@@ -229,33 +241,33 @@ def test_errors_come_on_all_ranks_and_change_nothing(two: list[dict[str, Any]], 
     assert_same_training(folder / "after all", tmp_path)
 
 
-def test_a_loss_that_is_nan_on_one_rank_rolls_all_of_them_back(two: list[dict[str, Any]]) -> None:
+def test_nan_loss_on_one_rank_rolls_back_all_ranks(two: list[dict[str, Any]]) -> None:
     for rank in two:
         unbroken, spoiled = rank["spoiled"]
         assert len(unbroken) == 6
         assert spoiled == unbroken
 
 
-def test_ranks_halve_their_micro_batches_together(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+def test_all_ranks_halve_their_micro_batches_together(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     case = Case(1, dense=COHERE)
     found = [rank["short of memory"] for rank in two]
     assert [rank["micro batches"] for rank in found] == [[2, 1, 1]] * 2
-    assert_equals_one_process(case, [rank["results"] for rank in found], alone(case, 2, tmp_path), 1e-5)
+    assert_equals_one_process(case, [rank["results"] for rank in found], train_on_one_process(case, 2, tmp_path), 1e-5)
     assert_same_training(folder / "short of memory", tmp_path)
     assert all("out of memory with a micro batch of one sequence" in rank["refused"] for rank in found)
 
 
-def test_a_mixture_keeps_its_micro_batch_and_says_what_to_do(two: list[dict[str, Any]]) -> None:
+def test_mixture_out_of_memory_keeps_its_micro_batch_and_fails(two: list[dict[str, Any]]) -> None:
     for rank in two:
-        told = rank["mixture short of memory"]
-        assert told["refused"].startswith(
+        found = rank["mixture short of memory"]
+        assert found["refused"].startswith(
             "out of memory with 4 sequences at once on each of 2 processes: set a smaller"
         )
-        assert 0 < told["waited"] < told["step"], "an evaluation's waiting is no part of the next step's"
+        assert 0 < found["waited"] < found["step"], "waiting during an evaluation does not count for the next step"
 
 
-def test_ranks_may_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:
+def test_ranks_can_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:
     whole = [torch.cat(parts) for parts in zip(*(routed_tokens(rank) for rank in range(2)), strict=True)]
     wanted = ffn_gradients(Case(1).model(), *whole)
-    for name, tensor in wanted.items():  # tokens of both ranks, and experts of both ranks, one after the other
+    for name, tensor in wanted.items():  # the tokens and the experts of rank 0, followed by those of rank 1
         torch.testing.assert_close(torch.cat([rank["dispatched"][name] for rank in two]), tensor, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A mixture trained by the stage itself on two processes, with every option of `mix` that changes what is learned."""
+"""The mix stage on two processes, with every setting of `mix` that changes the training objective."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ NOISY = {**MIX, "gate": "noisy"}
 BIASED = {**MIX, "losses": {**MIX["losses"], "bias_rate": 0.01}}
 
 
-def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixture_resumes_exactly_with_all_mixing_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = str(tmp_path / "cache")
     monkeypatch.setenv("BAM_CACHE", cache)
     data = {**small_recipe(tmp_path).data.model_dump(), "attend_across_documents": False}
@@ -49,7 +49,7 @@ def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypa
         make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         first, second = run_on_ranks(2, train_and_resume, run, uri, stop_at, cache)
         assert (first["steps"], second["steps"], second["id"]) == (10, 10, None)
-        assert first["imbalance"] >= 1.0 and second["imbalance"] is None  # rank 0 watches
+        assert first["imbalance"] >= 1.0 and second["imbalance"] is None  # only rank 0 computes router metrics
         prefix = f"mixtures/{first['id']}"
         curve: list[dict[str, float]] = json.loads(store.get(f"{prefix}/curve.json"))
         curves.append([{key: value for key, value in point.items() if key != "tokens_per_second"} for point in curve])
@@ -68,10 +68,8 @@ def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypa
     assert curves[0] == curves[1]
 
 
-def test_a_late_branch_joins_experts_that_are_spread_over_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three experts, which two processes cannot share, become four, which they can."""
+def test_late_branch_joins_experts_that_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three experts cannot be divided among two processes; with the late branch there are four."""
     cache = str(tmp_path / "cache")
     monkeypatch.setenv("BAM_CACHE", cache)
     run = small_recipe(
@@ -95,10 +93,8 @@ def test_a_late_branch_joins_experts_that_are_spread_over_processes(
     assert curves[0] == curves[1]
 
 
-def test_partitioned_weights_are_trained_and_watched_like_whole_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rank 0 looks at the routers alone, also where ZeRO-3 spreads every weight over the ranks."""
+def test_partitioned_weights_give_the_same_losses_and_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone reads the routers, even if ZeRO-3 partitions all weights over the ranks."""
     cache = str(tmp_path / "cache")
     monkeypatch.setenv("BAM_CACHE", cache)
     curves, watched = [], []
@@ -121,7 +117,7 @@ def test_partitioned_weights_are_trained_and_watched_like_whole_ones(
     assert watched[1]["routing/layer_0/drift"] > 0 and watched[1]["routing/layer_0/attention_drift"] > 0
 
 
-def test_ranks_wait_for_the_one_that_absorbs_longer_than_for_a_step() -> None:
+def test_ranks_wait_longer_for_an_absorption_than_for_a_step() -> None:
     done, past = run_on_ranks(2, wait_for_rank_0, 10.0)
     assert past >= done
 

@@ -1,18 +1,23 @@
-"""In a parallel block each branch computes beside what is under way for the other, forward and backward."""
+"""In a parallel block each branch computes while the other communicates, in the forward and in the backward pass."""
 
 import time
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from torch.distributed import ProcessGroup
 
-from bam_ray.on_deepspeed.dispatch import Flight, Wire
+from bam_ray.on_deepspeed.collectives import AsyncCollective, CommTimer
 from tests.support.distributed.gloo_ranks import run_on_ranks
-from tests.support.distributed.overlap import COLLECTIVES, exchanged_dtypes, trace_block
+from tests.support.distributed.overlap import (
+    COLLECTIVES,
+    attend_out_of_order,
+    attend_two_layers,
+    exchanged_dtypes,
+    trace_block,
+)
 
 GATHER, GATHERED = 2 * ["gather begins"], 2 * ["gather ends"]  # hidden states and gates
-SUM, SUMMED = 2 * ["sum begins"], 2 * ["sum ends"]  # their gradients
+SUM, SUMMED = 2 * ["sum begins"], 2 * ["sum ends"]  # the gradients of these
 EXCHANGE, EXCHANGED = ["exchange begins"], ["exchange ends"]
 COUNTS = EXCHANGE + EXCHANGED
 ATTENTION, EXPERTS = ["attention", "sum begins"], ["experts", *EXCHANGE]
@@ -21,12 +26,12 @@ ATTENTION_BACK, EXPERTS_BACK = ["attention, backward", *SUM], ["experts, backwar
 
 def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     first, second = ((rank["forward"], rank["backward"]) for rank in ranks)
-    assert first == second, "ranks that begin collectives in different orders wait for each other for ever"
+    assert first == second, "ranks that start collectives in different orders wait for each other forever"
     return first
 
 
 @pytest.mark.slow
-def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
+def test_parallel_branches_overlap_with_and_without_recomputation() -> None:
     plain, recomputed = (run_on_ranks(2, trace_block, True, again) for again in (False, True))
     forward = [
         *GATHER,
@@ -57,7 +62,7 @@ def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
 
 
 @pytest.mark.slow
-def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
+def test_sequential_branches_run_one_after_the_other() -> None:
     forward, backward = order(run_on_ranks(2, trace_block, False, False))
     attention = [*GATHER, *GATHERED, *ATTENTION, "sum ends"]
     assert forward == attention + COUNTS + EXCHANGE + EXCHANGED + EXPERTS + EXCHANGED
@@ -66,21 +71,45 @@ def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
 
 
 @pytest.mark.slow
+def test_attentions_of_two_layers_can_be_in_flight_together() -> None:
+    alone, together = (run_on_ranks(2, attend_two_layers, interleaved) for interleaved in (False, True))
+    for wanted, found in zip(alone, together, strict=True):
+        assert not torch.equal(wanted["out 0"], wanted["out 1"])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_steps_of_an_attention_in_flight_must_come_in_order() -> None:
+    for messages in run_on_ranks(2, attend_out_of_order):
+        assert messages == [
+            f"PendingAttention.{call}() was called out of order (next: {due}): call compute() once, then wait() once"
+            for call, due in (("wait", "compute"), ("compute", "wait"))
+        ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16")])
-def test_tokens_travel_in_the_precision_that_experts_compute_in(precision: str, dtype: str) -> None:
+def test_tokens_travel_in_the_precision_of_the_experts(precision: str, dtype: str) -> None:
     for found in run_on_ranks(2, exchanged_dtypes, precision):
         assert found == {(name, dtype) for name in COLLECTIVES.values()}
 
 
-def test_only_what_is_waited_counts_as_time_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+class InstantWork:
+    """The handle of a collective that takes no time."""
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+
+def test_timer_excludes_overlapped_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    class Work:
+    class SlowWork:
         def wait(self) -> None:
             now[0] += 2.0
 
-    class Computing(torch.autograd.Function):
+    class SlowComputation(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             now[0] += 5.0
@@ -91,13 +120,23 @@ def test_only_what_is_waited_counts_as_time_on_the_wire(monkeypatch: pytest.Monk
             now[0] += 5.0
             return grads[0] * 3
 
-    wire = Wire(cast(ProcessGroup, None))
-    flight = Flight(wire, lambda x: (x * 10, Work()), lambda x: (x * 100, Work()))
+    timer = CommTimer()
+    collective = AsyncCollective(timer, lambda x: (x * 10, SlowWork()), lambda x: (x * 100, SlowWork()))
     x = torch.ones(2, requires_grad=True)
-    under_way = flight.depart(x)
-    computed = Computing.apply(x)
-    out = flight.arrive(under_way) + computed
-    assert (out.tolist(), wire.seconds()) == ([13.0, 13.0], 2.0)
+    in_flight = collective.start(x)
+    computed = SlowComputation.apply(x)
+    out = collective.wait(in_flight) + computed
+    assert (out.tolist(), timer.pop_seconds()) == ([13.0, 13.0], 2.0)
     out.sum().backward()
     assert x.grad is not None
-    assert (x.grad.tolist(), wire.seconds(), now[0]) == ([103.0, 103.0], 2.0, 14.0)
+    assert (x.grad.tolist(), timer.pop_seconds(), now[0]) == ([103.0, 103.0], 2.0, 14.0)
+
+
+def test_waiting_for_a_collective_twice_is_refused() -> None:
+    collective = AsyncCollective(CommTimer(), lambda x: (x * 10, InstantWork()), lambda x: (x, InstantWork()))
+    started = collective.start(torch.ones(2))
+    assert collective.wait(started).tolist() == [10.0, 10.0]
+    with pytest.raises(RuntimeError, match=r"call start\(\) once, then wait\(\) once"):
+        collective.wait(started)
+    with pytest.raises(RuntimeError, match=r"call start\(\) once, then wait\(\) once"):
+        AsyncCollective(CommTimer(), collective.forward, collective.backward).wait(started)

@@ -1,4 +1,4 @@
-"""Ranks begin with their own part of a mixture, and never hold all of it."""
+"""Each rank reads its own shard of a mixture and never holds all of it."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in bf16 of every mixture to start on."""
+    """Return a folder with every mixture to start from, in bf16."""
     folder = tmp_path_factory.mktemp("mixtures")
     for name, case in STARTS.items():
         case.model().bfloat16().save_pretrained(folder / name)
@@ -36,7 +36,7 @@ def both(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_it_is_the_start_of_ranks_that_read_all_of_it(name: str, both: list[dict[str, Any]], folder: Path) -> None:
+def test_reading_a_shard_equals_reading_the_whole(name: str, both: list[dict[str, Any]], folder: Path) -> None:
     for rank in both:
         wanted, found = rank[name]
         assert list(found["held"]) == list(wanted["held"])
@@ -50,7 +50,7 @@ def test_it_is_the_start_of_ranks_that_read_all_of_it(name: str, both: list[dict
         assert torch.equal(found[key], tensor), key
 
 
-def test_a_folder_of_another_model_is_refused_on_all_ranks(folder: Path) -> None:
+def test_all_ranks_refuse_the_folder_of_another_model(folder: Path) -> None:
     first, second = run_on_ranks(2, start_with_other_models, folder / "kv_experts")
     layer = f"{folder / 'kv_experts'}: model.layers.0"
     assert first == second
@@ -62,7 +62,10 @@ def test_a_folder_of_another_model_is_refused_on_all_ranks(folder: Path) -> None
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
-    """A mixture in bf16 and its size in fp32, in bytes; that of its largest parameter. Beside it a `tiny` one."""
+    """Return a mixture in bf16, its size in fp32 and the size of its largest parameter, in bytes.
+
+    The same parent folder has a small mixture `tiny`.
+    """
     folder = tmp_path_factory.mktemp("sizes")
     for name, width in (("tiny", 32), ("large", 512)):
         sizes = {"hidden_size": width, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 64}
@@ -72,12 +75,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     return folder / "large", sum(bytes_of), max(bytes_of)
 
 
-@pytest.mark.parametrize("case", [Case(2), Case(1, zero_stage=3)], ids=["experts spread", "all spread by ZeRO-3"])
-def test_no_rank_ever_holds_the_whole(case: Case, large: tuple[Path, int, int]) -> None:
-    """At step 0 and at a checkpoint: its part, two parameters at most beside it, and a constant."""
+@pytest.mark.parametrize(
+    "case", [Case(2), Case(1, zero_stage=3)], ids=["experts sharded", "all weights partitioned by ZeRO-3"]
+)
+def test_no_rank_holds_the_whole_mixture(case: Case, large: tuple[Path, int, int]) -> None:
+    """A rank holds its shard, at most two more parameters and a constant, both at step 0 and at a checkpoint."""
     folder, whole, largest = large
-    room = whole // 2 + 2 * largest + 16 * MIB
-    assert whole > 400 * MIB and room < 0.75 * whole
+    limit = whole // 2 + 2 * largest + 16 * MIB
+    assert whole > 400 * MIB and limit < 0.75 * whole
     for checkpoint in (None, folder / "checkpoint"):
         peaks = run_on_ranks(2, peak_bytes_of_start, case, folder.with_name("tiny"), folder, checkpoint)
-        assert max(peaks) < room, peaks
+        assert max(peaks) < limit, peaks

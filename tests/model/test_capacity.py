@@ -1,4 +1,4 @@
-"""With a capacity, experts take what they have room for, in training alone, and what they leave out costs nothing."""
+"""A capacity limits the tokens of each expert in training only, and dropped choices are not computed."""
 
 import math
 from typing import Any
@@ -23,8 +23,8 @@ def build(factor: float | None, **more: Any) -> BamForCausalLM:
     ).train()
 
 
-def computed(model: BamForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows the experts of each layer compute."""
+def computed_rows(model: BamForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the number of rows that the experts of each layer compute."""
     rows = []
     compute = BamExperts.compute
 
@@ -39,16 +39,16 @@ def computed(model: BamForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch
     return rows
 
 
-def token_by_token(moe: BamMoE, x: Tensor, real: Tensor, factor: float) -> tuple[Tensor, int]:
-    """The FFN of x [B, L, d] as a loop over tokens and their choices, and how many of these found no room."""
+def token_by_token(moe: BamMoE, x: Tensor, non_padding: Tensor, factor: float) -> tuple[Tensor, int]:
+    """Compute the FFN of x [B, L, d] as a loop over tokens; return it with the number of dropped choices."""
     rows, dropped = [], 0
-    for sequence, is_real in zip(x, real, strict=True):
-        capacity = math.ceil(factor * K * int(is_real.sum()) / N)
+    for sequence, counted in zip(x, non_padding, strict=True):
+        capacity = math.ceil(factor * K * int(counted.sum()) / N)
         taken = [0] * N
-        for token, counts in zip(sequence, is_real.tolist(), strict=True):
+        for token, is_counted in zip(sequence, counted.tolist(), strict=True):
             out = torch.zeros_like(token)
             probabilities = (moe.gate.weight @ token).softmax(-1)
-            for expert in probabilities.topk(K).indices.tolist() if counts else []:
+            for expert in probabilities.topk(K).indices.tolist() if is_counted else []:
                 if taken[expert] == capacity:
                     dropped += 1
                     continue
@@ -61,40 +61,40 @@ def token_by_token(moe: BamMoE, x: Tensor, real: Tensor, factor: float) -> tuple
 
 @pytest.mark.parametrize("factor", [0.3, 0.75, 1.0])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(factor: float, padding: int) -> None:
+def test_outputs_and_gradients_equal_a_loop_over_tokens(factor: float, padding: int) -> None:
     moe = build(factor).model.layers[0].mlp
-    real = torch.ones(2, 11, dtype=torch.bool)
-    real[1, :padding] = False
+    non_padding = torch.ones(2, 11, dtype=torch.bool)
+    non_padding[1, :padding] = False
     grad = torch.randn(2, 11, 32)
     found = []
     for forward in (
-        lambda x: moe(x, real if padding else None)[0],
-        lambda x: token_by_token(moe, x, real, factor)[0],
+        lambda x: moe(x, non_padding if padding else None)[0],
+        lambda x: token_by_token(moe, x, non_padding, factor)[0],
     ):
         x = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
         moe.zero_grad()
         out = forward(x)
         out.backward(grad)
         found.append([out, x.grad, *(parameter.grad.clone() for parameter in moe.parameters())])
-    assert token_by_token(moe, x, real, factor)[1] > 0
+    assert token_by_token(moe, x, non_padding, factor)[1] > 0
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_enough_room_is_no_limit_and_inference_has_none() -> None:
+def test_large_capacity_and_inference_drop_nothing() -> None:
     ids = tiny.tokens()
-    without, roomy, tight = build(None), build(float(N)), build(0.5)
+    unlimited, large, small = build(None), build(float(N)), build(0.5)
     gradients = []
-    for model in (without, roomy):
+    for model in (unlimited, large):
         model(ids, labels=ids).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     with torch.no_grad():
-        assert not torch.equal(tight(ids).logits, without(ids).logits)
-        assert torch.equal(tight.eval()(ids).logits, without.eval()(ids).logits)
+        assert not torch.equal(small(ids).logits, unlimited(ids).logits)
+        assert torch.equal(small.eval()(ids).logits, unlimited.eval()(ids).logits)
 
 
-def test_what_is_dropped_is_not_computed_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_choices_are_not_computed_but_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tiny.tokens(3, 16)
     for settings in ({}, {"noisy_gate": True, "selection_bias": True}):
         model = build(0.75, **settings)
@@ -103,10 +103,10 @@ def test_what_is_dropped_is_not_computed_and_is_told(monkeypatch: pytest.MonkeyP
                 layer.mlp.gate.selection_bias.copy_(torch.tensor([0.0, 0.5, -0.5, 0.0]))
                 torch.nn.init.normal_(layer.mlp.gate.noise_weight)
         torch.manual_seed(1)
-        rows = torch.tensor(computed(model, ids, monkeypatch))
+        rows = torch.tensor(computed_rows(model, ids, monkeypatch))
         torch.manual_seed(1)
-        logits = model(ids, output_router_logits=True).router_logits
-        chosen = routing_losses(logits, K, bias=model.selection_biases()).chosen
+        routers = model.model(ids).router_outputs
+        chosen = routing_losses(routers, K, bias=model.selection_biases()).chosen
         dropped = dropped_share(chosen, model.config, len(ids))
         assert (dropped > 0).all()
         torch.testing.assert_close(dropped, 1 - rows / (ids.numel() * K))
@@ -114,7 +114,7 @@ def test_what_is_dropped_is_not_computed_and_is_told(monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
-def test_a_sequence_meets_the_same_experts_whatever_is_beside_or_after_it() -> None:
+def test_dropping_depends_on_earlier_tokens_of_the_sequence_only() -> None:
     model, ids = build(0.5), tiny.tokens(4, 16)
     whole = model(ids).logits
     for row, logits in zip(ids, whole, strict=True):
@@ -125,7 +125,7 @@ def test_a_sequence_meets_the_same_experts_whatever_is_beside_or_after_it() -> N
     torch.testing.assert_close(model(other).logits[:, :9], whole[:, :9], atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+def test_gradient_checkpointing_keeps_gradients_with_a_capacity() -> None:
     model, ids = build(0.5), tiny.tokens()
     gradients = []
     for checkpointing in (False, True):
@@ -138,16 +138,16 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_balance_counts_choices_before_any_is_dropped() -> None:
+def test_balance_loss_includes_dropped_choices() -> None:
     ids = tiny.tokens()
-    first = [build(factor)(ids, output_router_logits=True).router_logits[0] for factor in (None, 0.3)]
-    assert torch.equal(first[0], first[1])
-    losses = [routing_losses((logits,), K) for logits in first]
+    first = [build(factor).model(ids).router_outputs[0] for factor in (None, 0.3)]
+    assert torch.equal(first[0].logits, first[1].logits)
+    losses = [routing_losses((router,), K) for router in first]
     assert torch.equal(losses[0].share, losses[1].share)
     assert torch.equal(losses[0].load_balance, losses[1].load_balance)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
-def test_a_capacity_of_nothing_is_refused(factor: float) -> None:
-    with pytest.raises(ValueError, match=r"capacity_factor is .*: use a number above 0, or None to drop nothing"):
+def test_capacity_must_be_positive(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"capacity_factor is .*: use a number above 0, or None to drop no choices"):
         BamConfig(capacity_factor=factor)

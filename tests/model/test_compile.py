@@ -1,4 +1,4 @@
-"""`torch.compile` sees a whole layer as one graph: nothing in it depends on where tokens go."""
+"""`torch.compile` traces a whole layer as one graph, because the operators hide the routing of tokens."""
 
 from typing import Any
 
@@ -28,11 +28,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-# aot_eager traces forward and backward as inductor does and leaves out the C++ compiler, which takes minutes
+# aot_eager traces the forward and backward pass like inductor, without the C++ compiler, which takes minutes.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_a_layer_compiles_to_one_graph_and_computes_the_same(case: str, training: bool, backend: str) -> None:
+def test_layer_compiles_to_one_graph_with_the_same_results(case: str, training: bool, backend: str) -> None:
     torch.manual_seed(0)
     config = BamConfig(**{**tiny.SIZES, **CASES[case]}, attn_implementation="sdpa")
     layer = BamDecoderLayer(config, 0).train(training)
@@ -44,11 +44,11 @@ def test_a_layer_compiles_to_one_graph_and_computes_the_same(case: str, training
     for forward in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
         x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(training)
         with torch.set_grad_enabled(training):
-            out, logits, attention_logits = forward(x, position_embeddings=positions, attention_mask=None, cache=None)
-        result = {"out": out, "logits": logits, "attention": attention_logits}
+            out, router, attention_logits = forward(x, position_embeddings=positions, attention_mask=None, cache=None)
+        result = {"out": out, "logits": router.logits, "attention": attention_logits}
         if training:
             layer.zero_grad()
-            (out.square().sum() + logits.sum()).backward()
+            (out.square().sum() + router.logits.sum()).backward()
             result |= {"x": x.grad, **{name: each.grad.clone() for name, each in layer.named_parameters()}}
         results.append(result)
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)

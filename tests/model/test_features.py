@@ -1,4 +1,4 @@
-"""Each feature of the block and of the mixture computes what its setting says."""
+"""Each feature of the block and of the mixture computes what its setting describes."""
 
 import importlib
 import shutil
@@ -31,7 +31,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def build(**settings: Any) -> BamForCausalLM:
-    """A random mixture, its norms and biases random too."""
+    """Return a random mixture, with random norms and biases."""
     torch.manual_seed(0)
     model = BamForCausalLM(BamConfig(**{**tiny.SIZES, "num_experts_per_tok": 2, **settings})).eval()
     with torch.no_grad():
@@ -48,8 +48,8 @@ def positions(model: BamForCausalLM, x: Tensor) -> dict[str, Any]:
     return {"position_embeddings": cos_sin, "attention_mask": None, "cache": None}
 
 
-def one_of(experts: torch.nn.Module, expert: int, config: BamConfig) -> AveragedAttention:
-    """An attention expert as a dense attention."""
+def dense_attention(experts: torch.nn.Module, expert: int, config: BamConfig) -> AveragedAttention:
+    """Return one attention expert as a dense attention."""
     attention = AveragedAttention(config, 0)
     for name, stacked in experts.named_parameters():
         parameter = stacked[expert if stacked.shape[0] > 1 else 0].detach()
@@ -62,21 +62,22 @@ def one_of(experts: torch.nn.Module, expert: int, config: BamConfig) -> Averaged
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
 @pytest.mark.parametrize("attention", ["kv_experts", "kv_shared"])
 @torch.no_grad()
-def test_attention_experts_are_a_weighted_sum_of_attentions(attention: str, qk_norm: str | None) -> None:
+def test_attention_experts_equal_a_weighted_sum_of_attentions(attention: str, qk_norm: str | None) -> None:
     model = build(
         **{**EVERYTHING, "attention_experts": attention, "qk_norm": qk_norm}, attention_output_scale=3.0, head_dim=16
     )
     layer: BamAttention = model.model.layers[0].self_attn
     x = torch.randn(2, 9, 32)
-    got, logits = layer(x, **positions(model, x))
+    pending, logits = layer(x, **positions(model, x))
     gates = 3.0 * logits.view(2, 9, 4).softmax(-1)
-    experts = [one_of(layer.experts, expert, model.config)(x, **positions(model, x))[0] for expert in range(4)]
-    want = sum(gates[..., expert, None] * out for expert, out in enumerate(experts))
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    experts = [dense_attention(layer.experts, expert, model.config) for expert in range(4)]
+    outputs = [expert(x, **positions(model, x))[0].result() for expert in experts]
+    want = sum(gates[..., expert, None] * out for expert, out in enumerate(outputs))
+    torch.testing.assert_close(pending.result(), want, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_a_dense_attention_split_by_kv_groups_is_whole_again_by_the_scale() -> None:
+def test_scaled_slices_of_an_attention_equal_the_whole() -> None:
     whole = build(num_attention_heads=4, num_key_value_heads=2, dense_layers=[0, 1], num_experts=2)
     split = build(num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=2, attention_output_scale=2.0)
     dense, slices = whole.model.layers[0].self_attn, split.model.layers[0].self_attn
@@ -86,22 +87,22 @@ def test_a_dense_attention_split_by_kv_groups_is_whole_again_by_the_scale() -> N
         getattr(slices.experts, f"{part}_proj").copy_(torch.stack(weight.split(width)))
     slices.experts.o_proj.copy_(torch.stack(dense.o_proj.weight.split(16, dim=1)))
     x = torch.randn(2, 9, 32)
-    want = dense(x, **positions(whole, x))[0]
-    torch.testing.assert_close(slices(x, **positions(split, x))[0], want, atol=1e-5, rtol=1e-5)
+    want = dense(x, **positions(whole, x))[0].result()
+    torch.testing.assert_close(slices(x, **positions(split, x))[0].result(), want, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_the_shared_expert_is_added_to_the_routed() -> None:
+def test_shared_expert_is_added_to_the_routed_experts() -> None:
     moe = build(shared_expert_intermediate_size=16, mlp_bias=True).model.layers[0].mlp
     x = torch.randn(2, 5, 32)
-    both, logits = moe(x)
+    both, router = moe(x)
     shared, moe.shared_expert = moe.shared_expert, None
     want = F.linear(F.silu(shared.gate_proj(x)) * shared.up_proj(x), shared.down_proj.weight, shared.down_proj.bias)
     torch.testing.assert_close(both - moe(x)[0], want, atol=1e-5, rtol=1e-5)
-    assert logits.shape == (10, 4)
+    assert router.logits.shape == (10, 4)
 
 
-def test_dense_layers_have_no_experts_and_sizes_of_their_own() -> None:
+def test_dense_layers_have_no_experts_and_their_own_sizes() -> None:
     settings: dict[str, Any] = {"num_hidden_layers": 3, "dense_layers": [0, 2], "head_dim": 8}
     model = build(**settings, dense_intermediate_size=96, dense_num_attention_heads=8, dense_num_key_value_heads=4)
     names = {name for name, _ in model.named_parameters()}
@@ -117,7 +118,7 @@ def test_dense_layers_have_no_experts_and_sizes_of_their_own() -> None:
     assert torch.equal(without.loss, without.nll)
 
 
-def test_padding_is_left_out_of_the_losses() -> None:
+def test_losses_exclude_padding() -> None:
     model = build().train()
     ids = tiny.tokens(2, 9)
     want = model(ids, labels=ids)
@@ -131,7 +132,7 @@ def test_padding_is_left_out_of_the_losses() -> None:
 
 
 @torch.no_grad()
-def test_hidden_states_are_those_between_the_layers() -> None:
+def test_hidden_states_are_returned_between_layers() -> None:
     model = build()
     states = model(tiny.tokens(), output_hidden_states=True).hidden_states
     assert len(states) == 3
@@ -143,8 +144,8 @@ def test_hidden_states_are_those_between_the_layers() -> None:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS.keys() - {"swish", "gelu_fast", "gelu_new"}))
 @pytest.mark.parametrize("gated", [True, False])
-def test_the_experts_gradient_is_that_of_the_difference_quotient(activation: str, gated: bool, biased: bool) -> None:
-    """In double precision; the third expert has no rows."""
+def test_expert_gradients_equal_difference_quotients(activation: str, gated: bool, biased: bool) -> None:
+    """The test runs in double precision; the third expert has no rows."""
     torch.manual_seed(0)
     d, f, counts = 3, 4, torch.tensor([2, 3, 0, 1])
     shapes = [(6, d), (4, (1 + gated) * f, d), (4, d, f), *([(4, (1 + gated) * f), (4, d)] if biased else [])]
@@ -157,7 +158,7 @@ def test_the_experts_gradient_is_that_of_the_difference_quotient(activation: str
     assert torch.autograd.gradcheck(experts, operands)
 
 
-def test_autocast_computes_in_bf16_and_keeps_fp32_gradients() -> None:
+def test_autocast_computes_in_bf16_with_fp32_gradients() -> None:
     model = build(**EVERYTHING).train()
     ids = tiny.tokens()
     model(ids, labels=ids).loss.backward()
@@ -172,7 +173,7 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_gradients() -> None:
         assert F.cosine_similarity(parameter.grad.flatten(), whole[name].flatten(), dim=0) > 0.9, name
 
 
-def test_bf16_weights() -> None:
+def test_model_runs_with_bf16_weights() -> None:
     model = build(**EVERYTHING).to(torch.bfloat16)
     ids = tiny.tokens()
     assert model(ids, labels=ids).logits.dtype == torch.bfloat16
@@ -182,7 +183,7 @@ def test_bf16_weights() -> None:
 
 @pytest.mark.parametrize("attention", ["kv_experts", "averaged"])
 @torch.no_grad()
-def test_saved_and_loaded_is_bit_identical(attention: str, tmp_path: Path) -> None:
+def test_saving_and_loading_is_bit_identical(attention: str, tmp_path: Path) -> None:
     model = build(**{**EVERYTHING, "attention_experts": attention}, dense_layers=[1], seed_config={"a": [1]})
     model.save_pretrained(tmp_path)
     loaded = BamForCausalLM.from_pretrained(tmp_path)
@@ -190,8 +191,8 @@ def test_saved_and_loaded_is_bit_identical(attention: str, tmp_path: Path) -> No
     assert torch.equal(loaded(tiny.tokens()).logits, model(tiny.tokens()).logits)
 
 
-def test_a_second_copy_of_the_code_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `trust_remote_code` loads it: the copies' operators are two, and both work."""
+def test_second_copy_of_the_code_works_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trust_remote_code` loads such a copy, which registers operators of its own."""
     package = tmp_path / "copied_mixture"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -211,11 +212,11 @@ def test_a_second_copy_of_the_code_in_one_process(tmp_path: Path, monkeypatch: p
     assert torch.equal(*losses)
 
 
-def test_shapes_without_data() -> None:
+def test_meta_device_propagates_shapes() -> None:
     with torch.device("meta"):
         layer = BamForCausalLM(BamConfig(**{**tiny.SIZES, **EVERYTHING})).train().model.layers[0].mlp
-        out, logits = layer(torch.empty(2, 9, 32))
-    assert (out.shape, logits.shape) == ((2, 9, 32), (18, 4))
+        out, router = layer(torch.empty(2, 9, 32))
+    assert (out.shape, router.logits.shape) == ((2, 9, 32), (18, 4))
     out.sum().backward()
     assert layer.experts.gate_up_proj.grad.shape == (4, 96, 32)
 
@@ -225,12 +226,12 @@ def test_shapes_without_data() -> None:
     [
         ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ({"qk_norm": "both"}, "qk_norm is 'both'"),
-        ({"norm_placement": "after"}, "needs parallel_block False"),
+        ({"norm_placement": "after"}, "set parallel_block to False"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window is None"),
         ({"dense_layers": [2]}, "use layers 0 to 1"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'dynamic'"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         BamConfig(**{**tiny.SIZES, **settings})

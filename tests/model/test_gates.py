@@ -1,4 +1,4 @@
-"""How FFN routers choose: biases, noise, and the losses that balance them."""
+"""FFN routers: selection biases, noisy gates, and the losses that balance the experts."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal
 
 from bam_ray.evaluation.perplexity import score
-from bam_ray.model import BamConfig, BamForCausalLM, routing_losses
+from bam_ray.model import BamConfig, BamForCausalLM, RouterOutput, routing_losses
 from tests.support import tiny
 
 BOTH = {"noisy_gate": True, "selection_bias": True}
@@ -26,16 +26,16 @@ def build(**more: Any) -> BamForCausalLM:
     return model.eval()
 
 
-def test_all_choices_of_a_token_count() -> None:
-    logits = (torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [3.0, 2.0, 1.0]]),)
-    losses = routing_losses(logits, 2)
+def test_share_counts_all_choices_of_a_token() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [3.0, 2.0, 1.0]])
+    losses = routing_losses([RouterOutput(logits)], 2)
     torch.testing.assert_close(losses.share, torch.tensor([[3.0, 2.0, 1.0]]) / 6)
-    probabilities = logits[0].softmax(-1)
+    probabilities = logits.softmax(-1)
     torch.testing.assert_close(losses.load_balance, 3 * (losses.share[0] * probabilities.mean(0)).sum())
     torch.testing.assert_close(losses.entropy, -(probabilities * probabilities.log()).sum(-1).view(1, -1))
 
 
-def test_a_bias_decides_who_is_chosen_and_not_how_much() -> None:
+def test_selection_bias_changes_the_choice_and_not_the_weight() -> None:
     model = build(selection_bias=True)
     moe = model.model.layers[0].mlp
     index, weights = moe.route(torch.zeros(5, 4))
@@ -48,13 +48,13 @@ def test_a_bias_decides_who_is_chosen_and_not_how_much() -> None:
     assert routing is not None
     counted = seen[0].flatten().bincount(minlength=4) / seen[0].numel()
     assert routing.layers[0].ffn_share == pytest.approx(counted.tolist())
-    out = model(ids, output_router_logits=True)
-    share = routing_losses(out.router_logits, 2, bias=model.selection_biases()).share[0]
+    routers = model.model(ids).router_outputs
+    share = routing_losses(routers, 2, bias=model.selection_biases()).share[0]
     assert share.tolist() == pytest.approx(counted.tolist())
-    assert share.tolist() != pytest.approx(routing_losses(out.router_logits, 2).share[0].tolist())
+    assert share.tolist() != pytest.approx(routing_losses(routers, 2).share[0].tolist())
 
 
-def test_noise_is_of_training_alone_and_follows_the_generator() -> None:
+def test_noise_is_added_in_training_only_and_is_seeded() -> None:
     model, ids = build(noisy_gate=True), tiny.tokens()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, build()(ids).logits)
@@ -66,7 +66,7 @@ def test_noise_is_of_training_alone_and_follows_the_generator() -> None:
         assert not torch.equal(model(ids).logits, one)
 
 
-def test_recomputed_noise_is_the_same() -> None:
+def test_recomputation_repeats_the_noise() -> None:
     gradients = []
     for recomputed in (False, True):
         model, ids = build(noisy_gate=True).train(), tiny.tokens()
@@ -79,15 +79,25 @@ def test_recomputed_noise_is_the_same() -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def noisy_logits(tokens: int = 6, experts: int = 4) -> torch.Tensor:
-    """With noise, without, and its scale: [3, T, N]."""
+def noisy_router(tokens: int = 6, experts: int = 4) -> RouterOutput:
+    """Return random logits with noise, logits without noise, and the scale of the noise, each [T, N]."""
     torch.manual_seed(0)
     clean, scale = torch.randn(tokens, experts), torch.rand(tokens, experts) + 0.1
-    return torch.stack((clean + torch.randn(tokens, experts) * scale, clean, scale))
+    return RouterOutput(clean + torch.randn(tokens, experts) * scale, clean, scale)
 
 
-def test_the_noisy_balance_by_hand() -> None:
-    noisy, clean, scale = logits = noisy_logits()
+def test_noisy_gate_fills_all_fields_of_the_router_output() -> None:
+    model, ids = build(noisy_gate=True).train(), tiny.tokens()
+    router = model.model(ids).router_outputs[0]
+    assert [field.shape for field in router] == [(ids.numel(), 4)] * 3
+    assert not torch.equal(router.logits, router.clean_logits)
+    router = model.eval().model(ids).router_outputs[0]
+    assert router[1:] == (None, None)
+
+
+def test_noisy_balance_loss_equals_a_loop_over_tokens() -> None:
+    router = noisy_router()
+    noisy, clean, scale = router
     importance, load = torch.zeros(4), torch.zeros(4)
     for token in range(6):
         best = noisy[token].topk(2)
@@ -97,45 +107,48 @@ def test_the_noisy_balance_by_hand() -> None:
             rival = others.topk(2).values[1]
             load[expert] += Normal(0.0, 1.0).cdf((clean[token, expert] - rival) / scale[token, expert])
     want = sum(each.var() / each.mean().square() for each in (importance, load))
-    losses = routing_losses((logits, logits), 2)
+    losses = routing_losses((router, router), 2)
     torch.testing.assert_close(losses.load_balance, 2 * want)
     torch.testing.assert_close(losses.router_z, 2 * clean.logsumexp(-1).square().mean())
     chosen = noisy.topk(2).indices.flatten().bincount(minlength=4) / 12
     torch.testing.assert_close(losses.share, chosen.expand(2, 4))
 
 
-def test_the_noisy_balance_is_zero_where_all_experts_are_met_alike() -> None:
-    balanced = torch.stack((torch.eye(4) * 9, torch.eye(4) * 9, torch.full((4, 4), 0.1)))
+def test_noisy_balance_loss_is_zero_if_experts_are_balanced() -> None:
+    balanced = RouterOutput(torch.eye(4) * 9, torch.eye(4) * 9, torch.full((4, 4), 0.1))
     assert routing_losses((balanced,), 1).load_balance < 1e-6
-    assert routing_losses((noisy_logits(),), 4).load_balance > 0  # all are chosen, not all weigh the same
+    # All experts are selected here, but with different weights.
+    assert routing_losses((noisy_router(),), 4).load_balance > 0
 
 
 @pytest.mark.parametrize("noisy", [True, False])
-def test_ranks_together_have_the_loss_and_gradient_of_the_global_batch(noisy: bool) -> None:
-    whole = (noisy_logits() if noisy else noisy_logits()[0]).requires_grad_()
+def test_ranks_have_the_loss_and_gradient_of_the_global_batch(noisy: bool) -> None:
+    logits = torch.stack(tuple(noisy_router()))  # [3, T, N]
+    whole = (logits if noisy else logits[:1]).requires_grad_()
     halves = [half.detach().requires_grad_() for half in whole.chunk(2, dim=-2)]
-    wanted = routing_losses((whole,), 2).load_balance
+    wanted = routing_losses((RouterOutput(*whole),), 2).load_balance
     wanted.backward()
-    asked: list[list[torch.Tensor]] = [[], []]  # what each rank brings to be averaged
+    reduced: list[list[torch.Tensor]] = [[], []]  # the tensors that each rank asks to be averaged
 
     def collect(rank: int, mine: torch.Tensor) -> torch.Tensor:
-        asked[rank].append(mine.clone())
+        reduced[rank].append(mine.clone())
         return mine
 
     for rank, half in enumerate(halves):
-        routing_losses((half,), 2, lambda mine, rank=rank: collect(rank, mine))
-    means = [torch.stack(parts).mean(0) for parts in zip(*asked, strict=True)]
+        routing_losses((RouterOutput(*half),), 2, lambda mine, rank=rank: collect(rank, mine))
+    means = [torch.stack(parts).mean(0) for parts in zip(*reduced, strict=True)]
     losses = []
     for half in halves:
-        answers = iter(means)
-        losses.append(routing_losses((half,), 2, lambda mine, answers=answers: next(answers).clone()).load_balance)
+        answers = [mean.clone() for mean in means]
+        router = RouterOutput(*half)
+        losses.append(routing_losses((router,), 2, lambda _, answers=answers: answers.pop(0)).load_balance)
     torch.stack(losses).mean().backward()
     torch.testing.assert_close(torch.stack(losses).mean(), wanted)
     assert whole.grad is not None
     torch.testing.assert_close(torch.cat([half.grad for half in halves], dim=-2), whole.grad)
 
 
-def test_what_routers_have_is_saved_and_what_they_get_begins_at_zero(tmp_path: Path) -> None:
+def test_noise_weights_and_biases_are_saved_or_start_at_zero(tmp_path: Path) -> None:
     model = build(**BOTH)
     model.save_pretrained(tmp_path / "both")
     again = BamForCausalLM.from_pretrained(tmp_path / "both")

@@ -1,4 +1,4 @@
-"""The mixture behaves as transformers' users expect, and its arithmetic is what the paper writes."""
+"""The mixture works like a model of transformers, and computes the equations of the paper."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bam_ray.model import BamConfig, BamForCausalLM, routing_losses
+from bam_ray.model import BamConfig, BamForCausalLM, RouterOutput, routing_losses
 from bam_ray.model.configuration_bam import ATTENTION_EXPERTS
 from tests.support import tiny
 
@@ -23,7 +23,7 @@ def build(attention: str, seed: int = 0, **more: Any) -> BamForCausalLM:
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("attention", ATTENTION_EXPERTS)
 @torch.no_grad()
-def test_cache_padding_and_backends_change_nothing(attention: str, parallel: bool) -> None:
+def test_cache_padding_and_backends_give_the_same_logits(attention: str, parallel: bool) -> None:
     model = build(attention, parallel_block=parallel)
     ids = tiny.tokens(2, 12)
     whole = model(ids).logits
@@ -42,7 +42,7 @@ def test_cache_padding_and_backends_change_nothing(attention: str, parallel: boo
 
 
 @pytest.mark.parametrize("attention", ATTENTION_EXPERTS)
-def test_gradient_checkpointing_changes_nothing(attention: str) -> None:
+def test_gradient_checkpointing_keeps_gradients(attention: str) -> None:
     model = build(attention).train()
     ids = tiny.tokens()
     gradients = []
@@ -59,8 +59,8 @@ def test_gradient_checkpointing_changes_nothing(attention: str) -> None:
 
 @pytest.mark.parametrize("attention", ["kv_experts", "kv_shared"])
 @torch.no_grad()
-def test_one_attention_call_equals_the_sum_over_experts(attention: str) -> None:
-    """Σ g_i · W_o,i · softmax(q_i k_i / √h) v_i, written as a loop over experts and heads."""
+def test_attention_equals_a_loop_over_experts_and_heads(attention: str) -> None:
+    """The loop computes Σ g_i · W_o,i · softmax(q_i k_i / √h) v_i."""
     model = build(attention)
     layer = model.model.layers[0].self_attn
     experts = layer.experts
@@ -68,7 +68,8 @@ def test_one_attention_call_equals_the_sum_over_experts(attention: str) -> None:
     positions = torch.arange(9)[None]
     embeddings = model.model.rotary_emb(x, positions)
     cos, sin = embeddings
-    got, logits = layer(x, position_embeddings=embeddings, attention_mask=None, cache=None)
+    pending, logits = layer(x, position_embeddings=embeddings, attention_mask=None, cache=None)
+    got = pending.result()
     gates = logits.view(2, 9, 4).softmax(-1)
 
     def turn(vector: torch.Tensor) -> torch.Tensor:
@@ -90,17 +91,17 @@ def test_one_attention_call_equals_the_sum_over_experts(attention: str) -> None:
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("top_k", "normalised"), [(1, False), (2, True), (4, False)])
+@pytest.mark.parametrize(("top_k", "normalized"), [(1, False), (2, True), (4, False)])
 @torch.no_grad()
-def test_ffn_routing_equals_a_loop_over_tokens(top_k: int, normalised: bool) -> None:
-    model = build("averaged", num_experts_per_tok=top_k, norm_topk_prob=normalised, ffn_output_scale=3.0)
+def test_ffn_routing_equals_a_loop_over_tokens(top_k: int, normalized: bool) -> None:
+    model = build("averaged", num_experts_per_tok=top_k, norm_topk_prob=normalized, ffn_output_scale=3.0)
     moe = model.model.layers[0].mlp
     x = torch.randn(1, 7, 32)
-    got, logits = moe(x)
+    got, router = moe(x)
     for token in range(7):
-        probabilities = logits[token].softmax(-1)
+        probabilities = router.logits[token].softmax(-1)
         chosen = probabilities.topk(top_k).indices.tolist()
-        total = sum(probabilities[i] for i in chosen) if normalised else 1.0
+        total = sum(probabilities[i] for i in chosen) if normalized else 1.0
         want = torch.zeros(32)
         for i in chosen:
             gate, up = (moe.experts.gate_up_proj[i] @ x[0, token]).chunk(2)
@@ -109,18 +110,18 @@ def test_ffn_routing_equals_a_loop_over_tokens(top_k: int, normalised: bool) -> 
 
 
 @torch.no_grad()
-def test_routing_losses_by_hand() -> None:
-    logits = (torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]),)
-    probabilities = logits[0].softmax(-1)
-    losses = routing_losses(logits, 1)
+def test_routing_losses_equal_their_formulas() -> None:
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    probabilities = logits.softmax(-1)
+    losses = routing_losses([RouterOutput(logits)], 1)
     want = 2 * (0.75 * probabilities[:, 0].mean() + 0.25 * probabilities[:, 1].mean())
     torch.testing.assert_close(losses.load_balance, want)
-    torch.testing.assert_close(losses.router_z, logits[0].logsumexp(-1).square().mean())
-    balanced = routing_losses((torch.eye(4) * 50,) * 3, 1)
-    torch.testing.assert_close(balanced.load_balance, torch.tensor(3.0))  # 1 a layer
+    torch.testing.assert_close(losses.router_z, logits.logsumexp(-1).square().mean())
+    balanced = routing_losses([RouterOutput(torch.eye(4) * 50)] * 3, 1)
+    torch.testing.assert_close(balanced.load_balance, torch.tensor(3.0))  # 1 for each layer
 
 
-def test_losses_are_apart_and_evaluation_reports_nll() -> None:
+def test_auxiliary_losses_are_added_in_training_only() -> None:
     model = build("kv_experts")
     ids = tiny.tokens()
     out = model(ids, labels=ids)
@@ -134,17 +135,17 @@ def test_losses_are_apart_and_evaluation_reports_nll() -> None:
     ("attention", "total", "active"),
     [("averaged", 700.5, 587.2), ("kv_shared", 738.3, None), ("kv_experts", 776.0, 662.7)],
 )
-def test_parameter_counts_of_the_paper(attention: str, total: float, active: float | None) -> None:
-    """Table 9's small shape, to the 0.1 million that it gives."""
+def test_parameter_counts_equal_the_paper(attention: str, total: float, active: float | None) -> None:
+    """The counts are those of the small shape in table 9, which are rounded to 0.1 million."""
     config = BamConfig(**SMALL, attention_experts=attention)
     with torch.device("meta"):
         model = BamForCausalLM(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert round(count / 1e6, 1) == total
     if active is not None:
-        idle = 6 * 3 * (3 * 1024 * 2048)  # of every layer's four experts, three rest
+        idle = 6 * 3 * (3 * 1024 * 2048)  # three of the four experts of each layer are not used by a token
         routers = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in name)
-        assert round((count - idle - routers) / 1e6, 1) == active  # the paper's active count leaves routers out
+        assert round((count - idle - routers) / 1e6, 1) == active  # the paper excludes routers
 
 
 LARGE = {
@@ -167,8 +168,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize(("sizes", "millions"), [(SMALL, 587.2), (LARGE, 1991.3)])
-def test_parameter_counts_of_the_dense_seeds(sizes: dict[str, Any], millions: float) -> None:
-    """587.2M and 1.991B: a mixture whose layers are all dense is the seed's block."""
+def test_parameter_counts_equal_the_dense_seeds(sizes: dict[str, Any], millions: float) -> None:
+    """A mixture whose layers are all dense has the parameters of the seed: 587.2M and 1.991B in the paper."""
     with torch.device("meta"):
         model = BamForCausalLM(BamConfig(**sizes, dense_layers=list(range(sizes["num_hidden_layers"]))))
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
@@ -176,7 +177,7 @@ def test_parameter_counts_of_the_dense_seeds(sizes: dict[str, Any], millions: fl
 
 @pytest.mark.slow
 def test_loads_without_this_package(tmp_path: Path) -> None:
-    """`trust_remote_code` finds the model's code in the folder itself, in an interpreter that cannot import us."""
+    """`trust_remote_code` finds the model's code in the folder, in an interpreter that cannot import bam_ray."""
     model = build("kv_experts")
     model.save_pretrained(tmp_path)
     ids = tiny.tokens()

@@ -221,20 +221,7 @@ def refusals(folder: Path) -> dict[str, str]:
         messages["uneven"] = str(error)
     save(engine, folder / "before")
     for case in ("loss", "gradient"):
-        weight = engine.model.model.norm.weight
-        kept = weight.detach().clone()
-        hook = None
-        if case == "loss" and rank == 1:
-            weight.data.fill_(float("nan"))
-        if case == "gradient" and rank == 1:
-            hook = weight.register_hook(lambda grad: grad * float("inf"))
-        try:
-            engine.step(batch, LR)
-        except TrainingError as error:
-            messages[case] = str(error)
-        weight.data.copy_(kept)
-        if hook is not None:
-            hook.remove()
+        messages[case] = spoiled_step(engine, batch, case)
         save(engine, folder / f"after a {case}")
     for name, limits in (("spike", Limits(grad_norm=1e-3)), ("high loss", Limits(nll=1e-3))):
         try:
@@ -254,6 +241,27 @@ def refusals(folder: Path) -> dict[str, str]:
         messages["stage"] = str(error)
     messages["any"] = str([engine.any_rank(rank == 1), engine.any_rank(False)])
     return messages
+
+
+def spoiled_step(engine: Engine, batch: Tensor, spoiled: str) -> str:
+    """Make a step whose loss or gradient is not finite on rank 1 alone; return the error message."""
+    model: Any = engine.model
+    weight = model.model.norm.weight
+    kept = weight.detach().clone()
+    hook = None
+    if spoiled == "loss" and engine.rank == 1:
+        weight.data.fill_(float("nan"))
+    if spoiled == "gradient" and engine.rank == 1:
+        hook = weight.register_hook(lambda grad: grad * float("inf"))
+    message = ""
+    try:
+        engine.step(batch, LR)
+    except TrainingError as error:
+        message = str(error)
+    weight.data.copy_(kept)
+    if hook is not None:
+        hook.remove()
+    return message
 
 
 def short_of_memory(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -64,9 +65,9 @@ def trace_block(parallel: bool, recomputed: bool) -> dict[str, Any]:
     log: list[str] = []
     for function, name in COLLECTIVES.items():
         setattr(dist, function, recorded_collective(getattr(dist, function), name, log))
-    attend = recorded_computation(BamAttentionExperts.attend, "attention", log)
+    attend = recorded_computation(BamAttentionExperts.forward, "attention", log)
     compute = recorded_computation(BamExperts.compute, "experts", log)
-    patch.object(BamAttentionExperts, "attend", attend).start()  # for the rest of this process
+    patch.object(BamAttentionExperts, "forward", attend).start()  # for the rest of this process
     patch.object(BamExperts, "compute", compute).start()
     ids = shares(2, 0)[dist.get_rank()]
     loss = model(ids, labels=ids).loss
@@ -75,6 +76,54 @@ def trace_block(parallel: bool, recomputed: bool) -> dict[str, Any]:
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"forward": forward, "backward": log, "gradients": gradients}
+
+
+def attention_inputs(model: Any, length: int) -> dict[str, Any]:
+    """Return the arguments of an attention for sequences of `length` tokens, without a cache."""
+    position_ids = torch.arange(length)[None]
+    embeddings = model.model.rotary_emb(torch.empty(0), position_ids)
+    return {"position_ids": position_ids, "position_embeddings": embeddings, "attention_mask": None, "cache": None}
+
+
+def attend_two_layers(interleaved: bool) -> dict[str, Tensor]:
+    """Run the attentions of two layers, which share one exchange, and return their outputs and gradients.
+
+    If `interleaved` is true, both are in flight at the same time, and the first is waited for last.
+    """
+    model: Any = Case(2).engine().model
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert first.exchange is second.exchange
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(2, 5, DENSE["hidden_size"], requires_grad=True)
+    inputs = attention_inputs(model, 5)
+    if interleaved:
+        pending = [attention(x, **inputs)[0] for attention in (first, second)]
+        for each in pending:
+            each.compute()
+        outputs = [each.wait() for each in reversed(pending)][::-1]
+    else:
+        outputs = [attention(x, **inputs)[0].result() for attention in (first, second)]
+    for number, out in enumerate(outputs):
+        (out.square().sum() * (number + 1)).backward(retain_graph=True)
+    assert x.grad is not None
+    found = {f"out {number}": out.detach() for number, out in enumerate(outputs)} | {"x": x.grad}
+    for number, attention in enumerate((first, second)):
+        found |= {f"{name} {number}": parameter.grad for name, parameter in attention.experts.named_parameters()}
+    return found
+
+
+def attend_out_of_order() -> list[str]:
+    """Return the errors if a pending attention is waited for before it is computed, and if it is computed twice."""
+    model: Any = Case(2).engine().model
+    pending, _ = model.model.layers[0].self_attn(torch.randn(2, 5, DENSE["hidden_size"]), **attention_inputs(model, 5))
+    messages = []
+    for call, legal in ((pending.wait, pending.compute), (pending.compute, pending.wait)):
+        try:
+            call()
+        except RuntimeError as error:
+            messages.append(str(error))
+        legal()
+    return messages
 
 
 def exchanged_dtypes(precision: Literal["fp32", "bf16"]) -> set[tuple[str, str]]:
