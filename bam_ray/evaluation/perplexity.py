@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  PyTorch's own abbreviation
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 

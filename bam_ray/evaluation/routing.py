@@ -7,7 +7,7 @@ so are the attention gates. Sums are in double precision, so the result does not
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812  PyTorch's own abbreviation
+import torch.nn.functional as F
 from torch import Tensor
 
 from bam_ray.evaluation.results import DomainRouting, LayerRouting, MixtureRouting
