@@ -87,7 +87,8 @@ class Held:
 
 def compared(run: Callable[[str], None], timer: CommTimer, rounds: int) -> list[float]:
     """Medians over rounds: the first schedule in seconds and the part of these that this rank waited, and what each
-    other takes of its seconds and of its wait. All ranks begin and end together."""
+    other takes of its seconds and of its wait. All ranks begin and end together.
+    """
     found = []
     for number in range(rounds + 1):
         taken = {}

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
@@ -129,7 +129,7 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
             cluster.add_node(num_cpus=1, labels={"speed": kind}, **small)
         ray.init(address=cluster.address, log_to_driver=False)
         launcher = RayLauncher(pipeline, None, StageFunctions(sleeping))
-        controller = Controller(subset(pipeline.tasks, ["branches"]), store, launcher)
+        controller = Controller(subset(pipeline.tasks, [ArtifactKind.BRANCHES]), store, launcher)
         begin = time.monotonic()
         outcome = controller.run(pause=0.2)
         seconds = time.monotonic() - begin

@@ -1,1 +1,1 @@
-"""Clusters to run on: the local one, several Ray nodes and an S3 server on one machine."""
+"""The local cluster (several Ray nodes and an S3 server on one machine), and the files of cloud clusters."""

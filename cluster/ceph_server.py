@@ -1,11 +1,12 @@
-"""A Ceph of one node with its S3 gateway (RGW) on 127.0.0.1: an independent second server for the blob store's tests.
+"""A one-node Ceph cluster with its S3 gateway (RGW) on 127.0.0.1, a second S3 server for the tests of the blob store.
 
     server = CephServer(folder)
-    settings = server.start()       # 20 s the first time, then a few; everything lies in the folder
+    settings = server.start()       # takes 20 s the first time and a few seconds later; all files are in the folder
     server.stop()
 
-One monitor, one OSD (BlueStore on a sparse file), one gateway; no manager, for nothing here needs one. Its binaries
-come from Debian's radosgw, ceph-mon and ceph-osd (`make ceph`). The data survive kill -9 of all three processes.
+It consists of one monitor, one OSD (BlueStore on a sparse file) and one gateway. It has no manager, because the tests
+do not need one. The binaries come from Debian's packages radosgw, ceph-mon and ceph-osd (`make ceph`). The data
+survives kill -9 of all three processes.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from cluster.state import write_private
 BINARIES = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 START_SECONDS = 120.0
 GATEWAY = "client.rgw"
-CAPABILITIES = {  # of each who may speak to the monitor
+CAPABILITIES = {  # entity -> its capabilities
     "mon.": {"mon": "allow *"},
     "client.admin": {"mon": "allow *", "osd": "allow *"},
     "osd.0": {"mon": "allow profile osd", "osd": "allow *"},
@@ -62,12 +63,12 @@ bluestore block size = {bytes}
 osd memory target = 939524096
 rgw frontends = beast endpoint=127.0.0.1:{port}
 """
-BLOCK_BYTES = 8 << 30  # of the sparse file that holds the data
+BLOCK_BYTES = 8 << 30  # size of the sparse file that holds the data
 
 
 @dataclass(frozen=True)
 class CephSettings:
-    """Where the gateway listens, and what it accepts."""
+    """The endpoint and the credentials of the gateway."""
 
     access_key: str
     secret_key: str
@@ -75,37 +76,40 @@ class CephSettings:
 
 
 def missing_binaries() -> list[str]:
-    """What is not installed of Ceph."""
+    """Return the names of the Ceph binaries that are not installed."""
     return [name for name in BINARIES if shutil.which(name) is None]
 
 
 class CephServer:
-    """The server whose configuration, data, keys and logs are in `home`."""
+    """A server whose configuration, data, keys and logs are in `home`."""
 
     def __init__(self, home: Path) -> None:
         self._home = home.absolute()
-        self._made = self._home / "ceph.json"
+        self._credentials = self._home / "ceph.json"
         self._monitor, self._osd, self._gateway = (Process(name, self._home) for name in ("mon", "osd", "rgw"))
 
     @property
     def processes(self) -> list[Process]:
-        """The gateway first: the order to stop in."""
+        """The processes, in the order in which they must be stopped."""
         return [self._gateway, self._osd, self._monitor]
 
     def start(self) -> CephSettings:
-        """Start all processes and wait until the bucket is served; raises `ClusterError`."""
+        """Start all processes and wait until the gateway serves the bucket.
+
+        Raises `ClusterError` if they do not start.
+        """
         missing = missing_binaries()
         if missing:
             raise ClusterError(f"Ceph is not installed ({', '.join(missing)} not found): run `make ceph` as root")
-        new = not self._made.exists()
+        new = not self._credentials.exists()
         try:
             if new:
-                self._make()
+                self._initialize()
             self._run(self._monitor, "ceph-mon", "-i", "a")
             if new:
                 osd = str(uuid.uuid4())
-                self._ask("ceph", "osd", "new", osd)
-                self._ask("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+                self._command("ceph", "osd", "new", osd)
+                self._command("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
             self._run(self._osd, "ceph-osd", "-i", "0")
             self._run(self._gateway, "radosgw", "-n", GATEWAY)
             return self._serve_bucket(self._create_user() if new else self._settings())
@@ -114,11 +118,11 @@ class CephServer:
             raise
 
     def stop(self) -> None:
-        """Stop all; the data stay."""
+        """Stop all processes. The data stays."""
         stop(self.processes)
 
-    def _make(self) -> None:
-        """Keys, configuration and an empty monitor, over whatever an interrupted attempt left."""
+    def _initialize(self) -> None:
+        """Create keys, configuration and an empty monitor. Replaces the remains of an interrupted attempt."""
         for name in ("mon", "osd", "rgw"):
             shutil.rmtree(self._home / name, ignore_errors=True)
             (self._home / name).mkdir(parents=True, mode=0o700)
@@ -130,42 +134,44 @@ class CephServer:
         keyring, monmap = self._home / "keyring", self._home / "monmap"
         write_private(keyring, "")
         for name, capabilities in CAPABILITIES.items():
-            granted = [word for kind, what in capabilities.items() for word in ("--cap", kind, what)]
-            self._ask("ceph-authtool", str(keyring), "--gen-key", "-n", name, *granted, configured=False)
-        made = ["--create", "--clobber", "--fsid", fsid, "--addv", "a", addresses]
-        self._ask("monmaptool", *made, str(monmap), configured=False)
-        self._ask("ceph-mon", "-i", "a", "--mkfs", "--monmap", str(monmap), "--keyring", str(keyring))
+            options = [word for kind, allowed in capabilities.items() for word in ("--cap", kind, allowed)]
+            self._command("ceph-authtool", str(keyring), "--gen-key", "-n", name, *options, configured=False)
+        arguments = ["--create", "--clobber", "--fsid", fsid, "--addv", "a", addresses]
+        self._command("monmaptool", *arguments, str(monmap), configured=False)
+        self._command("ceph-mon", "-i", "a", "--mkfs", "--monmap", str(monmap), "--keyring", str(keyring))
 
     def _create_user(self) -> CephSettings:
-        """Keys that the gateway itself draws: they are on no command line."""
-        answer = self._ask("radosgw-admin", "-n", GATEWAY, "user", "create", "--uid=bam", "--display-name=bam")
-        keys = json.loads(answer)["keys"][0]
-        write_private(self._made, json.dumps({"access_key": keys["access_key"], "secret_key": keys["secret_key"]}))
+        """Create the S3 user. The gateway generates the keys, so they never appear on a command line."""
+        output = self._command("radosgw-admin", "-n", GATEWAY, "user", "create", "--uid=bam", "--display-name=bam")
+        keys = json.loads(output)["keys"][0]
+        write_private(
+            self._credentials, json.dumps({"access_key": keys["access_key"], "secret_key": keys["secret_key"]})
+        )
         return self._settings()
 
     def _settings(self) -> CephSettings:
         port = (self._home / "ceph.conf").read_text().strip().rpartition(":")[2]
-        return CephSettings(**json.loads(self._made.read_text()), endpoint=f"http://127.0.0.1:{port}")
+        return CephSettings(**json.loads(self._credentials.read_text()), endpoint=f"http://127.0.0.1:{port}")
 
     def _serve_bucket(self, settings: CephSettings) -> CephSettings:
         client = s3_client(settings.endpoint, settings.access_key, settings.secret_key)
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
             for process in self.processes:
                 if process.pid() is None:
-                    raise ClusterError(f"Ceph's {process.name} died: {process.last_words()} (whole log: {process.log})")
+                    raise ClusterError(f"Ceph's {process.name} died: {process.failure_reason()}: see {process.log}")
             with contextlib.suppress(BotoCoreError, ClientError):
-                client.create_bucket(Bucket=BUCKET)  # nothing happens where it is there
+                client.create_bucket(Bucket=BUCKET)  # does nothing if the bucket exists
                 return settings
             time.sleep(0.2)
-        raise ClusterError(f"Ceph's gateway was not up within {START_SECONDS:.0f} s: look at {self._gateway.log}")
+        raise ClusterError(f"Ceph's gateway did not start within {START_SECONDS:.0f} s: see {self._gateway.log}")
 
     def _run(self, process: Process, program: str, *arguments: str) -> None:
         command = [program, "-c", str(self._home / "ceph.conf"), "-f", *arguments]
         process.start(command, _environment(), self._home)
 
-    def _ask(self, program: str, *arguments: str, configured: bool = True) -> str:
-        """What a command of Ceph's answers."""
+    def _command(self, program: str, *arguments: str, configured: bool = True) -> str:
+        """Run a Ceph command and return its output. Raises `ClusterError` if it fails."""
         command = [program, *(("-c", str(self._home / "ceph.conf")) if configured else ()), *arguments]
         try:
             result = subprocess.run(
@@ -173,14 +179,14 @@ class CephServer:
             )
         except subprocess.TimeoutExpired:
             raise ClusterError(
-                f"{program} did not answer in {START_SECONDS:.0f} s: look at {self._monitor.log}"
+                f"{program} did not finish within {START_SECONDS:.0f} s: see {self._monitor.log}"
             ) from None
         if result.returncode:
-            last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise ClusterError(f"{program} failed: {last}")
+            last = (result.stderr.strip().splitlines() or ["it printed no reason"])[-1]
+            raise ClusterError(f"{program} failed: {last}: see {self._monitor.log}")
         return result.stdout
 
 
 def _environment() -> dict[str, str]:
-    """Ceph's programs are the system's Python's: nothing of this one's environment."""
+    """Return a minimal environment: Ceph's programs run on the system's Python, not on that of this process."""
     return {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}

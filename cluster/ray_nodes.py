@@ -1,4 +1,4 @@
-"""The Ray nodes of the local cluster: a head and workers of unequal kinds, each `ray start --block`."""
+"""The Ray nodes of the local cluster: a head and workers of unequal sizes, each a `ray start --block` process."""
 
 import json
 import os
@@ -15,26 +15,26 @@ from pathlib import Path
 
 from cluster.processes import ClusterError, Process, free_ports, port_is_free, stop
 from cluster.s3_server import S3Settings
-from cluster.state import State, write_private
+from cluster.state import ClusterState, write_private
 
-DASHBOARD_PORT = 8265  # Ray's own choice, where it is free
-OBJECT_STORE_BYTES = 100_000_000  # of each node; large tensors travel through the blob store, not through Ray
+DASHBOARD_PORT = 8265  # Ray's default, used if it is free
+OBJECT_STORE_BYTES = 100_000_000  # per node; large tensors are transferred through the blob store, not through Ray
 START_SECONDS = 180.0
 START_TRIES = 3
-LONGEST_TEMPORARY = 30  # characters: Ray's sockets below it must stay under the 107 that the kernel allows
+MAX_TEMPORARY_LENGTH = 30  # characters: the kernel limits the paths of Ray's sockets, which are below it, to 107
 
 
 @dataclass(frozen=True)
-class Node:
-    """One node's name, which is also its `bam/kind` label, and the CPUs it declares."""
+class LocalNode:
+    """The name of a node, which is also its `bam/kind` label, and the CPUs that it declares."""
 
     name: str
     cpus: int
     market: str = "on-demand"  # Ray's well-known label for preemptible machines
 
 
-HEAD = Node("head", 1)  # room for the driver
-NODES = (HEAD, Node("large", 2), Node("small", 1), Node("spot", 1, "spot"))
+HEAD = LocalNode("head", 1)  # one CPU for the driver
+NODES = (HEAD, LocalNode("large", 2), LocalNode("small", 1), LocalNode("spot", 1, "spot"))
 
 
 class RayNodes:
@@ -45,8 +45,8 @@ class RayNodes:
         self.processes = {node.name: Process(node.name, home) for node in NODES}
         self.gpus = _visible_gpus()
 
-    def plan(self, state: State | None, s3: S3Settings | None) -> State:
-        """Addresses for a new cluster: those of the one before where they are free still."""
+    def plan(self, state: ClusterState | None, s3: S3Settings | None) -> ClusterState:
+        """Return the addresses of a new cluster: those of the previous cluster, as far as they are free."""
         gcs, client, dashboard = free_ports(3)
         if port_is_free(DASHBOARD_PORT):
             dashboard = DASHBOARD_PORT
@@ -56,9 +56,9 @@ class RayNodes:
             dashboard = state.dashboard_port if port_is_free(state.dashboard_port) else dashboard
         network = state.network if state else f"127.{random.randint(1, 254)}.{random.randint(0, 254)}"
         base = tempfile.gettempdir()
-        temporary = tempfile.mkdtemp(prefix="bam-", dir=base if len(base) <= LONGEST_TEMPORARY else "/tmp")
+        temporary = tempfile.mkdtemp(prefix="bam-", dir=base if len(base) <= MAX_TEMPORARY_LENGTH else "/tmp")
         return replace(
-            state or State(),
+            state or ClusterState(),
             s3=s3,
             network=network,
             gcs_port=gcs,
@@ -68,69 +68,80 @@ class RayNodes:
         )
 
     def authentication(self) -> dict[str, str]:
-        """Ray's token mode, always said: its default depends on what else ran on the machine."""
+        """Return the environment variables of Ray's token authentication.
+
+        The mode is always set, because its default depends on what else ran on the machine.
+        """
         token = self._home / "ray_token"
         if not token.exists():
             write_private(token, secrets.token_hex(32))
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
-    def environment(self, state: State, cluster: dict[str, str]) -> dict[str, str]:
-        """The environment of nodes, and so of everything that runs on them."""
+    def environment(self, state: ClusterState, cluster: dict[str, str]) -> dict[str, str]:
+        """Return the environment of the nodes, which all processes on them inherit."""
         inherited = dict(os.environ)
         for name in ("RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS"):
             inherited.pop(name, None)
-        if state.s3 is not None:  # a profile or session token would go before the server's own credentials
+        if state.s3 is not None:  # a profile or session token would take precedence over the credentials of the server
             inherited = {name: value for name, value in inherited.items() if not name.startswith("AWS_")}
         nodes = inherited | cluster
-        del nodes["RAY_ADDRESS"]  # that one is for submitting; Ray gives jobs their own
+        del nodes["RAY_ADDRESS"]  # it is for submitting jobs; Ray sets another value for the jobs themselves
         nodes["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{nodes.get('PATH', os.defpath)}"
         nodes["RAY_TMPDIR"] = state.temporary
-        # A node that is asked to stop drains its actors first; Ray's 30 s would outlast the patience of `down`
+        # A node drains its actors before it stops; Ray's default of 30 s exceeds the timeout of `down`
         nodes.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "5")
         return nodes
 
-    def start(self, state: State, environment: dict[str, str], only: list[str] | None = None) -> None:
-        """Start all nodes, or those named in `only`, and wait until they are alive; raises `ClusterError`."""
+    def start(self, state: ClusterState, environment: dict[str, str], only: list[str] | None = None) -> None:
+        """Start all nodes, or those named in `only`, and wait until they are alive.
+
+        Raises `ClusterError` if they do not start.
+        """
         (Path(state.temporary) / "ray").mkdir(parents=True, exist_ok=True)
-        # Ray goes on calling a killed node alive until it misses its health checks
-        before = self._alive(state)
+        # Ray reports a killed node as alive until it misses its health checks
+        already_alive = self._alive(state)
         starting = [node for node in NODES if only is None or node.name in only]
-        tries = {node.name: 1 for node in starting}
-        until = time.monotonic() + START_SECONDS
+        attempts = {node.name: 1 for node in starting}
+        deadline = time.monotonic() + START_SECONDS
         if HEAD in starting:
             self._start_node(HEAD, state, environment)
             while not _listens(f"{state.network}.1", state.gcs_port):
-                self._start_again([HEAD], tries, until, state, environment)
+                self._restart_dead([HEAD], attempts, deadline, state, environment)
         workers = [node for node in starting if node is not HEAD]
         for node in workers:
             self._start_node(node, state, environment)
-        while not set(tries) <= {name for name, _ in self._alive(state) - before}:
-            self._start_again(starting, tries, until, state, environment)
+        while not set(attempts) <= {name for name, _ in self._alive(state) - already_alive}:
+            self._restart_dead(starting, attempts, deadline, state, environment)
 
-    def _start_again(
-        self, nodes: list[Node], tries: dict[str, int], until: float, state: State, environment: dict[str, str]
+    def _restart_dead(
+        self,
+        nodes: list[LocalNode],
+        attempts: dict[str, int],
+        deadline: float,
+        state: ClusterState,
+        environment: dict[str, str],
     ) -> None:
-        """Start again what died; raises `ClusterError` where that was tried often enough or time is up.
+        """Restart the nodes that died. Raises `ClusterError` after `START_TRIES` attempts or after the deadline.
 
-        On a busy machine a node may miss the 30 s that Ray gives it to start, whatever one sets.
+        On a busy machine a node may exceed the 30 s that Ray allows for its start, which no setting changes.
         """
         for node in nodes:
             process = self.processes[node.name]
             if process.pid() is None:
-                if tries[node.name] == START_TRIES:
-                    raise ClusterError(f"Ray node {node.name} died: {process.last_words()} (whole log: {process.log})")
-                tries[node.name] += 1
+                if attempts[node.name] == START_TRIES:
+                    raise ClusterError(f"Ray node {node.name} died: {process.failure_reason()}: see {process.log}")
+                attempts[node.name] += 1
                 stop([process])
                 self._start_node(node, state, environment)
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise ClusterError(
-                f"the Ray nodes were not up within {START_SECONDS:.0f} s: look at {self._home / 'logs'}; "
-                "a machine short of memory or cores may need to stop other work first"
+                f"the Ray nodes did not start within {START_SECONDS:.0f} s: see {self._home / 'logs'}, and stop other "
+                "work if the machine is short of memory or cores"
             )
         time.sleep(0.3)
 
-    def keep_logs(self, state: State) -> None:
-        """Move the stopped nodes' logs to `logs/ray/` and remove their temporary folders."""
+    def keep_logs(self, state: ClusterState) -> None:
+        """Move the logs of the stopped nodes to `logs/ray/`, and remove their temporary folders."""
         for node in NODES:
             logs = Path(state.temporary) / node.name / "session_latest" / "logs"
             if logs.is_dir():
@@ -140,7 +151,7 @@ class RayNodes:
         if Path(state.temporary).name.startswith("bam-"):
             shutil.rmtree(state.temporary, ignore_errors=True)
 
-    def _start_node(self, node: Node, state: State, environment: dict[str, str]) -> None:
+    def _start_node(self, node: LocalNode, state: ClusterState, environment: dict[str, str]) -> None:
         number = NODES.index(node) + 1
         gpus = self._gpus_of(node)
         command = [str(Path(sysconfig.get_path("scripts")) / "ray"), "start", "--block", "--disable-usage-stats"]
@@ -155,28 +166,28 @@ class RayNodes:
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={state.temporary}/{node.name}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         command += ["--log-color=false"]
-        # Every node would number its GPUs from 0
-        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self.gpus else {}
-        self.processes[node.name].start(command, environment | own, self._home)
+        # Without this variable every node would number its GPUs from 0
+        visible_gpus = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self.gpus else {}
+        self.processes[node.name].start(command, environment | visible_gpus, self._home)
 
-    def _gpus_of(self, node: Node) -> list[str]:
-        """The machine's GPUs dealt out to the workers in turn; the head has none."""
+    def _gpus_of(self, node: LocalNode) -> list[str]:
+        """Return the GPUs of a node. The workers get the GPUs of the machine in turn, and the head gets none."""
         workers = NODES[1:]
         return [] if node is HEAD else self.gpus[workers.index(node) :: len(workers)]
 
-    def _alive(self, state: State) -> set[tuple[str, str]]:
-        """Names and ids of the nodes that Ray calls alive."""
+    def _alive(self, state: ClusterState) -> set[tuple[str, str]]:
+        """Return the names and ids of the nodes that Ray reports as alive."""
         token = Path(self.authentication()["RAY_AUTH_TOKEN_PATH"]).read_text()
         request = urllib.request.Request(
             f"{state.dashboard}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}
         )
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(request, timeout=5) as response:
-                answer = json.load(response)
-        except (OSError, ValueError):  # not up yet
+            with opener.open(request, timeout=5) as response:
+                body = json.load(response)
+        except (OSError, ValueError):  # the dashboard is not ready yet
             return set()
-        rows = ((answer.get("data") or {}).get("result") or {}).get("result") or []
+        rows = ((body.get("data") or {}).get("result") or {}).get("result") or []
         return {(row["node_name"], row["node_id"]) for row in rows if row["state"] == "ALIVE"}
 
 
@@ -187,7 +198,7 @@ def _listens(host: str, port: int) -> bool:
 
 
 def _visible_gpus() -> list[str]:
-    """Ids of this machine's NVIDIA GPUs, fewer where CUDA_VISIBLE_DEVICES says so; found without importing torch."""
+    """Return the ids of the NVIDIA GPUs of this machine, restricted by CUDA_VISIBLE_DEVICES. Does not import torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
     return present if visible is None or not present else [id for id in visible.split(",") if id]

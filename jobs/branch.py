@@ -1,4 +1,4 @@
-"""Branch: train the seed, if it is not committed yet, and one branch per domain."""
+"""Train the branches of a recipe, and the seed if it is missing."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

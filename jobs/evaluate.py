@@ -1,4 +1,4 @@
-"""Evaluate: score every model of the run on every domain, write the report and print the table."""
+"""Evaluate every model of a recipe on every domain, write the report and print its table."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

@@ -1,4 +1,4 @@
-"""Mix: train the mixtures, with their experts spread over DeepSpeed processes."""
+"""Train the mixtures of a recipe. DeepSpeed distributes their experts over several processes."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

@@ -1,4 +1,7 @@
-"""Run everything: corpus, seed, branches, upcycling, mixing, evaluation and the endpoint. Resumes if run again."""
+"""Run all stages of a recipe: corpus, seed, branches, upcycling, mixing, evaluation and the endpoint.
+
+A job that is submitted again resumes the run.
+"""
 
 from rich.console import Console
 
@@ -7,11 +10,11 @@ from bam_ray.on_ray.job import run_job, serve_and_ask, show_results
 from bam_ray.pipeline.run import PipelineRun
 
 
-def show(run: PipelineRun, console: Console) -> None:
-    """Print the results, then serve the mixture."""
+def show_results_and_serve(run: PipelineRun, console: Console) -> None:
+    """Print the results of a finished run, serve its mixture and print sample completions."""
     show_results(run, console)
     serve_and_ask(run, console)
 
 
 if __name__ == "__main__":
-    run_job(None, deepspeed_engine, show)
+    run_job(None, deepspeed_engine, show_results_and_serve)

@@ -1,4 +1,4 @@
-"""Serve: deploy the recipe's mixture behind an OpenAI-compatible endpoint and print sample completions."""
+"""Serve the mixture of a recipe at an OpenAI-compatible endpoint, and print sample completions."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

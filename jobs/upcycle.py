@@ -1,4 +1,4 @@
-"""Upcycle: make mixtures at step 0 from the seed and its branches."""
+"""Upcycle the seed and the branches of a recipe to mixtures at step 0."""
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine

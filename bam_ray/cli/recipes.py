@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from bam_ray.cli.app import Endpoint, app, console
+from bam_ray.cli.app import app
+from bam_ray.cli.console import console
+from bam_ray.cli.options import EndpointOption, named_values
 from bam_ray.errors import SettingsError
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, so that editors can check and complete them."""
+    """Print the JSON schema of recipes, which editors use to validate and complete them."""
     from bam_ray.settings import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -21,22 +23,20 @@ def schema() -> None:
 @app.command()
 def init(
     recipe: Annotated[Path, typer.Argument(help="The recipe file to write.")],
-    seed: Annotated[str, typer.Option(help="Path or URI of the seed, a Hugging Face folder.")],
+    seed: Annotated[str, typer.Option(help="The Hugging Face folder of the seed: a path or an s3:// URI.")],
     text: Annotated[
-        list[str], typer.Option(metavar="DOMAIN=SOURCE", help="Text of a domain: a path, glob or URI. Repeatable.")
+        list[str],
+        typer.Option(metavar="DOMAIN=SOURCE", help="The text of a domain: a path, a glob or a URI. May be repeated."),
     ],
-    general: Annotated[str, typer.Option(help="The general domain. It gets no branch of its own.")] = "general",
-    store: Annotated[str, typer.Option(help="Where the run stores its artifacts.")] = "runs",
-    endpoint: Endpoint = None,
+    general: Annotated[str, typer.Option(help="The general domain, which has no branch.")] = "general",
+    store: Annotated[str, typer.Option(help="The location of the artifacts of the run.")] = "runs",
+    endpoint: EndpointOption = None,
 ) -> None:
     """Write a commented recipe for your own seed and text."""
     from bam_ray.toolbox.recipe_template import recipe_for
 
     if recipe.exists():
         raise SettingsError(f"{recipe} exists: choose another name, or remove it")
-    sources = dict(item.partition("=")[::2] for item in text)
-    wrong = [item for item in text if not all(item.partition("=")[::2])]
-    if wrong:
-        raise SettingsError(f"--text {wrong[0]!r} is malformed: use DOMAIN=SOURCE")
+    sources = named_values(text, "--text")
     recipe.write_text(recipe_for(seed, sources, str(recipe), store, general, endpoint), encoding="utf-8")
-    console.print(f"wrote {recipe}; next: bam plan {recipe}", highlight=False, markup=False)
+    console.print(f"written: {recipe}; next: bam plan {recipe}", highlight=False, markup=False, soft_wrap=True)

@@ -1,51 +1,62 @@
-"""Runs: commands that work on a recipe, or on the store that a run lies in."""
+"""Commands that work on a recipe, or on the store of a run."""
 
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.cli.app import Endpoint, app, console
-from bam_ray.control import status as statuses
+from bam_ray.cli.app import app
+from bam_ray.cli.console import console
+from bam_ray.cli.options import EndpointOption, OutputOption, RunArgument, StoreOptions, with_shared_options
+from bam_ray.control import status as run_status
 from bam_ray.control.status_table import render, render_history, render_storage
 from bam_ray.control.storage import stored_bytes
-from bam_ray.errors import CheckpointError, PlacementError
+from bam_ray.errors import CheckpointError, PlacementError, SettingsError
 from bam_ray.settings import load_recipe
 
-RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's")]
+RecipeArgument = Annotated[Path, typer.Argument(help="The path of the recipe, a YAML file.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override those of the recipe.")
+]
 REFRESH_SECONDS = 2.0
+TRAINED_KINDS = ("seeds", "branches", "mixtures")
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Run the whole recipe as a Ray job (address: RAY_ADDRESS) and follow it; Ctrl-C stops it cleanly."""
+def run(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Run a whole recipe as a Ray job on the cluster at RAY_ADDRESS, and follow it. Ctrl-C stops the run cleanly."""
     _submit(recipe, overrides, "jobs/run_all.py")
 
 
 @app.command()
-def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Make what is missing up to the report, and print the table."""
+def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Run the missing stages of a recipe up to the report, and print the table of perplexities."""
     _submit(recipe, overrides, "jobs/evaluate.py")
 
 
 @app.command()
-def serve(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Make what is missing up to the served mixture, and serve it."""
+def serve(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Run the missing stages of a recipe up to the mixture that it serves, and serve it."""
     _submit(recipe, overrides, "jobs/serve.py")
 
 
 @app.command()
 def plan(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    cluster: Annotated[Path | None, typer.Option(help="a cluster file: simulate the run on it")] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="The path of a cluster file. The run is simulated on this cluster.")
+    ] = None,
 ) -> None:
-    """Show what a run would make, need and store, and with a cluster file where and for how long. Starts nothing."""
+    """Show the tasks of a recipe with the resources and the storage that they need. Starts nothing.
+
+    With a cluster file, the plan also shows where and when each task would run.
+    """
     from bam_ray.planning.cluster_file import load_cluster
     from bam_ray.planning.plan_table import render_plan
     from bam_ray.planning.planner import make_plan
@@ -59,45 +70,45 @@ def plan(
 
 @app.command()
 def status(
-    run: Annotated[str, typer.Argument(help="where the run lies: its recipe's store.uri")],
-    endpoint: Endpoint = None,
-    watch: Annotated[bool, typer.Option(help="go on showing it until it ends")] = False,
+    run: RunArgument,
+    endpoint: EndpointOption = None,
+    watch: Annotated[bool, typer.Option(help="Refresh the table until the run ends.")] = False,
 ) -> None:
-    """Show how a run stands, from anywhere that reaches its store."""
-    import time
-
+    """Show the state of a run, from any machine that can access its store."""
     store = open_store(run, endpoint)
-    now = _status(store)
+    current = _read_status(store)
     if not watch:
-        console.print(render(now), render_history(now), render_storage(stored_bytes(store)))
+        console.print(render(current), render_history(current), render_storage(stored_bytes(store)))
         return
-    with Live(render(now), console=console, auto_refresh=False) as live:
-        while now.state == "running":
+    with Live(render(current), console=console, auto_refresh=False) as live:
+        while current.state == "running":
             time.sleep(REFRESH_SECONDS)
-            now = _status(store)
-            live.update(render(now), refresh=True)
+            current = _read_status(store)
+            live.update(render(current), refresh=True)
 
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(help="where the run lies: its recipe's store.uri")],
-    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("report"),
-    endpoint: Endpoint = None,
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("report"),
+    endpoint: EndpointOption = None,
 ) -> None:
-    """Bring the newest report of a run here, and print its table."""
+    """Download the newest report of a run, and print its table of perplexities."""
     from bam_ray.checkpoint.artifacts import Artifact
     from bam_ray.evaluation.results import Results
     from bam_ray.evaluation.table import print_results
 
     store = open_store(run, endpoint)
-    found = sorted(
+    reports = sorted(
         (manifest.created, manifest.id)
         for id in {key.split("/")[1] for key in store.list("reports/")}
         if (manifest := Artifact(store, ArtifactKind.REPORTS, id).manifest()) is not None
     )
-    if not found:
-        raise CheckpointError(f"{run} has no report yet: `bam evaluate RECIPE` makes it, `bam status {run}` shows more")
-    folder = Artifact(store, ArtifactKind.REPORTS, found[-1][1]).fetch()
+    if not reports:
+        raise CheckpointError(
+            f"{run} has no report yet: run `bam evaluate RECIPE` to make one, or `bam status {run}` to see the run"
+        )
+    folder = Artifact(store, ArtifactKind.REPORTS, reports[-1][1]).fetch()
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
@@ -106,19 +117,44 @@ def report(
     console.print(f"written: {out}/report.html and {out}/results.json", highlight=False)
 
 
-def _status(store: BlobStore) -> statuses.Status:
-    now = statuses.read(store)
-    if now is None:
+@app.command()
+@with_shared_options
+def export_step(
+    run: RunArgument,
+    model: Annotated[
+        str, typer.Argument(metavar="KIND/NAME", help="The model: seeds/seed, branches/DOMAIN or mixtures/NAME.")
+    ],
+    out: OutputOption,
+    store: StoreOptions,
+    step: Annotated[
+        int | None, typer.Option(help="The step of the checkpoint. Default: the newest checkpoint.")
+    ] = None,
+) -> None:
+    """Copy a training checkpoint of a run to a Hugging Face folder with its tokenizer. No model is loaded."""
+    kind, _, name = model.partition("/")
+    if kind not in TRAINED_KINDS or not name:
+        raise SettingsError(f"{model!r} is not of the form KIND/NAME: KIND must be {' or '.join(TRAINED_KINDS)}")
+    from bam_ray.toolbox.step_export import export_step as export_checkpoint
+
+    manifest = export_checkpoint(
+        open_store(run, store.endpoint), cast(ArtifactKind, kind), name, store.target(out), step
+    )
+    console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", highlight=False)
+
+
+def _read_status(store: BlobStore) -> run_status.Status:
+    status = run_status.read(store)
+    if status is None:
         raise CheckpointError(
-            f"{store.uri} has no run (no {statuses.STATUS}): mend the URI or start one with `bam run`"
+            f"{store.uri} has no run ({run_status.STATUS} does not exist): check the URI, or start one with `bam run`"
         )
-    return now
+    return status
 
 
-def _submit(recipe: Path, overrides: list[str] | None, entry: str) -> None:
-    """Submit a job and follow it; exits with its code."""
+def _submit(recipe: Path, overrides: list[str] | None, script: str) -> None:
+    """Submit a script as a Ray job, follow the job, and exit with its exit code."""
     from bam_ray.on_ray.submit import follow, submit
 
     settings = load_recipe(recipe, overrides)
-    job_id = submit(recipe, overrides or [], entry)
+    job_id = submit(recipe, overrides or [], script)
     sys.exit(follow(job_id, open_store(settings.store.uri, settings.store.endpoint)))

@@ -1,10 +1,12 @@
-"""Held-out perplexity and routing of every model on every domain, and what follows from the numbers.
+"""Evaluation: held-out perplexity and routing of every model on every domain, and the findings that follow.
 
-    perplexity.py   one model on one domain: NLL, interval; and routing from the same forward passes
-    routing.py      which experts a mixture's tokens meet, by layer
-    results.py      the results as data: scores, means, best of each column, findings with their support
-    table.py        for the terminal
+    perplexity.py      score one model on one domain: NLL, confidence interval, and routing from the same forward passes
+    routing.py         which experts process a mixture's tokens, by layer
+    results.py         the results as data: scores, means, the best model of each column, findings with their support
+    findings.py        comparisons of models, and how firmly the held-out text supports them
+    bootstrap.py       bootstrap resamples and 95 % intervals
+    table.py           the results for a terminal
     plots.py, page.py, report.py   the self-contained report.html
 
-`results.py` and `table.py` need no torch, so that results can be shown at once.
+`results.py` and `table.py` do not import torch, so the command line shows results without delay.
 """

@@ -1,6 +1,7 @@
-"""The page of the report: a jinja2 template without outside resources, for light and dark screens.
+"""The HTML page of the report: a jinja2 template without external resources, for light and dark screens.
 
-Kept as a string so that it is there wherever the package is, also where it was shipped to a node as plain modules.
+The template is a Python string instead of a data file, so it is also available on nodes that received the package as
+plain modules.
 """
 
 PAGE = """\
@@ -53,8 +54,8 @@ summary { cursor: pointer; font-weight: 600; }
 <header>
 <h1>{{ results.run }}</h1>
 <p>{{ results.models | length }} models on {{ results.domains | length }} domains
-({{ results.domains | join(", ") }}), {{ counts }} held-out tokens a domain. Last model made
-{{ last_made | moment }}; bam-ray {{ version }}.</p>
+({{ results.domains | join(", ") }}), with {{ token_counts }} held-out tokens per domain. Last model created:
+{{ last_created | timestamp }}. bam-ray version: {{ version }}.</p>
 </header>
 
 <section id="findings">
@@ -63,10 +64,10 @@ summary { cursor: pointer; font-weight: 600; }
 {% for finding in results.findings %}
 <li><span class="verdict {{ 'yes' if finding.holds else 'no' }}">{{ "yes" if finding.holds else "no" }}</span>
 <span>{{ finding.claim }}<br>
-<small>{% for label, value in finding.values.items() %}{{ label }} <b>{{ value | number }}</b>{{
+<small>{% for label, value in finding.values.items() %}{{ label }} <b>{{ value | perplexity }}</b>{{
 ", " if not loop.last }}{% endfor %}; in {{ "%.0f" | format(100 * finding.support) }} % of resamples</small></span></li>
 {% else %}
-<li>No two models to compare.</li>
+<li>This run has no two models to compare.</li>
 {% endfor %}
 </ul>
 </section>
@@ -80,17 +81,19 @@ summary { cursor: pointer; font-weight: 600; }
 {% for model in results.models %}
 <tr{{ ' class="group"' | safe if loop.changed(model.kind) and not loop.first }}><td class="text">{{ model.label }}</td>
 {% for column in results.columns %}
-<td{{ ' class="best"' | safe if results.best[column] == model.id }}>{{ model.perplexity(column) | number }}
-<span class="interval">{{ model.interval(column)[0] | number }} – {{ model.interval(column)[1] | number }}</span></td>
+<td{{ ' class="best"' | safe if results.best[column] == model.id }}>{{ model.perplexity(column) | perplexity }}
+<span class="interval">{{ model.interval(column)[0] | perplexity }} – {{
+model.interval(column)[1] | perplexity }}</span></td>
 {% endfor %}
-<td>{{ model.parameters | amount }}<span class="interval">{{ model.active_parameters | amount }} active</span></td>
-<td>{{ model.lineage_tokens | amount }}<span class="interval">{{ model.tokens | amount }} own</span></td>
+<td>{{ model.parameters | number }}<span class="interval">{{ model.active_parameters | number }} active</span></td>
+<td>{{ model.lineage_tokens | number }}<span class="interval">{{ model.tokens | number }} own</span></td>
 <td>{{ model.lineage_flops | flops }}<span class="interval">{{ model.flops | flops }} own</span></td></tr>
 {% endfor %}
 </tbody></table></div>
-<p class="note">Lower is better; the best of each column is marked. The mean is that of the perplexities. Small figures
-below them: 95 % bootstrap intervals over the held-out sequences of this one run; another training seed may differ by
-more. Tokens and FLOPs: of a model's training and that of all it was made from, below its own.</p>
+<p class="note">Lower is better. The best model of each column is highlighted. The mean is the arithmetic mean of the
+perplexities. Each interval is a 95 % bootstrap interval over the held-out sequences of this run; the variation between
+training seeds may be larger. Tokens and FLOPs include the training of all models that a model was made from; its own
+training is shown below.</p>
 {{ figure(bars, "100%") }}
 </section>
 
@@ -98,7 +101,8 @@ more. Tokens and FLOPs: of a model's training and that of all it was made from, 
 <section id="curves">
 <h2>Training</h2>
 {{ figure(curves, "100%") }}
-<p class="note">NLL alone, the routers' losses not counted; bold: mean over 5 % of the steps.</p>
+<p class="note">The curves show the NLL without the routing losses. The bold line is the mean over 5 % of the
+steps.</p>
 </section>
 {% endif %}
 
@@ -106,14 +110,15 @@ more. Tokens and FLOPs: of a model's training and that of all it was made from, 
 <section>
 <h2>Routing of {{ model.label }}</h2>
 <p class="note">{{ model.experts }} experts, {{ model.experts_per_token }} FFN
-{{ "expert" if model.experts_per_token == 1 else "experts" }} a token, attention {{ model.attention_experts }}.</p>
-<h3>Share of the choices that fell on each FFN expert, %</h3>
+{{ "expert" if model.experts_per_token == 1 else "experts" }} per token, attention experts:
+{{ model.attention_experts }}.</p>
+<h3>Share of choices of each FFN expert (%)</h3>
 {{ figure(ffn, "auto") }}
 {% if attention %}
-<h3>Mean gate of each attention expert, %</h3>
+<h3>Mean gate of each attention expert (%)</h3>
 {{ figure(attention, "auto") }}
 {% endif %}
-<h3>All domains together</h3>
+<h3>Statistics over all domains</h3>
 <div class="wide"><table>
 <thead><tr><th class="text">layer</th><th>load imbalance</th><th>FFN entropy</th><th>attention entropy</th>
 <th class="text">dead experts</th></tr></thead>
@@ -126,42 +131,42 @@ more. Tokens and FLOPs: of a model's training and that of all it was made from, 
 ", " if not loop.last }}{% else %}none{% endfor %}</td></tr>
 {% endfor %}
 </tbody></table></div>
-<p class="note">Load imbalance: largest share ÷ mean share, 1 when balanced,
-{{ "%.3g" | format(model.experts / model.experts_per_token) }} at most. Entropy in nats: 0 when certain,
-{{ "%.3f" | format(undecided[model.experts]) }} when undecided.</p>
+<p class="note">Load imbalance is the largest share divided by the mean share: 1 if the load is balanced, and at most
+{{ "%.3g" | format(model.experts / model.experts_per_token) }}. Entropy is in nats: 0 if the router is certain, and
+{{ "%.3f" | format(uniform_entropy[model.experts]) }} if it is uniform. A dead expert is one that no token chose.</p>
 </section>
 {% endfor %}
 
 <section id="lineage">
 <h2>Lineage</h2>
 <div class="wide"><table>
-<thead><tr><th class="text">kind</th><th class="text">id</th><th class="text">made from</th><th>steps</th>
-<th>tokens</th><th>FLOPs</th><th>device time</th><th>attempt</th><th class="text">made</th></tr></thead>
+<thead><tr><th class="text">kind</th><th class="text">id</th><th class="text">parents</th><th>steps</th>
+<th>tokens</th><th>FLOPs</th><th>device time</th><th>attempt</th><th class="text">created</th></tr></thead>
 <tbody>
 {% for manifest in lineage %}
 <tr id="{{ manifest.id }}"><td class="text">{{ manifest.kind }}</td><td class="text"><code>{{ manifest.id }}</code></td>
 <td class="text">{% for parent in manifest.parents %}<a href="#{{ parent }}"><code>{{ parent }}</code></a>{{
 "<br>" | safe if not loop.last }}{% else %}–{% endfor %}</td>
-<td>{{ "{:,}".format(manifest.step) if manifest.step else "–" }}</td><td>{{ manifest.tokens | amount }}</td>
+<td>{{ "{:,}".format(manifest.step) if manifest.step else "–" }}</td><td>{{ manifest.tokens | number }}</td>
 <td>{{ manifest.compute.flops | flops }}</td><td>{{ manifest.compute.device_seconds | duration }}</td>
-<td>{{ manifest.attempt or "–" }}</td><td class="text">{{ manifest.created | moment }}</td></tr>
+<td>{{ manifest.attempt or "–" }}</td><td class="text">{{ manifest.created | timestamp }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 </section>
 
 <section id="corpus">
 <h2>Corpus</h2>
-{% if corpus.table %}
+{% if corpus.by_domain %}
 <div class="wide"><table>
 <thead><tr><th class="text"></th>{% for domain in corpus.domains %}<th>{{ domain }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for name, values in corpus.table.items() %}
-<tr><td class="text">{{ name | words }}</td>{% for value in values %}<td>{{ value | fact }}</td>{% endfor %}</tr>
+{% for name, values in corpus.by_domain.items() %}
+<tr><td class="text">{{ name | words }}</td>{% for value in values %}<td>{{ value | value }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
-{% for name, value in corpus.plain.items() %}
-<p class="note">{{ name | words }}: {{ value | fact }}</p>
+{% for name, value in corpus.overall.items() %}
+<p class="note">{{ name | words }}: {{ value | value }}</p>
 {% endfor %}
 </section>
 

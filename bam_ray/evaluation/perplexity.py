@@ -1,8 +1,8 @@
-"""Perplexity of any Hugging Face causal LM on packed sequences, and a mixture's routing from the same forward passes.
+"""Perplexity of any Hugging Face causal language model on packed sequences, and the routing of a mixture.
 
-Perplexity is exp of the mean next-token NLL, auxiliary losses not counted: in a sequence of L tokens the first has no
-prediction and the last gives none, so L - 1 count. Logits become fp32 before the softmax; the model's own precision is
-the caller's affair (evaluation loads fp32).
+Perplexity is the exponential of the mean next-token NLL, without auxiliary losses. In a sequence of L tokens the first
+token has no prediction and the last token predicts nothing, so L - 1 tokens count. Logits are converted to fp32 before
+the softmax. The caller chooses the precision of the model; the evaluate stage loads models in fp32.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import CheckpointError, DataError
 from bam_ray.evaluation.results import DomainRouting, DomainScore
-from bam_ray.evaluation.routing import RoutingTally
+from bam_ray.evaluation.routing import RoutingAccumulator
 from bam_ray.model import is_mixture
 
 
 def perplexity(model: PreTrainedModel, sequences: np.ndarray, batch_sequences: int) -> DomainScore:
-    """The score of `sequences` [S, L] of token ids; the same for any `batch_sequences`."""
+    """Return the score of token ids `sequences` [S, L]. It does not depend on `batch_sequences`."""
     return score(model, sequences, batch_sequences)[0]
 
 
@@ -30,18 +30,25 @@ def score(
     model: PreTrainedModel,
     sequences: np.ndarray,
     batch_sequences: int,
-    between_batches: Callable[[], None] | None = None,
+    after_batch: Callable[[], None] | None = None,
 ) -> tuple[DomainScore, DomainRouting | None]:
-    """The score of `sequences` [S, L], and for mixtures their routing.
+    """Return the score of a model on token ids, and its routing if the model is a mixture.
 
-    `between_batches` is called after each batch; what it raises ends the evaluation. Raises `DataError` where there is
-    nothing to predict, `CheckpointError` where the NLL is not finite.
+    Args:
+        model: The model, on its device. Its training mode is restored afterwards.
+        sequences: Token ids, [S, L].
+        batch_sequences: The number of sequences per forward pass.
+        after_batch: Called after each batch. An exception that it raises ends the evaluation.
+
+    Raises:
+        DataError: The sequences contain no token to predict.
+        CheckpointError: The NLL is not finite.
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
-        raise DataError(f"held-out sequences of shape {list(sequences.shape)} hold nothing to predict: add text")
-    mixed = is_mixture(model.config) and model.config.mixture_layers
-    tally = RoutingTally(model.config, model.selection_biases()) if mixed else None
-    wanted: dict[str, Any] = {} if tally is None else {"output_router_logits": True}
+        raise DataError(f"held-out sequences of shape {list(sequences.shape)} have no token to predict: add text")
+    has_routers = is_mixture(model.config) and model.config.mixture_layers
+    routing = RoutingAccumulator(model.config, model.selection_biases()) if has_routers else None
+    outputs: dict[str, Any] = {} if routing is None else {"output_router_logits": True}
     was_training = model.training
     model.eval()
     sequence_nll: list[float] = []
@@ -49,24 +56,28 @@ def score(
         for start in range(0, len(sequences), batch_sequences):
             batch = np.asarray(sequences[start : start + batch_sequences]).astype(np.int64)
             ids = torch.from_numpy(batch).to(model.device)
-            out = model(input_ids=ids, use_cache=False, **wanted)
+            out = model(input_ids=ids, use_cache=False, **outputs)
             sequence_nll += mean_nll(out.logits, ids)
-            if tally is not None:
-                tally.add(out)
-            if between_batches is not None:
-                between_batches()
+            if routing is not None:
+                routing.add(out)
+            if after_batch is not None:
+                after_batch()
     finally:
         model.train(was_training)
     if not np.isfinite(sequence_nll).all():
-        raise CheckpointError("the model's NLL is not finite: its weights are damaged or its training diverged")
+        raise CheckpointError(
+            "the model's NLL is not finite, so its weights are damaged or its training diverged: restore an earlier "
+            "checkpoint"
+        )
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)
-    return DomainScore.of(sequence_nll, tokens), None if tally is None else tally.routing()
+    return DomainScore.from_sequence_nll(sequence_nll, tokens), None if routing is None else routing.routing()
 
 
 def mean_nll(logits: Tensor, ids: Tensor) -> list[float]:
-    """Mean NLL of each sequence: logits [B, L, V], ids [B, L] -> B numbers.
+    """Return the mean NLL of each sequence: logits [B, L, V], ids [B, L] -> B numbers.
 
-    One sequence at a time: a fp32 copy of all logits would be the largest tensor of the evaluation.
+    The loop converts one sequence at a time, because an fp32 copy of all logits would be the largest tensor of the
+    evaluation.
     """
     return [
         F.cross_entropy(row[:-1].float(), targets[1:], reduction="none").mean(dtype=torch.double).item()

@@ -1,7 +1,7 @@
-"""Which experts the tokens of a domain meet in a mixture, layer by layer.
+"""Routing statistics of a mixture on a domain: which experts process its tokens, by layer.
 
-The FFN's choices are recomputed from the router logits of the forward pass by the model's own rule; the attention gates
-likewise. Sums are kept in double precision, so the batch size does not show in the result.
+The choices of the FFN routers are recomputed from the router logits of the forward pass with the model's own rule, and
+so are the attention gates. Sums are in double precision, so the result does not depend on the batch size.
 """
 
 from collections.abc import Sequence
@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bam_ray.evaluation.results import DomainRouting, LayerRouting, Routing
+from bam_ray.evaluation.results import DomainRouting, LayerRouting, MixtureRouting
 from bam_ray.model import BamCausalLMOutput, BamConfig, select_experts
 
 
-class RoutingTally:
-    """Sums over the tokens seen so far.
+class RoutingAccumulator:
+    """Sums of routing statistics over tokens.
 
-    Shapes: M layers that have experts (0 of attention where it is averaged), T tokens, N experts, k experts a token.
+    Shapes: M layers with experts (no attention layers if attention is averaged), T tokens, N experts, k experts per
+    token.
     """
 
-    def __init__(self, config: BamConfig, bias: Tensor | None = None) -> None:
-        """`bias` [M, N]: the selection biases, where there are any."""
-        self.bias = None if bias is None else bias.unsqueeze(1)
+    def __init__(self, config: BamConfig, selection_bias: Tensor | None = None) -> None:
+        """Create empty sums. `selection_bias` [M, N]: the selection biases of the routers, if the model has any."""
+        self.selection_bias = None if selection_bias is None else selection_bias.unsqueeze(1)
         self.top_k = config.num_experts_per_tok
         self.attention_top_k = config.num_attention_experts_per_tok
         layers, experts = len(config.mixture_layers), config.num_experts
@@ -35,25 +36,26 @@ class RoutingTally:
         self.attention_entropy = torch.zeros(attention_layers, dtype=torch.double)
 
     def add(self, out: BamCausalLMOutput) -> None:
-        """Count the tokens of one forward pass with `output_router_logits`."""
+        """Add the tokens of one forward pass, which must have been called with `output_router_logits`."""
         assert out.router_logits is not None and out.attention_router_logits is not None
         probability = torch.stack(out.router_logits).float().softmax(-1)  # [M, T, N]
-        chosen = select_experts(probability, self.top_k, self.bias)
+        chosen = select_experts(probability, self.top_k, self.selection_bias)
         self.tokens += probability.shape[1]
         self.choices += F.one_hot(chosen, probability.shape[-1]).sum((1, 2)).cpu()
         self.probability += probability.sum(1, dtype=torch.double).cpu()
-        self.entropy += entropy(probability).cpu()
+        self.entropy += total_entropy(probability).cpu()
         if len(out.attention_router_logits):
             gate = torch.stack(out.attention_router_logits).float().softmax(-1)
-            self.attention_entropy += entropy(gate).cpu()
-            if self.attention_top_k:  # the others' gates are 0; the rest is not made to sum to 1
+            self.attention_entropy += total_entropy(gate).cpu()
+            if self.attention_top_k:  # the gates of all other experts are 0, and the kept gates are not renormalized
                 kept = gate.topk(self.attention_top_k, dim=-1).indices
                 gate = gate * torch.zeros_like(gate).scatter(-1, kept, 1.0)
             self.gate += gate.sum(1, dtype=torch.double).cpu()
 
     def routing(self) -> DomainRouting:
-        """Means over the tokens seen."""
+        """Return the means over all tokens so far."""
         share = self.choices / self.choices.sum(-1, keepdim=True)
+        has_attention = len(self.gate) > 0
         return DomainRouting(
             tokens=self.tokens,
             layers=tuple(
@@ -61,8 +63,8 @@ class RoutingTally:
                     share=share[layer].tolist(),
                     probability=(self.probability[layer] / self.tokens).tolist(),
                     entropy=self.entropy[layer].item() / self.tokens,
-                    gate=(self.gate[layer] / self.tokens).tolist() if len(self.gate) else [],
-                    attention_entropy=self.attention_entropy[layer].item() / self.tokens if len(self.gate) else None,
+                    gate=(self.gate[layer] / self.tokens).tolist() if has_attention else [],
+                    attention_entropy=self.attention_entropy[layer].item() / self.tokens if has_attention else None,
                 )
                 for layer in range(share.shape[0])
             ),
@@ -72,7 +74,7 @@ class RoutingTally:
 def layer_routing(
     share: list[float], probability: list[float], entropy: float, gate: list[float], attention_entropy: float | None
 ) -> LayerRouting:
-    """A layer's means, with what follows from the shares."""
+    """Return the routing of a layer from its means. Imbalance and dead experts follow from the shares."""
     return LayerRouting(
         ffn_share=tuple(share),
         ffn_probability=tuple(probability),
@@ -84,35 +86,35 @@ def layer_routing(
     )
 
 
-def entropy(probability: Tensor) -> Tensor:
-    """Sum over tokens of the entropy in nats: [M, T, N] -> [M], double."""
+def total_entropy(probability: Tensor) -> Tensor:
+    """Return the sum over tokens of the entropy in nats: [M, T, N] -> [M], in double precision."""
     per_layer: Tensor = torch.special.entr(probability).sum((1, 2), dtype=torch.double)
     return per_layer
 
 
-def routing_of(config: BamConfig, domains: dict[str, DomainRouting]) -> Routing:
-    """A mixture's routing on each domain, and on all their tokens together."""
+def combine_domains(config: BamConfig, domains: dict[str, DomainRouting]) -> MixtureRouting:
+    """Return the routing of a mixture on each domain, and on the tokens of all domains together."""
     parts = list(domains.values())
     tokens = sum(part.tokens for part in parts)
     weights = torch.tensor([part.tokens / tokens for part in parts], dtype=torch.double)
 
-    def pooled(rows: Sequence[tuple[float, ...]]) -> list[float]:
-        pooled: list[float] = (weights @ torch.tensor(rows, dtype=torch.double)).tolist()
-        return pooled
+    def weighted_mean(rows: Sequence[tuple[float, ...]]) -> list[float]:
+        mean: list[float] = (weights @ torch.tensor(rows, dtype=torch.double)).tolist()
+        return mean
 
     overall = []
     for layers in zip(*(part.layers for part in parts), strict=True):
         attention_entropies = [(layer.attention_entropy,) for layer in layers if layer.attention_entropy is not None]
         overall.append(
             layer_routing(
-                share=pooled([layer.ffn_share for layer in layers]),
-                probability=pooled([layer.ffn_probability for layer in layers]),
-                entropy=pooled([(layer.ffn_entropy,) for layer in layers])[0],
-                gate=pooled([layer.attention_gate for layer in layers]),
-                attention_entropy=pooled(attention_entropies)[0] if attention_entropies else None,
+                share=weighted_mean([layer.ffn_share for layer in layers]),
+                probability=weighted_mean([layer.ffn_probability for layer in layers]),
+                entropy=weighted_mean([(layer.ffn_entropy,) for layer in layers])[0],
+                gate=weighted_mean([layer.attention_gate for layer in layers]),
+                attention_entropy=weighted_mean(attention_entropies)[0] if attention_entropies else None,
             )
         )
     names = config.expert_names or [str(expert) for expert in range(config.num_experts)]
-    return Routing(
+    return MixtureRouting(
         expert_names=tuple(names), domains=domains, overall=DomainRouting(tokens=tokens, layers=tuple(overall))
     )

@@ -1,12 +1,14 @@
-"""Serving: a decode engine with continuous batching, and an OpenAI-compatible HTTP app over it. No Ray here.
+"""Serving: a decode engine with continuous batching, and an OpenAI-compatible HTTP app on top of it.
 
-engine = DecodeEngine(model, tokenizer, slots=8, max_length=512)
-app = create_app(Scheduler(engine), "demo")      # FastAPI: uvicorn or Ray Serve can run it
+This package does not depend on Ray. `bam_ray.on_ray.serve_app` deploys the app on Ray Serve.
+
+    engine = DecodeEngine(model, tokenizer, slots=8, max_length=512)
+    app = create_app(Scheduler(engine), "demo")      # a FastAPI app, which uvicorn or Ray Serve can run
 """
 
 from bam_ray.serving.app import create_app
 from bam_ray.serving.engine import DecodeEngine
-from bam_ray.serving.sampling import Sampling
+from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler
 
-__all__ = ["DecodeEngine", "Sampling", "Scheduler", "create_app"]
+__all__ = ["DecodeEngine", "SamplingParams", "Scheduler", "create_app"]

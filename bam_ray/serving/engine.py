@@ -1,16 +1,16 @@
-"""The decode engine: continuous batching of any causal language model that follows transformers' conventions.
+"""The decode engine: continuous batching of any causal language model that follows the conventions of transformers.
 
-Requests join one at a time (their prompt is computed alone) and leave at any time; between, one forward pass a step
-gives every request its next token, whatever their lengths: each row has its own position and its own mask. What a
-request gets is what it would get alone.
+Requests join one at a time, and each prompt is computed alone. They may leave at any time. One forward pass per step
+produces the next token of every active request, whatever the lengths: each row has its own position and its own mask.
+The output of a request equals the output that it would have alone.
 
     engine = DecodeEngine(model, tokenizer, slots=8, max_length=512)
-    generation, first = engine.add(prompt, Sampling(max_tokens=16, temperature=0))
+    generation, first = engine.add(prompt, SamplingParams(max_tokens=16, temperature=0))
     while engine.active:
         for generation, delta in engine.step():
             print(delta.text, delta.finish_reason)
 
-The engine is a plain class for one thread at a time; `serving.scheduler` puts asyncio around it.
+The engine is not thread-safe. `bam_ray.serving.scheduler` drives it from asyncio.
 """
 
 import random
@@ -22,20 +22,20 @@ from torch import Tensor
 
 from bam_ray.errors import ServingError
 from bam_ray.serving.cache import SlotCache
-from bam_ray.serving.sampling import Sampling, TokenLogprob, draw
-from bam_ray.serving.text import Detokenizer, StopStrings
+from bam_ray.serving.detokenizer import Detokenizer, StopStringMatcher
+from bam_ray.serving.sampling import SamplingParams, TokenLogprob, sample_token
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one or more steps added to a request."""
+    """The output that one or more steps add to a request."""
 
     text: str = ""
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None  # set on the last
+    finish_reason: FinishReason | None = None  # set on the last delta only
 
     def __add__(self, after: "Delta") -> "Delta":
         return Delta(
@@ -47,26 +47,37 @@ class Delta:
 
 
 class Generation:
-    """A request being decoded."""
+    """The decoding state of one active request."""
 
-    def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Any) -> None:
-        self.sampling = sampling
-        self.stream = random.Random(sampling.seed)
+    def __init__(self, prompt: list[int], params: SamplingParams, tokenizer: Any) -> None:
+        self.params = params
+        self.rng = random.Random(params.seed)
         self.length = len(prompt)  # positions in the cache
-        self.token = prompt[-1]  # the newest, not yet in the cache
+        self.token = prompt[-1]  # the newest token, which is not in the cache yet
         self.generated = 0
         self.detokenizer = Detokenizer(tokenizer)
-        self.stops = StopStrings(sampling.stop)
+        self.stop_matcher = StopStringMatcher(params.stop)
 
 
 class DecodeEngine:
-    """`slots` requests decoded together, each of at most `max_length` tokens, prompt and completion.
+    """Decodes up to `slots` requests together, each with at most `max_length` tokens of prompt and completion.
 
-    `model` is a causal LM on its device, `tokenizer` its tokenizer. Memory for all slots is taken here, by one step,
-    so a machine that is too small fails now and not at the busiest hour.
+    The constructor runs one step, which allocates the memory of all slots. A machine with too little memory therefore
+    fails at start and not under load.
     """
 
     def __init__(self, model: Any, tokenizer: Any, slots: int, max_length: int) -> None:
+        """Create an engine and allocate its memory.
+
+        Args:
+            model: A causal language model on its device, with SDPA attention.
+            tokenizer: The tokenizer of the model.
+            slots: The maximum number of requests that are decoded together.
+            max_length: The maximum number of tokens of a request, prompt and completion together.
+
+        Raises:
+            ServingError: The engine cannot reproduce the model's attention.
+        """
         _check_attention(model.config, max_length)
         self.tokenizer = tokenizer
         self.slots = slots
@@ -74,53 +85,56 @@ class DecodeEngine:
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self._model = model.eval()
         self._device: torch.device = model.device
-        self._ends = _end_tokens(model, tokenizer)
+        self._end_tokens = _end_tokens(model, tokenizer)
         self._cache = SlotCache(slots, max_length)
-        self._rows: list[Generation] = []  # row i holds slot i
-        self.add([0], Sampling(max_tokens=2, temperature=0))
+        self._active: list[Generation] = []  # the request at index i occupies slot i
+        self.add([0], SamplingParams(max_tokens=2, temperature=0))
         self.step()
         self.clear()
 
     @property
     def active(self) -> int:
-        """Requests being decoded."""
-        return len(self._rows)
+        """The number of requests being decoded."""
+        return len(self._active)
 
     @property
     def free(self) -> int:
-        """Requests that may join now."""
-        return self.slots - len(self._rows)
+        """The number of free slots."""
+        return self.slots - len(self._active)
 
     @torch.inference_mode()
-    def add(self, prompt: list[int], sampling: Sampling) -> tuple[Generation, Delta]:
-        """Compute a prompt (1 to `max_length` - 1 tokens) and its first token; the request joins unless it ended."""
+    def add(self, prompt: list[int], params: SamplingParams) -> tuple[Generation, Delta]:
+        """Compute a prompt of 1 to `max_length` - 1 tokens and its first new token.
+
+        The request takes a slot unless its first token ends it. A slot must be free.
+        """
         assert self.free and 0 < len(prompt) < self.max_length
-        generation = Generation(prompt, sampling, self.tokenizer)
-        self._cache.prefill(len(self._rows))
+        generation = Generation(prompt, params, self.tokenizer)
+        self._cache.prefill(len(self._active))
         input_ids = torch.tensor([prompt], device=self._device)
         logits = self._forward(input_ids, torch.arange(len(prompt), device=self._device)[None], None)
-        delta = self._advance(generation, logits[0], int(logits[0].argmax()))
+        delta = self._append_token(generation, logits[0], int(logits[0].argmax()))
         if delta.finish_reason is None:
-            self._rows.append(generation)
+            self._active.append(generation)
         return generation, delta
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Generation, Delta]]:
-        """One token for every request; those that ended have left."""
-        if not self._rows:
+        """Generate one token for every active request, and free the slots of the requests that end."""
+        if not self._active:
             return []
-        positions = torch.tensor([row.length for row in self._rows], device=self._device)
-        length = max(row.length for row in self._rows) + 1
+        positions = torch.tensor([generation.length for generation in self._active], device=self._device)
+        length = max(generation.length for generation in self._active) + 1
         self._cache.decode(positions, length)
-        input_ids = torch.tensor([[row.token] for row in self._rows], device=self._device)
-        # [B, 1, 1, length]: a row sees its own past and itself, not what an earlier request left behind
+        input_ids = torch.tensor([[generation.token] for generation in self._active], device=self._device)
+        # [B, 1, 1, length]: a row attends to its own past and itself, not to leftovers of the slot's earlier requests
         mask = (torch.arange(length, device=self._device) <= positions[:, None])[:, None, None]
         logits = self._forward(input_ids, positions[:, None], mask)
         deltas = []
-        likeliest = logits.argmax(-1).tolist()  # of all rows at once: one wait for the device, not B
-        for generation, row, best in zip(self._rows, logits, likeliest, strict=True):
+        greedy_tokens = logits.argmax(-1).tolist()  # of all rows at once: one device synchronization instead of B
+        for generation, row, greedy_token in zip(self._active, logits, greedy_tokens, strict=True):
             generation.length += 1
-            deltas.append((generation, self._advance(generation, row, best)))
+            deltas.append((generation, self._append_token(generation, row, greedy_token)))
         for generation, delta in deltas:
             if delta.finish_reason is not None:
                 self.remove(generation)
@@ -128,21 +142,21 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def remove(self, generation: Generation) -> None:
-        """Free a request's slot; nothing happens where it has left."""
-        if generation not in self._rows:
+        """Free the slot of a request. Does nothing if the request has ended."""
+        if generation not in self._active:
             return
-        slot = self._rows.index(generation)
-        last = self._rows.pop()
+        slot = self._active.index(generation)
+        last = self._active.pop()
         if last is not generation:
-            self._cache.move(len(self._rows), slot, last.length)
-            self._rows[slot] = last
+            self._cache.copy_slot(len(self._active), slot, last.length)
+            self._active[slot] = last
 
     def clear(self) -> None:
         """Drop all requests."""
-        self._rows.clear()
+        self._active.clear()
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits of the last position, [B, V], fp32."""
+        """Return the logits of the last position, [B, V], in fp32."""
         output = self._model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -154,54 +168,57 @@ class DecodeEngine:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
-    def _advance(self, generation: Generation, logits: Tensor, likeliest: int) -> Delta:
-        """Choose a request's next token from `logits` [V], and say what that adds to its text."""
-        sampling = generation.sampling
-        token = draw(logits, sampling, generation.stream) if sampling.temperature > 0 else likeliest
+    def _append_token(self, generation: Generation, logits: Tensor, greedy_token: int) -> Delta:
+        """Select the next token of a request from `logits` [V], and return what it adds to the output."""
+        params = generation.params
+        token = sample_token(logits, params, generation.rng) if params.temperature > 0 else greedy_token
         generation.token = token
         generation.generated += 1
-        logprobs = () if sampling.logprobs is None else (self._logprob(logits, token, sampling.logprobs),)
-        ended = token in self._ends
-        # All tokens but the newest are in the cache
-        full = generation.generated >= sampling.max_tokens or generation.length + 1 >= self.max_length
+        logprobs = () if params.logprobs is None else (self._logprob(logits, token, params.logprobs),)
+        ended = token in self._end_tokens
+        # The cache holds all tokens but the newest
+        full = generation.generated >= params.max_tokens or generation.length + 1 >= self.max_length
         piece = "" if ended else generation.detokenizer.feed(token)
         if ended or full:
             piece += generation.detokenizer.flush()
-        text, stopped = generation.stops.feed(piece)
+        text, stopped = generation.stop_matcher.feed(piece)
         if (ended or full) and not stopped:
-            text += generation.stops.flush()
+            text += generation.stop_matcher.flush()
         reason: FinishReason | None = "stop" if ended or stopped else "length" if full else None
         return Delta(text, (token,), logprobs, reason)
 
     def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
         logprobs = torch.log_softmax(logits, dim=-1)
         values, tokens = logprobs.topk(min(top, len(logprobs)))
-        best = tuple((self._name(int(other)), float(value)) for value, other in zip(values, tokens, strict=True))
-        return TokenLogprob(self._name(token), float(logprobs[token]), best)
+        best = tuple((self._token_text(int(other)), float(value)) for value, other in zip(values, tokens, strict=True))
+        return TokenLogprob(self._token_text(token), float(logprobs[token]), best)
 
-    def _name(self, token: int) -> str:
-        name: str = self.tokenizer.decode([token])
-        return name
+    def _token_text(self, token: int) -> str:
+        text: str = self.tokenizer.decode([token])
+        return text
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a text: the generation configuration's (one, several or none) and the tokenizer's."""
+    """Return the tokens that end a text: those of the generation configuration, if any, and the tokenizer's."""
     configured = model.generation_config.eos_token_id
     ends = set(configured) if isinstance(configured, list) else {configured}
     return {int(token) for token in ends | {tokenizer.eos_token_id} if token is not None}
 
 
 def _check_attention(config: Any, max_length: int) -> None:
-    """Raise `ServingError` where slots would not give the model's own attention."""
+    """Raise `ServingError` if decoding in slots would not reproduce the model's attention."""
     if config._attn_implementation != "sdpa":
         raise ServingError(
-            f"attention {config._attn_implementation!r} takes no mask per row: load the model with "
+            f"attention {config._attn_implementation!r} does not support one mask per row: load the model with "
             "attn_implementation='sdpa'"
         )
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if layers != {"full_attention"} or (window is not None and window < max_length):
-        raise ServingError(f"{config.model_type} attends through windows, which are not served: use full attention")
+        raise ServingError(
+            f"{config.model_type} uses attention windows, which the server does not support: serve a model with full "
+            "attention"
+        )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise ServingError(

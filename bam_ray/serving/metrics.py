@@ -1,4 +1,4 @@
-"""Counts of one server in Prometheus' text format. Behind several replicas each answers for itself."""
+"""The metrics of one server in Prometheus' text format. Each replica reports its own."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,39 +9,41 @@ from prometheus_client.registry import Collector
 
 from bam_ray.serving.scheduler import Scheduler
 
-Outcome = Literal["finished", "left", "refused", "failed"]
+RequestOutcome = Literal["finished", "left", "refused", "failed"]
 
 
-class Metrics(Collector):
-    """The scheduler's state, read when asked, and the outcomes of requests."""
+class ServerMetrics(Collector):
+    """The state of the scheduler, read at each scrape, and the number of requests by outcome."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._registry = CollectorRegistry()  # the server's own: a process may hold several
-        self._outcomes = Counter(
+        self._registry = CollectorRegistry()  # one per server: a process may run several servers
+        self._requests = Counter(
             "bam_requests",
-            "Requests by outcome: finished, left (the client went away), refused (4xx), failed (5xx)",
+            "Requests by outcome: finished, left (the client disconnected), refused (4xx), failed (5xx)",
             ["outcome"],
             registry=self._registry,
         )
         self._registry.register(self)
 
-    def count(self, outcome: Outcome) -> None:
-        """One request ended."""
-        self._outcomes.labels(outcome).inc()
+    def count_request(self, outcome: RequestOutcome) -> None:
+        """Count one request that ended."""
+        self._requests.labels(outcome).inc()
 
     def text(self) -> bytes:
-        """All of it."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of the scheduler and the engine."""
         scheduler = self._scheduler
+        totals = scheduler.totals
         tokens = CounterMetricFamily("bam_tokens", "Tokens computed", labels=["kind"])
-        tokens.add_metric(["prompt"], scheduler.totals.prompt_tokens)
-        tokens.add_metric(["completion"], scheduler.totals.completion_tokens)
+        tokens.add_metric(["prompt"], totals.prompt_tokens)
+        tokens.add_metric(["completion"], totals.completion_tokens)
         yield tokens
-        yield CounterMetricFamily("bam_steps", "Steps of the engine", value=scheduler.totals.steps)
-        yield CounterMetricFamily("bam_step_seconds", "Time in the engine", value=scheduler.totals.step_seconds)
-        yield GaugeMetricFamily("bam_slots", "Requests that can be decoded together", value=scheduler.engine.slots)
-        yield GaugeMetricFamily("bam_active_slots", "Requests being decoded", value=scheduler.active)
-        yield GaugeMetricFamily("bam_waiting_requests", "Requests that wait for a slot", value=scheduler.waiting)
+        yield CounterMetricFamily("bam_steps", "Steps of the decode engine", value=totals.steps)
+        yield CounterMetricFamily("bam_step_seconds", "Seconds spent in the decode engine", value=totals.step_seconds)
+        yield GaugeMetricFamily("bam_slots", "Slots: requests that can be decoded together", scheduler.engine.slots)
+        yield GaugeMetricFamily("bam_active_slots", "Slots in use: requests being decoded", scheduler.active)
+        yield GaugeMetricFamily("bam_waiting_requests", "Requests that wait for a slot", scheduler.waiting)

@@ -1,7 +1,7 @@
-"""What the endpoint reads and writes: the part of OpenAI's completions and chat interface that is served.
+"""The request and response types of the endpoint: the supported part of OpenAI's completions and chat API.
 
-Fields that would change a text but are not served are refused, never ignored in silence; fields that change nothing
-here (user, metadata, store) are let through.
+Unsupported fields that would change the output are rejected, never ignored silently. Unknown fields that do not affect
+the output (user, metadata, store) are accepted.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bam_ray.errors import ServingError
 from bam_ray.serving.engine import FinishReason
-from bam_ray.serving.sampling import Sampling
+from bam_ray.serving.sampling import SamplingParams
 
-MAX_STOPS = 4  # OpenAI's
-MAX_LOGPROBS = 20  # OpenAI's for chat; 5 for completions is a subset
+MAX_STOPS = 4  # OpenAI's limit
+MAX_LOGPROBS = 20  # OpenAI's limit for chat; its limit of 5 for completions is lower
 
 
 class RequestError(ServingError):
-    """A request that cannot be met; `status` is HTTP's."""
+    """A request that cannot be served. `status` is the HTTP status code of the response."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class RequestError(ServingError):
 
 
 class ErrorBody(BaseModel):
-    """Why a request failed."""
+    """The description of an error."""
 
     message: str
     type: str
@@ -34,30 +34,30 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """OpenAI's shape of an error."""
+    """An error in OpenAI's format."""
 
     error: ErrorBody
 
-    @staticmethod
-    def of(error: ServingError) -> "ErrorResponse":
-        """From the error itself: 4xx are the client's, the rest the server's."""
+    @classmethod
+    def from_error(cls, error: ServingError) -> Self:
+        """Convert an error. A `RequestError` below 500 is the client's error, any other is the server's."""
         if isinstance(error, RequestError) and error.status < 500:
             kind = "invalid_request_error"
-            return ErrorResponse(error=ErrorBody(message=str(error), type=kind, param=error.param, code=error.code))
-        return ErrorResponse(error=ErrorBody(message=str(error), type="server_error", code="server_error"))
+            return cls(error=ErrorBody(message=str(error), type=kind, param=error.param, code=error.code))
+        return cls(error=ErrorBody(message=str(error), type="server_error", code="server_error"))
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream."""
+    """The options of a stream."""
 
     include_usage: bool = False
 
 
-class _Request(BaseModel):
-    """What both kinds of request share."""
+class GenerationRequest(BaseModel):
+    """The fields that completion and chat requests share."""
 
     model_config = ConfigDict(extra="allow")
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {  # field: the values that change nothing
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {  # field -> the values that have no effect
         "n": (None, 1),
         "frequency_penalty": (None, 0),
         "presence_penalty": (None, 0),
@@ -74,13 +74,13 @@ class _Request(BaseModel):
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _served(self) -> Self:
-        for name, neutral in self.unserved.items():
+    def _reject_unsupported(self) -> Self:
+        for name, neutral in self.unsupported.items():
             value = (self.model_extra or {}).get(name)
             if value not in neutral:
-                raise RequestError(400, f"{name}={value!r} is not served: leave it out", "unsupported_value", name)
+                raise RequestError(400, f"{name}={value!r} is not supported: omit it", "unsupported_value", name)
         if len(self.stops) > MAX_STOPS or "" in self.stops:
-            raise RequestError(400, f"stop takes up to {MAX_STOPS} strings, none of them empty", param="stop")
+            raise RequestError(400, f"stop accepts up to {MAX_STOPS} non-empty strings", param="stop")
         return self
 
     @property
@@ -90,12 +90,14 @@ class _Request(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the tokens used."""
+        """True if a stream ends with a chunk that states the token usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, logprobs: int | None, more_stops: tuple[str, ...] = ()) -> Sampling:
-        """How to continue; OpenAI's defaults are a temperature and a top_p of 1."""
-        return Sampling(
+    def sampling_params(
+        self, max_tokens: int, logprobs: int | None, more_stops: tuple[str, ...] = ()
+    ) -> SamplingParams:
+        """Return the sampling parameters. OpenAI's defaults for temperature and top_p are 1."""
+        return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -105,33 +107,33 @@ class _Request(BaseModel):
         )
 
 
-class CompletionRequest(_Request):
-    """POST /v1/completions."""
+class CompletionRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
 
-    unserved = {**_Request.unserved, "best_of": (None, 1), "echo": (None, False), "suffix": (None, "")}
+    unsupported = {**GenerationRequest.unsupported, "best_of": (None, 1), "echo": (None, False), "suffix": (None, "")}
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One entry a completion: text, or token ids."""
+        """The prompts, each as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)  # type: ignore[arg-type]  # the check above excludes list[int]
 
 
 class TextPart(BaseModel):
-    """A part of a message: text alone is served."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    """One turn of a chat."""
+class RequestMessage(BaseModel):
+    """One turn of a chat request."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -143,42 +145,51 @@ class Message(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(_Request):
-    """POST /v1/chat/completions."""
+class ChatRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
 
-    unserved = {
-        **_Request.unserved,
+    unsupported = {
+        **GenerationRequest.unsupported,
         "tools": (None, []),
         "functions": (None, []),
         "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[RequestMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # OpenAI's newer name of max_tokens
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class Usage(BaseModel):
-    """Tokens read and written; an end-of-text token counts."""
+    """The number of prompt and completion tokens. An end-of-text token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
+class GenerationResponse(BaseModel):
+    """The fields that all responses and stream chunks share."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class CompletionLogprobs(BaseModel):
-    """OpenAI's parallel lists, one entry a token."""
+    """Log probabilities as OpenAI's parallel lists, with one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
-    text_offset: list[int]  # where each token begins in the completion, in characters
+    text_offset: list[int]  # the position of each token in the completion, in characters
 
 
 class CompletionChoice(BaseModel):
-    """One prompt's completion, or a piece of it."""
+    """The completion of one prompt, or a piece of it."""
 
     index: int
     text: str
@@ -186,96 +197,89 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class Completion(BaseModel):
-    """The answer of /v1/completions, and each chunk of its stream."""
+class Completion(GenerationResponse):
+    """The response of /v1/completions, and each chunk of its stream."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
 
 class ChatTopLogprob(BaseModel):
-    """One of the likeliest tokens."""
+    """The log probability of one of the most likely tokens."""
 
     token: str
     logprob: float
-    bytes: list[int] | None  # None: the token is a part of a character
+    bytes: list[int] | None  # None if the token is a part of a character
 
 
 class ChatTokenLogprob(ChatTopLogprob):
-    """A token of the answer."""
+    """The log probability of a token of the response, with those of the most likely tokens."""
 
     top_logprobs: list[ChatTopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """The tokens of the answer."""
+    """The log probabilities of a chat response."""
 
     content: list[ChatTokenLogprob]
 
 
-class ChatMessage(BaseModel):
-    """The answer."""
+class ChatResult(BaseModel):
+    """The fields that a chat choice and a piece of it share. A chat response has exactly one choice."""
+
+    index: int = 0
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ResponseMessage(BaseModel):
+    """The message of a chat response."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
-class ChatChoice(BaseModel):
-    """The answer and how it ended."""
+class ChatChoice(ChatResult):
+    """A whole chat response."""
 
-    index: int = 0
-    message: ChatMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    message: ResponseMessage
 
 
-class ChatCompletion(BaseModel):
-    """The answer of /v1/chat/completions."""
+class ChatCompletion(GenerationResponse):
+    """The response of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
 
-class ChatChunkChoice(BaseModel):
-    """A piece of the answer."""
+class ChatChunkChoice(ChatResult):
+    """A piece of a chat response."""
 
-    index: int = 0
-    delta: dict[str, str]  # content; the first has the role too
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    delta: dict[str, str]  # the content; the first piece also states the role
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(GenerationResponse):
     """One event of a chat stream."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
 
-class Model(BaseModel):
+class ModelCard(BaseModel):
     """An entry of /v1/models."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "bam-ray"
-    max_model_len: int  # prompt and completion, in tokens
+    max_model_len: int  # prompt and completion together, in tokens
 
 
 class ModelList(BaseModel):
-    """The answer of /v1/models."""
+    """The response of /v1/models."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ModelCard]

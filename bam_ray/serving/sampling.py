@@ -1,6 +1,7 @@
-"""From logits to tokens: greedy, or temperature and nucleus with a random stream of the request's own.
+"""Sampling: greedy decoding, or temperature and nucleus (top-p) sampling with one random generator per request.
 
-A row is drawn from its own logits and its own stream, so what a request gets doesn't depend on its neighbours.
+Each token is sampled from its own request's logits and generator, so the output of a request does not depend on the
+requests that are decoded with it.
 """
 
 import random
@@ -11,38 +12,39 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How one request is to be continued."""
+class SamplingParams:
+    """The sampling parameters of one request."""
 
     max_tokens: int
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
-    seed: int | None = None  # None: from the operating system's entropy
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
-    logprobs: int | None = None  # None: none; n: of the chosen token and of the n likeliest
+    seed: int | None = None  # None: seeded from the operating system's entropy
+    stop: tuple[str, ...] = ()  # the text ends before the first stop string
+    logprobs: int | None = None  # None: no log probabilities; n: of the sampled token and of the n most likely tokens
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log probability, in nats, under the model (temperature 1, nucleus not applied)."""
+    """The log probability of a token, in nats, under the model (at temperature 1 and without top-p)."""
 
     token: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()  # the likeliest tokens, best first
+    top: tuple[tuple[str, float], ...] = ()  # the most likely tokens, in descending order
 
 
-def draw(logits: Tensor, sampling: Sampling, stream: random.Random) -> int:
-    """One token from `logits` [V], any dtype, at a temperature above 0."""
+def sample_token(logits: Tensor, params: SamplingParams, rng: random.Random) -> int:
+    """Sample one token from `logits` [V] of any dtype. The temperature must be above 0."""
     scaled = logits.double()
-    # Less the maximum first: a small temperature then gives 0 and -inf, never inf - inf
-    probabilities = torch.softmax((scaled - scaled.max()) / sampling.temperature, dim=-1)
+    # Subtract the maximum before dividing: a tiny temperature then gives 0 and -inf, never inf - inf
+    probabilities = torch.softmax((scaled - scaled.max()) / params.temperature, dim=-1)
     order = None
-    if sampling.top_p < 1:
+    if params.top_p < 1:
         probabilities, order = probabilities.sort(descending=True)
-        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        beyond[0] = False  # the likeliest stays, also for a top_p of 0
-        probabilities = probabilities.masked_fill(beyond, 0.0)
+        outside_nucleus = probabilities.cumsum(-1) - probabilities >= params.top_p
+        outside_nucleus[0] = False  # the most likely token always stays, even if top_p is 0
+        probabilities = probabilities.masked_fill(outside_nucleus, 0.0)
     cumulative = probabilities.cumsum(-1)
-    # The first token whose sum reaches the draw: it is never out of range, and never one of probability 0
-    at = int(torch.searchsorted(cumulative, (1 - stream.random()) * cumulative[-1]))
-    return at if order is None else int(order[at])
+    # The first token whose cumulative probability reaches a draw from (0, total]: the index is always in range, and a
+    # token of probability 0 is never selected
+    index = int(torch.searchsorted(cumulative, (1 - rng.random()) * cumulative[-1]))
+    return index if order is None else int(order[index])

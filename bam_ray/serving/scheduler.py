@@ -1,8 +1,9 @@
-"""Asyncio around the engine: requests wait in a queue, join and leave between steps, and read their text as it comes.
+"""The scheduler: drives the decode engine from asyncio, and streams the output of each request to its reader.
 
-One task owns the engine. The model runs on a thread of its own, so the event loop stays free to send what is ready.
-Between two steps at most one prompt is computed: a request in full flow never waits for more than that.
-A reader that goes away (its generator is closed) frees its slot before the next step.
+Requests wait in a queue for a free slot, and join and leave between steps. One task owns the engine. The model runs on
+its own thread, so the event loop stays free to send output. At most one prompt is computed between two steps, so an
+active request never waits for more than one prompt. When a reader closes its generator, its slots are freed before the
+next step.
 """
 
 import asyncio
@@ -15,27 +16,27 @@ from dataclasses import dataclass
 
 from bam_ray.errors import ServingError
 from bam_ray.serving.engine import DecodeEngine, Delta, Generation
-from bam_ray.serving.sampling import Sampling
+from bam_ray.serving.sampling import SamplingParams
 
 CHUNKS_PER_SECOND = 100
-"""Chunks sent in a second to all paced readers together. A chunk costs the HTTP path milliseconds (through Ray Serve
-about 5), so under load several tokens travel in one."""
+"""The number of chunks that all paced readers together receive per second. Each chunk costs the HTTP path milliseconds
+(about 5 through Ray Serve), so under load one chunk carries several tokens."""
 
 
 @dataclass(eq=False)
-class _Request:
-    """A prompt and where its text goes."""
+class _QueuedPrompt:
+    """One prompt of a request, and the queue that receives its output."""
 
     index: int
     prompt: list[int]
-    sampling: Sampling
-    out: "asyncio.Queue[tuple[int, Delta | ServingError]]"
-    generation: Generation | None = None
+    params: SamplingParams
+    output: "asyncio.Queue[tuple[int, Delta | ServingError]]"
+    generation: Generation | None = None  # set when the prompt has a slot
 
 
 @dataclass
-class Totals:
-    """Counts since the start."""
+class SchedulerTotals:
+    """Counters since the start of the server."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -44,125 +45,137 @@ class Totals:
 
 
 class Scheduler:
-    """Many concurrent readers over one `DecodeEngine`. Made anywhere, used on one event loop."""
+    """Shares one `DecodeEngine` among many concurrent readers. All calls must come from one event loop."""
 
     def __init__(self, engine: DecodeEngine) -> None:
         self.engine = engine
-        self.totals = Totals()
-        self._waiting: deque[_Request] = deque()
-        self._running: dict[Generation, _Request] = {}
-        self._left: list[_Request] = []  # their readers have gone
+        self.totals = SchedulerTotals()
+        self._waiting: deque[_QueuedPrompt] = deque()
+        self._running: dict[Generation, _QueuedPrompt] = {}
+        self._abandoned: list[_QueuedPrompt] = []  # their readers have disconnected
         self._readers = 0
-        self._work = asyncio.Event()
+        self._work_available = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     @property
     def active(self) -> int:
-        """Requests being decoded."""
+        """The number of prompts being decoded."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot."""
+        """The number of prompts that wait for a slot."""
         return len(self._waiting)
 
     async def generate(
-        self, prompts: list[list[int]], sampling: Sampling, paced: bool = False
+        self, prompts: list[list[int]], params: SamplingParams, paced: bool = False
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """Continue each prompt; yields what came since the last time as (index of the prompt, delta) pairs.
+        """Continue each prompt, and yield the new output as (index of the prompt, delta) pairs.
 
-        `paced` leaves time between yields when there are many readers, so that each yield holds more.
-        Raises `ServingError` where the model fails. Closing the generator frees the slots.
+        Closing the generator frees the slots.
+
+        Args:
+            prompts: The token ids of each prompt.
+            params: The sampling parameters of all prompts.
+            paced: Wait between yields if there are many readers, so that each yield carries more output.
+
+        Raises:
+            ServingError: The model failed, or the server is shutting down.
         """
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        out: asyncio.Queue[tuple[int, Delta | ServingError]] = asyncio.Queue()
-        open_requests = {i: _Request(i, prompt, sampling, out) for i, prompt in enumerate(prompts)}
-        self._waiting.extend(open_requests.values())
-        self._work.set()
+        output: asyncio.Queue[tuple[int, Delta | ServingError]] = asyncio.Queue()
+        unfinished = {i: _QueuedPrompt(i, prompt, params, output) for i, prompt in enumerate(prompts)}
+        self._waiting.extend(unfinished.values())
+        self._work_available.set()
         self._readers += 1
         next_time = 0.0
         try:
-            while open_requests:
-                first = await out.get()
+            while unfinished:
+                first = await output.get()
                 if paced and (pause := next_time - time.monotonic()) > 0:
                     await asyncio.sleep(pause)
                 merged: dict[int, Delta] = {}
-                for index, item in itertools.chain([first], _drained(out)):
+                for index, item in itertools.chain([first], _drain(output)):
                     if isinstance(item, ServingError):
                         raise item
                     merged[index] = merged[index] + item if index in merged else item
                     if item.finish_reason is not None:
-                        del open_requests[index]
+                        del unfinished[index]
                 next_time = time.monotonic() + self._readers / CHUNKS_PER_SECOND
                 yield list(merged.items())
         finally:
             self._readers -= 1
-            self._left.extend(open_requests.values())
-            self._work.set()
+            self._abandoned.extend(unfinished.values())
+            self._work_available.set()
 
     async def close(self) -> None:
-        """Stop; readers still open get a `ServingError`."""
+        """Stop the engine. Readers that are still open receive a `ServingError`."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()
-        self._fail([*self._running.values(), *self._waiting], ServingError("the server is shutting down"))
+        _fail([*self._running.values(), *self._waiting], ServingError("the server is shutting down: retry later"))
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._let_leave()
+            self._remove_abandoned()
             if not self._waiting and not self._running:
-                self._work.clear()
-                await self._work.wait()
+                self._work_available.clear()
+                await self._work_available.wait()
                 continue
-            joins = self._waiting.popleft() if self._waiting and self.engine.free else None
+            joining = self._waiting.popleft() if self._waiting and self.engine.free else None
             try:
-                deltas = await loop.run_in_executor(self._thread, self._step, joins)
-            except Exception as error:  # whatever a model can raise: it is told to every reader, and the next may try
-                lost = [*self._running.values(), *([joins] if joins else [])]
-                self.engine.clear()
-                self._running.clear()
-                self._fail(lost, ServingError(f"the model failed: {type(error).__name__}: {error}"))
+                deltas = await loop.run_in_executor(self._thread, self._step, joining)
+            except Exception as error:  # a model can raise anything: every reader gets the error, and serving continues
+                self._handle_failure(joining, error)
                 continue
-            for request, delta in deltas:
-                request.out.put_nowait((request.index, delta))
+            for queued, delta in deltas:
+                queued.output.put_nowait((queued.index, delta))
                 self.totals.completion_tokens += len(delta.tokens)
-                if delta.finish_reason is not None and request.generation is not None:
-                    self._running.pop(request.generation, None)
+                if delta.finish_reason is not None and queued.generation is not None:
+                    self._running.pop(queued.generation, None)
 
-    def _step(self, joins: _Request | None) -> list[tuple[_Request, Delta]]:
-        """On the engine's thread, while the event loop lets requests wait: one prompt, then one step."""
+    def _step(self, joining: _QueuedPrompt | None) -> list[tuple[_QueuedPrompt, Delta]]:
+        """Compute at most one prompt and then one step. Runs on the engine's thread."""
         start = time.perf_counter()
         deltas = []
-        if joins is not None:
-            generation, delta = self.engine.add(joins.prompt, joins.sampling)
-            joins.generation = generation
-            self._running[generation] = joins
-            deltas.append((joins, delta))
-            self.totals.prompt_tokens += len(joins.prompt)
+        if joining is not None:
+            generation, delta = self.engine.add(joining.prompt, joining.params)
+            joining.generation = generation
+            self._running[generation] = joining
+            deltas.append((joining, delta))
+            self.totals.prompt_tokens += len(joining.prompt)
         deltas += [(self._running[generation], delta) for generation, delta in self.engine.step()]
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - start
         return deltas
 
-    def _let_leave(self) -> None:
-        """Forget requests whose readers have gone."""
-        for request in self._left:
-            if request.generation is not None:
-                self.engine.remove(request.generation)
-                self._running.pop(request.generation, None)
-            elif request in self._waiting:
-                self._waiting.remove(request)
-        self._left.clear()
+    def _remove_abandoned(self) -> None:
+        """Drop the prompts whose readers have disconnected."""
+        for queued in self._abandoned:
+            if queued.generation is not None:
+                self.engine.remove(queued.generation)
+                self._running.pop(queued.generation, None)
+            elif queued in self._waiting:
+                self._waiting.remove(queued)
+        self._abandoned.clear()
 
-    def _fail(self, requests: list[_Request], error: ServingError) -> None:
-        for request in requests:
-            request.out.put_nowait((request.index, error))
+    def _handle_failure(self, joining: _QueuedPrompt | None, error: Exception) -> None:
+        """Send an error of the model to the readers of all active prompts, and clear the engine."""
+        lost = [*self._running.values(), *([joining] if joining else [])]
+        self.engine.clear()
+        self._running.clear()
+        _fail(lost, ServingError(f"the model failed: {type(error).__name__}: {error}"))
 
 
-def _drained(queue: "asyncio.Queue[tuple[int, Delta | ServingError]]") -> "list[tuple[int, Delta | ServingError]]":
-    """What is in a queue now."""
+def _fail(prompts: list[_QueuedPrompt], error: ServingError) -> None:
+    for queued in prompts:
+        queued.output.put_nowait((queued.index, error))
+
+
+def _drain(queue: "asyncio.Queue[tuple[int, Delta | ServingError]]") -> "list[tuple[int, Delta | ServingError]]":
+    """Return the current items of a queue without waiting."""
     return [queue.get_nowait() for _ in range(queue.qsize())]

@@ -11,7 +11,8 @@ from bam_ray.settings.training import TrainingSettings
 
 class Scratch(Strict):
     """The shape of a seed that is trained from scratch: transformers' Cohere architecture, a parallel block like the
-    one of the BAM paper."""
+    one of the BAM paper.
+    """
 
     architecture: Literal["cohere"] = "cohere"
     """Model architecture."""

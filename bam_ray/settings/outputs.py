@@ -40,7 +40,8 @@ class ServeSettings(Strict):
 
 class RoutingSettings(Strict):
     """Monitoring of the routers during training. The two limits are multiples of an equal share of the load; they are
-    our own."""
+    our own.
+    """
 
     every: Count = 10
     """Number of steps over which the load is averaged and reported."""

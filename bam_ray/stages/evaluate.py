@@ -24,9 +24,10 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest, identity
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
+from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.perplexity import score
-from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, Results, label
-from bam_ray.evaluation.routing import routing_of
+from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, model_label
+from bam_ray.evaluation.routing import combine_domains
 from bam_ray.model import is_mixture
 from bam_ray.model.parameters import count_parameters
 from bam_ray.pipeline.tasks import Progress, Task
@@ -63,7 +64,7 @@ def evaluate(run: TaskRun) -> Manifest:
         lineage = [made[id] for id in ancestors(task.id, made)]
         scores.append(evaluator.model_score(task, kind, lineage, Progress(step, len(models))))
     run.context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
-    results = Results.of(run.recipe.name, scores)
+    results = make_results(run.recipe.name, scores)
     from bam_ray.evaluation.report import write_report  # imports matplotlib, which no other stage needs
 
     with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
@@ -129,7 +130,7 @@ class Evaluator:
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             if not self.corpus.attend_across_documents:
                 mask_documents(model, self.corpus.end_of_text_id)
-            domains, routings = self._score_domains(model, replace(progress, note=label(kind, task.name)))
+            domains, routings = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))
             result = describe(task, kind, lineage, model, domains, routings)
             wall = time.perf_counter() - started
             tokens = sum(len(each.sequence_nll) for each in domains.values()) * self.corpus.sequence_length
@@ -199,7 +200,7 @@ def describe(
         flops=lineage[0].compute.flops,
         lineage_flops=sum(manifest.compute.flops for manifest in lineage),
         domains=domains,
-        routing=routing_of(model.config, routings) if mixture else None,
+        routing=combine_domains(model.config, routings) if mixture else None,
     )
 
 

@@ -28,7 +28,8 @@ MIXTURE = "mixture"
 @dataclass(frozen=True)
 class Change:
     """The experts there will be: each an old one's number, or None, the branch's. `row` is the old expert whose router
-    rows the branch takes over; without it they are drawn anew."""
+    rows the branch takes over; without it they are drawn anew.
+    """
 
     verb: str
     slots: tuple[int | None, ...]

@@ -28,7 +28,8 @@ def export_mixtral(
     mixture: TensorReader, writer: ModelWriter, manifest: Manifest, progress: Progress | None = None
 ) -> MixtralConfig:
     """Write the mixture as Mixtral and commit it with `manifest`; raises `UpcycleError` where Mixtral is something
-    else."""
+    else.
+    """
     config = mixture_config_of(mixture)
     check_fits(config)
     sources = {MIXTURE: mixture}

@@ -233,7 +233,8 @@ class Pick:
 @dataclass(frozen=True)
 class Redrawn:
     """Drop-Upcycling (arXiv 2502.19261): rows (`dim` 0) or columns (1) at `index` drawn anew, from a normal
-    distribution with the mean and deviation of what they held. Holds the whole tensor."""
+    distribution with the mean and deviation of what they held. Holds the whole tensor.
+    """
 
     part: Expression
     index: tuple[int, ...]

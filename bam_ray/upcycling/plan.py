@@ -258,7 +258,8 @@ class Planner:
 
     def _redrawn(self, take: Take, place: DenseParameter, expert: Expert) -> Expression:
         """A copy of the seed, with a part of its neurons drawn anew where the settings say so (not the seed's own
-        expert, unless all are copies of it)."""
+        expert, unless all are copies of it).
+        """
         fraction = self.settings.redraw_fraction
         copy = expert.name != expert.source or not self.branches
         if not fraction or not copy or place.role not in FFN_ROLES or place.role is Role.DOWN_BIAS:

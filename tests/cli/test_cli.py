@@ -1,4 +1,4 @@
-"""`bam` on a user's mistakes: one clear line, exit code 1, nothing written. And what needs no cluster works."""
+"""Commands that work on recipes and runs, without a cluster. A user error is one line, with exit code 1."""
 
 import socket
 from pathlib import Path
@@ -17,7 +17,7 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("branch.tokens=5", "branch.tokens: unknown key"),
         ("mix.training.tokens=many", "mix.training.tokens: Input should be a valid integer"),
@@ -31,10 +31,10 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
         ("tokens", "is malformed: use key.subkey=value"),
     ],
 )
-def test_a_wrong_setting_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str, said: str
+def test_an_invalid_setting_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
-    assert said in refusal(monkeypatch, capsys, "plan", str(DEMO), override)
+    assert message in refusal(monkeypatch, capsys, "plan", str(DEMO), override)
 
 
 def test_a_missing_recipe_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +61,7 @@ def test_a_store_without_a_run_is_one_line(
     assert "has no report yet" in refusal(monkeypatch, capsys, "report", str(tmp_path))
 
 
-def test_plan_names_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_lists_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert bam(monkeypatch, "plan", str(DEMO)) == 0
     out = capsys.readouterr().out
     for kind in ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"):
@@ -79,7 +79,7 @@ def test_plan_simulates_a_cluster(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     )
 
 
-def test_a_plan_whose_simulated_run_fails_is_shown_and_refused(
+def test_a_plan_that_fails_in_simulation_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     group = "{count: 4, tokens_per_second: 6000, preemptions_per_hour: 600}"
@@ -91,7 +91,7 @@ def test_a_plan_whose_simulated_run_fails_is_shown_and_refused(
     assert line.startswith("error: the simulated run fails after ") and "was preempted" in line
 
 
-def test_status_tells_what_is_stored(
+def test_status_shows_the_stored_bytes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     store = FolderStore(str(tmp_path))

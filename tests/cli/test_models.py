@@ -1,4 +1,4 @@
-"""`bam upcycle` and its relatives, as a person uses them on bare folders; a mistake is one line and leaves nothing."""
+"""Commands that work on model folders. A user error is one line, and nothing is written."""
 
 import json
 import os
@@ -24,7 +24,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Seed and two branches with a tokenizer, and text of two kinds."""
+    """Return a folder with a seed, two branches, their tokenizer and two texts."""
     for number, name in enumerate(NAMES):
         model = tiny.dense(CONFIG, 0)
         with torch.no_grad():
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Run:
-    """Run a command that must succeed; what it printed."""
+    """Return a function that runs a command that must succeed, and returns its output."""
     monkeypatch.chdir(folder)
 
     def succeed(*arguments: str) -> str:
@@ -51,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fol
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Run:
-    """Run a command that must fail; its one line. Nothing may be written."""
+    """Return a function that runs a command that must fail without writing anything, and returns its error line."""
     monkeypatch.chdir(folder)
 
     def fail(*arguments: str) -> str:
@@ -67,7 +67,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 UPCYCLE = ("upcycle", "--seed=seed", "--branch=code=code", "--branch=law=law", "--out=mixture")
 
 
-def test_from_dense_folders_to_a_mixtral(run: Run, folder: Path) -> None:
+def test_dense_folders_become_a_mixture_and_a_mixtral(run: Run, folder: Path) -> None:
     out = run(*UPCYCLE, "--method=btx", "--set=num_experts_per_tok=2", "--set=norm_topk_prob=true")
     assert "3 experts: seed, code, law" in out
     assert "FAIL" not in run("verify", "mixture")
@@ -85,7 +85,7 @@ def test_from_dense_folders_to_a_mixtral(run: Run, folder: Path) -> None:
     assert not list(folder.glob(".*partial*"))
 
 
-def test_routers_fitted_to_text(run: Run, folder: Path) -> None:
+def test_routers_are_fitted_to_text(run: Run, folder: Path) -> None:
     texts = ("--text=seed=prose.txt", "--text=code=code.txt", "--length=32")
     out = run(*UPCYCLE, "--set=router.init=ridge", "--set=router.sequences=8", *texts)
     assert "ridge *" in out
@@ -97,7 +97,7 @@ def test_a_dry_run_measures_and_writes_nothing(run: Run, folder: Path) -> None:
     before = set(folder.iterdir())
     out = run(*UPCYCLE[:-1], "--dry-run")
     assert set(folder.iterdir()) == before
-    assert "nothing written" in out
+    assert "nothing was written" in out
     seed, code = (load_file(folder / name / "model.safetensors") for name in ("seed", "code"))
     layer = [name for name in seed if name.startswith("model.layers.1.")]
     change = sum(float((code[name] - seed[name]).square().sum()) for name in layer) ** 0.5
@@ -105,13 +105,13 @@ def test_a_dry_run_measures_and_writes_nothing(run: Run, folder: Path) -> None:
     assert f"{change / size:.4f}" in out
 
 
-def test_experts_come_and_go_with_a_table(run: Run, folder: Path) -> None:
+def test_experts_are_added_replaced_and_removed(run: Run, folder: Path) -> None:
     run(*UPCYCLE[:3], "--out=mixture", "--set=num_experts_per_tok=1")
     out = run("absorb", "mixture", "--branch=law=law", "--out=more", "--text=prose=prose.txt", "--length=32")
     assert "Perplexity before and after" in out
     assert "prose" in out
     out = run("replace", "more", "--expert=code", "--branch=other=law", "--out=other")
-    assert "nothing was evaluated" in out
+    assert "was not evaluated" in out
     run("remove", "other", "--expert=law", "--out=fewer")
     assert "seed, other" in run("inspect", "fewer")
 
@@ -123,7 +123,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     return store
 
 
-def test_to_and_from_a_store(run: Run, refused: Run, folder: Path, memory: MemoryStore) -> None:
+def test_models_are_read_from_and_written_to_a_store(run: Run, refused: Run, folder: Path, memory: MemoryStore) -> None:
     for path in (folder / "code").iterdir():
         memory.put_file(path.name, path)
     run("upcycle", "--seed=seed", "--branch=code=memory://x", "--out=mixture")
@@ -139,7 +139,7 @@ def test_to_and_from_a_store(run: Run, refused: Run, folder: Path, memory: Memor
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_store_that_cannot_tell_who_was_first_is_refused_unless_it_is_asked_for(
+def test_a_store_without_conditional_puts_needs_weak_store(
     run: Run,
     refused: Run,
     weak_server: tuple[str, str],
@@ -153,9 +153,9 @@ def test_a_store_that_cannot_tell_who_was_first_is_refused_unless_it_is_asked_fo
         ("remove", "mixture", "--expert=law"),
         ("replace", "mixture", "--expert=law", "--branch=more=law"),
     ):
-        said = refused(*command, f"--out={out}", f"--endpoint={endpoint}")
-        assert "two attempts could both commit" in said
-        assert "--weak-store" in said
+        error = refused(*command, f"--out={out}", f"--endpoint={endpoint}")
+        assert "two attempts could both commit" in error
+        assert "--weak-store" in error
         assert list(open_store(out, endpoint).list()) == []
         assert f"written: {out}" in run(*command, f"--out={out}", f"--endpoint={endpoint}", "--weak-store")
         assert "FAIL" not in run("verify", out, f"--endpoint={endpoint}")
@@ -165,10 +165,10 @@ def test_a_store_that_cannot_tell_who_was_first_is_refused_unless_it_is_asked_fo
 
 
 def damage(folder: Path, tensors: dict[str, torch.Tensor | None]) -> None:
-    """Replace tensors of a model; None takes one out."""
-    whole = {**load_file(folder / "model.safetensors"), **tensors}
-    kept = {name: each for name, each in whole.items() if each is not None}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    """Replace tensors of a model. None removes a tensor."""
+    changed = {**load_file(folder / "model.safetensors"), **tensors}
+    remaining = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(remaining, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def reconfigure(folder: Path, **changes: object) -> None:
@@ -177,7 +177,7 @@ def reconfigure(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "said"),
+    ("damage_branch", "message"),
     [
         (lambda law: os.truncate(law / "model.safetensors", 5000), r"law/model.safetensors is truncated"),
         (lambda law: (law / "model.safetensors").write_bytes(b"no"), "is not a safetensors file"),
@@ -196,27 +196,32 @@ def reconfigure(folder: Path, **changes: object) -> None:
         (lambda law: (law / "config.json").write_text("{"), "config.json is not JSON"),
     ],
 )
-def test_a_damaged_branch_is_one_line(refused: Run, folder: Path, damaged: Callable[[Path], object], said: str) -> None:
-    damaged(folder / "law")
-    assert said in refused(*UPCYCLE)
+def test_a_damaged_branch_is_one_line(
+    refused: Run, folder: Path, damage_branch: Callable[[Path], object], message: str
+) -> None:
+    damage_branch(folder / "law")
+    assert message in refused(*UPCYCLE)
 
 
-def test_a_branch_whose_digest_is_wrong(run: Run, refused: Run, folder: Path) -> None:
+def test_a_wrong_digest_is_one_line(run: Run, refused: Run, folder: Path) -> None:
     run(*UPCYCLE[:3], "--out=mixture")
     damage(folder / "mixture", {"model.norm.weight": torch.ones(32)})
-    said = refused("absorb", "mixture", "--branch=law=law", "--out=more")
-    assert "mixture/model.safetensors does not match its manifest" in said
+    error = refused("absorb", "mixture", "--branch=law=law", "--out=more")
+    assert "mixture/model.safetensors is not what its manifest says" in error
     assert "files failed" in refused("verify", "mixture")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ((*UPCYCLE[:-1],), "say where the mixture goes with --out"),
+        ((*UPCYCLE[:-1],), "no output folder is given: pass --out"),
         ((*UPCYCLE[:-1], "--out=seed"), "seed is not empty"),
         ((*UPCYCLE[:-1], "--out=prose.txt"), "prose.txt is not empty"),
-        ((*UPCYCLE, "--branch=law=law"), "--branch 'law=law' is not NAME=VALUE with a name of its own"),
-        ((*UPCYCLE, "--set=k"), "is not KEY=VALUE"),
+        (
+            (*UPCYCLE, "--branch=law=law"),
+            "--branch 'law=law' must have the form NAME=VALUE, with a name that is used only once",
+        ),
+        ((*UPCYCLE, "--set=k"), "must have the form KEY=VALUE"),
         ((*UPCYCLE, "--set=norm=1"), "mixture: norm: unknown key"),
         ((*UPCYCLE, "--method=average"), "Input should be 'bam', 'btx', 'sparse' or 'split'"),
         ((*UPCYCLE, "--set=router.init=means"), "give some of each domain (--text NAME=URI)"),
@@ -229,8 +234,8 @@ def test_a_branch_whose_digest_is_wrong(run: Run, refused: Run, folder: Path) ->
         (("remove", "seed", "--expert=law", "--out=x"), "is a 'llama' model, no mixture"),
     ],
 )
-def test_a_mistake_is_one_line(refused: Run, arguments: tuple[str, ...], said: str) -> None:
-    assert said in refused(*arguments)
+def test_a_user_error_is_one_line(refused: Run, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused(*arguments)
 
 
 def test_a_branch_of_another_seed_is_named(refused: Run, folder: Path) -> None:
@@ -249,7 +254,7 @@ def test_a_full_disk_is_one_line(refused: Run, run: Run, folder: Path) -> None:
     small = folder / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode:
-        pytest.skip("this system lets nobody mount a file system")
+        pytest.skip("this system does not allow mounting a file system")
     try:
         assert "its disk has 0.00 GB free: free space" in refused(*UPCYCLE[:-1], "--out=small/mixture")
         assert list(small.iterdir()) == []

@@ -11,7 +11,7 @@ from tests.support.command_line import bam, refusal
 
 @pytest.fixture
 def seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A tiny Llama folder with a tokenizer file."""
+    """Return a folder with a tiny Llama model and a tokenizer file."""
     folder = tmp_path / "seed"
     tiny.dense("llama", 0).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
@@ -21,7 +21,7 @@ def seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
-    """The options that give text for three domains."""
+    """Return options that pass the text of three domains."""
     options = []
     for domain in ("general", "code", "law"):
         (tmp_path / f"{domain}.txt").write_text(f"A text about {domain}.")
@@ -61,7 +61,7 @@ def test_wrong_seeds_and_texts_are_refused(
     command = ["init", str(recipe), "--seed"]
     assert "has no readable config.json" in refusal(monkeypatch, capsys, *command, str(tmp_path), *texts)
     assert "give text for 'general'" in refusal(monkeypatch, capsys, *command, str(seed), *texts[2:])
-    assert "is malformed" in refusal(monkeypatch, capsys, *command, str(seed), *texts, "--text", "law")
+    assert "must have the form NAME=VALUE" in refusal(monkeypatch, capsys, *command, str(seed), *texts, "--text", "law")
     assert "names no file" in refusal(monkeypatch, capsys, *command, str(seed), *texts, "--text", "x=none/*.txt")
     (seed / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert "gpt2" in refusal(monkeypatch, capsys, *command, str(seed), *texts)

@@ -10,6 +10,6 @@ from tests.support.cluster.ray_cluster import ray_cluster
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head and three nodes; tests that kill a node add another one."""
+    """Start a head and three nodes. A test that kills a node must add another one."""
     with ray_cluster() as running:
         yield running

@@ -1,4 +1,4 @@
-"""The `ray up` files are valid for Ray, the clouds, the shell and this package; checked without a cloud."""
+"""The `ray up` files, validated offline with the schemas of Ray and of the clouds, the shell and this package."""
 
 import copy
 import re
@@ -25,39 +25,39 @@ KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
 
 
 def prepared(config: Any) -> Any:
-    """Return the configuration as `ray up` uses it; raises if `ray up` would."""
+    """Prepare and validate a configuration like `ray up`, with the same errors."""
     ready = prepare_config(copy.deepcopy(config))
     validate_config(ready)
     return ready
 
 
 def typos(config: Any) -> list[Any]:
-    """Return copies of the configuration that have one typo each."""
-    copies = []
+    """Return copies of a configuration with one error each."""
+    mutants = []
     for path, name, wrong in [
         ((), "max_workers", "max_worker"),
         (("available_node_types", "head"), "node_config", "node_cfg"),
         (("available_node_types", "spot-l4"), "labels", "label"),
         (("auth",), "ssh_user", "ssh_usr"),
     ]:
-        copy_with_typo = copy.deepcopy(config)
-        part = copy_with_typo
+        mutant = copy.deepcopy(config)
+        part = mutant
         for key in path:
             part = part[key]
         part[wrong] = part.pop(name)
-        copies.append(copy_with_typo)
-    copy_with_typo = copy.deepcopy(config)
-    copy_with_typo["head_node_type"] = "haed"
-    return [*copies, copy_with_typo]
+        mutants.append(mutant)
+    mutant = copy.deepcopy(config)
+    mutant["head_node_type"] = "haed"
+    return [*mutants, mutant]
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_ray_accepts_the_file_and_finds_typos(path: str) -> None:
+def test_ray_accepts_the_file_and_rejects_typos(path: str) -> None:
     config = load(path)
     prepared(config)
-    for copy_with_typo in typos(config):
+    for mutant in typos(config):
         with pytest.raises((jsonschema.ValidationError, ValueError)):
-            prepared(copy_with_typo)
+            prepared(mutant)
 
 
 def kinds(path: str) -> dict[str, Any]:
@@ -68,27 +68,27 @@ def kinds(path: str) -> dict[str, Any]:
 def test_ec2_accepts_the_instances() -> None:
     shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for kind in kinds(FILES[0]).values():
-        request = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
-        assert not ParamValidator().validate(request, shape).has_errors()
-        assert request["InstanceType"] in shape.members["InstanceType"].enum
-        assert ParamValidator().validate(request | {"InstanceMarketOption": {}}, shape).has_errors()
-        spot = request.get("InstanceMarketOptions", {}).get("MarketType")
+        instance = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        assert not ParamValidator().validate(instance, shape).has_errors()
+        assert instance["InstanceType"] in shape.members["InstanceType"].enum
+        assert ParamValidator().validate(instance | {"InstanceMarketOption": {}}, shape).has_errors()
+        spot = instance.get("InstanceMarketOptions", {}).get("MarketType")
         assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "spot")
 
 
 def test_compute_engine_accepts_the_instances() -> None:
     validator = gce_validator()
     for kind in kinds(FILES[1]).values():
-        request = kind["node_config"]
-        assert errors(validator, request) == []
-        assert len(errors(validator, request | {"machinetype": "n2-standard-8"})) == 1
-        assert len(errors(validator, request | {"scheduling": {"provisioningModel": "SPOTTED"}})) == 1
-        spot = request.get("scheduling", {}).get("provisioningModel")
+        instance = kind["node_config"]
+        assert errors(validator, instance) == []
+        assert len(errors(validator, instance | {"machinetype": "n2-standard-8"})) == 1
+        assert len(errors(validator, instance | {"scheduling": {"provisioningModel": "SPOTTED"}})) == 1
+        spot = instance.get("scheduling", {}).get("provisioningModel")
         assert spot == (None if kind["labels"]["ray.io/market-type"] == "on-demand" else "SPOT")
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_head_is_on_demand_and_workers_are_spot_nodes(path: str) -> None:
+def test_workers_are_spot_gpus_of_two_types(path: str) -> None:
     types = kinds(path)
     head = types.pop(load(path)["head_node_type"])
     assert head["labels"] == {"ray.io/market-type": "on-demand"}
@@ -113,7 +113,7 @@ def test_the_smallest_cluster_can_run_every_task(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_commands_start_ray_with_a_token(path: str) -> None:
+def test_ray_starts_with_a_token_and_a_private_dashboard(path: str) -> None:
     ready = prepared(load(path))
     lists = [name for name in ready if name.endswith("_commands")]
     for command in [command for name in lists for command in ready[name]]:
@@ -135,14 +135,14 @@ def test_commands_start_ray_with_a_token(path: str) -> None:
 
 
 def ray_start_options(command: str) -> dict[str, Any]:
-    """Return the options as `ray start` parses them; it exits if an option is unknown."""
+    """Return the options as `ray start` parses them. It exits on an unknown option."""
     words = shlex.split(command.rpartition("ray start")[2])
     options: dict[str, Any] = start.make_context("ray start", words).params
     return options
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_mounted_files_are_those_of_the_installation(path: str) -> None:
+def test_the_mounted_files_are_those_that_pip_needs(path: str) -> None:
     config = load(path)
     mounts = config["file_mounts"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -150,7 +150,7 @@ def test_mounted_files_are_those_of_the_installation(path: str) -> None:
     for needed in needs:
         assert (ROOT / needed).exists()
         assert mounts[f"~/bam_ray/{needed}"] == needed
-    # Ray reads every file of a mount to find changes, and `.` would include .venv and all data
+    # Ray hashes every file of a mount, so mounting `.` would include .venv and all data
     own = [source for source in mounts.values() if not source.startswith("~/")]
     assert sorted(own) == sorted(needs)
     assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
@@ -166,7 +166,7 @@ SECRET = re.compile(
 )
 
 
-def test_no_public_file_contains_a_secret() -> None:
+def test_no_file_contains_a_secret() -> None:
     for planted in (
         "AKIAIOSFODNN7EXAMPLE",
         "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG",
@@ -178,7 +178,7 @@ def test_no_public_file_contains_a_secret() -> None:
     assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}
 
 
-def test_commands_of_the_guide_are_valid() -> None:
+def test_the_commands_of_the_guide_parse_and_their_files_exist() -> None:
     guide = (ROOT / "docs/clusters.md").read_text()
     named = set(re.findall(r"(?:cluster|recipes|jobs)/[\w./-]*\w", guide)) - {"recipes/my-run.yaml"}
     assert {"cluster/aws.yaml", "cluster/gcp.yaml", "cluster/Containerfile"} <= named

@@ -1,4 +1,4 @@
-"""The container file is valid, and copies what the installation needs; checked without a container engine."""
+"""The container file, validated without a container engine: its grammar, and the files that it copies."""
 
 import fnmatch
 import re
@@ -18,14 +18,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the instructions in order, with continued lines joined."""
+    """Return the instructions in order, with continuation lines joined."""
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "cluster/Containerfile").read_text(), flags=re.MULTILINE)
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines)]
 
 
 def copied() -> list[str]:
-    """Return the paths that are copied from the repository to the same path below the working folder."""
+    """Return the paths that are copied from the repository to the same path in the working folder."""
     sources = []
     for word, rest in instructions():
         if word == "COPY":
@@ -36,7 +36,7 @@ def copied() -> list[str]:
 
 
 def ignored(path: str) -> bool:
-    """Return True if .dockerignore excludes a path from the build; the last matching line decides."""
+    """Return True if .dockerignore excludes a path. The last matching line decides."""
     excluded = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!").removeprefix("**/")
@@ -46,7 +46,7 @@ def ignored(path: str) -> bool:
     return excluded
 
 
-def test_instructions_are_valid_for_the_package() -> None:
+def test_the_instructions_are_valid() -> None:
     first, *others = instructions()
     base = re.fullmatch(r"docker\.io/library/python:(\d+\.\d+)-slim-bookworm", first[1])
     assert first[0] == "FROM"
@@ -63,7 +63,7 @@ def test_instructions_are_valid_for_the_package() -> None:
     assert all((ROOT / path).exists() for path in locked)
 
 
-def test_the_build_context_has_all_copied_files_and_no_secret() -> None:
+def test_dockerignore_admits_copied_files_and_no_secrets() -> None:
     for name in copied():
         assert (ROOT / name).exists()
         assert not ignored(name)
@@ -78,7 +78,7 @@ def test_the_build_context_has_all_copied_files_and_no_secret() -> None:
         assert ignored(name)
 
 
-def test_the_copied_files_build_the_whole_package(tmp_path: Path) -> None:
+def test_the_copied_files_build_the_complete_package(tmp_path: Path) -> None:
     for name in copied():
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

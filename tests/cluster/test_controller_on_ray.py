@@ -1,7 +1,7 @@
-"""The controller on a real cluster of a head and three nodes, whose nodes and workers are killed.
+"""The controller on a Ray cluster with a head and three nodes, whose nodes and workers are killed.
 
-The stages are stubs that train nothing, but everything around them is real: actors, Ray Train, the blob store, signals.
-A stub adds an entry to a list in the store for every step, so that steps that were done twice can be counted.
+The stages are stubs that do not train. Everything else is real: actors, Ray Train, the blob store and signals. A stub
+records every step in the blob store, so that steps that ran twice can be counted.
 """
 
 import itertools
@@ -54,7 +54,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def upcycled(recipe: Recipe) -> Recipe:
-    """A recipe of which all but the mixture and the report is there already."""
+    """Return a recipe whose upcycled models are committed."""
     store = FolderStore(recipe.store.uri)
     for task in subset(task_graph(recipe), ["upcycled"]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
@@ -274,7 +274,7 @@ def test_the_error_of_one_rank_is_that_of_the_group(cluster: Cluster, upcycled: 
 
 @pytest.fixture
 def project(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to submit from, with a job and a recipe in it, and the cluster's dashboard in the environment."""
+    """Return a folder with a job and a recipe, and set RAY_ADDRESS to the dashboard of the cluster."""
     write_project(tmp_path, "store")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", f"http://{cluster.webui_url}")

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A node that serves its metrics there."""
+    """Start a Ray node, and return the URL of its metrics."""
     (port,) = free_ports(1)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers unpickle the stubs
     with tempfile.TemporaryDirectory(prefix="bam-gauges-") as folder:
@@ -50,7 +50,7 @@ def test_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) -> None:
     ray.get(actor.start.remote(Work(run.task(ArtifactKind.BRANCHES, "code"), run, STUB_STAGES)))
     while not isinstance(ray.get(actor.poll.remote()), Done):
         time.sleep(0.1)
-    wanted = {
+    expected = {
         "ray_bam_step": 40.0,
         "ray_bam_total_steps": 40.0,
         "ray_bam_loss_nll": 1 / 40,
@@ -58,8 +58,10 @@ def test_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) -> None:
         "ray_bam_curve lr": 1 / 4000,
     }
     found: dict[str, float] = {}
-    until = time.monotonic() + 60
-    while found != wanted and time.monotonic() < until:  # nodes collect what actors measure every few seconds
+    deadline = time.monotonic() + 60
+    while (
+        found != expected and time.monotonic() < deadline
+    ):  # a node collects the metrics of its actors every few seconds
         time.sleep(0.5)
         text = httpx.get(endpoint).text
         lines = re.findall(r"^(ray_bam_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
@@ -68,4 +70,4 @@ def test_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) -> None:
             for name, tags, value in lines
             if 'kind="branches"' in tags and 'name="code"' in tags
         }
-    assert found == pytest.approx(wanted)
+    assert found == pytest.approx(expected)

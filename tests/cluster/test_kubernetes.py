@@ -1,4 +1,4 @@
-"""The KubeRay manifests are valid for KubeRay, Ray and the image; checked without a cluster."""
+"""The KubeRay manifests, validated offline with the schemas of KubeRay and Ray, and against the image."""
 
 import copy
 import re
@@ -28,14 +28,14 @@ from tests.support.cluster.manifests import ROOT, crd_validator, errors, facts, 
 PATHS = {kind: f"cluster/kuberay/{kind.lower()}.yaml" for kind in ("RayCluster", "RayJob", "RayService")}
 CLUSTER_OF = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INSTALLED = "/opt/bam_ray/"  # path of the repository in the image
+INSTALLED = "/opt/bam_ray/"  # the repository inside the image
 KNOWN = {value for name, value in vars(accelerators).items() if name.isupper()}
 
 every_kind = pytest.mark.parametrize("kind", PATHS)
 
 
 def cluster_of(kind: str) -> Any:
-    """Return the Ray cluster that a manifest describes."""
+    """Return the specification of the Ray cluster in a manifest."""
     spec = load(PATHS[kind])["spec"]
     return spec[CLUSTER_OF[kind]] if kind in CLUSTER_OF else spec
 
@@ -47,7 +47,7 @@ def containers(kind: str) -> list[Any]:
 
 
 @every_kind
-def test_kuberay_accepts_the_manifest_and_finds_typos(kind: str) -> None:
+def test_kuberay_accepts_the_manifest_and_rejects_typos(kind: str) -> None:
     validator = crd_validator(kind)
     manifest = load(PATHS[kind])
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
@@ -59,16 +59,16 @@ def test_kuberay_accepts_the_manifest_and_finds_typos(kind: str) -> None:
         (("workerGroupSpecs", 0), {"maxReplicas": "8"}),
         (("authOptions",), {"mode": "tokens"}),
     ]:
-        with_typo = copy.deepcopy(manifest)
-        part = with_typo["spec"][CLUSTER_OF[kind]] if kind in CLUSTER_OF else with_typo["spec"]
+        mutant = copy.deepcopy(manifest)
+        part = mutant["spec"][CLUSTER_OF[kind]] if kind in CLUSTER_OF else mutant["spec"]
         for key in path:
             part = part[key]
         part.update(wrong)
-        assert len(errors(validator, with_typo)) == 1
+        assert len(errors(validator, mutant)) == 1
 
 
 @every_kind
-def test_ray_and_image_have_the_versions_of_the_package(kind: str) -> None:
+def test_ray_and_image_versions_match_the_package(kind: str) -> None:
     cluster = cluster_of(kind)
     (ray,) = [needed for needed in PROJECT["dependencies"] if needed.startswith("ray[")]
     assert cluster["rayVersion"] in SpecifierSet(ray.partition("]")[2])
@@ -85,7 +85,7 @@ def test_a_token_protects_the_cluster(kind: str) -> None:
         assert container["envFrom"] == [{"secretRef": {"name": "bam-s3"}}]
         assert "env" not in container
     host = cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"]
-    # The operator must reach the dashboard of a cluster that it submits or deploys to; no Service exposes it outside
+    # The operator must reach the dashboard of a cluster that it submits or deploys to. No Service exposes it
     assert host == ("127.0.0.1" if kind == "RayCluster" else "0.0.0.0")
     assert "serviceType" not in cluster["headGroupSpec"]
 
@@ -97,15 +97,15 @@ def test_ray_accepts_the_start_parameters(kind: str) -> None:
         flags = {"disable-usage-stats"}
         parameters = group["rayStartParams"].items()
         words = [f"--{name}" if name in flags else f"--{name}={value}" for name, value in parameters]
-        start.make_context("ray start", words)  # exits if a parameter is unknown
+        start.make_context("ray start", words)  # exits on an unknown option
 
 
 @every_kind
-def test_resources_and_labels_suit_placement(kind: str) -> None:
+def test_requests_and_labels_support_placement(kind: str) -> None:
     cluster = cluster_of(kind)
     for group in cluster["workerGroupSpecs"]:
         (container,) = group["template"]["spec"]["containers"]
-        # Ray declares the limits as resources. With lower requests, a node would declare more than it is guaranteed.
+        # Ray declares the limits as resources; with lower requests a node would declare more than it may get
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert group["labels"]["ray.io/accelerator-type"] in KNOWN
@@ -120,7 +120,7 @@ def test_resources_and_labels_suit_placement(kind: str) -> None:
 
 
 def recipe_of(kind: str) -> Recipe:
-    """Return the recipe that a manifest runs or serves, from its path in the image."""
+    """Return the recipe that a manifest runs or serves."""
     if kind == "RayService":
         arguments = serve_config()["applications"][0]["args"]
         return load_recipe(in_repository(arguments["recipe"]), arguments["overrides"])
@@ -137,7 +137,7 @@ def serve_config() -> Any:
 
 
 def in_repository(path: str) -> Path:
-    """Return the path in the repository of the file at `path` in the image."""
+    """Return the path in the repository of a file at `path` in the image."""
     assert path.startswith(INSTALLED)
     inside = path.removeprefix(INSTALLED)
     assert re.search(rf"^COPY {inside.partition('/')[0]} ", (ROOT / "cluster/Containerfile").read_text(), re.MULTILINE)
@@ -164,16 +164,16 @@ def test_the_smallest_cluster_can_run_its_recipe(kind: str) -> None:
 
 def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
     schema = ServeDeploySchema.model_validate(serve_config())
-    assert schema.http_options.host == "0.0.0.0"  # all addresses of the pod, which a Kubernetes Service exposes
-    (described,) = schema.applications
-    builder = import_attr(described.import_path)
-    # The paths of the image and the bucket are replaced by local ones
-    recipe = str(in_repository(described.args["recipe"]))
-    overrides = [*described.args["overrides"], f"store.uri={tmp_path}"]
-    asked: dict[str, Any] = {"recipe": recipe, "overrides": overrides}
+    assert schema.http_options.host == "0.0.0.0"  # the address of the pod: a Kubernetes Service forwards to it
+    (application,) = schema.applications
+    builder = import_attr(application.import_path)
+    # Replace the path in the image and the bucket by local ones
+    recipe = str(in_repository(application.args["recipe"]))
+    overrides = [*application.args["overrides"], f"store.uri={tmp_path}"]
+    defaults: dict[str, Any] = {"recipe": recipe, "overrides": overrides}
 
     def build(**arguments: Any) -> Application:
-        return call_user_app_builder_with_args_if_necessary(builder, asked | arguments)
+        return call_user_app_builder_with_args_if_necessary(builder, defaults | arguments)
 
     with pytest.raises(CheckpointError, match="not committed: run the stage that makes it"):
         build()

@@ -1,4 +1,4 @@
-"""The local cluster is really started, with four nodes and an S3 server; it runs a job and leaves nothing behind."""
+"""The local cluster: four nodes and an S3 server in a temporary folder, jobs, secrets, and a clean shutdown."""
 
 import json
 import os
@@ -50,7 +50,7 @@ ENDLESS = "import time, ray; ray.init(); time.sleep(1000)"
 
 
 def cluster(home: Path, *arguments: str, code: int = 0) -> str:
-    """Run the command line, and return its output."""
+    """Run the command line, check its exit code and return its output."""
     result = subprocess.run(
         [sys.executable, "-m", "cluster.local", *arguments],
         cwd=ROOT,
@@ -67,8 +67,8 @@ def cluster(home: Path, *arguments: str, code: int = 0) -> str:
 def shell_environment(home: Path) -> dict[str, str]:
     """Return the environment of a shell after `. .bam/env`."""
     command = f". {shlex.quote(str(home / 'env'))} && env -0"
-    answer = subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout.decode()
-    return dict(line.split("=", 1) for line in answer.split("\0") if line)
+    output = subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout.decode()
+    return dict(line.split("=", 1) for line in output.split("\0") if line)
 
 
 def submit(environment: dict[str, str], folder: Path, *options: str) -> str:
@@ -86,14 +86,14 @@ def submit(environment: dict[str, str], folder: Path, *options: str) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return the folder of a running cluster, whose path is too long for Ray's sockets."""
+    """Start a cluster in a folder whose path is longer than the limit for Ray's sockets, and return the folder."""
     home = tmp_path_factory.mktemp("home") / ("a-long-name-" * 8)
     assert "up in" in cluster(home, "up")
     yield home
     cluster(home, "down")
 
 
-def test_four_nodes_of_the_declared_kinds_are_alive(home: Path) -> None:
+def test_four_nodes_with_declared_resources_are_alive(home: Path) -> None:
     environment = shell_environment(home)
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     url = f"{environment['RAY_ADDRESS']}/api/v0/nodes"
@@ -115,7 +115,7 @@ def test_four_nodes_of_the_declared_kinds_are_alive(home: Path) -> None:
 
 
 def listeners(port: int) -> set[str]:
-    """Return the local addresses on which a process listens at `port`; IPv6 addresses in the kernel's notation."""
+    """Return the addresses on which a process listens at `port`. IPv6 addresses are in the format of the kernel."""
     found = set()
     for table in ("tcp", "tcp6"):
         for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -125,7 +125,7 @@ def listeners(port: int) -> set[str]:
     return found
 
 
-def test_a_second_up_starts_nothing(home: Path) -> None:
+def test_a_second_up_changes_nothing(home: Path) -> None:
     before = [process.pid() for process in LocalCluster(home).processes]
     assert "is up already: 4 nodes, http://127.0.0.1:" in cluster(home, "up")
     assert [process.pid() for process in LocalCluster(home).processes] == before
@@ -144,7 +144,9 @@ def test_only_the_owner_can_read_secrets(home: Path) -> None:
     assert cluster(home, "env") == (home / "env").read_text()
 
 
-def test_a_job_uses_labels_and_the_store(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_runs_on_the_labeled_node_and_accesses_the_store(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "job.py").write_text(JOB)
     environment = shell_environment(home)
     assert "OK from " in submit(environment, tmp_path, "--working-dir", ".")
@@ -154,7 +156,7 @@ def test_a_job_uses_labels_and_the_store(home: Path, tmp_path: Path, monkeypatch
     assert open_store("s3://bam/from-a-job").get("key") == b"written by a worker"
 
 
-def test_no_job_is_submitted_without_the_token(home: Path) -> None:
+def test_jobs_without_the_token_are_rejected(home: Path) -> None:
     environment = shell_environment(home)
     for changed in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
         result = subprocess.run(
@@ -169,7 +171,7 @@ def test_no_job_is_submitted_without_the_token(home: Path) -> None:
         assert "refuses this shell's token: set RAY_AUTH_MODE=token" in last
 
 
-def test_a_run_writes_its_secrets_nowhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_leak_secrets(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_project(tmp_path, "s3://bam/run")
     environment = shell_environment(home)
     result = subprocess.run(
@@ -210,14 +212,14 @@ def test_a_run_writes_its_secrets_nowhere(home: Path, tmp_path: Path, monkeypatc
 
 
 def contents(path: Path) -> bytes:
-    """Return the content of a file; empty if the file, or its process, is gone."""
+    """Return the contents of a file, or nothing if the file or its process no longer exists."""
     try:
         return path.read_bytes()
     except OSError:
         return b""
 
 
-def test_a_killed_node_is_restarted(home: Path) -> None:
+def test_up_restarts_a_killed_node(home: Path) -> None:
     processes = LocalCluster(home).ray.processes
     before = {name: process.pid() for name, process in processes.items()}
     for pid in processes["spot"].family():
@@ -225,7 +227,7 @@ def test_a_killed_node_is_restarted(home: Path) -> None:
     while processes["spot"].pid() is not None:
         time.sleep(0.05)
     assert "spot         down" in cluster(home, "status", code=1)
-    assert "starting again what died: spot" in cluster(home, "up")
+    assert "restarting dead nodes: spot" in cluster(home, "up")
     after = {name: process.pid() for name, process in processes.items()}
     assert after.pop("spot") not in (None, before.pop("spot"))
     assert after == before
@@ -243,7 +245,7 @@ def test_down_leaves_no_process_and_keeps_the_data(home: Path, tmp_path: Path) -
     assert time.monotonic() - started < 30
     assert not temporary.exists()
     assert list((home / "pids").iterdir()) == []
-    assert [pid for pid, session in families.items() if is_running(pid, session)] == []
+    assert [pid for pid, session in families.items() if still_runs(pid, session)] == []
     assert (home / "logs" / "ray" / "head" / "dashboard.log").exists()
     assert "was not up" in cluster(home, "down")
     assert "down" in cluster(home, "status", code=1)
@@ -252,8 +254,8 @@ def test_down_leaves_no_process_and_keeps_the_data(home: Path, tmp_path: Path) -
     assert {path.name for path in home.iterdir()} == {"lock"}
 
 
-def is_running(pid: int, session: int) -> bool:
-    """Return True if the process is still in that session; a zombie does not count."""
+def still_runs(pid: int, session: int) -> bool:
+    """Return True if the process still runs in the session. A zombie does not run."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state != "Z" and os.getsid(pid) == session
@@ -261,14 +263,14 @@ def is_running(pid: int, session: int) -> bool:
         return False
 
 
-def test_the_s3_server_restarts_with_its_data_on_new_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_keeps_its_data_when_its_ports_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process("s3", tmp_path)
     first = start_s3_server(process, tmp_path / "data", S3Settings.generate())
     for name, value in first.environment().items():
         monkeypatch.setenv(name, value)
     open_store("s3://bam/kept").put("key", b"data" * 10_000)
     stop_s3_server(process, first)
-    with socket.create_server(("127.0.0.1", first.ports[0])):  # another process uses the port now
+    with socket.create_server(("127.0.0.1", first.ports[0])):  # another process takes the port
         second = start_s3_server(process, tmp_path / "data", first)
         try:
             assert second.access_key == first.access_key
@@ -279,7 +281,7 @@ def test_the_s3_server_restarts_with_its_data_on_new_ports(tmp_path: Path, monke
     assert process.pid() is None
 
 
-def test_a_process_that_reuses_a_pid_is_not_stopped(tmp_path: Path) -> None:
+def test_another_process_with_a_recorded_pid_is_not_stopped(tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         process = Process("s3", tmp_path)
@@ -294,25 +296,27 @@ def test_a_process_that_reuses_a_pid_is_not_stopped(tmp_path: Path) -> None:
         other.wait()
 
 
-def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
-    process = Process("deaf", tmp_path)
+def test_processes_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
+    process = Process("stubborn", tmp_path)
     child = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
     )
     both = (
         f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n{child}"
     )
     process.start([sys.executable, "-c", both], dict(os.environ), tmp_path)
-    while process.log.read_text().count("deaf") < 2:
+    while process.log.read_text().count("ready") < 2:
         time.sleep(0.05)
     assert len(process.family()) == 2
-    assert stop([process], patience=0.5) == ["deaf"]
+    assert stop([process], timeout=0.5) == ["stubborn"]
     assert process.family() == set()
 
 
-def test_a_node_that_dies_at_its_start_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries = tmp_path / "tries"
-    (tmp_path / "ray").write_text(f"#!/bin/sh\necho x >> {tries}\necho RuntimeError: too slow\necho at last\nexit 1\n")
+def test_a_node_that_dies_at_start_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = tmp_path / "attempts"
+    (tmp_path / "ray").write_text(
+        f"#!/bin/sh\necho x >> {attempts}\necho RuntimeError: too slow\necho at last\nexit 1\n"
+    )
     (tmp_path / "ray").chmod(0o755)
     monkeypatch.setattr("cluster.ray_nodes.sysconfig.get_path", lambda _: str(tmp_path))
     nodes = RayNodes(tmp_path / "home")
@@ -323,7 +327,7 @@ def test_a_node_that_dies_at_its_start_is_retried(tmp_path: Path, monkeypatch: p
             nodes.start(state, dict(os.environ))
     finally:
         nodes.keep_logs(state)
-    assert tries.read_text().count("x") == START_TRIES
+    assert attempts.read_text().count("x") == START_TRIES
     assert not Path(state.temporary).exists()
 
 
@@ -331,10 +335,10 @@ def test_start_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert cluster(tmp_path / "file", "up", code=1).startswith(f"error: {tmp_path / 'file'} cannot hold")
     (tmp_path / "cluster.json").write_text("{")
-    output = cluster(tmp_path, "up", code=1)
-    assert output.startswith("error: ")
-    assert "cluster.json is damaged: remove it" in output
-    assert len(output.splitlines()) == 1
+    error = cluster(tmp_path, "up", code=1)
+    assert error.startswith("error: ")
+    assert "cluster.json is damaged: remove it" in error
+    assert len(error.splitlines()) == 1
     assert "start the cluster first" in cluster(tmp_path / "new", "env", code=1)
 
 

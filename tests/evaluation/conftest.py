@@ -1,10 +1,11 @@
-"""The paper's table as results, and tiny mixtures."""
+"""Fixtures: the results of the paper's table, and tiny mixtures."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.results import Results
 from bam_ray.model import BamConfig, BamForCausalLM
 from tests.support.paper_table import PAPER, model_score
@@ -13,13 +14,13 @@ from tests.support.tiny import SIZES
 
 @pytest.fixture(scope="session")
 def paper() -> Results:
-    """The results of the paper's table."""
-    return Results.of("paper", [model_score(name, row) for name, row in PAPER.items()])
+    """Return the results of the paper's table."""
+    return make_results("paper", [model_score(name, row) for name, row in PAPER.items()])
 
 
 @pytest.fixture
 def mixture() -> Callable[..., BamForCausalLM]:
-    """Makes tiny random mixtures: `mixture(num_experts_per_tok=2)`."""
+    """Return a function that creates tiny random mixtures: `mixture(num_experts_per_tok=2)`."""
 
     def make(**settings: object) -> BamForCausalLM:
         torch.manual_seed(0)

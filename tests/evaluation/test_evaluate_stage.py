@@ -1,4 +1,4 @@
-"""The evaluate stage over a folder store that holds a whole tiny run."""
+"""The evaluate stage on a folder store with a complete tiny run."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.evaluation.results import Results
-from bam_ray.evaluation.table import number
+from bam_ray.evaluation.table import format_perplexity
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress, Task
@@ -29,19 +29,19 @@ MIXTURES = {"bam": "kv_experts", "btx": "averaged"}
 
 
 class Listener:
-    """A context that keeps what it hears, and asks to stop once it heard `stop_at`."""
+    """A context that records progress, and requests a stop once it receives the note `stop_at`."""
 
     node = "here"
 
     def __init__(self, stop_at: str | None = None) -> None:
-        self.heard: list[Progress] = []
+        self.received: list[Progress] = []
         self.stop_at = stop_at
 
     def report(self, progress: Progress) -> None:
-        self.heard.append(progress)
+        self.received.append(progress)
 
     def should_stop(self) -> bool:
-        return any(progress.note == self.stop_at for progress in self.heard)
+        return any(progress.note == self.stop_at for progress in self.received)
 
 
 def make_recipe(store: Path, batch_sequences: int = 4) -> Recipe:
@@ -87,7 +87,7 @@ def tiny_model(task: Task) -> PreTrainedModel:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobStore]:
-    """A recipe, and a store where everything but the report is committed."""
+    """Return a recipe, and a store in which everything but the report is committed."""
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
     recipe = make_recipe(tmp_path / "store")
     store = open_store(recipe.store.uri)
@@ -117,7 +117,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobSt
     return recipe, store
 
 
-def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
+def test_every_model_is_scored_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     recipe, store = run
     listener = Listener()
     manifest = evaluate(task_run(recipe, store, "reports", "report", listener))
@@ -133,7 +133,7 @@ def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     assert (bam.attention_experts, btx.attention_experts, seed.attention_experts) == ("kv_experts", "averaged", None)
     assert bam.routing is not None and len(bam.routing.domains["code"].layers) == 2
     assert seed.routing is None
-    # a corpus has no training tokens; the mixture has the seed's, the branch's and its own
+    # A corpus has no training tokens. The lineage of a mixture has those of the seed, the branch and the mixture itself
     assert [model.lineage_tokens for model in results.models] == [640, 1280, 1920, 1920]
     assert (bam.tokens, bam.flops, bam.lineage_flops) == (640, 1e6, 3e6)
     assert bam.active_parameters < bam.parameters
@@ -145,19 +145,19 @@ def test_every_model_on_every_domain(run: tuple[Recipe, BlobStore]) -> None:
     assert code.domains["code"].tokens == 10 * (LENGTH - 1)
 
     html = (folder / "report.html").read_text()
-    assert "mixture bam" in html and number(bam.perplexity("code")) in html
+    assert "mixture bam" in html and format_perplexity(bam.perplexity("code")) in html
     assert ">Training<" in html
     assert manifest.facts["findings"].keys() == {finding.claim for finding in results.findings}
     assert manifest.metrics["perplexity/mean/seed"] == results.means[seed.id]
-    assert listener.heard[0] == Progress(step=0, total_steps=4, note="seed on general")
-    assert listener.heard[-1] == Progress(step=4, total_steps=4, note="writing the report")
+    assert listener.received[0] == Progress(step=0, total_steps=4, note="seed on general")
+    assert listener.received[-1] == Progress(step=4, total_steps=4, note="writing the report")
 
     silent = Listener()
-    assert evaluate(task_run(recipe, store, "reports", "report", silent)) == manifest
-    assert silent.heard == [], "a finished report is not made again"
+    assert evaluate("report", recipe, store, silent) == manifest
+    assert silent.received == [], "a finished report is not computed again"
 
 
-def test_an_interrupted_evaluation_goes_on(run: tuple[Recipe, BlobStore]) -> None:
+def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> None:
     recipe, store = run
     with pytest.raises(Interrupted, match="model 3 of 4"):
         evaluate(task_run(recipe, store, "reports", "report", Listener(stop_at="mixture bam on code")))
@@ -165,15 +165,15 @@ def test_an_interrupted_evaluation_goes_on(run: tuple[Recipe, BlobStore]) -> Non
     assert Artifact(store, "reports", report.id).manifest() is None
     assert len([key for key in store.list("evaluations/") if key.endswith("manifest.json")]) == 2
 
-    other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # is no part of an evaluation's identity
+    other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # not a part of the identity of an evaluation
     listener = Listener(stop_at="mixture btx on general")
     with pytest.raises(Interrupted, match="model 4 of 4"):
-        evaluate(task_run(other_batch, store, "reports", "report", listener))
-    notes = [progress.note for progress in listener.heard]
+        evaluate("report", other_batch, store, listener)
+    notes = [progress.note for progress in listener.received]
     assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
 
 
-def test_a_model_that_is_missing_is_named(run: tuple[Recipe, BlobStore]) -> None:
+def test_a_missing_model_is_named(run: tuple[Recipe, BlobStore]) -> None:
     recipe, store = run
     task = find_task(task_graph(recipe), "mixtures", "btx")
     store.delete(f"mixtures/{task.id}/manifest.json")
@@ -182,14 +182,14 @@ def test_a_model_that_is_missing_is_named(run: tuple[Recipe, BlobStore]) -> None
     assert list(store.list("evaluations/")) == []
 
 
-def test_held_out_rows_are_spread_over_all() -> None:
+def test_held_out_rows_are_spread_evenly() -> None:
     rows = np.arange(30).repeat(4).reshape(30, 4)
     assert held_out_rows(rows, 12)[:, 0].tolist() == [0, 10, 20]
     assert held_out_rows(rows, 3)[:, 0].tolist() == [0]
     assert held_out_rows(rows, 10**9).tolist() == rows.tolist()
 
 
-def test_ancestors_are_named_once(tmp_path: Path) -> None:
+def test_ancestors_are_listed_once(tmp_path: Path) -> None:
     graph = task_graph(make_recipe(tmp_path))
     mixture = find_task(graph, ArtifactKind.MIXTURES, "bam")
     made = {task.id: Manifest(id=task.id, kind=task.kind, name=task.name, parents=task.parents) for task in graph}

@@ -13,7 +13,7 @@ from tests.support.tiny import dense, tokens
 ROWS = tokens(batch=7, length=12).numpy().astype(np.uint16)
 
 
-def test_perplexity_is_exp_of_the_mean_nll_of_the_last_tokens() -> None:
+def test_perplexity_is_the_exponential_of_the_mean_nll() -> None:
     model = dense("cohere", seed=1)
     with torch.no_grad():
         log_probabilities = model(torch.from_numpy(ROWS.astype(np.int64))).logits.double().log_softmax(-1)
@@ -30,13 +30,13 @@ def test_perplexity_is_exp_of_the_mean_nll_of_the_last_tokens() -> None:
 
 
 @pytest.mark.parametrize("family", ["cohere", "llama"])
-def test_the_batch_size_does_not_matter(family: str) -> None:
+def test_the_batch_size_has_no_effect(family: str) -> None:
     model = dense(family, seed=2)
     one, all_at_once = perplexity(model, ROWS, 1), perplexity(model, ROWS, 7)
     assert one.sequence_nll == pytest.approx(all_at_once.sequence_nll, rel=1e-5)
 
 
-def test_the_auxiliary_losses_are_no_part_of_it() -> None:
+def test_auxiliary_losses_are_excluded() -> None:
     torch.manual_seed(0)
     config = BamConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, router_aux_loss_coef=9.0
@@ -48,12 +48,12 @@ def test_the_auxiliary_losses_are_no_part_of_it() -> None:
     result = perplexity(model, ROWS, 7)
     assert result.nll == pytest.approx(out.nll.item(), rel=1e-5)
     assert out.loss.item() > result.nll + 1
-    assert model.training, "the model is given back as it was"
+    assert model.training, "the training mode is restored"
 
 
-def test_nothing_to_predict_and_broken_weights_are_said() -> None:
+def test_missing_tokens_and_damaged_weights_are_errors() -> None:
     model = dense("cohere", seed=1)
-    with pytest.raises(DataError, match="nothing to predict"):
+    with pytest.raises(DataError, match="no token to predict"):
         perplexity(model, ROWS[:, :1], 4)
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
@@ -61,7 +61,7 @@ def test_nothing_to_predict_and_broken_weights_are_said() -> None:
         perplexity(model, ROWS, 4)
 
 
-def test_it_can_be_ended_between_batches() -> None:
+def test_evaluation_can_be_stopped_between_batches() -> None:
     batches = []
 
     def stop_after_two() -> None:
@@ -82,7 +82,7 @@ def test_it_can_be_ended_between_batches() -> None:
         ({"attention_experts": "kv_experts"}, 776.0, 662.7),
     ],
 )
-def test_parameters_of_the_papers_mixtures(settings: dict[str, str], total: float, active: float) -> None:
+def test_parameter_counts_equal_those_of_the_paper(settings: dict[str, str], total: float, active: float) -> None:
     with torch.device("meta"):
         model = BamForCausalLM(
             BamConfig(
@@ -96,4 +96,4 @@ def test_parameters_of_the_papers_mixtures(settings: dict[str, str], total: floa
             )
         )
     counted = [count / 1e6 for count in count_parameters(model)]
-    assert counted == pytest.approx([total, active], abs=0.06)  # the paper's active parameters leave routers out
+    assert counted == pytest.approx([total, active], abs=0.06)  # the paper does not count routers as active parameters

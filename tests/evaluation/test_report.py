@@ -6,7 +6,7 @@ import pytest
 
 from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.evaluation.plots import smoothed
-from bam_ray.evaluation.report import amount, duration, fact, flops, moment, render, write_report
+from bam_ray.evaluation.report import format_flops, format_timestamp, format_value, render_report, write_report
 from bam_ray.evaluation.results import Results
 
 VOID = {"meta", "img", "br"}
@@ -15,7 +15,7 @@ CURVE = [(step, 5.0 / step) for step in range(1, 30)]
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced; keeps texts, ids, links and sources."""
+    """A parser that checks that tags are balanced, and collects texts and attributes."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ def lineage(results: Results) -> list[Manifest]:
 @pytest.fixture(scope="module")
 def page(paper: Results) -> Page:
     curves = {paper.models[0].id: CURVE, paper.models[4].id: CURVE}
-    return Page(render(paper, lineage(paper), curves, FACTS, {"name": "paper", "note": "a <b> & c"}))
+    return Page(render_report(paper, lineage(paper), curves, FACTS, {"name": "paper", "note": "a <b> & c"}))
 
 
-def test_the_page_has_the_numbers(page: Page, paper: Results) -> None:
+def test_the_page_contains_all_numbers(page: Page, paper: Results) -> None:
     text = " ".join(page.texts)
     for model in paper.models:
         assert model.label in page.texts
@@ -73,20 +73,21 @@ def test_the_page_has_the_numbers(page: Page, paper: Results) -> None:
     for finding in paper.findings:
         assert finding.claim in text
     assert page.texts.count("yes") == len(paper.findings)
-    for shown in ("1,234,567", "0.0123", "8,192", "700M", "3.2e15", "1 h 02 min", "1,250", "a <b> & c"):
+    for shown in ("1,234,567", "0.0123", "8,192", "700M", "3.2e15", "1h 02m", "1,250", "a <b> & c"):
         assert shown in text
+    assert "–" in page.texts, "the corpus has no FLOPs"
     assert page.values("class").count("best") == 5
 
 
-def test_the_page_stands_alone_and_its_links_lead_somewhere(page: Page) -> None:
+def test_the_page_is_self_contained_and_its_links_are_valid(page: Page) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in page.values("src"))
-    # bars, curves, and of three mixtures the FFN routing, of two the attention routing
+    # Bars and curves, the FFN routing of three mixtures, and the attention routing of two
     assert len(page.values("src")) == 2 + 3 + 2
     assert {link.removeprefix("#") for link in page.values("href")} <= set(page.values("id"))
     assert all(page.values("alt"))
 
 
-def test_a_run_without_curves_and_with_bad_news(paper: Results, tmp_path: Path) -> None:
+def test_a_page_without_curves_and_with_refuted_findings(paper: Results, tmp_path: Path) -> None:
     refuted = [finding.model_copy(update={"holds": False}) for finding in paper.findings]
     results = paper.model_copy(update={"models": paper.models[:2], "findings": tuple(refuted)})
     parents = lineage(results)
@@ -97,10 +98,10 @@ def test_a_run_without_curves_and_with_bad_news(paper: Results, tmp_path: Path) 
     assert "Training" not in page.texts
     assert len(page.values("src")) == 1
     assert Results.model_validate_json((tmp_path / "results.json").read_bytes()) == results
-    assert render(results, parents, {}, FACTS, {}) == html, "racing writers of a report write the same bytes"
+    assert render_report(results, parents, {}, FACTS, {}) == html, "concurrent writers of a report write the same bytes"
 
 
-def test_smoothing_keeps_lines_and_length() -> None:
+def test_smoothing_keeps_straight_lines_and_the_length() -> None:
     line = np.arange(100.0)
     assert smoothed(line) == pytest.approx(line)
     noisy = np.tile([0.0, 2.0], 50)
@@ -108,9 +109,7 @@ def test_smoothing_keeps_lines_and_length() -> None:
     assert smoothed(np.array([3.0])).tolist() == [3.0]
 
 
-def test_words_for_figures() -> None:
-    assert [amount(value) for value in (0, 950, 1500, 999_700, 2.5e6, 7e9)] == ["–", "950", "1.5k", "1M", "2.5M", "7B"]
-    assert [duration(value) for value in (0, 3.14, 600, 3725)] == ["–", "3.1 s", "10 min", "1 h 02 min"]
-    assert flops(1.26e15) == "1.3e15"
-    assert fact({"a": 1000, "b": [0.5, None, True]}) == "a 1,000, b 0.5, –, yes"
-    assert moment("2026-11-22T06:30:12+00:00") == "2026-11-22 06:30 UTC"
+def test_formats_of_values() -> None:
+    assert format_flops(1.26e15) == "1.3e15"
+    assert format_value({"a": 1000, "b": [0.5, None, True]}) == "a 1,000, b 0.5, –, yes"
+    assert format_timestamp("2026-11-22T06:30:12+00:00") == "2026-11-22 06:30 UTC"

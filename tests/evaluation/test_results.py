@@ -5,8 +5,9 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.results import MEAN, DomainScore, Finding, Results
-from bam_ray.evaluation.table import findings_text, number, perplexity_table
+from bam_ray.evaluation.table import format_findings, format_perplexity, perplexity_table
 from tests.support.paper_table import DOMAINS, PAPER, model_score
 
 
@@ -14,7 +15,7 @@ def finding(results: Results, about: str, label: str = "") -> Finding:
     return next(each for each in results.findings if each.about == about and label in each.claim)
 
 
-def test_means_and_best_of_the_papers_table(paper: Results) -> None:
+def test_means_and_best_models_of_the_paper(paper: Results) -> None:
     assert round(paper.means["seed-0123456789ab"], 2) == 13.91
     assert round(paper.means["btx-0123456789ab"], 2) == 10.72 + 0.01  # 10.725 of the rounded columns
     assert {column: id.split("-")[0] for column, id in paper.best.items()} == {
@@ -26,7 +27,7 @@ def test_means_and_best_of_the_papers_table(paper: Results) -> None:
     }
 
 
-def test_the_papers_claims_hold_in_the_papers_table(paper: Results) -> None:
+def test_the_claims_of_the_paper_hold_in_its_table(paper: Results) -> None:
     assert [each.about for each in paper.findings] == (
         ["branch_beats_seed"] * 3 + ["mixture_beats_seed"] * 3 + ["kv_experts_beats_btx", "kv_shared_between"]
     )
@@ -37,12 +38,12 @@ def test_the_papers_claims_hold_in_the_papers_table(paper: Results) -> None:
     assert list(between.values) == ["mixture bam", "mixture shared", "mixture btx"]
 
 
-def test_what_does_not_hold_is_said(paper: Results) -> None:
+def test_refuted_claims_are_reported(paper: Results) -> None:
     rows = dict(PAPER)
-    rows["law"] = PAPER["seed"]  # a branch that learned nothing: no better, so no
+    rows["law"] = PAPER["seed"]  # a branch that equals the seed does not beat it
     rows["bam"], rows["btx"] = PAPER["btx"], PAPER["bam"]
     rows["shared"] = tuple(2 * value for value in PAPER["seed"])
-    worse = Results.of("worse", [model_score(name, row) for name, row in rows.items()])
+    worse = make_results("worse", [model_score(name, row) for name, row in rows.items()])
     assert finding(worse, "branch_beats_seed", "code").holds
     for about, label in (
         ("branch_beats_seed", "law"),
@@ -52,48 +53,48 @@ def test_what_does_not_hold_is_said(paper: Results) -> None:
     ):
         assert not finding(worse, about, label).holds
         assert finding(worse, about, label).support == 0.0
-    lines = findings_text(worse).splitlines()
+    lines = format_findings(worse).splitlines()
     assert len(lines) == len(worse.findings)
     assert lines[0] == "yes  branch code beats the seed on code: 3.71 against 8.62 (in 100% of resamples)"
     assert lines[1] == "no   branch law beats the seed on law: 8.92 against 8.92 (in 0% of resamples)"
 
 
-def test_a_difference_within_the_noise_has_middling_support() -> None:
+def test_a_difference_within_the_noise_has_medium_support() -> None:
     rng = np.random.default_rng(0)
 
     def noisy(name: str, perplexity: float) -> DomainScore:
-        return DomainScore.of((np.log(perplexity) + rng.normal(0, 0.3, 40)).tolist(), 640)
+        return DomainScore.from_sequence_nll((np.log(perplexity) + rng.normal(0, 0.3, 40)).tolist(), 640)
 
     models = []
     for name in ("seed", "bam"):
         model = model_score(name, PAPER["seed"])
         models.append(model.model_copy(update={"domains": {domain: noisy(name, 10.0) for domain in DOMAINS}}))
-    assert 0.02 < Results.of("noise", models).findings[0].support < 0.98
+    assert 0.02 < make_results("noise", models).findings[0].support < 0.98
 
 
-def test_claims_without_their_models_are_left_out() -> None:
-    only = Results.of("dense", [model_score(name, PAPER[name]) for name in ("seed", "code")])
+def test_claims_about_absent_models_are_omitted() -> None:
+    only = make_results("dense", [model_score(name, PAPER[name]) for name in ("seed", "code")])
     assert [each.about for each in only.findings] == ["branch_beats_seed"]
 
 
-def test_intervals_come_from_the_sequences(paper: Results) -> None:
+def test_intervals_reflect_the_spread_of_the_sequences(paper: Results) -> None:
     seed = paper.models[0]
     for column in paper.columns:
         low, high = seed.interval(column)
         assert low < seed.perplexity(column) < high
-    sure = DomainScore.of([2.0] * 8, 64)
-    assert sure.interval == pytest.approx((sure.perplexity, sure.perplexity))
+    certain = DomainScore.from_sequence_nll([2.0] * 8, 64)
+    assert certain.interval == pytest.approx((certain.perplexity, certain.perplexity))
     widths = [high - low for low, high in (seed.interval(column) for column in ("general", MEAN))]
-    assert widths[1] < widths[0], "a mean of four is surer than one of them"
+    assert widths[1] < widths[0], "a mean over four domains is more certain than one domain"
 
 
-def test_results_survive_json_and_refuse_what_they_do_not_know(paper: Results) -> None:
+def test_results_survive_json_and_reject_unknown_keys(paper: Results) -> None:
     assert Results.model_validate_json(paper.model_dump_json()) == paper
     with pytest.raises(ValidationError, match="surprise"):
         Results.model_validate({**paper.model_dump(), "surprise": 1})
 
 
-def test_the_table_marks_the_best(paper: Results) -> None:
+def test_the_table_highlights_the_best_models(paper: Results) -> None:
     out = io.StringIO()
     Console(file=out, force_terminal=True, width=120, color_system="standard").print(perplexity_table(paper))
     text = out.getvalue()
@@ -103,5 +104,10 @@ def test_the_table_marks_the_best(paper: Results) -> None:
     assert "26.72" not in bold
 
 
-def test_numbers_keep_three_or_more_digits() -> None:
-    assert [number(value) for value in (3.456, 99.99, 123.45, 54321.0)] == ["3.46", "99.99", "123.5", "54,321"]
+def test_perplexities_keep_three_or_more_digits() -> None:
+    assert [format_perplexity(value) for value in (3.456, 99.99, 123.45, 54321.0)] == [
+        "3.46",
+        "99.99",
+        "123.5",
+        "54,321",
+    ]

@@ -7,7 +7,7 @@ import torch
 
 from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import DomainRouting
-from bam_ray.evaluation.routing import routing_of
+from bam_ray.evaluation.routing import combine_domains
 from bam_ray.model import BamForCausalLM
 from tests.support.tiny import dense, tokens
 
@@ -37,7 +37,7 @@ def test_shares_and_probabilities_are_distributions(mixture: Mixture, top_k: int
         assert routing.layers[0].ffn_share == (0.25,) * 4
 
 
-def test_the_shares_are_the_models_own_choices(mixture: Mixture) -> None:
+def test_shares_equal_the_choices_of_the_model(mixture: Mixture) -> None:
     model = mixture(num_experts_per_tok=2)
     seen: list[torch.Tensor] = []
     model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
@@ -46,7 +46,7 @@ def test_the_shares_are_the_models_own_choices(mixture: Mixture) -> None:
     assert layer.ffn_share == pytest.approx((counts / counts.sum()).tolist())
 
 
-def test_the_batch_size_does_not_show(mixture: Mixture) -> None:
+def test_the_batch_size_has_no_effect(mixture: Mixture) -> None:
     model = mixture()
     one, six = routing_on(model, batch=1), routing_on(model, batch=6)
     for left, right in zip(one.layers, six.layers, strict=True):
@@ -55,7 +55,7 @@ def test_the_batch_size_does_not_show(mixture: Mixture) -> None:
         assert left.attention_gate == pytest.approx(right.attention_gate, abs=1e-6)
 
 
-def test_undecided_routers(mixture: Mixture) -> None:
+def test_uniform_routers_have_maximum_entropy(mixture: Mixture) -> None:
     model = mixture()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -66,11 +66,11 @@ def test_undecided_routers(mixture: Mixture) -> None:
         assert layer.attention_gate == pytest.approx((0.25,) * 4)
         assert layer.ffn_entropy == pytest.approx(math.log(4))
         assert layer.attention_entropy == pytest.approx(math.log(4))
-        assert layer.load_imbalance == 4.0, "ties all go to one expert"
+        assert layer.load_imbalance == 4.0, "ties select one expert for every token"
         assert len(layer.dead_experts) == 3
 
 
-def test_averaged_attention_has_no_gates_and_top_1_attention_keeps_one(mixture: Mixture) -> None:
+def test_averaged_attention_has_no_gates_and_top_1_keeps_one(mixture: Mixture) -> None:
     btx = routing_on(mixture(attention_experts="averaged", num_experts_per_tok=2)).layers[0]
     assert (btx.attention_gate, btx.attention_entropy) == ((), None)
     soft = routing_on(mixture()).layers[0]
@@ -79,13 +79,13 @@ def test_averaged_attention_has_no_gates_and_top_1_attention_keeps_one(mixture: 
     assert top_1.attention_entropy == pytest.approx(soft.attention_entropy)
 
 
-def test_all_domains_together_are_all_tokens_together(mixture: Mixture) -> None:
+def test_overall_routing_weights_domains_by_their_tokens(mixture: Mixture) -> None:
     model = mixture(expert_names=["seed", "code", "law", "math"])
-    routing = routing_of(model.config, {"code": routing_on(model, ROWS[:2]), "law": routing_on(model, ROWS[2:])})
-    whole = routing_on(model)
+    routing = combine_domains(model.config, {"code": routing_on(model, ROWS[:2]), "law": routing_on(model, ROWS[2:])})
+    expected = routing_on(model)
     assert routing.expert_names == ("seed", "code", "law", "math")
-    assert routing.overall.tokens == whole.tokens
-    for pooled, counted in zip(routing.overall.layers, whole.layers, strict=True):
+    assert routing.overall.tokens == expected.tokens
+    for pooled, counted in zip(routing.overall.layers, expected.layers, strict=True):
         assert pooled.ffn_share == pytest.approx(counted.ffn_share)
         assert pooled.attention_gate == pytest.approx(counted.attention_gate)
         assert pooled.attention_entropy == pytest.approx(counted.attention_entropy)

@@ -1,4 +1,4 @@
-"""A tokenizer trained here, and tiny random models with its vocabulary."""
+"""A tokenizer, and tiny random models with its vocabulary."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ END = "<|end|>"
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 tokens: every byte and a few merges."""
+    """Return a byte-level BPE of 300 tokens: all bytes and a few merges."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def models_by_family(tokenizer: PreTrainedTokenizerFast) -> dict[str, PreTrainedModel]:
-    """Random models that seldom end a text."""
+    """Return random models that rarely generate the end token."""
     sizes: dict[str, Any] = {**SIZES, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0}
     configs = {
         "cohere": CohereConfig(**sizes, logit_scale=0.5),
@@ -37,14 +37,14 @@ def models_by_family(tokenizer: PreTrainedTokenizerFast) -> dict[str, PreTrained
         "bam": BamConfig(**sizes, num_experts=3, attention_experts="kv_experts"),
         "bam-shared": BamConfig(**sizes, num_experts=3, attention_experts="kv_shared", num_experts_per_tok=2),
     }
-    made = {}
+    models_by_name = {}
     for name, config in configs.items():
         torch.manual_seed(1)
-        made[name] = AutoModelForCausalLM.from_config(config).eval()
-    return made
+        models_by_name[name] = AutoModelForCausalLM.from_config(config).eval()
+    return models_by_name
 
 
 @pytest.fixture
 def engine(models_by_family: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> DecodeEngine:
-    """Three slots of a Cohere model."""
+    """Return an engine with three slots for a Cohere model."""
     return DecodeEngine(models_by_family["cohere"], tokenizer, slots=3, max_length=64)

@@ -1,4 +1,4 @@
-"""The HTTP endpoint, spoken to by the `openai` client."""
+"""The HTTP endpoint, called with the `openai` client."""
 
 import json
 import threading
@@ -13,24 +13,24 @@ import openai
 import pytest
 import uvicorn
 
-from bam_ray.serving import DecodeEngine, Sampling, Scheduler, create_app
+from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
 
 MODEL = "tiny"
 
 
 @dataclass
 class Endpoint:
-    """A running server and a client of it."""
+    """A running server and a client."""
 
     engine: DecodeEngine
     scheduler: Scheduler
     client: openai.OpenAI
     url: str
 
-    def solo(self, prompt: str, max_tokens: int) -> str:
-        """What the engine alone makes of a prompt, greedily."""
+    def generate_alone(self, prompt: str, max_tokens: int) -> str:
+        """Return the greedy completion of one prompt by the engine, without the server."""
         tokens = self.engine.tokenizer(prompt).input_ids
-        generation, delta = self.engine.add(tokens, Sampling(max_tokens=max_tokens, temperature=0))
+        generation, delta = self.engine.add(tokens, SamplingParams(max_tokens=max_tokens, temperature=0))
         text = delta.text
         while self.engine.active:
             text += "".join(delta.text for other, delta in self.engine.step() if other is generation)
@@ -39,13 +39,13 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint(engine: DecodeEngine) -> Iterator[Endpoint]:
-    """The app on uvicorn, in a thread."""
+    """Run the app on uvicorn in a thread."""
     scheduler = Scheduler(engine)
     config = uvicorn.Config(create_app(scheduler, MODEL), port=0, log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    eventually(lambda: server.started)
+    wait_until(lambda: server.started)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield Endpoint(engine, scheduler, client, url)
@@ -53,34 +53,34 @@ def endpoint(engine: DecodeEngine) -> Iterator[Endpoint]:
     thread.join()
 
 
-def eventually(true: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` returns True."""
     deadline = time.monotonic() + 10
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def metric(endpoint: Endpoint, name: str) -> float:
-    """One line of /metrics; 0 where it has not been counted."""
+    """Return the value of a metric, or 0 if it has not been counted yet."""
     lines = httpx.get(f"{endpoint.url}/metrics").text.splitlines()
     return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch, engine: DecodeEngine) -> None:
-    """Steps that take their time, so that a request is seen while it runs."""
+    """Make each step take 30 ms, so that requests can be observed while they run."""
     step = engine.step
 
-    def slowly() -> Any:
+    def slow_step() -> Any:
         time.sleep(0.03)
         return step()
 
-    monkeypatch.setattr(engine, "step", slowly)
+    monkeypatch.setattr(engine, "step", slow_step)
 
 
 def test_completions(endpoint: Endpoint) -> None:
     prompts = ["the cat", "naïve ☕"]
-    expected = [endpoint.solo(prompt, 12) for prompt in prompts]
+    expected = [endpoint.generate_alone(prompt, 12) for prompt in prompts]
     answer = endpoint.client.completions.create(model=MODEL, prompt=prompts, max_tokens=12, temperature=0, logprobs=1)
     assert [choice.text for choice in answer.choices] == expected
     assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
@@ -95,9 +95,9 @@ def test_completions(endpoint: Endpoint) -> None:
     assert again.choices[0].text == expected[0]
 
 
-def test_many_streams_equal_solo(endpoint: Endpoint) -> None:
+def test_concurrent_streams_equal_the_engine_alone(endpoint: Endpoint) -> None:
     prompts = [f"the cat sat {word}" for word in ("on", "under", "by the mat", "", "☕", "in", "so", "a")]
-    expected = [endpoint.solo(prompt, 20 + i) for i, prompt in enumerate(prompts)]
+    expected = [endpoint.generate_alone(prompt, 20 + i) for i, prompt in enumerate(prompts)]
 
     def stream(i: int) -> str:
         chunks = endpoint.client.completions.create(
@@ -109,18 +109,20 @@ def test_many_streams_equal_solo(endpoint: Endpoint) -> None:
         assert list(pool.map(stream, range(len(prompts)))) == expected
 
 
-def test_chat(endpoint: Endpoint) -> None:
+def test_chat_completions(endpoint: Endpoint) -> None:
     messages: list[Any] = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "what is a mixture?"}]},
     ]
-    expected = endpoint.solo("system: be brief\nuser: what is a mixture?\nassistant:", 9)
-    asked: dict[str, Any] = {"model": MODEL, "messages": messages, "max_completion_tokens": 9, "temperature": 0}
-    answer = endpoint.client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    expected = endpoint.generate_alone("system: be brief\nuser: what is a mixture?\nassistant:", 9)
+    request: dict[str, Any] = {"model": MODEL, "messages": messages, "max_completion_tokens": 9, "temperature": 0}
+    answer = endpoint.client.chat.completions.create(**request, logprobs=True, top_logprobs=2)
     assert answer.choices[0].message.content == expected
     assert answer.choices[0].logprobs is not None
     assert len(answer.choices[0].logprobs.content or []) == 9
-    chunks = list(endpoint.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        endpoint.client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
+    )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == "length"
@@ -134,12 +136,12 @@ def test_chat_template_of_the_tokenizer_is_used(endpoint: Endpoint, monkeypatch:
     monkeypatch.setattr(endpoint.engine.tokenizer, "chat_template", template)
     create = endpoint.client.chat.completions.create
     answer = create(model=MODEL, messages=[{"role": "user", "content": "cat"}], max_tokens=5, temperature=0)
-    assert answer.choices[0].message.content == endpoint.solo(">cat", 5)
+    assert answer.choices[0].message.content == endpoint.generate_alone(">cat", 5)
     with pytest.raises(openai.BadRequestError, match="user first"):
         create(model=MODEL, messages=[{"role": "system", "content": "cat"}])
 
 
-def test_seeds_reproduce(endpoint: Endpoint) -> None:
+def test_equal_seeds_give_equal_text(endpoint: Endpoint) -> None:
     def text(seed: int) -> str:
         answer = endpoint.client.completions.create(model=MODEL, prompt="the", max_tokens=20, seed=seed, top_p=0.9)
         return answer.choices[0].text
@@ -158,7 +160,7 @@ def test_stream_is_server_sent_events(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_client_that_leaves_frees_its_slots(
+def test_a_disconnected_client_frees_its_slots(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     slow_down(monkeypatch, endpoint.engine)
@@ -168,22 +170,20 @@ def test_client_that_leaves_frees_its_slots(
     body = {"model": MODEL, "prompt": ["a"] * 4, "max_tokens": 50, "stream": streamed, "temperature": 0}
     if streamed:
         with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body) as response:
-            lines = response.iter_lines()  # held: httpx hangs up when it is dropped
+            lines = response.iter_lines()  # keep a reference: httpx disconnects when the iterator is deleted
             next(lines)
-            eventually(lambda: scheduler.active == 3 and scheduler.waiting == 1)
+            wait_until(lambda: scheduler.active == 3 and scheduler.waiting == 1)
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{endpoint.url}/v1/completions", json=body, timeout=0.2)
-    eventually(lambda: scheduler.active == 0 and scheduler.waiting == 0)
+    wait_until(lambda: scheduler.active == 0 and scheduler.waiting == 0)
     assert endpoint.engine.free == 3
     assert scheduler.totals.completion_tokens - tokens_before < 150  # of 200
-    eventually(lambda: metric(endpoint, left) == before + 1)
+    wait_until(lambda: metric(endpoint, left) == before + 1)
 
 
-def test_a_failing_model_is_an_error_and_the_next_request_is_served(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = endpoint.solo("the", 4)
+def test_serving_continues_after_the_model_fails(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = endpoint.generate_alone("the", 4)
 
     def broken() -> Any:
         raise RuntimeError("out of memory")
@@ -207,14 +207,14 @@ def test_a_failing_model_is_an_error_and_the_next_request_is_served(
         ({"prompt": [300]}, 400, "not in", None, "prompt"),
         ({"prompt": ""}, 400, "empty", None, "prompt"),
         ({"prompt": []}, 400, "empty", None, "prompt"),
-        ({"n": 2}, 400, "n=2 is not served", "unsupported_value", "n"),
+        ({"n": 2}, 400, "n=2 is not supported", "unsupported_value", "n"),
         ({"echo": True}, 400, "echo=True", "unsupported_value", "echo"),
         ({"stop": list("abcde")}, 400, "up to 4", None, "stop"),
         ({"temperature": -1}, 400, "temperature", None, "temperature"),
         ({"max_tokens": "many"}, 400, "max_tokens", None, "max_tokens"),
     ],
 )
-def test_bad_requests(
+def test_invalid_requests_are_rejected(
     endpoint: Endpoint, change: dict[str, Any], status: int, message: str, code: str | None, param: str
 ) -> None:
     body = {"model": MODEL, "prompt": "the", "max_tokens": 10, **change}
@@ -225,7 +225,7 @@ def test_bad_requests(
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
 
 
-def test_errors_outside_the_interface_have_its_shape(endpoint: Endpoint) -> None:
+def test_all_errors_have_the_openai_format(endpoint: Endpoint) -> None:
     assert httpx.get(f"{endpoint.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
     response = httpx.post(f"{endpoint.url}/v1/completions", content=b"{")
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")

@@ -1,4 +1,4 @@
-"""The endpoint on a real Ray Serve, on a cluster of its own, spoken to by the `openai` client."""
+"""The endpoint on Ray Serve, on a separate cluster, called with the `openai` client."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.job import run_of
 from bam_ray.on_ray.serve_app import deploy, served_mixture, shutdown
-from bam_ray.serving import DecodeEngine, Sampling
+from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.settings import Needs, ServeSettings, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -47,7 +47,7 @@ print(json.dumps(deploy(Artifact(open_store(store), "mixtures", "bam"), "demo", 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, models_by_family: Any, tokenizer: Any) -> FolderStore:
-    """A blob store with a mixture in it."""
+    """Return a blob store that contains a mixture."""
     folder = tmp_path_factory.mktemp("model")
     models_by_family["bam"].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -58,14 +58,16 @@ def store(tmp_path_factory: pytest.TempPathFactory, models_by_family: Any, token
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head and one node, with all their files in a folder of their own."""
+    """Start a head and one node, with all their files in a temporary folder."""
     folder = tempfile.mkdtemp(prefix="bam-")  # short: the paths of Ray's sockets have at most 107 characters
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("BAM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_TMPDIR", folder)  # Ray notes the cluster's address below it, and makes no folder for that
+        patch.setenv(
+            "RAY_TMPDIR", folder
+        )  # Ray writes the address of the cluster below it, but does not create the folder
         (Path(folder) / "ray").mkdir()
         node: dict[str, Any] = {"object_store_memory": 100 << 20, "temp_dir": folder}
         running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **node})
@@ -78,7 +80,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    """A port that was free a moment ago."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -86,7 +88,7 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def url(cluster: Cluster, store: FolderStore, port: int) -> str:
-    """The endpoint, deployed by a driver that has ended since."""
+    """Deploy the endpoint from a driver that ends afterwards, and return its URL."""
     with socket.socket() as squatter:
         squatter.bind(("127.0.0.1", port))
         squatter.listen()
@@ -98,13 +100,13 @@ def url(cluster: Cluster, store: FolderStore, port: int) -> str:
     return str(json.loads(driver.stdout.splitlines()[-1]))
 
 
-def test_streams_equal_solo(url: str, models_by_family: Any, tokenizer: Any) -> None:
+def test_streams_equal_the_engine_alone(url: str, models_by_family: Any, tokenizer: Any) -> None:
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     engine = DecodeEngine(models_by_family["bam"], tokenizer, slots=1, max_length=64)
     prompts = [f"the cat sat {word}" for word in ("on", "under", "by the mat", "☕", "in", "so")]
 
-    def solo(prompt: str) -> str:
-        _, delta = engine.add(tokenizer(prompt).input_ids, Sampling(max_tokens=30, temperature=0))
+    def generate_alone(prompt: str) -> str:
+        _, delta = engine.add(tokenizer(prompt).input_ids, SamplingParams(max_tokens=30, temperature=0))
         while engine.active:
             delta += engine.step()[0][1]
         return delta.text
@@ -114,18 +116,18 @@ def test_streams_equal_solo(url: str, models_by_family: Any, tokenizer: Any) -> 
         return "".join(chunk.choices[0].text for chunk in chunks)
 
     with ThreadPoolExecutor(len(prompts)) as pool:
-        assert list(pool.map(stream, prompts)) == [solo(prompt) for prompt in prompts]
+        assert list(pool.map(stream, prompts)) == [generate_alone(prompt) for prompt in prompts]
 
-    asked: dict[str, Any] = {"model": "demo", "max_tokens": 9, "temperature": 0}
+    request: dict[str, Any] = {"model": "demo", "max_tokens": 9, "temperature": 0}
     messages: Any = [{"role": "user", "content": "what is a mixture?"}]
-    whole = client.chat.completions.create(messages=messages, **asked)
-    chunks = list(client.chat.completions.create(messages=messages, stream=True, **asked))
+    whole = client.chat.completions.create(messages=messages, **request)
+    chunks = list(client.chat.completions.create(messages=messages, stream=True, **request))
     assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 9
 
 
-def test_errors_and_metrics_pass_through(url: str) -> None:
+def test_errors_and_metrics_pass_the_proxy(url: str) -> None:
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError, match="'demo'"):
         client.completions.create(model="other", prompt="the")
@@ -134,7 +136,7 @@ def test_errors_and_metrics_pass_through(url: str) -> None:
     assert "bam_slots 4.0" in httpx.get(f"{url.removesuffix('/v1')}/metrics").text
 
 
-def test_client_that_leaves_frees_its_slot(url: str) -> None:
+def test_a_disconnected_client_frees_its_slot(url: str) -> None:
     body = {"model": "demo", "prompt": ["the"] * 40, "max_tokens": 60, "stream": True, "temperature": 0}
     with httpx.stream("POST", f"{url}/completions", json=body) as response:
         lines = response.iter_lines()
@@ -148,7 +150,7 @@ def test_client_that_leaves_frees_its_slot(url: str) -> None:
     assert "bam_active_slots 0.0" in metrics
 
 
-def test_what_cannot_be_served_is_said(url: str, store: FolderStore, port: int) -> None:
+def test_deployments_that_cannot_succeed_are_rejected(url: str, store: FolderStore, port: int) -> None:
     def serve(id: str = "bam", **settings: Any) -> None:
         deploy(Artifact(store, "mixtures", id), "demo", ServeSettings(port=port, **settings))
 
@@ -162,33 +164,33 @@ def test_what_cannot_be_served_is_said(url: str, store: FolderStore, port: int) 
         deploy(Artifact(store, "mixtures", "bam"), "demo", ServeSettings(port=port + 1))
     with pytest.raises(ServingError, match=r"lower serve\.max_length"):
         serve(max_length=1 << 20)
-    # The replica that was there before serves on
+    # The previous replica keeps serving
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     assert client.completions.create(model="demo", prompt=[1] * 60, max_tokens=4).usage.completion_tokens > 0
 
 
-def test_a_serve_configuration_serves_a_recipe(url: str, store: FolderStore, port: int, tmp_path: Path) -> None:
+def test_a_serve_configuration_file_serves_a_recipe(url: str, store: FolderStore, port: int, tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
     overrides = [f"store.uri={store.uri}", "serve.slots=4", "serve.max_length=64", "serve.needs.cpus=0.5"]
     mixture, name = served_mixture(run_of(load_recipe(recipe, overrides)))
     mixture.publish(
         Artifact(store, "mixtures", "bam").fetch(tmp_path), Manifest(id=mixture.id, kind="mixtures", name=name)
     )
-    described = {
+    application = {
         "name": "bam",
         "route_prefix": "/",
         "import_path": "bam_ray.on_ray.serve_app:application",
         "args": {"recipe": str(recipe), "overrides": overrides},
     }
     http = {"host": "127.0.0.1", "port": port}
-    schema = ServeDeploySchema(applications=[described], http_options=http)
+    schema = ServeDeploySchema(applications=[application], http_options=http)
     _get_global_client().deploy_apps(schema, _blocking=True)
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == [name]
     assert client.completions.create(model=name, prompt="the", max_tokens=4).usage.completion_tokens == 4
 
 
-def test_deployed_again_then_shut_down(url: str, store: FolderStore, port: int) -> None:
+def test_redeployment_and_shutdown(url: str, store: FolderStore, port: int) -> None:
     settings = ServeSettings(port=port, slots=2, max_length=32, replicas=2, needs=Needs(cpus=0.5))
     assert deploy(Artifact(store, "mixtures", "bam"), "second", settings) == url
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)

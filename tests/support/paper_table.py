@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from bam_ray.evaluation.results import DomainRouting, DomainScore, ModelScore, Routing
+from bam_ray.evaluation.results import DomainRouting, DomainScore, MixtureRouting, ModelScore
 from bam_ray.evaluation.routing import layer_routing
 
 DOMAINS = ("general", "code", "law", "math")
@@ -26,17 +26,17 @@ ATTENTION: dict[str, Literal["kv_experts", "kv_shared", "averaged"]] = {
 
 
 def domain_score(perplexity: float, domain: str, spread: float = 0.2) -> DomainScore:
-    """Return the score of 40 sequences whose relative difficulty is the same for every model."""
-    hard = np.random.default_rng(DOMAINS.index(domain)).normal(0.0, spread, 40)
-    return DomainScore.of((math.log(perplexity) + hard - hard.mean()).tolist(), 40 * 16)
+    """Return the score of 40 sequences, whose relative difficulty is the same for every model."""
+    difficulty = np.random.default_rng(DOMAINS.index(domain)).normal(0.0, spread, 40)
+    return DomainScore.from_sequence_nll((math.log(perplexity) + difficulty - difficulty.mean()).tolist(), 40 * 16)
 
 
 def model_score(name: str, perplexities: tuple[float, ...]) -> ModelScore:
-    """Return the score of the model called `name` in `PAPER`, with the given perplexity of each domain."""
+    """Return the score of the model `name` of `PAPER`, with the given perplexities."""
     attention = ATTENTION.get(name)
     layer = layer_routing([0.5, 0.25, 0.25, 0.0], [0.4, 0.3, 0.2, 0.1], 1.28, [], None)
     domain = DomainRouting(tokens=640, layers=(layer,))
-    routing = Routing(
+    routing = MixtureRouting(
         expert_names=("seed", "code", "law", "math"), domains=dict.fromkeys(DOMAINS, domain), overall=domain
     )
     if attention not in (None, "averaged"):

@@ -128,7 +128,9 @@ def test_names_without_a_checkpoint_are_errors(run: Recipe, store: BlobStore, tm
         export_step(store, "branches", "code", StoreSettings(uri=str(tmp_path / "code")))
     with pytest.raises(CheckpointError, match="has 0 artifacts named branches/law"):
         export_step(store, "branches", "law", StoreSettings(uri=str(tmp_path / "law")))
-    with pytest.raises(SettingsError, match="'corpora/corpus' is not KIND/NAME with a kind of seeds, branches"):
+    with pytest.raises(
+        SettingsError, match="'corpora/corpus' is not of the form KIND/NAME: KIND must be seeds or branches"
+    ):
         app(["export-step", run.store.uri, "corpora/corpus", "--out", "x"], standalone_mode=False)
 
 

@@ -165,7 +165,8 @@ class _Stream:
 
     def load(self, index: int) -> list[tuple[str, BamRouter]]:
         """Hold this layer alone. Returns its routers, not set yet, by name in the order they run; a dense layer has
-        none."""
+        none.
+        """
         self._index, layer = index, self._layers[index]
         self._fill(layer, f"model.layers.{index}.")
         self._model.layers[index] = layer

@@ -84,7 +84,7 @@ class ClusterUnderTest:
             driver.process.wait()
         for node in self.nodes.values():
             node.resume()
-        stop([node.process for node in self.nodes.values()], patience=0.0)
+        stop([node.process for node in self.nodes.values()], timeout=0.0)
         stop_s3_server(self._s3, self._settings)
         self.proxy.close()
 
@@ -158,7 +158,7 @@ class ClusterUnderTest:
 
     def kill_s3(self) -> None:
         """Send SIGKILL to the S3 server."""
-        stop([self._s3], patience=0.0)
+        stop([self._s3], timeout=0.0)
 
     def submit(self, recipe: Recipe, step_seconds: float = 0.03) -> DriverProcess:
         """Start a driver of `recipe`, whose training steps take at least `step_seconds`."""

@@ -51,7 +51,7 @@ class ClusterNode:
     def start(self) -> None:
         """Start the node, or restart it; `wait` returns when it is alive."""
         cluster = self._cluster
-        stop([self.process], patience=0.0)
+        stop([self.process], timeout=0.0)
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.id = ""
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
@@ -79,7 +79,7 @@ class ClusterNode:
             nonlocal tries
             if self.process.pid() is None:  # on a busy machine it may not start within the 30 s that Ray allows
                 tries -= 1
-                assert tries, f"{self.name}: {self.process.last_words()}"
+                assert tries, f"{self.name}: {self.process.failure_reason()}"
                 self.start()
             living = self._cluster.living()
             return next((id for id, name in living.items() if name == self.name and id not in known_ids), None)
@@ -101,11 +101,11 @@ class ClusterNode:
 
     def kill(self) -> None:
         """Kill all processes of the node, as if its machine were gone."""
-        stop([self.process], patience=0.0)
+        stop([self.process], timeout=0.0)
 
     def stop(self) -> None:
         """Stop the processes of the node and give them time to end."""
-        stop([self.process], patience=5.0)
+        stop([self.process], timeout=5.0)
 
     def drain(self, seconds: int) -> None:
         """Announce that the node will be terminated in `seconds`; the caller must then kill it."""

@@ -1,4 +1,4 @@
-"""From deltas to OpenAI's answers: one writer for completions, one for chat, each for streams and for whole answers."""
+"""Response builders: convert deltas to OpenAI's responses, whole or as stream chunks, for completions and for chat."""
 
 import time
 import uuid
@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
+from bam_ray.serving.detokenizer import REPLACEMENT_CHARACTER
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.openai_types import (
     ChatChoice,
@@ -13,48 +14,50 @@ from bam_ray.serving.openai_types import (
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     ChatTokenLogprob,
     ChatTopLogprob,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    ResponseMessage,
     Usage,
 )
 from bam_ray.serving.sampling import TokenLogprob
-from bam_ray.serving.text import INCOMPLETE
 
 
-class Writer(Protocol):
-    """Writes one answer."""
+class ResponseBuilder(Protocol):
+    """Builds the response to one request."""
 
     def chunk(self, index: int, delta: Delta) -> BaseModel:
-        """A piece of a stream."""
+        """Return one chunk of a stream. `index` is the index of the prompt."""
         ...
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
-        """The last piece of a stream that reports usage."""
+        """Return the last chunk of a stream that reports usage."""
         ...
 
-    def whole(self, deltas: list[Delta], usage: Usage) -> BaseModel:
-        """The answer at once; one delta a prompt."""
+    def response(self, deltas: list[Delta], usage: Usage) -> BaseModel:
+        """Return the whole response. `deltas` has one delta per prompt."""
         ...
 
 
-class CompletionWriter:
-    """A `Writer` of /v1/completions."""
+class CompletionBuilder:
+    """Builds the response to a request to /v1/completions."""
 
     def __init__(self, model: str) -> None:
         self._id, self._created, self._model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
-        self._offsets: dict[int, int] = {}  # characters written of each prompt's completion
+        self._offsets: dict[int, int] = {}  # index of the prompt -> characters emitted so far
 
     def chunk(self, index: int, delta: Delta) -> Completion:
+        """Return one chunk of a stream."""
         return self._completion([self._choice(index, delta)], None)
 
     def usage_chunk(self, usage: Usage) -> Completion:
+        """Return the last chunk of a stream that reports usage."""
         return self._completion([], usage)
 
-    def whole(self, deltas: list[Delta], usage: Usage) -> Completion:
+    def response(self, deltas: list[Delta], usage: Usage) -> Completion:
+        """Return the whole response."""
         return self._completion([self._choice(index, delta) for index, delta in enumerate(deltas)], usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
@@ -80,29 +83,32 @@ class CompletionWriter:
         )
 
 
-class ChatWriter:
-    """A `Writer` of /v1/chat/completions."""
+class ChatBuilder:
+    """Builds the response to a request to /v1/chat/completions."""
 
     def __init__(self, model: str) -> None:
         self._id, self._created, self._model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
-        self._begun = False
+        self._role_sent = False
 
     def chunk(self, index: int, delta: Delta) -> ChatChunk:
-        content = {"content": delta.text} if self._begun else {"role": "assistant", "content": delta.text}
-        self._begun = True
+        """Return one chunk of a stream. The first chunk states the role."""
+        content = {"content": delta.text} if self._role_sent else {"role": "assistant", "content": delta.text}
+        self._role_sent = True
         choice = ChatChunkChoice(
             index=index, delta=content, logprobs=_chat_logprobs(delta), finish_reason=delta.finish_reason
         )
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[choice])
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
+        """Return the last chunk of a stream that reports usage."""
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
 
-    def whole(self, deltas: list[Delta], usage: Usage) -> ChatCompletion:
+    def response(self, deltas: list[Delta], usage: Usage) -> ChatCompletion:
+        """Return the whole response."""
         choices = [
             ChatChoice(
                 index=index,
-                message=ChatMessage(content=delta.text),
+                message=ResponseMessage(content=delta.text),
                 logprobs=_chat_logprobs(delta),
                 finish_reason=delta.finish_reason,
             )
@@ -116,9 +122,10 @@ def _chat_logprobs(delta: Delta) -> ChatLogprobs | None:
 
 
 def _chat_token(entry: TokenLogprob) -> ChatTokenLogprob:
-    top = [ChatTopLogprob(token=token, logprob=logprob, bytes=_bytes(token)) for token, logprob in entry.top]
-    return ChatTokenLogprob(token=entry.token, logprob=entry.logprob, bytes=_bytes(entry.token), top_logprobs=top)
+    top = [ChatTopLogprob(token=token, logprob=logprob, bytes=_utf8(token)) for token, logprob in entry.top]
+    return ChatTokenLogprob(token=entry.token, logprob=entry.logprob, bytes=_utf8(entry.token), top_logprobs=top)
 
 
-def _bytes(token: str) -> list[int] | None:
-    return None if INCOMPLETE in token else list(token.encode())
+def _utf8(token: str) -> list[int] | None:
+    """Return the UTF-8 bytes of a token, or None if the token is a part of a character."""
+    return None if REPLACEMENT_CHARACTER in token else list(token.encode())

@@ -1,0 +1,31 @@
+"""The console of all commands, with a progress bar for commands that read and write models."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+console = Console()
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar with bytes, speed and remaining time. Yields a function of (bytes done, bytes in total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_mixture_written(out: str, experts: Sequence[str] | None) -> None:
+    """Print where a mixture was written, and its experts."""
+    names = experts or []
+    console.print(f"written: {out} ({len(names)} experts: {', '.join(names)})", highlight=False)
