@@ -91,7 +91,7 @@ def streamed(sources: list[Path], out: Path, mixture: str) -> None:
     from bam_ray.upcycling import upcycle
 
     readers = {f"m{number}": TensorReader(FolderStore(place)) for number, place in enumerate(sources)}
-    settings = MixtureSettings.model_validate(MIXTURES[mixture] | {"same_seed": False})
+    settings = mixture_settings(MIXTURES[mixture] | {"same_seed": False})
     upcycle(readers, settings, ModelWriter(FolderStore(out)), Manifest(id="x", kind="upcycled", name="x"))
 
 

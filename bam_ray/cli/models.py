@@ -73,7 +73,7 @@ def upcycle(
         made = make_mixture(sources, settings, target(out, endpoint, weak_store), texts, told)
     if made.separation is not None:
         console.print(separation_table(made.separation))
-    _print_written(out, made.config.expert_names)
+    _print_written(out, list(made.experts))
 
 
 @app.command()
@@ -236,7 +236,7 @@ def _mixture_settings(method: str, overrides: list[str]) -> MixtureSettings:
         if "=" not in each:
             raise SettingsError(f"--set {each!r} is not KEY=VALUE")
         apply_override(plain, each)
-    return validated(MixtureSettings, plain, "mixture")
+    return mixture_settings(plain)
 
 
 def _named(pairs: list[str], option: str, taken: frozenset[str] | set[str] = frozenset()) -> dict[str, str]:

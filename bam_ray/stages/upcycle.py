@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.data import Corpus
 from bam_ray.errors import BlobExists, CheckpointError, Interrupted
 from bam_ray.pipeline.tasks import Progress, StageContext
-from bam_ray.settings import MixtureSettings, Recipe
+from bam_ray.settings import BranchedMixture, MixtureSettings, Recipe, RoutedMixture
 from bam_ray.stages.lineage import Place
 from bam_ray.upcycling import upcycle
 
@@ -29,9 +30,9 @@ def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageC
     settings = recipe.upcycle.mixtures[name]
     origins = {"seed": place.other("seeds", "seed")}
     branches = branches_of(place, recipe, store)
-    if settings.has_branches:
+    if isinstance(settings, BranchedMixture):
         origins |= {domain: place.other("branches", domain) for domain in branches}
-        settings = of_fewer(settings, len(recipe.branch.domains) - len(branches), origins)
+        settings = without_missing_branches(settings, len(recipe.branch.domains) - len(branches), origins)
     sources = {source: TensorReader(store, artifact.prefix) for source, artifact in origins.items()}
     for source in sources.values():
         source.check_digests()
@@ -87,21 +88,24 @@ def branches_of(place: Place, recipe: Recipe, store: BlobStore) -> list[str]:
     return decided
 
 
-def of_fewer(settings: MixtureSettings, missing: int, models: Collection[str]) -> MixtureSettings:
-    """The settings of a mixture of `models` alone: with an expert less for each one that is missing."""
+def without_missing_branches(settings: BranchedMixture, missing: int, models: Collection[str]) -> BranchedMixture:
+    """Return the settings of a mixture of `models` alone: it has one expert less for each missing branch."""
+    if not missing:
+        return settings
     weights = {name: weight for name, weight in settings.average.weights.items() if name in models}
-    average = settings.average.model_copy(update={"weights": weights}) if missing else settings.average
-    count = settings.num_experts and settings.num_experts - missing
-    return settings.model_copy(update={"num_experts": count, "average": average})
+    update: dict[str, Any] = {"average": settings.average.model_copy(update={"weights": weights})}
+    if isinstance(settings, RoutedMixture) and settings.num_experts is not None:
+        update["num_experts"] = settings.num_experts - missing
+    return settings.model_copy(update=update)
 
 
 def _texts(settings: MixtureSettings, recipe: Recipe, place: Place, branches: Sequence[str]) -> dict[str, Tensor]:
     """Rows of tokens by expert, spread evenly over each domain's training text; the seed stands for general text."""
-    if not settings.needs_text:
+    if not settings.text_sequences:
         return {}
     corpus = Corpus(place.other("corpora", "corpus").fetch())
     domains = {"seed": recipe.data.general, **{name: name for name in branches}}
-    count = max(settings.router.sequences, settings.split.sequences)
+    count = settings.text_sequences
 
     def rows(domain: str) -> Tensor:
         train = corpus.train(domain)

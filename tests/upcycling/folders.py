@@ -36,7 +36,7 @@ ALONE: dict[str, dict[str, Any]] = {
 def settings(case: str = "bam kv_experts", **more: Any) -> MixtureSettings:
     """The settings of a case, top-2 renormalised where `more` says nothing else, for models of any origin."""
     usual = {"num_experts_per_tok": 2, "norm_topk_prob": True, "same_seed": False}
-    return MixtureSettings.model_validate({**usual, **(CASES | ALONE)[case], **more})
+    return mixture_settings({**usual, **(CASES | ALONE)[case], **more})
 
 
 def make(
