@@ -1,13 +1,18 @@
-"""What checkpoints cost: training with them against training without, on a healthy S3 server of this machine.
+"""The cost of checkpoints: training with them over training without, with an S3 server on this machine.
 
     python -m benchmarks.checkpoint_cost
 
-Both train the same dense model on random tokens, in turns; one writes a checkpoint of weights and optimizer every
-`--every` steps to SeaweedFS. Three times are compared, as medians of the ratios of neighbours: the wall clock's, the
-training thread's on its CPU (what checkpoints keep training from, whatever else the machine does), and that of all
-threads (what they cost where no core is idle; the server's own CPU is not in it). The target is for the wall clock; on
-a machine that others use it says little (see the range of the pairs, and the load in the result), and the CPU times,
-which do not see waiting, are no proof of it. A recipe's default is a checkpoint every 409,600 tokens.
+Both cases train the same dense model on random tokens, in turns. One of them writes a checkpoint of weights and
+optimizer states to SeaweedFS every `--every` steps. Three times are compared, as medians of the ratios within a pair:
+
+- the wall-clock time,
+- the CPU time of the training thread, which shows what checkpoints take from training, independently of other load,
+- the CPU time of all threads of the process, which shows the cost if no core is idle. The server's CPU time is not
+  included.
+
+The target applies to the wall-clock time. On a shared machine it is not reliable (see the range of the pairs, and the
+load in the result), and CPU times do not include waits, so they cannot replace it. The default of a recipe is a
+checkpoint every 409,600 tokens.
 """
 
 import argparse
@@ -45,20 +50,22 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class RandomTokens:
-    """A sampler of nothing in particular."""
+    """A sampler of random tokens."""
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return `count` sequences and the domain of each."""
         return np.random.default_rng(0).integers(0, 8192, (count, LENGTH)), np.ones((count, 1), dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Ignore the state."""
 
 
 def segment(store: BlobStore, name: str, steps: int, every: int, width: int, checkpoints: bool) -> dict[str, float]:
-    """Seconds of `steps` steps by each clock."""
+    """Return the seconds of `steps` steps by each clock."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -84,14 +91,14 @@ def segment(store: BlobStore, name: str, steps: int, every: int, width: int, che
     training._advance()  # allocates and warms up
     before = {name: clock() for name, clock in CLOCKS.items()}
     if checkpoints:
-        training._checkpoint()  # at the start of a segment, so that its upload runs beside steps as in a long run
+        training._checkpoint()  # at the start, so that its upload overlaps steps as in a long run
     training.run()
     return {name: clock() - before[name] for name, clock in CLOCKS.items()}
 
 
 @contextmanager
 def s3() -> Iterator[BlobStore]:
-    """A store on an S3 server of its own."""
+    """Start an S3 server and yield a store on it."""
     with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
         process = Process("s3", Path(folder))
         settings = start_s3_server(process, Path(folder) / "data", S3Settings.generate())
@@ -103,11 +110,12 @@ def s3() -> Iterator[BlobStore]:
 
 
 def main() -> None:
+    """Measure, print a table and write `benchmarks/results/checkpoint_cost.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="of a segment")
+    parser.add_argument("--steps", type=int, default=40, help="steps of one case")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--width", type=int, default=256, help="of the model: hidden size, four layers")
+    parser.add_argument("--width", type=int, default=256, help="hidden size of the model, which has four layers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pairs: list[tuple[dict[str, float], dict[str, float]]] = []

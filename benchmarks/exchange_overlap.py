@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.on_deepspeed.dispatch import Wire
@@ -133,7 +133,8 @@ def measure(rank: int, folder: str, rounds: int, megabits: float) -> None:
 
     warnings.filterwarnings("ignore", r".* is deprecated", FutureWarning)
     torch.set_num_threads(1)
-    start_deepspeed(rank, RANKS, dist.FileStore(f"{folder}/store", RANKS))
+    store = dist.FileStore(f"{folder}/store", RANKS)  # type: ignore[attr-defined]  # torch marks no re-exports
+    start_deepspeed(rank, RANKS, store)
     rows: list[Row] = []
     for wire in ("loopback", f"held to {megabits:g} Mbit/s"):
         if wire != "loopback":
@@ -160,7 +161,7 @@ def main(
 ) -> None:
     """Measure, print a table and write `benchmarks/results/exchange_overlap.json`."""
     with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
-        mp.start_processes(measure, (folder, rounds, megabits), nprocs=RANKS, start_method="spawn")
+        start_processes(measure, (folder, rounds, megabits), nprocs=RANKS, start_method="spawn")
 
 
 if __name__ == "__main__":

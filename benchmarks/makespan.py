@@ -1,9 +1,12 @@
-"""Makespan on a real local Ray cluster of nodes of speed 4 : 2 : 1, nine branches: `python -m benchmarks.makespan`.
+"""The makespan of nine branches on a real local Ray cluster whose nodes have the speeds 4, 2 and 1.
 
-The branches are stand-ins that sleep for each step, as long as their node's label says; everything around them is real:
-actors, starts, checkpoints asked for and resumed from, the blob store. The floor is total work over total speed. What
-the simulator foretells is computed from the speeds, starts and checkpoints that the real run measured, and so are a
-static split and a barrier (as in `benchmarks.scheduling`, with nothing lost to the barrier's communication).
+    python -m benchmarks.makespan
+
+The branches are stand-ins that sleep in each step for as long as the label of their node implies. Everything else is
+real: actors, starts, checkpoints, migrations and the blob store. The lower bound is the total work over the total
+speed. The simulator predicts the makespan from the speeds, start times and checkpoint times that the real run
+measured. A static split and a barrier are computed from the same measurements (as in `benchmarks.scheduling`; the
+barrier's communication costs nothing).
 """
 
 import json
@@ -19,7 +22,7 @@ from ray.cluster_utils import Cluster
 from bam_ray.blobs import BlobStore
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.cluster import living_nodes
@@ -48,8 +51,8 @@ RECIPE = {
 }
 
 
-def sleeping(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
-    """A stage that sleeps for each step, and goes on from the last when it was stopped."""
+def sleeping(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> None:
+    """Sleep in each step, as a stage that resumes after the last step that it finished."""
     here = ray.get_runtime_context().get_node_id()
     labels = next(node.labels for node in living_nodes() if node.id == here)
     task = find_task(task_graph(recipe), kind, name)
@@ -65,6 +68,7 @@ def sleeping(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: S
 
 
 def main() -> None:
+    """Measure, print a table and write `benchmarks/results/makespan.json`."""
     with tempfile.TemporaryDirectory(prefix="bam-span-") as folder:
         recipe = parse_recipe(json.dumps({**RECIPE, "store": {"uri": f"{folder}/store"}}), "benchmark")
         controller, seconds = run(recipe, folder)
@@ -106,7 +110,7 @@ def main() -> None:
 
 
 def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
-    """The controller of a finished run, and how long the run took."""
+    """Run the branches; returns the controller of the finished run and its seconds."""
     (Path(folder) / "ray").mkdir()
     os.environ |= {
         "RAY_TMPDIR": folder,

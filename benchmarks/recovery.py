@@ -1,6 +1,6 @@
 """How long a branch stands still when its node is lost: kill -9 of a raylet, until the branch trains again elsewhere.
 
-    PYTHONPATH=tests python -m benchmarks.recovery
+    python -m benchmarks.recovery
 
 On a real cluster of a head and three nodes of this machine, with health checks as its tests have them (a lost node is
 noticed within three to four seconds; Ray's own settings take longer, but raise no false alarms). Three times are taken:
@@ -17,16 +17,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
-from faults.checking import Log, attempts, check_branches
-from faults.tale import Tale
-from faults.world import World, wait_for
 from rich.console import Console
 from rich.table import Table
 
 from bam_ray.control import status
+from tests.support.faults.branch_checks import AttemptLog, attempts, check_branches
+from tests.support.faults.cluster_under_test import ClusterUnderTest
+from tests.support.faults.nodes import wait_for
+from tests.support.faults.reference_run import ReferenceRun
 
 TARGET = 15.0  # seconds
 DOMAIN = "code"
@@ -35,16 +37,17 @@ PHASES = ("node given up", "next attempt begun", "trains again")
 
 
 def main() -> None:
+    """Measure, print a table and write `benchmarks/results/recovery.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
         home = Path(folder)
         os.environ |= {"BAM_CACHE": str(home / "cache" / "reference"), "RAY_AUTH_MODE": "disabled"}
-        tale = Tale(home / "tale", (DOMAIN,), steps=200 * (options.kills + 1))
+        reference = ReferenceRun(home / "reference", (DOMAIN,), steps=200 * (options.kills + 1))
         load = os.getloadavg()[0]
-        with World(home) as world:
-            times = measure(world, tale, options.kills)
+        with ClusterUnderTest(home) as cluster:
+            times = measure(cluster, reference, options.kills)
     table = Table(title=f"kill -9 of a raylet, {options.kills} times: seconds since; target ≤ {TARGET:.0f} s")
     for heading in ("until", "median", "most"):
         table.add_column(heading, justify="left" if heading == "until" else "right")
@@ -69,19 +72,19 @@ def main() -> None:
     (RESULTS / "recovery.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(world: World, tale: Tale, kills: int) -> list[dict[str, float]]:
+def measure(cluster: ClusterUnderTest, reference: ReferenceRun, kills: int) -> list[dict[str, float]]:
     """Seconds from each kill to each phase; the branch must come to what an undisturbed one does."""
-    store = world.store("recovery")
-    tale.begin(store)
-    recipe = tale.recipe(world.uri("recovery"), world.proxy.endpoint)
-    run = world.submit(recipe)
+    store = cluster.store("recovery")
+    reference.copy_seed_to(store)
+    recipe = reference.recipe(cluster.uri("recovery"), cluster.proxy.endpoint)
+    driver = cluster.submit(recipe)
 
-    def log(attempt: int, ready: Callable[[Log], object]) -> Log:
-        def found() -> Log | None:
+    def log(attempt: int, ready: Callable[[AttemptLog], object]) -> AttemptLog:
+        def found() -> AttemptLog | None:
             logs = attempts(store, recipe, DOMAIN)
             return logs[attempt - 1] if len(logs) >= attempt and ready(logs[attempt - 1]) else None
 
-        found_log: Log = wait_for(f"attempt {attempt}", found)
+        found_log: AttemptLog = wait_for(f"attempt {attempt}", found)
         return found_log
 
     times = []
@@ -91,26 +94,28 @@ def measure(world: World, tale: Tale, kills: int) -> list[dict[str, float]]:
         assert now is not None
         name = next(row.node for row in now.rows if row.kind == "branches")
         assert name is not None
-        node = world.nodes[name]
+        node = cluster.nodes[name]
         began = time.monotonic()
         node.kill_raylet()
         taken = {}
-        for phase, reached in zip(
-            PHASES,
-            (
-                lambda lost=node.id: wait_for("given up", lambda: lost not in world.living()),
-                lambda number=kill + 1: log(number, lambda _: True),
-                lambda number=kill + 1: log(number, lambda log: log.named("resumed")),
-            ),
-            strict=True,
-        ):
-            reached()
+        waits: tuple[Callable[[], object], ...] = (
+            partial(wait_for, "the node is given up", partial(given_up, cluster, node.id)),
+            partial(log, kill + 1, lambda _: True),
+            partial(log, kill + 1, lambda log: log.named("resumed")),
+        )
+        for phase, wait in zip(PHASES, waits, strict=True):
+            wait()
             taken[phase] = round(time.monotonic() - began, 2)
         times.append(taken)
-        world.mend()
-    assert run.join() == 0, run.said
-    check_branches(store, recipe, tale.unbroken)
+        cluster.restore()
+    assert driver.join() == 0, driver.output
+    check_branches(store, recipe, reference.expected)
     return times
+
+
+def given_up(cluster: ClusterUnderTest, node_id: str) -> bool:
+    """Return True if Ray's head no longer lists the node as alive."""
+    return node_id not in cluster.living()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from cluster.ceph_server import CephServer, CephSettings, missing_binaries
 from cluster.processes import Process
 from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
 
+pytest_plugins = ["tests.support.s3_servers"]
+
 # A shell that loaded `.bam/env` must not lead tests to its cluster, its bucket or its cache
 for name in list(os.environ):
     if name.startswith(("AWS_", "RAY_", "BAM_")) and name != "AWS_CA_BUNDLE":

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bam_ray.cli.app import Endpoint, WeakStore, app, console, target
 from bam_ray.errors import BamError, SettingsError
-from bam_ray.settings import MixtureSettings, StoreSettings, apply_override, validated
+from bam_ray.settings import MixtureSettings, StoreSettings, apply_override, mixture_settings
 
 if TYPE_CHECKING:
     from bam_ray.checkpoint.tensors import TensorReader
@@ -64,8 +64,7 @@ def upcycle(
     from bam_ray.upcycling.routers.separation import separation_table
 
     sources = {name: open_model(uri, endpoint) for name, uri in origins.items()}
-    sequences = max(settings.router.sequences, settings.split.sequences)
-    texts = texts_of(_named(text or [], "--text"), sources["seed"], sequences, length)
+    texts = texts_of(_named(text or [], "--text"), sources["seed"], settings.text_sequences, length)
     if dry_run:
         _print_flight(preflight(sources, settings, texts))
         return

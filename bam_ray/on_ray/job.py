@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from rich.console import Console
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import BamError
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
 from bam_ray.on_ray.serve_app import deploy, mixture_of
@@ -24,7 +24,7 @@ EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
 def run_job(
-    kinds: Collection[Kind] | None,
+    kinds: Collection[ArtifactKind] | None,
     engine_factory: EngineFactory | None = None,
     ending: Callable[[Recipe, Console], None] | None = None,
 ) -> None:

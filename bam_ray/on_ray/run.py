@@ -15,8 +15,8 @@ import ray
 from rich.console import Console
 
 from bam_ray.blobs import BlobStore
-from bam_ray.blobs.check import checked_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.blobs.check import open_checked_store
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.status_table import render
@@ -34,7 +34,7 @@ TABLE_WIDTH = 110
 
 def run_tasks(
     recipe: Recipe,
-    kinds: Collection[Kind] | None = None,
+    kinds: Collection[ArtifactKind] | None = None,
     engine_factory: EngineFactory | None = None,
     functions: StageFunctions | None = None,
 ) -> Outcome:
@@ -44,7 +44,7 @@ def run_tasks(
     be used and `PlacementError` where there is no cluster; what goes wrong later is told in the table.
     """
     tasks = task_graph(recipe)
-    store, weaker = checked_store(recipe.store)  # wrong credentials and a missing bucket are said now
+    store, weaker = open_checked_store(recipe.store)  # wrong credentials and a missing bucket are said now
     if weaker:
         Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
     connect()

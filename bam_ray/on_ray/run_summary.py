@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.data import Corpus
 from bam_ray.errors import ServingError
 from bam_ray.evaluation.results import Results
@@ -21,7 +22,7 @@ COMPLETION_TOKENS = 48
 
 def show_results(recipe: Recipe, store: BlobStore, console: Console) -> None:
     """Print the table of the run's report, its findings, and where the report lies."""
-    report = Place(recipe, store, "reports", "report").artifact
+    report = Place(recipe, store, ArtifactKind.REPORTS, "report").artifact
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
     print_results(results, console)
     where = f"report: {report.uri}/report.html (`bam report {store.uri}` brings it here)"
@@ -30,7 +31,7 @@ def show_results(recipe: Recipe, store: BlobStore, console: Console) -> None:
 
 def stream_completions(recipe: Recipe, store: BlobStore, url: str, model: str, console: Console) -> None:
     """Ask the endpoint at `url` to continue one held-out text a domain, and print the words as they come."""
-    corpus = Corpus(Place(recipe, store, "corpora", "corpus").artifact.fetch())
+    corpus = Corpus(Place(recipe, store, ArtifactKind.CORPORA, "corpus").artifact.fetch())
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
     for domain in recipe.data.domains:
         prompt = tokenizer.decode(corpus.held_out(domain)[0, :PROMPT_TOKENS].astype(int), skip_special_tokens=True)

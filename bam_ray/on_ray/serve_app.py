@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.pipeline.graph import find_task, task_graph
@@ -48,7 +48,9 @@ DRAIN_SECONDS = 60.0  # that a replica which is replaced or stopped has for the 
 class Endpoint:
     """One replica: weights from the blob store, an engine, the app."""
 
-    def __init__(self, store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name: str, plain: Any) -> None:
+    def __init__(
+        self, store_uri: str, endpoint: str | None, kind: ArtifactKind, id: str, model_name: str, plain: Any
+    ) -> None:
         # Here, not above: the driver that deploys needs no model code
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,11 +97,13 @@ def application(arguments: Served) -> Application:
 def mixture_of(recipe: Recipe) -> tuple[Artifact, str]:
     """The mixture that a recipe serves, and its name."""
     name = recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
-    id = find_task(task_graph(recipe), "mixtures", name).id
-    return Artifact(open_store(recipe.store.uri, recipe.store.endpoint), "mixtures", id), name
+    id = find_task(task_graph(recipe), ArtifactKind.MIXTURES, name).id
+    return Artifact(open_store(recipe.store.uri, recipe.store.endpoint), ArtifactKind.MIXTURES, id), name
 
 
-def deploy(store_uri: str, endpoint: str | None, kind: Kind, id: str, model_name: str, settings: ServeSettings) -> str:
+def deploy(
+    store_uri: str, endpoint: str | None, kind: ArtifactKind, id: str, model_name: str, settings: ServeSettings
+) -> str:
     """Serve an artifact; returns the base URL for OpenAI clients when all replicas answer.
 
     Raises `CheckpointError` where the artifact is not committed, `PlacementError` where no node can ever hold a

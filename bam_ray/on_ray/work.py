@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import StageContext, Task
 from bam_ray.settings import Recipe
 
 EngineFactory = Callable[..., Any]
 """Makes the engine of a group's training; comes from `on_deepspeed`, and is only passed on here."""
 
-RunStage = Callable[[Kind, str, Recipe, BlobStore, StageContext], object]
-RunRank = Callable[[Kind, str, Recipe, BlobStore, StageContext, EngineFactory | None], object]
+RunStage = Callable[[ArtifactKind, str, Recipe, BlobStore, StageContext], object]
+RunRank = Callable[[ArtifactKind, str, Recipe, BlobStore, StageContext, EngineFactory | None], object]
 
 
-def run_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> object:
+def run_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> object:
     """`stages.run_stage`."""
     from bam_ray import stages
 
@@ -28,7 +28,12 @@ def run_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: 
 
 
 def run_rank(
-    kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory | None
+    kind: ArtifactKind,
+    name: str,
+    recipe: Recipe,
+    store: BlobStore,
+    context: StageContext,
+    engine_factory: EngineFactory | None,
 ) -> object:
     """`stages.run_rank`."""
     from bam_ray import stages

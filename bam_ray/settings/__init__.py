@@ -5,7 +5,22 @@ from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
 from bam_ray.settings.load import apply_override, load_as, load_recipe, mixture_settings, parse_recipe, validated
-from bam_ray.settings.methods import (AnyMixture, AverageSettings, BamSettings, BranchedMixture, BtxSettings, MixtureSettings, Operation, PartitionSettings, RoutedMixture, RouterSettings, SoupSettings, SparseSettings, SplitSettings, StackedMixture)
+from bam_ray.settings.methods import (
+    AnyMixture,
+    AverageSettings,
+    BamSettings,
+    BranchedMixture,
+    BtxSettings,
+    MixtureSettings,
+    Operation,
+    PartitionSettings,
+    RoutedMixture,
+    RouterSettings,
+    SoupSettings,
+    SparseSettings,
+    SplitSettings,
+    StackedMixture,
+)
 from bam_ray.settings.mix import MixSettings
 from bam_ray.settings.mixing import Losses, Mixing, Ramp
 from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingSettings, ServeSettings
@@ -17,6 +32,7 @@ from bam_ray.settings.training import Spike, TrainingSettings
 from bam_ray.settings.upcycle import UpcycleSettings
 
 __all__ = [
+    "PRESETS",
     "AnyMixture",
     "AverageSettings",
     "BamSettings",
@@ -40,7 +56,6 @@ __all__ = [
     "Name",
     "Needs",
     "Operation",
-    "PRESETS",
     "PartitionSettings",
     "QuorumSettings",
     "Ramp",

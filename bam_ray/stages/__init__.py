@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import StageContext
 from bam_ray.settings import Recipe
@@ -22,21 +22,23 @@ from bam_ray.training.engine import Engine
 
 __all__ = ["run_rank", "run_stage", "train_mixture"]
 
-STAGES: dict[Kind, Callable[[str, Recipe, BlobStore, StageContext], Manifest | None]] = {
-    "corpora": make_corpus,
-    "seeds": train_seed,
-    "branches": train_branch,
-    "upcycled": upcycle_mixture,
-    "reports": evaluate,
+STAGES: dict[ArtifactKind, Callable[[str, Recipe, BlobStore, StageContext], Manifest | None]] = {
+    ArtifactKind.CORPORA: make_corpus,
+    ArtifactKind.SEEDS: train_seed,
+    ArtifactKind.BRANCHES: train_branch,
+    ArtifactKind.UPCYCLED: upcycle_mixture,
+    ArtifactKind.REPORTS: evaluate,
 }
-GROUP_STAGES: dict[Kind, Callable[[str, Recipe, BlobStore, StageContext, Callable[..., Engine]], Manifest | None]] = {
-    "seeds": train_seed,
-    "branches": train_branch,
-    "mixtures": train_mixture,
+GROUP_STAGES: dict[
+    ArtifactKind, Callable[[str, Recipe, BlobStore, StageContext, Callable[..., Engine]], Manifest | None]
+] = {
+    ArtifactKind.SEEDS: train_seed,
+    ArtifactKind.BRANCHES: train_branch,
+    ArtifactKind.MIXTURES: train_mixture,
 }
 
 
-def run_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
+def run_stage(kind: ArtifactKind, name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
     """Make the artifact of task `kind/name` in this process, unless it is there; returns its manifest."""
     task = find_task(task_graph(recipe), kind, name)
     manifest = Artifact(store, kind, task.id).manifest() or STAGES[kind](name, recipe, store, context)
@@ -45,7 +47,7 @@ def run_stage(kind: Kind, name: str, recipe: Recipe, store: BlobStore, context: 
 
 
 def run_rank(
-    kind: Kind,
+    kind: ArtifactKind,
     name: str,
     recipe: Recipe,
     store: BlobStore,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
@@ -60,7 +60,7 @@ def begin(
         if lease is not None:
             news = absorb_late(place, store, recipe, lease, load, cursor)
         newest = _checkpoints(place, store, recipe).latest(gather)
-    return Begun(newest.folder if newest else place.other("upcycled", place.task.name).fetch(), news)
+    return Begun(newest.folder if newest else place.other(ArtifactKind.UPCYCLED, place.task.name).fetch(), news)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def absorb_late(
     """
     task = place.task
     assert task.quorum is not None
-    start = place.other("upcycled", task.name)
+    start = place.other(ArtifactKind.UPCYCLED, task.name)
     news: list[News] = []
     found = _checkpoints(place, store, recipe, tell=lambda what, **facts: news.append((what, facts)))
     newest = found.latest()
@@ -135,7 +135,7 @@ def _add(
     name: str, place: Place, recipe: Recipe, store: BlobStore, mixture: TensorReader, folder: Path, step: int
 ) -> bool:
     """Write `mixture` with the branch `name` to `folder`; False where that has not arrived. Raises `UNFIT`."""
-    task, artifact = place.task, place.other("branches", name)
+    task, artifact = place.task, place.other(ArtifactKind.BRANCHES, name)
     if artifact.manifest() is None:
         return False
     branch = TensorReader(store, artifact.prefix)
@@ -173,5 +173,5 @@ class _Named(TensorReader):
     def uri(self) -> str:
         return self._uri
 
-    def file(self, name: str) -> bytes | None:
-        return self._first.file(name) if name in CARRIED else super().file(name)
+    def read_file(self, name: str) -> bytes | None:
+        return self._first.read_file(name) if name in CARRIED else super().read_file(name)

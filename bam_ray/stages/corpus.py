@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.data import build_corpus
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.tasks import Progress, StageContext
@@ -14,7 +14,7 @@ from bam_ray.stages.lineage import Place
 
 def make_corpus(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
     """Build the corpus of `recipe.data` and publish it."""
-    place = Place(recipe, store, "corpora", name)
+    place = Place(recipe, store, ArtifactKind.CORPORA, name)
     steps = 0
 
     def note(text: str) -> None:
@@ -29,7 +29,7 @@ def make_corpus(name: str, recipe: Recipe, store: BlobStore, context: StageConte
         note("uploading")
         manifest = Manifest(
             id=place.task.id,
-            kind="corpora",
+            kind=ArtifactKind.CORPORA,
             name=name,
             settings=recipe.data.model_dump(mode="json"),
             tokens=sum(domain["train_tokens"] for domain in facts["domains"].values()),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
@@ -30,8 +30,8 @@ def train_seed(
 
     With `engine_factory` it is called on every rank of a group, and returns the manifest on rank 0 alone.
     """
-    place = Place(recipe, store, "seeds", name)
-    corpus_folder = place.other("corpora", "corpus").fetch()
+    place = Place(recipe, store, ArtifactKind.SEEDS, name)
+    corpus_folder = place.other(ArtifactKind.CORPORA, "corpus").fetch()
     settings = recipe.seed
     if settings.folder is not None:
         return _import_seed(settings.folder, place, Corpus(corpus_folder), recipe, context)
@@ -50,9 +50,9 @@ def train_branch(
 
     With `engine_factory` it is called on every rank of a group, and returns the manifest on rank 0 alone.
     """
-    place = Place(recipe, store, "branches", name)
-    corpus_folder = place.other("corpora", "corpus").fetch()
-    model = AutoModelForCausalLM.from_pretrained(place.other("seeds", "seed").fetch(), dtype=torch.float32)
+    place = Place(recipe, store, ArtifactKind.BRANCHES, name)
+    corpus_folder = place.other(ArtifactKind.CORPORA, "corpus").fetch()
+    model = AutoModelForCausalLM.from_pretrained(place.other(ArtifactKind.SEEDS, "seed").fetch(), dtype=torch.float32)
     blend = {recipe.data.general: recipe.branch.general_fraction}
     blend[name] = blend.get(name, 0.0) + 1.0 - recipe.branch.general_fraction
     job = Job(corpus_folder, blend, recipe.branch.training, recipe.metrics)

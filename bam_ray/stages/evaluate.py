@@ -21,7 +21,7 @@ import bam_ray.model  # noqa: F401  registers the mixture with AutoModelForCausa
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import Compute, Manifest, identity
+from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest, identity
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import score
@@ -48,7 +48,7 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
     """
     started = time.perf_counter()
     graph = task_graph(recipe)
-    place = Place(recipe, store, "reports", name)
+    place = Place(recipe, store, ArtifactKind.REPORTS, name)
     finished = place.artifact.manifest()
     if finished is not None:
         return finished
@@ -56,7 +56,7 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
     graph = [task for task in graph if task.id not in missing]
     made = {task.id: _committed(task, store) for task in graph if task.id != place.task.id}
     lease = Lease.take(store, place.artifact.prefix)
-    evaluator = Evaluator(recipe, store, place.other("corpora", "corpus"), lease, context)
+    evaluator = Evaluator(recipe, store, place.other(ArtifactKind.CORPORA, "corpus"), lease, context)
     spoilt = spoilt_branches(place.task, made, store)
     models = [(task, kind) for task in graph for kind in MODEL_KINDS if task.kind == kind and task.id not in spoilt]
     scores = []
@@ -80,11 +80,11 @@ def evaluate(name: str, recipe: Recipe, store: BlobStore, context: StageContext)
         wall = time.perf_counter() - started
         manifest = Manifest(
             id=place.task.id,
-            kind="reports",
+            kind=ArtifactKind.REPORTS,
             name=name,
             parents=tuple(id for id in place.task.parents if id in made),
             settings=recipe.evaluate.model_dump(mode="json"),
-            compute=Compute(device_seconds=wall, wall_seconds=wall),
+            compute=ComputeCost(device_seconds=wall, wall_seconds=wall),
             metrics={f"perplexity/{MEAN}/{model.label}": results.means[model.id] for model in results.models},
             facts={
                 "evaluations": [evaluator.id_of(task) for task, _ in models],
@@ -120,10 +120,10 @@ class Evaluator:
 
         `lineage`: its manifest, first, and those of everything it was made from.
         """
-        artifact = Artifact(self._store, "evaluations", self.id_of(task))
+        artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, self.id_of(task))
         if artifact.manifest() is None:
             started = time.perf_counter()
-            folder = Artifact(self._store, kind, task.id).fetch()
+            folder = Artifact(self._store, ArtifactKind(kind), task.id).fetch()
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             if not self.corpus.attend_across_documents:
@@ -136,11 +136,11 @@ class Evaluator:
             flops = forward_flops_per_token(model.config, self.corpus.sequence_length) * tokens
             manifest = Manifest(
                 id=artifact.id,
-                kind="evaluations",
+                kind=ArtifactKind.EVALUATIONS,
                 name=task.name,
                 parents=(task.id, self._corpus_id),
                 settings=self._settings.model_dump(mode="json"),
-                compute=Compute(flops=flops, device_seconds=wall, wall_seconds=wall),
+                compute=ComputeCost(flops=flops, device_seconds=wall, wall_seconds=wall),
                 metrics={f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)},
                 attempt=self._lease.number,
             )
@@ -220,7 +220,7 @@ def ancestors(id: str, made: Mapping[str, Manifest]) -> list[str]:
 def missing_branches(report: Task, store: BlobStore) -> set[str]:
     """The ids of branches that are not committed, of those that a report can do without."""
     branches = report.quorum.branches if report.quorum else ()
-    return {id for id, _ in branches if Artifact(store, "branches", id).manifest() is None}
+    return {id for id, _ in branches if Artifact(store, ArtifactKind.BRANCHES, id).manifest() is None}
 
 
 def spoilt_branches(report: Task, made: Mapping[str, Manifest], store: BlobStore) -> list[str]:
@@ -228,7 +228,7 @@ def spoilt_branches(report: Task, made: Mapping[str, Manifest], store: BlobStore
 
     def is_whole(id: str) -> bool:
         try:
-            Artifact(store, "branches", id).fetch()
+            Artifact(store, ArtifactKind.BRANCHES, id).fetch()
         except CheckpointError:
             return False
         return True

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.data import Corpus
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.pipeline.tasks import Quorum, StageContext
@@ -39,7 +39,7 @@ def train_mixture(
     name: str, recipe: Recipe, store: BlobStore, context: StageContext, engine_factory: EngineFactory
 ) -> Manifest | None:
     """Train the mixture `name`; called on every rank of the group, returns the manifest on rank 0 alone."""
-    place = Place(recipe, store, "mixtures", name)
+    place = Place(recipe, store, ArtifactKind.MIXTURES, name)
     rank = dist.get_rank() if dist.is_initialized() else 0
     with attempting(store, place.artifact.prefix, context, rank) as attempt:
         return _train(place, recipe, store, context, engine_factory, attempt)
@@ -54,8 +54,8 @@ def _train(
     attempt: Attempt,
 ) -> Manifest | None:
     name = place.task.name
-    corpus_folder = place.other("corpora", "corpus").fetch()
-    start = place.other("upcycled", name)
+    corpus_folder = place.other(ArtifactKind.CORPORA, "corpus").fetch()
+    start = place.other(ArtifactKind.UPCYCLED, name)
     at_step_0 = start.fetch()
     mix = recipe.mix
     blend = mix.blend or dict.fromkeys(recipe.data.domains, 1.0)
@@ -86,7 +86,11 @@ def _train(
         branched = set(recipe.branch.domains) & set(model.config.expert_names) if has_branches else set()
 
         def reference(domain: str, rows: np.ndarray) -> float:
-            origin = place.other("branches", domain) if domain in branched else place.other("seeds", "seed")
+            origin = (
+                place.other(ArtifactKind.BRANCHES, domain)
+                if domain in branched
+                else place.other(ArtifactKind.SEEDS, "seed")
+            )
             return dense_nll(origin, Corpus(corpus_folder), rows)
 
         following = Following(mix.dynamic_blend, reference)

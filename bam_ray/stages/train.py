@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Compute, Manifest
+from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.pipeline.tasks import Progress, StageContext
@@ -335,7 +335,7 @@ class _Work:
                 settings={"training": settings.model_dump(mode="json"), "blend": self._job.blend},
                 step=settings.steps,
                 tokens=tokens,
-                compute=Compute(
+                compute=ComputeCost(
                     flops=self._spent(),
                     device_seconds=round(self._training.device_seconds(), 1),
                     wall_seconds=round(time.monotonic() - self._started, 1),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.data import Corpus
@@ -26,12 +26,12 @@ MIB = 1 << 20
 def upcycle_mixture(name: str, recipe: Recipe, store: BlobStore, context: StageContext) -> Manifest:
     """The mixture `name` of `recipe.upcycle`: weights are read from the store by byte range, and written as they are
     made."""
-    place = Place(recipe, store, "upcycled", name)
-    settings = recipe.upcycle.mixtures[name]
-    origins = {"seed": place.other("seeds", "seed")}
+    place = Place(recipe, store, ArtifactKind.UPCYCLED, name)
+    settings: MixtureSettings = recipe.upcycle.mixtures[name]
+    origins = {"seed": place.other(ArtifactKind.SEEDS, "seed")}
     branches = branches_of(place, recipe, store)
     if isinstance(settings, BranchedMixture):
-        origins |= {domain: place.other("branches", domain) for domain in branches}
+        origins |= {domain: place.other(ArtifactKind.BRANCHES, domain) for domain in branches}
         settings = without_missing_branches(settings, len(recipe.branch.domains) - len(branches), origins)
     sources = {source: TensorReader(store, artifact.prefix) for source, artifact in origins.items()}
     for source in sources.values():
@@ -75,7 +75,7 @@ def branches_of(place: Place, recipe: Recipe, store: BlobStore) -> list[str]:
     quorum = place.task.quorum
     if quorum is None:
         return recipe.branch.domains
-    arrived = [name for _, name in quorum.branches if place.other("branches", name).manifest() is not None]
+    arrived = [name for _, name in quorum.branches if place.other(ArtifactKind.BRANCHES, name).manifest() is not None]
     if len(arrived) < quorum.at_least:
         raise CheckpointError(
             f"{len(arrived)} of the {len(quorum.branches)} branches are committed, and upcycle.when asks for at least "
@@ -103,7 +103,7 @@ def _texts(settings: MixtureSettings, recipe: Recipe, place: Place, branches: Se
     """Rows of tokens by expert, spread evenly over each domain's training text; the seed stands for general text."""
     if not settings.text_sequences:
         return {}
-    corpus = Corpus(place.other("corpora", "corpus").fetch())
+    corpus = Corpus(place.other(ArtifactKind.CORPORA, "corpus").fetch())
     domains = {"seed": recipe.data.general, **{name: name for name in branches}}
     count = settings.text_sequences
 

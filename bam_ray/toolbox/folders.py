@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Manifest, identity
-from bam_ray.checkpoint.targets import check_space, new_folder
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest, identity
+from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.errors import SettingsError
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
 from bam_ray.model import BamConfig
@@ -57,16 +58,16 @@ def make_mixture(
 ) -> Upcycled:
     """Upcycle `sources` (the seed first) to `out`."""
     planned = plan(sources, settings, Losses(), texts or {})
-    check_space(out.uri, estimate(planned, sources).written)
+    check_disk_space(out.uri, estimate(planned, sources).written)
     uris = tuple(source.uri for source in sources.values())
     manifest = Manifest(
         id=identity(settings.method, settings, uris),
-        kind="upcycled",
+        kind=ArtifactKind.UPCYCLED,
         name=settings.method,
         parents=uris,
         settings=settings.model_dump(mode="json"),
     )
-    with new_folder(out) as store:
+    with new_model_folder(out) as store:
         for source in sources.values():
             source.check_digests()
         return write_mixture(planned, sources, ModelWriter(store), manifest, texts, progress)
@@ -92,13 +93,17 @@ def change_mixture(
 ) -> Changed:
     """Add, remove or replace an expert of `mixture`, the result at `out`; with `texts`, both are evaluated on them."""
     sources = [mixture] if branch is None else [mixture, branch]
-    check_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
+    check_disk_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
     uris = tuple(source.uri for source in sources)
     settings = {"verb": what.verb, "experts": what.names, "average_weight": average_weight}
     manifest = Manifest(
-        id=identity(what.verb, settings, uris), kind="upcycled", name=what.verb, parents=uris, settings=settings
+        id=identity(what.verb, settings, uris),
+        kind=ArtifactKind.UPCYCLED,
+        name=what.verb,
+        parents=uris,
+        settings=settings,
     )
-    with new_folder(out) as store:
+    with new_model_folder(out) as store:
         for source in sources:
             source.check_digests()
         upcycled = change(mixture, what, branch, ModelWriter(store), manifest, average_weight, progress=progress)
@@ -116,17 +121,25 @@ def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, 
 
 def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None = None) -> None:
     """Write a mixture as a Mixtral folder."""
-    check_space(out.uri, sum(spec.bytes for spec in mixture.specs.values()))
+    check_disk_space(out.uri, sum(spec.bytes for spec in mixture.specs.values()))
     manifest = Manifest(
-        id=identity("mixtral", {}, (mixture.uri,)), kind="upcycled", name="mixtral", parents=(mixture.uri,)
+        id=identity("mixtral", {}, (mixture.uri,)), kind=ArtifactKind.UPCYCLED, name="mixtral", parents=(mixture.uri,)
     )
-    with new_folder(out) as store:
+    with new_model_folder(out) as store:
         mixture.check_digests()
         export_mixtral(mixture, ModelWriter(store), manifest, progress)
 
 
 def texts_of(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
-    """Rows of tokens of each named text, by the tokenizer of `model`; no longer than it has positions."""
+    """Return rows of tokens of each named text, int64 [S, L], by the tokenizer of `model`.
+
+    Rows are no longer than the model has positions.
+
+    Raises:
+        SettingsError: There is text, but no sequences of it are needed.
+    """
+    if sources and not sequences:
+        raise SettingsError("these settings use no text: leave it out, or set router.init to means or ridge")
     config = BamConfig.from_dict(model.config) if model.config.get("model_type") == "bam" else None
     positions = config.max_position_embeddings if config else model.config.get("max_position_embeddings", length)
     return {

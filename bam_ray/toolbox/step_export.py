@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import MANIFEST, Kind, Manifest
-from bam_ray.checkpoint.targets import check_space, new_folder
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest
+from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
@@ -26,7 +26,7 @@ class Step:
     manifest: Manifest
 
 
-def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step: int | None = None) -> Manifest:
+def export_step(run: BlobStore, kind: ArtifactKind, name: str, out: StoreSettings, step: int | None = None) -> Manifest:
     """Copy the newest checkpoint of `kind/name` (or that of `step`) to a new folder at `out`, with the tokenizer.
 
     The run may be training: where the newest was pruned while it was copied, the one that is newest then is copied.
@@ -48,7 +48,7 @@ def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step:
 
 def _copy(run: BlobStore, found: Step, name: str, out: StoreSettings) -> Manifest:
     """`found` as a new folder at `out`; where that fails, nothing is left there."""
-    corpus = Artifact(run, "corpora", id_of(run, "corpora", "corpus"))
+    corpus = Artifact(run, ArtifactKind.CORPORA, id_of(run, ArtifactKind.CORPORA, "corpus"))
     tokenizer = corpus.manifest()
     if tokenizer is None:
         raise CheckpointError(f"{corpus.uri} is not committed: {run.uri} has no tokenizer")
@@ -62,11 +62,11 @@ def _copy(run: BlobStore, found: Step, name: str, out: StoreSettings) -> Manifes
         for name, entry in tokenizer.files.items()
         if name.startswith("tokenizer/")
     }
-    check_space(out.uri, sum(entry.size for _, entry in files.values()))
-    with new_folder(out) as store:
+    check_disk_space(out.uri, sum(entry.size for _, entry in files.values()))
+    with new_model_folder(out) as store:
         writer = ModelWriter(store)
         for file, (key, entry) in files.items():
-            writer.copy(file, run, key, entry)
+            writer.copy_file(file, run, key, entry)
         curve = json.loads(run.get(f"{prefix}/{TRAINER}"))["curve"]
         manifest = Manifest(
             id=found.place.id,
@@ -80,7 +80,7 @@ def _copy(run: BlobStore, found: Step, name: str, out: StoreSettings) -> Manifes
         return writer.commit(run.get(f"{prefix}/config.json").decode(), manifest)
 
 
-def find_step(run: BlobStore, kind: Kind, name: str, step: int | None) -> Step:
+def find_step(run: BlobStore, kind: ArtifactKind, name: str, step: int | None) -> Step:
     """The checkpoint of `step` that the newest attempt wrote, or (None) the newest of all."""
     artifact = Artifact(run, kind, id_of(run, kind, name))
     names = [
@@ -98,7 +98,7 @@ def find_step(run: BlobStore, kind: Kind, name: str, step: int | None) -> Step:
     raise CheckpointError(f"{artifact.uri} has {what}{hint}: training.keep_every keeps some for good")
 
 
-def id_of(run: BlobStore, kind: Kind, name: str) -> str:
+def id_of(run: BlobStore, kind: ArtifactKind, name: str) -> str:
     """The id of `kind/name` as the run was last told it, or the only one there is where no driver wrote a status."""
     now = status.read(run)
     rows = [row.id for row in now.rows if (row.kind, row.name) == (kind, name)] if now else []

@@ -58,5 +58,5 @@ class FollowingSampler:
         losses = {domain: self._engine.evaluate(rows) for domain, rows in self._held_out.items()}
         behind = {domain: max(0.0, losses[domain] - self._reference[domain]) for domain in losses}
         weights = {domain: weight * math.exp(behind[domain]) for domain, weight in self._sampler.weights.items()}
-        self._sampler.reweigh(weights)
+        self._sampler.set_weights(weights)
         self._tell("blend", step=step, weights=self._sampler.weights, held_out=losses, reference=self._reference)

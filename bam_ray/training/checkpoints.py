@@ -22,7 +22,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import MANIFEST, Kind, Manifest
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest
 from bam_ray.errors import BlobNotFound, CheckpointError, StoreUnavailable, TrainingError
 from bam_ray.training.state import State
 
@@ -77,7 +77,7 @@ class Checkpoints:
     def __init__(
         self,
         store: BlobStore,
-        kind: Kind,
+        kind: ArtifactKind,
         id: str,
         lease: Lease | None,
         retention: Retention,

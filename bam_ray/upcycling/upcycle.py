@@ -1,7 +1,7 @@
 """Upcycling: check the seed and its branches, plan the mixture at step 0, and write it while the sources are read.
 
-    sources = {"seed": TensorReader(store, "seeds/..."), "code": ..., "law": ...}
-    upcycle(sources, BamSettings(method="bam"), ModelWriter(target), manifest)
+sources = {"seed": TensorReader(store, "seeds/..."), "code": ..., "law": ...}
+upcycle(sources, BamSettings(method="bam"), ModelWriter(target), manifest)
 """
 
 import json

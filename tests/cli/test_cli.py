@@ -4,7 +4,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from cli.command import bam, refusal
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
@@ -12,6 +11,7 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.launcher import InProcessLauncher
+from tests.support.command_line import bam, refusal
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
-from cli.command import bam, refusal
+
+from tests.support import tiny
+from tests.support.command_line import bam, refusal
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import botocore.session
 import jsonschema
 import pytest
 from botocore.validate import ParamValidator
-from manifests import ROOT, errors, facts, gce_validator, load, unmet
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 from ray.util.accelerators import accelerators
 
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import load_recipe
+from tests.support.cluster.manifests import ROOT, errors, facts, gce_validator, load, unmet
 
 FILES = ["cluster/aws.yaml", "cluster/gcp.yaml"]
 ON_GPUS = ["branch.needs.gpus=1", "mix.needs.gpus=1", "serve.needs.gpus=1"]
@@ -148,12 +148,13 @@ def test_what_travels_is_what_installing_needs(path: str) -> None:
     config = load(path)
     mounts = config["file_mounts"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for needed in ("pyproject.toml", project["readme"], "bam_ray"):
+    needs = ["pyproject.toml", project["readme"], *project["license-files"], "bam_ray"]
+    for needed in needs:
         assert (ROOT / needed).exists()
         assert mounts[f"~/bam_ray/{needed}"] == needed
     # Ray reads every file of a mount to see what changed: `.` would mean .venv and all data
     own = [source for source in mounts.values() if not source.startswith("~/")]
-    assert sorted(own) == sorted(["pyproject.toml", project["readme"], "bam_ray"])
+    assert sorted(own) == sorted(needs)
     assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert re.search(r"chmod 600 .*~/.ray/auth_token", " ".join(config["setup_commands"]))

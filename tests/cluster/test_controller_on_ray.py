@@ -1,29 +1,25 @@
 """The controller on a real cluster of a head and three nodes, whose nodes and workers are killed.
 
-The stages are stand-ins that train nothing, but everything around them is real: actors, Ray Train, the blob store,
-signals. A stand-in adds a line to a file of its own for every step, so that what was done twice can be counted.
+The stages are stubs that train nothing, but everything around them is real: actors, Ray Train, the blob store, signals.
+A stub adds an entry to a list in the store for every step, so that steps that were done twice can be counted.
 """
 
 import itertools
 import json
 import os
 import signal
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
-from stand_ins import PROJECT, RECIPE, STAND_INS, an_engine, failing_law, rank_one_refuses, stand_in, summing_rank
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.errors import PlacementError, SettingsError
@@ -35,42 +31,19 @@ from bam_ray.pipeline.graph import find_task, subset, task_graph
 from bam_ray.pipeline.states import Committed, Failed, Node, Running
 from bam_ray.scheduling.nodes import demand_met, selector_of, selects
 from bam_ray.settings import Needs, Recipe, parse_recipe
+from tests.support.cluster.ray_cluster import add_node
+from tests.support.cluster.stub_stages import (
+    RECIPE,
+    STUB_STAGES,
+    failing_law_stage,
+    failing_rank_one,
+    stub_engine,
+    stub_rank,
+    stub_stage,
+    write_project,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    # A folder of its own, with a short name (sockets lie in it): other clusters of this machine are left alone
-    with tempfile.TemporaryDirectory(prefix="bam-control-") as folder, pytest.MonkeyPatch.context() as patch:
-        (Path(folder) / "ray").mkdir()
-        patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # `python` of jobs
-        here = Path(__file__).parent  # workers unpickle the stand-ins
-        patch.setenv("PYTHONPATH", f"{here}:{here.parent}:{here.parents[1]}")
-        patch.setenv("BAM_CACHE", f"{folder}/cache")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        running = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "object_store_memory": 100 << 20,
-                "include_dashboard": True,
-                "dashboard_port": 0,
-                "dashboard_agent_listen_port": 0,
-            },
-        )
-        for _ in range(3):
-            add_node(running)
-        ray.init(address=running.address, log_to_driver=False)
-        yield running
-        ray.shutdown()
-        running.shutdown()
-
-
-def add_node(running: Cluster) -> None:
-    running.add_node(num_cpus=2, object_store_memory=100 << 20, labels={"kind": "plain"})
 
 
 @pytest.fixture
@@ -99,9 +72,9 @@ def seeded(recipe: Recipe) -> Recipe:
 class Run:
     """A controller over the cluster, on a thread."""
 
-    def __init__(self, recipe: Recipe, kinds: list[Kind], functions: StageFunctions = STAND_INS) -> None:
+    def __init__(self, recipe: Recipe, kinds: list[ArtifactKind], functions: StageFunctions = STUB_STAGES) -> None:
         self.store = FolderStore(recipe.store.uri)
-        self.launcher = RayLauncher(recipe, self.store, an_engine, functions)
+        self.launcher = RayLauncher(recipe, self.store, stub_engine, functions)
         self.tasks = subset(task_graph(recipe), kinds)
         self.controller = Controller(self.tasks, self.store, self.launcher)
         self.outcome: str | None = None
@@ -114,10 +87,10 @@ class Run:
         finally:
             self.launcher.close()
 
-    def state(self, kind: Kind, name: str) -> Any:
+    def state(self, kind: ArtifactKind, name: str) -> Any:
         return self.controller.states[find_task(self.tasks, kind, name).id]
 
-    def node(self, kind: Kind, name: str, steps: int = 3) -> Node:
+    def node(self, kind: ArtifactKind, name: str, steps: int = 3) -> Node:
         """Where a task is, once it has made some steps."""
 
         def runs() -> bool:
@@ -128,7 +101,7 @@ class Run:
         node: Node = self.state(kind, name).node
         return node
 
-    def done(self, kind: Kind, name: str) -> list[list[Any]]:
+    def done(self, kind: ArtifactKind, name: str) -> list[list[Any]]:
         """[node id, process id] of every step of a task."""
         steps: list[list[Any]] = json.loads(self.store.get(f"steps/{kind}-{name}.json"))
         return steps
@@ -185,12 +158,12 @@ def test_a_killed_worker_is_replaced(cluster: Cluster, seeded: Recipe) -> None:
 
 def test_a_failed_branch_says_why_and_stops_no_other(cluster: Cluster, seeded: Recipe) -> None:
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"max_attempts": 2})})
-    run = Run(recipe, ["upcycled"], StageFunctions(failing_law, summing_rank))
+    run = Run(recipe, ["upcycled"], StageFunctions(failing_law_stage, stub_rank))
     assert run.join() == "failed"
     law = run.state("branches", "law")
     assert isinstance(law, Failed)
     assert law.error == "ValueError: the law is an ass (2 attempts)"
-    assert any("in failing_law" in line for line in law.log)
+    assert any("in failing_law_stage" in line for line in law.log)
     assert law.node is not None
     assert isinstance(run.state("branches", "code"), Committed)
     assert isinstance(run.state("branches", "general"), Committed)
@@ -201,7 +174,7 @@ def test_a_label_that_no_node_has_is_said_at_once(cluster: Cluster, seeded: Reci
     needs = seeded.branch.needs.model_copy(update={"labels": {"gpu": "in(A100,H100)"}})
     recipe = seeded.model_copy(update={"branch": seeded.branch.model_copy(update={"needs": needs})})
     store = FolderStore(recipe.store.uri)
-    launcher = RayLauncher(recipe, store, an_engine, STAND_INS)
+    launcher = RayLauncher(recipe, store, stub_engine, STUB_STAGES)
     with pytest.raises(PlacementError) as caught:
         Controller(subset(task_graph(recipe), ["branches"]), store, launcher).step()
     assert str(caught.value).endswith(
@@ -286,7 +259,7 @@ def test_a_group_outlives_a_rank(cluster: Cluster, upcycled: Recipe) -> None:
 
 
 def test_the_error_of_one_rank_is_the_groups(cluster: Cluster, upcycled: Recipe) -> None:
-    run = Run(upcycled, ["mixtures"], StageFunctions(stand_in, rank_one_refuses))
+    run = Run(upcycled, ["mixtures"], StageFunctions(stub_stage, failing_rank_one))
     assert run.join() == "failed"
     assert run.state("mixtures", "bam").error == "experts do not fit"
     assert run.controller.attempts(find_task(run.tasks, "mixtures", "bam").id) == 1
@@ -295,9 +268,7 @@ def test_the_error_of_one_rank_is_the_groups(cluster: Cluster, upcycled: Recipe)
 @pytest.fixture
 def project(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to submit from, with a job and a recipe in it, and the cluster's dashboard in the environment."""
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/run_all.py").write_text(PROJECT)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("STORE", "store"))
+    write_project(tmp_path, "store")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", f"http://{cluster.webui_url}")
     return tmp_path

@@ -9,8 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 import ray
-from stand_ins import STAND_INS
-from test_controller_on_ray import RECIPE
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.control.observations import Done
@@ -19,7 +17,9 @@ from bam_ray.on_ray.work import Work
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import parse_recipe
 from cluster.processes import free_ports
+from tests.support.cluster.stub_stages import RECIPE, STUB_STAGES
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A node that serves its metrics there."""
     (port,) = free_ports(1)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers unpickle the stand-ins
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers unpickle the stubs
     with tempfile.TemporaryDirectory(prefix="bam-gauges-") as folder:
         ray.init(
             address="local",
@@ -46,7 +46,7 @@ def test_a_task_s_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) ->
     recipe = parse_recipe(RECIPE.replace("STORE", str(tmp_path)), "test")
     task = find_task(task_graph(recipe), "branches", "code")
     actor = remote_class().remote()
-    ray.get(actor.start.remote(Work(task, recipe, FolderStore(tmp_path), STAND_INS)))
+    ray.get(actor.start.remote(Work(task, recipe, FolderStore(tmp_path), STUB_STAGES)))
     while not isinstance(ray.get(actor.poll.remote()), Done):
         time.sleep(0.1)
     wanted = {

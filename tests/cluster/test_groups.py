@@ -17,27 +17,29 @@ import yaml
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-from stages.test_story import TRAINING, make, recipe
-from test_controller_on_ray import add_node
-from test_controller_on_ray import cluster as a_cluster
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, UpcycleSettings
+from tests.support.cluster.ray_cluster import add_node
+from tests.support.stage_run import (
+    TRAINING,
+    make_artifacts,
+    small_recipe,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-cluster = a_cluster  # the fixture
 STEPS = 60
 
 
 def of_two(folder: Path, store: str, branch: dict[str, Any] | None = None, **mix: Any) -> Recipe:
     """A recipe whose branch and mixture are trained by two workers, long enough to be disturbed."""
     training = {**TRAINING, "tokens": STEPS * TRAINING["batch_tokens"], "peak_lr": 0.005, "checkpoint_every": 5}
-    return recipe(
+    return small_recipe(
         folder,
         store={"uri": str(folder / store)},
         branch={"domains": ["code"], "training": training, "workers": 2, **(branch or {})},
@@ -52,7 +54,7 @@ def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store `unbroken` in it, of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("groups")
     run = of_two(folder, "unbroken")
-    make(run, open_store(run.store.uri), ("corpora", "seeds"))
+    make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
     Driver(cluster.address, folder, run, "mixtures", step_seconds=0.0).join()
     return folder
 
@@ -61,14 +63,22 @@ class Driver:
     """A process that drives one kind of task on the cluster."""
 
     def __init__(
-        self, address: str, folder: Path, run: Recipe, kind: Kind, *patience: str, step_seconds: float = 0.3
+        self, address: str, folder: Path, run: Recipe, kind: ArtifactKind, *patience: str, step_seconds: float = 0.3
     ) -> None:
         file = folder / "recipe.yaml"
         file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
         self.store = open_store(run.store.uri)
         self.made = artifact(run, kind)
         self._log = folder / "driver.log"
-        self._arguments = [sys.executable, "-m", "faults.pace", str(file), kind, str(step_seconds), *patience]
+        self._arguments = [
+            sys.executable,
+            "-m",
+            "tests.support.faults.throttled_driver",
+            str(file),
+            kind,
+            str(step_seconds),
+            *patience,
+        ]
         self._environment = os.environ | {"RAY_ADDRESS": address}
         self.start()
 
@@ -105,7 +115,7 @@ class Driver:
         assert self.process.wait(timeout=300) == 0, self._log.read_text()
 
 
-def artifact(run: Recipe, kind: Kind) -> Artifact:
+def artifact(run: Recipe, kind: ArtifactKind) -> Artifact:
     """The branch or the mixture of a run."""
     name = "code" if kind == "branches" else "bam"
     return Artifact(open_store(run.store.uri), kind, find_task(task_graph(run), kind, name).id)
@@ -120,7 +130,7 @@ def losses(made: Artifact) -> list[tuple[float, ...]]:
     ]
 
 
-def before(folder: Path, kind: Kind, store: str) -> None:
+def before(folder: Path, kind: ArtifactKind, store: str) -> None:
     """A store in which all is there that a task of `kind` is made from."""
     made = ["branches", "upcycled", "mixtures"]
     shutil.copytree(
@@ -138,7 +148,7 @@ def kill_node(running: Cluster, node_id: str) -> None:
 def test_a_group_outlives_a_rank_a_node_and_its_driver(
     cluster: Cluster,
     folder: Path,
-    kind: Kind,
+    kind: ArtifactKind,
     tmp_path: Path,
 ) -> None:
     before(folder, kind, kind)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import ROOT, crd_validator, errors, facts, gib, load, unmet
 from packaging.specifiers import SpecifierSet
 from ray._common.utils import import_attr
 from ray.scripts.scripts import start
@@ -23,6 +22,7 @@ from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.on_ray.serve_app import mixture_of
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Recipe, load_recipe
+from tests.support.cluster.manifests import ROOT, crd_validator, errors, facts, gib, load, unmet
 
 PATHS = {kind: f"cluster/kuberay/{kind.lower()}.yaml" for kind in ("RayCluster", "RayJob", "RayService")}
 CLUSTER_OF = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}

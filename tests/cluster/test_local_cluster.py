@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -16,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stand_ins import PROJECT, RECIPE
 
 from bam_ray.blobs import open_store
 from cluster.local import LocalCluster
 from cluster.processes import ClusterError, Process, free_ports, port_is_free, stop
 from cluster.ray_nodes import START_TRIES, RayNodes
 from cluster.s3_server import S3Settings, start_s3_server, stop_s3_server
+from tests.support.cluster.stub_stages import write_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -174,10 +173,7 @@ def test_without_the_token_nothing_is_submitted(home: Path) -> None:
 
 
 def test_a_run_leaves_its_secrets_nowhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/run_all.py").write_text(PROJECT)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("STORE", "s3://bam/run"))
-    shutil.copy(Path(__file__).with_name("stand_ins.py"), tmp_path)
+    write_project(tmp_path, "s3://bam/run")
     environment = shell_environment(home)
     result = subprocess.run(
         [sys.executable, "-c", RUN], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

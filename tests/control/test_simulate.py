@@ -7,43 +7,35 @@ from typing import cast
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, Broke, Sighting
 from bam_ray.errors import PlacementError, SettingsError
 from bam_ray.pipeline.tasks import Task
-from bam_ray.planning.cluster_file import ClusterFile, load_cluster
-from bam_ray.planning.simulate import Simulated, SimulatedLauncher, simulate
+from bam_ray.planning.cluster_file import load_cluster
+from bam_ray.planning.simulate import SimulatedLauncher
 from bam_ray.scheduling.matching import bound
 from bam_ray.settings import Needs
+from tests.support.control.simulated_run import make_cluster, simulate_tasks
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "recipes" / "clusters").glob("*.yaml"))
 MIXED = {"fast": (2, 4000.0), "middle": (2, 2000.0), "slow": (4, 1000.0)}
 
 
-def cluster(nodes: dict[str, tuple[int, float]], preemptions_per_hour: float = 0.0) -> ClusterFile:
-    groups = {
-        kind: {
-            "count": count,
-            "cpus": 1,
-            "labels": {"speed": kind},
-            "tokens_per_second": speed,
-            "preemptions_per_hour": preemptions_per_hour,
-        }
-        for kind, (count, speed) in nodes.items()
-    }
-    return ClusterFile.model_validate({"name": "test", "nodes": groups, "start_seconds": 30, "checkpoint_seconds": 15})
-
-
 def branches(count: int, steps: int, needs: Needs | None = None) -> list[Task]:
     return [
-        Task("branches", f"b{i}", f"b{i}", (), needs or Needs(), total_steps=steps, model="dense", step_tokens=1000)
+        Task(
+            ArtifactKind.BRANCHES,
+            f"b{i}",
+            f"b{i}",
+            (),
+            needs or Needs(),
+            total_steps=steps,
+            model="dense",
+            step_tokens=1000,
+        )
         for i in range(count)
     ]
-
-
-def run(tasks: list[Task], where: ClusterFile, seed: int = 0) -> Simulated:
-    every = {task.id: 100 for task in tasks}
-    return simulate(tasks, where, lambda task, group: group.tokens_per_second, every, seed)
 
 
 def at_best(tasks: list[Task], nodes: dict[str, tuple[int, float]]) -> float:
@@ -71,14 +63,14 @@ def test_three_clusters_are_shipped() -> None:
 )
 def test_the_makespan_is_near_the_bound(count: int, nodes: dict[str, tuple[int, float]]) -> None:
     tasks = branches(count, 28800)
-    result = run(tasks, cluster(nodes))
+    result = simulate_tasks(tasks, make_cluster(nodes))
     assert result.outcome == "finished"
     assert 1.0 <= result.seconds / at_best(tasks, nodes) <= 1.05
 
 
 def test_twelve_branches_are_committed_on_eight_nodes_that_are_taken_away() -> None:
     tasks = branches(12, 28800)
-    result = run(tasks, cluster(MIXED, preemptions_per_hour=0.3))
+    result = simulate_tasks(tasks, make_cluster(MIXED, preemptions_per_hour=0.3))
     assert result.outcome == "finished"
     assert result.preemptions >= 3
     causes = [ended.cause for attempts in result.attempts.values() for ended in attempts]
@@ -105,7 +97,7 @@ def test_a_killed_process_goes_on_at_once_on_its_node_where_the_other_is_busy() 
     seconds = {}
     for kind in (SimulatedLauncher, OneKill):
         store = MemoryStore()
-        nodes = cluster({"a": (1, 1000.0), "b": (1, 1000.0)})
+        nodes = make_cluster({"a": (1, 1000.0), "b": (1, 1000.0)})
         launcher = kind(nodes, store, lambda task, group: group.tokens_per_second, {}, seed=0)
         controller = Controller(branches(2, 3000), store, launcher, clock=partial(getattr, launcher, "now"))
         while controller.outcome() == "running" and launcher.now < 10000:
@@ -116,19 +108,19 @@ def test_a_killed_process_goes_on_at_once_on_its_node_where_the_other_is_busy() 
 
 
 def test_the_same_seed_is_the_same_run() -> None:
-    tasks, where = branches(12, 9000), cluster(MIXED, preemptions_per_hour=0.5)
-    assert run(tasks, where, seed=1) == run(tasks, where, seed=1)
-    assert run(tasks, where, seed=1) != run(tasks, where, seed=2)
+    tasks, where = branches(12, 9000), make_cluster(MIXED, preemptions_per_hour=0.5)
+    assert simulate_tasks(tasks, where, seed=1) == simulate_tasks(tasks, where, seed=1)
+    assert simulate_tasks(tasks, where, seed=1) != simulate_tasks(tasks, where, seed=2)
 
 
 def test_a_cluster_that_can_never_hold_a_branch_is_refused() -> None:
     with pytest.raises(PlacementError, match="branches/b0 needs 1 CPU, 1 GPU, which the 8 living nodes can never give"):
-        run(branches(2, 100, Needs(gpus=1)), cluster(MIXED))
+        simulate_tasks(branches(2, 100, Needs(gpus=1)), make_cluster(MIXED))
 
 
 def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest() -> None:
     task = Task("mixtures", "bam", "bam", (), Needs(), workers=4, total_steps=1000, model="bam", step_tokens=4000)
-    result = run([task], cluster({"fast": (3, 2000.0), "slow": (1, 500.0)}))
+    result = simulate_tasks([task], make_cluster({"fast": (3, 2000.0), "slow": (1, 500.0)}))
     assert result.seconds == pytest.approx(30 + 4_000_000 / (4 * 500) + 15, abs=2)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, Broke, Sighting
@@ -53,8 +53,8 @@ class Broken:
 @pytest.fixture
 def failed() -> status.Status:
     tasks = [
-        Task("branches", "law", "law-1", (), Needs(), total_steps=9),
-        Task("upcycled", "bam", "bam-1", ("law-1",), Needs()),
+        Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9),
+        Task(ArtifactKind.UPCYCLED, "bam", "bam-1", ("law-1",), Needs()),
     ]
     controller = Controller(tasks, MemoryStore(), Broken())
     controller.run(pause=0.0)
@@ -109,7 +109,7 @@ def test_a_silent_coordinator_is_noticed(failed: status.Status) -> None:
 
 
 def test_a_new_coordinator_keeps_the_history_of_the_last(failed: status.Status) -> None:
-    tasks = [Task("branches", "law", "law-1", (), Needs(), total_steps=9)]
+    tasks = [Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9)]
     controller = Controller(tasks, MemoryStore(), Broken())
     controller.run(pause=0.0)
     again = status.build("demo", controller, failed)
@@ -126,14 +126,14 @@ def test_a_new_coordinator_keeps_the_history_of_the_last(failed: status.Status) 
 
 def test_the_end_of_a_stage_is_foretold_from_what_is_left_and_how_fast_it_goes() -> None:
     tasks = [Task("branches", f"b{i}", f"b{i}", (), Needs(), total_steps=100) for i in range(3)]
-    script = Broken()
+    launcher = Broken()
     now = [0.0]
-    controller = Controller(tasks, MemoryStore(), script, clock=lambda: now[0])
+    controller = Controller(tasks, MemoryStore(), launcher, clock=lambda: now[0])
     controller.step()
     for now[0], step in ((1.0, None), (2.0, 10), (12.0, 30)):
         progress = Progress(step, 100) if step else None
         seen = {"b0": Alive(Node("1", "one"), progress), "b1": Alive(Node("2", "two"), progress)}
-        script.poll = lambda seen=seen: seen  # type: ignore[method-assign, misc]
+        launcher.poll = lambda seen=seen: seen  # type: ignore[method-assign, misc]
         controller.step()
     shown = status.build("demo", controller)
     assert shown.eta_kind == "branches"

@@ -3,15 +3,16 @@
 from typing import Any
 
 import pytest
-from agreeing_scenario import disagreeing
-from gloo_ranks import run_on_ranks
+
+from tests.support.distributed.gloo_ranks import run_on_ranks
+from tests.support.distributed.unreadable_checkpoints import resume_and_roll_back
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(2, disagreeing, tmp_path_factory.mktemp("disagreeing"))
+    return run_on_ranks(2, resume_and_roll_back, tmp_path_factory.mktemp("disagreeing"))
 
 
 def test_they_resume_from_the_newest_that_all_can_read(ranks: list[dict[str, Any]]) -> None:
@@ -23,8 +24,8 @@ def test_they_resume_from_the_newest_that_all_can_read(ranks: list[dict[str, Any
 def test_what_one_could_not_read_is_noted_by_all_with_its_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["refused"] == [
-            "mixtures/x/steps/0001-00000006 is not what its manifest says (for ranks [0] alone: look at their nodes)",
-            "mixtures/x/steps/0001-00000004 is not what its manifest says (for ranks [1] alone: look at their nodes)",
+            "mixtures/x/steps/0001-00000006 does not match its manifest (for ranks [0] alone: look at their nodes)",
+            "mixtures/x/steps/0001-00000004 does not match its manifest (for ranks [1] alone: look at their nodes)",
         ]
         assert rank["remembered"] == rank["refused"]
 

@@ -5,26 +5,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gloo_ranks import run_on_ranks
-from group_scenarios import make_together
-from stages.test_story import TRAINING, Context, make, recipe
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage
+from tests.support.distributed.dense_groups import run_tasks_on_rank
+from tests.support.distributed.gloo_ranks import run_on_ranks
+from tests.support.stage_run import (
+    TRAINING,
+    RecordingContext,
+    make_artifacts,
+    small_recipe,
+)
 
 pytestmark = pytest.mark.slow
 
 
 def staged(folder: Path, store: str, zero_stage: int) -> Recipe:
     training = {**TRAINING, "zero_stage": zero_stage}
-    plain = recipe(folder).model_dump()
+    plain = small_recipe(folder).model_dump()
     seed = {**plain["seed"], "training": training, "workers": 2}
-    return recipe(
+    return small_recipe(
         folder,
         store={"uri": str(folder / store)},
         seed=seed,
@@ -32,7 +37,7 @@ def staged(folder: Path, store: str, zero_stage: int) -> Recipe:
     )
 
 
-def curve(run: Recipe, kind: Kind, name: str) -> list[dict[str, Any]]:
+def curve(run: Recipe, kind: ArtifactKind, name: str) -> list[dict[str, Any]]:
     task = find_task(task_graph(run), kind, name)
     artifact = Artifact(open_store(run.store.uri), kind, task.id)
     points: list[dict[str, Any]] = json.loads((artifact.fetch() / "curve.json").read_text())
@@ -42,19 +47,19 @@ def curve(run: Recipe, kind: Kind, name: str) -> list[dict[str, Any]]:
 def test_a_group_trains_as_one_process_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
     alone = staged(tmp_path, "alone", 1)
-    make(alone, open_store(alone.store.uri), ("corpora", "seeds", "branches"))
+    make_artifacts(alone, open_store(alone.store.uri), ("corpora", "seeds", "branches"))
 
     second, third = (staged(tmp_path, "together", stage) for stage in (2, 3))
     store = open_store(second.store.uri)
-    make(second, store, ("corpora",))
-    tasks: list[tuple[Kind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
-    first, other = run_on_ranks(2, make_together, second, tasks, str(tmp_path / "of-ranks"))
+    make_artifacts(second, store, ("corpora",))
+    tasks: list[tuple[ArtifactKind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
+    first, other = run_on_ranks(2, run_tasks_on_rank, second, tasks, str(tmp_path / "of-ranks"))
     seed, branch = task_graph(second)[1:3]
     assert (first[0], other[0]) == (seed.id, "nothing")
     assert first[1] == other[1] == "stopped at step 3 of 10; the same command goes on from there"
     with pytest.raises(Interrupted, match="step 6 of 10"):
-        run_stage("branches", "code", third, store, Context(6))
-    said = run_on_ranks(4, make_together, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
+        run_stage("branches", "code", third, store, RecordingContext(6))
+    said = run_on_ranks(4, run_tasks_on_rank, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
     assert said == [[branch.id], ["nothing"], ["nothing"], ["nothing"]]
     assert task_graph(alone) == task_graph(third), "how many work on it is no part of an identity"
 

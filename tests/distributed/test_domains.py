@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from domain_scenario import CASES, DOMAINS, on_ranks, step
-from gloo_ranks import run_on_ranks
-from rank_scenarios import SHARE, shares
 
 from bam_ray.training.engine import TorchEngine
+from tests.support.distributed.cases import SHARE, shares
+from tests.support.distributed.domains import CASES, DOMAINS, statistics_of_rank, step_statistics
+from tests.support.distributed.gloo_ranks import run_on_ranks
 
 
 @pytest.mark.slow
 def test_two_ranks_count_by_domain_what_one_process_counts() -> None:
-    first, second = run_on_ranks(2, on_ranks)
+    first, second = run_on_ranks(2, statistics_of_rank)
     for name, case in CASES.items():
         alone = TorchEngine(case.model(), case.settings(2 * SHARE), case.mixing)
-        wanted = step(alone, shares(2, 0).flatten(0, 1), DOMAINS)
+        wanted = step_statistics(alone, shares(2, 0).flatten(0, 1), DOMAINS)
         for part, tensor in wanted.items():
             assert torch.equal(first[name][part], second[name][part]), "ranks disagree"
             torch.testing.assert_close(first[name][part], tensor, rtol=1e-5, atol=1e-6, msg=f"{name}: {part}")

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_ranks import run_on_ranks
-from rank_scenarios import (
+
+from bam_ray.training.engine import TorchEngine
+from bam_ray.training.state import read_optimizer, read_weights
+from tests.support.distributed.cases import (
     BF16,
     COHERE,
     FOUR,
@@ -21,15 +23,10 @@ from rank_scenarios import (
     STEPS,
     TWO,
     Case,
-    ffn,
-    on_four,
-    on_two,
-    routed,
     shares,
 )
-
-from bam_ray.training.engine import TorchEngine
-from bam_ray.training.state import read_optimizer, read_weights
+from tests.support.distributed.expert_parallel import ffn_gradients, routed_tokens, train_on_four, train_on_two
+from tests.support.distributed.gloo_ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
-    return run_on_ranks(2, on_two, folder)
+    return run_on_ranks(2, train_on_two, folder)
 
 
 @pytest.fixture(scope="module")
 def four(two: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    return run_on_ranks(4, on_four, folder)
+    return run_on_ranks(4, train_on_four, folder)
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -258,7 +255,7 @@ def test_a_mixture_keeps_its_micro_batch_and_says_what_to_do(two: list[dict[str,
 
 
 def test_ranks_may_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -> None:
-    whole = [torch.cat(parts) for parts in zip(*(routed(rank) for rank in range(2)), strict=True)]
-    wanted = ffn(Case(1).model(), *whole)
+    whole = [torch.cat(parts) for parts in zip(*(routed_tokens(rank) for rank in range(2)), strict=True)]
+    wanted = ffn_gradients(Case(1).model(), *whole)
     for name, tensor in wanted.items():  # tokens of both ranks, and experts of both ranks, one after the other
         torch.testing.assert_close(torch.cat([rank["dispatched"][name] for rank in two]), tensor, rtol=1e-5, atol=1e-5)

@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gloo_ranks import run_on_ranks
-from mix_scenario import absorb, mix, wait_for_rank_0
-from stages.test_story import TRAINING, Context, make, recipe
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.model import BamConfig
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.stages import run_stage
 from bam_ray.training.flops import training_flops
+from tests.support.distributed.gloo_ranks import run_on_ranks
+from tests.support.distributed.mix_stage import absorb_late_branch, train_and_resume, wait_for_rank_0
+from tests.support.stage_run import (
+    TRAINING,
+    RecordingContext,
+    make_artifacts,
+    small_recipe,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +40,14 @@ BIASED = {**MIX, "losses": {**MIX["losses"], "bias_rate": 0.01}}
 def test_it_resumes_exactly_with_all_that_is_learned_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = str(tmp_path / "cache")
     monkeypatch.setenv("BAM_CACHE", cache)
-    data = {**recipe(tmp_path).data.model_dump(), "attend_across_documents": False}
-    run = recipe(tmp_path, mix=NOISY, data=data, metrics={"peak_tflops": 0.5})
+    data = {**small_recipe(tmp_path).data.model_dump(), "attend_across_documents": False}
+    run = small_recipe(tmp_path, mix=NOISY, data=data, metrics={"peak_tflops": 0.5})
     curves: list[list[dict[str, float]]] = []
     for number, stop_at in enumerate((None, 7)):
         uri = str(tmp_path / f"store-{number}")
         store = open_store(uri)
-        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
-        first, second = run_on_ranks(2, mix, run, uri, stop_at, cache)
+        make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        first, second = run_on_ranks(2, train_and_resume, run, uri, stop_at, cache)
         assert (first["steps"], second["steps"], second["id"]) == (10, 10, None)
         assert first["imbalance"] >= 1.0 and second["imbalance"] is None  # rank 0 watches
         prefix = f"mixtures/{first['id']}"
@@ -69,7 +74,7 @@ def test_a_late_branch_joins_experts_that_are_spread_over_processes(
     """Three experts, which two processes cannot share, become four, which they can."""
     cache = str(tmp_path / "cache")
     monkeypatch.setenv("BAM_CACHE", cache)
-    run = recipe(
+    run = small_recipe(
         tmp_path,
         branch={"domains": ["code", "general"], "training": TRAINING},
         upcycle={"mixtures": {"bam": {"method": "bam", "num_experts": 4}}, "when": {"at_least": 1}},
@@ -79,10 +84,10 @@ def test_a_late_branch_joins_experts_that_are_spread_over_processes(
     for number, stops in enumerate(((4, None), (4, 7, None))):
         uri = str(tmp_path / f"store-{number}")
         store = open_store(uri)
-        make(run, store, ("corpora", "seeds"))
-        run_stage("branches", "code", run, store, Context())
-        make(run, store, ("upcycled",))
-        first, _ = run_on_ranks(2, absorb, run, uri, stops, cache)
+        make_artifacts(run, store, ("corpora", "seeds"))
+        run_stage("branches", "code", run, store, RecordingContext())
+        make_artifacts(run, store, ("upcycled",))
+        first, _ = run_on_ranks(2, absorb_late_branch, run, uri, stops, cache)
         assert first["experts"] == ("seed", "code", "seed-2", "general")
         assert first["shared"] == [3, *(2 for _ in stops[1:])]
         curves.append(losses(store, find_task(task_graph(run), "mixtures", "bam").id))
@@ -99,15 +104,15 @@ def test_partitioned_weights_are_trained_and_watched_like_whole_ones(
     curves, watched = [], []
     for zero_stage, stop_at in ((1, None), (3, 7)):
         training = {**MIX["training"], "zero_stage": zero_stage}
-        run = recipe(
+        run = small_recipe(
             tmp_path,
             mix={**MIX, "training": training, "expert_parallel": 1, "workers": 2},
             metrics={"routing": {"every": 2}},
         )
         uri = str(tmp_path / f"store-{zero_stage}")
         store = open_store(uri)
-        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
-        first, _ = run_on_ranks(2, mix, run, uri, stop_at, cache)
+        make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        first, _ = run_on_ranks(2, train_and_resume, run, uri, stop_at, cache)
         curves.append(losses(store, first["id"]))
         watched.append({name: value for name, value in first["curves"].items() if name.startswith("routing/")})
     assert len(curves[0]) == 10

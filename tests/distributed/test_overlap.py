@@ -5,11 +5,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-from gloo_ranks import run_on_ranks
-from overlap_scenario import COLLECTIVES, pass_of_a_block, precisions_of_tokens
 from torch.distributed import ProcessGroup
 
 from bam_ray.on_deepspeed.dispatch import Flight, Wire
+from tests.support.distributed.gloo_ranks import run_on_ranks
+from tests.support.distributed.overlap import COLLECTIVES, exchanged_dtypes, trace_block
 
 GATHER, GATHERED = 2 * ["gather begins"], 2 * ["gather ends"]  # hidden states and gates
 SUM, SUMMED = 2 * ["sum begins"], 2 * ["sum ends"]  # their gradients
@@ -27,7 +27,7 @@ def order(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
 
 @pytest.mark.slow
 def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
-    plain, recomputed = (run_on_ranks(2, pass_of_a_block, True, again) for again in (False, True))
+    plain, recomputed = (run_on_ranks(2, trace_block, True, again) for again in (False, True))
     forward = [
         *GATHER,
         *COUNTS,
@@ -58,7 +58,7 @@ def test_the_branches_of_a_parallel_block_overlap_recomputed_or_not() -> None:
 
 @pytest.mark.slow
 def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
-    forward, backward = order(run_on_ranks(2, pass_of_a_block, False, False))
+    forward, backward = order(run_on_ranks(2, trace_block, False, False))
     attention = [*GATHER, *GATHERED, *ATTENTION, "sum ends"]
     assert forward == attention + COUNTS + EXCHANGE + EXCHANGED + EXPERTS + EXCHANGED
     attention = ["gather begins", "gather ends", *ATTENTION_BACK, *SUMMED]
@@ -68,7 +68,7 @@ def test_those_of_a_sequential_block_come_one_after_the_other() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16")])
 def test_tokens_travel_in_the_precision_that_experts_compute_in(precision: str, dtype: str) -> None:
-    for found in run_on_ranks(2, precisions_of_tokens, precision):
+    for found in run_on_ranks(2, exchanged_dtypes, precision):
         assert found == {(name, dtype) for name in COLLECTIVES.values()}
 
 

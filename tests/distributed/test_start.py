@@ -5,12 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_ranks import run_on_ranks
-from rank_scenarios import Case
-from start_scenarios import STARTS, begin_both_ways, begin_with_other_models, peak_of_a_start
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.training.state import read_weights
+from tests.support.distributed.cases import Case
+from tests.support.distributed.gloo_ranks import run_on_ranks
+from tests.support.distributed.start import (
+    STARTS,
+    peak_bytes_of_start,
+    start_whole_and_partial,
+    start_with_other_models,
+)
 
 pytestmark = pytest.mark.slow
 MIB = 1 << 20
@@ -27,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(folder: Path) -> list[dict[str, Any]]:
-    return run_on_ranks(2, begin_both_ways, folder, folder)
+    return run_on_ranks(2, start_whole_and_partial, folder, folder)
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -46,7 +51,7 @@ def test_it_is_the_start_of_ranks_that_read_all_of_it(name: str, both: list[dict
 
 
 def test_a_folder_of_another_model_is_refused_on_all_ranks(folder: Path) -> None:
-    first, second = run_on_ranks(2, begin_with_other_models, folder / "kv_experts")
+    first, second = run_on_ranks(2, start_with_other_models, folder / "kv_experts")
     layer = f"{folder / 'kv_experts'}: model.layers.0"
     assert first == second
     assert first == [
@@ -74,5 +79,5 @@ def test_no_rank_ever_holds_the_whole(case: Case, large: tuple[Path, int, int]) 
     room = whole // 2 + 2 * largest + 16 * MIB
     assert whole > 400 * MIB and room < 0.75 * whole
     for checkpoint in (None, folder / "checkpoint"):
-        peaks = run_on_ranks(2, peak_of_a_start, case, folder.with_name("tiny"), folder, checkpoint)
+        peaks = run_on_ranks(2, peak_bytes_of_start, case, folder.with_name("tiny"), folder, checkpoint)
         assert max(peaks) < room, peaks

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from paper_table import PAPER, model_score
-from tiny import SIZES
 
 from bam_ray.evaluation.results import Results
 from bam_ray.model import BamConfig, BamForCausalLM
+from tests.support.paper_table import PAPER, model_score
+from tests.support.tiny import SIZES
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import SIZES, dense
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Compute, Manifest
+from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.evaluation.results import Results
@@ -21,6 +20,7 @@ from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.settings import Recipe
 from bam_ray.stages.evaluate import ancestors, evaluate, held_out_rows
+from tests.support.tiny import SIZES, dense
 
 LENGTH = 16
 DOMAINS = ("general", "code")
@@ -110,7 +110,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobSt
                 parents=task.parents,
                 step=10 * trained,
                 tokens=640 if trained else 10**6,
-                compute=Compute(flops=1e6 * trained),
+                compute=ComputeCost(flops=1e6 * trained),
             ),
         )
     return recipe, store

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import dense, tokens
 
 from bam_ray.errors import CheckpointError, DataError
 from bam_ray.evaluation.perplexity import perplexity, score
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.parameters import count_parameters
+from tests.support.tiny import dense, tokens
 
 ROWS = tokens(batch=7, length=12).numpy().astype(np.uint16)
 

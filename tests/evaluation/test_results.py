@@ -2,12 +2,12 @@ import io
 
 import numpy as np
 import pytest
-from paper_table import DOMAINS, PAPER, model_score
 from pydantic import ValidationError
 from rich.console import Console
 
 from bam_ray.evaluation.results import MEAN, DomainScore, Finding, Results
 from bam_ray.evaluation.table import findings_text, number, perplexity_table
+from tests.support.paper_table import DOMAINS, PAPER, model_score
 
 
 def finding(results: Results, about: str, label: str = "") -> Finding:

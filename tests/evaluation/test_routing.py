@@ -4,12 +4,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tiny import dense, tokens
 
 from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import DomainRouting
 from bam_ray.evaluation.routing import routing_of
 from bam_ray.model import BamForCausalLM
+from tests.support.tiny import dense, tokens
 
 ROWS = tokens(batch=6, length=10).numpy()
 Mixture = Callable[..., BamForCausalLM]

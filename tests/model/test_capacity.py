@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from bam_ray.model import BamConfig, BamForCausalLM, dropped_share, routing_losses
 from bam_ray.model.experts_bam import BamExperts
 from bam_ray.model.modeling_bam import BamMoE
+from tests.support import tiny
 
 K, N = 2, 4
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from bam_ray.model import BamConfig
 from bam_ray.model.attention_bam import BamRotaryEmbedding
 from bam_ray.model.modeling_bam import BamDecoderLayer
+from tests.support import tiny
 
 CASES: dict[str, dict[str, Any]] = {
     "bam": {},

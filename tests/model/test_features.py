@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +16,7 @@ from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.attention_bam import AveragedAttention, BamAttention
 from bam_ray.model.configuration_bam import ACTIVATIONS, QK_NORMS
 from bam_ray.model.experts_bam import expert_ffn
+from tests.support import tiny
 
 EVERYTHING: dict[str, Any] = {
     "attention_experts": "kv_shared",

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch.distributions import Normal
 
 from bam_ray.evaluation.perplexity import score
 from bam_ray.model import BamConfig, BamForCausalLM, routing_losses
+from tests.support import tiny
 
 BOTH = {"noisy_gate": True, "selection_bias": True}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 from bam_ray.model import BamConfig, BamForCausalLM, routing_losses
 from bam_ray.model.configuration_bam import ATTENTION_EXPERTS
+from tests.support import tiny
 
 
 def build(attention: str, seed: int = 0, **more: Any) -> BamForCausalLM:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SIZES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from bam_ray.model import BamConfig
 from bam_ray.serving import DecodeEngine
+from tests.support.tiny import SIZES
 
 LINES = ["the cat sat on the mat", "user: what is a mixture?", "assistant: many experts in one model", "naïve café ☕"]
 END = "<|end|>"

@@ -1,40 +1,30 @@
 """Mixing starts with the branches that have arrived; a late one becomes an expert of the newest checkpoint."""
 
 import json
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_seeing_it import curves
-from test_story import TRAINING, Context, make, one_process, recipe
 from transformers import AutoModelForCausalLM
 
-from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.control.controller import Controller
-from bam_ray.control.launcher import InProcessLauncher
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.results import Results
-from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.pipeline.tasks import Progress, StageContext, Task
-from bam_ray.settings import Recipe, StoreSettings
+from bam_ray.pipeline.tasks import Progress
+from bam_ray.settings import StoreSettings
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.toolbox.step_export import export_step
 from bam_ray.training.flops import training_flops
-
-EVERYTHING = {  # that `mix` knows and that has something of an expert's own, or of a branch's
-    "training": {**TRAINING, "keep_every": 1},
-    "expert_parallel": 1,
-    "gate": "noisy",
-    "dynamic_blend": {"every": 3, "sequences": 8},
-}
+from tests.support.late_branch_run import MIX, ControlledRun, LateBranchRun, expert_names
+from tests.support.stage_run import (
+    TRAINING,
+    RecordingContext,
+    make_artifacts,
+    one_process_engine,
+    tensorboard_curves,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,50 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
 
 
-class Run:
-    """A run of two branches, `code` and the late `general`, of which one is enough."""
-
-    def __init__(self, folder: Path, store: str = "store", **changes: object) -> None:
-        upcycle = {"mixtures": {"bam": {"method": "bam"}}, "when": {"at_least": 1}}
-        branch = {"domains": ["code", "general"], "training": TRAINING}
-        self.recipe: Recipe = recipe(folder, **{"upcycle": upcycle, "mix": EVERYTHING, "branch": branch, **changes})
-        self.store: BlobStore = open_store(str(folder / store))
-        self.mixture = self.task("mixtures", "bam")
-
-    def task(self, kind: Any, name: str) -> Task:
-        return find_task(task_graph(self.recipe), kind, name)
-
-    def branch(self, name: str) -> Manifest:
-        return run_stage("branches", name, self.recipe, self.store, Context())
-
-    def start(self) -> None:
-        """Everything up to the mixture at step 0, of the branch `code` alone."""
-        make(self.recipe, self.store, ("corpora", "seeds"))
-        self.branch("code")
-        make(self.recipe, self.store, ("upcycled",))
-
-    def mix(self, stop_at: int | None = None) -> Manifest | None:
-        """An attempt at the mixture; None where it stopped as it was asked to."""
-        try:
-            return train_mixture("bam", self.recipe, self.store, Context(stop_at), one_process)
-        except Interrupted:
-            return None
-
-    def step(self, below: str) -> Path:
-        """A training checkpoint's folder."""
-        return Artifact(self.store, "mixtures", self.mixture.id, "steps", below).fetch()
-
-    def events(self, what: str) -> list[dict[str, Any]]:
-        logs = [self.store.get(key).decode() for key in self.store.list(f"mixtures/{self.mixture.id}/events/")]
-        told = [json.loads(line) for log in logs for line in log.splitlines()]
-        return [event for event in told if event["event"] == what]
-
-    def losses(self) -> list[float]:
-        curve = json.loads(self.store.get(f"mixtures/{self.mixture.id}/curve.json"))
-        return [point["nll"] for point in curve]
-
-
-class Dying(Context):
+class Dying(RecordingContext):
     """The context of an attempt whose process dies."""
 
     def __init__(self, at: int) -> None:
@@ -96,11 +43,6 @@ class Dying(Context):
         if progress.step == self._at:
             raise ConnectionAbortedError
         super().report(progress)
-
-
-def experts_of(folder: Path) -> list[str]:
-    names: list[str] = json.loads((folder / "config.json").read_text())["expert_names"]
-    return names
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:
@@ -115,17 +57,17 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
 def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
     tmp_path: Path, zero: str, balanced: dict[str, Any]
 ) -> None:
-    run = Run(tmp_path, mix={**EVERYTHING, **balanced})
+    run = LateBranchRun(tmp_path, mix={**MIX, **balanced})
     run.start()
     assert run.mix(stop_at=6) is None
     late = run.branch("general")
     with pytest.raises(ConnectionAbortedError):
-        train_mixture("bam", run.recipe, run.store, Dying(at=7), one_process)
+        train_mixture("bam", run.recipe, run.store, Dying(at=7), one_process_engine)
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(6, "general")]
 
     before, after = run.step("0001-00000006"), run.step("0002-00000006")
-    assert experts_of(before) == ["seed", "code"]
-    assert experts_of(after) == ["seed", "code", "general"]
+    assert expert_names(before) == ["seed", "code"]
+    assert expert_names(after) == ["seed", "code", "general"]
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
     branch = load_file(Artifact(run.store, "branches", late.id).fetch() / "model.safetensors")
     assert set(old) == set(new)
@@ -152,8 +94,8 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
     assert manifest is not None
     assert [event["step"] for event in run.events("resumed")] == [0, 6, 6]
     folder = Artifact(run.store, "mixtures", manifest.id).fetch()
-    assert experts_of(folder) == AutoModelForCausalLM.from_pretrained(folder).config.expert_names
-    assert experts_of(folder) == ["seed", "code", "general"]
+    assert expert_names(folder) == AutoModelForCausalLM.from_pretrained(folder).config.expert_names
+    assert expert_names(folder) == ["seed", "code", "general"]
     assert len(run.events("absorbed")) == 1
     assert len(run.losses()) == 10
     upcycled, absorb = history_of(folder)
@@ -178,7 +120,7 @@ def test_a_late_branch_becomes_an_expert_at_a_checkpoint_and_stays_one(
 def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) -> None:
     losses, seen = [], []
     for number, stops in enumerate(((4, None), (4, 7, None), (4, 4, None))):  # the last: stopped right after it
-        run = Run(tmp_path, f"store-{number}", metrics={"routing": {"every": 3}})
+        run = LateBranchRun(tmp_path, f"store-{number}", metrics={"routing": {"every": 3}})
         run.start()
         first, *others = stops
         run.mix(first)
@@ -186,7 +128,7 @@ def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) ->
         for stop_at in others:
             run.mix(stop_at)
         losses.append(run.losses())
-        found = curves(run.store, f"mixtures/{run.mixture.id}", tmp_path / f"board-{number}")
+        found = tensorboard_curves(run.store, f"mixtures/{run.mixture.id}", tmp_path / f"board-{number}")
         seen.append({name: points for name, points in found.items() if name.startswith("routing_by_domain/")})
         assert [move["step"] for move in run.events("blend")] == [3, 6, 9]
     assert losses[0] == losses[1] == losses[2]
@@ -199,26 +141,26 @@ def test_training_goes_on_exactly_after_a_branch_was_absorbed(tmp_path: Path) ->
 
 
 def test_a_branch_that_arrives_before_the_first_step_is_there_from_it_on(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = LateBranchRun(tmp_path)
     run.start()
     run.branch("general")
     run.mix(stop_at=2)
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(0, "general")]
-    assert experts_of(run.step("0001-00000000")) == ["seed", "code", "general"]
+    assert expert_names(run.step("0001-00000000")) == ["seed", "code", "general"]
     manifest = run.mix()
     assert manifest is not None
     assert history_of(Artifact(run.store, "mixtures", manifest.id).fetch())[-1]["absorb"]["step"] == 0
 
 
 def test_what_comes_too_late_is_left_out_and_said(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = LateBranchRun(tmp_path)
     run.start()
     manifest = run.mix()
     assert manifest is not None
     run.branch("general")
     assert manifest.facts["left_out"] == ["general"]
     assert manifest.parents == run.mixture.parents
-    report = run_stage("reports", "report", run.recipe, run.store, Context())
+    report = run_stage("reports", "report", run.recipe, run.store, RecordingContext())
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     mixture = next(model for model in results.models if model.kind == "mixtures")
     assert mixture.routing is not None
@@ -227,33 +169,33 @@ def test_what_comes_too_late_is_left_out_and_said(tmp_path: Path) -> None:
 
 
 def test_a_report_does_without_a_branch_that_never_came(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = LateBranchRun(tmp_path)
     run.start()
     run.mix()
-    report = run_stage("reports", "report", run.recipe, run.store, Context())
+    report = run_stage("reports", "report", run.recipe, run.store, RecordingContext())
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
     assert run.task("branches", "general").id not in report.parents
 
 
 def test_with_which_branches_it_starts_is_decided_once(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    make(run.recipe, run.store, ("corpora", "seeds"))
+    run = LateBranchRun(tmp_path)
+    make_artifacts(run.recipe, run.store, ("corpora", "seeds"))
     with pytest.raises(
         CheckpointError, match=r"0 of the 2 branches are committed, and upcycle\.when asks for at least 1"
     ):
-        make(run.recipe, run.store, ("upcycled",))
+        make_artifacts(run.recipe, run.store, ("upcycled",))
     run.branch("code")
 
-    class Stopped(Context):
+    class Stopped(RecordingContext):
         def should_stop(self) -> bool:
             return True
 
     with pytest.raises(Interrupted):
         run_stage("upcycled", "bam", run.recipe, run.store, Stopped())
     late = run.branch("general")
-    manifest = run_stage("upcycled", "bam", run.recipe, run.store, Context())
-    assert experts_of(Artifact(run.store, "upcycled", manifest.id).fetch()) == ["seed", "code"]
+    manifest = run_stage("upcycled", "bam", run.recipe, run.store, RecordingContext())
+    assert expert_names(Artifact(run.store, "upcycled", manifest.id).fetch()) == ["seed", "code"]
     assert late.id not in manifest.parents and len(manifest.parents) == 2
 
 
@@ -265,71 +207,26 @@ def test_averages_copies_and_router_fits_are_of_what_is_there(tmp_path: Path) ->
         "router": {"init": "means", "sequences": 8},
     }
     mix = {"training": {**TRAINING, "keep_every": 1}, "expert_parallel": 2}
-    run = Run(tmp_path, upcycle={"mixtures": {"bam": mixture}, "when": {"at_least": 1}}, mix=mix)
+    run = LateBranchRun(tmp_path, upcycle={"mixtures": {"bam": mixture}, "when": {"at_least": 1}}, mix=mix)
     run.start()
     run.mix(stop_at=2)
-    assert experts_of(run.step("0001-00000002")) == ["seed", "code", "seed-2"]
+    assert expert_names(run.step("0001-00000002")) == ["seed", "code", "seed-2"]
     assert [(event["experts"], event["processes"]) for event in run.events("shared")] == [(3, 1)]
     run.branch("general")
     manifest = run.mix()
     assert manifest is not None
-    assert experts_of(Artifact(run.store, "mixtures", manifest.id).fetch()) == ["seed", "code", "seed-2", "general"]
+    assert expert_names(Artifact(run.store, "mixtures", manifest.id).fetch()) == ["seed", "code", "seed-2", "general"]
 
 
 # With the controller
 
 
-class Paced:
-    """The mixture's context: the first attempt waits at step 4 until it is asked to stop. The next goes slowly, so that
-    it could be asked again."""
-
-    def __init__(self, context: StageContext, reached: threading.Event) -> None:
-        self._context, self._reached = context, reached
-        self.node = context.node
-
-    def report(self, progress: Progress) -> None:
-        self._context.report(progress)
-        if progress.step > 4:
-            time.sleep(0.1)
-        if progress.step == 4 and "general" not in (*progress.experts, *progress.left_out):
-            self._reached.set()
-            end = time.monotonic() + 60.0
-            while not self._context.should_stop() and time.monotonic() < end:
-                time.sleep(0.01)
-
-    def should_stop(self) -> bool:
-        return self._context.should_stop()
-
-
-class Story:
-    """A run under a real controller; the branch `general` comes when the mixture is at step 4, and meets `harm`."""
-
-    def __init__(self, run: Run, harm: Callable[[], object] = lambda: None) -> None:
-        self._run, self._harm = run, harm
-        self._mixing = threading.Event()
-        tasks = [replace(task, max_attempts=1) for task in task_graph(run.recipe)]  # nothing may fail
-        controller = Controller(tasks, run.store, InProcessLauncher(self._work, slots=4))
-        assert controller.run(pause=0.01) == "finished"
-        self.causes = [ended.cause for ended in controller.history(run.mixture.id).ended]
-
-    def _work(self, task: Task, context: StageContext) -> None:
-        run = self._run
-        if task.kind == "mixtures":
-            train_mixture(task.name, run.recipe, run.store, Paced(context, self._mixing), one_process)
-            return
-        if task.name == "general":
-            assert self._mixing.wait(60.0), "mixing did not start without it"
-        run_stage(task.kind, task.name, run.recipe, run.store, context)
-        if task.name == "general":
-            self._harm()
-
-
 def test_a_run_starts_mixing_early_and_takes_in_the_slow_branch(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    assert Story(run).causes == ["to absorb general", "committed"]
+    run = LateBranchRun(tmp_path)
+    assert ControlledRun(run).causes == ["to absorb general", "committed"]
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(4, "general")]
     folder = Artifact(run.store, "mixtures", run.mixture.id).fetch()
-    assert experts_of(folder) == ["seed", "code", "general"]
+    assert expert_names(folder) == ["seed", "code", "general"]
     report = run.task("reports", "report")
     results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
     assert next(model for model in results.models if model.kind == "mixtures").lineage_tokens == 4 * 1280

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli.command import bam
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bam_ray.data import Corpus
@@ -17,6 +16,7 @@ from bam_ray.settings import PRESETS, Recipe, load_recipe
 from bam_ray.stages.dense import scratch_config
 from bam_ray.training.schedule import learning_rate
 from bam_ray.upcycling.methods import method_of
+from tests.support.command_line import bam
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PAPER, LLAMA_MOE = RECIPES / "paper-590m.yaml", RECIPES / "llama-moe-7b.yaml"
@@ -38,7 +38,7 @@ def test_models_have_the_paper_s_sizes(recipe: Recipe, tmp_path: Path) -> None:
     facts |= {"dtype": "<u4", "domains": {}, "attend_across_documents": True}
     (tmp_path / "corpus.json").write_text(json.dumps(facts))
     seed = scratch_config(recipe.seed.scratch, Corpus(tmp_path))
-    dense = family_of(seed.to_dict(), "the seed").configure(seed.to_dict())
+    dense = family_of(seed.to_dict(), "the seed").convert_config(seed.to_dict())
     found = {}
     with torch.device("meta"):
         found["seed"] = millions(AutoModelForCausalLM.from_config(seed))

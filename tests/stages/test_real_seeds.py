@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_story import TRAINING, make, recipe
 from transformers import AutoModelForCausalLM
 
 from bam_ray.blobs import BlobStore, open_store
@@ -17,6 +15,12 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
+from tests.support import tiny
+from tests.support.stage_run import (
+    TRAINING,
+    make_artifacts,
+    small_recipe,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +32,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer's folder: that of a corpus."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    run = recipe(folder)
+    run = small_recipe(folder)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora",))
+    make_artifacts(run, store, ("corpora",))
     artifact = Artifact(store, "corpora", task_graph(run)[0].id)
     (folder / "tokenizer").mkdir()
     for key in store.list(f"{artifact.prefix}/tokenizer/"):
@@ -58,8 +62,8 @@ def hub_folder(family: str, tokenizer: Path, folder: Path) -> dict[str, torch.Te
 
 
 def seeded(folder: Path, uri: str, tokenizer: Path) -> Recipe:
-    data = {**recipe(folder).data.model_dump(), "tokenizer": {"folder": str(tokenizer)}}
-    return recipe(folder, data=data, seed={"folder": uri}, branch={"domains": ["code"], "training": TRAINING})
+    data = {**small_recipe(folder).data.model_dump(), "tokenizer": {"folder": str(tokenizer)}}
+    return small_recipe(folder, data=data, seed={"folder": uri}, branch={"domains": ["code"], "training": TRAINING})
 
 
 def reader(store: BlobStore, run: Recipe, kind: Any, name: str) -> TensorReader:
@@ -72,7 +76,7 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
     uri = str(tmp_path / "hub")
     run = seeded(tmp_path, uri, tokenizer)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
 
     seed, branch = reader(store, run, "seeds", "seed"), reader(store, run, "branches", "code")
     tied = tiny.CONFIGS[family].tie_word_embeddings
@@ -124,7 +128,7 @@ def test_a_seed_comes_from_a_store_without_being_held_in_memory(
             source.put(str(path.relative_to(tmp_path / "hub")), path.read_bytes())
     run = seeded(tmp_path, "memory://hub", tokenizer)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds"))
+    make_artifacts(run, store, ("corpora", "seeds"))
     assert set(reader(store, run, "seeds", "seed").specs) == set(weights)
     assert not [key for key in source.whole if key.endswith(".safetensors")]
     assert max(source.ranges) < 5000, "more than headers were read"

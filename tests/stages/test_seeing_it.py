@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_story import TRAINING, Context, make, one_process, recipe
 from transformers import AutoConfig
 
 from bam_ray.blobs import BlobStore, open_store
@@ -24,6 +22,14 @@ from bam_ray.settings import Recipe
 from bam_ray.stages import run_stage, train_mixture
 from bam_ray.training.engine import TorchEngine
 from bam_ray.training.flops import training_flops
+from tests.support.stage_run import (
+    TRAINING,
+    RecordingContext,
+    make_artifacts,
+    one_process_engine,
+    small_recipe,
+    tensorboard_curves,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,31 +50,21 @@ def names(log: list[dict[str, Any]]) -> list[str]:
     return [event["event"] for event in log]
 
 
-def curves(store: BlobStore, prefix: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves that TensorBoard would show."""
-    folder.mkdir()
-    for key in store.list(f"{prefix}/tensorboard/"):
-        store.get_file(key, folder / key.rpartition("/")[2])
-    found = EventAccumulator(str(folder))
-    found.Reload()
-    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
-
-
 def interrupted_seed(run: Recipe, store: BlobStore, stop_at: int = 6) -> None:
-    make(run, store, ("corpora",))
+    make_artifacts(run, store, ("corpora",))
     with pytest.raises(Interrupted):
-        run_stage("seeds", "seed", run, store, Context(stop_at))
+        run_stage("seeds", "seed", run, store, RecordingContext(stop_at))
 
 
 def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     interrupted_seed(run, store)
     newest = next(
         key for key in store.list(f"{seed_prefix(run)}/steps/0001-00000006/") if key.endswith("r.safetensors")
     )
     store.put(newest, b"damaged")
-    context = Context()
+    context = RecordingContext()
     manifest = run_stage("seeds", "seed", run, store, context)
 
     first = events(store, seed_prefix(run), 1)
@@ -86,7 +82,7 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
     assert names(second) == ["started", "refused", "resumed", "checkpoint", "finished"]
     assert second[1]["checkpoint"] == "0001-00000006"
     assert (second[2]["step"], second[-1]["step"]) == (4, 10)
-    assert context.heard[0].note.startswith("passed over a damaged checkpoint: ")
+    assert context.reports[0].note.startswith("passed over a damaged checkpoint: ")
     assert manifest.facts["refused_checkpoints"] == [second[1]["error"]]
     assert manifest.facts["computed_on"] == [
         {"step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4, "processes": 1},
@@ -94,20 +90,20 @@ def test_the_event_log_tells_the_story_of_each_attempt(tmp_path: Path) -> None:
 
 
 def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora",))
+    make_artifacts(run, store, ("corpora",))
     forward = TorchEngine._forward
 
     def spoiled(self: TorchEngine, micro: torch.Tensor, *domains: torch.Tensor) -> Any:
-        done = max((progress.step for progress in context.heard), default=0)
+        done = max((progress.step for progress in context.reports), default=0)
         if done == 2 and len(micro) > 2:
             raise torch.OutOfMemoryError
         loss = forward(self, micro, *domains)
         return replace(loss, total=loss.total * torch.inf) if done == 5 else loss
 
     monkeypatch.setattr(TorchEngine, "_forward", spoiled)
-    context = Context()
+    context = RecordingContext()
     with pytest.raises(LossNotFinite, match=r"\(2 in a row\)"):
         run_stage("seeds", "seed", run, store, context)
     log = events(store, seed_prefix(run), 1)
@@ -115,32 +111,32 @@ def test_a_failure_and_a_halved_micro_batch_stand_in_the_log(tmp_path: Path, mon
     assert (halved["step"], halved["before"], halved["sequences"]) == (3, 4, 2)
     assert names(log)[-2:] == ["rolled_back", "failed"]
     assert log[-1]["error"].startswith("LossNotFinite: step 5: ")
-    assert "went back from step 6 to 4" in context.heard[-1].note
+    assert "went back from step 6 to 4" in context.reports[-1].note
 
 
 def test_a_mixture_says_where_fewer_processes_share_its_experts_than_wanted(tmp_path: Path) -> None:
     """Two experts, which two processes could share, on the one process that is left."""
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds", "branches", "upcycled"))
-    context = Context()
-    train_mixture("bam", run, store, context, one_process)
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    context = RecordingContext()
+    train_mixture("bam", run, store, context, one_process_engine)
     mixture = find_task(task_graph(run), "mixtures", "bam").id
     shared = next(event for event in events(store, f"mixtures/{mixture}", 1) if event["event"] == "shared")
     assert [shared[key] for key in ("experts", "processes", "wanted", "workers")] == [2, 1, 2, 1]
-    assert context.heard[0].note == "2 experts on 1 processes are shared by 1 of them, not by 2"
+    assert context.reports[0].note == "2 experts on 1 processes are shared by 1 of them, not by 2"
 
 
 def test_a_mixture_that_cannot_begin_says_so_in_its_log(tmp_path: Path) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
 
     def no_memory(*arguments: Any) -> Any:
         raise TrainingError("the model does not fit")
 
     with pytest.raises(TrainingError):
-        train_mixture("bam", run, store, Context(), no_memory)
+        train_mixture("bam", run, store, RecordingContext(), no_memory)
     log = events(store, f"mixtures/{find_task(task_graph(run), 'mixtures', 'bam').id}", 1)
     assert names(log) == ["started", "failed"]
     assert (log[0]["attempt"], log[0]["node"]) == (1, "here")
@@ -148,25 +144,25 @@ def test_a_mixture_that_cannot_begin_says_so_in_its_log(tmp_path: Path) -> None:
 
 
 def test_utilisation_is_what_is_computed_over_the_peak_that_is_given(tmp_path: Path) -> None:
-    run = recipe(tmp_path, metrics={"peak_tflops": 0.5})
+    run = small_recipe(tmp_path, metrics={"peak_tflops": 0.5})
     store = open_store(run.store.uri)
-    make(run, store, ("corpora",))
-    context = Context()
+    make_artifacts(run, store, ("corpora",))
+    context = RecordingContext()
     run_stage("seeds", "seed", run, store, context)
-    seen = context.heard[-1].curves
+    seen = context.reports[-1].curves
     seed = AutoConfig.from_pretrained(Artifact(store, "seeds", find_task(task_graph(run), "seeds", "seed").id).fetch())
     computed = seen["throughput/tokens_per_second"] * training_flops(seed, run.data.sequence_length, 1)
     assert seen["throughput/mfu"] == pytest.approx(computed / 0.5e12)
 
 
 def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     interrupted_seed(run, store)
     for key in list(store.list(f"{seed_prefix(run)}/steps/0001-00000006/")):
         store.delete(key)  # as if it had been killed: goes on from step 4, having shown 5 and 6
-    run_stage("seeds", "seed", run, store, Context())
-    found = curves(store, seed_prefix(run), tmp_path / "board")
+    run_stage("seeds", "seed", run, store, RecordingContext())
+    found = tensorboard_curves(store, seed_prefix(run), tmp_path / "board")
     times = {f"time/{what}" for what in ("data", "compute", "checkpoint")}
     plain = {"loss/nll", "grad_norm", "lr", "throughput/tokens_per_second", "memory/peak_gib"}
     assert set(found) == plain | times
@@ -179,13 +175,13 @@ def test_curves_do_not_double_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
-    run = recipe(tmp_path, metrics={"routing": {"every": 5, "dead_below": 0.999}})
+    run = small_recipe(tmp_path, metrics={"routing": {"every": 5, "dead_below": 0.999}})
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds", "branches", "upcycled"))
-    context = Context()
-    manifest = train_mixture("bam", run, store, context, one_process)
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    context = RecordingContext()
+    manifest = train_mixture("bam", run, store, context, one_process_engine)
     assert manifest is not None
-    found = curves(store, f"mixtures/{manifest.id}", tmp_path / "board")
+    found = tensorboard_curves(store, f"mixtures/{manifest.id}", tmp_path / "board")
     below = "routing/layer_0/"
     for name in ("load_seed", "load_code", "entropy", "imbalance", "drift", "attention_drift"):
         assert [step for step, _ in found[below + name]] == [5, 10], name
@@ -198,7 +194,7 @@ def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
     )
     assert found[below + "drift"][1][1] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
     assert found[below + "drift"][0][1] > 0
-    last = context.heard[-1]
+    last = context.reports[-1]
     fine = {name for name in found if name.startswith("routing_by_domain/") and "/layer_" in name}
     assert last.curves == pytest.approx({name: points[-1][1] for name, points in found.items() if name not in fine})
     for domain in ("general", "code"):
@@ -221,8 +217,8 @@ def test_a_mixture_s_routers_are_watched(tmp_path: Path) -> None:
 def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = recipe(tmp_path, metrics={"routing": {"every": 3}})
-    make(run, open_store(run.store.uri), ("corpora", "seeds", "branches", "upcycled"))
+    run = small_recipe(tmp_path, metrics={"routing": {"every": 3}})
+    make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds", "branches", "upcycled"))
     id = find_task(task_graph(run), "mixtures", "bam").id
 
     def copy(name: str) -> BlobStore:
@@ -230,10 +226,10 @@ def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does
         return open_store(str(tmp_path / name))
 
     unbroken, stopped, rolled_back = map(copy, ("unbroken", "stopped", "rolled back"))
-    train_mixture("bam", run, unbroken, Context(), one_process)
+    train_mixture("bam", run, unbroken, RecordingContext(), one_process_engine)
     with pytest.raises(Interrupted):
-        train_mixture("bam", run, stopped, Context(stop_at=5), one_process)
-    train_mixture("bam", run, stopped, Context(), one_process)
+        train_mixture("bam", run, stopped, RecordingContext(stop_at=5), one_process_engine)
+    train_mixture("bam", run, stopped, RecordingContext(), one_process_engine)
     forward, calls = TorchEngine._forward, itertools.count(1)
 
     def spoiled(self: TorchEngine, *given: torch.Tensor) -> Any:
@@ -242,12 +238,12 @@ def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does
 
     monkeypatch.setattr(TorchEngine, "_fit", lambda self, input_ids: len(input_ids))  # a step is one call
     monkeypatch.setattr(TorchEngine, "_forward", spoiled)
-    train_mixture("bam", run, rolled_back, Context(), one_process)
+    train_mixture("bam", run, rolled_back, RecordingContext(), one_process_engine)
     back = [event["to"] for event in events(rolled_back, f"mixtures/{id}", 1) if event["event"] == "rolled_back"]
     assert back == [4], "amid the steps from 4 to 6, of which 6 had been shown"
 
     def routing(store: BlobStore, name: str) -> dict[str, list[tuple[int, float]]]:
-        found = curves(store, f"mixtures/{id}", tmp_path / name)
+        found = tensorboard_curves(store, f"mixtures/{id}", tmp_path / name)
         return {name: points for name, points in found.items() if "routing" in name or name == "load_imbalance"}
 
     wanted = routing(unbroken, "board")
@@ -258,23 +254,23 @@ def test_a_mixture_that_went_back_shows_of_its_routers_what_an_unbroken_one_does
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
-    run = recipe(tmp_path, metrics={"tensorboard": False})
+    run = small_recipe(tmp_path, metrics={"tensorboard": False})
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds"))
+    make_artifacts(run, store, ("corpora", "seeds"))
     assert not [key for key in store.list() if "tensorboard" in key]
 
 
 def test_wandb_is_imported_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import raises ImportError
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds"))
+    make_artifacts(run, store, ("corpora", "seeds"))
     changed = {
         "metrics": {"wandb_project": "bam"},
         "seed": {**run.seed.model_dump(), "training": {**TRAINING, "seed": 1}},
     }
     with pytest.raises(SettingsError, match="pip install wandb"):
-        make(recipe(tmp_path, **changed), store, ("seeds",))
+        make_artifacts(small_recipe(tmp_path, **changed), store, ("seeds",))
 
 
 def test_wandb_gets_every_step_under_the_task_s_own_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +282,7 @@ def test_wandb_gets_every_step_under_the_task_s_own_id(tmp_path: Path, monkeypat
         return SimpleNamespace(log=lambda scalars, step: logged.append(step), finish=lambda: logged.append(-1))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError, Settings=dict))
-    run = recipe(tmp_path, metrics={"wandb_project": "bam"})
-    make(run, open_store(run.store.uri), ("corpora", "seeds"))
+    run = small_recipe(tmp_path, metrics={"wandb_project": "bam"})
+    make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
     assert logged == [*range(1, 11), -1]
     assert (started["project"], started["id"], started["resume"]) == ("bam", task_graph(run)[1].id, "allow")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_story import Context, make, one_process, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bam_ray import cli
@@ -20,6 +19,12 @@ from bam_ray.settings import Recipe, StoreSettings
 from bam_ray.stages import train_mixture
 from bam_ray.toolbox import step_export
 from bam_ray.toolbox.step_export import export_step
+from tests.support.stage_run import (
+    RecordingContext,
+    make_artifacts,
+    one_process_engine,
+    small_recipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +33,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("run")
         patch.setenv("BAM_CACHE", str(folder / "cache"))
-        run = recipe(folder)
+        run = small_recipe(folder)
         store = open_store(run.store.uri)
-        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         with pytest.raises(Interrupted, match="step 6 of 10"):
-            train_mixture("bam", run, store, Context(6), one_process)
+            train_mixture("bam", run, store, RecordingContext(6), one_process_engine)
     return run
 
 
@@ -137,7 +142,7 @@ def test_a_damaged_checkpoint_leaves_nothing(run: Recipe, store: BlobStore, tmp_
     key = f"mixtures/{task.id}/steps/0001-00000006/model.safetensors"
     whole = store.get(key)
     store.put(key, whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DigestMismatch, match="is not what its manifest says"):
+    with pytest.raises(DigestMismatch, match="does not match its manifest"):
         export_step(store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")))
     assert not list(tmp_path.iterdir())
     store.put(key, whole)

@@ -2,13 +2,11 @@
 
 import json
 import math
-import random
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
@@ -16,77 +14,14 @@ from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.pipeline.tasks import Progress
-from bam_ray.settings import Mixing, Recipe, TrainingSettings
 from bam_ray.stages import run_stage, train_mixture
-from bam_ray.training.engine import TorchEngine
-from bam_ray.training.meta_init import materialise
-from bam_ray.training.state import read_weights
-
-TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}
-
-
-@dataclass
-class Context:
-    """A `StageContext` that keeps what it hears, and says stop at a step."""
-
-    node = "here"
-
-    stop_at: int | None = None
-    heard: list[Progress] = field(default_factory=list)
-
-    def report(self, progress: Progress) -> None:
-        self.heard.append(progress)
-
-    def should_stop(self) -> bool:
-        return self.stop_at is not None and self.heard[-1].step >= self.stop_at
-
-
-def recipe(folder: Path, **changes: object) -> Recipe:
-    """A recipe over random words in two domains that differ."""
-    for domain, letters in (("general", "abcdef"), ("code", "uvwxyz")):
-        words = random.Random(domain)
-        lines = [
-            json.dumps({"text": " ".join("".join(words.choices(letters, k=4)) for _ in range(60))}) for _ in range(40)
-        ]
-        (folder / f"{domain}.jsonl").write_text("\n".join(lines))
-    plain = {
-        "name": "story",
-        "store": {"uri": str(folder / "store")},
-        "data": {
-            "domains": {name: {"source": str(folder / f"{name}.jsonl")} for name in ("general", "code")},
-            "sequence_length": 32,
-            "held_out_fraction": 0.2,
-            "tokenizer": {"vocab_size": 300},
-        },
-        "seed": {
-            "scratch": {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "heads": 2, "kv_heads": 2},
-            "training": TRAINING,
-        },
-        "branch": {"domains": ["code"], "training": TRAINING},
-        "upcycle": {"mixtures": {"bam": {"method": "bam"}, "btx": {"method": "btx"}}},
-        "mix": {"training": TRAINING},
-        "evaluate": {"tokens_per_domain": 256},
-    }
-    return Recipe.model_validate({**plain, **changes})
-
-
-def one_process(
-    model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, size: int, folder: Path
-) -> TorchEngine:
-    """An engine factory for the mixture: all experts here."""
-    assert model.device.type == "meta"  # so that ranks that share the experts never hold all of them
-    materialise(model)
-    model.load_state_dict(read_weights(folder), strict=False)
-    return TorchEngine(model, settings, mixing)
-
-
-def make(run: Recipe, store: BlobStore, kinds: tuple[str, ...]) -> None:
-    for task in task_graph(run):
-        if task.kind == "mixtures" and task.kind in kinds:
-            train_mixture(task.name, run, store, Context(), one_process)
-        elif task.kind in kinds:
-            run_stage(task.kind, task.name, run, store, Context())
+from tests.support.stage_run import (
+    TRAINING,
+    RecordingContext,
+    make_artifacts,
+    one_process_engine,
+    small_recipe,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +30,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"))
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"))
     manifests = {}
     for task in task_graph(run):
         manifest = Artifact(store, task.kind, task.id).manifest()
@@ -120,42 +55,42 @@ def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora",))
-    context = Context()
+    make_artifacts(run, store, ("corpora",))
+    context = RecordingContext()
     manifest = run_stage("corpora", "corpus", run, store, context)
     assert manifest.id == task_graph(run)[0].id
-    assert not context.heard
+    assert not context.reports
 
 
 def test_a_stopped_branch_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     weights = []
     for number, stop_at in enumerate((None, 6)):
         store = open_store(str(tmp_path / f"store-{number}"))
-        make(run, store, ("corpora", "seeds"))
+        make_artifacts(run, store, ("corpora", "seeds"))
         if stop_at is not None:
             with pytest.raises(Interrupted, match="step 6 of 10"):
-                run_stage("branches", "code", run, store, Context(stop_at))
-        context = Context()
+                run_stage("branches", "code", run, store, RecordingContext(stop_at))
+        context = RecordingContext()
         manifest = run_stage("branches", "code", run, store, context)
-        assert context.heard[0].step == (1 if stop_at is None else 7)
+        assert context.reports[0].step == (1 if stop_at is None else 7)
         weights.append((Artifact(store, "branches", manifest.id).fetch() / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
 def test_a_blend_follows_held_out_losses_and_resumes_exactly(tmp_path: Path) -> None:
     mix = {"training": TRAINING, "dynamic_blend": {"every": 3, "sequences": 8}}
-    run = recipe(tmp_path, mix=mix)
+    run = small_recipe(tmp_path, mix=mix)
     curves = []
     for number, stop_at in enumerate((None, 7)):
         store = open_store(str(tmp_path / f"store-{number}"))
-        make(run, store, ("corpora", "seeds", "branches", "upcycled"))
+        make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
         if stop_at is not None:
             with pytest.raises(Interrupted, match="step 7 of 10"):
-                train_mixture("bam", run, store, Context(stop_at), one_process)
-        manifest = train_mixture("bam", run, store, Context(), one_process)
+                train_mixture("bam", run, store, RecordingContext(stop_at), one_process_engine)
+        manifest = train_mixture("bam", run, store, RecordingContext(), one_process_engine)
         assert manifest is not None
         curves.append([point["nll"] for point in manifest_curve(store, manifest.id)])
         if stop_at is None:
@@ -184,20 +119,20 @@ def manifest_curve(store: BlobStore, id: str) -> list[dict[str, float]]:
 
 
 def test_a_stage_without_its_parents_says_which(tmp_path: Path) -> None:
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     with pytest.raises(CheckpointError, match=r"corpora/corpus-.* is not committed"):
-        run_stage("seeds", "seed", run, open_store(run.store.uri), Context())
+        run_stage("seeds", "seed", run, open_store(run.store.uri), RecordingContext())
 
 
 def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
-    first = recipe(tmp_path)
+    first = small_recipe(tmp_path)
     store = open_store(first.store.uri)
-    make(first, store, ("corpora", "seeds"))
+    make_artifacts(first, store, ("corpora", "seeds"))
     made = Artifact(store, "seeds", task_graph(first)[1].id).fetch()
 
     data = first.data.model_dump() | {"tokenizer": {"folder": str(made)}}
-    second = recipe(tmp_path, data=data, seed={"folder": str(made)})
-    make(second, store, ("corpora", "seeds", "branches"))
+    second = small_recipe(tmp_path, data=data, seed={"folder": str(made)})
+    make_artifacts(second, store, ("corpora", "seeds", "branches"))
     imported = Artifact(store, "seeds", task_graph(second)[1].id).fetch()
     assert (imported / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
@@ -212,14 +147,14 @@ def test_a_seed_can_be_a_folder(tmp_path: Path) -> None:
             (other / path.name).write_bytes(path.read_bytes())
         (other / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(error, match=said):
-            make(recipe(tmp_path, data=data, seed={"folder": str(other)}), store, ("seeds",))
+            make_artifacts(small_recipe(tmp_path, data=data, seed={"folder": str(other)}), store, ("seeds",))
 
 
 def test_losses_fall(tmp_path: Path) -> None:
     """Not a stub: ten steps on words of six letters are learned from."""
-    run = recipe(tmp_path)
+    run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
-    make(run, store, ("corpora", "seeds"))
+    make_artifacts(run, store, ("corpora", "seeds"))
     curve = json.loads((Artifact(store, "seeds", task_graph(run)[1].id).fetch() / "curve.json").read_text())
     assert curve[0]["nll"] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)
     assert curve[-1]["nll"] < curve[0]["nll"] - 0.5

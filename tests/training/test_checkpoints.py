@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from running import LENGTH, RETENTION, SETTINGS, engine, run
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from bam_ray.blobs.memory import MemoryStore
@@ -17,6 +15,8 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.errors import Interrupted, StaleLease, StoreUnavailable, TrainingError
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.state import State
+from tests.support import tiny
+from tests.support.training_run import LENGTH, RETENTION, SETTINGS, engine, run
 
 
 class Flaky(MemoryStore):
@@ -173,7 +173,7 @@ def test_a_damaged_or_cut_off_checkpoint_is_passed_over_and_said() -> None:
         assert found is not None and found.step == 8
         what, facts = told.pop()
         assert (what, facts["checkpoint"]) == ("refused", "0001-00000009")
-        assert "0001-00000009/optimizer.safetensors is not what its manifest says" in facts["error"]
+        assert "0001-00000009/optimizer.safetensors does not match its manifest" in facts["error"]
         assert kept.refused == [facts["error"]]
     store.delete(newest)
     assert run(store, tell=lambda what, **facts: told.append((what, facts))) == unbroken
@@ -190,7 +190,7 @@ def test_what_was_refused_is_remembered_by_later_checkpoints() -> None:
         run(store, lambda step: step == 10)
     notes = json.loads(store.get("branches/x/steps/0002-00000010/trainer.json"))
     assert [error.split("/steps/")[1] for error in notes["refused"]] == [
-        "0001-00000009/trainer.json is not what its manifest says: the blob was damaged"
+        "0001-00000009/trainer.json does not match its manifest: the blob was damaged"
     ]
 
 

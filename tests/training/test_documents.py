@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.training.document_mask import keep_apart, positions
+from tests.support import tiny
 
 END = 1
 DOCUMENTS = [[5, 6, 7, END], [END], [8, 9, END], [10, 11, 12, 13, 14, 15]]

@@ -4,12 +4,12 @@ import copy
 from typing import Any
 
 import pytest
-import tiny
 from transformers import PreTrainedModel
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.parameters import count_parameters
 from bam_ray.training.flops import forward_flops_per_token, training_flops
+from tests.support import tiny
 
 MIXTURES: dict[str, dict[str, Any]] = {
     "bam": {"num_experts_per_tok": 2},

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from running import BAM, DENSE, LENGTH, RETENTION, SETTINGS, Counting, engine, run
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bam_ray.blobs.memory import MemoryStore
@@ -20,6 +18,8 @@ from bam_ray.training.checkpoints import Checkpoints
 from bam_ray.training.engine import TorchEngine
 from bam_ray.training.loop import Leg, Point, Training
 from bam_ray.training.schedule import learning_rate
+from tests.support import tiny
+from tests.support.training_run import BAM, DENSE, LENGTH, RETENTION, SETTINGS, CountingSampler, engine, run
 
 DROPOUT = LlamaConfig(**tiny.SIZES, attention_dropout=0.3)
 
@@ -88,7 +88,7 @@ def test_gone_on_with_by_fewer_processes_each_leg_counts_its_own(monkeypatch: py
 def test_time_spent_is_that_of_all_processes_of_each_step() -> None:
     checkpoints = Checkpoints(MemoryStore(), "branches", "x", None, RETENTION)
     training = Training(
-        engine(), Counting(), LENGTH, SETTINGS, checkpoints, lambda _: None, lambda *_, **__: None, lambda: False
+        engine(), CountingSampler(), LENGTH, SETTINGS, checkpoints, lambda _: None, lambda *_, **__: None, lambda: False
     )
     speed = SETTINGS.batch_tokens / 3  # three seconds a step
     training.curve = [Point(step, 1.0, 0.0, 0.0, 1.0, 1e-2, speed) for step in range(1, 13)]
@@ -147,7 +147,7 @@ def test_two_losses_far_apart_are_two_rollbacks() -> None:
 
 def with_a_bad_batch(on_not_finite: str, batches: set[int], store: MemoryStore | None = None, **named: Any) -> Any:
     """The losses of a run on data of which the given batches, from 1, make every loss NaN, and what it told."""
-    model, data = nan_at(set()), Counting()
+    model, data = nan_at(set()), CountingSampler()
     told: list[tuple[str, dict[str, Any]]] = []
     taken = [data.take(4)[0] for _ in range(max(batches))]
     bad = [taken[number - 1] for number in batches]

@@ -3,9 +3,7 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from running import BAM, LENGTH, SETTINGS, engine, run
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.errors import Interrupted
@@ -13,6 +11,8 @@ from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, Mixing, Ramp
 from bam_ray.training.engine import TorchEngine
 from bam_ray.training.param_groups import kinds
+from tests.support import tiny
+from tests.support.training_run import BAM, LENGTH, SETTINGS, engine, run
 
 IDS = tiny.tokens(4, LENGTH)
 KV_SHARED = BamConfig(**{**tiny.SIZES, "attention_experts": "kv_shared", "num_experts_per_tok": 2})

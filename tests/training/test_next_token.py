@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +14,7 @@ from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.planning.model_size import CHUNK_TOKENS
 from bam_ray.training import next_token
 from bam_ray.training.next_token import FEWEST, NextTokenLoss, has_plain_head
+from tests.support import tiny
 
 Loss = Callable[[Tensor], Tensor]
 MIXTURES = {

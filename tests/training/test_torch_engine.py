@@ -3,9 +3,7 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from running import LENGTH, SETTINGS, engine
 from transformers import AutoModelForCausalLM
 
 from bam_ray.errors import LossNotFinite, TrainingError
@@ -13,6 +11,8 @@ from bam_ray.settings import TrainingSettings
 from bam_ray.training.engine import TorchEngine, precision_on
 from bam_ray.training.memory import HostMemory, cgroup_room, is_out_of_memory
 from bam_ray.training.micro_batch import largest_that_fits
+from tests.support import tiny
+from tests.support.training_run import LENGTH, SETTINGS, engine
 
 MIB = 1 << 20
 

@@ -4,14 +4,14 @@ import json
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from running import LENGTH, SETTINGS, engine
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import RoutingSettings
 from bam_ray.training.objective import Load
 from bam_ray.training.router_metrics import RoutingWatch
+from tests.support import tiny
+from tests.support.training_run import LENGTH, SETTINGS, engine
 
 NAMES = ["seed", "code", "law", "math"]
 

@@ -3,20 +3,29 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
-from upcycling.folders import ALONE, CASES, MANIFEST, branches, load, make, reader, settings
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.upcycling import export_mixtral
+from tests.support import tiny
+from tests.support.mixture_folders import (
+    CASES,
+    MANIFEST,
+    SEED_ONLY_CASES,
+    branches,
+    load,
+    reader,
+    settings,
+    upcycle_into,
+)
 
 
 def exported(folder: Path, family: str, case: str, **more: object) -> Path:
     models = branches(family, 3 if case in CASES else 1)
-    make(folder / "mixture", tiny.sources(folder, models), settings(case, **more))
+    upcycle_into(folder / "mixture", tiny.sources(folder, models), settings(case, **more))
     export_mixtral(reader(folder / "mixture"), ModelWriter(FolderStore(folder / "mixtral")), MANIFEST)
     return folder / "mixtral"
 
@@ -54,8 +63,8 @@ def test_what_mixtral_has_not_is_refused(
 
 
 def test_a_shared_expert_is_refused(tmp_path: Path) -> None:
-    assert "split inter" in ALONE
-    make(
+    assert "split inter" in SEED_ONLY_CASES
+    upcycle_into(
         tmp_path / "mixture",
         tiny.sources(tmp_path, branches(count=1)),
         settings("split inter"),

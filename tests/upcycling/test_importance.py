@@ -1,7 +1,6 @@
 """Clusters of sequences and the importance of neurons, against finite differences and explicit autograd."""
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,12 +10,13 @@ from bam_ray.errors import UpcycleError
 from bam_ray.families import FAMILIES, Role
 from bam_ray.upcycling.split import importance
 from bam_ray.upcycling.split.importance import cluster_sequences, neuron_importance
+from tests.support import tiny
 
 PROJECTIONS = [f"model.layers.{layer}.mlp.down_proj" for layer in range(tiny.SIZES["num_hidden_layers"])]
 
 
 def projections(family: str) -> list[str]:
-    places = FAMILIES[family].places(tiny.CONFIGS[family].to_dict())
+    places = FAMILIES[family].parameters(tiny.CONFIGS[family].to_dict())
     return [place.name.removesuffix(".weight") for place in places if place.role is Role.DOWN]
 
 

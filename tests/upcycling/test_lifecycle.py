@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from upcycling.folders import MANIFEST, branches, load, make, reader, settings
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.tensors import TensorReader
@@ -14,6 +12,8 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.model import BamForCausalLM
 from bam_ray.upcycling import Change, absorbed, change, mixture_config_of, removed, replaced, verify
+from tests.support import tiny
+from tests.support.mixture_folders import MANIFEST, branches, load, reader, settings, upcycle_into
 
 
 @pytest.fixture(params=["bam kv_experts", "bam kv_shared", "btx"])
@@ -22,7 +22,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TensorReade
     models = branches(request.param and "qwen2", count=4)
     sources = tiny.sources(tmp_path, models)
     first = {name: sources[name] for name in ("seed", "code", "law")}
-    make(tmp_path / "start", first, settings(request.param))
+    upcycle_into(tmp_path / "start", first, settings(request.param))
     model = BamForCausalLM.from_pretrained(tmp_path / "start", noisy_gate=True, selection_bias=True)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -138,7 +138,7 @@ def test_replace_keeps_the_place_and_the_router_row(
 
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     sources = tiny.sources(tmp_path, branches(count=2))
-    make(tmp_path / "mixture", sources, settings())
+    upcycle_into(tmp_path / "mixture", sources, settings())
     mixture = reader(tmp_path / "mixture")
     config = mixture_config_of(mixture)
     with pytest.raises(UpcycleError, match="has an expert 'code' already"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     other = tiny.sources(tmp_path / "other", {"law": tiny.dense("qwen2", 5)})["law"]
     with pytest.raises(UpcycleError, match=r"in 'law' but .* in \"the mixture's seed\""):
         written(mixture, absorbed(config, "law"), other, tmp_path / "out")
-    make(tmp_path / "split", {"seed": sources["seed"]}, settings("split"))
+    upcycle_into(tmp_path / "split", {"seed": sources["seed"]}, settings("split"))
     split = reader(tmp_path / "split")
     with pytest.raises(UpcycleError, match="its experts are slices"):
         written(split, absorbed(mixture_config_of(split), "law"), sources["code"], tmp_path / "out")

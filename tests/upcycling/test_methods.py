@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
-from upcycling.folders import ALONE, CASES, NAMES, branches, load, make, mixture, settings
 
 from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.families import FAMILIES
 from bam_ray.settings import Losses, Ramp, mixture_settings
 from bam_ray.upcycling import plan
 from bam_ray.upcycling.plan import experts_of
+from tests.support import tiny
+from tests.support.mixture_folders import CASES, NAMES, SEED_ONLY_CASES, branches, load, mixture, settings, upcycle_into
 
 TEXTS = {"general": tiny.tokens(16, 20, seed=1)}
 
@@ -33,7 +33,7 @@ def test_identical_branches_reproduce_the_seed(tmp_path: Path, family: str, case
 
 
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
-@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("case", SEED_ONLY_CASES)
 @torch.no_grad()
 def test_of_the_seed_alone(tmp_path: Path, family: str, case: str) -> None:
     """Sparse copies reproduce the seed; so do all slices of a split that has each neuron once."""
@@ -163,7 +163,7 @@ def test_weights_of_the_mean_are_honoured_and_recorded(tmp_path: Path) -> None:
     lineage = json.loads((tmp_path / "mixture" / "lineage.json").read_text())
     assert lineage["tensors"]["model.norm.weight"]["weights"] == [1.0, 3.0, 0.0]
     with pytest.raises(UpcycleError, match=r"average\.weights names \['poetry'\], which is none of the models"):
-        make(tmp_path / "x", tiny.sources(tmp_path, models), settings(average={"weights": {"poetry": 1.0}}))
+        upcycle_into(tmp_path / "x", tiny.sources(tmp_path, models), settings(average={"weights": {"poetry": 1.0}}))
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_ties_keeps_the_largest_changes_whose_signs_agree(tmp_path: Path) -> Non
 @torch.no_grad()
 def test_bf16_means_are_computed_in_fp32(tmp_path: Path) -> None:
     models = {name: model.bfloat16() for name, model in branches().items()}
-    make(tmp_path / "mixture", tiny.sources(tmp_path, models), settings("btx"))
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, models), settings("btx"))
     model = load(tmp_path / "mixture")
     assert model.dtype == torch.bfloat16
     mean = sum(each.model.norm.weight.float() for each in models.values()) / 3
@@ -193,7 +193,7 @@ def test_sources_of_other_dtypes_become_the_seeds(tmp_path: Path) -> None:
     models = branches()
     models["seed"] = models["seed"].bfloat16()
     models["code"] = models["code"].half()
-    make(tmp_path / "mixture", tiny.sources(tmp_path, models), settings())
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, models), settings())
     model = load(tmp_path / "mixture")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     want = models["law"].model.layers[0].mlp.down_proj.weight.bfloat16()
@@ -221,7 +221,9 @@ def test_fitted_routers_are_written_and_reported(tmp_path: Path) -> None:
         name: torch.randint(2 + 4 * number, 6 + 4 * number, (8, 16), generator=generator)
         for number, name in enumerate(NAMES[:3])
     }
-    made = make(tmp_path / "mixture", tiny.sources(tmp_path, branches()), settings(router={"init": "ridge"}), texts)
+    made = upcycle_into(
+        tmp_path / "mixture", tiny.sources(tmp_path, branches()), settings(router={"init": "ridge"}), texts
+    )
     model = load(tmp_path / "mixture")
     assert made.separation is not None
     scores = made.separation.routers[0].scores
@@ -256,8 +258,8 @@ def test_branches_of_another_seed_are_refused(tmp_path: Path) -> None:
             parameter.add_(torch.randn_like(parameter) * parameter.std())  # far, but a child of the seed
     sources = tiny.sources(tmp_path, models)
     with pytest.raises(UpcycleError, match=r"law: model.layers.0.mlp.up_proj.weight of 'law' has nothing of 'seed'"):
-        make(tmp_path / "out", sources, settings(same_seed=True))
-    make(tmp_path / "out", {name: sources[name] for name in ("seed", "code")}, settings(same_seed=True))
+        upcycle_into(tmp_path / "out", sources, settings(same_seed=True))
+    upcycle_into(tmp_path / "out", {name: sources[name] for name in ("seed", "code")}, settings(same_seed=True))
 
 
 def test_settings_that_do_not_fit_the_models(tmp_path: Path) -> None:
@@ -275,7 +277,7 @@ def test_settings_that_do_not_fit_the_models(tmp_path: Path) -> None:
         (settings("split inner"), seed, "give some of each domain"),
     ):
         with pytest.raises(UpcycleError, match=said):
-            make(tmp_path / "out", readers, given)
+            upcycle_into(tmp_path / "out", readers, given)
     assert not (tmp_path / "out").exists()
     assert [expert.name for expert in experts_of(["seed"], settings("sparse"))] == [
         "seed",

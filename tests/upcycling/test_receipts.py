@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from upcycling.folders import ALONE, CASES, branches, make, reader, settings
 
 from bam_ray.errors import UpcycleError
 from bam_ray.upcycling import Receipt, verify
+from tests.support import tiny
+from tests.support.mixture_folders import CASES, SEED_ONLY_CASES, branches, reader, settings, upcycle_into
 
 TEXTS = {"general": tiny.tokens(16, 20, seed=1)}
 
@@ -23,7 +23,7 @@ def receipts(folder: Path, memory: int = 1 << 30) -> dict[str, Receipt]:
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
 @pytest.mark.parametrize("case", ["bam kv_experts", "bam kv_shared"])
 def test_mixtures_of_every_family_pass(tmp_path: Path, family: str, case: str) -> None:
-    make(tmp_path / "mixture", tiny.sources(tmp_path, branches(family)), settings(case, num_experts_per_tok=1))
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, branches(family)), settings(case, num_experts_per_tok=1))
     for memory in (1, 1 << 30):  # a layer at a time, and the whole model
         found = receipts(tmp_path / "mixture", memory)
         assert all(receipt.passed for receipt in found.values()), found
@@ -33,11 +33,11 @@ def test_mixtures_of_every_family_pass(tmp_path: Path, family: str, case: str) -
             assert error < 1e-5
 
 
-@pytest.mark.parametrize("case", ["btx", *ALONE])
+@pytest.mark.parametrize("case", ["btx", *SEED_ONLY_CASES])
 def test_mixtures_of_every_method_pass(tmp_path: Path, case: str) -> None:
     models = branches() if case in CASES else branches(count=1)
     wanted = settings(case, dense_layers=[0]) if "groups" not in case else settings(case)
-    made = make(tmp_path / "mixture", tiny.sources(tmp_path, models), wanted, TEXTS)
+    made = upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, models), wanted, TEXTS)
     found = receipts(tmp_path / "mixture")
     assert all(receipt.passed for receipt in found.values()), found
     assert ("all slices" in found) == (made.config.dense_intermediate_size is not None)
@@ -45,7 +45,7 @@ def test_mixtures_of_every_method_pass(tmp_path: Path, case: str) -> None:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    make(tmp_path / "mixture", tiny.sources(tmp_path, branches()), settings())
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, branches()), settings())
     return tmp_path / "mixture"
 
 
@@ -62,7 +62,7 @@ def failed(folder: Path) -> dict[str, str]:
 def test_a_changed_file_fails(made: Path) -> None:
     changed(made, "model.norm.weight", torch.ones(32))
     assert failed(made) == {
-        "files": f"{made}/model.safetensors is not what its manifest says: the file was changed or damaged"
+        "files": f"{made}/model.safetensors does not match its manifest: the file was changed or damaged"
     }
 
 

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any, Literal
 
 import pytest
-import tiny
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.upcycling.routers.initialize import draw_router, fit_routers, split_rows
 from bam_ray.upcycling.routers.rows import RIDGES, Assignment, domain_rows, fit_router, generator, router_logits
 from bam_ray.upcycling.routers.separation import Separation, separation_table
+from tests.support import tiny
 
 NAMES = ["seed", "code", "law"]
 MIXTURES: dict[str, dict[str, Any]] = {

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from upcycling.folders import reader
 
 from bam_ray.blobs.s3 import S3Store
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.upcycling import verify
 from cluster.s3_server import BUCKET, S3Settings
+from tests.support.mixture_folders import reader
 
 pytestmark = pytest.mark.slow
 MIB = 1 << 20

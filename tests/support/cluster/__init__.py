@@ -1,0 +1,1 @@
+"""Helpers for tests of cluster files and of runs on real Ray clusters."""

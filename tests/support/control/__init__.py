@@ -1,0 +1,1 @@
+"""Helpers for tests of the task graph, the controller and the simulator."""

@@ -1,0 +1,1 @@
+"""Functions that the rank processes of distributed tests run, and the models that they train."""

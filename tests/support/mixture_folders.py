@@ -1,0 +1,81 @@
+"""Mixtures made from random models: a seed and branches are saved, upcycled into a folder and loaded again."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.model import BamForCausalLM
+from bam_ray.settings import MixtureSettings, mixture_settings
+from bam_ray.upcycling import Upcycled, upcycle
+from tests.support import tiny
+
+NAMES = ["seed", "code", "law", "medicine"]
+MANIFEST = Manifest(id="mixture-0", kind="upcycled", name="mixture")
+
+# Methods that mix a seed and branches
+CASES: dict[str, dict[str, Any]] = {
+    "bam kv_experts": {"method": "bam", "attention_experts": "kv_experts"},
+    "bam kv_shared": {"method": "bam", "attention_experts": "kv_shared"},
+    "btx": {"method": "btx"},
+}
+# Methods that make the mixture from the seed alone
+SEED_ONLY_CASES: dict[str, dict[str, Any]] = {
+    "sparse": {"method": "sparse", "num_experts": 4},
+    "split": {"method": "split", "num_experts": 4},
+    "split clustering": {"method": "split", "num_experts": 4, "split": {"construction": "clustering"}},
+    "split groups": {"method": "split", "num_experts": 2, "split": {"attention": "groups"}},
+    "split inner": {"method": "split", "num_experts": 4, "split": {"construction": "inner"}},
+    "split inter": {"method": "split", "num_experts": 4, "split": {"construction": "inter"}},
+}
+
+
+def settings(case: str = "bam kv_experts", **more: Any) -> MixtureSettings:
+    """Return the settings of a case, updated with `more`.
+
+    Without `more`, routing is top-2 with renormalized weights, and the models need not have a common seed.
+    """
+    usual = {"num_experts_per_tok": 2, "norm_topk_prob": True, "same_seed": False}
+    return mixture_settings({**usual, **(CASES | SEED_ONLY_CASES)[case], **more})
+
+
+def upcycle_into(
+    folder: Path, sources: dict[str, TensorReader], settings: MixtureSettings, texts: dict[str, Tensor] | None = None
+) -> Upcycled:
+    """Upcycle `sources` and write the mixture to `folder`."""
+    return upcycle(sources, settings, ModelWriter(FolderStore(folder)), MANIFEST, texts=texts)
+
+
+def reader(folder: Path) -> TensorReader:
+    """Return a reader of the tensors in `folder`."""
+    return TensorReader(FolderStore(folder))
+
+
+def load(folder: Path) -> BamForCausalLM:
+    """Load the mixture in `folder`; every tensor must be used and none may be missing."""
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    model: BamForCausalLM = loaded.eval()
+    return model
+
+
+def mixture(
+    folder: Path,
+    models: dict[str, PreTrainedModel],
+    settings: MixtureSettings,
+    texts: dict[str, Tensor] | None = None,
+) -> BamForCausalLM:
+    """Return the mixture of `models`, which is written to `folder`/mixture."""
+    upcycle_into(folder / "mixture", tiny.sources(folder, models), settings, texts)
+    return load(folder / "mixture")
+
+
+def branches(family: str = "llama", count: int = 3) -> dict[str, PreTrainedModel]:
+    """Return a seed and branches, `count` models in all, that differ in every weight."""
+    return {name: tiny.dense(family, seed) for seed, name in enumerate(NAMES[:count])}

@@ -1,0 +1,96 @@
+"""Fixtures, a plugin of pytest: S3 servers that run in this process."""
+
+import http.client
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from cluster.s3_server import BUCKET
+
+# How servers without conditional puts behave, with patterns of the warnings about them
+KINDS = {
+    "overwrites": "silently overwrites on a conditional put",
+    "refuses": r"has no conditional puts \(NotImplemented\)",
+}
+NOT_IMPLEMENTED = b"<Error><Code>NotImplemented</Code><Message>If-None-Match</Message></Error>"
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """Start moto's S3 server, which is fast but accepts any credentials, in a thread; return its endpoint."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    boto3.client(
+        "s3", endpoint_url=endpoint, aws_access_key_id="any", aws_secret_access_key="any", region_name="us-east-1"
+    ).create_bucket(Bucket=BUCKET)
+    yield endpoint
+    server.stop()
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that sets the access key and the secret key that S3 stores use."""
+
+    def use(access_key: str, secret_key: str) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", access_key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
+
+    return use
+
+
+def proxy(endpoint: str, overwrites: bool) -> ThreadingHTTPServer:
+    """Return a proxy of an S3 server that overwrites on conditional puts or, if not `overwrites`, rejects them."""
+    host, port = urlsplit(endpoint).hostname, urlsplit(endpoint).port
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            conditional = self.headers.get("If-None-Match") is not None
+            del self.headers["If-None-Match"]
+            if conditional and not overwrites:
+                self.answer(501, {"Content-Type": "application/xml"}, NOT_IMPLEMENTED)
+                return
+            connection = http.client.HTTPConnection(host or "", port, timeout=30)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            self.answer(response.status, dict(response.getheaders()), response.read())
+            connection.close()
+
+        def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            is_head = self.command == "HEAD"
+            self.send_header("Content-Length", headers.get("Content-Length", "0") if is_head else str(len(body)))
+            self.end_headers()
+            self.wfile.write(b"" if is_head else body)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = forward
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+@pytest.fixture(params=KINDS)
+def weak_server(
+    request: pytest.FixtureRequest, moto_endpoint: str, credentials: Callable[[str, str], None]
+) -> Iterator[tuple[str, str]]:
+    """Start a server without conditional puts; return its endpoint and a pattern of the warning about it."""
+    credentials("any", "any")
+    server = proxy(moto_endpoint, overwrites=request.param == "overwrites")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", KINDS[request.param]
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,102 @@
+"""A tiny run whose stages are executed in one process, without a cluster."""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import PreTrainedModel
+
+from bam_ray.blobs import BlobStore
+from bam_ray.pipeline.graph import task_graph
+from bam_ray.pipeline.tasks import Progress
+from bam_ray.settings import Mixing, Recipe, TrainingSettings
+from bam_ray.stages import run_stage, train_mixture
+from bam_ray.training.engine import TorchEngine
+from bam_ray.training.meta_init import materialise
+from bam_ray.training.state import read_weights
+
+TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}
+
+
+@dataclass
+class RecordingContext:
+    """A `StageContext` that records every report and asks the stage to stop at a step."""
+
+    node = "here"
+
+    stop_at: int | None = None
+    reports: list[Progress] = field(default_factory=list)
+
+    def report(self, progress: Progress) -> None:
+        """Record the progress."""
+        self.reports.append(progress)
+
+    def should_stop(self) -> bool:
+        """Return True if the last report was of step `stop_at` or a later one."""
+        return self.stop_at is not None and self.reports[-1].step >= self.stop_at
+
+
+def small_recipe(folder: Path, **changes: object) -> Recipe:
+    """Return a recipe with the store and two corpora in `folder`, updated with `changes`.
+
+    The corpora are random words of two domains whose words have different letters.
+    """
+    for domain, letters in (("general", "abcdef"), ("code", "uvwxyz")):
+        words = random.Random(domain)
+        lines = [
+            json.dumps({"text": " ".join("".join(words.choices(letters, k=4)) for _ in range(60))}) for _ in range(40)
+        ]
+        (folder / f"{domain}.jsonl").write_text("\n".join(lines))
+    plain = {
+        "name": "small",
+        "store": {"uri": str(folder / "store")},
+        "data": {
+            "domains": {name: {"source": str(folder / f"{name}.jsonl")} for name in ("general", "code")},
+            "sequence_length": 32,
+            "held_out_fraction": 0.2,
+            "tokenizer": {"vocab_size": 300},
+        },
+        "seed": {
+            "scratch": {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "heads": 2, "kv_heads": 2},
+            "training": TRAINING,
+        },
+        "branch": {"domains": ["code"], "training": TRAINING},
+        "upcycle": {"mixtures": {"bam": {"method": "bam"}, "btx": {"method": "btx"}}},
+        "mix": {"training": TRAINING},
+        "evaluate": {"tokens_per_domain": 256},
+    }
+    return Recipe.model_validate({**plain, **changes})
+
+
+def one_process_engine(
+    model: PreTrainedModel, settings: TrainingSettings, mixing: Mixing, size: int, folder: Path
+) -> TorchEngine:
+    """Return an engine for a mixture that holds all experts in this process; `size` is not used."""
+    assert model.device.type == "meta"  # so that ranks that share the experts never hold all of them
+    materialise(model)
+    model.load_state_dict(read_weights(folder), strict=False)
+    return TorchEngine(model, settings, mixing)
+
+
+def make_artifacts(recipe: Recipe, store: BlobStore, kinds: tuple[str, ...]) -> None:
+    """Execute all tasks of `recipe` whose kind is one of `kinds`, in the order of the task graph."""
+    for task in task_graph(recipe):
+        if task.kind == "mixtures" and task.kind in kinds:
+            train_mixture(task.name, recipe, store, RecordingContext(), one_process_engine)
+        elif task.kind in kinds:
+            run_stage(task.kind, task.name, recipe, store, RecordingContext())
+
+
+def tensorboard_curves(store: BlobStore, prefix: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the (step, value) points of every curve that TensorBoard shows for the artifact at `prefix`.
+
+    The event files are copied to `folder`, which must not exist.
+    """
+    folder.mkdir()
+    for key in store.list(f"{prefix}/tensorboard/"):
+        store.get_file(key, folder / key.rpartition("/")[2])
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
