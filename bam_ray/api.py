@@ -13,7 +13,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import Progress
-from bam_ray.settings import MixtureSettings, Recipe, StoreSettings, validated
+from bam_ray.settings import Recipe, StoreSettings, mixture_settings
 
 if TYPE_CHECKING:
     from bam_ray.model import BamForCausalLM
@@ -57,12 +57,11 @@ def upcycle(
     """
     from bam_ray.toolbox.folders import make_mixture, open_model, tokenize_texts
 
-    chosen = validated(MixtureSettings, {"method": "bam", **(settings or {})}, "mixture")
+    chosen = mixture_settings({"method": "bam", **(settings or {})})
     if "seed" in branches:
         raise SettingsError("the name 'seed' is reserved for the seed: give the branch another name")
     sources = {name: open_model(uri, endpoint) for name, uri in {"seed": seed, **branches}.items()}
-    sequences = max(chosen.router.sequences, chosen.split.sequences)
-    rows = tokenize_texts(texts or {}, sources["seed"], sequences, text_length)
+    rows = tokenize_texts(texts or {}, sources["seed"], chosen.text_sequences, text_length)
     return make_mixture(sources, chosen, StoreSettings(uri=out, endpoint=endpoint), rows)
 
 

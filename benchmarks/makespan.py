@@ -120,7 +120,7 @@ def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
     }
     store = FolderStore(recipe.store.uri)
     pipeline = PipelineRun.of(recipe, store)
-    for task in subset(pipeline.tasks, ["seeds"]):
+    for task in subset(pipeline.tasks, [ArtifactKind.SEEDS]):
         Artifact(store, task.kind, task.id).commit(Manifest(id=task.id, kind=task.kind, name=task.name))
     small = {"object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})

@@ -87,11 +87,12 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
 
 def streamed(sources: list[Path], out: Path, mixture: str) -> None:
     """Upcycle with bam_ray."""
-    from bam_ray.settings import MixtureSettings
     from bam_ray.upcycling import upcycle
 
     readers = {f"m{number}": TensorReader(FolderStore(place)) for number, place in enumerate(sources)}
-    settings = MixtureSettings.model_validate(MIXTURES[mixture] | {"same_seed": False})
+    from bam_ray.settings import mixture_settings
+
+    settings = mixture_settings(MIXTURES[mixture] | {"same_seed": False})
     upcycle(readers, settings, ModelWriter(FolderStore(out)), Manifest(id="x", kind=ArtifactKind.UPCYCLED, name="x"))
 
 

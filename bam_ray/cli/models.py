@@ -52,7 +52,7 @@ def upcycle(
     from bam_ray.upcycling.routers.separation import separation_table
 
     sources = {name: open_model(uri, store.endpoint) for name, uri in uris.items()}
-    rows = texts.token_rows(sources["seed"], max(settings.router.sequences, settings.split.sequences))
+    rows = texts.token_rows(sources["seed"], settings.text_sequences)
     if dry_run:
         _print_preflight(preflight(sources, settings, rows))
         return
@@ -60,7 +60,7 @@ def upcycle(
         upcycled = make_mixture(sources, settings, store.target(out), rows, progress)
     if upcycled.separation is not None:
         console.print(separation_table(upcycled.separation))
-    print_mixture_written(out, upcycled.config.expert_names)
+    print_mixture_written(out, list(upcycled.experts))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from bam_ray.errors import SettingsError
-from bam_ray.settings import MixtureSettings, StoreSettings, apply_override, validated
+from bam_ray.settings import MixtureSettings, StoreSettings, apply_override, mixture_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +94,7 @@ class UpcycleOptions:
             if "=" not in override:
                 raise SettingsError(f"--set {override!r} must have the form KEY=VALUE")
             apply_override(plain, override)
-        return validated(MixtureSettings, plain, "mixture")
+        return mixture_settings(plain)
 
 
 def named_values(pairs: list[str], option: str, reserved: Collection[str] = ()) -> dict[str, str]:

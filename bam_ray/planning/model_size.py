@@ -11,7 +11,7 @@ from typing import Any
 
 from bam_ray.blobs import open_store
 from bam_ray.errors import StoreError
-from bam_ray.settings import MixtureSettings, Recipe, Scratch, TrainingSettings
+from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch, TrainingSettings
 
 TRAINING_BYTES = 16  # a parameter: weight, gradient, two states of Adam
 CHECKPOINT_BYTES = 12  # weight and Adam's states
@@ -96,21 +96,21 @@ class ModelSize:
 
     def mixed(self, mixture: MixtureSettings, models: int) -> "ModelSize":
         """The mixture of `models` models of this size, or of one where the method takes the seed alone."""
-        experts = mixture.num_experts or models
-        slices = experts if mixture.method == "split" else 1
-        groups = mixture.method == "split" and mixture.split.attention == "groups"
-        attention = mixture.method == "bam" or groups
-        own_keys = groups or (attention and mixture.attention_experts == "kv_experts")
+        if not isinstance(mixture, RoutedMixture):
+            return self
+        experts = mixture.expert_count(models)
+        attends = mixture.attention != "averaged"
+        heads_are_split = mixture.query is Operation.PARTITION
         return replace(
             self,
-            ffn=self.ffn // slices,
-            query=self.query // experts if groups else self.query,
-            key=self.key // experts if groups else self.key,
+            ffn=self.ffn // experts if mixture.ffn is Operation.PARTITION else self.ffn,
+            query=self.query // experts if heads_are_split else self.query,
+            key=self.key // experts if heads_are_split else self.key,
             experts=experts,
             ffn_active=mixture.num_experts_per_tok,
-            attention=experts if attention else 1,
-            keys=experts if own_keys else 1,
-            routers=2 if attention else 1,
+            attention=experts if attends else 1,
+            keys=experts if mixture.attention == "kv_experts" else 1,
+            routers=2 if attends else 1,
         )
 
 

@@ -4,7 +4,23 @@ from bam_ray.settings.blends import PRESETS, DynamicBlend
 from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
-from bam_ray.settings.load import apply_override, load_as, load_recipe, parse_recipe, validated
+from bam_ray.settings.load import apply_override, load_as, load_recipe, mixture_settings, parse_recipe, validated
+from bam_ray.settings.methods import (
+    AnyMixture,
+    AverageSettings,
+    BamSettings,
+    BranchedMixture,
+    BtxSettings,
+    MixtureSettings,
+    Operation,
+    PartitionSettings,
+    RoutedMixture,
+    RouterSettings,
+    SoupSettings,
+    SparseSettings,
+    SplitSettings,
+    StackedMixture,
+)
 from bam_ray.settings.mix import MixSettings
 from bam_ray.settings.mixing import Losses, Mixing, Ramp
 from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingSettings, ServeSettings
@@ -13,14 +29,18 @@ from bam_ray.settings.recipe import Recipe, StoreSettings
 from bam_ray.settings.resources import Demand, Needs
 from bam_ray.settings.strict import Blend, Count, Identity, Name, Strict
 from bam_ray.settings.training import Spike, TrainingSettings
-from bam_ray.settings.upcycle import AverageSettings, MixtureSettings, RouterSettings, SplitSettings, UpcycleSettings
+from bam_ray.settings.upcycle import UpcycleSettings
 
 __all__ = [
     "PRESETS",
+    "AnyMixture",
     "AverageSettings",
+    "BamSettings",
     "Blend",
     "BranchOverride",
     "BranchSettings",
+    "BranchedMixture",
+    "BtxSettings",
     "Count",
     "DataSettings",
     "Demand",
@@ -35,16 +55,22 @@ __all__ = [
     "MixtureSettings",
     "Name",
     "Needs",
+    "Operation",
+    "PartitionSettings",
     "QuorumSettings",
     "Ramp",
     "Recipe",
+    "RoutedMixture",
     "RouterSettings",
     "RoutingSettings",
     "Scratch",
     "SeedSettings",
     "ServeSettings",
+    "SoupSettings",
+    "SparseSettings",
     "Spike",
     "SplitSettings",
+    "StackedMixture",
     "StoreSettings",
     "Strict",
     "TokenizerSettings",
@@ -54,6 +80,7 @@ __all__ = [
     "divisors",
     "load_as",
     "load_recipe",
+    "mixture_settings",
     "parse_recipe",
     "validated",
 ]

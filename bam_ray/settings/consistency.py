@@ -72,7 +72,7 @@ def mixtures_exist(recipe: "Recipe") -> None:
         )
     for name, mixture in mixtures.items():
         experts = recipe.experts_of(mixture)
-        if mixture.has_branches and experts < 1 + branches:
+        if mixture.has_branches and not mixture.is_dense and experts < 1 + branches:
             raise ValueError(
                 f"upcycle.mixtures.{name}.num_experts is {experts}, fewer than the seed and its {branches} branches: "
                 f"leave it out or make it at least {1 + branches}"
@@ -82,7 +82,8 @@ def mixtures_exist(recipe: "Recipe") -> None:
 def processes_share_experts(recipe: "Recipe") -> None:
     """Check that experts and workers are multiples of `mix.expert_parallel`."""
     size, workers = recipe.mix.expert_parallel, recipe.mix.workers or 0  # 0: as many as `size`, whatever it is
-    experts = {name: recipe.experts_of(mixture) for name, mixture in recipe.upcycle.mixtures.items()}
+    mixtures = recipe.upcycle.mixtures.items()
+    experts = {name: recipe.experts_of(mixture) for name, mixture in mixtures if not mixture.is_dense}
     choices = divisors(gcd(workers, *experts.values()))
     for name, count in experts.items():
         if count % size:
@@ -138,7 +139,7 @@ def quorum_is_enough(recipe: "Recipe") -> None:
     for name, mixture in recipe.upcycle.mixtures.items():
         experts = recipe.experts_of(mixture) - branches + when.at_least
         for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
-            if mixture.has_branches and getattr(mixture, key) > experts:
+            if mixture.has_branches and getattr(mixture, key, 0) > experts:
                 raise ValueError(
                     f"upcycle.mixtures.{name}.{key} is {getattr(mixture, key)}, but with upcycle.when.at_least "
                     f"{when.at_least} mixing may start with {experts} experts: raise at_least or lower {key}"

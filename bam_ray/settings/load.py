@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from bam_ray.errors import SettingsError
+from bam_ray.settings.methods import AnyMixture, MixtureSettings
 from bam_ray.settings.recipe import Recipe
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,13 +71,49 @@ def validated(model: type[Model], plain: dict[str, Any], source: str) -> Model:
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        setting = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "unknown key"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise SettingsError(f"{source}: {setting + ': ' if setting else ''}{message}{more}") from None
+        raise SettingsError(f"{source}: {_first_error(error, plain)}") from None
+
+
+def mixture_settings(plain: dict[str, Any], source: str = "mixture") -> MixtureSettings:
+    """Validate the settings of one mixture, whose `method` decides which there are.
+
+    Raises:
+        SettingsError: A setting is wrong. The message is one line that begins with `source`.
+    """
+    try:
+        return _MIXTURE.validate_python(plain)
+    except ValidationError as error:
+        raise SettingsError(f"{source}: {_first_error(error, plain)}") from None
+
+
+_MIXTURE: TypeAdapter[MixtureSettings] = TypeAdapter(AnyMixture)
+
+
+def _first_error(error: ValidationError, plain: Any) -> str:
+    """Return the first of pydantic's errors in one line, and the number of the others."""
+    first = error.errors()[0]
+    setting = ".".join(_without_tags(first["loc"], plain))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif first["type"] == "union_tag_invalid":
+        message = f"method is {first['ctx']['tag']!r}: use one of {first['ctx']['expected_tags']}"
+    elif first["type"] == "union_tag_not_found":
+        message = "method is missing"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{setting + ': ' if setting else ''}{message}{more}"
+
+
+def _without_tags(place: tuple[int | str, ...], plain: Any) -> list[str]:
+    """Return the path of a setting without the methods' names, which pydantic adds below a mixture."""
+    path, inner, tagged = [], plain, False
+    for part in place:
+        if isinstance(inner, dict) and inner.get("method") == part and not tagged:
+            tagged = True
+            continue
+        path.append(str(part))
+        inner, tagged = (inner.get(part), False) if isinstance(inner, dict) else (None, False)
+    return path
 
 
 def apply_override(plain: dict[str, Any], override: str) -> None:

@@ -7,10 +7,11 @@ from pydantic import model_validator
 from bam_ray.settings import consistency
 from bam_ray.settings.data import DataSettings
 from bam_ray.settings.dense import BranchSettings, SeedSettings
+from bam_ray.settings.methods import MixtureSettings
 from bam_ray.settings.mix import MixSettings
 from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, ServeSettings
 from bam_ray.settings.strict import Name, Strict
-from bam_ray.settings.upcycle import MixtureSettings, UpcycleSettings
+from bam_ray.settings.upcycle import UpcycleSettings
 
 
 class StoreSettings(Strict):
@@ -49,8 +50,8 @@ class Recipe(Strict):
     """Curves of training."""
 
     def experts_of(self, mixture: MixtureSettings) -> int:
-        """Return the number of experts of `mixture` once all branches are part of it."""
-        return mixture.num_experts or 1 + len(self.branch.domains)
+        """Return the number of experts of `mixture` once all branches are part of it; 1 if it is dense."""
+        return mixture.expert_count(1 + len(self.branch.domains))
 
     @model_validator(mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.data import Corpus
 from bam_ray.errors import BlobExists, CheckpointError, Interrupted
 from bam_ray.pipeline.tasks import Progress
-from bam_ray.settings import MixtureSettings
+from bam_ray.settings import BranchedMixture, MixtureSettings, RoutedMixture
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.upcycling import upcycle
 
@@ -27,10 +28,10 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
     Weights are read from the store by byte range and written as they are computed.
     """
     name = run.task.name
-    settings = run.recipe.upcycle.mixtures[name]
+    settings: MixtureSettings = run.recipe.upcycle.mixtures[name]
     origins = {"seed": run.parent(ArtifactKind.SEEDS, "seed")}
     branches = starting_branches(run)
-    if settings.has_branches:
+    if isinstance(settings, BranchedMixture):
         origins |= {domain: run.parent(ArtifactKind.BRANCHES, domain) for domain in branches}
         settings = without_missing_branches(settings, len(run.recipe.branch.domains) - len(branches), origins)
     sources = {source: TensorReader(run.store, artifact.prefix) for source, artifact in origins.items()}
@@ -88,12 +89,15 @@ def starting_branches(run: TaskRun) -> list[str]:
     return decided
 
 
-def without_missing_branches(settings: MixtureSettings, missing: int, models: Collection[str]) -> MixtureSettings:
+def without_missing_branches(settings: BranchedMixture, missing: int, models: Collection[str]) -> BranchedMixture:
     """Return the settings for a mixture of `models` alone, with one expert less for each missing branch."""
+    if not missing:
+        return settings
     weights = {name: weight for name, weight in settings.average.weights.items() if name in models}
-    average = settings.average.model_copy(update={"weights": weights}) if missing else settings.average
-    count = settings.num_experts and settings.num_experts - missing
-    return settings.model_copy(update={"num_experts": count, "average": average})
+    update: dict[str, Any] = {"average": settings.average.model_copy(update={"weights": weights})}
+    if isinstance(settings, RoutedMixture) and settings.num_experts is not None:
+        update["num_experts"] = settings.num_experts - missing
+    return settings.model_copy(update=update)
 
 
 def _texts(settings: MixtureSettings, run: TaskRun, branches: Sequence[str]) -> dict[str, Tensor]:
@@ -101,11 +105,11 @@ def _texts(settings: MixtureSettings, run: TaskRun, branches: Sequence[str]) -> 
 
     The seed gets general text.
     """
-    if not settings.needs_text:
+    if not settings.text_sequences:
         return {}
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     domains = {"seed": run.recipe.data.general, **{name: name for name in branches}}
-    count = max(settings.router.sequences, settings.split.sequences)
+    count = settings.text_sequences
 
     def rows(domain: str) -> Tensor:
         train = corpus.train(domain)

@@ -13,6 +13,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind, Manifest, identity
 from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.errors import SettingsError
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
 from bam_ray.model import BamConfig, is_mixture
@@ -142,7 +143,15 @@ def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None 
 
 
 def tokenize_texts(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
-    """Return rows of tokens of each named text, tokenized for `model` and no longer than its number of positions."""
+    """Return rows of tokens of each named text, int64 [S, L], by the tokenizer of `model`.
+
+    Rows are no longer than the model has positions.
+
+    Raises:
+        SettingsError: There is text, but no sequences of it are needed.
+    """
+    if sources and not sequences:
+        raise SettingsError("these settings use no text: leave it out, or set router.init to means or ridge")
     config = BamConfig.from_dict(model.config) if is_mixture(model.config) else None
     positions = config.max_position_embeddings if config else model.config.get("max_position_embeddings", length)
     return {

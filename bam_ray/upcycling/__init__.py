@@ -16,16 +16,12 @@ from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.edit_experts import Change, absorbed, change, removed, replaced
 from bam_ray.upcycling.export import export_mixtral
 from bam_ray.upcycling.loading import load_model
-from bam_ray.upcycling.methods import METHODS, Method, Operation, method_of
 from bam_ray.upcycling.upcycle import plan, upcycle
 from bam_ray.upcycling.verify import Receipt, verify
 from bam_ray.upcycling.write import Progress, Upcycled, write_mixture
 
 __all__ = [
-    "METHODS",
     "Change",
-    "Method",
-    "Operation",
     "Progress",
     "Receipt",
     "Upcycled",
@@ -33,7 +29,6 @@ __all__ = [
     "change",
     "export_mixtral",
     "load_model",
-    "method_of",
     "mixture_config_of",
     "plan",
     "removed",

@@ -24,26 +24,42 @@ tags: [moe, merge, bam_ray]
 | layers | {{ config.num_hidden_layers }} |
 | dense layers | {{ config.dense_layers | join(", ") if config.dense_layers else "none" }} |
 | FFN experts | {{ config.num_experts }}, top-{{ config.num_experts_per_tok }} \
-({{ "renormalised" if config.norm_topk_prob else "softmax over all" }}, scale {{ config.ffn_output_scale }})\
+({{ "normalized" if config.norm_topk_prob else "softmax over all" }}, scale {{ config.ffn_output_scale }})\
 {% if config.shared_expert_intermediate_size %}, and one always on{% endif %} |
 | attention | {{ attention }} |
-| parameters | {{ "{:,}".format(total) }}, of which a token meets {{ "{:,}".format(active) }} |
+| parameters | {{ "{:,}".format(total) }}, of which a token uses {{ "{:,}".format(active) }} |
 
+"""
+
+DENSE_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [merge, bam_ray]
+---
+
+# A weight average of {{ lineage.sources | join(", ") }}
+
+One dense {{ config.model_type }} model.
+"""
+
+LINEAGE_CARD = """
 ## Lineage
 
 {% for step in lineage.history %}
 {% for verb, settings in step.items() %}- {{ verb }}: `{{ settings | tojson }}`
 {% endfor %}{% endfor %}
 
-`lineage.json` says of every tensor which operation made it of which inputs; `manifest.json` has the SHA-256 of every
-file. `bam verify` checks both this folder and its arithmetic.
+`lineage.json` records for every tensor which operation made it from which inputs. `manifest.json` contains the SHA-256
+of every file.{% if config.expert_names %} `bam verify` checks the files and the arithmetic of this folder.{% endif %}
+
 
 ## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder{{ remote }})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 """
@@ -56,10 +72,19 @@ ATTENTION = {
 
 
 def model_card(config: BamConfig, lineage: Mapping[str, Any]) -> str:
-    """README.md of a mixture's folder, Markdown."""
+    """Return the README.md of a mixture's folder."""
     with torch.device("meta"):
         total, active = count_parameters(BamForCausalLM(config))
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)
-    return environment.from_string(CARD).render(
-        config=config, attention=ATTENTION[config.attention_experts], total=total, active=active, lineage=lineage
-    )
+    attention = ATTENTION[config.attention_experts]
+    remote = ", trust_remote_code=True"
+    return _render(CARD, config=config, lineage=lineage, attention=attention, total=total, active=active, remote=remote)
+
+
+def dense_card(config: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
+    """Return the README.md of the folder of a dense model that was averaged."""
+    return _render(DENSE_CARD, config=config, lineage=lineage, remote="")
+
+
+def _render(card: str, **values: Any) -> str:
+    environment = jinja2.Environment(undefined=jinja2.ChainableUndefined, trim_blocks=True, autoescape=False)
+    return environment.from_string(card + LINEAGE_CARD).render(values)

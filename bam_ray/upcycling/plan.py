@@ -11,7 +11,16 @@ from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.errors import UpcycleError
 from bam_ray.families import FFN_ROLES, DenseParameter, Family, Role, expert_name, plain_name, router_names, shared_name
 from bam_ray.model import BamConfig
-from bam_ray.settings import Losses, MixtureSettings, divisors
+from bam_ray.settings import (
+    AverageSettings,
+    BranchedMixture,
+    Losses,
+    MixtureSettings,
+    Operation,
+    RoutedMixture,
+    StackedMixture,
+    divisors,
+)
 from bam_ray.upcycling.expressions import (
     Concat,
     Draw,
@@ -25,7 +34,7 @@ from bam_ray.upcycling.expressions import (
     Take,
     Ties,
 )
-from bam_ray.upcycling.methods import KEY_SIDE, QUERY_SIDE, Operation, method_of
+from bam_ray.upcycling.methods import KEY_SIDE, QUERY_SIDE, operation_on
 from bam_ray.upcycling.routers.rows import generator
 
 COLUMNS = (Role.DOWN, Role.OUTPUT)  # whose inputs, not outputs, belong to neurons or heads
@@ -55,41 +64,67 @@ class Output:
     made: Expression
 
 
-def experts_of(sources: Sequence[str], settings: MixtureSettings) -> list[Expert]:
+def experts_of(sources: Sequence[str], settings: RoutedMixture) -> list[Expert]:
     """The experts of a mixture: one a source, then copies of the first source (the seed); slices of it for a split."""
     seed, *_ = sources
     count = settings.num_experts or len(sources)
     if count < len(sources):
         raise UpcycleError(f"num_experts is {count}, fewer than the {len(sources)} models: leave out some, or raise it")
-    if settings.method == "split":
+    if settings.ffn is Operation.PARTITION:
         return [Expert(f"slice-{number}", seed) for number in range(1, count + 1)]
     copies = [Expert(f"{seed}-{number}", seed) for number in range(2, count - len(sources) + 2)]
     return [*(Expert(name, name) for name in sources), *copies]
+
+
+def average_of(settings: MixtureSettings) -> AverageSettings:
+    """Return how shared parameters are merged. A method without branches has one model and nothing to merge."""
+    return settings.average if isinstance(settings, BranchedMixture) else AverageSettings()
+
+
+def averaged(takes: Mapping[str, Take], average: AverageSettings) -> Expression:
+    """Return one tensor for all models, from the same tensor of each (by name, the seed first)."""
+    seed, *branches = takes.values()
+    if not branches:
+        return seed
+    if average.how == "ties":
+        return Ties(seed, tuple(branches), average.density, average.scale)
+    if not average.weights:
+        return Mean(tuple(takes.values()))
+    return Mean(tuple(takes.values()), tuple(average.weights.get(name, 1.0) for name in takes))
+
+
+def averaged_model(family: Family, sources: Mapping[str, TensorReader], average: AverageSettings) -> list[Output]:
+    """Return the tensors of the dense model that is the average of all models."""
+    seed = next(iter(sources.values()))
+    outputs = []
+    for name in family.tensor_names(seed.config):
+        made = averaged({source: Take(source, name) for source in sources}, average)
+        outputs.append(Output(seed.specs[name], made))
+    return outputs
 
 
 def mixture_config(
     family: Family,
     seed: TensorReader,
     experts: Sequence[Expert],
-    settings: MixtureSettings,
+    settings: RoutedMixture,
     losses: Losses,
     partitions: Sequence[Partition] = (),
 ) -> BamConfig:
     """The mixture's configuration, from the seed's `config.json` and the settings; raises `UpcycleError`."""
     dense = family.convert_config(seed.config)
-    method = method_of(settings)
     count = len(experts)
     scale = settings.ffn_output_scale
     final = losses.at(1.0)
     sliced: dict[str, Any] = {}
-    if settings.method == "split":
+    if settings.ffn is Operation.PARTITION:
         scale = scale or count / settings.num_experts_per_tok
         sliced = {
             "intermediate_size": len(partitions[0].experts[0]),
             "dense_intermediate_size": dense["intermediate_size"],
             "shared_expert_intermediate_size": len(partitions[0].shared) or None,
         }
-        if method.has_attention_experts:
+        if settings.attention != "averaged":
             sliced |= _sliced_attention(dense, count)
     beyond = [layer for layer in settings.dense_layers if layer >= dense["num_hidden_layers"]]
     if beyond:
@@ -97,7 +132,7 @@ def mixture_config(
             f"dense_layers names layer {beyond[0]}: the model has layers 0 to {dense['num_hidden_layers'] - 1}"
         )
     for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
-        if getattr(settings, key) > count:
+        if getattr(settings, key, 0) > count:
             raise UpcycleError(f"{key} is {getattr(settings, key)}: there are {count} experts")
     return BamConfig(
         **dense
@@ -109,8 +144,8 @@ def mixture_config(
             "num_experts_per_tok": settings.num_experts_per_tok,
             "norm_topk_prob": settings.norm_topk_prob,
             "ffn_output_scale": scale or 1.0,
-            "attention_experts": method.attention_experts,
-            "num_attention_experts_per_tok": settings.num_attention_experts_per_tok,
+            "attention_experts": settings.attention,
+            "num_attention_experts_per_tok": getattr(settings, "num_attention_experts_per_tok", 0),
             "dense_layers": sorted(set(settings.dense_layers)) or None,
             "router_aux_loss_coef": final.load_balance,
             "router_z_loss_coef": final.router_z,
@@ -169,14 +204,13 @@ class Planner:
         sources: Mapping[str, TensorReader],
         experts: Sequence[Expert],
         config: BamConfig,
-        settings: MixtureSettings,
+        settings: RoutedMixture,
         partitions: Sequence[Partition] = (),
     ) -> None:
         self.sources = sources
         self.experts = experts
         self.config = config
         self.settings = settings
-        self.method = method_of(settings)
         self.partitions = partitions
         self.seed, *self.branches = sources
         self._places: dict[int | None, dict[Role, DenseParameter]] = defaultdict(dict)
@@ -198,7 +232,7 @@ class Planner:
             for name, parts in stacked.items():
                 parts.sort(key=lambda place: order.index(place.role))  # gate before up
                 made.append(self._output(name, parts[0], self._experts(parts)))
-            if layer in self.config.mixture_layers and self.settings.method == "split":
+            if layer in self.config.mixture_layers and self.settings.ffn is Operation.PARTITION:
                 made += self._shared(places, layer)
         return made
 
@@ -209,7 +243,7 @@ class Planner:
         names = [
             name
             for layer in self.config.mixture_layers
-            for name in router_names(layer)[: 1 + self.method.has_attention_experts]
+            for name in router_names(layer)[: 1 if self.settings.attention == "averaged" else 2]
         ]
         return [Output(TensorSpec(name, dtype, shape), self._router(name, shape)) for name in names]
 
@@ -229,20 +263,12 @@ class Planner:
 
     def _average(self, place: DenseParameter) -> Expression:
         """One tensor for all experts."""
-        takes = tuple(self._take(place, source) for source in self.sources)
-        average = self.settings.average
-        if len(takes) == 1:
-            return takes[0]
-        if average.how == "ties":
-            return Ties(takes[0], takes[1:], average.density, average.scale)
-        if not average.weights:
-            return Mean(takes)
-        weights = tuple(average.weights.get(source, 1.0) for source in self.sources)
-        return Mean(takes, weights)
+        takes = {source: self._take(place, source) for source in self.sources}
+        return averaged(takes, average_of(self.settings))
 
     def _experts(self, parts: Sequence[DenseParameter]) -> Expression:
         """One slice an expert: each of one place, or of gate and up one after the other."""
-        operation = self.method.operation(parts[0].role)
+        operation = operation_on(parts[0].role, self.settings)
         if operation is Operation.AVERAGE:
             return Concat((self._average(parts[0]),), stacked=True)
         slices = []
@@ -260,7 +286,7 @@ class Planner:
         """A copy of the seed, with a part of its neurons drawn anew where the settings say so (not the seed's own
         expert, unless all are copies of it).
         """
-        fraction = self.settings.redraw_fraction
+        fraction = self.settings.redraw_fraction if isinstance(self.settings, StackedMixture) else 0.0
         copy = expert.name != expert.source or not self.branches
         if not fraction or not copy or place.role not in FFN_ROLES or place.role is Role.DOWN_BIAS:
             return take

@@ -1,7 +1,7 @@
-"""Seed and branches to a mixture at step 0: checked, planned, then written while it is read.
+"""Upcycling: check the seed and its branches, plan the mixture at step 0, and write it while the sources are read.
 
 sources = {"seed": TensorReader(store, "seeds/..."), "code": ..., "law": ...}
-upcycle(sources, MixtureSettings(method="bam"), ModelWriter(target), manifest)
+upcycle(sources, BamSettings(method="bam"), ModelWriter(target), manifest)
 """
 
 import json
@@ -13,8 +13,9 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
-from bam_ray.settings import Losses, MixtureSettings
-from bam_ray.upcycling.plan import Planner, experts_of, mixture_config
+from bam_ray.families import Family
+from bam_ray.settings import BranchedMixture, Losses, MixtureSettings, RoutedMixture, SplitSettings
+from bam_ray.upcycling.plan import Planner, average_of, averaged_model, experts_of, mixture_config
 from bam_ray.upcycling.preflight import check_seed, check_sources
 from bam_ray.upcycling.split.slices import partitions_of
 from bam_ray.upcycling.write import PARTITION, Planned, Progress, Upcycled, write_mixture
@@ -29,11 +30,21 @@ def upcycle(
     texts: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Upcycled:
-    """Write the mixture of `sources` (the seed first) and commit it with `manifest`.
+    """Write the mixture of `sources` and commit it.
 
-    `texts` are rows of tokens, int64 [S, L], by the name of the expert whose domain they are; the settings say whether
-    any are needed. Raises `UpcycleError` where the sources do not fit each other or hold values that are not finite,
-    `BlobExists` where there is a committed mixture.
+    Args:
+        sources: The models by name, the seed first.
+        settings: The method and its settings.
+        writer: Where the mixture is written.
+        manifest: The manifest to commit. The digests of the files are added.
+        losses: The losses of the routers, which the mixture's configuration states.
+        texts: Rows of tokens, int64 [S, L], by the name of the expert whose domain they are. The settings decide
+            whether text is needed (`text_sequences`).
+        progress: Called with the number of bytes written and the total.
+
+    Raises:
+        UpcycleError: The sources do not fit each other, or hold values that are not finite.
+        BlobExists: There is a committed mixture already.
     """
     planned = plan(sources, settings, losses or Losses(), texts or {})
     return write_mixture(planned, sources, writer, manifest, texts, progress)
@@ -42,30 +53,46 @@ def upcycle(
 def plan(
     sources: Mapping[str, TensorReader], settings: MixtureSettings, losses: Losses, texts: Mapping[str, Tensor]
 ) -> Planned:
-    """What `upcycle` would write, all checks made."""
+    """Make all checks, and return what `upcycle` would write.
+
+    Raises:
+        UpcycleError: The sources do not fit each other or the settings.
+    """
     family = check_sources(sources)
-    if settings.same_seed:
-        check_seed(sources, family)
-    seed = next(iter(sources.values()))
-    if not settings.has_branches and len(sources) > 1:
-        raise UpcycleError(f"method {settings.method} makes its experts of the seed alone: leave out the branches")
-    if settings.has_branches and len(sources) < 2:
-        raise UpcycleError(
-            f"method {settings.method} needs branches beside the seed: name some, or use sparse or split"
-        )
-    unknown = sorted(set(settings.average.weights) - set(sources))
-    if unknown:
-        raise UpcycleError(f"average.weights names {unknown}, which is none of the models {list(sources)}")
-    if settings.average.weights and not any(settings.average.weights.get(name, 1.0) for name in sources):
-        raise UpcycleError("average.weights are all 0: give at least one model a weight")
-    if settings.needs_text and not texts:
+    check_branches(sources, settings, family)
+    if settings.text_sequences and not texts:
         raise UpcycleError("these settings are fitted to text: give some of each domain (--text NAME=URI)")
-    experts = experts_of(list(sources), settings)
-    partitions = partitions_of(family, seed, settings, texts) if settings.method == "split" else []
-    config = mixture_config(family, seed, experts, settings, losses, partitions)
-    planner = Planner(family, sources, experts, config, settings, partitions)
+    seed = next(iter(sources.values()))
     chosen = settings.model_dump(mode="json", exclude_defaults=True)  # all of them are in the configuration
     history = [{"upcycle": chosen, "of": {name: each.uri for name, each in sources.items()}}]
+    if not isinstance(settings, RoutedMixture):
+        return Planned(seed.config, averaged_model(family, sources, average_of(settings)), [], history)
+    experts = experts_of(list(sources), settings)
+    partitions = partitions_of(family, seed, settings, texts) if isinstance(settings, SplitSettings) else []
+    config = mixture_config(family, seed, experts, settings, losses, partitions)
+    planner = Planner(family, sources, experts, config, settings, partitions)
     plain = [{"experts": each.experts, "shared": each.shared} for each in partitions]
     more = {PARTITION: json.dumps(plain, separators=(",", ":")).encode()} if plain else {}
     return Planned(config, planner.outputs(), planner.routers(), history, settings.seed, more)
+
+
+def check_branches(sources: Mapping[str, TensorReader], settings: MixtureSettings, family: Family) -> None:
+    """Check that there are branches if and only if the method uses them, and that they descend from the seed.
+
+    Raises:
+        UpcycleError: They do not.
+    """
+    if not isinstance(settings, BranchedMixture):
+        if len(sources) > 1:
+            raise UpcycleError(f"method {settings.method} uses the seed alone: leave out the branches")
+        return
+    if settings.same_seed:
+        check_seed(sources, family)
+    if len(sources) < 2:
+        raise UpcycleError(f"method {settings.method} needs branches: name some, or use method sparse or split")
+    weights = settings.average.weights
+    unknown = sorted(set(weights) - set(sources))
+    if unknown:
+        raise UpcycleError(f"average.weights names {unknown}, which are not among the models {list(sources)}")
+    if weights and not any(weights.get(name, 1.0) for name in sources):
+        raise UpcycleError("average.weights are all 0: give at least one model a weight")

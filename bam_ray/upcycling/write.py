@@ -12,7 +12,7 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ChunkProducer, ModelWriter
 from bam_ray.model import BamConfig
-from bam_ray.upcycling.card import model_card
+from bam_ray.upcycling.card import dense_card, model_card
 from bam_ray.upcycling.expressions import Fitted
 from bam_ray.upcycling.plan import Output
 from bam_ray.upcycling.routers.initialize import fit_routers
@@ -52,21 +52,21 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Planned:
-    """A mixture to be written. `history` is what was done to get it, oldest first, as plain JSON."""
+    """A model that is planned and not written yet."""
 
-    config: BamConfig
+    config: BamConfig | dict[str, Any]  # of a mixture; of a dense model, the content of its config.json
     outputs: list[Output]
     routers: list[Output]
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]]  # the operations that lead to it, oldest first, as plain JSON
     seed: int = 0  # of what is drawn while routers are fitted
     more: Mapping[str, bytes] = field(default_factory=dict)  # further files
 
 
 @dataclass(frozen=True)
 class Upcycled:
-    """What was made: its configuration, its committed manifest, and how well fitted routers tell domains apart."""
+    """A committed model, and how well its fitted routers separate the domains."""
 
-    config: BamConfig
+    experts: tuple[str, ...]  # empty if the model is dense
     manifest: Manifest
     separation: Separation | None
 
@@ -98,11 +98,15 @@ def write_mixture(
             writer.write_file(name, data)
     for name, data in planned.more.items():
         writer.write_file(name, data)
-    writer.write_file(CARD, model_card(planned.config, lineage).encode())
+    config = planned.config
+    if not isinstance(config, BamConfig):
+        writer.write_file(CARD, dense_card(config, lineage).encode())
+        return Upcycled((), writer.commit(json.dumps(config, indent=2), manifest), None)
+    writer.write_file(CARD, model_card(config, lineage).encode())
     for name in MODEL_CODE:
         writer.write_file(name, (files("bam_ray.model") / name).read_bytes())
-    planned.config.auto_map = AUTO_MAP
-    return Upcycled(planned.config, writer.commit(planned.config.to_json_string(), manifest), separation)
+    config.auto_map = AUTO_MAP
+    return Upcycled(tuple(config.expert_names or ()), writer.commit(config.to_json_string(), manifest), separation)
 
 
 def _write_tensors(
@@ -125,6 +129,7 @@ def _write_tensors(
         if not routers:
             reader = TensorReader(writer.store, writer.prefix, writer.shards)
             how = fitted[spec.name]
+            assert isinstance(planned.config, BamConfig)
             weights, separation = fit_routers(planned.config, reader.read, dict(texts), how, planned.seed)
             routers.update(weights)
         return iter([routers[spec.name]])

@@ -11,7 +11,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.model import BamForCausalLM
-from bam_ray.settings import MixtureSettings
+from bam_ray.settings import MixtureSettings, mixture_settings
 from bam_ray.upcycling import Upcycled, upcycle
 from tests.support import tiny
 
@@ -41,7 +41,7 @@ def settings(case: str = "bam kv_experts", **more: Any) -> MixtureSettings:
     Without `more`, routing is top-2 with renormalized weights, and the models need not have a common seed.
     """
     usual = {"num_experts_per_tok": 2, "norm_topk_prob": True, "same_seed": False}
-    return MixtureSettings.model_validate({**usual, **(CASES | SEED_ONLY_CASES)[case], **more})
+    return mixture_settings({**usual, **(CASES | SEED_ONLY_CASES)[case], **more})
 
 
 def upcycle_into(

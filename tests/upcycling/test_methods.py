@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.families import FAMILIES
-from bam_ray.settings import Losses, MixtureSettings, Ramp, validated
+from bam_ray.settings import Losses, Ramp, mixture_settings
 from bam_ray.upcycling import plan
 from bam_ray.upcycling.plan import experts_of
 from tests.support import tiny
@@ -248,7 +248,7 @@ def test_fitted_routers_are_written_and_reported(tmp_path: Path) -> None:
 )
 def test_settings_that_contradict_each_other(given: dict[str, object], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        validated(MixtureSettings, given, "mixture")
+        mixture_settings(given)
 
 
 def test_branches_of_another_seed_are_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ MIB = 1 << 20
 CHILD = """
 import json, os, signal, sys, tempfile, threading
 from bam_ray.toolbox.folders import make_mixture, open_model
-from bam_ray.settings import MixtureSettings, StoreSettings
+from bam_ray.settings import BamSettings, StoreSettings
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -39,7 +39,7 @@ def progress(done, total):
 sources = {f"m{number}": open_model(uri) for number, uri in enumerate(uris)}
 with tempfile.TemporaryDirectory() as folder:
     tiny_ones = {name: open_model(tiny) for name in ("one", "other")}
-    make_mixture(tiny_ones, MixtureSettings(method="bam"), StoreSettings(uri=folder + "/out"))
+    make_mixture(tiny_ones, BamSettings(method="bam"), StoreSettings(uri=folder + "/out"))
 start = peak = anonymous()
 stop = threading.Event()
 def watch():
@@ -48,7 +48,7 @@ def watch():
         peak = max(peak, anonymous())
 watcher = threading.Thread(target=watch)
 watcher.start()
-make_mixture(sources, MixtureSettings(method="bam"), StoreSettings(uri=out), progress=progress)
+make_mixture(sources, BamSettings(method="bam"), StoreSettings(uri=out), progress=progress)
 stop.set()
 watcher.join()
 print(json.dumps(peak - start))

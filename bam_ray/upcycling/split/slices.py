@@ -8,7 +8,7 @@ from torch import Tensor
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.families import Family, Role
-from bam_ray.settings import MixtureSettings
+from bam_ray.settings import SplitSettings
 from bam_ray.upcycling.loading import load_model
 from bam_ray.upcycling.plan import Partition
 from bam_ray.upcycling.split.importance import cluster_sequences, neuron_importance
@@ -16,7 +16,7 @@ from bam_ray.upcycling.split.partition import clustering_partition, inner_partit
 
 
 def partitions_of(
-    family: Family, seed: TensorReader, settings: MixtureSettings, texts: Mapping[str, Tensor]
+    family: Family, seed: TensorReader, settings: SplitSettings, texts: Mapping[str, Tensor]
 ) -> list[Partition]:
     """One partition a layer, as `settings.split` says; raises `UpcycleError` where the neurons cannot be shared out.
 
