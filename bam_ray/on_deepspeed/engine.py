@@ -58,7 +58,7 @@ class DeepSpeedEngine:
         if self.settings.recompute:
             spec.model.activation_checkpointing_enable()
         self.deepspeed = self._wrap(spec)
-        self._updates = 0
+        self.updates = 0
         self.device = torch.device(self.deepspeed.device)
         self.memory = memory_of(str(self.device), spec.memory_limit)
         self._host = HostMemory(spec.memory_limit)
@@ -167,7 +167,7 @@ class DeepSpeedEngine:
         if not math.isfinite(norm):
             raise LossNotFinite(f"the gradient ({norm:.4g}) of the loss ({nll:.4g}) is not finite")
         limits.check(nll, norm)
-        self._updates += 1
+        self.updates += 1
         exchange_seconds = self._exchange_seconds()
         update_selection_biases(self._mixture, statistics.load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, norm, statistics.load, exchange_seconds)
@@ -191,7 +191,7 @@ class DeepSpeedEngine:
     @property
     def _fraction_done(self) -> float:
         """The fraction of all steps that is done."""
-        return self._updates / self.settings.steps
+        return self.updates / self.settings.steps
 
     def _exchange_seconds(self) -> float | None:
         """Return the seconds since the last call that tokens were waited for; None if all experts are on this rank."""
@@ -241,4 +241,4 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`. Every rank reads the whole folder."""
         canonical.load(folder, self.model, self.deepspeed.optimizer, self.shards)
-        self._updates = canonical.steps(self.deepspeed.optimizer)
+        self.updates = canonical.steps(self.deepspeed.optimizer)

@@ -46,7 +46,7 @@ class TorchEngine:
             param_groups(model, settings.weight_decay), lr=settings.peak_lr, betas=settings.betas, eps=1e-8, fused=True
         )
         # Adam's states exist from the start: memory is then measured with them, and an update cannot run out of memory
-        self._set_optimizer_states({}, 0)
+        self.set_optimizer_states({}, 0)
 
     @property
     def device_name(self) -> str:
@@ -75,7 +75,7 @@ class TorchEngine:
         set_learning_rates(self.optimizer.param_groups, lr, self.mixing, self._fraction_done)
         self.optimizer.step()
         self.drop_gradients()
-        self._updates += 1
+        self.updates += 1
         update_selection_biases(self._mixture, statistics.load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, float(norm), statistics.load)
 
@@ -96,7 +96,7 @@ class TorchEngine:
     @property
     def _fraction_done(self) -> float:
         """The fraction of all steps that is done."""
-        return self._updates / self.settings.steps
+        return self.updates / self.settings.steps
 
     def evaluate(self, input_ids: Tensor) -> float:
         """See `Engine`."""
@@ -121,18 +121,18 @@ class TorchEngine:
             for name, parameter in self.parameters.items()
             for kind in ADAM_STATES
         }
-        step = self._updates
+        step = self.updates
         available = self._host.available_bytes()
         return snapshot(self.model, self.model.state_dict(), states if step else {}, step, available)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         self.model.load_state_dict(read_weights(folder), strict=False)
-        self._set_optimizer_states(*read_optimizer(folder))
+        self.set_optimizer_states(*read_optimizer(folder))
 
-    def _set_optimizer_states(self, states: dict[str, Tensor], step: int) -> None:
+    def set_optimizer_states(self, states: dict[str, Tensor], step: int) -> None:
         """Set Adam's states after `step` updates; states that are missing are zero."""
-        self._updates = step
+        self.updates = step
         for name, parameter in self.parameters.items():
             given = {kind: states.get(f"{name}.{kind}") for kind in ADAM_STATES}
             self.optimizer.state[parameter] = {

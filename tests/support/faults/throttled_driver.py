@@ -78,9 +78,9 @@ def breakable_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     def stepping(engine: Any, *batch: Any) -> Any:
         nonlocal broken_at
-        if engine._updates > broken_at and mark.exists():
+        if engine.updates > broken_at and mark.exists():
             mark.unlink()
-            broken_at = engine._updates
+            broken_at = engine.updates
             next(iter(engine.parameters.values())).data.fill_(math.nan)
         return step(engine, *batch)
 
