@@ -5,7 +5,7 @@
 The id of a task is a pure function of the settings that determine its artifact's content and of its parents' ids, so
 all ids are known before anything runs. Settings that only control how or where the work is done (micro batch,
 checkpoint interval, expert parallelism, resource requests) are not part of an id: a run continues with the same
-artifacts after they change.
+artifacts after they change. Each setting states at its field whether it is part of an id (`settings.Identity`).
 """
 
 import math
@@ -13,11 +13,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import BaseModel
-
 from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
-from bam_ray.settings import Mixing, MixtureSettings, Needs, Recipe, TrainingSettings
+from bam_ray.settings import MixtureSettings, Needs, Recipe, TrainingSettings
 
 DENSE = "dense"  # `Task.model` of the seed and of all branches
 
@@ -51,20 +49,15 @@ def find_task(tasks: Sequence[Task], kind: ArtifactKind, name: str) -> Task:
 
 
 def _corpus_task(recipe: Recipe) -> Task:
-    return Task(ArtifactKind.CORPORA, "corpus", identity("corpus", recipe.data, ()), parents=(), needs=Needs())
+    id = identity("corpus", recipe.data.identity())
+    return Task(ArtifactKind.CORPORA, "corpus", id, parents=(), needs=Needs())
 
 
 def _seed_task(recipe: Recipe, corpus: Task) -> Task:
     seed = recipe.seed
-    content = {
-        "scratch": _plain(seed.scratch),
-        "folder": seed.folder,
-        "training": _content(seed.training),
-        "blend": seed.blend,
-    }
     parents = (corpus.id,)
     return _with_training(
-        Task(ArtifactKind.SEEDS, "seed", identity("seed", content, parents), parents, seed.needs, seed.workers),
+        Task(ArtifactKind.SEEDS, "seed", identity("seed", seed.identity(), parents), parents, seed.needs, seed.workers),
         seed.training,
         seed.min_workers,
         recipe.data.sequence_length,
@@ -73,11 +66,7 @@ def _seed_task(recipe: Recipe, corpus: Task) -> Task:
 
 def _branch_task(recipe: Recipe, domain: str, seed: Task, corpus: Task) -> Task:
     branch = recipe.branch
-    content = {
-        "domain": domain,
-        "training": _content(branch.training),
-        "general_fraction": branch.general_fraction,
-    }
+    content = {"domain": domain, **branch.identity()}
     parents = (seed.id, corpus.id)
     task = Task(
         ArtifactKind.BRANCHES,
@@ -107,13 +96,7 @@ def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Tas
 
 def _mixture_task(recipe: Recipe, start: Task, corpus: Task) -> Task:
     mix, sequence_length = recipe.mix, recipe.data.sequence_length
-    content = {
-        "training": _content(mix.training),
-        "balance_sequences": mix.balance_sequences,
-        "blend": mix.blend,
-        "dynamic_blend": _plain(mix.dynamic_blend),
-        **mix.model_dump(mode="json", include=set(Mixing.model_fields)),
-    }
+    content = {"balance_sequences": mix.balance_sequences, **mix.identity()}
     parents = (start.id, corpus.id)
     shared = mix.process_multiple(mix.training.batch_tokens // sequence_length)
     return Task(
@@ -136,12 +119,11 @@ def _mixture_task(recipe: Recipe, start: Task, corpus: Task) -> Task:
 
 def _report_task(recipe: Recipe, evaluated: Sequence[Task], branches: Sequence[Task]) -> Task:
     parents = tuple(task.id for task in evaluated)
-    content = {"tokens_per_domain": recipe.evaluate.tokens_per_domain}
     quorum = _quorum(recipe, branches)
     return Task(
         ArtifactKind.REPORTS,
         "report",
-        identity("report", content, parents),
+        identity("report", recipe.evaluate.identity(), parents),
         parents,
         recipe.evaluate.needs,
         quorum=replace(quorum, at_least=0, deadline=math.inf) if quorum else None,
@@ -171,23 +153,9 @@ def _quorum(recipe: Recipe, branches: Sequence[Task]) -> BranchQuorum | None:
     return BranchQuorum(tuple((branch.id, branch.name) for branch in branches), when.at_least, deadline)
 
 
-def _upcycled_content(recipe: Recipe, mixture: MixtureSettings) -> BaseModel | dict[str, Any]:
+def _upcycled_content(recipe: Recipe, mixture: MixtureSettings) -> dict[str, Any]:
     """Return the settings that determine an upcycled model; with a quorum they include the quorum."""
     when = recipe.upcycle.when
     if when == "all" or not mixture.has_branches:
-        return mixture
-    return {**mixture.model_dump(mode="json"), "when": when.model_dump(mode="json")}
-
-
-def _plain(settings: BaseModel | None) -> dict[str, Any] | None:
-    return settings.model_dump(mode="json") if settings is not None else None
-
-
-def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
-    """Return the training settings that determine the weights."""
-    if training is None:
-        return None
-    how = {"micro_batch_sequences", "recompute", "checkpoint_every", "keep_last", "keep_every", "zero_stage"}
-    if training.on_not_finite == "retry":
-        how.add("on_not_finite")  # the ids of artifacts that are older than this setting stay the same
-    return training.model_dump(mode="json", exclude=how)
+        return mixture.identity()
+    return {**mixture.identity(), "when": when.identity()}

@@ -146,6 +146,15 @@ def quorum_is_enough(recipe: "Recipe") -> None:
                 )
 
 
+def dense_mixtures_are_trained(recipe: "Recipe") -> None:
+    """Check that `mix.train` leaves something to train in mixtures without experts and routers."""
+    dense = [name for name, mixture in recipe.upcycle.mixtures.items() if mixture.is_dense]
+    if dense and recipe.mix.train == "routers":
+        raise ValueError(
+            f"mix.train: routers trains nothing of mixture {dense[0]}, which is dense: leave it out or use train: all"
+        )
+
+
 CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     min_workers_are_fewer,
     domains_exist,
@@ -153,4 +162,5 @@ CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     processes_share_experts,
     workers_share_batches,
     quorum_is_enough,
+    dense_mixtures_are_trained,
 )

@@ -45,6 +45,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     mix = run.recipe.mix
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     initial = run.parent(ArtifactKind.UPCYCLED, run.task.name)
+    is_dense = run.recipe.upcycle.mixtures[run.task.name].is_dense  # a model soup
     blend = mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
 
     def load_whole(folder: Path) -> PreTrainedModel:
@@ -56,20 +57,20 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     start = StartPoint(initial_folder)
     if run.task.quorum is not None:
         start = absorb_late_branches(run, load_whole, sampler.state_dict())
-    model = model_on_meta(start.folder, **gate_config(mix))
-    experts: list[str] = model.config.expert_names
+    model = model_on_meta(start.folder, **({} if is_dense else gate_config(mix)))
+    experts: list[str] = [] if is_dense else model.config.expert_names
     # The experts must be shared equally. A process group that lost nodes may be too small for the setting, and so may
     # the number of experts while branches are missing.
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    sharing = math.gcd(mix.expert_parallel, world_size, model.config.num_experts)
+    sharing = 1 if is_dense else math.gcd(mix.expert_parallel, world_size, len(experts))
     training = mix.training.model_copy(update={"micro_batch_sequences": mix.micro_batch(world_size)})
     if not corpus.attend_across_documents:
         mask_documents(model, corpus.end_of_text_id)
     memory_limit = limit_in_bytes(run.task.needs.memory_gib)
     spec = EngineSpec(model, training, mix, sharing, start.folder, memory_limit)
     events = list(start.events)
-    if sharing < mix.expert_parallel:
-        events.append(ExpertsShared(model.config.num_experts, sharing, mix.expert_parallel, world_size))
+    if experts and sharing < mix.expert_parallel:
+        events.append(ExpertsShared(len(experts), sharing, mix.expert_parallel, world_size))
     lineage = start.folder / LINEAGE
     job = TrainingJob(
         corpus,
