@@ -57,7 +57,7 @@ def test_several_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.Mo
     first, other = run_on_ranks(2, run_tasks_on_rank, second, tasks, str(tmp_path / "of-ranks"))
     seed, branch = task_graph(second)[1:3]
     assert (first[0], other[0]) == (seed.id, "nothing")
-    assert first[1] == other[1] == "stopped at step 3 of 10; the same command goes on from there"
+    assert first[1] == other[1] == "stopped at step 3 of 10: run the same command to resume"
     with pytest.raises(Interrupted, match="step 6 of 10"):
         run_task(third, store, "branches", "code", RecordingContext(6))
     said = run_on_ranks(4, run_tasks_on_rank, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
