@@ -2,54 +2,86 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOGS := .bam/logs
+LOCKS := requirements/torch.txt requirements/development.txt
+
+# Installed by torch's CUDA wheels alone, so they are left out of the lock files (requirements/README.md)
+WITH_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+COMPILE := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url --constraint requirements/torch.txt $(WITH_TORCH:%=--no-emit-package %)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster-up cluster-down cluster-status demo test test-fast soak check ceph clean
+.PHONY: help setup lock cluster-up cluster-down cluster-status demo test test-fast soak bench check format docs ceph clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.installed ## make .venv with everything in it (minutes the first time, nothing the second)
+setup: .venv/.installed ## create .venv from the lock files (minutes the first time, nothing the second)
 	@:
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) --version 2>&1 | head -1`: name another with PYTHON=..."; exit 1; }
 	@mkdir -p $(LOGS)
 	@echo "installing into .venv (log: $(LOGS)/setup.log)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv > $(LOGS)/setup.log 2>&1 || \
-		{ tail -5 $(LOGS)/setup.log; echo "error: no virtual environment could be made (Debian: apt install python3-venv)"; exit 1; }
-	@$(BIN)/pip install --disable-pip-version-check -e '.[dev]' > $(LOGS)/setup.log 2>&1 || \
+		{ tail -5 $(LOGS)/setup.log; echo "error: the virtual environment could not be created (Debian: apt install python3-venv)"; exit 1; }
+	@{ $(BIN)/pip install --no-deps --require-hashes -r requirements/development.txt && \
+		$(BIN)/pip install -r requirements/torch.txt && \
+		$(BIN)/pip install --no-deps --no-build-isolation -e .; } > $(LOGS)/setup.log 2>&1 || \
 		{ tail -15 $(LOGS)/setup.log; echo "error: pip failed, the whole log is $(LOGS)/setup.log"; exit 1; }
 	@touch $@
+
+lock: setup ## write the lock files from pyproject.toml (newest releases: make lock UPGRADE=--upgrade)
+	@$(BIN)/$(COMPILE) $(UPGRADE) --extra dev --output-file requirements/development.txt
+	@$(BIN)/$(COMPILE) --no-annotate --extra demo --constraint requirements/development.txt \
+		--output-file requirements/image.txt
 
 cluster-up: setup ## start the local cluster: an S3 server, a Ray head, three worker nodes
 	@$(BIN)/python -m cluster.local up
 
-cluster-down: setup ## stop it; its data stays in .bam/s3
+cluster-down: setup ## stop the local cluster; its data stays in .bam/s3
 	@$(BIN)/python -m cluster.local down
 
-cluster-status: setup ## show its processes
+cluster-status: setup ## show the processes of the local cluster
 	@$(BIN)/python -m cluster.local status
 
-demo: cluster-up ## branch, upcycle and mix a small model on the local cluster (minutes on two cores)
+demo: cluster-up ## branch, upcycle and mix a small model on the local cluster (about 20 minutes on two cores)
 	@. .bam/env && $(BIN)/bam run recipes/demo.yaml
 
-test: setup ## all tests, those with Ray clusters and servers too
+test: setup ## run all tests, including those that start Ray clusters and servers
 	@$(BIN)/pytest -n auto -m 'not slow'
 	@$(BIN)/pytest -m slow
 
-test-fast: setup ## the tests that need no server and no cluster
+test-fast: setup ## run the tests that need no server and no cluster
 	@$(BIN)/pytest -n auto -m 'not slow'
 
-soak: setup ## faults at random over a local cluster for ten minutes (BAM_SOAK_SECONDS, BAM_SOAK_SEED)
+soak: setup ## inject random faults into a local cluster for ten minutes (BAM_SOAK_SECONDS, BAM_SOAK_SEED)
 	@$(BIN)/python -m tests.support.faults.soak
 
-check: setup ## format, lint, types, directions of imports
+bench: setup ## list the benchmarks, or run one: make bench NAME=controller_step ARGS=--help
+ifdef NAME
+	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+else
+	@for file in benchmarks/*.py; do case $$file in */__init__.py|*/measure.py|*/peers.py) ;; *) \
+		printf "  make bench NAME=%-20s %s\n" "`basename $$file .py`" "`sed -n '1s/^\"*\([^\"]*\).*/\1/p' $$file`";; esac; done
+endif
+
+check: setup ## check format, lint, spelling, types and the directions of imports
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/mypy -p bam_ray -p cluster
+	@$(BIN)/codespell
+	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+format: setup ## format the code and apply the safe fixes of the linter
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+docs: setup ## build the documentation site into .bam/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "written: .bam/site/index.html"
 
 ceph: ## install a Ceph S3 gateway for the tests to use as well (Debian or Ubuntu, as root)
 	@mkdir -p $(LOGS)
@@ -57,6 +89,6 @@ ceph: ## install a Ceph S3 gateway for the tests to use as well (Debian or Ubunt
 		{ tail -5 $(LOGS)/ceph.log; echo "error: apt-get failed, the whole log is $(LOGS)/ceph.log"; exit 1; }
 	@ceph-mon --version
 
-clean: ## remove caches and build products; .venv, .bam/s3 and a running cluster stay
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .bam/cache
+clean: ## remove caches and build products, but not .venv, .bam/s3 or a running cluster
+	@rm -rf build dist .bam/site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .bam/cache
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

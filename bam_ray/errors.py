@@ -1,30 +1,35 @@
-"""Every error a user can cause, as one tree. The command line prints the message as one line and exits with 1.
+"""All errors that a user can cause, as one tree, and the rendering of an error as one line.
+
+The command line prints the message of a `BamError` as one line and exits with status 1.
 
 BamError
 ├── SettingsError          a recipe or an override is wrong
 ├── DataError              a corpus is missing, empty or unreadable
 ├── StoreError             the blob store failed
-│   ├── BlobNotFound       no such key
-│   ├── BlobExists         a conditional put lost: the key is there already
-│   ├── NoConditionalPut   the store cannot put a key only where it is absent
-│   ├── StoreDenied        wrong credentials or no permission
-│   └── StoreUnavailable   endpoint down, bucket missing, disk full
+│   ├── BlobNotFound       the key does not exist
+│   ├── BlobExists         a conditional put failed because the key exists
+│   ├── NoConditionalPut   the store does not support conditional puts
+│   ├── StoreDenied        the credentials are wrong or a permission is missing
+│   └── StoreUnavailable   the endpoint is down, the bucket is missing or the disk is full
 ├── CheckpointError        a checkpoint cannot be used
-│   ├── DigestMismatch     a file is not what its manifest says
-│   └── StaleLease         a newer attempt owns this artifact: this writer must stop
-├── FamilyError            an architecture that is not supported, or weights that do not fit it
-├── UpcycleError           seed and branches cannot become one mixture
-├── PlacementError         no node can ever meet a demand
-├── TrainingError          a training run cannot go on (out of memory, no checkpoint can be written)
+│   ├── DigestMismatch     a file differs from its manifest
+│   └── StaleLease         a newer attempt owns this artifact, so this writer must stop
+├── FamilyError            the architecture is not supported, or the weights do not match it
+├── UpcycleError           the seed and the branches cannot become one mixture
+├── PlacementError         no node can satisfy a resource request
+├── TrainingError          training cannot continue (out of memory, or no checkpoint can be written)
 │   ├── LossNotFinite      the loss or its gradient is NaN or infinite
-│   └── LossSpiked         the loss or its gradient is far above what it was
-├── ServingError           the server cannot start or a request cannot be met
-└── Interrupted            work was asked to stop and stopped cleanly: the same command goes on
+│   └── LossSpiked         the loss or its gradient is far above its recent values
+├── ServingError           the server cannot start or a request cannot be served
+└── Interrupted            work stopped cleanly on request; the same command resumes it
 """
 
 
 class BamError(Exception):
-    """Root of all errors that a user can cause. The message is one line: what is wrong and how to mend it."""
+    """Root of all errors that a user can cause.
+
+    The message is one line. It says what is wrong and what to do about it.
+    """
 
 
 class SettingsError(BamError):
@@ -40,23 +45,23 @@ class StoreError(BamError):
 
 
 class BlobNotFound(StoreError):
-    """No such key."""
+    """The key does not exist."""
 
 
 class BlobExists(StoreError):
-    """A conditional put lost: the key is there already."""
+    """A conditional put failed because the key exists."""
 
 
 class NoConditionalPut(StoreError):
-    """The store cannot put a key only where it is absent: racing writers could both believe that they won."""
+    """The store does not support conditional puts, so each of two racing writers could believe that it won."""
 
 
 class StoreDenied(StoreError):
-    """Wrong credentials or no permission."""
+    """The credentials are wrong or a permission is missing."""
 
 
 class StoreUnavailable(StoreError):
-    """Endpoint down, bucket missing, disk full."""
+    """The endpoint is down, the bucket is missing or the disk is full."""
 
 
 class CheckpointError(BamError):
@@ -64,27 +69,27 @@ class CheckpointError(BamError):
 
 
 class DigestMismatch(CheckpointError):
-    """A file is not what its manifest says."""
+    """A file differs from its manifest."""
 
 
 class StaleLease(CheckpointError):
-    """A newer attempt owns this artifact: this writer must stop."""
+    """A newer attempt owns this artifact, so this writer must stop."""
 
 
 class FamilyError(BamError):
-    """An architecture that is not supported, or weights that do not fit it."""
+    """The architecture is not supported, or the weights do not match it."""
 
 
 class UpcycleError(BamError):
-    """Seed and branches cannot become one mixture."""
+    """The seed and the branches cannot become one mixture."""
 
 
 class PlacementError(BamError):
-    """No node can ever meet a demand."""
+    """No node can satisfy a resource request."""
 
 
 class TrainingError(BamError):
-    """A training run cannot go on."""
+    """Training cannot continue."""
 
 
 class LossNotFinite(TrainingError):
@@ -92,20 +97,30 @@ class LossNotFinite(TrainingError):
 
 
 class LossSpiked(TrainingError):
-    """The loss or its gradient is far above what it was."""
+    """The loss or its gradient is far above its recent values."""
 
 
 class ServingError(BamError):
-    """The server cannot start or a request cannot be met."""
+    """The server cannot start or a request cannot be served."""
 
 
 class Interrupted(BamError):
-    """Work was asked to stop and stopped cleanly: the same command goes on where it stood."""
+    """Work stopped cleanly on request; the same command resumes it."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error for people: its message's first line, with its type's name where it is none of ours."""
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+def one_line(error: BaseException, *, all_lines: bool = False) -> str:
+    """Return an error as one line for people.
+
+    The result is the first line of the message that is not blank, because the errors of Ray carry a whole remote
+    traceback below it. The name of the type precedes the message of an error that is not a `BamError`, because such a
+    message often does not stand alone (`KeyError: 'id'`).
+
+    Args:
+        error: The error to render.
+        all_lines: Join all lines of the message, for libraries that put the cause below the first line.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    message = " ".join(" ".join(lines if all_lines else lines[:1]).split())
     if isinstance(error, BamError):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

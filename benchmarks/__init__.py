@@ -1,1 +1,1 @@
-"""Ratios against peers and floors: one command each, prints a table and writes JSON with date and hardware."""
+"""Benchmarks: ratios to peers and lower bounds. Each is one command, prints a table and writes JSON."""

@@ -1,7 +1,10 @@
-"""One look of the controller at 1,000 branches on 300 simulated nodes: `python -m benchmarks.controller_step`.
+"""The time of one step of the controller, at 1,000 branches on 300 simulated nodes.
 
-Half a run of looks is timed, each with the launcher's answers: nodes, sightings, measuring, matching, placing. The
-launcher is the simulated one; what Ray takes to answer is not in it. CPU time, on one thread.
+    python -m benchmarks.controller_step
+
+200 steps are timed, about half of a run. Each includes the launcher's answers (nodes and attempts), throughput
+measurement, matching and placement. The launcher is simulated, so the time that Ray needs to answer is not included.
+The times are CPU times of one thread.
 """
 
 import gc
@@ -9,6 +12,7 @@ import statistics
 import time
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller
 from bam_ray.pipeline.states import Running
 from bam_ray.pipeline.tasks import Task
@@ -26,10 +30,20 @@ NODES = {
 
 
 def main() -> None:
+    """Measure, print a table and write `benchmarks/results/controller_step.json`."""
     cluster = ClusterFile.model_validate({"name": "three-hundred", "nodes": NODES, "start_seconds": 60})
     needs = Needs(cpus=8)
     tasks = [
-        Task("branches", f"b{i}", f"b{i}", (), needs, total_steps=5000 + 5 * i, model="dense", step_tokens=4000)
+        Task(
+            ArtifactKind.BRANCHES,
+            f"b{i}",
+            f"b{i}",
+            (),
+            needs,
+            total_steps=5000 + 5 * i,
+            model="dense",
+            step_tokens=4000,
+        )
         for i in range(BRANCHES)
     ]
     store = MemoryStore()
@@ -37,7 +51,7 @@ def main() -> None:
         cluster, store, lambda task, group: group.tokens_per_second, {task.id: 100 for task in tasks}, seed=0
     )
     controller = Controller(tasks, store, launcher, clock=lambda: launcher.now)
-    gc.freeze()  # what `measure` has loaded, torch among it, is not in a driver's heap
+    gc.freeze()  # a driver does not have the modules that `measure` imports, such as torch
     taken: list[float] = []
     for _ in range(LOOKS):
         start = time.process_time()

@@ -1,13 +1,18 @@
-"""Experts on two processes of this machine: the layer against DeepSpeed's two, whole steps against one group of copies.
+"""Expert parallelism on two processes: the layer over DeepSpeed's two, and whole steps over replicated experts.
 
     python -m benchmarks.expert_parallel [--rounds 9] [--only layer,step]
 
-Two gloo ranks, a thread each. `layer`: FFN experts forward and backward, two of four on each rank, `routing` saying how
-tokens fall on them; `step`: training steps of a mixture with its experts spread over both ranks (EP 2), and with all of
-them on both (EP 1, data-parallel), at the same global batch. Of each: the wall clock and the CPU time of the slower
-rank, medians over rounds in which each case has one turn. The bytes that leave a rank are counted where the exchanges
-call torch.distributed, over the least that could: a row there and back for each token and rank that has an expert of
-its choice, in the forward and in the backward pass; for soft attention experts every token to every rank.
+Two gloo ranks run with one thread each.
+
+layer     forward and backward pass of FFN experts, two of four on each rank; `routing` is the distribution of the
+          tokens over the experts
+step      training steps of a mixture whose experts are distributed over both ranks (EP 2), over steps with all experts
+          on both (EP 1, data parallelism), at the same global batch
+
+The results are the wall-clock and CPU time of the slower rank, as medians over rounds in which each case has one turn.
+The bytes that a rank sends are counted where the exchanges call torch.distributed, over the smallest possible number:
+one row there and back for each token and each rank that has an expert of its choice, in the forward and in the backward
+pass; for soft attention experts, every token to every rank.
 """
 
 import tempfile
@@ -29,13 +34,13 @@ from benchmarks.measure import report
 from benchmarks.peers import SHARES, AutoEP, MoE, chosen, filled, marked, start_deepspeed
 
 RANKS, EXPERTS = 2, 4
-LENGTH, SEQUENCES = 256, 8  # of a step, on each rank
+LENGTH, SEQUENCES = 256, 8  # in a step, on each rank
 Row = list[str | float]
 Case = Callable[[], object]
 
 
 class Traffic:
-    """torch.distributed (or DeepSpeed's) for one module, counting the bytes that this rank sends to others."""
+    """A proxy for a module's torch.distributed (or DeepSpeed's) that counts the bytes sent to other ranks."""
 
     sent = 0  # by all modules
 
@@ -49,21 +54,24 @@ class Traffic:
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **more: Any
     ) -> Any:
+        """Count the rows for other ranks and call the collective."""
         splits = input_split_sizes or [len(input) // RANKS] * RANKS
         Traffic.sent += (sum(splits) - splits[dist.get_rank()]) * (input[:1].nbytes if len(input) else 0)
         return self._dist.all_to_all_single(output, input, output_split_sizes, input_split_sizes, **more)
 
     def all_gather_into_tensor(self, output: Tensor, input: Tensor, **more: Any) -> Any:
+        """Count the input once for each other rank and call the collective."""
         Traffic.sent += input.nbytes * (RANKS - 1)
         return self._dist.all_gather_into_tensor(output, input, **more)
 
     def reduce_scatter_tensor(self, output: Tensor, input: Tensor, **more: Any) -> Any:
+        """Count the output once for each other rank and call the collective."""
         Traffic.sent += output.nbytes * (RANKS - 1)
         return self._dist.reduce_scatter_tensor(output, input, **more)
 
 
 def count_traffic() -> None:
-    """Of our exchanges and of DeepSpeed's two; not of what ZeRO does with gradients and weights."""
+    """Count the traffic of our exchanges and of DeepSpeed's two layers, but not that of ZeRO."""
     from deepspeed.module_inject import auto_ep_layer
     from deepspeed.moe import sharded_moe
 
@@ -74,7 +82,7 @@ def count_traffic() -> None:
 
 
 def measured(cases: dict[str, Case], rounds: int) -> dict[str, tuple[float, float, int]]:
-    """Wall seconds, CPU seconds and bytes sent of each case: of the rank that has most."""
+    """Return the wall seconds, CPU seconds and bytes sent of each case, each as the maximum over the ranks."""
     taken: dict[str, list[Tensor]] = {name: [] for name in cases}
     for number in range(-2, rounds):
         for name, run in cases.items():
@@ -85,14 +93,14 @@ def measured(cases: dict[str, Case], rounds: int) -> dict[str, tuple[float, floa
             spent = [time.perf_counter() - wall, time.process_time() - cpu, float(Traffic.sent)]
             most = torch.tensor(spent, dtype=torch.double)
             dist.all_reduce(most, dist.ReduceOp.MAX)
-            if number >= 0:  # those before warm up
+            if number >= 0:  # the first two rounds warm up
                 taken[name].append(most)
     medians = {name: torch.stack(each).median(0).values.tolist() for name, each in taken.items()}
     return {name: (wall, cpu, int(sent)) for name, (wall, cpu, sent) in medians.items()}
 
 
 class Ours(nn.Module):
-    """`BamExperts`, two on each rank: [T, d] -> [T, d]."""
+    """`BamExperts` with two experts on each rank, from [T, d] to [T, d]."""
 
     def __init__(self, config: BamConfig, dtype: torch.dtype, expert: Tensor) -> None:
         super().__init__()
@@ -110,12 +118,13 @@ class Ours(nn.Module):
         self.index, self.weights = expert[:, None], torch.ones(len(expert), 1, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the experts."""
         out: Tensor = self.experts(x, self.index, self.weights)
         return out
 
 
 def layer(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> list[Row]:
-    """One layer of FFN experts, forward and backward."""
+    """Compare one layer of FFN experts, forward and backward, with the peers."""
     torch.manual_seed(dist.get_rank())
     config = sizes(d, 1)
     expert = chosen(routing, tokens)
@@ -142,9 +151,10 @@ def layer(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) ->
 
 
 def least_rows(index: Tensor) -> int:
-    """Rows that a rank must send where its tokens chose `index` [T, k]: its own there, the other's back, and gradients.
+    """Return the smallest number of rows that a rank sends if its tokens choose `index` [T, k].
 
-    With two ranks that is the same on both. A collective.
+    It counts the rank's own rows to the other rank, the other's rows on their way back, and the gradients of both. With
+    two ranks the number is the same on both. This is a collective.
     """
     away = (index // (EXPERTS // RANKS) != dist.get_rank()).any(1).sum()
     dist.all_reduce(away)
@@ -152,7 +162,7 @@ def least_rows(index: Tensor) -> int:
 
 
 def step(rounds: int, d: int, layers: int, **settings: Any) -> list[Row]:
-    """Whole training steps, EP 2 against EP 1."""
+    """Compare training steps with EP 2 and EP 1."""
     from bam_ray.on_deepspeed import deepspeed_engine
     from bam_ray.training.engine import EngineSpec
 
@@ -179,8 +189,10 @@ def step(rounds: int, d: int, layers: int, **settings: Any) -> list[Row]:
 
 
 def least_rows_of(model: nn.Module, run: Case) -> int:
-    """`least_rows` of all FFN layers in one step; the first, whose routers are those of every later step but for a few
-    updates."""
+    """Return the sum of `least_rows` over all FFN layers in the first step.
+
+    The routers of later steps differ from it only by a few updates.
+    """
     found: list[int] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, arguments: found.append(least_rows(arguments[1])))
@@ -194,11 +206,12 @@ def least_rows_of(model: nn.Module, run: Case) -> int:
 
 
 def over(times: tuple[float, float, int], floor: tuple[float, float, int]) -> list[float]:
-    """Wall clock and CPU time as ratios."""
+    """Return the ratios of the wall-clock and CPU times."""
     return [times[0] / floor[0], times[1] / floor[1]]
 
 
 def sizes(d: int, layers: int, vocab_size: int = 1, **settings: Any) -> BamConfig:
+    """Return the configuration of a mixture with hidden size `d`."""
     return BamConfig(
         hidden_size=d,
         intermediate_size=4 * d,
@@ -212,7 +225,7 @@ def sizes(d: int, layers: int, vocab_size: int = 1, **settings: Any) -> BamConfi
 
 
 def rank(number: int, folder: str, rounds: int, only: str) -> None:
-    """One of the processes."""
+    """Run all cases in one of the processes."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)  # type: ignore[attr-defined]  # torch marks no re-exports
     start_deepspeed(number, RANKS, store)

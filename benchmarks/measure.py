@@ -1,4 +1,4 @@
-"""What all benchmarks share: fair timing, the machine in words, a table and a JSON file."""
+"""Timing, hardware description and output that all benchmarks share."""
 
 import json
 import os
@@ -18,11 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """The median seconds of each case, on torch's default device.
+    """Return the median seconds of each case, on torch's default device.
 
-    One call of each case a round: what slows the machine down for a while slows all of them. On the CPU it is CPU time,
-    on one thread, which says what the process computed and not what others did meanwhile; on a GPU it is the time until
-    that has computed all.
+    Every round calls each case once, so a temporary slowdown of the machine affects all cases. On the CPU, the CPU time
+    of one thread is measured, which does not depend on other processes. On a GPU, it is the time until all kernels have
+    finished.
     """
     torch.set_num_threads(1)
     on_gpu = torch.get_default_device().type == "cuda"
@@ -46,12 +46,12 @@ def seconds(cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int
 
 
 def ratios(taken: Mapping[str, float], floor: str) -> dict[str, float]:
-    """Each case's time over that of `floor`."""
+    """Return the time of each case over that of `floor`."""
     return {name: time / taken[floor] for name, time in taken.items()}
 
 
 def hardware() -> dict[str, str]:
-    """The machine and the libraries that were measured."""
+    """Describe the machine and the libraries."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -64,7 +64,7 @@ def hardware() -> dict[str, str]:
         "accelerator": accelerator,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "load": f"{os.getloadavg()[0]:.1f}",  # of the minute before: what else the machine did
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: the other work of the machine
     }
 
 

@@ -1,9 +1,9 @@
-"""What a mixture's layers cost on one CPU thread or a GPU, as ratios: FFN experts, attention experts, whole blocks.
+"""The cost of a mixture's layers on one CPU thread or a GPU, as ratios: FFN experts, attention experts, whole blocks.
 
-python -m benchmarks.mixture_arithmetic [--rounds 15] [--only ffn|attention|block] [--compile] [--device cuda]
+    python -m benchmarks.mixture_arithmetic [--rounds 15] [--only ffn|attention|block] [--compile] [--device cuda]
 
-Every row is a case's forward and backward pass over the same pass of its floor in the same run. `routing` says how
-tokens fall on the four experts: evenly, or 71 % on one.
+Every row is the forward and backward pass of a case over the same pass of its reference in the same run. `routing` is
+the distribution of the tokens over the four experts: balanced, or 71 % on one expert.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Row = list[str | float]
 
 
 def passes(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
-    """One training pass: forward, and the gradients of the input and of all parameters."""
+    """Return a training pass: forward, and the gradients of the input and of all parameters."""
     grad = torch.randn_like(x)
 
     def run() -> None:
@@ -40,6 +40,7 @@ def passes(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) ->
 
 
 def sizes(d: int, **settings: Any) -> BamConfig:
+    """Return the configuration of a mixture with one layer and hidden size `d`."""
     return BamConfig(
         hidden_size=d,
         intermediate_size=4 * d,
@@ -53,7 +54,7 @@ def sizes(d: int, **settings: Any) -> BamConfig:
 
 
 def ffn(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> list[Row]:
-    """FFN experts, top-1, against one dense FFN on the same tokens, and against peers."""
+    """Compare FFN experts, top-1, with one dense FFN on the same tokens and with peers."""
     torch.manual_seed(0)
     expert = chosen(routing, tokens)
     index, weights = expert.unsqueeze(1), torch.ones(tokens, 1, dtype=dtype)
@@ -79,7 +80,7 @@ def ffn(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> l
 
 
 def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
-    """Soft attention experts as one call, against a loop over as many attentions."""
+    """Compare soft attention experts as one call with a loop over the same number of attentions."""
     torch.manual_seed(0)
     config = sizes(d)
     shared_config = sizes(d, attention_experts="kv_shared")
@@ -113,7 +114,10 @@ def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
 
 
 def block(rounds: int, batch: int, length: int, d: int, dtype: torch.dtype, compiled: bool) -> list[Row]:
-    """Whole BAM blocks, top-1, against a dense block, over the counted ratio of operations; compiled against eager."""
+    """Compare BAM blocks, top-1, with a dense block and with the ratio of operations.
+
+    Compiled blocks are compared with eager ones.
+    """
     torch.manual_seed(0)
     configs = {
         "dense": sizes(d, dense_layers=[0]),
@@ -133,7 +137,7 @@ def block(rounds: int, batch: int, length: int, d: int, dtype: torch.dtype, comp
             cases[f"{name}, compiled"] = passes(layer, lambda x, fast=fast: fast(x, **more)[0], x)
     taken = seconds(cases, rounds, warm_up=3)
     shape = f"block {batch}x{length} tokens, d {d}, {str(dtype).removeprefix('torch.')}"
-    head = 2.0 * d  # of a vocabulary of one
+    head = 2.0 * d  # operations of the head, for a vocabulary of one
     flops = {name: forward_flops_per_token(config, length) - head for name, config in configs.items()}
     rows: list[Row] = []
     for name in ("kv_experts", "kv_shared", "averaged"):

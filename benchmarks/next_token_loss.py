@@ -1,9 +1,9 @@
-"""The training loss from last hidden states on, on one CPU thread: in chunks of tokens, over whole logits.
+"""The training loss in chunks of tokens over the loss from full logits, on one CPU thread.
 
     python -m benchmarks.next_token_loss [--rounds 5]
 
-Forward and backward, random hidden states and weight; medians of CPU time, and the most memory that a pass took beyond
-what was there before it. The gradient of the weight is part of both.
+A pass is forward and backward, with random hidden states and a random weight of the head, and includes the gradient of
+the weight. The results are medians of CPU time, and the peak memory of a pass beyond what was allocated before it.
 """
 
 import gc
@@ -25,7 +25,7 @@ TOKENS = 4096
 
 
 def peak_mib(run: Callable[[], object]) -> float:
-    """The most memory that `run` took beyond what was there."""
+    """Return the peak memory of `run` in MiB, beyond what was allocated before."""
     memory = HostMemory()
     gc.collect()
     before = memory.used_bytes()
@@ -35,7 +35,7 @@ def peak_mib(run: Callable[[], object]) -> float:
 
 
 def losses(rounds: int, width: int, vocabulary: int, bf16: bool) -> list[str | float]:
-    """The row of one shape."""
+    """Measure one shape and return its row."""
     torch.manual_seed(0)
     model = BamForCausalLM(BamConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=1, dense_layers=[0]))
     head, weight = ChunkedHead(model), model.lm_head.weight
@@ -53,7 +53,7 @@ def losses(rounds: int, width: int, vocabulary: int, bf16: bool) -> list[str | f
 
     cases = {"whole": partial(run, whole), "chunks": partial(run, head)}
     taken = seconds(cases, rounds, warm_up=1)
-    hidden.grad = weight.grad = None  # made anew by every pass, of both
+    hidden.grad = weight.grad = None  # every pass of both cases allocates them
     memory: dict[str, float] = {}
     for name, case in cases.items():
         memory[name] = peak_mib(case)

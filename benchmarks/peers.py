@@ -1,6 +1,6 @@
-"""Layers of FFN experts to compare with: transformers' Mixtral, DeepSpeed's MoE and DeepSpeed's AutoEP.
+"""Layers of FFN experts for comparison: transformers' Mixtral, DeepSpeed's MoE and DeepSpeed's AutoEP.
 
-Each routes every token to the one expert that `expert` [T] names, and drops none.
+Each routes every token to the one expert that `expert` [T] names, and drops no token.
 """
 
 import os
@@ -15,44 +15,44 @@ from bam_ray.model import BamConfig
 from bam_ray.model.layers_bam import BamFFN
 
 SHARES = {"balanced": (0.25, 0.25, 0.25, 0.25), "skewed": (0.71, 0.10, 0.10, 0.09)}
-"""How tokens fall on four experts."""
+"""The share of the tokens of each of four experts."""
 
 
 def chosen(routing: str, tokens: int) -> Tensor:
-    """The expert of each token, in random order: [tokens] int64."""
+    """Return the expert of each token in random order, int64 [tokens]."""
     counts = [round(share * tokens) for share in SHARES[routing]]
     expert = torch.repeat_interleave(torch.tensor(counts))[:tokens]
     return torch.cat((expert, expert.new_zeros(tokens - len(expert))))[torch.randperm(tokens)]
 
 
 def filled(module: Any, dtype: torch.dtype) -> Any:
-    """`module` with random weights."""
+    """Fill `module` with random weights and return it."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
     return module.to(dtype).train()
 
 
 def marked(x: Tensor, expert: Tensor, experts: int) -> Tensor:
-    """`x` [T, d] with the wanted expert in its first features, where `reading` gates find it."""
+    """Return `x` [T, d] with the wanted expert in its first features, for gates that `reading` has set."""
     x = x.detach().clone()
     x[:, :experts] = 20.0 * nn.functional.one_hot(expert, experts)
     return x
 
 
 def reading(gate: nn.Linear) -> None:
-    """Make a router read what `marked` wrote."""
+    """Set the weights of a router so that it chooses the expert that `marked` wrote."""
     gate.weight.data = torch.eye(*gate.weight.shape, dtype=gate.weight.dtype)
 
 
 def mixtral(config: BamConfig, implementation: str) -> MixtralExperts:
-    """transformers' experts, to be called as ours are."""
+    """Return transformers' experts, which are called like `BamExperts`."""
     peer = mixtral_config(config)
     peer._experts_implementation = implementation
     return MixtralExperts(peer)
 
 
 def mixtral_config(config: BamConfig, **more: Any) -> MixtralConfig:
-    """A Mixtral of the sizes of `config`."""
+    """Return the configuration of a Mixtral with the sizes of `config`."""
     return MixtralConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -67,7 +67,7 @@ def mixtral_config(config: BamConfig, **more: Any) -> MixtralConfig:
 
 
 class MoE(nn.Module):
-    """DeepSpeed's layer without dropping tokens: [T, d] `marked` -> [T, d]."""
+    """DeepSpeed's MoE layer without dropped tokens, from `marked` inputs [T, d] to [T, d]."""
 
     def __init__(self, config: BamConfig, dtype: torch.dtype, size: int = 1) -> None:
         super().__init__()
@@ -92,12 +92,13 @@ class MoE(nn.Module):
         reading(self.layer.deepspeed_moe.gate.wg.float())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the layer."""
         out: Tensor = self.layer(x)[0]
         return out
 
 
 class AutoEP(nn.Module):
-    """The layer that DeepSpeed's AutoEP makes of Mixtral's: [T, d] `marked` -> [T, d]."""
+    """The layer that DeepSpeed's AutoEP makes from Mixtral's, from `marked` inputs [T, d] to [T, d]."""
 
     def __init__(self, config: BamConfig, dtype: torch.dtype, size: int = 1, rank: int = 0) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class AutoEP(nn.Module):
         model = filled(MixtralForCausalLM(mixtral_config(config)), dtype)
         injection = Injection(model, AutoEPConfig(enabled=True, autoep_size=size, preset_model="mixtral"))
         (found,) = injection.ep_parser()
-        # What the public call does besides, DeepSpeed 0.19.8 cannot with transformers 5.24: recorders of router logits
+        # The public call also records router logits, which fails with DeepSpeed 0.19.8 and transformers 5.24
         self.layer = injection._replace_moe_layer_without_retarget(found, size, rank)[0].train()
         reading(self.layer.router.gate)
         if size > 1:
@@ -116,17 +117,18 @@ class AutoEP(nn.Module):
             self.layer.ep_group = groups._get_expert_parallel_group(f"ep_size_{size}")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the layer."""
         out: Tensor = self.layer(x[None])
         return out[0]
 
 
 def start_deepspeed(rank: int = 0, world_size: int = 1, store: Any = None) -> None:
-    """The process group that DeepSpeed's layers ask for; of this process alone where no `store` is given."""
+    """Start the process group that DeepSpeed's layers need; without a `store`, it has this process alone."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # else it compiles a C++ extension
-    store = store or torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch marks no re-exports
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # otherwise DeepSpeed compiles a C++ extension
+    store = store or torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)

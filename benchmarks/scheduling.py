@@ -1,16 +1,19 @@
-"""Simulated makespan over the bound, against a static split and a barrier: `python -m benchmarks.scheduling`.
+"""The simulated makespan over a lower bound, compared with a static split and a barrier.
 
-bound     max(all work / all speeds, the m longest branches / the m fastest nodes): no schedule ends earlier
-bam_ray   the real controller over the cluster file; without preemptions, and with those of the file (median of seeds)
-static    each branch to the node that would end it first, longest first; never moved
-barrier   synchronous data parallel: all nodes train every branch together, at the speed of the slowest
+    python -m benchmarks.scheduling
 
-Static split and barrier are spared preemptions, and the barrier its communication too.
+bound     max(all work / all speeds, the m longest branches / the m fastest nodes): no schedule is shorter
+bam_ray   the real controller on the cluster file: without preemptions, and with those of the file (median of seeds)
+static    each branch runs on the node that would finish it first, the longest first, and never moves
+barrier   synchronous data parallelism: all nodes train every branch together, at the speed of the slowest
+
+The static split and the barrier have no preemptions, and the barrier's communication costs nothing.
 """
 
 import statistics
 from pathlib import Path
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup, load_cluster
 from bam_ray.planning.simulate import Simulated, simulate
@@ -19,12 +22,13 @@ from bam_ray.settings import Needs
 from benchmarks.measure import report
 
 CLUSTERS = Path(__file__).parents[1] / "recipes" / "clusters"
-TRAINING_FLOPS = 2.5e9  # a token: a model of some 340 million parameters
-HOURS = 10.0  # that the run takes at best
+TRAINING_FLOPS = 2.5e9  # for each token: a model of about 340 million parameters
+HOURS = 10.0  # the lower bound of the run
 SEEDS = 3
 
 
 def main() -> None:
+    """Simulate, print a table and write `benchmarks/results/scheduling.json`."""
     cases: list[tuple[str, ClusterFile, int]] = [
         ("eight-mixed-nodes", load_cluster(CLUSTERS / "eight-mixed-nodes.yaml"), 12),
         ("spot-200", load_cluster(CLUSTERS / "spot-200.yaml"), 240),
@@ -38,6 +42,7 @@ def main() -> None:
 
 
 def compare(name: str, cluster: ClusterFile, branches: int) -> list[str | float]:
+    """Return the row of one cluster."""
     slots = [
         speed_of(group)
         for group in cluster.nodes.values()
@@ -47,11 +52,11 @@ def compare(name: str, cluster: ClusterFile, branches: int) -> list[str | float]
     at_best = bound([work] * branches, slots)
     work *= HOURS * 3600.0 / at_best
     at_best = bound([work] * branches, slots)
-    step = min(slots) * 10.0  # tokens of a step: ten seconds on the slowest
+    step = min(slots) * 10.0  # tokens of a step, which takes ten seconds on the slowest node
     gpus = float(any(group.gpus for group in cluster.nodes.values()))
     tasks = [
         Task(
-            "branches",
+            ArtifactKind.BRANCHES,
             f"b{i}",
             f"b{i}",
             (),
@@ -77,6 +82,7 @@ def compare(name: str, cluster: ClusterFile, branches: int) -> list[str | float]
 
 
 def run(tasks: list[Task], cluster: ClusterFile, seed: int) -> Simulated:
+    """Simulate a run of `tasks` on `cluster`."""
     every = {task.id: 30 for task in tasks}
     result = simulate(tasks, cluster, lambda task, group: speed_of(group), every, seed, look_every=240.0, grain=30.0)
     assert result.outcome == "finished"
@@ -84,7 +90,7 @@ def run(tasks: list[Task], cluster: ClusterFile, seed: int) -> Simulated:
 
 
 def static(work: float, branches: int, slots: list[float], overhead: float) -> float:
-    """The makespan of a split that is made once."""
+    """Return the makespan of a split that never changes."""
     ends = [0.0] * len(slots)
     for _ in range(branches):
         soonest = min(range(len(slots)), key=lambda slot: ends[slot] + overhead + work / slots[slot])
@@ -93,10 +99,12 @@ def static(work: float, branches: int, slots: list[float], overhead: float) -> f
 
 
 def speed_of(group: NodeGroup) -> float:
+    """Return the tokens a second of a node."""
     return group.tokens_per_second or (group.tflops or 0.0) * 1e12 / TRAINING_FLOPS
 
 
 def speeds(*tokens_per_second: float) -> ClusterFile:
+    """Return a cluster with one node of each speed."""
     nodes = {
         f"node-{number}": {"count": 1, "cpus": 1, "labels": {"node": str(number)}, "tokens_per_second": speed}
         for number, speed in enumerate(tokens_per_second)

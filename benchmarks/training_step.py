@@ -1,14 +1,17 @@
-"""Whole training steps of mixtures, over a step of the dense model they are made of.
+"""Training steps of mixtures over a step of the dense model that they are made from.
 
     python -m benchmarks.training_step [--rounds 7] [--width 256] [--layers 4]
     python -m benchmarks.training_step --device cuda --paper
 
-Forward, backward, clipping and update by the engine that trains branches, on the same random tokens; medians of CPU
-time of one thread, or of a GPU's time. `operations` is the ratio of operations by `bam_ray.training.flops`, the floor
-of the time's ratio: a BTX mixture of one expert a token has as many as the dense model. An update is no part of the
-count, and grows with all parameters: its share falls with the tokens of a step. `ceiling` is what one large square
-matrix product of the same precision reaches in the same run, in operations a second; a model's share of it is its MFU,
-by the ceiling measured. transformers' Mixtral is the same size as BTX, with that library's defaults.
+A step is forward, backward, clipping and update by the engine that trains branches, on the same random tokens. The
+times are medians of the CPU time of one thread, or of a GPU's time.
+
+`operations` is the ratio of counted operations (`bam_ray.training.flops`) and the lower bound of the ratio of times. A
+BTX mixture with one expert for each token has the same number as the dense model. The count does not include the
+update, whose cost grows with all parameters; its share becomes smaller with more tokens in a step. `ceiling` is the
+number of operations a second that one large square matrix product of the same precision reaches in the same run. A
+model's share of it is its MFU relative to the measured ceiling. transformers' Mixtral has the size of BTX and that
+library's defaults.
 """
 
 from collections.abc import Callable
@@ -31,7 +34,7 @@ from benchmarks.peers import mixtral_config
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the dense model, and of a step."""
+    """The shape of the dense model and of a step."""
 
     width: int
     layers: int
@@ -53,7 +56,7 @@ TWO = {"num_experts_per_tok": 2, "norm_topk_prob": True}
 
 
 def models(shape: Shape) -> dict[str, PreTrainedModel]:
-    """The dense model and its mixtures of four experts."""
+    """Return the dense model and its mixtures of four experts."""
 
     def config(**more: Any) -> BamConfig:
         return BamConfig(
@@ -81,7 +84,7 @@ def models(shape: Shape) -> dict[str, PreTrainedModel]:
 
 
 def steps(rounds: int, shape: Shape, precision: Literal["fp32", "bf16"]) -> list[list[str | float]]:
-    """A row a model."""
+    """Measure all models and return a row for each."""
     torch.manual_seed(0)
     device = torch.get_default_device().type
     batch = torch.randint(0, shape.vocabulary, (shape.sequences, shape.length))
@@ -101,7 +104,7 @@ def steps(rounds: int, shape: Shape, precision: Literal["fp32", "bf16"]) -> list
     taken = seconds({**cases, "matmul": partial(torch.mm, a, b)}, rounds)
     ceiling = 2 * shape.ceiling**3 / taken["matmul"]
     flops = {name: training_flops(model.config, shape.length, batch.numel()) for name, model in made.items()}
-    # Mixtral's operations are those of BTX; the count knows our configurations alone
+    # Mixtral has the operations of BTX, but the count supports only BamConfig
     flops["transformers' Mixtral, top 2"] = flops["BTX, top 2"]
     rows: list[list[str | float]] = []
     for name, model in made.items():
@@ -116,7 +119,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Steps of each case.")] = 7,
     width: Annotated[int, typer.Option(help="Hidden size.")] = 256,
     layers: Annotated[int, typer.Option(help="Layers.")] = 4,
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's 590M shape instead, in bf16 alone.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="Use the paper's 590M shape, in bf16 only.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure, print a table and write `benchmarks/results/training_step.json`, or that of the paper's shape."""

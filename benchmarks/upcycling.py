@@ -1,11 +1,11 @@
-"""Upcycling against the floor (copying the same bytes) and against loading everything: time and peak memory.
+"""Upcycling over the lower bound (copying the same bytes), and loading everything for comparison: time and peak memory.
 
     python -m benchmarks.upcycling [--folder DIR] [--models 4] [--runs 3]
 
-Four models of 428 MB (bf16, Llama layout) become one mixture of experts. Every case runs in a process of its own;
-memory is the peak of RssAnon above what the process had when its imports were done (memory maps, which inflate RSS, do
-not count). The floor is `cat` of all sources to one file, flushed to disk as our writer's files are. `mergekit-moe` is
-run on the same sources where it is on the PATH (it keeps the seed's attention, so it writes less).
+Four models of 428 MB (bf16, Llama layout) become one mixture of experts. Every case runs in its own process. Memory is
+the peak of RssAnon above its value after the imports; memory maps, which increase RSS, are not counted. The lower bound
+is `cat` of all sources to one file, which is flushed to disk like the files of our writer. `mergekit-moe` runs on the
+same sources if it is on the PATH; it keeps the seed's attention, so it writes less.
 """
 
 import argparse
@@ -56,7 +56,7 @@ MIXTURES = {
 
 
 def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> list[Path]:
-    """`count` models of random weights, written once."""
+    """Write `count` models with random weights, unless they exist, and return their folders."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from bam_ray.data.tokenizer import train_tokenizer
@@ -66,7 +66,7 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
-    specs = [TensorSpec(name, torch.bfloat16, shapes[name]) for name in FAMILIES["llama"].expected(settings)]
+    specs = [TensorSpec(name, torch.bfloat16, shapes[name]) for name in FAMILIES["llama"].tensor_names(settings)]
     for number in range(count):
         place = folder / f"model-{number}"
         if not (place / ".made").exists():
@@ -76,17 +76,17 @@ def make_models(folder: Path, count: int, settings: dict[str, Any] = CONFIG) -> 
                 yield torch.randn(spec.elements, generator=generator).mul_(0.02)
 
             writer = ModelWriter(FolderStore(place))
-            writer.tensors(specs, produce)
+            writer.write_tensors(specs, produce)
             train_tokenizer(iter(["mergekit wants one"]), 300, place)
             writer.commit(json.dumps(settings), Manifest(id=place.name, kind="seeds", name=place.name))
-            (place / "manifest.json").unlink()  # a hub's folder has none, so nothing is read twice to be compared
+            (place / "manifest.json").unlink()  # folders from a hub have none, so no digests are compared
             (place / ".made").touch()
         places.append(place)
     return places
 
 
 def streamed(sources: list[Path], out: Path, mixture: str) -> None:
-    """Ours."""
+    """Upcycle with bam_ray."""
     from bam_ray.settings import MixtureSettings
     from bam_ray.upcycling import upcycle
 
@@ -96,7 +96,7 @@ def streamed(sources: list[Path], out: Path, mixture: str) -> None:
 
 
 def load_all(sources: list[Path], out: Path, mixture: str) -> None:
-    """All models in memory, stacked, saved by safetensors: the usual script."""
+    """Load all models, stack their tensors and save them with safetensors, as a simple script would."""
     from safetensors.torch import load_file, save_file
 
     models = [load_file(place / "model.safetensors") for place in sources]
@@ -114,7 +114,7 @@ def load_all(sources: list[Path], out: Path, mixture: str) -> None:
 
 @contextmanager
 def anonymous_memory() -> Iterator[Callable[[], int]]:
-    """Peak of RssAnon above the start, in bytes, sampled every 2 ms."""
+    """Yield a function that returns the peak of RssAnon above its start, in bytes, sampled every 2 ms."""
 
     def now() -> int:
         with open("/proc/self/status") as status:
@@ -136,11 +136,9 @@ def anonymous_memory() -> Iterator[Callable[[], int]]:
 
 
 def child(case: str, mixture: str, sources: list[Path], out: Path) -> None:
-    """Run one case in this process and print what it took."""
+    """Run one case in this process and print its time and memory as JSON."""
     torch.set_num_threads(1)
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # what only the first mixture loads (code, mostly) is no part of the work
+    with tempfile.TemporaryDirectory() as folder:  # loads the code that only the first mixture loads
         tiny = make_models(Path(folder), 2, TINY)
         streamed(tiny, Path(folder) / "out", mixture)
     with anonymous_memory() as peak:
@@ -150,7 +148,10 @@ def child(case: str, mixture: str, sources: list[Path], out: Path) -> None:
 
 
 def measured(command: list[str], out: Path) -> dict[str, float]:
-    """Run a command that writes to `out`, warm page cache; its own words, else its wall clock."""
+    """Run a command that writes to `out`, with a warm page cache.
+
+    Returns the JSON that it prints, or else its wall-clock time.
+    """
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -161,7 +162,7 @@ def measured(command: list[str], out: Path) -> dict[str, float]:
 
 
 def mergekit(sources: list[Path], folder: Path, out: Path) -> list[str] | None:
-    """The command of mergekit-moe on the same sources, where it is installed."""
+    """Return the command of mergekit-moe on the same sources, or None if it is not installed."""
     binary = shutil.which("mergekit-moe")
     if binary is None:
         return None
@@ -173,7 +174,7 @@ def mergekit(sources: list[Path], folder: Path, out: Path) -> list[str] | None:
 
 
 def main() -> None:
-    """Run all cases in turns and report medians."""
+    """Run all cases in turns, print a table of medians and write `benchmarks/results/upcycling.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bam-upcycling")
     parser.add_argument("--models", type=int, default=4)

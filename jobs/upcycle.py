@@ -1,7 +1,8 @@
 """Upcycle: make mixtures at step 0 from the seed and its branches."""
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import run_job
 
 if __name__ == "__main__":
-    run_job(["upcycled"], deepspeed_engine)
+    run_job([ArtifactKind.UPCYCLED], deepspeed_engine)

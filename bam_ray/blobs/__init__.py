@@ -1,19 +1,24 @@
-"""Blob stores: `open_store(uri)` gives a folder, an S3 bucket or memory behind one protocol."""
+"""Blob stores: `open_store(uri)` opens a folder, an S3 bucket or memory behind one interface."""
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.blobs.store import BlobStore
+from bam_ray.blobs.store import BlobStore, Promise
 from bam_ray.errors import SettingsError
 
-__all__ = ["BlobStore", "open_store"]
+__all__ = ["BlobStore", "Promise", "open_store"]
 
 
-def open_store(uri: str, endpoint: str | None = None, conditional_puts: bool = True) -> BlobStore:
-    """Open the store at `uri`: `s3://bucket/prefix`, `memory://name`, `file:///folder` or a plain path.
+def open_store(uri: str, endpoint: str | None = None, promise: Promise = "strict") -> BlobStore:
+    """Open the store at `uri` without contacting it; the first operation does.
 
-    `endpoint` is the URL of an S3 server other than AWS; credentials come from the environment (`AWS_*`) alone.
-    Nothing is contacted until the first operation. Without `conditional_puts` an S3 store looks, then puts, where it is
-    to put a key that is absent: not atomic, for servers that have nothing better (`checked_store` finds out).
+    Args:
+        uri: `s3://bucket/prefix`, `memory://name`, `file:///folder` or a plain path.
+        endpoint: The URL of an S3 server other than AWS. Credentials come only from the environment (`AWS_*`).
+        promise: The guarantee that `put_if_absent` gives on S3. "weak" is for servers without conditional puts;
+            `open_checked_store` chooses it if a server needs it and the settings allow it.
+
+    Raises:
+        SettingsError: The URI has an unknown scheme or names no bucket.
     """
     scheme, separator, rest = uri.rstrip("/").partition("://")
     if not separator:
@@ -23,10 +28,10 @@ def open_store(uri: str, endpoint: str | None = None, conditional_puts: bool = T
     if scheme == "memory":
         return MemoryStore.named(rest)
     if scheme == "s3":
-        from bam_ray.blobs.s3 import S3Store
+        from bam_ray.blobs.s3 import S3Store  # imports boto3, which takes a second and only S3 needs
 
         bucket, _, prefix = rest.partition("/")
         if not bucket:
             raise SettingsError(f"store {uri!r} names no bucket: write s3://BUCKET/PREFIX")
-        return S3Store(bucket, prefix, endpoint, conditional_puts)
+        return S3Store(bucket, prefix, endpoint, promise)
     raise SettingsError(f"store {uri!r} has an unknown scheme {scheme!r}: use s3://, file:// or a path")

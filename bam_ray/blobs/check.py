@@ -1,8 +1,9 @@
-"""A look at a store before it is trusted: does it keep the one promise that everything here rests on?
+"""A check, before a store is used, that its `put_if_absent` is atomic.
 
-Commits and leases rest on `put_if_absent` being atomic. S3 servers do it by a condition on the put (`If-None-Match`),
-which some ignore and some refuse. Such a store is refused, or, with `store.promise: weak`, used by looking whether the
-key is there and then putting: two writers that do so at the same moment both believe that they were first.
+Commits and leases rely on `put_if_absent` being atomic. S3 servers implement it with a condition on the put
+(`If-None-Match`), which some servers ignore and others refuse. Such a store is refused by default. With
+`store.promise: weak` it is used by checking whether the key exists and then putting. Two writers that do so at the
+same moment both believe that they were first.
 """
 
 import contextlib
@@ -14,10 +15,15 @@ from bam_ray.errors import BlobExists, BlobNotFound, NoConditionalPut, StoreDeni
 from bam_ray.settings import StoreSettings
 
 
-def checked_store(settings: StoreSettings) -> tuple[BlobStore, str | None]:
-    """The store, and one line about what it promises less, where it does.
+def open_checked_store(settings: StoreSettings) -> tuple[BlobStore, str | None]:
+    """Open the store of `settings` and check that its conditional puts work.
 
-    Raises `NoConditionalPut` where it does and `store.promise` is `strict`, and what the store itself raises.
+    Returns:
+        The store, and a one-line warning if it gives only the weak promise.
+
+    Raises:
+        NoConditionalPut: The store has no conditional puts and `store.promise` is "strict".
+        StoreError: Any error of the store itself.
     """
     store = open_store(settings.uri, settings.endpoint)
     try:
@@ -25,18 +31,20 @@ def checked_store(settings: StoreSettings) -> tuple[BlobStore, str | None]:
     except NoConditionalPut as error:
         if settings.promise == "strict":
             raise NoConditionalPut(
-                f"{error}, so two attempts could both commit: use a server that honours If-None-Match (AWS, SeaweedFS, "
-                "Ceph) or a folder, or accept that with store.promise=weak in a recipe, --weak-store on a command line"
+                f"{error}, so two attempts could both commit: use a server that supports If-None-Match (AWS, "
+                "SeaweedFS, Ceph) or a folder, or accept this with store.promise=weak in a recipe or --weak-store on "
+                "the command line"
             ) from None
-        weaker = "a commit only looks first whether another is there: two at the same moment may both think they won"
-        return open_store(
-            settings.uri, settings.endpoint, conditional_puts=False
-        ), f"{error} (store.promise: weak): {weaker}"
+        warning = (
+            f"{error} (store.promise: weak): a commit only checks first whether another one exists, so two commits at "
+            "the same moment may both appear to succeed"
+        )
+        return open_store(settings.uri, settings.endpoint, settings.promise), warning
     return store, None
 
 
 def check_put_if_absent(store: BlobStore) -> None:
-    """Write a probe twice; raises `NoConditionalPut` where the second put is not refused, or where none is possible."""
+    """Write a probe blob twice; raise `NoConditionalPut` unless the second put is refused."""
     key = f"probes/{uuid.uuid4().hex}"
     try:
         store.put_if_absent(key, b"first")
@@ -47,5 +55,5 @@ def check_put_if_absent(store: BlobStore) -> None:
                 return
         raise NoConditionalPut(f"the store at {store.uri} silently overwrites on a conditional put")
     finally:
-        with contextlib.suppress(BlobNotFound, StoreDenied):  # a writer may lack the right to delete
+        with contextlib.suppress(BlobNotFound, StoreDenied):  # a writer may lack the permission to delete
             store.delete(key)

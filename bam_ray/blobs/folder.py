@@ -1,4 +1,4 @@
-"""A blob store in a folder: one file a key, written beside and moved into place."""
+"""A blob store in a folder: one file per key, written under a temporary name and then moved into place."""
 
 import contextlib
 import os
@@ -8,76 +8,88 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bam_ray.blobs.store import checked
+from bam_ray.blobs.store import validate_key
 from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
 
-PARTIAL = ".partial-"  # prefix of files being written; never listed
+PARTIAL = ".partial-"  # prefix of files that are being written; they are never listed
 
 
 class FolderStore:
-    """A `BlobStore` over a folder, local or on a shared file system."""
+    """A `BlobStore` in a folder on a local disk or a shared file system."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder).expanduser().absolute()
 
     @property
     def uri(self) -> str:
+        """The absolute path of the folder."""
         return str(self._folder)
 
     def put(self, key: str, data: bytes) -> None:
+        """Write `data` to a temporary file and rename it to `key`."""
         self._write(key, lambda partial: partial.write_bytes(data), os.replace)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        # link(2) fails where the target exists, on every POSIX file system: that is the atomic test
+        """Write `data` to a temporary file and hard-link it to `key`; raise `BlobExists` if the key exists.
+
+        link(2) fails if the target exists, on every POSIX file system, which makes the test atomic.
+        """
         self._write(key, lambda partial: partial.write_bytes(data), os.link)
 
     def put_file(self, key: str, path: Path) -> None:
+        """Copy the file at `path` to a temporary file and rename it to `key`."""
         self._write(key, lambda partial: shutil.copyfile(path, partial), os.replace)
 
     def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
-        source = _Source(chunks)
+        """Write `chunks` to a temporary file and rename it to `key`."""
+        recorder = _ErrorRecorder(chunks)
 
         def write(partial: Path) -> None:
             with partial.open("wb") as file:
-                file.writelines(source)
+                file.writelines(recorder)
 
         try:
             self._write(key, write, os.replace)
         except StoreError:
-            if source.error is not None:  # an OSError of the source was taken for one of this folder
-                raise source.error from None
+            if recorder.error is not None:  # an OSError of the producer was mistaken for one of this folder
+                raise recorder.error from None
             raise
 
     def get(self, key: str) -> bytes:
-        with self._said(key):
-            return self._blob(key).read_bytes()
+        """Return all bytes of `key`; raise `BlobNotFound` if it does not exist."""
+        with self._translated_errors(key):
+            return self._existing_file(key).read_bytes()
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        with self._said(key), self._blob(key).open("rb") as file:
+        """Return bytes [start, start + length) of `key`."""
+        with self._translated_errors(key), self._existing_file(key).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def get_file(self, key: str, path: Path) -> None:
-        with self._said(key):
-            shutil.copyfile(self._blob(key), path)
+        """Copy the file of `key` to `path`."""
+        with self._translated_errors(key):
+            shutil.copyfile(self._existing_file(key), path)
 
     def size(self, key: str) -> int:
-        with self._said(key):
-            return self._blob(key).stat().st_size
+        """Return the length of the file of `key` in bytes."""
+        with self._translated_errors(key):
+            return self._existing_file(key).stat().st_size
 
     def exists(self, key: str) -> bool:
-        with self._said(key):
+        """Return True if `key` has a file; a folder of that name is not a blob."""
+        with self._translated_errors(key):
             return _is_file(self._path(key))
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        # Walk only the deepest folder the prefix names
+        """Yield all keys that begin with `prefix`, sorted; only the deepest folder that `prefix` names is walked."""
         start = self._folder / prefix.rpartition("/")[0]
 
         def fail(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):  # nothing there: nothing to list
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a missing folder holds no keys
                 raise error
 
-        with self._said(prefix):
+        with self._translated_errors(prefix):
             keys = [
                 str((Path(folder) / name).relative_to(self._folder))
                 for folder, _, names in os.walk(start, onerror=fail)
@@ -87,48 +99,50 @@ class FolderStore:
         yield from sorted(key for key in keys if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
-        with self._said(key), contextlib.suppress(BlobNotFound, FileNotFoundError):
-            self._blob(key).unlink()
+        """Remove the file of `key`; do nothing if it does not exist."""
+        with self._translated_errors(key), contextlib.suppress(BlobNotFound, FileNotFoundError):
+            self._existing_file(key).unlink()
 
     def _path(self, key: str) -> Path:
-        return self._folder / checked(key)
+        return self._folder / validate_key(key)
 
-    def _blob(self, key: str) -> Path:
+    def _existing_file(self, key: str) -> Path:
         path = self._path(key)
-        if not _is_file(path):  # a folder is no blob: its name is the beginning of other keys
+        if not _is_file(path):  # a folder is not a blob: its name is the prefix of other keys
             raise FileNotFoundError
         return path
 
-    def _write(self, key: str, write: Callable[[Path], object], place: Callable[[Path, Path], object]) -> None:
+    def _write(self, key: str, write: Callable[[Path], object], publish: Callable[[Path, Path], object]) -> None:
+        """Write a temporary file next to the file of `key`, flush it to disk and publish it under the key."""
         path = self._path(key)
         partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
-        with self._said(key):
+        with self._translated_errors(key):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 write(partial)
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
-                place(partial, path)
+                publish(partial, path)
             except FileExistsError:
                 raise BlobExists(f"{path} exists already") from None
             finally:
                 partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _said(self, key: str) -> Iterator[None]:
-        """Turn the operating system's errors into the store's."""
+    def _translated_errors(self, key: str) -> Iterator[None]:
+        """Translate the operating system's errors into store errors."""
         try:
             yield
         except FileNotFoundError:
             raise BlobNotFound(f"{self._folder / key} does not exist") from None
         except PermissionError as error:
-            raise StoreDenied(f"no permission for {error.filename or self._folder}: mend its owner or mode") from None
+            raise StoreDenied(f"no permission for {error.filename or self._folder}: fix its owner or mode") from None
         except OSError as error:
             raise StoreUnavailable(f"folder store {self._folder}: {error.strerror or error}") from None
 
 
-class _Source:
-    """Passes chunks on and keeps the error that ends them."""
+class _ErrorRecorder:
+    """An iterator over chunks that records the exception that ended it."""
 
     def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
         self._chunks = chunks
@@ -143,7 +157,10 @@ class _Source:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file is there; unlike `Path.is_file`, a lack of permission is an error in every version of Python."""
+    """Return True if `path` is a file; raise `PermissionError` if it cannot be examined.
+
+    `Path.is_file` hides a lack of permission in some versions of Python.
+    """
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

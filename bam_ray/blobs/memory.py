@@ -1,16 +1,16 @@
-"""A blob store in this process's memory, for tests."""
+"""A blob store in the memory of this process, for tests and simulations."""
 
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from bam_ray.blobs.store import checked
+from bam_ray.blobs.store import validate_key
 from bam_ray.errors import BlobExists, BlobNotFound
 
 
 class MemoryStore:
-    """A `BlobStore` in a dictionary. Stores of the same name share their contents within the process."""
+    """A `BlobStore` in a dictionary; all operations that write are serialized by a lock."""
 
     _named: ClassVar[dict[str, "MemoryStore"]] = {}
 
@@ -21,56 +21,68 @@ class MemoryStore:
 
     @classmethod
     def named(cls, name: str) -> "MemoryStore":
-        """The one store called `name`."""
+        """Return the store called `name`, which all callers in this process share."""
         return cls._named.setdefault(name, cls(name))
 
     @property
     def uri(self) -> str:
+        """The URI `memory://NAME`."""
         return f"memory://{self._name}"
 
     def put(self, key: str, data: bytes) -> None:
+        """Write a copy of `data` to `key`."""
         with self._lock:
-            self._blobs[checked(key)] = bytes(data)
+            self._blobs[validate_key(key)] = bytes(data)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
+        """Write a copy of `data` to `key`; raise `BlobExists` if the key exists."""
         with self._lock:
-            if checked(key) in self._blobs:
+            if validate_key(key) in self._blobs:
                 raise BlobExists(f"{self.uri}/{key} exists already")
             self._blobs[key] = bytes(data)
 
     def put_file(self, key: str, path: Path) -> None:
+        """Read the whole file at `path` and write it to `key`."""
         self.put(key, path.read_bytes())
 
     def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
-        checked(key)
+        """Collect all `chunks`, then write them to `key`."""
+        validate_key(key)
         data = bytearray()
         for chunk in chunks:
             data += chunk
         self.put(key, bytes(data))
 
     def get(self, key: str) -> bytes:
+        """Return all bytes of `key`; raise `BlobNotFound` if it does not exist."""
         try:
-            return self._blobs[checked(key)]
+            return self._blobs[validate_key(key)]
         except KeyError:
             raise BlobNotFound(f"{self.uri}/{key} does not exist") from None
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return bytes [start, start + length) of `key`."""
         return self.get(key)[start : start + length]
 
     def get_file(self, key: str, path: Path) -> None:
+        """Write the bytes of `key` to the file at `path`."""
         path.write_bytes(self.get(key))
 
     def size(self, key: str) -> int:
+        """Return the length of `key` in bytes."""
         return len(self.get(key))
 
     def exists(self, key: str) -> bool:
-        return checked(key) in self._blobs
+        """Return True if `key` exists."""
+        return validate_key(key) in self._blobs
 
     def list(self, prefix: str = "") -> Iterator[str]:
+        """Yield all keys that begin with `prefix`, sorted, as they were at the first step of the iteration."""
         with self._lock:
             keys = sorted(key for key in self._blobs if key.startswith(prefix))
         yield from keys
 
     def delete(self, key: str) -> None:
+        """Remove `key`; do nothing if it does not exist."""
         with self._lock:
-            self._blobs.pop(checked(key), None)
+            self._blobs.pop(validate_key(key), None)

@@ -1,4 +1,4 @@
-"""A blob store in an S3 bucket, on AWS or any server that speaks its protocol."""
+"""A blob store in an S3 bucket, on AWS or on any server that implements its protocol."""
 
 import contextlib
 import functools
@@ -24,101 +24,138 @@ from botocore.exceptions import (
 )
 from botocore.loaders import Loader
 
-from bam_ray.blobs.store import checked
-from bam_ray.errors import BlobExists, BlobNotFound, NoConditionalPut, StoreDenied, StoreError, StoreUnavailable
+from bam_ray.blobs.store import Promise, validate_key
+from bam_ray.errors import (
+    BlobExists,
+    BlobNotFound,
+    NoConditionalPut,
+    StoreDenied,
+    StoreError,
+    StoreUnavailable,
+    one_line,
+)
 
+# Error codes of S3 servers, by meaning. A HEAD request has no body, so its code is the bare HTTP status.
 DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "Forbidden", "ExpiredToken"}
 MISSING = {"NoSuchKey", "404", "NotFound"}
-LOST = {"PreconditionFailed", "412"}
-RACING = {"ConditionalRequestConflict", "409"}  # another put of the same key is under way: its outcome is open
-UNKNOWN = {"NotImplemented", "501"}  # how a server says that it has no conditional puts
-RACE_TRIES = 6
+CONDITION_FAILED = {"PreconditionFailed", "412"}
+CONFLICT = {"ConditionalRequestConflict", "409"}  # another put of the same key is in progress, with unknown outcome
+NOT_IMPLEMENTED = {"NotImplemented", "501"}  # the server has no conditional puts
+CONFLICT_TRIES = 6
 TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
-PART = 8 << 20  # bytes of a streamed blob that travel in one request: S3's 10,000 parts are then 78 GiB
-PARTS_AT_ONCE = 4
+PART_BYTES = 8 << 20  # size of one part of a streamed blob; S3 allows 10,000 parts, so a blob has at most 78 GiB
+CONCURRENT_PARTS = 4
 
 
 @functools.cache
 def _loader() -> Loader:
-    """botocore's descriptions of services, megabytes of them, once a process; credentials are every store's own."""
+    """Return one loader of botocore's service descriptions per process, because they take megabytes.
+
+    Credentials are not shared; every store has its own session.
+    """
     return Loader()
 
 
 class S3Store:
-    """A `BlobStore` under `prefix` of `bucket`. The client is made at first use, so that a store can be pickled.
+    """A `BlobStore` under a prefix of a bucket.
 
-    Without `conditional_puts`, `put_if_absent` is not atomic.
+    The client is created at the first operation, so a store can be pickled.
+
+    Args:
+        bucket: The name of an existing bucket.
+        prefix: The prefix of all keys of this store; may be empty.
+        endpoint: The URL of an S3 server other than AWS.
+        promise: "weak" makes `put_if_absent` check and then put, which is not atomic.
     """
 
-    def __init__(self, bucket: str, prefix: str, endpoint: str | None = None, conditional_puts: bool = True) -> None:
+    def __init__(self, bucket: str, prefix: str, endpoint: str | None = None, promise: Promise = "strict") -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/")
         self._endpoint = endpoint
-        self._conditional_puts = conditional_puts
+        self._promise = promise
         self._lazy_client: Any = None
 
     @property
     def uri(self) -> str:
+        """The URI `s3://BUCKET/PREFIX`."""
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
 
     def put(self, key: str, data: bytes) -> None:
-        with self._said(key):
+        """Write `data` to `key` in one request."""
+        with self._translated_errors(key):
             self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        if not self._conditional_puts:  # between the look and the put another writer may come
+        """Write `data` to `key` if it does not exist; raise `BlobExists` if it does.
+
+        With the strict promise the server tests the condition (`If-None-Match: *`). A conflict means that another
+        writer's put of the same key is in progress; the put is then retried with exponential backoff.
+
+        Raises:
+            BlobExists: The key exists.
+            NoConditionalPut: The promise is strict and the server has no conditional puts.
+        """
+        if self._promise == "weak":  # another writer may put the key between the check and the put
             if self.exists(key):
                 raise BlobExists(f"{self.uri}/{key} exists already")
             self.put(key, data)
             return
-        with self._said(key):
-            for attempt in range(RACE_TRIES):
+        with self._translated_errors(key):
+            for attempt in range(CONFLICT_TRIES):
                 try:
                     self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
                     return
                 except ClientError as error:
                     code = error.response["Error"].get("Code")
-                    if code in UNKNOWN:
+                    if code in NOT_IMPLEMENTED:
                         raise NoConditionalPut(f"the store at {self.uri} has no conditional puts ({code})") from None
-                    if code not in RACING or attempt == RACE_TRIES - 1:
+                    if code not in CONFLICT or attempt == CONFLICT_TRIES - 1:
                         raise
                     time.sleep(0.05 * 2**attempt)
 
     def put_file(self, key: str, path: Path) -> None:
-        with self._said(key):
+        """Upload a file, from 64 MiB on in several parts at once."""
+        with self._translated_errors(key):
             try:
                 self._client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
-            except S3UploadFailedError as error:  # boto3 hides the server's answer behind it
+            except S3UploadFailedError as error:  # boto3 hides the server's response behind it
                 raise error.__context__ or error from None
 
     def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
+        """Upload a stream in parts of 8 MiB, of which at most four are in flight.
+
+        A stream shorter than one part is a single put. A multipart upload becomes visible when it is completed; it is
+        aborted if anything fails.
+        """
         target = {"Bucket": self._bucket, "Key": self._key(key)}
-        parts = in_parts(chunks, PART)
+        parts = rechunk(chunks, PART_BYTES)
         first = next(parts, bytearray())
-        if len(first) < PART:
+        if len(first) < PART_BYTES:
             self.put(key, bytes(first))
             return
-        with self._said(key):
+        with self._translated_errors(key):
             upload = self._client.create_multipart_upload(**target)["UploadId"]
         try:
             sent = self._send_parts(key, target | {"UploadId": upload}, chain([first], parts))
-            with self._said(key):
+            with self._translated_errors(key):
                 self._client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": sent})
-        except BaseException:  # Ctrl-C too: parts left behind are invisible, but paid for
+        except BaseException:  # KeyboardInterrupt too: parts that are left behind are invisible but billed
             with contextlib.suppress(ClientError, BotoCoreError):
                 self._client.abort_multipart_upload(**target, UploadId=upload)
             raise
 
     def get(self, key: str) -> bytes:
-        with self._said(key):
+        """Return all bytes of `key`; raise `BlobNotFound` if it does not exist."""
+        with self._translated_errors(key):
             body: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"].read()
             return body
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return bytes [start, start + length) of `key`."""
         if length <= 0:
-            self.size(key)  # raises where it is missing; a range header cannot ask for nothing
+            self.size(key)  # raises if the key is missing; a Range header cannot request zero bytes
             return b""
-        with self._said(key):
+        with self._translated_errors(key):
             try:
                 response = self._client.get_object(
                     Bucket=self._bucket, Key=self._key(key), Range=f"bytes={start}-{start + length - 1}"
@@ -131,15 +168,18 @@ class S3Store:
             return body
 
     def get_file(self, key: str, path: Path) -> None:
-        with self._said(key):
+        """Download `key` to `path`, from 64 MiB on in several ranges at once."""
+        with self._translated_errors(key):
             self._client.download_file(self._bucket, self._key(key), str(path), Config=TRANSFER)
 
     def size(self, key: str) -> int:
-        with self._said(key):
+        """Return the length of `key` in bytes, from a HEAD request."""
+        with self._translated_errors(key):
             length: int = self._client.head_object(Bucket=self._bucket, Key=self._key(key))["ContentLength"]
             return length
 
     def exists(self, key: str) -> bool:
+        """Return True if `key` exists."""
         try:
             self.size(key)
         except BlobNotFound:
@@ -147,47 +187,55 @@ class S3Store:
         return True
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        cut = len(self._under(""))
-        with self._said(prefix):
+        """Yield all keys that begin with `prefix`, sorted.
+
+        AWS sorts keys itself. SeaweedFS walks a tree and lists `a/b` before `a-b`, so they are sorted here.
+        """
+        own_prefix_length = len(self._with_prefix(""))
+        with self._translated_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._under(prefix)
+                Bucket=self._bucket, Prefix=self._with_prefix(prefix)
             )
-            keys = [entry["Key"][cut:] for page in pages for entry in page.get("Contents", [])]
-        yield from sorted(keys)  # AWS sorts them; SeaweedFS walks a tree, where a/b comes before a-b
+            keys = [entry["Key"][own_prefix_length:] for page in pages for entry in page.get("Contents", [])]
+        yield from sorted(keys)
 
     def delete(self, key: str) -> None:
-        with self._said(key):
+        """Remove `key`; do nothing if it does not exist."""
+        with self._translated_errors(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
 
     def _send_parts(self, key: str, upload: dict[str, str], parts: Iterator[bytearray]) -> Sequence[dict[str, Any]]:
-        """Upload parts, a few at once; returns what completes the upload. None is under way when this raises."""
+        """Upload parts, at most `CONCURRENT_PARTS` at once, and return the list that completes the upload.
+
+        No request is in flight any more when this raises.
+        """
 
         def send(number: int, part: bytearray) -> dict[str, Any]:
-            answer = self._client.upload_part(**upload, PartNumber=number, Body=part)
-            checksums = {name: value for name, value in answer.items() if name.startswith("Checksum")}
-            return {"PartNumber": number, "ETag": answer["ETag"]} | checksums
+            response = self._client.upload_part(**upload, PartNumber=number, Body=part)
+            checksums = {name: value for name, value in response.items() if name.startswith("Checksum")}
+            return {"PartNumber": number, "ETag": response["ETag"]} | checksums
 
         sent = []
-        under_way: deque[Future[dict[str, Any]]] = deque()
+        in_flight: deque[Future[dict[str, Any]]] = deque()
 
-        def take_first() -> None:
-            with self._said(key):
-                sent.append(under_way.popleft().result())
+        def wait_for_oldest() -> None:
+            with self._translated_errors(key):
+                sent.append(in_flight.popleft().result())
 
-        with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-            for number, part in enumerate(parts, 1):  # outside of _said: its errors are not the server's
-                under_way.append(pool.submit(send, number, part))
-                if len(under_way) == PARTS_AT_ONCE:
-                    take_first()
-            while under_way:
-                take_first()
+        with ThreadPoolExecutor(CONCURRENT_PARTS) as pool:
+            for number, part in enumerate(parts, 1):  # errors of the producer are not the server's, so not translated
+                in_flight.append(pool.submit(send, number, part))
+                if len(in_flight) == CONCURRENT_PARTS:
+                    wait_for_oldest()
+            while in_flight:
+                wait_for_oldest()
         return sent
 
     def _key(self, key: str) -> str:
-        return self._under(checked(key))
+        return self._with_prefix(validate_key(key))
 
-    def _under(self, beginning: str) -> str:
-        return f"{self._prefix}/{beginning}" if self._prefix else beginning
+    def _with_prefix(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key
 
     @property
     def _client(self) -> Any:
@@ -209,30 +257,30 @@ class S3Store:
         return self._lazy_client
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (S3Store, (self._bucket, self._prefix, self._endpoint, self._conditional_puts))
+        return (S3Store, (self._bucket, self._prefix, self._endpoint, self._promise))
 
     @contextlib.contextmanager
-    def _said(self, key: str) -> Iterator[None]:
-        """Turn botocore's errors into the store's, one line each."""
-        where = f"{self.uri}/{key}"
+    def _translated_errors(self, key: str) -> Iterator[None]:
+        """Translate botocore's errors into store errors of one line each."""
+        uri = f"{self.uri}/{key}"
         try:
             yield
         except ClientError as error:
             code = error.response["Error"].get("Code", "")
             if code == "NoSuchBucket":
                 raise StoreUnavailable(
-                    f"bucket {self._bucket!r} does not exist: create it or mend the recipe's store.uri"
+                    f"bucket {self._bucket!r} does not exist: create it or correct the recipe's store.uri"
                 ) from None
             if code in MISSING:
-                raise BlobNotFound(f"{where} does not exist") from None
-            if code in LOST:
-                raise BlobExists(f"{where} exists already") from None
+                raise BlobNotFound(f"{uri} does not exist") from None
+            if code in CONDITION_FAILED:
+                raise BlobExists(f"{uri} exists already") from None
             if code in DENIED:
                 raise StoreDenied(
                     f"the S3 server refuses these credentials for {self.uri} ({code}): "
-                    "mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                    "correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 ) from None
-            raise StoreUnavailable(f"{where}: the S3 server answered {code}") from None
+            raise StoreUnavailable(f"{uri}: the S3 server answered {code}") from None
         except (NoCredentialsError, PartialCredentialsError):
             raise StoreDenied(
                 f"no credentials for {self.uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -240,18 +288,18 @@ class S3Store:
         except (ConnectionError, HTTPClientError) as error:
             raise StoreUnavailable(
                 f"no S3 server answers at {self._client.meta.endpoint_url} ({type(error).__name__}): "
-                "start it or mend store.endpoint (AWS_ENDPOINT_URL)"
+                "start it or correct store.endpoint (AWS_ENDPOINT_URL)"
             ) from None
         except BotoCoreError as error:
-            raise StoreError(f"{where}: {' '.join(str(error).split())}") from None
+            raise StoreError(f"{uri}: {one_line(error, all_lines=True)}") from None
 
 
-def in_parts(chunks: Iterator[bytes | memoryview], size: int) -> Iterator[bytearray]:
-    """The bytes of `chunks`, cut anew: every part has `size` bytes, the last one at least 1 and at most `size`."""
+def rechunk(chunks: Iterator[bytes | memoryview], size: int) -> Iterator[bytearray]:
+    """Yield the bytes of `chunks` in parts of exactly `size` bytes; the last part has between 1 and `size` bytes."""
     part = bytearray()
     for chunk in chunks:
         view = memoryview(chunk)
-        if not view.nbytes:  # an empty view cannot be cast
+        if not view.nbytes:  # an empty view has no bytes to add and cannot be cast
             continue
         rest = view.cast("B")
         while len(rest):

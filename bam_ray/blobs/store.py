@@ -1,78 +1,101 @@
-"""The blob store: bytes by key. Everything durable that this project makes lies in one.
+"""The blob store: bytes by key, and the interface that every storage backend implements.
 
-Keys are `/`-separated, relative, without `.` or `..` parts. A put is all or nothing: a reader sees the old bytes,
-the new bytes or nothing, never a part. `put_if_absent` is atomic among racing writers: exactly one wins.
+Problem: all durable data of a run (corpora, checkpoints, models, reports) must outlive any node, and several writers
+may race for the same key, for example a task that was restarted while its first process still runs on a node that
+lost its network. Runs must work on one machine with a folder and on a cluster with S3.
+
+Design choice: the interface has only the operations that a POSIX folder and an S3 bucket can both provide. Two
+guarantees carry everything else:
+
+- A put is all or nothing. A reader sees the old bytes, the new bytes or no blob, and never a part of a blob.
+- `put_if_absent` is atomic. If several writers race for a key, exactly one succeeds. Commits and leases rest on it.
+
+Limits: there are no renames, no appends and no transactions over several keys. Some S3 servers have no conditional
+puts; `bam_ray.blobs.check` detects them, and a `Promise` of "weak" accepts them.
+
+Keys are relative and `/`-separated. They have no empty, `.` or `..` parts.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from bam_ray.errors import StoreError
 
+Promise = Literal["strict", "weak"]
+"""The guarantee that is asked of `put_if_absent` (the setting `store.promise`).
+
+"strict" is an atomic put. "weak" is a check for the key followed by a put, so two writers at the same moment may both
+believe that they won.
+"""
+
 
 class BlobStore(Protocol):
-    """Bytes by key, over a folder, an S3 bucket or memory.
+    """Bytes by key, in a folder, an S3 bucket or memory.
 
-    Every method raises `StoreDenied` or `StoreUnavailable` where the store itself fails.
+    Every method raises `StoreDenied` or `StoreUnavailable` if the store itself fails.
     """
 
     @property
     def uri(self) -> str:
-        """Where this store lies, as given to `open_store`, without a trailing slash."""
+        """The URI of this store, as given to `open_store`, without a trailing slash."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Write `data` at `key`, over what was there."""
+        """Write `data` to `key` and replace any previous bytes."""
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """Write `data` at `key`; raises `BlobExists` where the key is there already."""
+        """Write `data` to `key`; raise `BlobExists` if the key exists."""
         ...
 
     def put_file(self, key: str, path: Path) -> None:
-        """Upload a file of any size (S3: multipart)."""
+        """Upload a file of any size (to S3 in several parts if it is large)."""
         ...
 
     def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
-        """Write what `chunks` gives, of unknown length, over what was at `key`, in bounded memory.
+        """Write a stream of unknown length to `key` in bounded memory and replace any previous bytes.
 
-        Where `chunks` raises, its own exception passes unchanged and nothing of the blob is visible. A chunk is copied
-        before the next one is asked for, so its buffer may be used again. S3 takes at most 78 GiB this way.
+        If `chunks` raises, its exception propagates unchanged and no part of the blob becomes visible. A chunk is
+        copied before the next one is requested, so the producer may reuse its buffer. S3 accepts at most 78 GiB this
+        way.
         """
         ...
 
     def get(self, key: str) -> bytes:
-        """All bytes of `key`; raises `BlobNotFound`."""
+        """Return all bytes of `key`; raise `BlobNotFound` if it does not exist."""
         ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Bytes [start, start + length) of `key`, shorter at its end; raises `BlobNotFound`."""
+        """Return bytes [start, start + length) of `key`; raise `BlobNotFound` if it does not exist.
+
+        The result is shorter if the blob ends before `start + length`.
+        """
         ...
 
     def get_file(self, key: str, path: Path) -> None:
-        """Download `key` to `path`, whose folder must exist; raises `BlobNotFound`."""
+        """Download `key` to `path`, whose folder must exist; raise `BlobNotFound` if the key does not exist."""
         ...
 
     def size(self, key: str) -> int:
-        """Length of `key` in bytes; raises `BlobNotFound`."""
+        """Return the length of `key` in bytes; raise `BlobNotFound` if it does not exist."""
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether `key` is there."""
+        """Return True if `key` exists."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """All keys that begin with `prefix`, sorted."""
+        """Yield all keys that begin with `prefix`, sorted."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove `key`; nothing happens where it is not there."""
+        """Remove `key`; do nothing if it does not exist."""
         ...
 
 
-def checked(key: str) -> str:
-    """`key`, where it is one; raises `StoreError`."""
+def validate_key(key: str) -> str:
+    """Return `key` unchanged; raise `StoreError` if it is not a valid key."""
     if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
-        raise StoreError(f"{key!r} is not a key: use relative names without empty, '.' or '..' parts")
+        raise StoreError(f"{key!r} is not a valid key: use relative names without empty, '.' or '..' parts")
     return key

@@ -1,1 +1,1 @@
-"""Checkpoints and artifacts: manifests, leases, and folders of tensors in and out of the blob store."""
+"""Checkpoints and artifacts: manifests, leases, and folders of tensors that are read from and written to the store."""

@@ -1,9 +1,20 @@
-"""Artifacts in and out of the blob store: files first, manifest last; verified when read.
+"""Artifacts in the blob store: published files first and manifest last, and verified when fetched.
 
-store = open_store("s3://bam/demo")
-artifact = Artifact(store, "branches", "code-1f2e3d4c5b6a")
-artifact.publish(folder, manifest)          # uploads, digests, commits
-local = artifact.fetch(cache)               # downloads, verifies, returns a folder
+Problem: the models and corpora of a run are folders of large files. A process may die in the middle of an upload, two
+attempts may upload the same artifact at once, and a blob may be damaged. No task may ever start from such a folder.
+
+Design choice: `publish` uploads every file and then commits the manifest, which holds the digest of each file. `fetch`
+downloads into a temporary folder, compares every file with its digest, and renames the folder. A local cache keeps
+fetched folders, one per store and manifest.
+
+Limits: files of a publication that was interrupted stay in the store until the next attempt overwrites them. The cache
+is never pruned; `BAM_CACHE` names its folder.
+
+Example:
+    store = open_store("s3://bam/demo")
+    artifact = Artifact(store, ArtifactKind.BRANCHES, "code-1f2e3d4c5b6a")
+    artifact.publish(folder, manifest)          # uploads, computes digests, commits
+    local = artifact.fetch(cache)               # downloads, verifies, returns a folder
 """
 
 import contextlib
@@ -17,26 +28,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Kind, Manifest
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, FileEntry, Manifest
 from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch, StoreError
 
 
 class Artifact:
-    """One artifact's place in a store: `<kind>/<id>/`, or any prefix below it."""
+    """One artifact of a store, at the prefix `<kind>/<id>` or at a prefix below it.
 
-    def __init__(self, store: BlobStore, kind: Kind, id: str, *below: str) -> None:
+    Args:
+        store: The store that holds or will hold the artifact.
+        kind: The first part of the prefix.
+        id: The identity of the artifact (see `manifest.identity`).
+        below: Further parts of the prefix, for a training checkpoint of the artifact.
+    """
+
+    def __init__(self, store: BlobStore, kind: ArtifactKind, id: str, *below: str) -> None:
         self.store = store
-        self.kind: Kind = kind
+        self.kind = kind
         self.id = id
         self.prefix = "/".join([kind, id, *below])
 
     @property
     def uri(self) -> str:
-        """Where it lies, for people."""
+        """The full URI of the artifact, for messages."""
         return f"{self.store.uri}/{self.prefix}"
 
     def manifest(self) -> Manifest | None:
-        """Its manifest, or None where it is not committed."""
+        """Return the manifest, or None if the artifact is not committed."""
         try:
             return Manifest.from_bytes(self.store.get(f"{self.prefix}/{MANIFEST}"), self.uri)
         except BlobNotFound:
@@ -45,26 +63,31 @@ class Artifact:
     def publish(self, folder: Path, manifest: Manifest, check: Callable[[], None] = lambda: None) -> Manifest:
         """Upload every file of `folder`, then commit `manifest` with their digests.
 
-        Where the artifact was committed meanwhile (another attempt won), theirs is returned and ours is dropped:
-        the same identity means the same content.
+        Args:
+            folder: The files to upload.
+            manifest: The manifest to commit; its `files` are replaced.
+            check: A function that raises if this attempt may not write any more. It is called before each file and
+                before the manifest, so that an attempt that lost its network in the middle of an upload does not
+                continue and overwrite what a newer attempt has written since.
 
-        `check` raises where this attempt may not write any more. It is asked before each file and before the manifest:
-        one that was cut off in the middle of an upload must not go on with it over what another has made since.
+        Returns:
+            The committed manifest. If another attempt committed first, it is theirs and ours is dropped, because the
+            same identity means the same content.
         """
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         entries = {name: file_entry(folder / name) for name in names}
 
-        def put(name: str) -> None:
+        def upload(name: str) -> None:
             check()
             self.store.put_file(f"{self.prefix}/{name}", folder / name)
 
         with ThreadPoolExecutor(max_workers=4) as pool:
-            list(pool.map(put, names))
+            list(pool.map(upload, names))
         check()
         return self.commit(manifest.model_copy(update={"files": entries}))
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Write the manifest, the mark that the artifact is whole; the first of racing writers wins."""
+        """Write the manifest, which marks the artifact as complete, and return the one that was committed first."""
         try:
             self.store.put_if_absent(f"{self.prefix}/{MANIFEST}", manifest.to_bytes())
         except BlobExists:
@@ -74,23 +97,29 @@ class Artifact:
         return manifest
 
     def fetch(self, cache: Path | None = None) -> Path:
-        """Download and verify all files into a folder of the local cache; a folder fetched before is returned as is.
+        """Download and verify all files and return their folder in the local cache.
 
-        Of several processes that share a cache, as the ranks of a node do, one downloads and the others wait for it.
+        A folder that was fetched before is returned at once. If several processes share a cache, as the ranks of a node
+        do, one of them downloads and the others wait.
 
-        Raises `CheckpointError` where it is not committed, `DigestMismatch` where a file is not what was committed, and
-        `StoreError` where the cache has no room for it: that says nothing of the artifact.
+        Args:
+            cache: The folder of the cache; the default is `cache_folder()`.
+
+        Raises:
+            CheckpointError: The artifact is not committed.
+            DigestMismatch: A file differs from what was committed.
+            StoreError: The disk of the cache has too little space, which says nothing about the artifact.
         """
         manifest = self.manifest()
         if manifest is None:
             raise CheckpointError(f"{self.uri} is not committed (it has no {MANIFEST}): run the stage that makes it")
-        # The manifest's own digest is part of the place: a store that was wiped and filled anew is another artifact
+        # The manifest is part of the cache key, because a store that was wiped and filled again has another artifact
         digest = hashlib.sha256(self.store.uri.encode() + manifest.to_bytes()).hexdigest()[:16]
         target = (cache or cache_folder()) / digest
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with only_here(target.with_name(f".{digest}.lock")):
+        with file_lock(target.with_name(f".{digest}.lock")):
             if not target.is_dir():
                 self._download(manifest, target)
         return target
@@ -99,7 +128,7 @@ class Artifact:
         needed, free = sum(entry.size for entry in manifest.files.values()), shutil.disk_usage(target.parent).free
         if needed > free:
             raise StoreError(
-                f"{target.parent} has {free:,} bytes left, {self.uri} takes {needed:,}: make room or set BAM_CACHE"
+                f"{target.parent} has {free:,} bytes free but {self.uri} needs {needed:,}: free space or set BAM_CACHE"
             )
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
@@ -108,31 +137,32 @@ class Artifact:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.store.get_file(f"{self.prefix}/{name}", path)
                 if file_entry(path) != entry:
-                    raise DigestMismatch(f"{self.uri}/{name} is not what its manifest says: the blob was damaged")
-            with contextlib.suppress(OSError):  # another that could not be waited for was first: either copy is right
+                    raise DigestMismatch(f"{self.uri}/{name} does not match its manifest: the blob was damaged")
+            with contextlib.suppress(OSError):  # without locks another process may be first; both copies are equal
                 partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def only_here(lock: Path) -> Iterator[None]:
-    """Hold the file `lock`, waiting for whoever holds it; who dies lets go of it.
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; the system releases it if the process dies.
 
-    Where a file system knows no locks, nobody waits. The file stays: another one of its name would be another lock.
+    On a file system without locks, nobody waits. The file is not removed afterwards, because a new file of the same
+    name would be a different lock.
     """
-    with lock.open("w") as file:
+    with path.open("w") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Length and SHA-256 of a file."""
+    """Compute the length and the SHA-256 digest of a file."""
     with path.open("rb") as file:
         return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def cache_folder() -> Path:
-    """Where fetched artifacts are kept: `$BAM_CACHE`, else `~/.cache/bam_ray`."""
+    """Return the folder for fetched artifacts: `$BAM_CACHE`, by default `~/.cache/bam_ray`."""
     return Path(os.environ.get("BAM_CACHE") or "~/.cache/bam_ray").expanduser()

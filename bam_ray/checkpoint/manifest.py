@@ -1,26 +1,32 @@
-"""Manifests: what an artifact is, where it came from, and the digest of every file in it.
+"""Manifests: the record of an artifact's identity, its origin and the digest of every file in it.
 
-An artifact is a set of files under one prefix of the blob store. Its manifest is written last, by a conditional put:
-no manifest, no artifact. Its identity is its name and a hash of what determines its content (settings and parents), so
-asking for a finished artifact again finds it, an interrupted one goes on under the same name, and changed settings
-make a new one.
+Problem: a task may be interrupted at any moment, started twice, or requested again with other settings. A reader must
+be able to tell a complete artifact from a partial one, and a task must find the result of an earlier run.
+
+Design choice: an artifact is a set of files under one prefix of the blob store. Its manifest is written last, by a
+conditional put, so an artifact without a manifest is not committed. The identity of an artifact is its name and a hash
+of everything that determines its content: its settings and its parents. A finished artifact that is requested again is
+therefore found, an interrupted one is resumed under the same name, and changed settings give a new artifact.
+
+Limits: an identity covers settings and parents, not the version of the code. The manifest records the version.
 
     corpora/<id>/              packed tokens and the tokenizer
     seeds/<id>/                a Hugging Face folder
-    branches/<id>/             the same, one a domain
-    upcycled/<id>/             a mixture at step 0, a Hugging Face folder
-    upcycled/<id>/quorum/      since when branches were waited for, and which it was made of
+    branches/<id>/             a Hugging Face folder per domain
+    upcycled/<id>/             a mixture at step 0, as a Hugging Face folder
+    upcycled/<id>/quorum/      the time since when branches were awaited, and the branches that were used
     mixtures/<id>/             a trained mixture
-    evaluations/<id>/          one model's perplexities and routing
-    reports/<id>/              results.json, report.html
-    <any of these>/steps/<attempt>-<step>/   training checkpoints, each with a manifest of its own
+    evaluations/<id>/          the perplexities and the routing of one model
+    reports/<id>/              results.json and report.html
+    <any of these>/steps/<attempt>-<step>/   training checkpoints, each with its own manifest
 """
 
 import hashlib
 import json
 from datetime import UTC, datetime
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,19 +34,64 @@ from bam_ray.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
-Kind = Literal["corpora", "seeds", "branches", "upcycled", "mixtures", "evaluations", "reports"]
+
+class ArtifactKind(StrEnum):
+    """The kind of an artifact, which is the first part of its prefix in the store."""
+
+    CORPORA = "corpora"
+    SEEDS = "seeds"
+    BRANCHES = "branches"
+    UPCYCLED = "upcycled"
+    MIXTURES = "mixtures"
+    EVALUATIONS = "evaluations"
+    REPORTS = "reports"
+
+    @property
+    def label(self) -> str:
+        """The singular noun for messages, for example "branch"."""
+        return _LABELS[self]
+
+    @property
+    def setting(self) -> str:
+        """The recipe setting of the resource request of a task that makes this kind, for messages."""
+        return _SETTINGS[self]
+
+    @property
+    def trains(self) -> bool:
+        """True if a task that makes this kind trains a model."""
+        return self in (ArtifactKind.SEEDS, ArtifactKind.BRANCHES, ArtifactKind.MIXTURES)
+
+
+_LABELS = {
+    ArtifactKind.CORPORA: "corpus",
+    ArtifactKind.SEEDS: "seed",
+    ArtifactKind.BRANCHES: "branch",
+    ArtifactKind.UPCYCLED: "upcycled mixture",
+    ArtifactKind.MIXTURES: "mixture",
+    ArtifactKind.EVALUATIONS: "evaluation",
+    ArtifactKind.REPORTS: "report",
+}
+_SETTINGS = {
+    ArtifactKind.CORPORA: "the recipe",  # a fixed request, which no setting changes
+    ArtifactKind.SEEDS: "seed.needs",
+    ArtifactKind.BRANCHES: "branch.needs (or its override)",
+    ArtifactKind.UPCYCLED: "upcycle.needs",
+    ArtifactKind.MIXTURES: "mix.needs",
+    ArtifactKind.EVALUATIONS: "evaluate.needs",
+    ArtifactKind.REPORTS: "evaluate.needs",
+}
 
 
 class FileEntry(BaseModel):
-    """One file of an artifact: its length in bytes and its SHA-256 as hex."""
+    """One file of an artifact: its length in bytes and its SHA-256 digest in hexadecimal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     size: int
     sha256: str
 
 
-class Compute(BaseModel):
-    """What an artifact cost, its parents not counted."""
+class ComputeCost(BaseModel):
+    """The compute that an artifact took, without its parents."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     flops: float = 0.0
@@ -49,18 +100,18 @@ class Compute(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is. `files` maps names relative to the manifest's prefix."""
+    """The record of one artifact; `files` maps names relative to the manifest's prefix to lengths and digests."""
 
-    # A diverged model's perplexity is infinite; as null it could not be read back
+    # A diverged model's perplexity is infinite, which JSON cannot express; null could not be read back
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
     id: str
-    kind: Kind
+    kind: ArtifactKind
     name: str
     parents: tuple[str, ...] = ()
     settings: dict[str, Any] = {}
     step: int = 0
     tokens: int = 0
-    compute: Compute = Compute()
+    compute: ComputeCost = ComputeCost()
     metrics: dict[str, float] = {}
     facts: dict[str, Any] = {}
     attempt: int = 0
@@ -69,27 +120,27 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry] = {}
 
     def to_bytes(self) -> bytes:
-        """Indented JSON."""
+        """Serialize the manifest to indented JSON."""
         return self.model_dump_json(indent=1).encode()
 
     @staticmethod
-    def from_bytes(data: bytes, where: str) -> "Manifest":
-        """Parse; raises `CheckpointError` naming `where`."""
+    def from_bytes(data: bytes, uri: str) -> "Manifest":
+        """Parse a manifest; raise a `CheckpointError` that names `uri` if `data` is not one."""
         try:
             return Manifest.model_validate_json(data)
         except ValidationError as error:
-            raise CheckpointError(f"{where} is not a manifest: {error.errors()[0]['msg']}") from None
+            raise CheckpointError(f"{uri} is not a manifest: {error.errors()[0]['msg']}") from None
 
 
 def identity(name: str, settings: BaseModel | dict[str, Any], parents: tuple[str, ...] = ()) -> str:
-    """`<name>-<12 hex digits>` from everything that determines an artifact's content."""
+    """Return `<name>-<12 hexadecimal digits>`, a hash of everything that determines an artifact's content."""
     plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
     text = json.dumps([name, plain, list(parents)], sort_keys=True, separators=(",", ":"))
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def code_version() -> str:
-    """The version of this package."""
+    """Return the version of this package, or "unknown" if it is not installed."""
     try:
         return version("bam-ray")
     except PackageNotFoundError:

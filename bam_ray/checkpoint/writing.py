@@ -1,12 +1,17 @@
-"""A model folder written to a blob store while its tensors are being made: nothing is held but the chunks in hand.
+"""Writing a model folder to a blob store while its tensors are computed, in memory bounded by a few chunks.
 
+Problem: a mixture is larger than any of its models and often larger than memory.
+
+Design choice: all names, dtypes and shapes are known before the first byte, so the header of each safetensors file is
+written first and the data follows from front to back. One thread computes and hashes chunks while another sends them.
+
+Limits: tensors are written once and in order; a failed file must be written again from its start.
+
+Example:
     writer = ModelWriter(store, prefix)
-    writer.tensors(specs, produce)             # model*.safetensors, one shard after the other
-    writer.file("tokenizer.json", data)
-    manifest = writer.commit(config, manifest) # config.json, then manifest.json: the mark that it is whole
-
-All names, dtypes and shapes are known before the first byte, so headers go first and data follows front to back. One
-thread makes and hashes chunks while another sends them.
+    writer.write_tensors(specs, produce)        # model*.safetensors, one shard after the other
+    writer.write_file("tokenizer.json", data)
+    manifest = writer.commit(config, manifest)  # config.json, then manifest.json, which marks the folder as complete
 """
 
 import hashlib
@@ -25,14 +30,22 @@ from bam_ray.checkpoint.tensors import CHUNK_BYTES, DTYPE_NAMES, INDEX, TensorSp
 from bam_ray.errors import DigestMismatch
 
 MAX_SHARD_BYTES = 4 << 30
-AHEAD = 2  # chunks made but not sent yet
+PREFETCHED_CHUNKS = 2  # chunks that are computed but not yet sent
 
-Produce = Callable[[TensorSpec], Iterator[Tensor]]
-"""A tensor's values in order, as flat pieces; they are cast to its dtype."""
+Chunk = bytes | memoryview
+
+ChunkProducer = Callable[[TensorSpec], Iterator[Tensor]]
+"""A function that yields the values of a tensor in order as flat chunks, which the writer casts to its dtype."""
 
 
 class ModelWriter:
-    """Writes below `prefix`; the digests of all files are kept for the manifest."""
+    """A writer of one model folder, which records the digest of every file for the manifest.
+
+    Args:
+        store: The store to write to.
+        prefix: The prefix of the folder in the store.
+        max_shard_bytes: The size from which tensors are split over several safetensors files.
+    """
 
     def __init__(self, store: BlobStore, prefix: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.store = store
@@ -40,10 +53,18 @@ class ModelWriter:
         self.prefix = prefix
         self._max_shard_bytes = max_shard_bytes
 
-    def tensors(self, specs: Sequence[TensorSpec], produce: Produce, last: Sequence[TensorSpec] = ()) -> None:
-        """Write all tensors. Those of `last` get a shard of their own: when `produce` is asked for the first of them,
-        all `shards` of the others are in the store."""
-        shards = [shard for shard in (*_split(specs, self._max_shard_bytes), list(last)) if shard]
+    def write_tensors(
+        self, specs: Sequence[TensorSpec], produce: ChunkProducer, last: Sequence[TensorSpec] = ()
+    ) -> None:
+        """Write all tensors and, if there are several shards, their index.
+
+        Args:
+            specs: The tensors, in the order of the files.
+            produce: The function that computes the values of a tensor.
+            last: Tensors that are written after all others, in a shard of their own. When `produce` is called for the
+                first of them, all other `shards` are complete in the store and can be read.
+        """
+        shards = [shard for shard in (*_split_into_shards(specs, self._max_shard_bytes), list(last)) if shard]
         names = (
             ["model.safetensors"]
             if len(shards) == 1
@@ -53,67 +74,65 @@ class ModelWriter:
             total = sum(spec.bytes for shard in shards for spec in shard)
             weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            self.file(INDEX, json.dumps(index, indent=2).encode())
+            self.write_file(INDEX, json.dumps(index, indent=2).encode())
         for name, shard in zip(names, shards, strict=True):
-            self._shard(name, shard, produce)
+            self._write_shard(name, shard, produce)
 
     @property
     def shards(self) -> list[str]:
-        """The weight files that are in the store."""
+        """The safetensors files that are complete in the store."""
         return [name for name in self.entries if name.endswith(".safetensors")]
 
-    def file(self, name: str, data: bytes) -> None:
-        """Write another file."""
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write another file of the folder."""
         self.store.put(self._key(name), data)
         self.entries[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
-    def copy(self, name: str, source: BlobStore, key: str, entry: FileEntry) -> None:
-        """Write a file that lies at `key` of another store, chunk by chunk.
-
-        Raises `DigestMismatch` where it is not what `entry` says.
-        """
+    def copy_file(self, name: str, source: BlobStore, key: str, entry: FileEntry) -> None:
+        """Copy the blob `key` of another store, chunk by chunk; raise `DigestMismatch` if it does not match `entry`."""
         digest = hashlib.sha256()
 
-        def pieces() -> Iterator[bytes | memoryview]:
+        def chunks() -> Iterator[Chunk]:
             for start in range(0, entry.size, CHUNK_BYTES):
-                piece = source.get_range(key, start, min(CHUNK_BYTES, entry.size - start))
-                digest.update(piece)
-                yield piece
+                chunk = source.get_range(key, start, min(CHUNK_BYTES, entry.size - start))
+                digest.update(chunk)
+                yield chunk
             if digest.hexdigest() != entry.sha256:
-                raise DigestMismatch(f"{source.uri}/{key} is not what its manifest says: it was changed or damaged")
+                raise DigestMismatch(f"{source.uri}/{key} does not match its manifest: it was changed or damaged")
 
-        self.store.put_stream(self._key(name), ahead(pieces()))
+        self.store.put_stream(self._key(name), prefetch(chunks()))
         self.entries[name] = entry
 
     def commit(self, config: str, manifest: Manifest) -> Manifest:
-        """Write config.json, then the manifest with the digests of all files; returns the manifest.
+        """Write config.json, then the manifest with the digests of all files, and return that manifest.
 
-        Raises `BlobExists` where another writer has committed here.
+        Raises:
+            BlobExists: Another writer has committed at this prefix.
         """
-        self.file("config.json", config.encode())
-        whole = manifest.model_copy(update={"files": dict(sorted(self.entries.items()))})
-        self.store.put_if_absent(self._key(MANIFEST), whole.to_bytes())
-        return whole
+        self.write_file("config.json", config.encode())
+        complete = manifest.model_copy(update={"files": dict(sorted(self.entries.items()))})
+        self.store.put_if_absent(self._key(MANIFEST), complete.to_bytes())
+        return complete
 
-    def _shard(self, name: str, specs: Sequence[TensorSpec], produce: Produce) -> None:
+    def _write_shard(self, name: str, specs: Sequence[TensorSpec], produce: ChunkProducer) -> None:
         digest = hashlib.sha256()
         size = 0
 
-        def pieces() -> Iterator[bytes | memoryview]:
+        def chunks() -> Iterator[Chunk]:
             nonlocal size
-            for piece in _serialised(specs, produce):
-                digest.update(piece)
-                size += len(piece)
-                yield piece
+            for chunk in _serialize(specs, produce):
+                digest.update(chunk)
+                size += len(chunk)
+                yield chunk
 
-        self.store.put_stream(self._key(name), ahead(pieces()))
+        self.store.put_stream(self._key(name), prefetch(chunks()))
         self.entries[name] = FileEntry(size=size, sha256=digest.hexdigest())
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
 
-def _split(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+def _split_into_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -125,8 +144,8 @@ def _split(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]
     return shards
 
 
-def _serialised(specs: Sequence[TensorSpec], produce: Produce) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file."""
+def _serialize(specs: Sequence[TensorSpec], produce: ChunkProducer) -> Iterator[Chunk]:
+    """Yield the bytes of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
@@ -141,47 +160,51 @@ def _serialised(specs: Sequence[TensorSpec], produce: Produce) -> Iterator[bytes
     yield len(text).to_bytes(8, "little") + text
     for spec in specs:
         written = 0
-        for piece in produce(spec):
-            data = piece.to(spec.dtype).contiguous().flatten().view(torch.uint8).numpy().data
+        for chunk in produce(spec):
+            data = chunk.to(spec.dtype).contiguous().flatten().view(torch.uint8).numpy().data
             written += len(data)
             yield data
-        assert written == spec.bytes, f"{spec.name}: {written} bytes made, {spec.bytes} announced"
+        assert written == spec.bytes, f"{spec.name}: {written} bytes produced, {spec.bytes} announced"
 
 
-def ahead(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """The same pieces, made by another thread a little before they are asked for.
+def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the same chunks, which another thread produces up to `PREFETCHED_CHUNKS` ahead.
 
-    What making them raises is raised here. Where the taker goes away, the maker stops.
+    An exception of the producer is raised in the consumer. If the consumer stops, the producer stops too.
     """
-    made: queue.Queue[bytes | memoryview | BaseException | None] = queue.Queue(maxsize=AHEAD)
-    gone = threading.Event()
+    produced: queue.Queue[Chunk | BaseException | None] = queue.Queue(maxsize=PREFETCHED_CHUNKS)
+    cancelled = threading.Event()
+    producer = threading.Thread(target=_produce, args=(chunks, produced, cancelled), name="prefetch", daemon=True)
+    producer.start()
+    try:
+        while (item := produced.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        cancelled.set()
+        producer.join()
 
-    def put(item: bytes | memoryview | BaseException | None) -> bool:
-        while not gone.is_set():
+
+def _produce(
+    chunks: Iterator[Chunk], produced: "queue.Queue[Chunk | BaseException | None]", cancelled: threading.Event
+) -> None:
+    """Put all chunks into the queue, then None, or the exception that `chunks` raises."""
+
+    def put(item: Chunk | BaseException | None) -> bool:
+        while not cancelled.is_set():
             try:
-                made.put(item, timeout=0.1)
+                produced.put(item, timeout=0.1)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def make() -> None:
-        try:
-            for piece in pieces:
-                if not put(piece):
-                    return
-        except BaseException as error:  # it is raised where the pieces are taken
-            put(error)
-        else:
-            put(None)
-
-    maker = threading.Thread(target=make, name="ahead", daemon=True)
-    maker.start()
     try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        gone.set()
-        maker.join()
+        for chunk in chunks:
+            if not put(chunk):
+                return
+    except BaseException as error:  # raised again in the thread of the consumer
+        put(error)
+    else:
+        put(None)

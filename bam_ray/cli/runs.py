@@ -8,6 +8,7 @@ import typer
 from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.cli.app import Endpoint, app, console
 from bam_ray.control import status as statuses
 from bam_ray.control.status_table import render, render_history, render_storage
@@ -92,11 +93,11 @@ def report(
     found = sorted(
         (manifest.created, manifest.id)
         for id in {key.split("/")[1] for key in store.list("reports/")}
-        if (manifest := Artifact(store, "reports", id).manifest()) is not None
+        if (manifest := Artifact(store, ArtifactKind.REPORTS, id).manifest()) is not None
     )
     if not found:
         raise CheckpointError(f"{run} has no report yet: `bam evaluate RECIPE` makes it, `bam status {run}` shows more")
-    folder = Artifact(store, "reports", found[-1][1]).fetch()
+    folder = Artifact(store, ArtifactKind.REPORTS, found[-1][1]).fetch()
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())

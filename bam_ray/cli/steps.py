@@ -1,15 +1,15 @@
 """Training checkpoints of a run."""
 
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.cli.app import Endpoint, WeakStore, app, console, target
 from bam_ray.errors import SettingsError
 
-TRAINED = ("seeds", "branches", "mixtures")
+TRAINED = tuple(kind for kind in ArtifactKind if kind.trains)
 
 
 @app.command()
@@ -28,5 +28,5 @@ def export_step(
     from bam_ray.toolbox.step_export import export_step as export_to
 
     to = target(out, endpoint, weak_store)
-    made = export_to(open_store(run, endpoint), cast(Kind, kind), name, to, step)
+    made = export_to(open_store(run, endpoint), ArtifactKind(kind), name, to, step)
     console.print(f"written: {out} ({what} at step {made.step}, attempt {made.attempt})", highlight=False)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST, Kind
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind
 from bam_ray.control import policies
 from bam_ray.control.launcher import Launcher
 from bam_ray.control.observations import Alive, Broke, Done, Queued, Sighting, Stopped
@@ -322,7 +322,7 @@ class Controller:
         self._expect(ready)
         apart = [task for task in ready if snapshot and task.trains_alone]
         queued = [task for task in ready if not (snapshot and task.trains_alone)]
-        active: Counter[Kind] = Counter()
+        active: Counter[ArtifactKind] = Counter()
         pending = 0
         for task_id, state in self.states.items():
             active[self.tasks[task_id].kind] += isinstance(state, Placing | Running | Draining)

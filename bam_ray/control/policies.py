@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.observations import Broke
 from bam_ray.errors import (
     DataError,
@@ -78,7 +78,7 @@ def can_meet(quorum: Quorum, states: Mapping[str, State]) -> bool:
 
 
 def choose(
-    ready: Iterable[Task], pending: int, active: Mapping[Kind, int], remaining: Callable[[Task], int]
+    ready: Iterable[Task], pending: int, active: Mapping[ArtifactKind, int], remaining: Callable[[Task], int]
 ) -> list[Task]:
     """Which ready tasks to place now: the longest first, while not too many wait for a node already.
 

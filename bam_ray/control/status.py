@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import policies
 from bam_ray.control.controller import Controller, Outcome
 from bam_ray.errors import BlobNotFound, StoreError
@@ -38,7 +38,7 @@ class Row(BaseModel):
     """One task."""
 
     model_config = ConfigDict(frozen=True)
-    kind: Kind
+    kind: ArtifactKind
     name: str
     id: str
     state: RowState
@@ -64,7 +64,7 @@ class Status(BaseModel):
     run: str
     state: Outcome
     rows: tuple[Row, ...]
-    eta_kind: Kind | None = None  # the furthest stage whose end can be told
+    eta_kind: ArtifactKind | None = None  # the furthest stage whose end can be told
     eta_seconds: float | None = None
 
 
@@ -100,9 +100,9 @@ def last(store: BlobStore) -> Status | None:
         return None
 
 
-def _eta(controller: Controller) -> tuple[Kind | None, float | None]:
+def _eta(controller: Controller) -> tuple[ArtifactKind | None, float | None]:
     """Seconds until the furthest stage that is being trained is done, on the nodes that train it now."""
-    speeds: dict[Kind, list[float]] = {}
+    speeds: dict[ArtifactKind, list[float]] = {}
     for task_id, state in controller.states.items():
         if isinstance(state, Running) and state.steps_per_second:
             speeds.setdefault(controller.tasks[task_id].kind, []).append(state.steps_per_second)

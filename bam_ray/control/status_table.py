@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.status import Row, Status
 
 COLORS = {
@@ -79,7 +79,7 @@ def render_history(status: Status) -> RenderableType:
     return table if told else Group()
 
 
-def render_storage(stored: Mapping[Kind, int]) -> RenderableType:
+def render_storage(stored: Mapping[ArtifactKind, int]) -> RenderableType:
     """Bytes by kind, in one line."""
     parts = [f"{kind} {amount(size)}B" for kind, size in stored.items()]
     return Text(f"stored: {', '.join(parts)}; {amount(sum(stored.values()))}B in all" if parts else "nothing is stored")

@@ -3,21 +3,20 @@
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast, get_args
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST, Kind, Manifest
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest
 from bam_ray.errors import BlobNotFound
 
 
-def stored_bytes(store: BlobStore) -> Mapping[Kind, int]:
+def stored_bytes(store: BlobStore) -> Mapping[ArtifactKind, int]:
     """Bytes by kind, in artifacts and in training checkpoints; what is still being uploaded is left out."""
-    keys = [key for kind in get_args(Kind) for key in store.list(f"{kind}/") if key.endswith(f"/{MANIFEST}")]
-    sizes: Counter[str] = Counter()
+    keys = [key for kind in ArtifactKind for key in store.list(f"{kind}/") if key.endswith(f"/{MANIFEST}")]
+    sizes: Counter[ArtifactKind] = Counter()
     with ThreadPoolExecutor(max_workers=16) as pool:
         for key, size in zip(keys, pool.map(lambda key: _size(store, key), keys), strict=True):
-            sizes[key.split("/")[0]] += size
-    return cast("Mapping[Kind, int]", dict(sizes))
+            sizes[ArtifactKind(key.split("/")[0])] += size
+    return dict(sizes)
 
 
 def _size(store: BlobStore, key: str) -> int:

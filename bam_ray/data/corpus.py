@@ -1,6 +1,6 @@
-"""A packed corpus: a folder that is opened, not loaded.
+"""A packed corpus: a folder that is opened and mapped into memory, not loaded.
 
-corpus.json              facts: sequence length, vocabulary, and what each domain holds
+corpus.json              facts: the sequence length, the vocabulary size, and counts for each domain
 tokenizer/               a Hugging Face tokenizer folder
 <domain>/train.bin       rows of tokens, little-endian (see `packing`)
 <domain>/held_out.bin
@@ -20,11 +20,16 @@ TOKENIZER = "tokenizer"
 TRAIN = "train.bin"
 HELD_OUT = "held_out.bin"
 
-Rows = NDArray[np.unsignedinteger]  # [sequences, sequence_length], uint16 or uint32
+Rows = NDArray[np.unsignedinteger]
+"""Packed sequences, [sequences, sequence_length], uint16 or uint32."""
 
 
 class Corpus:
-    """The corpus in `folder`; raises `DataError` where there is none."""
+    """The corpus in a folder.
+
+    Raises:
+        DataError: The folder is not a corpus.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -41,20 +46,20 @@ class Corpus:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """A folder for `AutoTokenizer.from_pretrained`."""
+        """The folder for `AutoTokenizer.from_pretrained`."""
         return self._folder / TOKENIZER
 
     def train(self, domain: str) -> Rows:
-        """The rows to train on, [sequences, sequence_length], mapped from disk."""
+        """Return the training rows, [sequences, sequence_length], mapped from disk."""
         return self._rows(domain, TRAIN)
 
     def held_out(self, domain: str) -> Rows:
-        """The rows to evaluate on, [sequences, sequence_length], mapped from disk."""
+        """Return the rows for evaluation, [sequences, sequence_length], mapped from disk."""
         return self._rows(domain, HELD_OUT)
 
     def _rows(self, domain: str, name: str) -> Rows:
         if domain not in self.domains:
-            raise DataError(f"the corpus has no domain {domain!r}: it has {', '.join(self.domains)}")
+            raise DataError(f"the corpus has no domain {domain!r}: use one of {', '.join(self.domains)}")
         try:
             return np.memmap(self._folder / domain / name, dtype=self._dtype, mode="r").reshape(
                 -1, self.sequence_length

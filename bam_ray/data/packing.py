@@ -1,6 +1,8 @@
-"""Documents to rows of tokens: tokenised in batches, end to end with an end-of-text token after each, cut to rows.
+"""Packing documents into rows of tokens.
 
-A file of packed tokens is nothing but little-endian integers, row after row, and is read by mapping it into memory.
+Documents are tokenized in batches, concatenated with an end-of-text token after each, and cut into rows of equal
+length. A file of packed tokens contains only little-endian integers, row after row, and is read by mapping it into
+memory.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,27 +16,27 @@ BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What one file holds."""
+class PackedFile:
+    """The contents of one file of packed tokens."""
 
-    tokens: int  # before the last row was cut off, which is seldom whole
+    tokens: int  # including those of the last, incomplete row, which is dropped
     sequences: int
 
 
 def token_dtype(vocab_size: int) -> "np.dtype[np.unsignedinteger]":
-    """The smallest of uint16 and uint32 that holds every token."""
+    """Return the smaller of uint16 and uint32 that holds every token."""
     return np.dtype("<u2") if vocab_size < 1 << 16 else np.dtype("<u4")
 
 
-def pack(
+def pack_documents(
     texts: Iterable[str],
     tokenizer: Tokenizer,
     end_of_text_id: int,
     sequence_length: int,
     dtype: "np.dtype[np.unsignedinteger]",
     path: Path,
-) -> Packed:
-    """Write the rows of `texts` to `path`."""
+) -> PackedFile:
+    """Tokenize `texts` and write their rows to `path`."""
     tokens = 0
     with path.open("wb") as file:
         for batch in _batches(texts):
@@ -46,10 +48,11 @@ def pack(
             tokens += len(ids)
         sequences = tokens // sequence_length
         file.truncate(sequences * sequence_length * dtype.itemsize)
-    return Packed(tokens, sequences)
+    return PackedFile(tokens, sequences)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group `texts` into lists of at least `BATCH_CHARACTERS` characters, except for the last one."""
     batch: list[str] = []
     characters = 0
     for text in texts:

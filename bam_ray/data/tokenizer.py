@@ -1,7 +1,6 @@
-"""The tokenizer of a corpus: a byte-level BPE trained on its text, or the one of a Hugging Face folder.
+"""The tokenizer of a corpus: a byte-level BPE trained on its text, or a copy from a Hugging Face folder.
 
-Either way a folder that `AutoTokenizer` loads comes out, with a fast tokenizer (`tokenizer.json`) and an end-of-text
-token.
+Both give a folder that `AutoTokenizer` loads, with a fast tokenizer (`tokenizer.json`) and an end-of-text token.
 """
 
 import os
@@ -13,12 +12,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bam_ray.data.sources import END_OF_TEXT, fetched
-from bam_ray.errors import DataError
+from bam_ray.data.download import download_files
+from bam_ray.data.sources import END_OF_TEXT
+from bam_ray.errors import DataError, one_line
 
-SAMPLE_CHARACTERS = 12_000_000  # BPE merges hardly change beyond; seconds to train on
-PARALLELISM = "TOKENIZERS_PARALLELISM"  # the environment variable that the library reads at every call
-SMALLEST_VOCABULARY = 257  # all bytes, and the end of text
+SAMPLE_CHARACTERS = 12_000_000  # more text hardly changes the BPE merges; this much takes seconds
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # environment variable that the library reads at every call
+MIN_VOCAB_SIZE = 257  # all bytes and the end-of-text token
+MAX_REASON_CHARACTERS = 200  # of an error message of transformers, which may be pages long
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -27,21 +28,28 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
-    """What packing and models need to know."""
+class TokenizerInfo:
+    """The properties of a tokenizer that packing and models need."""
 
     vocab_size: int
     end_of_text_id: int
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> TokenizerFacts:
-    """Train a byte-level BPE and save it in `folder`. It has fewer than `vocab_size` tokens where the text gives none.
+def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> TokenizerInfo:
+    """Train a byte-level BPE tokenizer and save it to `folder`.
 
-    Raises `DataError` for a `vocab_size` that cannot hold all bytes.
+    Args:
+        texts: The text to train on.
+        vocab_size: The maximum number of tokens; a small text gives fewer.
+        folder: The folder to write.
+
+    Raises:
+        DataError: `vocab_size` is too small for all bytes and the end-of-text token.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"data.tokenizer.vocab_size is {vocab_size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}"
+            f"data.tokenizer.vocab_size is {vocab_size}, but a byte-level vocabulary needs at least {MIN_VOCAB_SIZE}: "
+            "increase it"
         )
     from transformers import PreTrainedTokenizerFast
 
@@ -64,48 +72,55 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Toke
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
-    return TokenizerFacts(tokenizer.get_vocab_size(), tokenizer.get_vocab()[END_OF_TEXT])
+    return TokenizerInfo(tokenizer.get_vocab_size(), tokenizer.get_vocab()[END_OF_TEXT])
 
 
-def copy_tokenizer(source: str, folder: Path) -> TokenizerFacts:
-    """Save the tokenizer of the Hugging Face folder (or URI of one) at `source` in `folder`; raises `DataError`."""
+def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
+    """Save the tokenizer of the Hugging Face folder at `source`, a path or a URI, to `folder`.
+
+    Raises:
+        DataError: `source` has no tokenizer that loads, or the tokenizer is not fast or has no end-of-text token.
+    """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="bam-tokenizer-") as temporary:
-        place = Path(source.removeprefix("file://")).expanduser()
+        local = Path(source.removeprefix("file://")).expanduser()
         if "://" in source and not source.startswith("file://"):
-            place = Path(temporary)
-            for _ in fetched(source, place, _is_tokenizer_file):
+            local = Path(temporary)
+            for _ in download_files(source, local, _is_tokenizer_file):
                 pass
-        if not place.is_dir():
-            raise DataError(f"data.tokenizer.folder {source} does not exist: mend it")
+        if not local.is_dir():
+            raise DataError(f"data.tokenizer.folder {source} does not exist: correct the path")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"data.tokenizer.folder {source} holds no tokenizer that loads: {reason}") from None
+            reason = one_line(error, all_lines=True)[:MAX_REASON_CHARACTERS]
+            raise DataError(f"data.tokenizer.folder {source} has no tokenizer that loads: {reason}") from None
         if not tokenizer.is_fast:
-            raise DataError(f"data.tokenizer.folder {source} holds no fast tokenizer (tokenizer.json): convert it")
+            raise DataError(f"data.tokenizer.folder {source} has no fast tokenizer (tokenizer.json): convert it")
         if tokenizer.eos_token_id is None:
-            raise DataError(f"data.tokenizer.folder {source}: its tokenizer has no eos_token, which ends documents")
+            raise DataError(
+                f"data.tokenizer.folder {source}: the tokenizer has no eos_token to end documents with: set one"
+            )
         tokenizer.save_pretrained(folder)
-        return TokenizerFacts(len(tokenizer), tokenizer.eos_token_id)
+        return TokenizerInfo(len(tokenizer), tokenizer.eos_token_id)
 
 
 def load_for_packing(folder: Path) -> Tokenizer:
-    """The bare tokenizer of a folder, set so that no text is cut, padded or read as a special token."""
+    """Load the tokenizer of a folder such that no text is truncated, padded or read as a special token."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # text that spells <|endoftext|> must not end a document
+    tokenizer.encode_special_tokens = True  # a text that contains "<|endoftext|>" must not end a document
     return tokenizer
 
 
 @contextmanager
-def in_threads() -> Iterator[None]:
-    """Tokenise in threads within, but never after: a process that is forked later would wait for threads it lacks.
+def threaded_tokenization() -> Iterator[None]:
+    """Tokenize in several threads inside the block and in one thread afterwards.
 
-    The library prevents that by itself, with a warning at the fork, unless the environment says what is meant.
+    A process that is forked later would wait forever for threads that it does not have. The library prevents this
+    itself, with a warning at each fork, unless the environment variable is set. A value set by the user is kept.
     """
     if PARALLELISM in os.environ:
         yield

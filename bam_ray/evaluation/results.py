@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.settings import Strict
 
 RESAMPLES = 1000
@@ -165,7 +166,7 @@ class Results(Strict):
 
 def label(kind: ModelKind, name: str) -> str:
     """What people call a model: "seed", "branch code", "mixture bam"."""
-    return {"seeds": "", "branches": "branch ", "mixtures": "mixture "}[kind] + name
+    return name if kind == "seeds" else f"{ArtifactKind(kind).label} {name}"
 
 
 def resampled(sequence_nll: Sequence[float], draw: int = 0) -> np.ndarray:

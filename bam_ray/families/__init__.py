@@ -1,11 +1,18 @@
-"""Dense architectures: one table each, of its parameters' names and roles. Adding one is one file."""
+"""The supported dense architectures, each a table of parameter names and roles; adding one takes one file."""
 
 from typing import Any
 
 from bam_ray.errors import FamilyError
 from bam_ray.families.cohere import COHERE
 from bam_ray.families.cohere2 import COHERE2
-from bam_ray.families.family import Family, Place, Role, Weight
+from bam_ray.families.family import (
+    SHARED_SETTINGS,
+    SIZE_SETTINGS,
+    DenseParameter,
+    Family,
+    ParameterTemplate,
+    Role,
+)
 from bam_ray.families.gpt_neox import GPT_NEOX
 from bam_ray.families.llama import LLAMA
 from bam_ray.families.mistral import MISTRAL
@@ -17,10 +24,12 @@ from bam_ray.families.qwen3 import QWEN3
 __all__ = [
     "FAMILIES",
     "FFN_ROLES",
+    "SHARED_SETTINGS",
+    "SIZE_SETTINGS",
+    "DenseParameter",
     "Family",
-    "Place",
+    "ParameterTemplate",
     "Role",
-    "Weight",
     "expert_name",
     "family_of",
     "plain_name",
@@ -31,11 +40,15 @@ __all__ = [
 FAMILIES = {family.model_type: family for family in (COHERE, COHERE2, GPT_NEOX, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3)}
 
 
-def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a Hugging Face `config.json`; raises `FamilyError` naming `where`."""
+def family_of(config: dict[str, Any], uri: str) -> Family:
+    """Return the family of a Hugging Face `config.json`.
+
+    Raises:
+        FamilyError: The architecture or one of its settings is not supported; the message names `uri`.
+    """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        raise FamilyError(f"{where} is of architecture {model_type!r}: supported are {sorted(FAMILIES)}")
+        raise FamilyError(f"{uri} has architecture {model_type!r}: supported are {sorted(FAMILIES)}")
     family = FAMILIES[model_type]
-    family.check(config, where)
+    family.check(config, uri)
     return family

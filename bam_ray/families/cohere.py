@@ -1,4 +1,7 @@
-"""Cohere (Command-R): parallel block, LayerNorm without bias, interleaved RoPE, logit scale. The paper's block."""
+"""Cohere (Command-R): parallel block, LayerNorm without bias, interleaved RoPE, logit scale.
+
+This is the block of the BAM paper (arXiv 2408.08274).
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from bam_ray.families.llama import PARALLEL_LAYOUT, ROTARY_BUFFERS
 
 
 def cohere_block(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the parallel block."""
+    """Return the settings of the parallel block."""
     return {
         "parallel_block": True,
         "norm_type": "layernorm",
@@ -23,4 +26,4 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
     return {**cohere_block(config), "qk_norm": "per_head" if config["use_qk_norm"] else None}
 
 
-COHERE = Family("cohere", PARALLEL_LAYOUT, _block, ignored=ROTARY_BUFFERS)
+COHERE = Family("cohere", PARALLEL_LAYOUT, _block, ignored_tensors=ROTARY_BUFFERS)

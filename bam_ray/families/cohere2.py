@@ -1,4 +1,7 @@
-"""Cohere2 (Command-R7B, Command A): Cohere's block; sliding layers with RoPE, full ones without positions."""
+"""Cohere2 (Command-R7B, Command A): Cohere's block with two kinds of layers.
+
+Layers with sliding-window attention use RoPE, and layers with full attention use no positional encoding.
+"""
 
 from typing import Any
 

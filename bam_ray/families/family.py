@@ -1,10 +1,15 @@
-"""What a family is: a table of a dense model's parameters and their roles, and its configuration as a mixture's.
+"""A family of dense architectures: a table of its parameters, and the conversion of its configuration to a mixture's.
 
-The table reads both ways: a role and a layer say which rows of which dense tensor hold a parameter. What the mixture
-calls it is said once for all families (`names`).
+Problem: dense families name and lay out the same parameters differently, and their configurations differ too. Code
+that builds a mixture, or turns one back into a dense model, must not know any family.
 
-Configurations are read as transformers reads them: a `config.json` leaves out defaults, and older ones lay out some
-settings differently (`rope_theta` and `rope_scaling` for `rope_parameters`).
+Design choice: each family is a table of parameter names and their roles. For a role and a layer, it gives the dense
+tensor, and the rows of it, that contain the parameter, so it can be read in both directions. The names in the mixture
+are the same for all families (see `names`).
+
+Limits: a configuration is normalized by transformers before it is read, because a `config.json` omits defaults and old
+ones name some settings differently (`rope_theta` and `rope_scaling` instead of `rope_parameters`). Settings that the
+mixture cannot express are refused, and never approximated.
 """
 
 from collections.abc import Callable
@@ -15,13 +20,14 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from bam_ray.errors import FamilyError
+from bam_ray.errors import FamilyError, one_line
 
-Rows = list[tuple[int, int]]
+RowRanges = list[tuple[int, int]]
+"""Half-open ranges of rows (dimension 0) of a tensor."""
 
 
 class Role(StrEnum):
-    """What a parameter does in a dense transformer; unique within a layer."""
+    """The role of a parameter in a dense transformer, unique within a layer."""
 
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -51,30 +57,36 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True)
-class Weight:
-    """One row: a dense parameter's name, `{layer}` standing for the layer's number, and its role.
+class ParameterTemplate:
+    """One row of a family's table: the name of a dense tensor and the role of the parameter in it.
 
-    `rows(config)` gives the ranges of rows (dimension 0, half-open) of the dense tensor that, one after the other, are
-    the role's tensor; None: all of it. Several rows of the table may name one dense tensor.
+    Attributes:
+        name: The name of the tensor, in which `{layer}` stands for the number of the layer.
+        role: The role of the parameter.
+        rows: A function of the configuration that returns the ranges of rows which form the parameter when they are
+            concatenated; None means the whole tensor. Several templates may name one tensor.
     """
 
     name: str
     role: Role
-    rows: Callable[[dict[str, Any]], Rows] | None = None
+    rows: Callable[[dict[str, Any]], RowRanges] | None = None
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a dense checkpoint holds the parameter of a role: `rows` of the tensor `name` (None: all of it)."""
+class DenseParameter:
+    """A parameter of a dense checkpoint: its role, its layer (None outside of layers), and its place in a tensor.
+
+    It consists of the `rows` of the tensor `name`; None means the whole tensor.
+    """
 
     role: Role
     layer: int | None
     name: str
-    rows: Rows | None = None
+    rows: RowRanges | None = None
 
 
-# The setting of the mixture without which a dense model has no such parameter
-NEEDED = {
+# The setting of the mixture that must be true for a dense model to have a parameter of the role
+REQUIRED_SETTING = {
     Role.QUERY_BIAS: "attention_bias",
     Role.KEY_BIAS: "attention_bias",
     Role.VALUE_BIAS: "attention_bias",
@@ -86,99 +98,24 @@ NEEDED = {
     Role.DOWN_BIAS: "mlp_bias",
 }
 HIDDEN_ACTS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+# Also in bam_ray.model.configuration_bam, which this package must not import: model files are copied into every
+# exported folder and stand alone. tests/families checks that both are equal.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-
-@dataclass(frozen=True)
-class Family:
-    """One dense architecture.
-
-    `block` gives the settings of `BamConfig` that are its own, from a configuration as transformers reads it. `refused`
-    maps settings that are not supported to their only supported value. `ignored` are patterns of tensors that old
-    checkpoints hold and nothing reads.
-    """
-
-    model_type: str
-    weights: tuple[Weight, ...]
-    block: Callable[[dict[str, Any]], dict[str, Any]]
-    refused: dict[str, Any] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    partial_rotary: bool = False
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The configuration as transformers reads it: defaults filled in, one layout whatever version wrote it."""
-        settings: dict[str, Any] = CONFIG_MAPPING[self.model_type].from_dict(dict(config)).to_dict()
-        return settings
-
-    def configure(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of `BamConfig` for the dense model of this configuration: its sizes and its block."""
-        config = self.read(config)
-        shared = {key: config[key] for key in SHARED if key in config}
-        dropout = float(config.get("attention_dropout") or 0.0)
-        return {**shared, "attention_dropout": dropout, **self.block(config)}
-
-    def places(self, config: dict[str, Any]) -> list[Place]:
-        """Every parameter that a dense model of this configuration has, in the order of its layers."""
-        config = self.read(config)
-        settings = self.configure(config)
-        present = [
-            weight
-            for weight in self.weights
-            if (weight.role not in NEEDED or settings.get(NEEDED[weight.role]))
-            and not (weight.role is Role.HEAD and settings["tie_word_embeddings"])
-        ]
-        layered = [weight for weight in present if "{layer}" in weight.name]
-        first, last = present.index(layered[0]), present.index(layered[-1])
-
-        def place(weight: Weight, layer: int | None) -> Place:
-            rows = None if weight.rows is None else weight.rows(config)
-            return Place(weight.role, layer, weight.name.format(layer=layer), rows)
-
-        return [
-            *(place(weight, None) for weight in present[:first]),
-            *(place(weight, layer) for layer in range(config["num_hidden_layers"]) for weight in layered),
-            *(place(weight, None) for weight in present[last + 1 :]),
-        ]
-
-    def expected(self, config: dict[str, Any]) -> list[str]:
-        """The names of the tensors that a dense checkpoint of this configuration must have, each once."""
-        return list(dict.fromkeys(place.name for place in self.places(config)))
-
-    def ignores(self, name: str, config: dict[str, Any]) -> bool:
-        """Whether a tensor that is not expected does no harm: a buffer of old versions, or a tied head written out."""
-        heads = [weight.name for weight in self.weights if weight.role is Role.HEAD]
-        if name in heads:
-            return bool(self.configure(config)["tie_word_embeddings"])
-        return any(fnmatchcase(name, pattern) for pattern in self.ignored)
-
-    def check(self, config: dict[str, Any], where: str) -> None:
-        """Raise `FamilyError` where a setting of `config` is not supported, naming it and what is."""
-        try:
-            config = self.read(config)
-        except Exception as error:  # of many kinds, from transformers' own checks
-            reason = " ".join(str(error).split())
-            raise FamilyError(f"{where} is no {self.model_type} configuration: {reason}") from None
-        rope = config.get("rope_parameters") or {}
-        for key, value, supported in (
-            ("quantization_config", config.get("quantization_config"), (None,)),
-            *((key, config.get(key), (only, None)) for key, only in self.refused.items()),
-            ("hidden_act", config["hidden_act"], HIDDEN_ACTS),
-            ("rope_type", rope.get("rope_type", "default" if "rope_theta" in rope else rope), ROPE_TYPES),
-            ("partial_rotary_factor", 1.0 if self.partial_rotary else rope.get("partial_rotary_factor", 1.0), (1.0,)),
-        ):
-            if value not in supported:
-                only = " or ".join(repr(choice) for choice in supported if choice is not None or len(supported) == 1)
-                raise FamilyError(f"{where}: {key} is {value!r}; only {only} is supported")
-
-
-SHARED = (
-    "vocab_size",
+SIZE_SETTINGS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""The settings that determine the sizes of a model, in the order in which people read them."""
+
+SHARED_SETTINGS = (
+    *SIZE_SETTINGS,
     "hidden_act",
     "max_position_embeddings",
     "initializer_range",
@@ -186,6 +123,95 @@ SHARED = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
-    "tie_word_embeddings",
 )
-"""The settings that transformers' families and the mixture name alike."""
+"""The settings that have the same name in every family of transformers and in the mixture."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One dense architecture.
+
+    Attributes:
+        model_type: The name of the architecture in transformers.
+        templates: The table of parameters. Those of a layer are adjacent.
+        convert_block: A function from a normalized configuration to the family's own settings of `BamConfig`.
+        required_values: Settings of which only one value is supported, with that value.
+        ignored_tensors: Patterns of tensor names that old checkpoints contain and that nothing reads.
+        partial_rotary: True if the family supports rotary embeddings on a part of each head.
+    """
+
+    model_type: str
+    templates: tuple[ParameterTemplate, ...]
+    convert_block: Callable[[dict[str, Any]], dict[str, Any]]
+    required_values: dict[str, Any] = field(default_factory=dict)
+    ignored_tensors: tuple[str, ...] = ()
+    partial_rotary: bool = False
+
+    def normalize_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration as transformers reads it, with all defaults and in the layout of this version."""
+        settings: dict[str, Any] = CONFIG_MAPPING[self.model_type].from_dict(dict(config)).to_dict()
+        return settings
+
+    def convert_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of `BamConfig` for a dense model: its sizes and its block."""
+        config = self.normalize_config(config)
+        shared = {key: config[key] for key in SHARED_SETTINGS if key in config}
+        dropout = float(config.get("attention_dropout") or 0.0)
+        return {**shared, "attention_dropout": dropout, **self.convert_block(config)}
+
+    def parameters(self, config: dict[str, Any]) -> list[DenseParameter]:
+        """Return all parameters of a dense model with this configuration, in the order of its layers."""
+        config = self.normalize_config(config)
+        settings = self.convert_config(config)
+        present = [
+            template
+            for template in self.templates
+            if (template.role not in REQUIRED_SETTING or settings.get(REQUIRED_SETTING[template.role]))
+            and not (template.role is Role.HEAD and settings["tie_word_embeddings"])
+        ]
+        layered = [template for template in present if "{layer}" in template.name]
+        first, last = present.index(layered[0]), present.index(layered[-1])
+
+        def parameter(template: ParameterTemplate, layer: int | None) -> DenseParameter:
+            rows = None if template.rows is None else template.rows(config)
+            return DenseParameter(template.role, layer, template.name.format(layer=layer), rows)
+
+        return [
+            *(parameter(template, None) for template in present[:first]),
+            *(parameter(template, layer) for layer in range(config["num_hidden_layers"]) for template in layered),
+            *(parameter(template, None) for template in present[last + 1 :]),
+        ]
+
+    def tensor_names(self, config: dict[str, Any]) -> list[str]:
+        """Return the distinct names of the tensors that a dense checkpoint with this configuration must have."""
+        return list(dict.fromkeys(parameter.name for parameter in self.parameters(config)))
+
+    def ignores(self, name: str, config: dict[str, Any]) -> bool:
+        """Return True if an unexpected tensor is harmless.
+
+        It is a buffer of old versions, or an output head that is tied to the embedding and was saved nevertheless.
+        """
+        heads = [template.name for template in self.templates if template.role is Role.HEAD]
+        if name in heads:
+            return bool(self.convert_config(config)["tie_word_embeddings"])
+        return any(fnmatchcase(name, pattern) for pattern in self.ignored_tensors)
+
+    def check(self, config: dict[str, Any], uri: str) -> None:
+        """Raise a `FamilyError` that names `uri` and the setting if a setting of `config` is not supported."""
+        try:
+            config = self.normalize_config(config)
+        except Exception as error:  # the checks of transformers raise many types
+            raise FamilyError(
+                f"{uri} is not a valid {self.model_type} configuration: {one_line(error, all_lines=True)}"
+            ) from None
+        rope = config.get("rope_parameters") or {}
+        for key, value, supported in (
+            ("quantization_config", config.get("quantization_config"), (None,)),
+            *((key, config.get(key), (only, None)) for key, only in self.required_values.items()),
+            ("hidden_act", config["hidden_act"], HIDDEN_ACTS),
+            ("rope_type", rope.get("rope_type", "default" if "rope_theta" in rope else rope), ROPE_TYPES),
+            ("partial_rotary_factor", 1.0 if self.partial_rotary else rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        ):
+            if value not in supported:
+                only = " or ".join(repr(choice) for choice in supported if choice is not None or len(supported) == 1)
+                raise FamilyError(f"{uri}: {key} is {value!r}, but only {only} is supported: use another model")

@@ -1,13 +1,16 @@
-"""Llama, SmolLM, TinyLlama: sequential block, RMSNorm, half-rotated RoPE. The layout that most families share."""
+"""Llama, SmolLM, TinyLlama: sequential block, RMSNorm, half-rotated RoPE.
+
+Most families share its names, and so does the mixture.
+"""
 
 from typing import Any
 
-from bam_ray.families.family import Family, Role, Weight
-from bam_ray.families.names import PLAIN
+from bam_ray.families.family import Family, ParameterTemplate, Role
+from bam_ray.families.names import PLAIN_NAMES
 
-# Names that the mixture took over from Llama; q_norm and k_norm are Cohere's and Qwen3's
+# The names are those of the mixture, which has them from Llama; q_norm and k_norm come from Cohere and Qwen3
 PARALLEL_LAYOUT = tuple(
-    Weight(PLAIN[role], role)
+    ParameterTemplate(PLAIN_NAMES[role], role)
     for role in (
         Role.EMBEDDING,
         Role.INPUT_NORM,
@@ -31,13 +34,13 @@ PARALLEL_LAYOUT = tuple(
         Role.HEAD,
     )
 )
-_POST_ATTENTION = Weight(PLAIN[Role.POST_ATTENTION_NORM], Role.POST_ATTENTION_NORM)
+_POST_ATTENTION = ParameterTemplate(PLAIN_NAMES[Role.POST_ATTENTION_NORM], Role.POST_ATTENTION_NORM)
 LLAMA_LAYOUT = (*PARALLEL_LAYOUT[:-2], _POST_ATTENTION, *PARALLEL_LAYOUT[-2:])
 ROTARY_BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
 def llama_block(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a sequential block with RMSNorm before attention and FFN."""
+    """Return the settings of a sequential block with RMSNorm before attention and FFN."""
     bias = config.get("attention_bias", False)
     return {
         "parallel_block": False,
@@ -50,4 +53,4 @@ def llama_block(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-LLAMA = Family("llama", LLAMA_LAYOUT, llama_block, ignored=ROTARY_BUFFERS)
+LLAMA = Family("llama", LLAMA_LAYOUT, llama_block, ignored_tensors=ROTARY_BUFFERS)

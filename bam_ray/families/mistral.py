@@ -1,4 +1,4 @@
-"""Mistral: Llama's block, with one sliding window for all layers (models since v0.2 have none)."""
+"""Mistral: Llama's block with one sliding window for all layers, which models since v0.2 do not have."""
 
 from typing import Any
 
@@ -10,4 +10,4 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
     return {**llama_block(config), "sliding_window": config["sliding_window"]}
 
 
-MISTRAL = Family("mistral", LLAMA_LAYOUT, _block, refused={"layer_types": None}, ignored=ROTARY_BUFFERS)
+MISTRAL = Family("mistral", LLAMA_LAYOUT, _block, required_values={"layer_types": None}, ignored_tensors=ROTARY_BUFFERS)

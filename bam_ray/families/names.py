@@ -1,10 +1,14 @@
-"""What the mixture calls its parameters, by role: plain ones (averaged, or a dense layer's) and stacked experts."""
+"""The names of the mixture's parameters, by role.
+
+A plain parameter has no expert dimension: it is an average of all models, or it belongs to a dense layer. A stacked
+parameter holds all experts.
+"""
 
 from bam_ray.families.family import Role
 
 LAYER = "model.layers.{layer}."
 
-PLAIN = {
+PLAIN_NAMES = {
     Role.EMBEDDING: "model.embed_tokens.weight",
     Role.HEAD: "lm_head.weight",
     Role.FINAL_NORM: "model.norm.weight",
@@ -31,7 +35,7 @@ PLAIN = {
     Role.UP_BIAS: LAYER + "mlp.up_proj.bias",
     Role.DOWN_BIAS: LAYER + "mlp.down_proj.bias",
 }
-STACKED = {
+STACKED_NAMES = {
     Role.QUERY: LAYER + "self_attn.experts.q_proj",
     Role.KEY: LAYER + "self_attn.experts.k_proj",
     Role.VALUE: LAYER + "self_attn.experts.v_proj",
@@ -55,24 +59,25 @@ FFN_ROLES = (Role.GATE, Role.UP, Role.DOWN, Role.GATE_BIAS, Role.UP_BIAS, Role.D
 
 
 def plain_name(role: Role, layer: int | None) -> str:
-    """The parameter of a dense layer, or the average of all models'; `layer` None for those outside of layers."""
-    return PLAIN[role].format(layer=layer)
+    """Return the name of a parameter without an expert dimension; `layer` is None for those outside of layers."""
+    return PLAIN_NAMES[role].format(layer=layer)
 
 
 def expert_name(role: Role, layer: int, gated: bool = True) -> str:
-    """The stacked parameter [N or 1, ...] that holds the experts' of a role.
+    """Return the name of the stacked parameter, [N or 1, ...], that holds a role of all experts.
 
-    Gate and up share one, the gate's rows first; FFNs that are not `gated` have their up alone.
+    Gate and up share one parameter, in which the rows of the gate come first. If the FFN is not `gated`, the parameter
+    holds only the up projection and has another name.
     """
-    name = STACKED[role].format(layer=layer)
+    name = STACKED_NAMES[role].format(layer=layer)
     return name if gated else name.replace("gate_up_", "up_")
 
 
 def shared_name(role: Role, layer: int) -> str:
-    """The parameter of the always-on FFN expert; `role` one of `FFN_ROLES`."""
+    """Return the name of a parameter of the shared FFN expert; `role` is one of `FFN_ROLES`."""
     return plain_name(role, layer).replace(".mlp.", ".mlp.shared_expert.")
 
 
 def router_names(layer: int) -> tuple[str, str]:
-    """The routers [N, d] of the FFN and of the attention experts."""
+    """Return the names of the routers, [N, d], of the FFN experts and of the attention experts."""
     return FFN_ROUTER.format(layer=layer), ATTENTION_ROUTER.format(layer=layer)

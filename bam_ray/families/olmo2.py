@@ -1,10 +1,13 @@
-"""OLMo2: norms after attention and FFN, before the residual is added; queries and keys normalised over all heads."""
+"""OLMo2: norms after attention and FFN, before the residual is added.
+
+Queries and keys are normalized over all heads together.
+"""
 
 from typing import Any
 
-from bam_ray.families.family import Family, Role, Weight
+from bam_ray.families.family import Family, ParameterTemplate, Role
 from bam_ray.families.llama import LLAMA_LAYOUT, llama_block
-from bam_ray.families.names import PLAIN
+from bam_ray.families.names import PLAIN_NAMES
 
 
 def _block(config: dict[str, Any]) -> dict[str, Any]:
@@ -14,7 +17,9 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
 OLMO2 = Family(
     "olmo2",
     tuple(
-        Weight(PLAIN[Role.POST_FFN_NORM], Role.POST_FFN_NORM) if weight.role is Role.INPUT_NORM else weight
+        ParameterTemplate(PLAIN_NAMES[Role.POST_FFN_NORM], Role.POST_FFN_NORM)
+        if weight.role is Role.INPUT_NORM
+        else weight
         for weight in LLAMA_LAYOUT
     ),
     _block,

@@ -1,4 +1,4 @@
-"""Qwen2: Llama's block, biases on query, key and value alone, sliding windows on some layers."""
+"""Qwen2: Llama's block with biases only on query, key and value, and sliding windows on some layers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from bam_ray.families.llama import LLAMA_LAYOUT, ROTARY_BUFFERS, llama_block
 
 
 def qwen_block(config: dict[str, Any]) -> dict[str, Any]:
-    """Llama's block with a kind of attention per layer."""
+    """Return the settings of Llama's block with a type of attention per layer."""
     return {
         **llama_block(config),
         "layer_types": config["layer_types"],
@@ -19,4 +19,4 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
     return {**qwen_block(config), "attention_bias": True}
 
 
-QWEN2 = Family("qwen2", LLAMA_LAYOUT, _block, ignored=ROTARY_BUFFERS)
+QWEN2 = Family("qwen2", LLAMA_LAYOUT, _block, ignored_tensors=ROTARY_BUFFERS)

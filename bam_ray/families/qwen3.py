@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2's block without its biases, queries and keys normalised head by head."""
+"""Qwen3: Qwen2's block without biases, and with queries and keys normalized per head."""
 
 from typing import Any
 

@@ -2,7 +2,7 @@
 
 from ray.util.metrics import Gauge
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import Progress
 
 GAUGES = {  # field of `Progress`: name and description of its gauge
@@ -19,7 +19,7 @@ GAUGES = {  # field of `Progress`: name and description of its gauge
 class Gauges:
     """The gauges of the task `kind/name`."""
 
-    def __init__(self, kind: Kind, name: str) -> None:
+    def __init__(self, kind: ArtifactKind, name: str) -> None:
         self._tags = {"kind": kind, "name": name}
         self._curve = Gauge("bam_curve", "Last value of a training curve", tag_keys=("kind", "name", "curve"))
         self._gauges = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import BamError
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
 from bam_ray.on_ray.serve_app import deploy, served_mixture
@@ -29,7 +29,7 @@ EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
 def run_job(
-    kinds: Collection[Kind] | None,
+    kinds: Collection[ArtifactKind] | None,
     engine_factory: "EngineFactory | None" = None,
     show: Callable[[PipelineRun, Console], None] | None = None,
 ) -> None:

@@ -16,8 +16,8 @@ import ray
 from rich.console import Console
 
 from bam_ray.blobs import BlobStore
-from bam_ray.blobs.check import checked_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.blobs.check import open_checked_store
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, Outcome
 from bam_ray.control.status_table import render
@@ -39,7 +39,7 @@ TABLE_WIDTH = 110  # characters
 
 def run_tasks(
     recipe: Recipe,
-    kinds: Collection[Kind] | None = None,
+    kinds: Collection[ArtifactKind] | None = None,
     engine_factory: "EngineFactory | None" = None,
     functions: StageFunctions | None = None,
 ) -> Outcome:
@@ -58,7 +58,7 @@ def run_tasks(
         StoreError: The blob store cannot be used.
         PlacementError: There is no cluster.
     """
-    store, weaker = checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
+    store, weaker = open_checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
     if weaker:
         Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
     connect()

@@ -7,6 +7,7 @@ import httpx
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.data import Corpus
 from bam_ray.errors import ServingError
 from bam_ray.evaluation.results import Results
@@ -19,7 +20,7 @@ COMPLETION_TOKENS = 48
 
 def show_results(run: PipelineRun, console: Console) -> None:
     """Print the table of the run's report, its findings, and the report's location."""
-    report = run.artifact("reports", "report")
+    report = run.artifact(ArtifactKind.REPORTS, "report")
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
     print_results(results, console)
     location = f"report: {report.uri}/report.html (`bam report {run.store.uri}` downloads it)"
@@ -28,7 +29,7 @@ def show_results(run: PipelineRun, console: Console) -> None:
 
 def stream_completions(run: PipelineRun, url: str, model: str, console: Console) -> None:
     """Ask the endpoint at `url` to continue one held-out text per domain, and print the words as they arrive."""
-    corpus = Corpus(run.artifact("corpora", "corpus").fetch())
+    corpus = Corpus(run.artifact(ArtifactKind.CORPORA, "corpus").fetch())
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
     for domain in run.recipe.data.domains:
         prompt = tokenizer.decode(corpus.held_out(domain)[0, :PROMPT_TOKENS].astype(int), skip_special_tokens=True)

@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.pipeline.run import PipelineRun
@@ -97,7 +98,7 @@ def application(arguments: ApplicationArguments) -> Application:
 def served_mixture(run: PipelineRun) -> tuple[Artifact, str]:
     """Return the artifact and the name of the mixture that the recipe serves."""
     name = run.recipe.serve.mixture or next(iter(run.recipe.upcycle.mixtures))
-    return run.artifact("mixtures", name), name
+    return run.artifact(ArtifactKind.MIXTURES, name), name
 
 
 def deploy(artifact: Artifact, model_name: str, settings: ServeSettings) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bam_ray.checkpoint.manifest import Kind, identity
+from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import Quorum, Task, fewer_workers
 from bam_ray.settings import Mixing, MixSettings, MixtureSettings, Needs, Recipe, TrainingSettings
 
@@ -23,9 +23,9 @@ DENSE = "dense"  # the model of the seed and of all branches
 
 def task_graph(recipe: Recipe) -> list[Task]:
     """Every task of `recipe`, parents first."""
-    corpus = _task("corpora", "corpus", recipe.data)
+    corpus = _task(ArtifactKind.CORPORA, "corpus", recipe.data)
     seed = _task(
-        "seeds",
+        ArtifactKind.SEEDS,
         "seed",
         {
             "scratch": _plain(recipe.seed.scratch),
@@ -43,7 +43,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     )
     branches = [
         _task(
-            "branches",
+            ArtifactKind.BRANCHES,
             domain,
             {
                 "domain": domain,
@@ -64,7 +64,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     quorum = _quorum(recipe, branches)
     upcycled = [
         _task(
-            "upcycled",
+            ArtifactKind.UPCYCLED,
             name,
             _upcycled_content(recipe, mixture),
             parents=(seed.id, *(branch.id for branch in branches if mixture.has_branches)),
@@ -75,7 +75,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     ]
     mixtures = [
         _task(
-            "mixtures",
+            ArtifactKind.MIXTURES,
             start.name,
             {
                 "training": _content(recipe.mix.training),
@@ -100,7 +100,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
         for start in upcycled
     ]
     report = _task(
-        "reports",
+        ArtifactKind.REPORTS,
         "report",
         {"tokens_per_domain": recipe.evaluate.tokens_per_domain},
         parents=tuple(task.id for task in [corpus, seed, *branches, *mixtures]),
@@ -110,7 +110,7 @@ def task_graph(recipe: Recipe) -> list[Task]:
     return [corpus, seed, *branches, *upcycled, *mixtures, report]
 
 
-def subset(tasks: Sequence[Task], kinds: Collection[Kind]) -> list[Task]:
+def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
     """The tasks of `kinds` and everything they are made from, in the order of `tasks`."""
     wanted: set[str] = set()
     for task in reversed(tasks):  # children before parents
@@ -119,7 +119,7 @@ def subset(tasks: Sequence[Task], kinds: Collection[Kind]) -> list[Task]:
     return [task for task in tasks if task.id in wanted]
 
 
-def find_task(tasks: Sequence[Task], kind: Kind, name: str) -> Task:
+def find_task(tasks: Sequence[Task], kind: ArtifactKind, name: str) -> Task:
     """The one task of `kind` called `name`; raises KeyError."""
     for task in tasks:
         if task.kind == kind and task.name == name:
@@ -128,7 +128,7 @@ def find_task(tasks: Sequence[Task], kind: Kind, name: str) -> Task:
 
 
 def _task(
-    kind: Kind,
+    kind: ArtifactKind,
     name: str,
     settings: BaseModel | dict[str, Any],
     *,

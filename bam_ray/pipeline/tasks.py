@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import Protocol
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.settings import Needs
 
 
@@ -26,7 +26,7 @@ class Quorum:
 class Task:
     """One artifact to make."""
 
-    kind: Kind
+    kind: ArtifactKind
     name: str  # "corpus", "seed", a domain, a mixture, "report"
     id: str
     parents: tuple[str, ...]  # ids of tasks that must be committed first

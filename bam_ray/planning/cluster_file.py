@@ -16,13 +16,18 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.scheduling.nodes import ACCELERATOR, GIB
 from bam_ray.settings import Count, Name, Strict, load_as
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
-STAGE_SECONDS: dict[Kind, float] = {"corpora": 600.0, "seeds": 60.0, "upcycled": 120.0, "reports": 600.0}
+STAGE_SECONDS: dict[ArtifactKind, float] = {
+    ArtifactKind.CORPORA: 600.0,
+    ArtifactKind.SEEDS: 60.0,
+    ArtifactKind.UPCYCLED: 120.0,
+    ArtifactKind.REPORTS: 600.0,
+}
 """Of stages that do not train, where nothing is known of their length: assumptions."""
 
 
@@ -65,7 +70,7 @@ class ClusterFile(Strict):
     nodes: dict[Name, NodeGroup]
     start_seconds: NotNegative = 60.0  # from being placed to the first step: process, data, weights
     checkpoint_seconds: NotNegative = 20.0  # from the last step to a checkpoint or a model in the blob store
-    stage_seconds: dict[Kind, NotNegative] = Field(default_factory=lambda: dict(STAGE_SECONDS))
+    stage_seconds: dict[ArtifactKind, NotNegative] = Field(default_factory=lambda: dict(STAGE_SECONDS))
 
 
 def load_cluster(path: str | Path) -> ClusterFile:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.status_table import duration
 from bam_ray.errors import SettingsError
 from bam_ray.pipeline.graph import task_graph
@@ -19,7 +19,7 @@ from bam_ray.settings import MixtureSettings, Recipe, TrainingSettings
 LOOKS = 150  # of the simulated controller between events, over the time that the longest stage takes at best
 LATE = 300.0  # seconds that a task without a node waits longer than it must, at most
 TOO_LONG = 10  # times as long as the run takes at best, and the simulation is given up
-TRAINED: tuple[Kind, ...] = ("seeds", "branches", "mixtures")
+TRAINED = tuple(kind for kind in ArtifactKind if kind.trains)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Planned:
 class Stage:
     """The trained tasks of one kind, in a simulated run that finished them."""
 
-    kind: Kind
+    kind: ArtifactKind
     seconds: float
     at_best: float  # no schedule could be faster on these nodes, were none of them taken away
 

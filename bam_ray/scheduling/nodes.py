@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from bam_ray.checkpoint.manifest import Kind
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.tasks import Task
 from bam_ray.settings import Demand, Needs
@@ -19,15 +18,6 @@ HEAD = "node:__internal_head__"  # a resource that Ray gives the head
 RAYS_OWN = "ray.io/"  # labels that begin so tell single nodes or places apart, not kinds
 GIB = 1 << 30
 MANY = 1 << 30
-SETTING: dict[Kind, str] = {
-    "corpora": "the recipe",
-    "seeds": "seed.needs",
-    "branches": "branch.needs (or its override)",
-    "upcycled": "upcycle.needs",
-    "mixtures": "mix.needs",
-    "evaluations": "evaluate.needs",
-    "reports": "evaluate.needs",
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def demand_met(task: Task, nodes: Sequence[NodeFacts]) -> tuple[Demand, str]:
     asked = " or ".join(_with_workers(task, demand) for demand in demands)
     raise PlacementError(
         f"{task.where} needs {asked}, which the {len(nodes)} living nodes can never give "
-        f"({said_of_nodes(nodes)}): mend {SETTING[task.kind]} or add nodes"
+        f"({said_of_nodes(nodes)}): mend {task.kind.setting} or add nodes"
     )
 
 

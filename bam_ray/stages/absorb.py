@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
@@ -60,7 +60,7 @@ def absorb_late_branches(run: TaskRun, load: LoadModel, sampler_state: dict[str,
         if run.lease is not None:
             events = _absorb(run, load, sampler_state)
         newest = run.checkpoints(run.recipe.mix.training).latest(gather)
-    return StartPoint(newest.folder if newest else run.parent("upcycled", run.task.name).fetch(), events)
+    return StartPoint(newest.folder if newest else run.parent(ArtifactKind.UPCYCLED, run.task.name).fetch(), events)
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
     checkpoints = run.checkpoints(mix.training, refused.append)
     newest = checkpoints.latest()
     step = newest.step if newest else 0
-    start = run.parent("upcycled", task.name)
+    start = run.parent(ArtifactKind.UPCYCLED, task.name)
     mixture = _MixtureFolder(
         newest.folder if newest else start.fetch(),
         newest.uri if newest else start.uri,
@@ -109,7 +109,7 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
     left_out: list[Event] = []
     with tempfile.TemporaryDirectory(prefix="bam-absorb-") as temporary:
         for name in (name for _, name in task.quorum.branches if name not in present):
-            artifact = run.parent("branches", name)
+            artifact = run.parent(ArtifactKind.BRANCHES, name)
             try:
                 if artifact.manifest() is None:
                     continue
@@ -156,9 +156,9 @@ class _MixtureFolder(TensorReader):
         """The URI that the lineage records for this mixture."""
         return self._uri
 
-    def file(self, name: str) -> bytes | None:
+    def read_file(self, name: str) -> bytes | None:
         """Return the content of a file, or None if there is no such file."""
-        return self._initial.file(name) if name in CARRIED else super().file(name)
+        return self._initial.read_file(name) if name in CARRIED else super().read_file(name)
 
     def with_branch(
         self, name: str, branch: TensorReader, folder: Path, manifest: Manifest, seed: int

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
@@ -28,7 +28,7 @@ def train_seed(run: TaskRun, engine_factory: EngineFactory | None = None) -> Man
 
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    corpus = Corpus(run.parent("corpora", "corpus").fetch())
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     settings = run.recipe.seed
     if settings.folder is not None:
         return _import_seed(settings.folder, run, corpus)
@@ -44,8 +44,8 @@ def train_branch(run: TaskRun, engine_factory: EngineFactory | None = None) -> M
 
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    corpus = Corpus(run.parent("corpora", "corpus").fetch())
-    model = AutoModelForCausalLM.from_pretrained(run.parent("seeds", "seed").fetch(), dtype=torch.float32)
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
+    model = AutoModelForCausalLM.from_pretrained(run.parent(ArtifactKind.SEEDS, "seed").fetch(), dtype=torch.float32)
     settings, domain = run.recipe.branch, run.task.name
     blend = {run.recipe.data.general: settings.general_fraction}
     blend[domain] = blend.get(domain, 0.0) + 1.0 - settings.general_fraction

@@ -21,7 +21,7 @@ import bam_ray.model  # noqa: F401  registers the mixture with AutoModelForCausa
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import Compute, Manifest, identity
+from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest, identity
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import score
@@ -82,7 +82,7 @@ def evaluate(run: TaskRun) -> Manifest:
             name=run.task.name,
             parents=tuple(id for id in run.task.parents if id in made),
             settings=run.recipe.evaluate.model_dump(mode="json"),
-            compute=Compute(device_seconds=wall, wall_seconds=wall),
+            compute=ComputeCost(device_seconds=wall, wall_seconds=wall),
             metrics={f"perplexity/{MEAN}/{model.label}": results.means[model.id] for model in results.models},
             facts={
                 "evaluations": [evaluator.id_of(task) for task, _ in models],
@@ -99,7 +99,7 @@ class Evaluator:
     """Scores models on all domains of one corpus, and commits the scores. Committed scores are read instead."""
 
     def __init__(self, run: TaskRun, lease: Lease) -> None:
-        corpus = run.parent("corpora", "corpus")
+        corpus = run.parent(ArtifactKind.CORPORA, "corpus")
         self.corpus = Corpus(corpus.fetch())
         self._corpus_id = corpus.id
         self._settings = run.recipe.evaluate
@@ -121,10 +121,10 @@ class Evaluator:
             lineage: The model's manifest, followed by those of everything that it was made from.
             progress: The progress of the whole report, which is reported while the model is scored.
         """
-        artifact = Artifact(self._store, "evaluations", self.id_of(task))
+        artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, self.id_of(task))
         if artifact.manifest() is None:
             started = time.perf_counter()
-            folder = Artifact(self._store, kind, task.id).fetch()
+            folder = Artifact(self._store, task.kind, task.id).fetch()
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             if not self.corpus.attend_across_documents:
@@ -136,11 +136,11 @@ class Evaluator:
             flops = forward_flops_per_token(model.config, self.corpus.sequence_length) * tokens
             manifest = Manifest(
                 id=artifact.id,
-                kind="evaluations",
+                kind=ArtifactKind.EVALUATIONS,
                 name=task.name,
                 parents=(task.id, self._corpus_id),
                 settings=self._settings.model_dump(mode="json"),
-                compute=Compute(flops=flops, device_seconds=wall, wall_seconds=wall),
+                compute=ComputeCost(flops=flops, device_seconds=wall, wall_seconds=wall),
                 metrics={f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)},
                 attempt=self.lease.number,
             )
@@ -242,7 +242,7 @@ def damaged_branches(run: TaskRun, made: Mapping[str, Manifest]) -> list[str]:
 
     def is_whole(id: str) -> bool:
         try:
-            Artifact(run.store, "branches", id).fetch()
+            Artifact(run.store, ArtifactKind.BRANCHES, id).fetch()
         except CheckpointError:
             return False
         return True

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.pipeline.tasks import Quorum
@@ -43,8 +43,8 @@ def train_mixture(run: TaskRun, engine_factory: EngineFactory) -> Manifest | Non
 
 def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     mix = run.recipe.mix
-    corpus = Corpus(run.parent("corpora", "corpus").fetch())
-    initial = run.parent("upcycled", run.task.name)
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
+    initial = run.parent(ArtifactKind.UPCYCLED, run.task.name)
     blend = mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
 
     def load_whole(folder: Path) -> PreTrainedModel:
@@ -99,7 +99,9 @@ def _dynamic_sampler(
     branched = set(run.recipe.branch.domains) & set(experts) if has_branches else set()
 
     def reference(domain: str, rows: np.ndarray) -> float:
-        origin = run.parent("branches", domain) if domain in branched else run.parent("seeds", "seed")
+        origin = (
+            run.parent(ArtifactKind.BRANCHES, domain) if domain in branched else run.parent(ArtifactKind.SEEDS, "seed")
+        )
         return dense_nll(origin, corpus, rows)
 
     rows = {

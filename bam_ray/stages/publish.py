@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from bam_ray.checkpoint.manifest import Compute, Manifest
+from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.checkpoints import retry_while_unavailable
@@ -33,7 +33,7 @@ def publish_model(
         settings={"training": settings.model_dump(mode="json"), "blend": job.blend},
         step=settings.steps,
         tokens=settings.steps * settings.batch_tokens,
-        compute=Compute(
+        compute=ComputeCost(
             flops=run_flops(engine.model.config, job.corpus.sequence_length, settings, job.expert_history),
             device_seconds=round(finished.device_seconds, 1),
             wall_seconds=round(wall_seconds, 1),

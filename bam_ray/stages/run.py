@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.stages.corpus import make_corpus
 from bam_ray.stages.dense import train_branch, train_seed
 from bam_ray.stages.evaluate import evaluate
@@ -11,17 +11,17 @@ from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.upcycle import upcycle_mixture
 from bam_ray.training.engine import EngineFactory
 
-STAGES: dict[Kind, Callable[[TaskRun], Manifest | None]] = {
-    "corpora": make_corpus,
-    "seeds": train_seed,
-    "branches": train_branch,
-    "upcycled": upcycle_mixture,
-    "reports": evaluate,
+STAGES: dict[ArtifactKind, Callable[[TaskRun], Manifest | None]] = {
+    ArtifactKind.CORPORA: make_corpus,
+    ArtifactKind.SEEDS: train_seed,
+    ArtifactKind.BRANCHES: train_branch,
+    ArtifactKind.UPCYCLED: upcycle_mixture,
+    ArtifactKind.REPORTS: evaluate,
 }
-GROUP_STAGES: dict[Kind, Callable[[TaskRun, EngineFactory], Manifest | None]] = {
-    "seeds": train_seed,
-    "branches": train_branch,
-    "mixtures": train_mixture,
+GROUP_STAGES: dict[ArtifactKind, Callable[[TaskRun, EngineFactory], Manifest | None]] = {
+    ArtifactKind.SEEDS: train_seed,
+    ArtifactKind.BRANCHES: train_branch,
+    ArtifactKind.MIXTURES: train_mixture,
 }
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import StageContext, Task
@@ -76,7 +76,7 @@ class TaskRun:
         """The artifact that this task makes."""
         return Artifact(self.store, self.task.kind, self.task.id)
 
-    def parent(self, kind: Kind, name: str) -> Artifact:
+    def parent(self, kind: ArtifactKind, name: str) -> Artifact:
         """Return the artifact of another task of the same run; raises `KeyError` if there is no such task."""
         return self.pipeline.artifact(kind, name)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.data import Corpus
@@ -28,10 +28,10 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
     """
     name = run.task.name
     settings = run.recipe.upcycle.mixtures[name]
-    origins = {"seed": run.parent("seeds", "seed")}
+    origins = {"seed": run.parent(ArtifactKind.SEEDS, "seed")}
     branches = starting_branches(run)
     if settings.has_branches:
-        origins |= {domain: run.parent("branches", domain) for domain in branches}
+        origins |= {domain: run.parent(ArtifactKind.BRANCHES, domain) for domain in branches}
         settings = without_missing_branches(settings, len(run.recipe.branch.domains) - len(branches), origins)
     sources = {source: TensorReader(run.store, artifact.prefix) for source, artifact in origins.items()}
     for source in sources.values():
@@ -75,7 +75,7 @@ def starting_branches(run: TaskRun) -> list[str]:
     quorum = run.task.quorum
     if quorum is None:
         return run.recipe.branch.domains
-    committed = [name for _, name in quorum.branches if run.parent("branches", name).manifest() is not None]
+    committed = [name for _, name in quorum.branches if run.parent(ArtifactKind.BRANCHES, name).manifest() is not None]
     if len(committed) < quorum.at_least:
         raise CheckpointError(
             f"{len(committed)} of the {len(quorum.branches)} branches are committed, but upcycle.when requires at "
@@ -103,7 +103,7 @@ def _texts(settings: MixtureSettings, run: TaskRun, branches: Sequence[str]) -> 
     """
     if not settings.needs_text:
         return {}
-    corpus = Corpus(run.parent("corpora", "corpus").fetch())
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     domains = {"seed": run.recipe.data.general, **{name: name for name in branches}}
     count = max(settings.router.sequences, settings.split.sequences)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Manifest, identity
-from bam_ray.checkpoint.targets import check_space, new_folder
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest, identity
+from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.evaluation.perplexity import perplexity
@@ -59,16 +59,16 @@ def make_mixture(
 ) -> Upcycled:
     """Upcycle `sources`, whose first is the seed, to a new folder at `out`."""
     planned = plan(sources, settings, Losses(), texts or {})
-    check_space(out.uri, estimate(planned, sources).written)
+    check_disk_space(out.uri, estimate(planned, sources).written)
     uris = tuple(source.uri for source in sources.values())
     manifest = Manifest(
         id=identity(settings.method, settings, uris),
-        kind="upcycled",
+        kind=ArtifactKind.UPCYCLED,
         name=settings.method,
         parents=uris,
         settings=settings.model_dump(mode="json"),
     )
-    with new_folder(out) as store:
+    with new_model_folder(out) as store:
         for source in sources.values():
             source.check_digests()
         return write_mixture(planned, sources, ModelWriter(store), manifest, texts, progress)
@@ -104,13 +104,17 @@ def change_mixture(
         progress: Called with the bytes that are written and their total.
     """
     sources = [mixture] if branch is None else [mixture, branch]
-    check_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
+    check_disk_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
     uris = tuple(source.uri for source in sources)
     settings = {"verb": what.verb, "experts": what.names, "average_weight": average_weight}
     manifest = Manifest(
-        id=identity(what.verb, settings, uris), kind="upcycled", name=what.verb, parents=uris, settings=settings
+        id=identity(what.verb, settings, uris),
+        kind=ArtifactKind.UPCYCLED,
+        name=what.verb,
+        parents=uris,
+        settings=settings,
     )
-    with new_folder(out) as store:
+    with new_model_folder(out) as store:
         for source in sources:
             source.check_digests()
         upcycled = change(mixture, what, branch, ModelWriter(store), manifest, average_weight, progress=progress)
@@ -128,11 +132,11 @@ def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, 
 
 def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None = None) -> None:
     """Write a mixture to a new folder in the format of Mixtral."""
-    check_space(out.uri, sum(spec.bytes for spec in mixture.specs.values()))
+    check_disk_space(out.uri, sum(spec.bytes for spec in mixture.specs.values()))
     manifest = Manifest(
-        id=identity("mixtral", {}, (mixture.uri,)), kind="upcycled", name="mixtral", parents=(mixture.uri,)
+        id=identity("mixtral", {}, (mixture.uri,)), kind=ArtifactKind.UPCYCLED, name="mixtral", parents=(mixture.uri,)
     )
-    with new_folder(out) as store:
+    with new_model_folder(out) as store:
         mixture.check_digests()
         export_mixtral(mixture, ModelWriter(store), manifest, progress)
 

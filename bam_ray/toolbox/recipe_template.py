@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from string import Template
 
 from bam_ray.blobs import open_store
-from bam_ray.data.sources import documents
+from bam_ray.data.sources import read_documents
 from bam_ray.errors import BlobNotFound, FamilyError, SettingsError
 from bam_ray.families import family_of
 from bam_ray.settings import DomainSettings, parse_recipe
@@ -95,7 +95,7 @@ def recipe_for(
         )
     positions = _positions(seed, endpoint)
     for domain, source in texts.items():
-        next(documents(domain, DomainSettings(source=source)), None)
+        next(read_documents(domain, DomainSettings(source=source)), None)
     length = min(LONGEST_SEQUENCE, positions)
     text = TEMPLATE.substitute(
         seed=json.dumps(seed),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Kind, Manifest
-from bam_ray.checkpoint.targets import check_space, new_folder
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, FileEntry, Manifest
+from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
@@ -29,7 +29,7 @@ class StepCheckpoint:
     manifest: Manifest
 
 
-def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step: int | None = None) -> Manifest:
+def export_step(run: BlobStore, kind: ArtifactKind, name: str, out: StoreSettings, step: int | None = None) -> Manifest:
     """Copy a training checkpoint of `kind/name` to a new folder with the tokenizer, and return its manifest.
 
     The run may be training meanwhile. If the newest checkpoint is pruned while it is copied, the one that is the newest
@@ -37,7 +37,7 @@ def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step:
 
     Args:
         run: The store of the run.
-        kind: Kind of the artifact that is trained.
+        kind: ArtifactKind of the artifact that is trained.
         name: Name of the artifact that is trained.
         out: Location of the new folder.
         step: Step of the checkpoint. None stands for the newest.
@@ -61,14 +61,14 @@ def export_step(run: BlobStore, kind: Kind, name: str, out: StoreSettings, step:
 
 def _copy(run: BlobStore, found: StepCheckpoint, name: str, out: StoreSettings) -> Manifest:
     """Copy `found` to a new folder at `out`; if that fails, nothing is left there."""
-    corpus = Artifact(run, "corpora", find_id(run, "corpora", "corpus"))
+    corpus = Artifact(run, ArtifactKind.CORPORA, find_id(run, ArtifactKind.CORPORA, "corpus"))
     files = _model_files(found) | _tokenizer_files(corpus)
-    check_space(out.uri, sum(entry.size for _, entry in files.values()))
+    check_disk_space(out.uri, sum(entry.size for _, entry in files.values()))
     prefix = found.artifact.prefix
-    with new_folder(out) as store:
+    with new_model_folder(out) as store:
         writer = ModelWriter(store)
         for file, (key, entry) in files.items():
-            writer.copy(file, run, key, entry)
+            writer.copy_file(file, run, key, entry)
         curve = json.loads(run.get(f"{prefix}/{TRAINER}"))["curve"]
         manifest = Manifest(
             id=found.artifact.id,
@@ -103,7 +103,7 @@ def _tokenizer_files(corpus: Artifact) -> dict[str, tuple[str, FileEntry]]:
     }
 
 
-def find_step(run: BlobStore, kind: Kind, name: str, step: int | None) -> StepCheckpoint:
+def find_step(run: BlobStore, kind: ArtifactKind, name: str, step: int | None) -> StepCheckpoint:
     """Return the checkpoint of `step` that the newest attempt wrote; for None, the newest of all checkpoints."""
     artifact = Artifact(run, kind, find_id(run, kind, name))
     # Keys are sorted, so these are `<attempt>-<step>` by attempt, then by step
@@ -120,7 +120,7 @@ def find_step(run: BlobStore, kind: Kind, name: str, step: int | None) -> StepCh
     raise CheckpointError(f"{artifact.uri} has {missing}{hint}: set training.keep_every to keep some checkpoints")
 
 
-def find_id(run: BlobStore, kind: Kind, name: str) -> str:
+def find_id(run: BlobStore, kind: ArtifactKind, name: str) -> str:
     """Return the id of `kind/name` in the run's last status, or the only id in the store if there is no status."""
     now = status.read(run)
     rows = [row.id for row in now.rows if (row.kind, row.name) == (kind, name)] if now else []

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.data.sources import documents
+from bam_ray.data.sources import read_documents
 from bam_ray.errors import CheckpointError, DataError
 from bam_ray.settings import DomainSettings
 
@@ -29,7 +29,7 @@ def token_rows(name: str, source: str, model: TensorReader, sequences: int, leng
         DataError: The text has less than two rows.
         CheckpointError: The model has no fast tokenizer.
     """
-    data = model.file("tokenizer.json")
+    data = model.read_file("tokenizer.json")
     if data is None:
         raise CheckpointError(f"{model.uri} has no tokenizer.json, which text needs: copy the seed's into it")
     tokenizer = Tokenizer.from_str(data.decode())
@@ -39,7 +39,7 @@ def token_rows(name: str, source: str, model: TensorReader, sequences: int, leng
     ends = model.config.get("eos_token_id")
     end = ends[0] if isinstance(ends, list) else ends
     tokens: list[int] = []
-    for text in documents(name, DomainSettings(source=source)):
+    for text in read_documents(name, DomainSettings(source=source)):
         tokens += tokenizer.encode(text, add_special_tokens=False).ids
         if end is not None:
             tokens.append(end)

@@ -75,7 +75,7 @@ class DynamicBlendSampler:
         losses = {domain: engine.evaluate(torch.from_numpy(rows)) for domain, rows in self._rows.items()}
         excess = {domain: max(0.0, losses[domain] - self._reference[domain]) for domain in losses}
         weights = {domain: weight * math.exp(excess[domain]) for domain, weight in self._sampler.weights.items()}
-        self._sampler.reweigh(weights)
+        self._sampler.set_weights(weights)
         return BlendUpdated(step, self._sampler.weights, losses, self._reference)
 
 

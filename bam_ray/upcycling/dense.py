@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
-from bam_ray.families import FFN_ROLES, Place, Role, expert_name, family_of, plain_name, shared_name
+from bam_ray.families import FFN_ROLES, DenseParameter, Role, expert_name, family_of, plain_name, shared_name
 from bam_ray.model import BamConfig, is_mixture
 from bam_ray.upcycling.plan import COLUMNS, is_plain
 
@@ -47,14 +47,14 @@ def dense_tensors(config: BamConfig, read: Read, expert: int, layers: Sequence[i
     """
     dense = seed_config(config)
     family = family_of(dense, "the seed")
-    found: dict[str, list[tuple[Place, Tensor]]] = {}
-    for place in family.places(dense):
+    found: dict[str, list[tuple[DenseParameter, Tensor]]] = {}
+    for place in family.parameters(dense):
         if place.layer is None or place.layer in layers:
             found.setdefault(place.name, []).append((place, _role_tensor(config, read, place, expert)))
     return {name: _assembled(parts) for name, parts in found.items()}
 
 
-def _assembled(parts: list[tuple[Place, Tensor]]) -> Tensor:
+def _assembled(parts: list[tuple[DenseParameter, Tensor]]) -> Tensor:
     """A dense tensor of its roles' tensors."""
     if parts[0][0].rows is None:
         return parts[0][1]
@@ -68,7 +68,7 @@ def _assembled(parts: list[tuple[Place, Tensor]]) -> Tensor:
     return whole
 
 
-def _role_tensor(config: BamConfig, read: Read, place: Place, expert: int) -> Tensor:
+def _role_tensor(config: BamConfig, read: Read, place: DenseParameter, expert: int) -> Tensor:
     role, layer = place.role, place.layer
     if is_plain(config, role, layer):
         return read(plain_name(role, layer)).float()

@@ -14,7 +14,7 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
-from bam_ray.families import Place, expert_name, family_of, plain_name
+from bam_ray.families import DenseParameter, expert_name, family_of, plain_name
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import is_split, mixture_config_of, seed_config
 from bam_ray.upcycling.expressions import Concat, Draw, Expression, Mean, Take
@@ -125,14 +125,14 @@ def check_branch(config: BamConfig, mixture: TensorReader, branch: TensorReader,
     check_config(branch, name, dense, "the mixture's seed")
     check_tensors(branch, family)
     check_tokenizer(branch, name, mixture, "the mixture")
-    for place in family.places(dense):
+    for place in family.parameters(dense):
         if place.layer is None:
             plain = plain_name(place.role, None)
             check_shape(branch, place.name, mixture.specs[plain].shape, "the mixture")
 
 
 def _history(mixture: TensorReader) -> list[dict[str, Any]]:
-    lineage = mixture.file(LINEAGE)
+    lineage = mixture.read_file(LINEAGE)
     return list(json.loads(lineage)["history"]) if lineage else []
 
 
@@ -150,9 +150,9 @@ class _Changed:
     ) -> None:
         self.config, self.sources, self.change = config, sources, change
         self.branch, self.average_weight, self.seed = branch, average_weight, seed
-        self.parts: dict[str, list[Place]] = {}  # the dense places that a tensor of the mixture is made of
+        self.parts: dict[str, list[DenseParameter]] = {}  # the dense places that a tensor of the mixture is made of
         dense = seed_config(config)
-        for place in family_of(dense, "the seed").places(dense):
+        for place in family_of(dense, "the seed").parameters(dense):
             if is_plain(config, place.role, place.layer):
                 name = plain_name(place.role, place.layer)
             else:

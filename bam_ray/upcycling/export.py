@@ -14,6 +14,7 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
+from bam_ray.families import SHARED_SETTINGS
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import mixture_config_of, seed_config
 from bam_ray.upcycling.expressions import Expression, Scaled, Slice, Take
@@ -33,14 +34,14 @@ def export_mixtral(
     sources = {MIXTURE: mixture}
     outputs = [output for spec in mixture.specs.values() for output in _outputs(spec, config, sources)]
     made = {output.spec.name: output.made for output in outputs}
-    writer.tensors(
+    writer.write_tensors(
         [output.spec for output in outputs],
         progressing(lambda spec: made[spec.name].pieces(sources), outputs, progress),
     )
     for name in CARRIED:
-        data = mixture.file(name)
+        data = mixture.read_file(name)
         if data is not None:
-            writer.file(name, data)
+            writer.write_file(name, data)
     mixtral = mixtral_config(config)
     writer.commit(mixtral.to_json_string(), manifest)
     return mixtral
@@ -65,23 +66,9 @@ def check_fits(config: BamConfig) -> None:
 def mixtral_config(config: BamConfig) -> MixtralConfig:
     """The configuration of the exported model."""
     same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rope_parameters",
-        "tie_word_embeddings",
+        *SHARED_SETTINGS,
         "sliding_window",
         "attention_dropout",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
         "num_experts_per_tok",
         "router_aux_loss_coef",
         "dtype",

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.families import family_of
+from bam_ray.families import SIZE_SETTINGS, family_of
 from bam_ray.model import BamForCausalLM, is_mixture
 from bam_ray.model.parameters import count_parameters
 from bam_ray.upcycling.dense import mixture_config_of, seed_config
@@ -29,16 +29,6 @@ class Facts:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 MIXTURE = (
     "expert_names",
     "num_experts_per_tok",
@@ -64,11 +54,11 @@ def inspect(reader: TensorReader) -> Facts:
             architecture = family_of(reader.config, reader.uri).model_type
             config = AutoConfig.for_model(**reader.config)
             model = AutoModelForCausalLM.from_config(config)
-    lineage = reader.file(LINEAGE)
+    lineage = reader.read_file(LINEAGE)
     return Facts(
         uri=reader.uri,
         architecture=architecture,
-        sizes={key: getattr(config, key, None) for key in SIZES},
+        sizes={key: getattr(config, key, None) for key in SIZE_SETTINGS},
         parameters=count_parameters(model),
         bytes=total,
         files=list(reader.shards),

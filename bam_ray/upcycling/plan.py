@@ -9,7 +9,7 @@ import torch
 
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.errors import UpcycleError
-from bam_ray.families import FFN_ROLES, Family, Place, Role, expert_name, plain_name, router_names, shared_name
+from bam_ray.families import FFN_ROLES, DenseParameter, Family, Role, expert_name, plain_name, router_names, shared_name
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, MixtureSettings, divisors
 from bam_ray.upcycling.expressions import (
@@ -76,7 +76,7 @@ def mixture_config(
     partitions: Sequence[Partition] = (),
 ) -> BamConfig:
     """The mixture's configuration, from the seed's `config.json` and the settings; raises `UpcycleError`."""
-    dense = family.configure(seed.config)
+    dense = family.convert_config(seed.config)
     method = method_of(settings)
     count = len(experts)
     scale = settings.ffn_output_scale
@@ -179,15 +179,15 @@ class Planner:
         self.method = method_of(settings)
         self.partitions = partitions
         self.seed, *self.branches = sources
-        self._places: dict[int | None, dict[Role, Place]] = defaultdict(dict)
-        for place in family.places(sources[self.seed].config):
+        self._places: dict[int | None, dict[Role, DenseParameter]] = defaultdict(dict)
+        for place in family.parameters(sources[self.seed].config):
             self._places[place.layer][place.role] = place
 
     def outputs(self) -> list[Output]:
         """All tensors but the routers, in the order of the dense model."""
         made: list[Output] = []
         for layer, places in self._places.items():
-            stacked: dict[str, list[Place]] = defaultdict(list)
+            stacked: dict[str, list[DenseParameter]] = defaultdict(list)
             for role, place in places.items():
                 if is_plain(self.config, role, layer):
                     made.append(self._output(plain_name(role, layer), place, self._average(place)))
@@ -220,14 +220,14 @@ class Planner:
         std = self.config.initializer_range if init == "random" else 0.0
         return Draw(shape, std, self.settings.seed, name)
 
-    def _output(self, name: str, place: Place, made: Expression) -> Output:
+    def _output(self, name: str, place: DenseParameter, made: Expression) -> Output:
         dtype = self.sources[self.seed].specs[place.name].dtype
         return Output(TensorSpec(name, dtype, made.shape(self.sources)), made)
 
-    def _take(self, place: Place, source: str) -> Take:
+    def _take(self, place: DenseParameter, source: str) -> Take:
         return Take(source, place.name, None if place.rows is None else tuple(place.rows))
 
-    def _average(self, place: Place) -> Expression:
+    def _average(self, place: DenseParameter) -> Expression:
         """One tensor for all experts."""
         takes = tuple(self._take(place, source) for source in self.sources)
         average = self.settings.average
@@ -240,7 +240,7 @@ class Planner:
         weights = tuple(average.weights.get(source, 1.0) for source in self.sources)
         return Mean(takes, weights)
 
-    def _experts(self, parts: Sequence[Place]) -> Expression:
+    def _experts(self, parts: Sequence[DenseParameter]) -> Expression:
         """One slice an expert: each of one place, or of gate and up one after the other."""
         operation = self.method.operation(parts[0].role)
         if operation is Operation.AVERAGE:
@@ -256,7 +256,7 @@ class Planner:
             slices.append(one[0] if len(one) == 1 else Concat(tuple(one)))
         return Concat(tuple(slices), stacked=True)
 
-    def _redrawn(self, take: Take, place: Place, expert: Expert) -> Expression:
+    def _redrawn(self, take: Take, place: DenseParameter, expert: Expert) -> Expression:
         """A copy of the seed, with a part of its neurons drawn anew where the settings say so (not the seed's own
         expert, unless all are copies of it)."""
         fraction = self.settings.redraw_fraction
@@ -269,7 +269,7 @@ class Planner:
         dim = 1 if place.role in COLUMNS else 0
         return Redrawn(take, tuple(index.tolist()), dim, seed, f"{label}/{place.role}")
 
-    def _slice(self, place: Place, number: int) -> Expression:
+    def _slice(self, place: DenseParameter, number: int) -> Expression:
         """Expert `number`'s part of the seed's tensor."""
         take = self._take(place, self.seed)
         role, count = place.role, len(self.experts)
@@ -290,7 +290,7 @@ class Planner:
         height = shape[0] // count
         return Take(take.source, take.tensor, _below(take.rows or ((0, shape[0]),), number * height, height))
 
-    def _shared(self, places: Mapping[Role, Place], layer: int) -> list[Output]:
+    def _shared(self, places: Mapping[Role, DenseParameter], layer: int) -> list[Output]:
         """The always-on expert of a split."""
         neurons = self.partitions[layer].shared
         made = []

@@ -35,7 +35,7 @@ def check_sources(sources: Mapping[str, TensorReader]) -> Family:
     for name, source in sources.items():
         check_config(source, name, seed.config, seed_name)
         check_tensors(source, family)
-        for tensor in family.expected(seed.config):
+        for tensor in family.tensor_names(seed.config):
             check_shape(source, tensor, seed.specs[tensor].shape, seed_name)
         check_tokenizer(source, name, seed, seed_name)
     return family
@@ -46,7 +46,7 @@ def check_config(source: TensorReader, name: str, seed: Mapping[str, Any], seed_
     theirs, ours = ({"model_type": config.get("model_type")} for config in (source.config, seed))
     if theirs == ours:
         family = family_of(dict(seed), seed_name)
-        theirs, ours = family.read(source.config), family.read(dict(seed))
+        theirs, ours = family.normalize_config(source.config), family.normalize_config(dict(seed))
     for key in sorted((ours.keys() | theirs.keys()) - INDIFFERENT):
         if theirs.get(key) != ours.get(key):
             raise UpcycleError(
@@ -57,7 +57,7 @@ def check_config(source: TensorReader, name: str, seed: Mapping[str, Any], seed_
 
 def check_tensors(source: TensorReader, family: Family) -> None:
     """Raise `UpcycleError` where a checkpoint lacks a tensor of its architecture, or has one more."""
-    expected = set(family.expected(source.config))
+    expected = set(family.tensor_names(source.config))
     found = {name for name in source.specs if not family.ignores(name, source.config)}
     for problem, names in (("lacks", expected - found), ("has", found - expected)):
         if names:
@@ -75,7 +75,7 @@ def check_shape(source: TensorReader, tensor: str, shape: tuple[int, ...], seed_
 
 def check_tokenizer(source: TensorReader, name: str, seed: TensorReader, seed_name: str) -> None:
     """Raise `UpcycleError` where a source has another tokenizer than the seed."""
-    theirs, ours = source.file(TOKENIZER), seed.file(TOKENIZER)
+    theirs, ours = source.read_file(TOKENIZER), seed.read_file(TOKENIZER)
     if _digest(theirs) != _digest(ours):
         raise UpcycleError(
             f"{source.uri}/{TOKENIZER} of {name!r} {_what(theirs)} but that of {seed_name!r} {_what(ours)}: "
@@ -90,7 +90,7 @@ def check_seed(sources: Mapping[str, TensorReader], family: Family) -> None:
     unrelated one, which may well have the same configuration, near 0.
     """
     seed_name, seed = next(iter(sources.items()))
-    ups = [place.name for place in family.places(seed.config) if place.role is Role.UP]
+    ups = [place.name for place in family.parameters(seed.config) if place.role is Role.UP]
     names = ups[:: max(1, len(ups) // SAMPLED)]
 
     def sample(source: TensorReader, name: str) -> Tensor:
@@ -125,7 +125,7 @@ def drift(seed: TensorReader, branch: TensorReader, family: Family) -> Drift:
     started = time.perf_counter()
     sums: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
     read = 0
-    layer_of = {place.name: place.layer for place in family.places(seed.config)}
+    layer_of = {place.name: place.layer for place in family.parameters(seed.config)}
     for name, layer in layer_of.items():
         ours, theirs = Take("seed", name), Take("branch", name)
         sources = {"seed": seed, "branch": branch}

@@ -105,7 +105,7 @@ def _tensors(reader: TensorReader, config: BamConfig) -> Receipt:
 
 
 def _lineage(reader: TensorReader) -> Receipt:
-    data = reader.file(LINEAGE)
+    data = reader.read_file(LINEAGE)
     if data is None:
         return Receipt("lineage", False, f"no {LINEAGE}")
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
-from bam_ray.checkpoint.writing import ModelWriter, Produce
+from bam_ray.checkpoint.writing import ChunkProducer, ModelWriter
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.card import model_card
 from bam_ray.upcycling.expressions import Fitted
@@ -89,18 +89,18 @@ def write_mixture(
         "history": planned.history,
         "tensors": {output.spec.name: output.made.origin() for output in (*planned.outputs, *planned.routers)},
     }
-    writer.file(LINEAGE, json.dumps(lineage, indent=1).encode())
+    writer.write_file(LINEAGE, json.dumps(lineage, indent=1).encode())
     if separation is not None:
-        writer.file(SEPARATION, separation.to_json().encode())
+        writer.write_file(SEPARATION, separation.to_json().encode())
     for name in CARRIED:
-        data = next(iter(sources.values())).file(name)
+        data = next(iter(sources.values())).read_file(name)
         if data is not None:
-            writer.file(name, data)
+            writer.write_file(name, data)
     for name, data in planned.more.items():
-        writer.file(name, data)
-    writer.file(CARD, model_card(planned.config, lineage).encode())
+        writer.write_file(name, data)
+    writer.write_file(CARD, model_card(planned.config, lineage).encode())
     for name in MODEL_CODE:
-        writer.file(name, (files("bam_ray.model") / name).read_bytes())
+        writer.write_file(name, (files("bam_ray.model") / name).read_bytes())
     planned.config.auto_map = AUTO_MAP
     return Upcycled(planned.config, writer.commit(planned.config.to_json_string(), manifest), separation)
 
@@ -133,13 +133,13 @@ def _write_tensors(
     last = [output.spec for output in planned.routers]
     counted = progressing(produce, [*planned.outputs, *planned.routers], progress)
     if fitted:
-        writer.tensors(outputs, counted, last)
+        writer.write_tensors(outputs, counted, last)
     else:
-        writer.tensors([*outputs, *last], counted)
+        writer.write_tensors([*outputs, *last], counted)
     return separation
 
 
-def progressing(produce: Produce, outputs: Sequence[Output], progress: Progress | None) -> Produce:
+def progressing(produce: ChunkProducer, outputs: Sequence[Output], progress: Progress | None) -> ChunkProducer:
     """`produce`, with `progress` told of the bytes made."""
     total = sum(output.spec.bytes for output in outputs)
     done = 0

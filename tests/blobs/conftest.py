@@ -1,4 +1,4 @@
-"""The same suite over every store: a folder, memory, a stand-in S3 server and two real ones."""
+"""Stores for the tests: a folder, memory, a simulated S3 server and two real ones."""
 
 import itertools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ REAL_SERVERS = [pytest.param(name, marks=pytest.mark.slow) for name in SERVERS]
 
 @pytest.fixture(params=["folder", "memory", "moto", *REAL_SERVERS])
 def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[[str, str], None]) -> BlobStore:
-    """An empty store."""
+    """An empty store of each backend."""
     if request.param == "folder":
         return FolderStore(tmp_path / "store")
     if request.param == "memory":
@@ -36,6 +36,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[
         credentials(server.access_key, server.secret_key)
         endpoint = server.endpoint
     store = S3Store(BUCKET, f"run-{next(NUMBERS)}", endpoint)
-    # A client takes longer to make than most tests to run: one for all
+    # Creating a client takes longer than most tests, so all stores of an endpoint share one
     store._lazy_client = CLIENTS.get(endpoint) or CLIENTS.setdefault(endpoint, store._client)
     return store

@@ -1,4 +1,4 @@
-"""What every blob store must do, one suite over all of them."""
+"""The behavior of every blob store, in one suite that runs over all backends."""
 
 import os
 import pickle
@@ -24,14 +24,14 @@ ODD_KEYS = ["with space", "plus+percent%41", "ünïcødé/名前", "a=b&c?d#e", 
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 5000], ids=["empty", "one byte", "1.2 MB"])
-def test_what_is_put_is_got(store: BlobStore, data: bytes) -> None:
+def test_get_returns_what_was_put(store: BlobStore, data: bytes) -> None:
     store.put("some/key", data)
     assert store.get("some/key") == data
     assert store.size("some/key") == len(data)
     assert store.exists("some/key")
 
 
-def test_a_put_replaces(store: BlobStore) -> None:
+def test_put_replaces_the_previous_bytes(store: BlobStore) -> None:
     store.put("key", b"long before")
     store.put("key", b"after")
     assert store.get("key") == b"after"
@@ -59,18 +59,18 @@ def test_keys_keep_every_character(store: BlobStore, key: str) -> None:
     assert list(store.list()) == [key]
 
 
-def test_missing_keys_are_said_to_be_missing(store: BlobStore, tmp_path: Path) -> None:
+def test_missing_keys_raise_blob_not_found(store: BlobStore, tmp_path: Path) -> None:
     store.put("there/inner", b"data")
     for key in ("missing", "there", "there/inner/below", "the"):
         assert not store.exists(key)
-        for ask in (
+        for read in (
             store.get,
             store.size,
             lambda key: store.get_range(key, 0, 3),
             lambda key: store.get_range(key, 0, 0),
         ):
             with pytest.raises(BlobNotFound, match=key):
-                ask(key)
+                read(key)
         with pytest.raises(BlobNotFound, match=key):
             store.get_file(key, tmp_path / "never")
         store.delete(key)
@@ -86,10 +86,10 @@ def test_delete_removes_one_key(store: BlobStore) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "/absolute", "folder/", "a//b", ".", "..", "../outside", "a/../b", "a/./b"])
-def test_what_is_no_key_is_refused(store: BlobStore, key: str, tmp_path: Path) -> None:
+def test_invalid_keys_are_refused(store: BlobStore, key: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"data")
-    for do in (
+    for operation in (
         store.get,
         store.size,
         store.exists,
@@ -101,22 +101,22 @@ def test_what_is_no_key_is_refused(store: BlobStore, key: str, tmp_path: Path) -
         lambda key: store.get_file(key, file),
         lambda key: store.get_range(key, 0, 1),
     ):
-        with pytest.raises(StoreError, match="is not a key") as caught:
-            do(key)
+        with pytest.raises(StoreError, match="is not a valid key") as caught:
+            operation(key)
         assert type(caught.value) is StoreError
     assert list(store.list()) == []
 
 
 def test_lists_are_sorted_by_the_whole_key(store: BlobStore) -> None:
-    # '-' and '.' sort before '/', digits after: a list in the order of a tree of folders would be another
+    # '-' and '.' sort before '/' and digits after it, so listing a tree of folders would give another order
     keys = ["a-b", "a.b", "a/b", "a/b-c", "a/b/c", "a0", "ab", "b", "B", "a/é"]
-    keys.remove("a/b")  # S3 would hold it beside a/b/c, a folder cannot
+    keys.remove("a/b")  # S3 can hold it next to a/b/c, but a folder cannot
     for key in reversed(keys):
         store.put(key, b"")
     assert list(store.list()) == sorted(keys)
 
 
-def test_a_prefix_is_a_beginning_not_a_folder(store: BlobStore) -> None:
+def test_a_prefix_need_not_end_at_a_slash(store: BlobStore) -> None:
     for key in ("run/1", "run/2", "run2/1", "runs", "other/run/1"):
         store.put(key, b"")
     assert list(store.list("run/")) == ["run/1", "run/2"]
@@ -133,9 +133,9 @@ def test_an_empty_store_lists_nothing(store: BlobStore) -> None:
 
 
 @pytest.mark.parametrize("store", ["folder", "memory", *REAL_SERVERS], indirect=True)
-def test_lists_go_on_past_one_page(store: BlobStore) -> None:
-    # S3 answers with at most 1000 keys; the names are those that a tree sorts otherwise than S3 does
-    keys = [f"page{between}{number:03d}" for between in "-./" for number in range(350)]
+def test_list_returns_more_than_one_page(store: BlobStore) -> None:
+    # S3 returns at most 1000 keys per page; a tree of folders would sort these names differently from S3
+    keys = [f"page{separator}{number:03d}" for separator in "-./" for number in range(350)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         list(pool.map(lambda key: store.put(key, b""), keys))
     assert list(store.list("page")) == keys
@@ -152,7 +152,7 @@ def test_put_if_absent_writes_once(store: BlobStore) -> None:
     assert store.get("key") == b"third"
 
 
-def test_one_of_racing_writers_wins(store: BlobStore) -> None:
+def test_exactly_one_racing_writer_wins(store: BlobStore) -> None:
     for number in range(4):
         barrier = threading.Barrier(RACERS)
 
@@ -171,7 +171,9 @@ def test_one_of_racing_writers_wins(store: BlobStore) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 100, 11 * MIB + 7], ids=["empty", "small", "multipart"])
-def test_files_travel_whole(store: BlobStore, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_stored_unchanged(
+    store: BlobStore, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(s3, "TRANSFER", TransferConfig(multipart_threshold=5 * MIB, multipart_chunksize=5 * MIB))
     sent, received = tmp_path / "sent", tmp_path / "received"
     sent.write_bytes(os.urandom(size))
@@ -184,17 +186,17 @@ def test_files_travel_whole(store: BlobStore, size: int, tmp_path: Path, monkeyp
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3 takes no part below 5 MiB but the last."""
-    monkeypatch.setattr(s3, "PART", 5 * MIB)
+    """Set the smallest size of a part that S3 accepts, 5 MiB."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
 
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(
     "lengths",
     [[], [0], [100, 0, 1], [5 * MIB], [MIB] * 11 + [7], [23 * MIB + 5]],
-    ids=["no chunk", "empty", "small", "one part", "many chunks a part", "many parts a chunk"],
+    ids=["no chunk", "empty", "small", "one part", "many chunks per part", "many parts per chunk"],
 )
-def test_streams_travel_whole(store: BlobStore, lengths: list[int]) -> None:
+def test_streams_are_stored_unchanged(store: BlobStore, lengths: list[int]) -> None:
     data = [os.urandom(length) for length in lengths]
     store.put("key", b"before")
     store.put_stream("key", (memoryview(chunk) if number % 2 else chunk for number, chunk in enumerate(data)))
@@ -203,7 +205,7 @@ def test_streams_travel_whole(store: BlobStore, lengths: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_chunks_may_share_one_buffer(store: BlobStore) -> None:
+def test_stream_chunks_may_share_one_buffer(store: BlobStore) -> None:
     buffer = bytearray(2 * MIB)
 
     def filled() -> Iterator[memoryview]:
@@ -219,8 +221,8 @@ def test_chunks_may_share_one_buffer(store: BlobStore) -> None:
 @pytest.mark.parametrize(
     "error", [FileNotFoundError("shard"), FileExistsError("x"), KeyboardInterrupt(), StoreError("y")]
 )
-@pytest.mark.parametrize("mib", [1, 12], ids=["before", "within a multipart upload"])
-def test_a_stream_that_breaks_leaves_nothing(store: BlobStore, mib: int, error: BaseException) -> None:
+@pytest.mark.parametrize("mib", [1, 12], ids=["before", "during a multipart upload"])
+def test_a_failed_stream_leaves_no_trace(store: BlobStore, mib: int, error: BaseException) -> None:
     def breaking() -> Iterator[bytes]:
         yield from (bytes(MIB) for _ in range(mib))
         raise error
@@ -236,21 +238,21 @@ def test_a_stream_that_breaks_leaves_nothing(store: BlobStore, mib: int, error: 
 
 
 def leftovers(store: BlobStore) -> list[str]:
-    """What is kept of unfinished uploads, invisible in lists."""
+    """Return what remains of unfinished uploads and does not appear in lists."""
     if isinstance(store, S3Store):
         uploads = store._client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
-        return [upload["Key"] for upload in uploads if upload["Key"].startswith(store._under(""))]
+        return [upload["Key"] for upload in uploads if upload["Key"].startswith(store._with_prefix(""))]
     return [str(path) for path in Path(store.uri).rglob(f"{PARTIAL}*")]
 
 
-def test_the_check_of_conditional_puts_passes_and_leaves_nothing(store: BlobStore) -> None:
+def test_the_conditional_put_check_passes_and_leaves_no_blob(store: BlobStore) -> None:
     check_put_if_absent(store)
     assert list(store.list()) == []
 
 
 def test_stores_on_disk_or_network_can_be_pickled(store: BlobStore) -> None:
     if store.uri.startswith("memory://"):
-        with pytest.raises(TypeError, match="pickle"):  # it would be an empty copy elsewhere
+        with pytest.raises(TypeError, match="pickle"):  # a copy in another process would be empty
             pickle.dumps(store)
         return
     store.put("key", b"data")

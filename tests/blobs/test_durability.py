@@ -1,4 +1,4 @@
-"""kill -9: what a server acknowledged is there after it, and what a writer had not finished is not."""
+"""Durability after SIGKILL: acknowledged blobs survive, and unfinished blobs never become visible."""
 
 import contextlib
 import hashlib
@@ -27,20 +27,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 MIB = 1 << 20
 WRITERS = 4
-PUTS = 120  # acknowledged before each kill, at least
-ENDLESS = """
+PUTS = 120  # the minimum number of acknowledged puts before each kill
+ENDLESS_STREAM = """
 import itertools, sys
 from bam_ray.blobs import open_store
 
 def chunks():
     for number in itertools.count():
         if number == 40:
-            print("under way", flush=True)
+            print("started", flush=True)
         yield bytes(1 << 20)
 
-open_store(sys.argv[1]).put_stream("never/whole", chunks())
+open_store(sys.argv[1]).put_stream("never/complete", chunks())
 """
-MANY = """
+MANY_PUTS = """
 import itertools, sys
 from bam_ray.blobs import open_store
 
@@ -52,7 +52,7 @@ for number in itertools.count():
 
 
 class Server(Protocol):
-    """A server that can die and come back over the same data."""
+    """A server that can be killed and started again with the same data."""
 
     processes: list[Process]
 
@@ -99,16 +99,16 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable
     server.stop()
 
 
-def test_what_a_server_acknowledged_outlives_kill_9(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART", 5 * MIB)
+def test_acknowledged_blobs_survive_sigkill(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
     digests: dict[str, str] = {}
     for cycle in range(2):
         store = S3Store(BUCKET, "durable", server.start())
-        assert_all_there(store, digests)
+        assert_all_readable(store, digests)
         killed = threading.Event()
 
         def write(writer: int, store: S3Store = store, cycle: int = cycle, killed: threading.Event = killed) -> int:
-            """Blobs of all sizes, one in 30 in parts, until the server is gone; returns how many were acknowledged."""
+            """Write blobs until the server is killed, one in 30 in parts; return the number of acknowledged blobs."""
             number = 0
             while True:
                 data = os.urandom((7 * MIB) if number % 30 == 29 else 1 + (number * 7919) % 100_000)
@@ -123,28 +123,30 @@ def test_what_a_server_acknowledged_outlives_kill_9(server: Server, monkeypatch:
 
         with ThreadPoolExecutor(WRITERS) as pool:
             writing = [pool.submit(write, writer) for writer in range(WRITERS)]
-            already = len(digests)
-            while len(digests) < already + PUTS and not any(future.done() for future in writing):
+            before = len(digests)
+            while len(digests) < before + PUTS and not any(future.done() for future in writing):
                 time.sleep(0.01)
             killed.set()
             for pid in [pid for process in server.processes for pid in process.family()]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             assert sum(future.result() for future in writing) >= PUTS
-    assert_all_there(S3Store(BUCKET, "durable", server.start()), digests)
+    assert_all_readable(S3Store(BUCKET, "durable", server.start()), digests)
 
 
-# A server that has just been started again answers before it has found all its files
-back = Retrying(retry=retry_if_exception_type(StoreUnavailable), wait=wait_fixed(0.5), stop=stop_after_delay(60))
+# A server that was just restarted accepts requests before it has found all its files
+retry_unavailable = Retrying(
+    retry=retry_if_exception_type(StoreUnavailable), wait=wait_fixed(0.5), stop=stop_after_delay(60)
+)
 
 
-def assert_all_there(store: BlobStore, digests: dict[str, str]) -> None:
-    """Every acknowledged blob, whole; of the others, those that are listed can be read."""
+def assert_all_readable(store: BlobStore, digests: dict[str, str]) -> None:
+    """Check that every acknowledged blob is unchanged and that every listed blob can be read."""
     listed = list(store.list())
     assert set(digests) <= set(listed)
 
     def read(key: str) -> str:
-        return hashlib.sha256(back(store.get, key)).hexdigest()
+        return hashlib.sha256(retry_unavailable(store.get, key)).hexdigest()
 
     with ThreadPoolExecutor(8) as pool:
         found = dict(zip(listed, pool.map(read, listed), strict=True))
@@ -153,7 +155,7 @@ def assert_all_there(store: BlobStore, digests: dict[str, str]) -> None:
 
 @pytest.fixture(params=["folder", "seaweedfs"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A store that another process can open by its URI alone."""
+    """The URI of a store that another process can open."""
     if request.param == "folder":
         return str(tmp_path / "store")
     settings: S3Settings = request.getfixturevalue("s3_server")
@@ -163,18 +165,18 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def killed_writer(script: str, uri: str, lines: int) -> list[str]:
-    """What a writer printed until it was killed, after that many lines."""
+    """Kill a writer after it printed `lines` lines and return everything that it printed."""
     command = [sys.executable, "-c", script, uri]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
-        said = [writer.stdout.readline().strip() for _ in range(lines)]
+        printed = [writer.stdout.readline().strip() for _ in range(lines)]
         writer.kill()
-        return said + writer.stdout.read().split()
+        return printed + writer.stdout.read().split()
 
 
-def test_a_killed_writer_leaves_nothing_half_written(uri: str) -> None:
-    assert killed_writer(ENDLESS, uri, 1)[0] == "under way"
-    acknowledged = killed_writer(MANY, uri, 60)
+def test_a_killed_writer_leaves_no_partial_blobs(uri: str) -> None:
+    assert killed_writer(ENDLESS_STREAM, uri, 1)[0] == "started"
+    acknowledged = killed_writer(MANY_PUTS, uri, 60)
     store = open_store(uri)
     blobs = {key: store.get(key) for key in store.list()}
     assert {f"many/{number}" for number in acknowledged} <= set(blobs)

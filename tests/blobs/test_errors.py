@@ -1,4 +1,4 @@
-"""What goes wrong with a store is said in one line, as the right error."""
+"""Every failure of a store raises the right error, with a message of one line."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.blobs.s3 import PART, S3Store
+from bam_ray.blobs.s3 import PART_BYTES, S3Store
 from bam_ray.errors import BlobExists, NoConditionalPut, SettingsError, StoreDenied, StoreError, StoreUnavailable
 from cluster.processes import free_ports
 from cluster.s3_server import BUCKET, S3Settings
@@ -21,14 +21,14 @@ NOBODY = 65534
 
 
 def operations(tmp_path: Path) -> dict[str, Callable[[BlobStore], object]]:
-    """Every way to touch a store."""
+    """Return all operations of a store, by name."""
     file = tmp_path / "file"
     file.write_bytes(b"data")
     return {
         "put": lambda store: store.put("key", b""),
         "put_if_absent": lambda store: store.put_if_absent("key", b""),
         "put_file": lambda store: store.put_file("key", file),
-        "put_stream": lambda store: store.put_stream("key", iter([bytes(PART)])),
+        "put_stream": lambda store: store.put_stream("key", iter([bytes(PART_BYTES)])),
         "get": lambda store: store.get("key"),
         "get_range": lambda store: store.get_range("key", 0, 1),
         "get_file": lambda store: store.get_file("key", file),
@@ -40,10 +40,10 @@ def operations(tmp_path: Path) -> dict[str, Callable[[BlobStore], object]]:
 
 
 def assert_all_raise(
-    store: BlobStore, error: type[StoreError], tmp_path: Path, words: str, but: frozenset[str] = frozenset()
+    store: BlobStore, error: type[StoreError], tmp_path: Path, words: str, except_for: frozenset[str] = frozenset()
 ) -> None:
     for name, operation in operations(tmp_path).items():
-        if name in but:
+        if name in except_for:
             continue
         with pytest.raises(error, match=words) as caught:
             operation(store)
@@ -52,7 +52,7 @@ def assert_all_raise(
 
 @pytest.fixture
 def no_permission(tmp_path: Path) -> Iterator[Path]:
-    """A folder that this process may not enter; root becomes nobody meanwhile, for root may enter all."""
+    """A folder that this process may not enter; a root process becomes nobody for the test."""
     folder = tmp_path / "private"
     folder.mkdir(mode=0o000)
     root = os.geteuid() == 0
@@ -64,7 +64,7 @@ def no_permission(tmp_path: Path) -> Iterator[Path]:
     folder.chmod(0o700)
 
 
-def test_a_folder_without_permission(no_permission: Path) -> None:
+def test_a_folder_without_permission_is_denied(no_permission: Path) -> None:
     store = FolderStore(no_permission)
     for operation in (
         lambda: store.put("key", b""),
@@ -75,7 +75,7 @@ def test_a_folder_without_permission(no_permission: Path) -> None:
         lambda: list(store.list()),
         lambda: store.delete("key"),
     ):
-        with pytest.raises(StoreDenied, match=r"no permission for .*mend its owner or mode"):
+        with pytest.raises(StoreDenied, match=r"no permission for .*fix its owner or mode"):
             operation()
 
 
@@ -85,14 +85,14 @@ def test_a_store_below_a_file(tmp_path: Path) -> None:
         FolderStore(tmp_path / "file" / "store").put("key", b"")
 
 
-def test_no_server_answers(tmp_path: Path, credentials: Callable[[str, str], None]) -> None:
+def test_an_unreachable_server_is_unavailable(tmp_path: Path, credentials: Callable[[str, str], None]) -> None:
     credentials("any", "any")
     endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
-    with pytest.raises(StoreUnavailable, match=f"no S3 server answers at {endpoint} .*start it or mend"):
+    with pytest.raises(StoreUnavailable, match=f"no S3 server answers at {endpoint} .*start it or correct"):
         S3Store(BUCKET, "", endpoint).get("key")
 
 
-def test_no_server_answers_at_the_endpoint_of_the_environment(
+def test_the_endpoint_of_the_environment_is_used(
     credentials: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     credentials("any", "any")
@@ -102,31 +102,31 @@ def test_no_server_answers_at_the_endpoint_of_the_environment(
         list(S3Store(BUCKET, "").list())
 
 
-def test_no_credentials(moto_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_denied(moto_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     store = S3Store(BUCKET, "", moto_endpoint)
     assert_all_raise(store, StoreDenied, tmp_path, "no credentials .*set AWS_ACCESS_KEY_ID")
 
 
-def test_an_endpoint_that_is_no_url(credentials: Callable[[str, str], None]) -> None:
+def test_an_endpoint_that_is_not_a_url_is_refused(credentials: Callable[[str, str], None]) -> None:
     credentials("any", "any")
     with pytest.raises(StoreUnavailable, match=r"write store\.endpoint .* as http://HOST:PORT"):
         S3Store(BUCKET, "", "localhost:8333").get("key")
 
 
-def test_a_bucket_that_does_not_exist(
+def test_a_missing_bucket_is_unavailable(
     moto_endpoint: str, tmp_path: Path, credentials: Callable[[str, str], None]
 ) -> None:
     credentials("any", "any")
-    # A HEAD answer has no body, so it cannot tell a missing bucket from a missing key
+    # A HEAD response has no body, so a missing bucket looks like a missing key
     store = S3Store("no-such-bucket", "", moto_endpoint)
     heads = frozenset({"size", "exists", "get_file"})
     assert_all_raise(store, StoreUnavailable, tmp_path, "bucket 'no-such-bucket' does not exist: create it", heads)
 
 
 @pytest.mark.slow
-def test_a_bucket_that_does_not_exist_on_a_real_server(
+def test_a_missing_bucket_on_a_real_server_is_unavailable(
     s3_server: S3Settings, tmp_path: Path, credentials: Callable[[str, str], None]
 ) -> None:
     credentials(s3_server.access_key, s3_server.secret_key)
@@ -139,18 +139,18 @@ def test_a_bucket_that_does_not_exist_on_a_real_server(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["access key", "secret"])
-def test_wrong_credentials(
+def test_wrong_credentials_are_denied(
     s3_server: S3Settings, wrong: str, tmp_path: Path, credentials: Callable[[str, str], None]
 ) -> None:
     access_key = "AKIAWRONG" if wrong == "access key" else s3_server.access_key
     credentials(access_key, "wrong" if wrong == "secret" else s3_server.secret_key)
     store = S3Store(BUCKET, "", s3_server.endpoint)
-    words = "refuses these credentials .*mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    words = "refuses these credentials .*correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     assert_all_raise(store, StoreDenied, tmp_path, words)
 
 
 class ConflictingClient:
-    """An S3 client whose first `conflicts` conditional puts meet another one under way."""
+    """An S3 client whose first `conflicts` conditional puts conflict with another put in progress."""
 
     def __init__(self, conflicts: int) -> None:
         self.conflicts = conflicts
@@ -162,46 +162,46 @@ class ConflictingClient:
             raise ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
 
 
-def test_a_put_that_meets_another_is_tried_again() -> None:
+def test_a_conflicting_put_is_retried() -> None:
     store = S3Store(BUCKET, "")
     store._lazy_client = client = ConflictingClient(2)
     store.put_if_absent("key", b"")
     assert client.puts == 3
 
 
-def test_a_put_that_meets_others_for_ever_is_no_win_of_theirs() -> None:
+def test_endless_conflicts_do_not_raise_blob_exists() -> None:
     store = S3Store(BUCKET, "")
     store._lazy_client = ConflictingClient(1000)
     with pytest.raises(StoreUnavailable, match="ConditionalRequestConflict"):
         store.put_if_absent("key", b"")
 
 
-class Overwriting(MemoryStore):
-    """As some S3 servers do: the condition of a put is ignored."""
+class OverwritingStore(MemoryStore):
+    """A store that ignores the condition of a put, as some S3 servers do."""
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         self.put(key, data)
 
 
-class RefusingButWriting(MemoryStore):
-    """Says that the key exists, after having written over it."""
+class RefusingAndOverwritingStore(MemoryStore):
+    """A store that reports that the key exists after it has overwritten it."""
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        there = self.exists(key)
+        existed = self.exists(key)
         self.put(key, data)
-        if there:
+        if existed:
             raise BlobExists(key)
 
 
-@pytest.mark.parametrize("kind", [Overwriting, RefusingButWriting])
-def test_a_store_that_ignores_conditions_is_found_out(kind: type[MemoryStore]) -> None:
+@pytest.mark.parametrize("kind", [OverwritingStore, RefusingAndOverwritingStore])
+def test_the_check_detects_a_store_that_ignores_conditions(kind: type[MemoryStore]) -> None:
     store = kind()
     with pytest.raises(NoConditionalPut, match="silently overwrites on a conditional put"):
         check_put_if_absent(store)
     assert list(store.list()) == []
 
 
-def test_uris(tmp_path: Path) -> None:
+def test_open_store_parses_uris(tmp_path: Path) -> None:
     assert open_store(str(tmp_path)).uri == str(tmp_path)
     assert open_store(f"file://{tmp_path}/").uri == str(tmp_path)
     assert open_store("s3://bucket/a/b/").uri == "s3://bucket/a/b"

@@ -1,4 +1,4 @@
-"""Servers that have no conditional puts: refused, or used under a weaker promise that is said."""
+"""Servers without conditional puts: refused by default, or used with the weak promise and a warning."""
 
 import pickle
 import threading
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bam_ray.blobs import open_store
-from bam_ray.blobs.check import checked_store
+from bam_ray.blobs.check import open_checked_store
 from bam_ray.errors import BlobExists, NoConditionalPut
 from bam_ray.settings import StoreSettings
 from cluster.s3_server import BUCKET
@@ -20,50 +20,52 @@ def settings(endpoint: str, promise: str) -> StoreSettings:
 
 def test_a_server_without_conditional_puts_is_refused(weak_server: tuple[str, str]) -> None:
     endpoint, words = weak_server
-    for asked in (settings(endpoint, "strict"), StoreSettings(uri=f"s3://{BUCKET}/weak", endpoint=endpoint)):
-        mending = r"use a server that honours If-None-Match .* or a folder, or accept that with store\.promise=weak"
-        with pytest.raises(NoConditionalPut, match=f"{words}, so two attempts could both commit: {mending}") as caught:
-            checked_store(asked)
+    for strict in (settings(endpoint, "strict"), StoreSettings(uri=f"s3://{BUCKET}/weak", endpoint=endpoint)):
+        advice = r"use a server that supports If-None-Match .* or a folder, or accept this with store\.promise=weak"
+        with pytest.raises(NoConditionalPut, match=f"{words}, so two attempts could both commit: {advice}") as caught:
+            open_checked_store(strict)
         assert "\n" not in str(caught.value)
 
 
-def test_a_weaker_promise_is_said_and_kept(weak_server: tuple[str, str]) -> None:
+def test_the_weak_promise_warns_and_refuses_existing_keys(weak_server: tuple[str, str]) -> None:
     endpoint, words = weak_server
-    store, said = checked_store(settings(endpoint, "weak"))
-    assert said is not None
-    assert "\n" not in said
-    assert words.replace("\\", "") in said
-    assert "(store.promise: weak): a commit only looks first whether another is there" in said
+    store, warning = open_checked_store(settings(endpoint, "weak"))
+    assert warning is not None
+    assert "\n" not in warning
+    assert words.replace("\\", "") in warning
+    assert "(store.promise: weak): a commit only checks first whether another one exists" in warning
     assert list(store.list()) == []
-    for store_there in (store, pickle.loads(pickle.dumps(store))):  # as a worker gets it
-        store_there.put_if_absent("key", b"first")
+    for each in (store, pickle.loads(pickle.dumps(store))):  # a worker receives the store pickled
+        each.put_if_absent("key", b"first")
         with pytest.raises(BlobExists, match="weak/key exists already"):
-            store_there.put_if_absent("key", b"second")
-        assert store_there.get("key") == b"first"
-        store_there.delete("key")
+            each.put_if_absent("key", b"second")
+        assert each.get("key") == b"first"
+        each.delete("key")
 
 
-def test_what_the_weaker_promise_lacks(weak_server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    store, _ = checked_store(settings(weak_server[0], "weak"))
-    looked = threading.Barrier(2)
-    really = type(store).exists
+def test_the_weak_promise_lets_racing_writers_both_succeed(
+    weak_server: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = open_checked_store(settings(weak_server[0], "weak"))
+    checked = threading.Barrier(2)
+    original = type(store).exists
 
-    def both_look_first(self: object, key: str) -> bool:
-        there = really(self, key)
-        looked.wait(timeout=30)
-        return there
+    def check_together(self: object, key: str) -> bool:
+        exists = original(self, key)
+        checked.wait(timeout=30)
+        return exists
 
-    monkeypatch.setattr(type(store), "exists", both_look_first)
+    monkeypatch.setattr(type(store), "exists", check_together)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda data: store.put_if_absent("raced", data), [b"one", b"other"]))  # neither is told
+        list(pool.map(lambda data: store.put_if_absent("raced", data), [b"one", b"other"]))  # neither raises
     assert store.get("raced") in (b"one", b"other")
     store.delete("raced")
 
 
-def test_a_weak_promise_asked_of_a_store_that_keeps_the_strict_one(
+def test_a_server_with_conditional_puts_keeps_the_strict_promise(
     moto_endpoint: str, credentials: Callable[[str, str], None]
 ) -> None:
     credentials("any", "any")
-    store, said = checked_store(settings(moto_endpoint, "weak"))
-    assert said is None
+    store, warning = open_checked_store(settings(moto_endpoint, "weak"))
+    assert warning is None
     assert pickle.dumps(store) == pickle.dumps(open_store(f"s3://{BUCKET}/weak", moto_endpoint))

@@ -1,4 +1,4 @@
-"""Streamed uploads to S3, part by part, with a client that watches: how much is held, and what happens on a refusal."""
+"""Streamed uploads to S3 with a recording client: memory in use, and the reaction to a refused part."""
 
 import threading
 import time
@@ -9,14 +9,14 @@ import pytest
 from botocore.exceptions import ClientError
 
 from bam_ray.blobs import s3
-from bam_ray.blobs.s3 import PARTS_AT_ONCE, S3Store, in_parts
+from bam_ray.blobs.s3 import CONCURRENT_PARTS, S3Store, rechunk
 from bam_ray.errors import StoreUnavailable
 
-PART = 1000
+PART_BYTES = 1000
 
 
-class WatchingClient:
-    """An S3 client without a server. The part `refused` is answered with 503."""
+class RecordingClient:
+    """An S3 client without a server, which refuses the part `refused` with SlowDown (503)."""
 
     def __init__(self, refused: int | None = None) -> None:
         self.calls: list[str] = []
@@ -52,55 +52,55 @@ class WatchingClient:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART", PART)
+    monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
 
 
-def store_with(client: WatchingClient) -> S3Store:
+def store_with(client: RecordingClient) -> S3Store:
     store = S3Store("bucket", "")
     store._lazy_client = client
     return store
 
 
-def test_parts_are_sent_in_order_and_no_more_is_held_than_is_under_way() -> None:
-    client = WatchingClient()
-    taken = held = 0
+def test_parts_keep_their_order_and_memory_is_bounded() -> None:
+    client = RecordingClient()
+    produced = held = 0
 
     def chunks() -> Iterator[bytes]:
-        nonlocal taken, held
+        nonlocal produced, held
         for number in range(500):
-            held = max(held, taken - sum(map(len, list(client.parts.values()))))
+            held = max(held, produced - sum(map(len, list(client.parts.values()))))
             chunk = bytes([number % 256]) * 137
-            taken += len(chunk)
+            produced += len(chunk)
             yield chunk
 
     store_with(client).put_stream("key", chunks())
     assert client.calls == ["create", "complete"]
-    assert client.completed == list(range(1, taken // PART + 2))
+    assert client.completed == list(range(1, produced // PART_BYTES + 2))
     assert b"".join(client.parts[number] for number in client.completed) == b"".join(
         bytes([number % 256]) * 137 for number in range(500)
     )
-    assert held <= (PARTS_AT_ONCE + 1) * PART + 137
+    assert held <= (CONCURRENT_PARTS + 1) * PART_BYTES + 137
 
 
-def test_a_refused_part_ends_the_upload_and_leaves_nothing() -> None:
-    client = WatchingClient(refused=3)
-    taken = 0
+def test_a_refused_part_aborts_the_upload() -> None:
+    client = RecordingClient(refused=3)
+    produced = 0
 
     def chunks() -> Iterator[bytes]:
-        nonlocal taken
+        nonlocal produced
         for _ in range(1000):
-            taken += 1
-            yield bytes(PART)
+            produced += 1
+            yield bytes(PART_BYTES)
 
     with pytest.raises(StoreUnavailable, match="key: the S3 server answered SlowDown"):
         store_with(client).put_stream("key", chunks())
     assert client.calls == ["create", "abort"]
-    assert taken <= 3 + 2 * PARTS_AT_ONCE
+    assert produced <= 3 + 2 * CONCURRENT_PARTS
 
 
-def test_chunks_of_any_shape_are_cut_into_equal_parts() -> None:
+def test_rechunk_makes_equal_parts_of_any_chunks() -> None:
     numbers = memoryview(bytearray(range(24))).cast("B", (4, 6))
-    parts = list(in_parts(iter([b"", numbers, b"ab", memoryview(b""), bytes(20)]), 10))
+    parts = list(rechunk(iter([b"", numbers, b"ab", memoryview(b""), bytes(20)]), 10))
     assert [len(part) for part in parts] == [10, 10, 10, 10, 6]
     assert b"".join(parts) == bytes(range(24)) + b"ab" + bytes(20)
-    assert list(in_parts(iter([]), 10)) == []
+    assert list(rechunk(iter([]), 10)) == []

@@ -1,4 +1,4 @@
-"""Artifacts: whole or invisible, verified when fetched, the same wherever they are committed twice."""
+"""Artifacts are complete or invisible, verified when fetched, and committed only once."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tok
 
 
 class FailingStore(MemoryStore):
-    """A store whose `broken`-th put, of whatever sort, fails, as where a disk is full or a process killed."""
+    """A store whose put number `broken`, of any type, fails as if the disk were full."""
 
     def __init__(self, broken: int) -> None:
         super().__init__("failing")
@@ -47,7 +47,7 @@ class FailingStore(MemoryStore):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of files, one of them in a folder of its own."""
+    """A folder of files, one of them in a subfolder."""
     folder = tmp_path / "made"
     for name, data in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def manifest(**more: object) -> Manifest:
     return Manifest.model_validate({"id": ID, "kind": "branches", "name": "code", **more})
 
 
-def test_what_is_published_is_fetched(folder: Path, tmp_path: Path) -> None:
+def test_fetch_returns_the_published_files(folder: Path, tmp_path: Path) -> None:
     store = MemoryStore()
     artifact = Artifact(store, "branches", ID)
     assert artifact.manifest() is None
@@ -72,7 +72,7 @@ def test_what_is_published_is_fetched(folder: Path, tmp_path: Path) -> None:
     assert set(store.list()) == {f"branches/{ID}/{name}" for name in (*FILES, MANIFEST)}
 
 
-def test_a_step_of_an_artifact_lies_below_it(folder: Path) -> None:
+def test_a_training_checkpoint_is_stored_below_its_artifact(folder: Path) -> None:
     store = MemoryStore()
     step = Artifact(store, "branches", ID, "steps", "0001-00000050")
     step.publish(folder, manifest(step=50))
@@ -80,7 +80,7 @@ def test_a_step_of_an_artifact_lies_below_it(folder: Path) -> None:
     assert Artifact(store, "branches", ID).manifest() is None
 
 
-def test_a_second_fetch_takes_the_first_ones_folder(folder: Path, tmp_path: Path) -> None:
+def test_a_second_fetch_returns_the_cached_folder(folder: Path, tmp_path: Path) -> None:
     store = MemoryStore()
     artifact = Artifact(store, "branches", ID)
     artifact.publish(folder, manifest())
@@ -90,10 +90,10 @@ def test_a_second_fetch_takes_the_first_ones_folder(folder: Path, tmp_path: Path
     assert artifact.fetch(tmp_path / "cache") == first
 
 
-def test_the_cache_does_not_take_another_content_for_this_one(folder: Path, tmp_path: Path) -> None:
+def test_the_cache_distinguishes_manifests_of_the_same_id(folder: Path, tmp_path: Path) -> None:
     fetched = []
     for data in (b"before", b"after"):
-        store = MemoryStore("wiped and filled anew")
+        store = MemoryStore("wiped and filled again")
         (folder / "config.json").write_bytes(data)
         artifact = Artifact(store, "branches", ID)
         artifact.publish(folder, manifest(created="2026-01-01T00:00:00+00:00"))
@@ -102,7 +102,7 @@ def test_the_cache_does_not_take_another_content_for_this_one(folder: Path, tmp_
 
 
 @pytest.mark.parametrize("broken", range(1, len(FILES) + 2))
-def test_a_crash_before_the_manifest_leaves_nothing_visible(broken: int, folder: Path, tmp_path: Path) -> None:
+def test_a_crash_before_the_manifest_commits_nothing(broken: int, folder: Path, tmp_path: Path) -> None:
     store = FailingStore(broken)
     artifact = Artifact(store, "branches", ID)
     with pytest.raises(StoreUnavailable, match="disk is full"):
@@ -110,19 +110,19 @@ def test_a_crash_before_the_manifest_leaves_nothing_visible(broken: int, folder:
     assert artifact.manifest() is None
     with pytest.raises(CheckpointError, match=r"is not committed .*run the stage that makes it"):
         artifact.fetch(tmp_path / "cache")
-    store._puts_left = -1  # the disk has room again
+    store._puts_left = -1  # the disk has space again
     artifact.publish(folder, manifest())
     assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == FILES["config.json"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 10240, FILES["model.safetensors"][:-1]], ids=["empty", "other", "cut"])
-def test_a_damaged_blob_is_never_handed_out(damage: bytes, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_blob_is_never_returned(damage: bytes, folder: Path, tmp_path: Path) -> None:
     store = MemoryStore()
     artifact = Artifact(store, "branches", ID)
     artifact.publish(folder, manifest())
     store.put(f"branches/{ID}/model.safetensors", damage)
-    for _ in range(2):  # nor by the cache the next time
-        with pytest.raises(DigestMismatch, match=r"model\.safetensors is not what its manifest says") as caught:
+    for _ in range(2):  # the cache does not return it later either
+        with pytest.raises(DigestMismatch, match=r"model\.safetensors does not match its manifest") as caught:
             artifact.fetch(tmp_path / "cache")
         assert "\n" not in str(caught.value)
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
@@ -131,8 +131,8 @@ def test_a_damaged_blob_is_never_handed_out(damage: bytes, folder: Path, tmp_pat
 SPAWN = multiprocessing.get_context("spawn")
 
 
-class Counted(FolderStore):
-    """Hands out the manifest when two processes are there, and writes down which file is read."""
+class RecordingStore(FolderStore):
+    """A store that returns the manifest when both processes have asked for it, and records which files are read."""
 
     def __init__(self, folder: Path, both: Barrier) -> None:
         super().__init__(folder)
@@ -145,12 +145,12 @@ class Counted(FolderStore):
     def get_file(self, key: str, path: Path) -> None:
         with self._read.open("a") as file:
             file.write(f"{key}\n")
-        time.sleep(0.2)  # long enough for the other to come in between
+        time.sleep(0.2)  # long enough for the other process to interfere
         super().get_file(key, path)
 
 
-class Deadly(FolderStore):
-    """Kills the process that reads a file, when another is there."""
+class KillingStore(FolderStore):
+    """A store that kills the process that reads a file while the other process waits."""
 
     def __init__(self, folder: Path, both: Barrier) -> None:
         super().__init__(folder)
@@ -158,32 +158,30 @@ class Deadly(FolderStore):
 
     def get_file(self, key: str, path: Path) -> None:
         self._both.wait()
-        time.sleep(0.2)  # the other waits for this one by now
+        time.sleep(0.2)  # by now the other process waits for this one
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("first", [Counted, Deadly])
-def test_of_the_processes_of_a_node_one_downloads_and_another_waits_for_it(
-    first: type[Counted | Deadly], folder: Path, tmp_path: Path
+@pytest.mark.parametrize("first", [RecordingStore, KillingStore])
+def test_one_process_downloads_and_the_others_wait(
+    first: type[RecordingStore | KillingStore], folder: Path, tmp_path: Path
 ) -> None:
     stored, cache, both = tmp_path / "store", tmp_path / "cache", SPAWN.Barrier(2)
     Artifact(FolderStore(stored), "branches", ID).publish(folder, manifest())
-    stores = [first(stored, both), Counted(stored, both)]
+    stores = [first(stored, both), RecordingStore(stored, both)]
     processes = [SPAWN.Process(target=Artifact(store, "branches", ID).fetch, args=(cache,)) for store in stores]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL if first is Deadly else 0, 0]
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL if first is KillingStore else 0, 0]
     read = (tmp_path / "read").read_text().splitlines()
-    assert sorted(read) == sorted(f"branches/{ID}/{name}" for name in FILES), "each file once"
+    assert sorted(read) == sorted(f"branches/{ID}/{name}" for name in FILES), "each file is read once"
     (fetched,) = [path for path in cache.iterdir() if not path.name.startswith(".")]
     assert {name: (fetched / name).read_bytes() for name in FILES} == FILES
 
 
-def test_where_the_cache_knows_no_locks_it_is_filled_all_the_same(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_without_file_locks_is_filled(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
@@ -193,37 +191,39 @@ def test_where_the_cache_knows_no_locks_it_is_filled_all_the_same(
     assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == FILES["config.json"]
 
 
-def test_a_cache_without_room_is_said_and_no_fault_of_the_artifact(
+def test_a_full_cache_disk_is_not_an_error_of_the_artifact(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = Artifact(MemoryStore(), "branches", ID)
     artifact.publish(folder, manifest())
     size = sum(len(data) for data in FILES.values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
-    with pytest.raises(StoreError, match=rf"has {size - 1:,} bytes left, .*{ID} takes {size:,}: make room") as caught:
+    with pytest.raises(
+        StoreError, match=rf"has {size - 1:,} bytes free but .*{ID} needs {size:,}: free space"
+    ) as caught:
         artifact.fetch(tmp_path / "cache")
-    assert not isinstance(caught.value, CheckpointError), "a checkpoint would be taken for a damaged one"
+    assert not isinstance(caught.value, CheckpointError), "a CheckpointError would mean that the checkpoint is damaged"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
     assert artifact.fetch(tmp_path / "cache").is_dir()
 
 
 @pytest.mark.parametrize("allowed", range(len(FILES) + 1))
-def test_one_that_may_not_write_any_more_writes_nothing_over_what_was_made_since(allowed: int, folder: Path) -> None:
+def test_a_stale_writer_stops_in_the_middle_of_a_publication(allowed: int, folder: Path) -> None:
     artifact = Artifact(MemoryStore(), "branches", ID)
-    asked = itertools.count()
+    checks = itertools.count()
 
     def check() -> None:
-        if next(asked) == allowed:  # cut off here for a while
+        if next(checks) == allowed:  # the network was lost here
             raise StaleLease("attempt 2 took over")
 
     with pytest.raises(StaleLease):
         artifact.publish(folder, manifest(), check)
     assert artifact.manifest() is None
-    # The one that was cut off is not written; those whose turn had not come may be left out too
+    # The file of the failed check is not written; files that were not started may be missing too
     assert len(list(artifact.store.list())) <= len(FILES) - (allowed < len(FILES))
 
 
-def test_a_missing_blob_is_named(folder: Path, tmp_path: Path) -> None:
+def test_fetch_names_a_missing_blob(folder: Path, tmp_path: Path) -> None:
     store = MemoryStore()
     artifact = Artifact(store, "branches", ID)
     artifact.publish(folder, manifest())
@@ -232,7 +232,7 @@ def test_a_missing_blob_is_named(folder: Path, tmp_path: Path) -> None:
         artifact.fetch(tmp_path / "cache")
 
 
-def test_the_first_of_two_commits_stands() -> None:
+def test_the_first_of_two_commits_wins() -> None:
     artifact = Artifact(MemoryStore(), "branches", ID)
     first, second = manifest(attempt=1), manifest(attempt=2)
     assert artifact.commit(first) == first
@@ -240,7 +240,7 @@ def test_the_first_of_two_commits_stands() -> None:
     assert artifact.manifest() == first
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAM_CACHE", "/some/where")
     assert cache_folder() == Path("/some/where")
     monkeypatch.delenv("BAM_CACHE")

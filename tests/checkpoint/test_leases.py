@@ -1,4 +1,4 @@
-"""Leases: one number for each attempt, and only the newest holds."""
+"""Leases: every attempt gets its own number, and only the newest is valid."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +12,13 @@ from bam_ray.errors import StaleLease
 PREFIX = "branches/code-1"
 
 
-def test_attempts_count_from_one() -> None:
+def test_attempts_are_numbered_from_one() -> None:
     store = MemoryStore()
     assert [Lease.take(store, PREFIX).number for _ in range(12)] == list(range(1, 13))
     assert Lease.take(store, "branches/law-1").number == 1
 
 
-def test_the_newest_holds_and_the_one_before_is_stale() -> None:
+def test_only_the_newest_lease_is_valid() -> None:
     store = MemoryStore()
     first = Lease.take(store, PREFIX)
     first.check()
@@ -29,7 +29,7 @@ def test_the_newest_holds_and_the_one_before_is_stale() -> None:
     second.check()
 
 
-def test_a_lease_of_another_artifact_changes_nothing() -> None:
+def test_leases_of_other_artifacts_are_ignored() -> None:
     store = MemoryStore()
     lease = Lease.take(store, PREFIX)
     Lease.take(store, f"{PREFIX}0")
@@ -37,7 +37,7 @@ def test_a_lease_of_another_artifact_changes_nothing() -> None:
     lease.check()
 
 
-def test_racing_takers_get_numbers_of_their_own() -> None:
+def test_racing_attempts_get_different_numbers() -> None:
     store = MemoryStore()
     barrier = threading.Barrier(8)
 
@@ -54,7 +54,7 @@ def test_racing_takers_get_numbers_of_their_own() -> None:
             stale.check()
 
 
-def test_numbers_past_the_width_of_their_names_still_count() -> None:
+def test_numbers_may_have_more_than_four_digits() -> None:
     store = MemoryStore()
     store.put(f"{PREFIX}/leases/9999.json", b"{}")
     assert [Lease.take(store, PREFIX).number for _ in range(3)] == [10000, 10001, 10002]

@@ -1,4 +1,4 @@
-"""Tensors through a blob store: what is written shard by shard is read one by one, and is what safetensors reads."""
+"""Tensors that are written to a blob store are read back unchanged, by this package and by safetensors."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from bam_ray.errors import CheckpointError, DigestMismatch
 SHAPES: list[tuple[int, ...]] = [(3, 5), (), (0, 4), (7,), (2, 3, 4)]
 
 
-def some_tensors() -> dict[str, Tensor]:
+def example_tensors() -> dict[str, Tensor]:
     torch.manual_seed(0)
     named = {}
     for index, dtype in enumerate(DTYPES.values()):
@@ -29,17 +29,17 @@ def some_tensors() -> dict[str, Tensor]:
     return named
 
 
-def written(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+def write_model(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     writer = ModelWriter(FolderStore(folder), max_shard_bytes=max_shard_bytes)
-    writer.tensors(specs, lambda spec: iter(tensors[spec.name].flatten().split(5)))
+    writer.write_tensors(specs, lambda spec: iter(tensors[spec.name].flatten().split(5)))
     writer.commit('{"model_type": "bam"}', Manifest(id="m", kind="seeds", name="m"))
 
 
 @pytest.mark.parametrize(("max_shard_bytes", "files"), [(1 << 20, 1), (128, 3), (1, 5)])
 def test_written_tensors_are_read_back_bit_by_bit(tmp_path: Path, max_shard_bytes: int, files: int) -> None:
-    tensors = some_tensors()
-    written(tmp_path, tensors, max_shard_bytes)
+    tensors = example_tensors()
+    write_model(tmp_path, tensors, max_shard_bytes)
     shards = sorted(tmp_path.glob("model*.safetensors"))
     assert len(shards) == files
     theirs = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
@@ -52,61 +52,61 @@ def test_written_tensors_are_read_back_bit_by_bit(tmp_path: Path, max_shard_byte
         assert torch.equal(theirs[name], tensor)
 
 
-def test_folders_that_safetensors_wrote_are_read(tmp_path: Path) -> None:
-    tensors = some_tensors()
+def test_folders_written_by_safetensors_are_read(tmp_path: Path) -> None:
+    tensors = example_tensors()
     (tmp_path / "config.json").write_text("{}")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "tokenizer.json").write_text("x")
     reader = TensorReader(FolderStore(tmp_path.parent), tmp_path.name)
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
-    assert reader.file("tokenizer.json") == b"x"
-    assert reader.file("missing.json") is None
+    assert reader.read_file("tokenizer.json") == b"x"
+    assert reader.read_file("missing.json") is None
 
 
-def store_of(tmp_path: Path) -> MemoryStore:
-    """A model of one shard in memory."""
-    written(tmp_path, some_tensors(), 1 << 20)
+def memory_model(tmp_path: Path) -> MemoryStore:
+    """Return a store in memory with a model of one shard."""
+    write_model(tmp_path, example_tensors(), 1 << 20)
     store = MemoryStore()
     for path in tmp_path.iterdir():
         store.put_file(path.name, path)
     return store
 
 
-def test_what_is_no_model_folder_is_said_to_be_none(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no Hugging Face model folder: it has no config\.json"):
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a Hugging Face model folder: it has no config\.json"):
         TensorReader(MemoryStore())
-    store = store_of(tmp_path)
+    store = memory_model(tmp_path)
     store.delete("model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         TensorReader(store)
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\3\4 a pickle is no safetensors file", b"\x10\0\0\0\0\0\0\0{"])
-def test_a_file_that_is_no_safetensors_file(tmp_path: Path, data: bytes) -> None:
-    store = store_of(tmp_path)
+@pytest.mark.parametrize("data", [b"", b"PK\3\4 a pickle is not a safetensors file", b"\x10\0\0\0\0\0\0\0{"])
+def test_a_file_of_another_format_is_refused(tmp_path: Path, data: bytes) -> None:
+    store = memory_model(tmp_path)
     store.put("model.safetensors", data)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file, or it is truncated"):
         TensorReader(store)
 
 
-def test_a_cut_file_is_found_out_by_its_header(tmp_path: Path) -> None:
-    store = store_of(tmp_path)
+def test_a_truncated_file_is_detected_by_its_header(tmp_path: Path) -> None:
+    store = memory_model(tmp_path)
     store.put("model.safetensors", store.get("model.safetensors")[:-1])
-    with pytest.raises(CheckpointError, match=r"is cut short: tensor layer\.4 ends past its last byte"):
+    with pytest.raises(CheckpointError, match=r"is truncated: tensor layer\.4 ends past its last byte"):
         TensorReader(store)
 
 
-def test_a_changed_file_is_found_out_by_its_digest(tmp_path: Path) -> None:
-    store = store_of(tmp_path)
+def test_a_changed_file_is_detected_by_its_digest(tmp_path: Path) -> None:
+    store = memory_model(tmp_path)
     assert TensorReader(store).check_digests() == 2
     data = bytearray(store.get("model.safetensors"))
     data[-1] ^= 1
     store.put("model.safetensors", bytes(data))
-    with pytest.raises(DigestMismatch, match=r"model\.safetensors is not what its manifest says"):
+    with pytest.raises(DigestMismatch, match=r"model\.safetensors does not match its manifest"):
         TensorReader(store).check_digests()
 
 
-def test_what_a_maker_raises_is_raised_where_it_is_written_and_leaves_no_manifest(tmp_path: Path) -> None:
+def test_an_exception_of_the_producer_reaches_the_caller(tmp_path: Path) -> None:
     store = MemoryStore()
 
     def produce(spec: TensorSpec) -> Iterator[Tensor]:
@@ -114,11 +114,11 @@ def test_what_a_maker_raises_is_raised_where_it_is_written_and_leaves_no_manifes
         raise InterruptedError(spec.name)
 
     with pytest.raises(InterruptedError, match="layer"):
-        ModelWriter(store).tensors([TensorSpec("layer", torch.float32, (4,))], produce)
+        ModelWriter(store).write_tensors([TensorSpec("layer", torch.float32, (4,))], produce)
     assert list(store.list()) == []
 
 
-def test_the_last_shard_is_made_when_the_others_can_be_read() -> None:
+def test_the_last_shard_is_computed_when_the_others_are_readable() -> None:
     store = MemoryStore()
     writer = ModelWriter(store)
     first, last = (TensorSpec(name, torch.float32, (3,)) for name in ("first", "last"))
@@ -129,29 +129,29 @@ def test_the_last_shard_is_made_when_the_others_can_be_read() -> None:
         else:
             yield torch.ones(3)
 
-    writer.tensors([first], produce, last=[last])
+    writer.write_tensors([first], produce, last=[last])
     writer.commit("{}", Manifest(id="m", kind="seeds", name="m"))
     assert torch.equal(TensorReader(store).read("last"), torch.full((3,), 2.0))
 
 
-def test_parts_of_tensors_are_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_range_of_a_tensor_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bam_ray.checkpoint.tensors.CHUNK_BYTES", 16)
     tensor = torch.arange(30.0).view(10, 3)
-    written(tmp_path, {"x": tensor}, 1 << 20)
+    write_model(tmp_path, {"x": tensor}, 1 << 20)
     reader = TensorReader(FolderStore(tmp_path))
-    pieces = list(reader.chunks("x"))
-    assert max(piece.numel() for piece in pieces) == 4
-    assert torch.equal(torch.cat(pieces), tensor.flatten())
+    chunks = list(reader.chunks("x"))
+    assert max(chunk.numel() for chunk in chunks) == 4
+    assert torch.equal(torch.cat(chunks), tensor.flatten())
     assert torch.equal(torch.cat(list(reader.chunks("x", 6, 15))), torch.arange(6.0, 15.0))
 
 
-def test_many_requests_at_once_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bam_ray.checkpoint.tensors.REMOTE_CHUNK_BYTES", 16)
     tensor = torch.arange(100.0)
-    written(tmp_path, {"x": tensor}, 1 << 20)
+    write_model(tmp_path, {"x": tensor}, 1 << 20)
 
-    class Slow(FolderStore):
-        """Each answer takes longer than the next one's."""
+    class SlowStore(FolderStore):
+        """A remote store whose earlier requests take longer than later ones."""
 
         uri = "s3://far/away"
 
@@ -159,14 +159,14 @@ def test_many_requests_at_once_keep_the_order(tmp_path: Path, monkeypatch: pytes
             time.sleep(0.02 / (1 + start % 64))
             return super().get_range(key, start, length)
 
-    pieces = list(TensorReader(Slow(tmp_path)).chunks("x"))
-    assert len(pieces) == 25
-    assert torch.equal(torch.cat(pieces), tensor)
+    chunks = list(TensorReader(SlowStore(tmp_path)).chunks("x"))
+    assert len(chunks) == 25
+    assert torch.equal(torch.cat(chunks), tensor)
 
 
-def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
-    store = store_of(tmp_path)
+def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
+    store = memory_model(tmp_path)
     header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
     store.put("model.safetensors", len(header).to_bytes(8, "little") + header + b"\0")
-    with pytest.raises(CheckpointError, match="tensor x is of dtype F8_E4M3"):
+    with pytest.raises(CheckpointError, match="tensor x has dtype F8_E4M3; supported are F64"):
         TensorReader(store)

@@ -179,8 +179,8 @@ def reconfigure(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("damaged", "said"),
     [
-        (lambda law: os.truncate(law / "model.safetensors", 5000), r"law/model.safetensors is cut short"),
-        (lambda law: (law / "model.safetensors").write_bytes(b"no"), "is no safetensors file"),
+        (lambda law: os.truncate(law / "model.safetensors", 5000), r"law/model.safetensors is truncated"),
+        (lambda law: (law / "model.safetensors").write_bytes(b"no"), "is not a safetensors file"),
         (lambda law: damage(law, {"model.norm.weight": None}), "law lacks model.norm.weight"),
         (lambda law: damage(law, {"more": torch.ones(1)}), "law has more"),
         (lambda law: damage(law, {"model.norm.weight": torch.ones(31)}), "has shape [31] but [32] in 'seed'"),
@@ -205,7 +205,7 @@ def test_a_branch_whose_digest_is_wrong(run: Run, refused: Run, folder: Path) ->
     run(*UPCYCLE[:3], "--out=mixture")
     damage(folder / "mixture", {"model.norm.weight": torch.ones(32)})
     said = refused("absorb", "mixture", "--branch=law=law", "--out=more")
-    assert "mixture/model.safetensors is not what its manifest says" in said
+    assert "mixture/model.safetensors does not match its manifest" in said
     assert "files failed" in refused("verify", "mixture")
 
 
@@ -241,7 +241,7 @@ def test_a_branch_of_another_seed_is_named(refused: Run, folder: Path) -> None:
 def test_an_unknown_architecture_is_named(refused: Run, folder: Path) -> None:
     for name in NAMES:
         reconfigure(folder / name, model_type="mamba")
-    assert "is of architecture 'mamba': supported are" in refused(*UPCYCLE)
+    assert "has architecture 'mamba': supported are" in refused(*UPCYCLE)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_line(refused: Run, run: Run, folder: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode:
         pytest.skip("this system lets nobody mount a file system")
     try:
-        assert "its disk has 0.00 GB free: make room" in refused(*UPCYCLE[:-1], "--out=small/mixture")
+        assert "its disk has 0.00 GB free: free space" in refused(*UPCYCLE[:-1], "--out=small/mixture")
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)

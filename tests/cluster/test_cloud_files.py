@@ -146,12 +146,13 @@ def test_mounted_files_are_those_of_the_installation(path: str) -> None:
     config = load(path)
     mounts = config["file_mounts"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for needed in ("pyproject.toml", project["readme"], "bam_ray"):
+    needs = ["pyproject.toml", project["readme"], *project["license-files"], "bam_ray"]
+    for needed in needs:
         assert (ROOT / needed).exists()
         assert mounts[f"~/bam_ray/{needed}"] == needed
     # Ray reads every file of a mount to find changes, and `.` would include .venv and all data
     own = [source for source in mounts.values() if not source.startswith("~/")]
-    assert sorted(own) == sorted(["pyproject.toml", project["readme"], "bam_ray"])
+    assert sorted(own) == sorted(needs)
     assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert re.search(r"chmod 600 .*~/.ray/auth_token", " ".join(config["setup_commands"]))

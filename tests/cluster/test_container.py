@@ -58,8 +58,9 @@ def test_instructions_are_valid_for_the_package() -> None:
             subprocess.run(["sh", "-n", "-c", rest], check=True)
     assert ("USER", "ray") in others
     assert "RAY_AUTH_MODE=token" in dict(others)["ENV"].split()
-    extras = {name for _, rest in others for found in re.findall(r"\.\[([\w,]+)\]", rest) for name in found.split(",")}
-    assert extras <= set(PROJECT["optional-dependencies"])
+    locked = [path for word, rest in others if word == "RUN" for path in re.findall(r" -r (\S+)", rest)]
+    assert locked == ["requirements/image.txt", "requirements/torch.txt"]
+    assert all((ROOT / path).exists() for path in locked)
 
 
 def test_the_build_context_has_all_copied_files_and_no_secret() -> None:
@@ -88,4 +89,6 @@ def test_the_copied_files_build_the_whole_package(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "wheels").iterdir()
     assert wheel.name.startswith(f"bam_ray-{PROJECT['version']}-")
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "bam_ray").rglob("*.py")}
-    assert modules <= set(zipfile.ZipFile(wheel).namelist())
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert modules | {"bam_ray/py.typed"} <= packed
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in packed)

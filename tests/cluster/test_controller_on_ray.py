@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.errors import PlacementError, SettingsError
@@ -73,7 +73,7 @@ def seeded(recipe: Recipe) -> Recipe:
 class BackgroundRun:
     """A run on the cluster whose controller works on a thread."""
 
-    def __init__(self, recipe: Recipe, kinds: list[Kind], functions: StageFunctions = STUB_STAGES) -> None:
+    def __init__(self, recipe: Recipe, kinds: list[ArtifactKind], functions: StageFunctions = STUB_STAGES) -> None:
         self.store = FolderStore(recipe.store.uri)
         run = PipelineRun.of(recipe, self.store)
         self.launcher = RayLauncher(run, stub_engine, functions)
@@ -89,10 +89,10 @@ class BackgroundRun:
         finally:
             self.launcher.close()
 
-    def state(self, kind: Kind, name: str) -> Any:
+    def state(self, kind: ArtifactKind, name: str) -> Any:
         return self.controller.states[find_task(self.tasks, kind, name).id]
 
-    def node(self, kind: Kind, name: str, steps: int = 3) -> Node:
+    def node(self, kind: ArtifactKind, name: str, steps: int = 3) -> Node:
         """Return the node of a task when it has made some steps."""
 
         def runs() -> bool:
@@ -103,7 +103,7 @@ class BackgroundRun:
         node: Node = self.state(kind, name).node
         return node
 
-    def done(self, kind: Kind, name: str) -> list[list[Any]]:
+    def done(self, kind: ArtifactKind, name: str) -> list[list[Any]]:
         """Return [node id, process id] of every step of a task."""
         steps: list[list[Any]] = json.loads(self.store.get(f"steps/{kind}-{name}.json"))
         return steps

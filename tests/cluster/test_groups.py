@@ -22,7 +22,7 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, UpcycleSettings
@@ -65,7 +65,7 @@ class DriverProcess:
     """A process that runs one kind of task on the cluster."""
 
     def __init__(
-        self, address: str, folder: Path, run: Recipe, kind: Kind, *timeout: str, step_seconds: float = 0.3
+        self, address: str, folder: Path, run: Recipe, kind: ArtifactKind, *timeout: str, step_seconds: float = 0.3
     ) -> None:
         file = folder / "recipe.yaml"
         file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -117,7 +117,7 @@ class DriverProcess:
         assert self.process.wait(timeout=300) == 0, self._log.read_text()
 
 
-def artifact(run: Recipe, kind: Kind) -> Artifact:
+def artifact(run: Recipe, kind: ArtifactKind) -> Artifact:
     """Return the branch or the mixture of a run."""
     name = "code" if kind == "branches" else "bam"
     return Artifact(open_store(run.store.uri), kind, find_task(task_graph(run), kind, name).id)
@@ -132,7 +132,7 @@ def losses(made: Artifact) -> list[tuple[float, ...]]:
     ]
 
 
-def copy_parents(folder: Path, kind: Kind, store: str) -> None:
+def copy_parents(folder: Path, kind: ArtifactKind, store: str) -> None:
     """Make a store with everything that a task of `kind` is made from."""
     made = ["branches", "upcycled", "mixtures"]
     shutil.copytree(
@@ -150,7 +150,7 @@ def kill_node(running: Cluster, node_id: str) -> None:
 def test_a_group_survives_a_rank_a_node_and_its_driver(
     cluster: Cluster,
     folder: Path,
-    kind: Kind,
+    kind: ArtifactKind,
     tmp_path: Path,
 ) -> None:
     copy_parents(folder, kind, kind)

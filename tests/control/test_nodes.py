@@ -2,6 +2,7 @@
 
 import pytest
 
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling.nodes import ACCELERATOR, GIB, NODE_ID, NodeFacts, demand_met, room, selector_of, selects
@@ -18,7 +19,7 @@ PLAIN = node("p")
 
 
 def task(needs: Needs, workers: int = 1) -> Task:
-    return Task("branches", "law", "law-1", (), needs, workers=workers)
+    return Task(ArtifactKind.BRANCHES, "law", "law-1", (), needs, workers=workers)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, Broke, Sighting
 from bam_ray.errors import PlacementError, SettingsError
@@ -23,7 +24,16 @@ MIXED = {"fast": (2, 4000.0), "middle": (2, 2000.0), "slow": (4, 1000.0)}
 
 def branches(count: int, steps: int, needs: Needs | None = None) -> list[Task]:
     return [
-        Task("branches", f"b{i}", f"b{i}", (), needs or Needs(), total_steps=steps, model="dense", step_tokens=1000)
+        Task(
+            ArtifactKind.BRANCHES,
+            f"b{i}",
+            f"b{i}",
+            (),
+            needs or Needs(),
+            total_steps=steps,
+            model="dense",
+            step_tokens=1000,
+        )
         for i in range(count)
     ]
 

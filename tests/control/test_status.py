@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, Broke, Sighting
@@ -53,8 +53,8 @@ class Broken:
 @pytest.fixture
 def failed() -> status.Status:
     tasks = [
-        Task("branches", "law", "law-1", (), Needs(), total_steps=9),
-        Task("upcycled", "bam", "bam-1", ("law-1",), Needs()),
+        Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9),
+        Task(ArtifactKind.UPCYCLED, "bam", "bam-1", ("law-1",), Needs()),
     ]
     controller = Controller(tasks, MemoryStore(), Broken())
     controller.run(pause=0.0)
@@ -109,7 +109,7 @@ def test_a_silent_coordinator_is_noticed(failed: status.Status) -> None:
 
 
 def test_a_new_coordinator_keeps_the_history_of_the_last(failed: status.Status) -> None:
-    tasks = [Task("branches", "law", "law-1", (), Needs(), total_steps=9)]
+    tasks = [Task(ArtifactKind.BRANCHES, "law", "law-1", (), Needs(), total_steps=9)]
     controller = Controller(tasks, MemoryStore(), Broken())
     controller.run(pause=0.0)
     again = status.build("demo", controller, failed)

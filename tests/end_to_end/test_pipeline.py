@@ -182,7 +182,7 @@ print(tokenizer.decode(out[0]))
 def test_a_store_that_cannot_be_used_is_one_line(environment: dict[str, str]) -> None:
     """Wrong credentials, a missing bucket, an endpoint that is down: said at once, by the job's one line."""
     cases = {
-        "start it or mend": {"store.endpoint": f"http://127.0.0.1:{free_port()}"},
+        "start it or correct": {"store.endpoint": f"http://127.0.0.1:{free_port()}"},
         "does not exist": {"store.uri": "s3://no-such-bucket/test"},
     }
     for said, overrides in cases.items():

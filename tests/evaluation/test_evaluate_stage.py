@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Compute, Manifest
+from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.evaluation.results import Results
@@ -111,7 +111,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobSt
                 parents=task.parents,
                 step=10 * trained,
                 tokens=640 if trained else 10**6,
-                compute=Compute(flops=1e6 * trained),
+                compute=ComputeCost(flops=1e6 * trained),
             ),
         )
     return recipe, store

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bam_ray.checkpoint.manifest import Compute, Manifest
+from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.evaluation.plots import smoothed
 from bam_ray.evaluation.report import amount, duration, fact, flops, moment, render, write_report
 from bam_ray.evaluation.results import Results
@@ -50,7 +50,7 @@ def lineage(results: Results) -> list[Manifest]:
             parents=(corpus.id,),
             step=1250,
             tokens=2_000_000,
-            compute=Compute(flops=3.2e15, device_seconds=3725.0),
+            compute=ComputeCost(flops=3.2e15, device_seconds=3725.0),
         )
         for model in results.models
     ]

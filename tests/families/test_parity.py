@@ -1,4 +1,4 @@
-"""A mixture of identical experts, filled by a family's table alone, is that family's dense model."""
+"""A mixture of identical experts, filled only from a family's table, equals the dense model of the family."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ VARIANTS: dict[str, PreTrainedConfig] = {
     "cohere2, biases": Cohere2Config(**SIZES, **SLIDING, attention_bias=True, rope_parameters=YARN),
     "llama, biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
     "llama, yarn": LlamaConfig(**SIZES, rope_parameters=YARN, hidden_act="gelu"),
-    "mistral, whole": MistralConfig(**SIZES, sliding_window=None, rope_parameters=LINEAR),
+    "mistral, full attention": MistralConfig(**SIZES, sliding_window=None, rope_parameters=LINEAR),
     "gpt_neox, sequential": GPTNeoXConfig(
         **SIZES, use_parallel_residual=False, rope_parameters={**LINEAR, "partial_rotary_factor": 0.5}
     ),
@@ -56,7 +56,7 @@ EXPERTS = 3
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """A dense model's folder, and its logits on `tiny.tokens()`."""
+    """The folder of a dense model, and its logits for `tiny.tokens()`."""
     model = tiny.dense(VARIANTS[request.param], 0)
     folder = tmp_path_factory.mktemp("dense")
     model.save_pretrained(folder)
@@ -65,11 +65,11 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def mixture(folder: Path, **settings: Any) -> BamForCausalLM:
-    """The dense model of `folder` as a mixture of `EXPERTS` copies."""
+    """Return a mixture of `EXPERTS` copies of the dense model in `folder`."""
     raw = json.loads((folder / "config.json").read_text())
     family = family_of(raw, str(folder))
     config = BamConfig(
-        **{**family.configure(raw), "num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        **{**family.convert_config(raw), "num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True},
         **settings,
     )
     torch.manual_seed(1)
@@ -82,35 +82,35 @@ def mixture(folder: Path, **settings: Any) -> BamForCausalLM:
 
 
 def weights(family: Family, raw: dict[str, Any], dense: dict[str, Tensor], config: BamConfig) -> dict[str, Tensor]:
-    assert sorted(family.expected(raw)) == sorted(dense)
+    assert sorted(family.tensor_names(raw)) == sorted(dense)
     found: dict[str, Tensor] = {}
-    for place in family.places(raw):
-        tensor = dense[place.name]
-        if place.rows is not None:
-            tensor = torch.cat([tensor[start:end] for start, end in place.rows])
-        key_side = place.role in (Role.KEY, Role.VALUE, Role.KEY_BIAS, Role.VALUE_BIAS, Role.KEY_NORM)
-        in_attention = key_side or place.role.startswith(("query", "output"))
-        in_ffn = place.role.startswith(("gate", "up", "down"))
-        mixed = place.layer in config.mixture_layers
+    for parameter in family.parameters(raw):
+        tensor = dense[parameter.name]
+        if parameter.rows is not None:
+            tensor = torch.cat([tensor[start:end] for start, end in parameter.rows])
+        is_key_value = parameter.role in (Role.KEY, Role.VALUE, Role.KEY_BIAS, Role.VALUE_BIAS, Role.KEY_NORM)
+        in_attention = is_key_value or parameter.role.startswith(("query", "output"))
+        in_ffn = parameter.role.startswith(("gate", "up", "down"))
+        mixed = parameter.layer in config.mixture_layers
         if mixed and (in_ffn or (in_attention and config.attention_experts != "averaged")):
-            copies = 1 if key_side and config.attention_experts == "kv_shared" else EXPERTS
-            name = expert_name(place.role, place.layer, config.mlp_gated)
+            copies = 1 if is_key_value and config.attention_experts == "kv_shared" else EXPERTS
+            name = expert_name(parameter.role, parameter.layer, config.mlp_gated)
             stacked = tensor.expand(copies, *tensor.shape)
             found[name] = torch.cat((found[name], stacked), 1) if name in found else stacked
         else:
-            found[plain_name(place.role, place.layer)] = tensor
+            found[plain_name(parameter.role, parameter.layer)] = tensor
     return found
 
 
 @pytest.mark.parametrize("attention", ["kv_experts", "kv_shared", "averaged"])
 @torch.no_grad()
-def test_identical_experts_are_the_dense_model(saved: tuple[Path, Tensor], attention: str) -> None:
+def test_identical_experts_equal_the_dense_model(saved: tuple[Path, Tensor], attention: str) -> None:
     model = mixture(saved[0], attention_experts=attention)
     torch.testing.assert_close(model(tiny.tokens()).logits, saved[1], atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_dense_layers_are_the_dense_model(saved: tuple[Path, Tensor]) -> None:
+def test_dense_layers_equal_the_dense_model(saved: tuple[Path, Tensor]) -> None:
     layers = json.loads((saved[0] / "config.json").read_text())["num_hidden_layers"]
     model = mixture(saved[0], dense_layers=list(range(layers)))
     out = model(tiny.tokens(), output_router_logits=True)
@@ -119,8 +119,8 @@ def test_dense_layers_are_the_dense_model(saved: tuple[Path, Tensor]) -> None:
 
 
 @torch.no_grad()
-def test_caches_padding_and_backends_change_nothing(saved: tuple[Path, Tensor]) -> None:
-    """Sliding windows and layers without positions included: 17 tokens and 6 more, windows of 5."""
+def test_caches_padding_and_backends_do_not_change_logits(saved: tuple[Path, Tensor]) -> None:
+    """The text is longer than a sliding window: 17 tokens and 6 generated ones, windows of 5."""
     model = mixture(saved[0], dense_layers=[1])
     ids = tiny.tokens()
     greedy = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=-1)

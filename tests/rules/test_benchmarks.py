@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand, but what they use of the package must be there."""
+"""Benchmarks are run by hand, but their imports must work."""
 
 import importlib
 from pathlib import Path

@@ -38,7 +38,7 @@ def test_models_have_the_sizes_of_the_paper(recipe: Recipe, tmp_path: Path) -> N
     facts |= {"dtype": "<u4", "domains": {}, "attend_across_documents": True}
     (tmp_path / "corpus.json").write_text(json.dumps(facts))
     seed = scratch_config(recipe.seed.scratch, Corpus(tmp_path))
-    dense = family_of(seed.to_dict(), "the seed").configure(seed.to_dict())
+    dense = family_of(seed.to_dict(), "the seed").convert_config(seed.to_dict())
     found = {}
     with torch.device("meta"):
         found["seed"] = millions(AutoModelForCausalLM.from_config(seed))

@@ -10,7 +10,7 @@ from typing import Any
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.control.launcher import InProcessLauncher
 from bam_ray.errors import Interrupted
@@ -38,7 +38,7 @@ class LateBranchRun:
         self.store: BlobStore = open_store(str(folder / store))
         self.mixture = self.task("mixtures", "bam")
 
-    def task(self, kind: Kind, name: str) -> Task:
+    def task(self, kind: ArtifactKind, name: str) -> Task:
         """Return a task of the run."""
         return find_task(task_graph(self.recipe), kind, name)
 

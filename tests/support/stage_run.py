@@ -8,7 +8,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import Kind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import Progress, StageContext
@@ -83,7 +83,7 @@ def one_process_engine(spec: EngineSpec) -> TorchEngine:
 
 
 def task_run(
-    recipe: Recipe, store: BlobStore, kind: Kind, name: str, context: StageContext | None = None, rank: int = 0
+    recipe: Recipe, store: BlobStore, kind: ArtifactKind, name: str, context: StageContext | None = None, rank: int = 0
 ) -> TaskRun:
     """Return the task `kind/name` of `recipe` as it is placed if no fallback is needed."""
     run = PipelineRun.of(recipe, store)
@@ -93,7 +93,7 @@ def task_run(
 def run_task(
     recipe: Recipe,
     store: BlobStore,
-    kind: Kind,
+    kind: ArtifactKind,
     name: str,
     context: StageContext | None = None,
     engine_factory: EngineFactory = one_process_engine,

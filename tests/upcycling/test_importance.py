@@ -16,7 +16,7 @@ PROJECTIONS = [f"model.layers.{layer}.mlp.down_proj" for layer in range(tiny.SIZ
 
 
 def projections(family: str) -> list[str]:
-    places = FAMILIES[family].places(tiny.CONFIGS[family].to_dict())
+    places = FAMILIES[family].parameters(tiny.CONFIGS[family].to_dict())
     return [place.name.removesuffix(".weight") for place in places if place.role is Role.DOWN]
 
 

@@ -62,7 +62,7 @@ def failed(folder: Path) -> dict[str, str]:
 def test_a_changed_file_fails(made: Path) -> None:
     changed(made, "model.norm.weight", torch.ones(32))
     assert failed(made) == {
-        "files": f"{made}/model.safetensors is not what its manifest says: the file was changed or damaged"
+        "files": f"{made}/model.safetensors does not match its manifest: the file was changed or damaged"
     }
 
 

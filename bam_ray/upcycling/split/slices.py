@@ -25,19 +25,19 @@ def partitions_of(
     """
     experts = settings.num_experts
     assert experts is not None  # checked by the settings
-    sizes = family.configure(seed.config)
+    sizes = family.convert_config(seed.config)
     layers, neurons = sizes["num_hidden_layers"], sizes["intermediate_size"]
     construction = settings.split.construction
     if construction == "random":
         return [_partition(random_partition(neurons, experts, settings.seed + layer)) for layer in range(layers)]
     if construction == "clustering":
-        ups = {place.layer: place for place in family.places(seed.config) if place.role is Role.UP}
+        ups = {place.layer: place for place in family.parameters(seed.config) if place.role is Role.UP}
         return [
             _partition(clustering_partition(seed.read(ups[layer].name).float(), experts, settings.seed + layer))
             for layer in range(layers)
         ]
     model = load_model(seed)
-    downs = {place.layer: place for place in family.places(seed.config) if place.role is Role.DOWN}
+    downs = {place.layer: place for place in family.parameters(seed.config) if place.role is Role.DOWN}
     names = [downs[layer].name.removesuffix(".weight") for layer in range(layers)]
     groups = list(texts.values())
     if sum(map(len, groups)) < experts:

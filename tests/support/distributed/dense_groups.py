@@ -5,7 +5,7 @@ import os
 import torch.distributed as dist
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.manifest import Kind
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import Interrupted
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Recipe
@@ -13,7 +13,7 @@ from bam_ray.stages.run import run_rank
 from tests.support.stage_run import RecordingContext, task_run
 
 
-def run_tasks_on_rank(run: Recipe, tasks: list[tuple[Kind, str, int | None]], cache: str) -> list[str]:
+def run_tasks_on_rank(run: Recipe, tasks: list[tuple[ArtifactKind, str, int | None]], cache: str) -> list[str]:
     """Execute `tasks`, given as (kind, name, step to stop at), on this rank.
 
     Returns:

@@ -35,7 +35,7 @@ def unreadable(*checkpoints: tuple[int, int]) -> Iterator[None]:
 
     def fetch_or_fail(artifact: Artifact, cache: Path | None = None) -> Path:
         if artifact.prefix.endswith(mine):
-            raise DigestMismatch(f"{artifact.prefix} is not what its manifest says")
+            raise DigestMismatch(f"{artifact.prefix} does not match its manifest")
         return fetch(artifact, cache)
 
     with patch.object(Artifact, "fetch", fetch_or_fail):
