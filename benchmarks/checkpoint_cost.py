@@ -1,18 +1,13 @@
-"""The cost of checkpoints: training with them over training without, with an S3 server on this machine.
+"""What checkpoints cost: training with them against training without, on a healthy S3 server of this machine.
 
     python -m benchmarks.checkpoint_cost
 
-Both cases train the same dense model on random tokens, in turns. One of them writes a checkpoint of weights and
-optimizer states to SeaweedFS every `--every` steps. Three times are compared, as medians of the ratios within a pair:
-
-- the wall-clock time,
-- the CPU time of the training thread, which shows what checkpoints take from training, independently of other load,
-- the CPU time of all threads of the process, which shows the cost if no core is idle. The server's CPU time is not
-  included.
-
-The target applies to the wall-clock time. On a shared machine it is not reliable (see the range of the pairs, and the
-load in the result), and CPU times do not include waits, so they cannot replace it. The default of a recipe is a
-checkpoint every 409,600 tokens.
+Both train the same dense model on random tokens, in turns; one writes a checkpoint of weights and optimizer every
+`--every` steps to SeaweedFS. Three times are compared, as medians of the ratios of neighbours: the wall clock's, the
+training thread's on its CPU (what checkpoints keep training from, whatever else the machine does), and that of all
+threads (what they cost where no core is idle; the server's own CPU is not in it). The target is for the wall clock; on
+a machine that others use it says little (see the range of the pairs, and the load in the result), and the CPU times,
+which do not see waiting, are no proof of it. A recipe's default is a checkpoint every 409,600 tokens.
 """
 
 import argparse
@@ -54,22 +49,20 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class RandomTokens:
-    """A sampler of random tokens."""
+    """A sampler of nothing in particular."""
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return `count` sequences and the domain of each."""
         return np.random.default_rng(0).integers(0, 8192, (count, LENGTH)), np.ones((count, 1), dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Ignore the state."""
+        pass
 
 
 def segment(store: BlobStore, name: str, steps: int, every: int, width: int, checkpoints: bool) -> dict[str, float]:
-    """Return the seconds of `steps` steps by each clock."""
+    """Seconds of `steps` steps by each clock."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -100,7 +93,7 @@ def segment(store: BlobStore, name: str, steps: int, every: int, width: int, che
 
 @contextmanager
 def s3() -> Iterator[BlobStore]:
-    """Start an S3 server and yield a store on it."""
+    """A store on an S3 server of its own."""
     with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
         process = Process("s3", Path(folder))
         settings = start_s3_server(process, Path(folder) / "data", S3Settings.generate())
@@ -112,12 +105,11 @@ def s3() -> Iterator[BlobStore]:
 
 
 def main() -> None:
-    """Measure, print a table and write `benchmarks/results/checkpoint_cost.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="steps of one case")
+    parser.add_argument("--steps", type=int, default=40, help="of a segment")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--width", type=int, default=256, help="hidden size of the model, which has four layers")
+    parser.add_argument("--width", type=int, default=256, help="of the model: hidden size, four layers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pairs: list[tuple[dict[str, float], dict[str, float]]] = []

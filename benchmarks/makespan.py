@@ -1,12 +1,9 @@
-"""The makespan of nine branches on a real local Ray cluster whose nodes have the speeds 4, 2 and 1.
+"""Makespan on a real local Ray cluster of nodes of speed 4 : 2 : 1, nine branches: `python -m benchmarks.makespan`.
 
-    python -m benchmarks.makespan
-
-The branches are stand-ins that sleep in each step for as long as the label of their node implies. Everything else is
-real: actors, starts, checkpoints, migrations and the blob store. The lower bound is the total work over the total
-speed. The simulator predicts the makespan from the speeds, start times and checkpoint times that the real run
-measured. A static split and a barrier are computed from the same measurements (as in `benchmarks.scheduling`; the
-barrier's communication costs nothing).
+The branches are stand-ins that sleep for each step, as long as their node's label says; everything around them is real:
+actors, starts, checkpoints asked for and resumed from, the blob store. The floor is total work over total speed. What
+the simulator foretells is computed from the speeds, starts and checkpoints that the real run measured, and so are a
+static split and a barrier (as in `benchmarks.scheduling`, with nothing lost to the barrier's communication).
 """
 
 import json
@@ -69,7 +66,6 @@ def sleeping(run: TaskRun) -> None:
 
 
 def main() -> None:
-    """Measure, print a table and write `benchmarks/results/makespan.json`."""
     with tempfile.TemporaryDirectory(prefix="bam-span-") as folder:
         recipe = parse_recipe(json.dumps({**RECIPE, "store": {"uri": f"{folder}/store"}}), "benchmark")
         controller, seconds = run(recipe, folder)
@@ -111,7 +107,7 @@ def main() -> None:
 
 
 def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
-    """Run the branches; returns the controller of the finished run and its seconds."""
+    """The controller of a finished run, and how long the run took."""
     (Path(folder) / "ray").mkdir()
     os.environ |= {
         "RAY_TMPDIR": folder,

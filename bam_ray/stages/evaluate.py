@@ -125,7 +125,7 @@ class Evaluator:
         artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, self.id_of(task))
         if artifact.manifest() is None:
             started = time.perf_counter()
-            folder = Artifact(self._store, ArtifactKind(kind), task.id).fetch()
+            folder = Artifact(self._store, task.kind, task.id).fetch()
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             if not self.corpus.attend_across_documents:

@@ -137,7 +137,7 @@ def test_a_seed_can_be_imported_from_a_folder(tmp_path: Path) -> None:
 
     config = json.loads((made / "config.json").read_text())
     for key, value, error, message in (
-        ("model_type", "gpt2", FamilyError, "of architecture 'gpt2'"),
+        ("model_type", "gpt2", FamilyError, "has architecture 'gpt2'"),
         ("vocab_size", 10, SettingsError, "set data.tokenizer.folder to the seed's folder"),
     ):
         other = tmp_path / key

@@ -77,8 +77,8 @@ def check_that_it_is_left_out(run: LateBranchRun, words: str) -> None:
 @pytest.mark.parametrize(
     ("file", "damage_file", "words"),
     [
-        ("model.safetensors", damage, "is not what its manifest says"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "is cut short"),
+        ("model.safetensors", damage, "does not match its manifest"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "is truncated"),
         ("model.safetensors", Path.unlink, "is missing"),
         ("config.json", lambda path: path.write_bytes(b"{"), "is not JSON"),
         ("manifest.json", lambda path: path.write_bytes(b"{"), "is not a manifest"),

@@ -174,7 +174,7 @@ def test_a_damaged_or_truncated_checkpoint_is_skipped_and_reported() -> None:
         assert found is not None and found.step == 8
         event = events.pop()
         assert isinstance(event, CheckpointRefused) and event.checkpoint == "0001-00000009"
-        assert "0001-00000009/optimizer.safetensors is not what its manifest says" in event.error
+        assert "0001-00000009/optimizer.safetensors does not match its manifest" in event.error
         assert checkpoints.refused == [event.error]
     store.delete(newest)
     assert run(store, events=events) == unbroken
