@@ -207,7 +207,7 @@ def test_a_wrong_digest_is_one_line(run: Run, refused: Run, folder: Path) -> Non
     run(*UPCYCLE[:3], "--out=mixture")
     damage(folder / "mixture", {"model.norm.weight": torch.ones(32)})
     error = refused("absorb", "mixture", "--branch=law=law", "--out=more")
-    assert "mixture/model.safetensors is not what its manifest says" in error
+    assert "mixture/model.safetensors does not match its manifest" in error
     assert "files failed" in refused("verify", "mixture")
 
 
