@@ -48,8 +48,10 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     is_dense = run.recipe.upcycle.mixtures[run.task.name].is_dense  # a model soup
     blend = mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
 
+    changes = {} if is_dense else gate_config(mix)
+
     def load_whole(folder: Path) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gate_config(mix))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
         return model
 
     initial_folder = initial.fetch()
@@ -57,7 +59,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     start = StartPoint(initial_folder)
     if run.task.quorum is not None:
         start = absorb_late_branches(run, load_whole, sampler.state_dict())
-    model = model_on_meta(start.folder, **({} if is_dense else gate_config(mix)))
+    model = load_whole(start.folder) if is_dense else model_on_meta(start.folder, **changes)
     experts: list[str] = [] if is_dense else model.config.expert_names
     # The experts must be shared equally. A process group that lost nodes may be too small for the setting, and so may
     # the number of experts while branches are missing.
@@ -67,7 +69,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     if not corpus.attend_across_documents:
         mask_documents(model, corpus.end_of_text_id)
     memory_limit = limit_in_bytes(run.task.needs.memory_gib)
-    spec = EngineSpec(model, training, mix, sharing, start.folder, memory_limit)
+    spec = EngineSpec(model, training, mix, sharing, None if is_dense else start.folder, memory_limit)
     events = list(start.events)
     if experts and sharing < mix.expert_parallel:
         events.append(ExpertsShared(len(experts), sharing, mix.expert_parallel, world_size))

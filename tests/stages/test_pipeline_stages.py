@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, FamilyError, Interrupted, SettingsError
 from bam_ray.evaluation.perplexity import perplexity
@@ -51,6 +52,31 @@ def test_every_stage_makes_its_artifact(tmp_path: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"tokenizer.json", "lineage.json", "curve.json", "config.json", "modeling_bam.py"} <= names
     assert not {"optimizer.safetensors", "trainer.json"} & names
+
+
+def test_a_model_soup_is_averaged_trained_and_evaluated(tmp_path: Path) -> None:
+    run = small_recipe(tmp_path, upcycle={"mixtures": {"soup": {"method": "soup"}}})
+    store = open_store(run.store.uri)
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled", "mixtures", "reports"))
+    tasks = task_graph(run)
+
+    def weights(kind: ArtifactKind, name: str) -> dict[str, torch.Tensor]:
+        folder = Artifact(store, kind, find_task(tasks, kind, name).id).fetch()
+        return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+    seed, code = weights(ArtifactKind.SEEDS, "seed"), weights(ArtifactKind.BRANCHES, "code")
+    average, trained = weights(ArtifactKind.UPCYCLED, "soup"), weights(ArtifactKind.MIXTURES, "soup")
+    assert average.keys() == trained.keys() == seed.keys()
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, (seed[name] + code[name]) / 2)
+    assert any(not torch.equal(average[name], trained[name]) for name in average)
+    report = Artifact(store, ArtifactKind.REPORTS, find_task(tasks, ArtifactKind.REPORTS, "report").id).fetch()
+    models = json.loads((report / "results.json").read_text())["models"]
+    assert [(model["kind"], model["name"]) for model in models] == [
+        ("seeds", "seed"),
+        ("branches", "code"),
+        ("mixtures", "soup"),
+    ]
 
 
 def test_a_committed_artifact_is_not_made_again(tmp_path: Path) -> None:

@@ -74,9 +74,10 @@ def small_recipe(folder: Path, **changes: object) -> Recipe:
 
 
 def one_process_engine(spec: EngineSpec) -> TorchEngine:
-    """Return an engine for a mixture that holds all experts in this process; `spec.expert_parallel` is not used."""
+    """Return an engine that holds all experts in this process; `spec.expert_parallel` is not used."""
+    if spec.weights_folder is None:  # a dense model, whose weights are loaded
+        return TorchEngine(spec)
     assert spec.model.device.type == "meta"  # so that ranks that share the experts never hold all of them
-    assert spec.weights_folder is not None
     materialize(spec.model)
     spec.model.load_state_dict(read_weights(spec.weights_folder), strict=False)
     return TorchEngine(spec)
