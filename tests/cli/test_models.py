@@ -223,7 +223,7 @@ def test_a_wrong_digest_is_one_line(run: Run, refused: Run, folder: Path) -> Non
         ),
         ((*UPCYCLE, "--set=k"), "must have the form KEY=VALUE"),
         ((*UPCYCLE, "--set=norm=1"), "mixture: norm: unknown key"),
-        ((*UPCYCLE, "--method=average"), "Input should be 'bam', 'btx', 'sparse' or 'split'"),
+        ((*UPCYCLE, "--method=average"), "method is 'average': use one of 'bam', 'btx', 'sparse', 'split', 'soup'"),
         ((*UPCYCLE, "--set=router.init=means"), "give some of each domain (--text NAME=URI)"),
         ((*UPCYCLE, "--set=router.init=means", "--text=code=nowhere.txt"), "names no file to read"),
         ((*UPCYCLE, "--set=router.init=means", "--text=code=code.txt"), "two"),

@@ -153,7 +153,7 @@ def test_every_model_is_scored_on_every_domain(run: tuple[Recipe, BlobStore]) ->
     assert listener.received[-1] == Progress(step=4, total_steps=4, note="writing the report")
 
     silent = Listener()
-    assert evaluate("report", recipe, store, silent) == manifest
+    assert evaluate(task_run(recipe, store, ArtifactKind.REPORTS, "report", silent)) == manifest
     assert silent.received == [], "a finished report is not computed again"
 
 
@@ -168,7 +168,7 @@ def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> Non
     other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # not a part of the identity of an evaluation
     listener = Listener(stop_at="mixture btx on general")
     with pytest.raises(Interrupted, match="model 4 of 4"):
-        evaluate("report", other_batch, store, listener)
+        evaluate(task_run(other_batch, store, ArtifactKind.REPORTS, "report", listener))
     notes = [progress.note for progress in listener.received]
     assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
 
