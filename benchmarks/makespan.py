@@ -75,9 +75,9 @@ def main() -> None:
         controller, seconds = run(recipe, folder)
     tasks = [replace(task, parents=()) for task in controller.tasks.values() if task.kind == "branches"]
     group = ("dense", "1 CPU")
-    rates = {kind: controller.speeds.measured(group, f"1 CPU, speed={kind}") for kind in STEP_SECONDS}
+    rates = {kind: controller.throughput.rate(group, f"1 CPU, speed={kind}") for kind in STEP_SECONDS}
     floor = BRANCHES * STEPS / sum(1 / each for each in STEP_SECONDS.values())
-    start, checkpoint = controller.speeds.seen(group)
+    start, checkpoint = controller.throughput.start_and_checkpoint_seconds(group)
     nodes = {
         kind: {"count": 1, "cpus": 1, "labels": {"speed": kind}, "tokens_per_second": rate}
         for kind, rate in rates.items()

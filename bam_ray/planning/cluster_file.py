@@ -17,7 +17,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.scheduling.nodes import ACCELERATOR, GIB
+from bam_ray.scheduling.nodes import ACCELERATOR
 from bam_ray.settings import Count, Name, Strict, load_as
 
 Positive = Annotated[float, Field(gt=0.0)]

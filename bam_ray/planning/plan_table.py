@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bam_ray.planning.planner import Plan, Planned
-from bam_ray.scheduling.nodes import GIB, said_of
+from bam_ray.planning.planner import Plan, PlannedTask
+from bam_ray.scheduling.nodes import GIB, describe_request
 from bam_ray.units import format_amount, format_duration
 
 NODES_SHOWN = 4  # of a task that moved often
@@ -40,9 +40,9 @@ def render_plan(plan: Plan, width: int) -> RenderableType:
     return Group(table, *(Text(line) for line in _words(plan)), *(Text(line, "red") for line in _warnings(plan)))
 
 
-def _cells(row: Planned) -> dict[str, str]:
+def _cells(row: PlannedTask) -> dict[str, str]:
     task = row.task
-    needs = " or ".join(said_of(demand) for demand in (task.needs, *task.needs.fallback))
+    needs = " or ".join(describe_request(demand) for demand in (task.needs, *task.needs.fallback))
     left_out = ", …" if len(row.nodes) > NODES_SHOWN else ""
     return {
         "stage": task.kind,

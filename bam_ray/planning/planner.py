@@ -10,9 +10,9 @@ from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
 from bam_ray.planning.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
-from bam_ray.planning.simulate import Simulated, SpeedOf, simulate
+from bam_ray.planning.simulate import SimulationResult, SpeedOf, simulate
 from bam_ray.scheduling.matching import bound
-from bam_ray.scheduling.nodes import NodeFacts, demand_met, fits, resources_of, selects
+from bam_ray.scheduling.nodes import NodeFacts, satisfiable_request, count_fitting, ray_resources, selects
 from bam_ray.settings import MixtureSettings, Recipe, TrainingSettings
 from bam_ray.units import format_duration
 
@@ -23,7 +23,7 @@ TRAINED = tuple(kind for kind in ArtifactKind if kind.trains)
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTask:
     """One task. Bytes are None where the model's size is not known before the run."""
 
     task: Task
@@ -51,10 +51,10 @@ class Plan:
     """A whole run."""
 
     recipe: Recipe
-    rows: tuple[Planned, ...]
+    rows: tuple[PlannedTask, ...]
     size: ModelSize | None
     cluster: ClusterFile | None = None
-    simulated: Simulated | None = None
+    simulated: SimulationResult | None = None
     stages: tuple[Stage, ...] = ()
 
     @property
@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0)
         for number in range(group.count)
     ]
     for task in tasks:
-        demand_met(task, nodes)
+        satisfiable_request(task, nodes)
     speed_of = _speeds(recipe, size)
     of_kind = {kind: [task for task in tasks if task.kind == kind] for kind in TRAINED}
     at_best = {kind: _at_best(of_kind[kind], nodes, cluster, speed_of) for kind in TRAINED}
@@ -115,21 +115,21 @@ def _untrained(task: Task, cluster: ClusterFile) -> float:
     return 0.0 if task.total_steps else cluster.stage_seconds.get(task.kind, 0.0)
 
 
-def _planned(task: Task, recipe: Recipe, seed: ModelSize | None) -> Planned:
+def _planned(task: Task, recipe: Recipe, seed: ModelSize | None) -> PlannedTask:
     tokens = task.total_steps * task.step_tokens
     size = _size(task, recipe, seed)
     if size is None:
-        return Planned(task, tokens)
+        return PlannedTask(task, tokens)
     weights = WEIGHT_BYTES * size.parameters
     training = _training(task, recipe)
     if training is None:
-        return Planned(task, tokens, None, weights, weights, weights)
+        return PlannedTask(task, tokens, None, weights, weights, weights)
     if task.kind == "mixtures":
         assert seed is not None
         memory = _mixing_bytes(recipe, recipe.upcycle.mixtures[task.name], seed, size.experts)
     else:
         memory = size.training_bytes(training, recipe.data.sequence_length)
-    return Planned(task, tokens, memory, *_stored(training, weights, CHECKPOINT_BYTES * size.parameters))
+    return PlannedTask(task, tokens, memory, *_stored(training, weights, CHECKPOINT_BYTES * size.parameters))
 
 
 def _stored(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:
@@ -162,7 +162,7 @@ def _mixing_bytes(recipe: Recipe, mixture: MixtureSettings, seed: ModelSize, exp
     return max(needs)
 
 
-def _timed(row: Planned, simulated: Simulated) -> Planned:
+def _timed(row: PlannedTask, simulated: SimulationResult) -> PlannedTask:
     attempts = simulated.attempts[row.task.id]
     if not attempts:
         return row
@@ -220,11 +220,13 @@ def _at_best(tasks: Sequence[Task], nodes: Sequence[NodeFacts], cluster: Cluster
     trained = [task for task in tasks if task.total_steps]
     if not trained:
         return 0.0
-    demands = [demand_met(task, nodes)[0] for task in trained]
+    demands = [satisfiable_request(task, nodes)[0] for task in trained]
     slots: list[float] = []
     for group in cluster.nodes.values():
-        fitting = [resources_of(demand) for demand in demands if selects(demand.labels, group.all_labels)]
-        rooms = max((fits(wanted, group.resources, len(trained) * trained[0].workers) for wanted in fitting), default=0)
+        fitting = [ray_resources(demand) for demand in demands if selects(demand.labels, group.all_labels)]
+        rooms = max(
+            (count_fitting(wanted, group.resources, len(trained) * trained[0].workers) for wanted in fitting), default=0
+        )
         slots += [speed_of(trained[0], group) or 0.0] * (group.count * rooms)
     slots.sort(reverse=True)
     workers = trained[0].workers

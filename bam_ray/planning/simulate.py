@@ -17,7 +17,7 @@ from bam_ray.control.transitions import changed_tasks
 from bam_ray.pipeline.states import AttemptRecord, Committed, Failed, Node, Retrying
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
-from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, fits, resources_of, selector_of, selects
+from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, count_fitting, ray_resources, label_selector, selects
 
 SpeedOf = Callable[[Task, NodeGroup], float | None]  # tokens a second of one worker; None: the task does not train
 YEAR = 365 * 86400.0  # longer than any run that ends
@@ -126,7 +126,7 @@ class SimulatedLauncher:
     def free(self, task_id: str) -> None:
         run = self._runs.pop(task_id)
         for machine in run.machines:
-            machine.use(resources_of(run.task.needs), -1)
+            machine.use(ray_resources(run.task.needs), -1)
         self._seat_queue()
 
     # The clock
@@ -179,17 +179,17 @@ class SimulatedLauncher:
                 self._seat(run)
 
     def _seat(self, run: _Run) -> None:
-        wanted = resources_of(run.task.needs)
+        wanted = ray_resources(run.task.needs)
         living = [machine for machine in self._machines if machine.alive]
         if run.node_id:
             fitting = [machine for machine in living if machine.facts.id == run.node_id]
         else:
-            selector = selector_of(run.task, run.avoid, [machine.facts for machine in living])
+            selector = label_selector(run.task, run.avoid, [machine.facts for machine in living])
             fitting = [machine for machine in living if selects(selector, machine.facts.labels)]
             fitting.sort(key=lambda machine: sum(machine.free.values()), reverse=True)  # spread, as Ray is asked to
         seats: list[_Machine] = []
         for machine in fitting:
-            seats += [machine] * fits(wanted, machine.free, run.task.workers - len(seats))
+            seats += [machine] * count_fitting(wanted, machine.free, run.task.workers - len(seats))
             if len(seats) == run.task.workers:
                 break
         if len(seats) < run.task.workers:
@@ -242,7 +242,7 @@ class SimulatedLauncher:
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulationResult:
     """How a simulated run went. Times in seconds from its begin."""
 
     outcome: RunOutcome
@@ -276,7 +276,7 @@ def simulate(
     look_every: float = 60.0,
     grain: float = SOON,
     until: float = YEAR,
-) -> Simulated:
+) -> SimulationResult:
     """Run `tasks` on `cluster` to their end, or for `until` seconds: the outcome is "running" then.
 
     The controller looks when something happens, soon after, and at least every `look_every` seconds while anything can
@@ -301,4 +301,4 @@ def simulate(
         launcher.advance(min(times))
     histories = {task_id: controller.history(task_id).past_attempts for task_id in controller.tasks}
     errors = {task_id: state.error for task_id, state in controller.states.items() if isinstance(state, Failed)}
-    return Simulated(controller.outcome(), launcher.now, histories, launcher.preemptions, errors)
+    return SimulationResult(controller.outcome(), launcher.now, histories, launcher.preemptions, errors)

@@ -25,7 +25,6 @@ from cluster.s3_server import BUCKET, S3Settings, start_s3_server, stop_s3_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-MIB = 1 << 20
 WRITERS = 4
 PUTS = 120  # the minimum number of acknowledged puts before each kill
 ENDLESS_STREAM = """
@@ -43,6 +42,7 @@ open_store(sys.argv[1]).put_stream("never/complete", chunks())
 MANY_PUTS = """
 import itertools, sys
 from bam_ray.blobs import open_store
+from bam_ray.units import MIB
 
 store = open_store(sys.argv[1])
 for number in itertools.count():

@@ -30,7 +30,7 @@ from bam_ray.pipeline.states import (
     Waiting,
 )
 from bam_ray.pipeline.tasks import Progress, StageContext, Task
-from bam_ray.scheduling.feasibility import JOIN_PATIENCE
+from bam_ray.scheduling.feasibility import JOIN_TIMEOUT
 from bam_ray.scheduling.nodes import HEAD, NodeFacts
 from bam_ray.scheduling.placement import MAX_PENDING
 from bam_ray.settings import Demand, Needs
@@ -379,7 +379,7 @@ def test_a_task_moves_to_a_faster_node_that_becomes_free() -> None:
     slow = Node("slow", "slow")
     harness.now = 12.0
     harness.busy("slow")
-    harness.controller.speeds.saw_checkpoint(("dense", "1 CPU"), 1.0)
+    harness.controller.throughput.record_checkpoint(("dense", "1 CPU"), 1.0)
     commit_task(harness.store, harness.tasks["a"])
     harness.step(a=Done(Node("fast", "fast"), Progress(100, 100)), b=Alive(slow, Progress(12, 100)))
     assert harness.kinds() == {"a": Committed, "b": Draining}
@@ -405,7 +405,7 @@ def test_a_task_that_does_not_move_in_time_is_killed() -> None:
     harness.busy("slow")
     commit_task(harness.store, harness.tasks["a"])
     stuck = Alive(Node("slow", "slow"), Progress(12, 100))
-    harness.controller.speeds.saw_checkpoint(("dense", "1 CPU"), 1.0)
+    harness.controller.throughput.record_checkpoint(("dense", "1 CPU"), 1.0)
     harness.step(a=Done(Node("fast", "fast"), Progress(100, 100)), b=stuck)
     harness.now += policies.STOP_TIMEOUT + 1
     harness.step(b=stuck)
@@ -468,7 +468,7 @@ def test_a_chosen_fallback_is_reported() -> None:
     harness = TwoNodesHarness(replace(make_measurable_task("a"), needs=needs))
     harness.step()
     assert harness.launcher.names == ["a"]
-    assert harness.controller.history("a").message == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU"
+    assert harness.controller.history("a").message == "no node can satisfy 1 CPU, 1 GPU: using fallback 1, 1 CPU"
 
 
 # Resource requests that no living node can satisfy
@@ -517,8 +517,10 @@ def test_a_head_that_stays_alone_is_the_whole_cluster() -> None:
     harness = TwoNodesHarness(replace(make_measurable_task("a"), needs=Needs(gpus=1)))
     harness.launcher.known_nodes = [LONE_HEAD]
     harness.step()
-    harness.now += JOIN_PATIENCE
-    with pytest.raises(PlacementError, match="branches/a needs 1 CPU, 1 GPU, which the 1 living nodes can never give"):
+    harness.now += JOIN_TIMEOUT
+    with pytest.raises(
+        PlacementError, match=r"no node can satisfy branches/a \(1 CPU, 1 GPU\); the cluster has 1 living node "
+    ):
         harness.step()
 
 
@@ -526,7 +528,7 @@ def test_an_impossible_request_is_refused_before_anything_starts() -> None:
     tasks = [make_task("seed"), make_task("branch", "seed"), replace(make_task("mix", "branch"), needs=Needs(gpus=1))]
     harness = TwoNodesHarness(*tasks)
     with pytest.raises(
-        PlacementError, match="branches/mix needs 1 CPU, 1 GPU, which the 2 living nodes can never give"
+        PlacementError, match=r"no node can satisfy branches/mix \(1 CPU, 1 GPU\); the cluster has 2 living nodes "
     ):
         harness.step()
     assert harness.launcher.placed == []
@@ -541,7 +543,7 @@ def test_requests_are_checked_when_the_first_worker_joins_the_head() -> None:
     harness.launcher.known_nodes = [LONE_HEAD]
     harness.step()
     harness.launcher.known_nodes.append(make_node("slow"))
-    with pytest.raises(PlacementError, match="branches/a needs 1 CPU, 1 GPU"):
+    with pytest.raises(PlacementError, match=r"branches/a \(1 CPU, 1 GPU\)"):
         harness.step()
 
 

@@ -19,7 +19,7 @@ from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import make_plan
 from tests.support.control.sample_recipe import changed_tasks, sample_recipe
 from tests.support.control.scripted_launcher import NODE, ControllerHarness, commit_task, make_task
-from tests.support.control.simulated_run import make_cluster, simulate_tasks
+from tests.support.planning.simulated_run import make_cluster, simulate_tasks
 
 TWO = "upcycle.when={at_least: 2}"
 HOUR = 3600.0

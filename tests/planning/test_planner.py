@@ -227,7 +227,7 @@ def test_a_simulation_that_would_never_end_is_given_up() -> None:
 
 def test_what_a_cluster_can_never_hold_is_said() -> None:
     with pytest.raises(
-        PlacementError, match="branches/code needs 1 CPU, 8 GPU, which the 8 living nodes can never give"
+        PlacementError, match=r"no node can satisfy branches/code \(1 CPU, 8 GPU\); the cluster has 8 living nodes "
     ):
         make_plan(recipe("branch.needs.gpus=8"), eight())
     plan = make_plan(recipe("branch.training.micro_batch_sequences=128"), eight())
