@@ -31,7 +31,7 @@ from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.planning.cluster_file import ClusterFile
-from bam_ray.planning.simulate import simulate
+from bam_ray.planning.simulate import SimulationPace, simulate
 from bam_ray.settings import Recipe, parse_recipe
 from bam_ray.stages.task_run import TaskRun
 from benchmarks.measure import report
@@ -90,8 +90,7 @@ def main() -> None:
         cluster,
         lambda task, group: group.tokens_per_second,
         {task.id: 50 for task in tasks},
-        look_every=0.5,
-        grain=0.5,
+        pace=SimulationPace(step_every=0.5, retry_delay=0.5),
     )
     work, slots = float(STEPS * STEP_TOKENS), [rate for rate in rates.values() if rate]
     split = static(work, BRANCHES, slots, start)

@@ -39,8 +39,9 @@ class ServeSettings(Strict):
 
 
 class RoutingSettings(Strict):
-    """Monitoring of the routers during training. The two limits are multiples of an equal share of the load; they are
-    our own.
+    """Monitoring of the routers during training.
+
+    The two limits are multiples of an equal share of the load. Their defaults are our own choice.
     """
 
     every: Count = 10

@@ -19,6 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from bam_ray.blobs import BlobStore, open_store, s3
 from bam_ray.blobs.s3 import S3Store
 from bam_ray.errors import StoreUnavailable
+from bam_ray.units import MIB
 from cluster.ceph_server import CephServer, missing_binaries
 from cluster.processes import Process
 from cluster.s3_server import BUCKET, S3Settings, start_s3_server, stop_s3_server
@@ -42,7 +43,6 @@ open_store(sys.argv[1]).put_stream("never/complete", chunks())
 MANY_PUTS = """
 import itertools, sys
 from bam_ray.blobs import open_store
-from bam_ray.units import MIB
 
 store = open_store(sys.argv[1])
 for number in itertools.count():
@@ -155,7 +155,7 @@ def assert_all_readable(store: BlobStore, digests: dict[str, str]) -> None:
 
 @pytest.fixture(params=["folder", "seaweedfs"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of a store that another process can open."""
+    """Return the URI of a store that another process can open."""
     if request.param == "folder":
         return str(tmp_path / "store")
     settings: S3Settings = request.getfixturevalue("s3_server")

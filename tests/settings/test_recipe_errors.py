@@ -58,7 +58,7 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         (
             "upcycle.mixtures.bam.method",
             "bat",
-            "upcycle.mixtures.bam.method: Input should be 'bam', 'btx', 'sparse'",
+            "upcycle.mixtures.bam: method is 'bat': use one of 'bam', 'btx', 'sparse'",
         ),
         ("name", "With Space", "name: String should match pattern"),
         ("serve.port", 70000, "serve.port: Input should be less than or equal to 65535"),
