@@ -11,11 +11,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.model import BamConfig
 from bam_ray.planning.cluster_file import ClusterFile, load_cluster
 from bam_ray.planning.model_size import ModelSize, seed_size
 from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import Plan, make_plan
-from bam_ray.settings import Recipe, load_recipe, parse_recipe
+from bam_ray.settings import Recipe, RoutedMixture, load_recipe, parse_recipe
 from bam_ray.training.flops import training_flops
 from tests.support import tiny
 
@@ -89,6 +90,29 @@ def test_mixtures_have_the_sizes_of_the_paper() -> None:
     settings = recipe("upcycle.mixtures.shared={method: bam, attention_experts: kv_shared}").upcycle.mixtures
     sizes = [seed, *(seed.mixed(settings[name], 4) for name in ("btx", "shared", "bam"))]
     assert [round(size.parameters / 1e6, 1) for size in sizes] == [587.2, 700.5, 738.3, 776.0]
+
+
+@pytest.mark.parametrize(
+    "mixture", ["{method: bam}", "{method: bam, attention_experts: kv_shared}", "{method: btx, num_experts_per_tok: 2}"]
+)
+def test_a_mixture_has_the_operations_of_its_configuration(mixture: str) -> None:
+    """The formula for plans, which import no transformers, agrees with that of `training.flops`."""
+    settings = recipe(f"upcycle.mixtures={{one: {mixture}}}").upcycle.mixtures["one"]
+    assert isinstance(settings, RoutedMixture)
+    config = BamConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        num_experts=4,
+        num_experts_per_tok=settings.num_experts_per_tok,
+        attention_experts=settings.attention,
+    )
+    seed = seed_size(recipe())
+    assert seed is not None
+    assert seed.mixed(settings, 4).training_flops(1024) == pytest.approx(training_flops(config, 1024, 1))
 
 
 def test_memory_is_left_out_if_the_size_is_unknown(tmp_path: Path) -> None:
