@@ -195,7 +195,7 @@ def _content(training: TrainingSettings | None) -> dict[str, Any] | None:
     """Return the training settings that determine the weights."""
     if training is None:
         return None
-    how = {"micro_batch_sequences", "recompute", "checkpoint_every", "keep_last", "keep_every", "zero_stage"}
+    content = training.identity()
     if training.on_not_finite == "retry":
-        how.add("on_not_finite")  # the ids of artifacts that are older than this setting stay the same
-    return training.model_dump(mode="json", exclude=how)
+        del content["on_not_finite"]  # the ids of artifacts that are older than this setting stay the same
+    return content
