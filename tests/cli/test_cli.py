@@ -24,7 +24,7 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
         ("branch.domains=[code,poetry]", "branch.domains names ['poetry']"),
         (
             "upcycle.mixtures.bam.method=average",
-            "upcycle.mixtures.bam.method: Input should be 'bam', 'btx', 'sparse' or 'split'",
+            "upcycle.mixtures.bam: method is 'average': use one of 'bam', 'btx', 'sparse', 'split'",
         ),
         ("mix.expert_parallel=3", "does not divide the 4 experts"),
         ("serve.mixture=none", "serve.mixture is 'none'"),
