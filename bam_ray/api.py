@@ -14,12 +14,11 @@ from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Recipe, StoreSettings, mixture_settings
+from bam_ray.units import GIB
 
 if TYPE_CHECKING:
     from bam_ray.model import BamForCausalLM
     from bam_ray.upcycling import Receipt, Upcycled
-
-GIB = 1 << 30
 
 
 def upcycle(

@@ -17,7 +17,7 @@ from bam_ray.control.controller import Controller
 from bam_ray.pipeline.states import Running
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile
-from bam_ray.planning.simulate import SimulatedLauncher
+from bam_ray.planning.simulated_launcher import SimulatedLauncher
 from bam_ray.settings import Needs
 from benchmarks.measure import report
 

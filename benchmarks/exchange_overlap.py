@@ -40,7 +40,7 @@ Row = list[str | float]
 
 
 class SlowWire:
-    """Holds back what `torch.distributed` does from now on, until a wire shared by all that is under way carried it."""
+    """Delays all later collectives of `torch.distributed` until a simulated wire that they share has carried them."""
 
     def __init__(self, megabits: float) -> None:
         self.bytes_per_second = megabits * 1e6 / 8
@@ -50,6 +50,8 @@ class SlowWire:
             setattr(dist, name, self.held(getattr(dist, name)))
 
     def held(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `collective` delayed by the wire."""
+
         def call(out: Tensor, sent: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
             self.advance()
             crossing = max(out.nbytes, sent.nbytes) / RANKS  # the other part stays
@@ -60,7 +62,7 @@ class SlowWire:
         return call
 
     def advance(self) -> None:
-        """Carry what time there was for, as much of each."""
+        """Carry the bytes that the time since the last call allows, equally many of each collective."""
         now = time.perf_counter()
         carried, self.at = (now - self.at) * self.bytes_per_second, now
         while self.under_way and carried > 0:
@@ -72,12 +74,13 @@ class SlowWire:
 
 
 class Held:
-    """A collective with so many bytes left to carry."""
+    """A collective with `left` bytes that the wire has not carried yet."""
 
     def __init__(self, work: dist.Work, wire: SlowWire, left: float) -> None:
         self.work, self.wire, self.left = work, wire, left
 
     def wait(self) -> None:
+        """Wait for the collective and for the wire."""
         self.work.wait()
         self.wire.advance()
         while self.left > 0:
@@ -86,8 +89,11 @@ class Held:
 
 
 def compared(run: Callable[[str], None], timer: CommTimer, rounds: int) -> list[float]:
-    """Medians over rounds: the first schedule in seconds and the part of these that this rank waited, and what each
-    other takes of its seconds and of its wait. All ranks begin and end together.
+    """Compare the schedules; all ranks start and end each of them together.
+
+    Returns:
+        Medians over the rounds: the seconds of the first schedule and the fraction of them that this rank waited, then
+        the seconds and the wait of each other schedule relative to those of the first.
     """
     found = []
     for number in range(rounds + 1):
@@ -157,6 +163,7 @@ def training_pass(model: BamForCausalLM, ids: Tensor) -> Callable[[str], None]:
 
 
 def measure(rank: int, folder: str, rounds: int, megabits: float) -> None:
+    """Measure all schedules on one rank, on the loopback device and on a wire of `megabits` per second."""
     from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism
 
     warnings.filterwarnings("ignore", r".* is deprecated", FutureWarning)

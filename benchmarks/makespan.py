@@ -28,7 +28,7 @@ from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.planning.cluster_file import ClusterFile
-from bam_ray.planning.simulate import simulate
+from bam_ray.planning.simulate import SimulationPace, simulate
 from bam_ray.settings import Recipe, parse_recipe
 from bam_ray.stages.task_run import TaskRun
 from benchmarks.measure import report
@@ -71,9 +71,9 @@ def main() -> None:
         controller, seconds = run(recipe, folder)
     tasks = [replace(task, parents=()) for task in controller.tasks.values() if task.kind == "branches"]
     group = ("dense", "1 CPU")
-    rates = {kind: controller.speeds.measured(group, f"1 CPU, speed={kind}") for kind in STEP_SECONDS}
+    rates = {kind: controller.throughput.rate(group, f"1 CPU, speed={kind}") for kind in STEP_SECONDS}
     floor = BRANCHES * STEPS / sum(1 / each for each in STEP_SECONDS.values())
-    start, checkpoint = controller.speeds.seen(group)
+    start, checkpoint = controller.throughput.start_and_checkpoint_seconds(group)
     nodes = {
         kind: {"count": 1, "cpus": 1, "labels": {"speed": kind}, "tokens_per_second": rate}
         for kind, rate in rates.items()
@@ -86,8 +86,7 @@ def main() -> None:
         cluster,
         lambda task, group: group.tokens_per_second,
         {task.id: 50 for task in tasks},
-        look_every=0.5,
-        grain=0.5,
+        pace=SimulationPace(step_every=0.5, retry_delay=0.5),
     )
     work, slots = float(STEPS * STEP_TOKENS), [rate for rate in rates.values() if rate]
     split = static(work, BRANCHES, slots, start)

@@ -16,7 +16,7 @@ from pathlib import Path
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup, load_cluster
-from bam_ray.planning.simulate import Simulated, simulate
+from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
 from bam_ray.scheduling.matching import bound
 from bam_ray.settings import Needs
 from benchmarks.measure import report
@@ -81,10 +81,11 @@ def compare(name: str, cluster: ClusterFile, branches: int) -> list[str | float]
     ]
 
 
-def run(tasks: list[Task], cluster: ClusterFile, seed: int) -> Simulated:
+def run(tasks: list[Task], cluster: ClusterFile, seed: int) -> SimulationResult:
     """Simulate a run of `tasks` on `cluster`."""
     every = {task.id: 30 for task in tasks}
-    result = simulate(tasks, cluster, lambda task, group: speed_of(group), every, seed, look_every=240.0, grain=30.0)
+    pace = SimulationPace(step_every=240.0, retry_delay=30.0)
+    result = simulate(tasks, cluster, lambda task, group: speed_of(group), every, seed, pace)
     assert result.outcome == "finished"
     return result
 

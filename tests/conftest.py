@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("bam")
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Settings]:
-    """A real S3 server with random credentials, empty but for the bucket `bam`. Tests that use it are slow ones."""
+    """Start a real S3 server with random credentials and the empty bucket `bam`; tests that use it are marked slow."""
     home = tmp_path_factory.mktemp("s3-server")
     process = Process("s3", home)
     settings = start_s3_server(process, home / "data", S3Settings.generate())
@@ -37,7 +37,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Settings]:
 
 @pytest.fixture(scope="session")
 def ceph_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephSettings]:
-    """A Ceph gateway with the bucket `bam`, where Ceph is installed."""
+    """Start a Ceph gateway with the bucket `bam`; skip the test if Ceph is not installed."""
     missing = missing_binaries()
     if missing:
         pytest.skip(f"Ceph is not installed ({missing[0]} not found): `make ceph` installs it")

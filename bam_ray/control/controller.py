@@ -29,10 +29,10 @@ from bam_ray.pipeline.drain_policies import DRAIN_POLICIES, DrainPolicy
 from bam_ray.pipeline.states import Committed, Draining, History, Placing, Retrying, Running, State, Waiting
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling.cluster_view import ClusterView
-from bam_ray.scheduling.feasibility import DemandCheck
+from bam_ray.scheduling.feasibility import FeasibilityCheck
 from bam_ray.scheduling.nodes import NodeFacts
 from bam_ray.scheduling.placement import ActiveTask, ReadyTask, plan_placement
-from bam_ray.scheduling.throughput import Speeds
+from bam_ray.scheduling.throughput import ThroughputTracker
 
 RunOutcome = Literal["running", "finished", "failed", "interrupted"]
 
@@ -61,7 +61,7 @@ class Controller:
         drain_policies: Sequence[DrainPolicy] = DRAIN_POLICIES,
     ) -> None:
         self.tasks = {task.id: task for task in tasks}
-        self.speeds = Speeds()
+        self.throughput = ThroughputTracker()
         self._store = store
         self._launcher = launcher
         self._clock = clock
@@ -73,7 +73,7 @@ class Controller:
         self._placed: dict[str, PlacedTask] = {}  # of the last attempt at each task
         self._kinds: dict[str, str] = {}  # of all nodes that were ever seen, by id
         self._expected: list[str] = []
-        self._demands = DemandCheck(clock())
+        self._feasibility = FeasibilityCheck(clock())
         with ThreadPoolExecutor(max_workers=16) as pool:  # each check is a round trip to the store
             committed = list(pool.map(self._is_committed, tasks))
         self.states: dict[str, State] = {
@@ -159,7 +159,7 @@ class Controller:
         speed = state.steps_per_second
         if speed is None and task.step_tokens:
             kind = self._kinds.get(state.node.id, "")
-            speed = (self.speeds.measured(self._placed[task_id].group, kind) or 0.0) / task.step_tokens
+            speed = (self.throughput.rate(self._placed[task_id].group, kind) or 0.0) / task.step_tokens
         return task.remaining_steps(state.progress) / speed if speed else None
 
     def remaining_steps(self, task_id: str) -> int:
@@ -198,7 +198,7 @@ class Controller:
         for task_id, status in statuses.items():
             transition = self._after_report(self.tasks[task_id], status, now)
             if transition is not None:
-                tracking.record_throughput(self.speeds, self._placed[task_id], transition, self._kinds, now)
+                tracking.record_throughput(self.throughput, self._placed[task_id], transition, self._kinds, now)
                 yield transition
 
     def _after_report(self, task: Task, status: AttemptStatus, now: float) -> Transition | None:
@@ -218,7 +218,7 @@ class Controller:
 
     def _check_feasibility(self, nodes: Sequence[NodeFacts]) -> None:
         open_tasks = (task for id, task in self.tasks.items() if not isinstance(self.states[id], Committed))
-        self._demands.look(open_tasks, nodes, self._clock())
+        self._feasibility.check(open_tasks, nodes, self._clock())
 
     def _improve(self, nodes: Sequence[NodeFacts] | None, now: float) -> Iterator[Transition]:
         """End attempts that should continue elsewhere or with more, and withdraw those that no node starts."""
@@ -240,7 +240,7 @@ class Controller:
         view = None if nodes is None else ClusterView(nodes)
         if view is not None:
             yield from decisions.withdraw_stranded(active, self._history, view, now)
-        for decision in plan_placement(ready, active, view, self.speeds, self._kinds, now):
+        for decision in plan_placement(ready, active, view, self.throughput, self._kinds, now):
             yield decisions.after_placement(decision, self.states, self._history, now)
 
     def _start_deadlines(self) -> None:

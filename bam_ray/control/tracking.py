@@ -18,7 +18,7 @@ from bam_ray.pipeline.states import (
     Waiting,
 )
 from bam_ray.pipeline.tasks import Progress, Task
-from bam_ray.scheduling.throughput import Speeds
+from bam_ray.scheduling.throughput import ThroughputTracker
 
 
 def while_active(task: Task, state: State, status: Queued | Alive, now: float) -> Transition:
@@ -62,12 +62,12 @@ def after_end(
 
 
 def record_throughput(
-    speeds: Speeds, placed: PlacedTask, transition: Transition, kinds: Mapping[str, str], now: float
+    throughput: ThroughputTracker, placed: PlacedTask, transition: Transition, kinds: Mapping[str, str], now: float
 ) -> None:
     """Record what one report shows: the speed of an attempt, or the time of its start or of its last checkpoint.
 
     Args:
-        speeds: Receives the measurement.
+        throughput: Receives the measurement.
         placed: The attempt.
         transition: The change of its task's state that followed from the report.
         kinds: The kinds of all known nodes, by node id.
@@ -75,14 +75,14 @@ def record_throughput(
     """
     previous, state = transition.previous, transition.state
     if isinstance(previous, Draining) and previous.moving and isinstance(state, Waiting):
-        speeds.saw_checkpoint(placed.group, now - previous.since)
+        throughput.record_checkpoint(placed.group, now - previous.since)
     if not isinstance(previous, Running) or not isinstance(state, Running):
         return
     if not previous.first_step and state.first_step:
-        speeds.saw_start(placed.group, now - previous.placed_at)
+        throughput.record_start(placed.group, now - previous.placed_at)
     elif state.last_step_at == now and state.steps_per_second and state.node.id in kinds:
         rate = state.steps_per_second * placed.task.step_tokens
-        speeds.saw(placed.group, kinds[state.node.id], placed.task.id, rate)
+        throughput.record_rate(placed.group, kinds[state.node.id], placed.task.id, rate)
 
 
 def _update(task: Task, state: State, alive: Alive, now: float) -> Running | Draining:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bam_ray.pipeline.states import History, State
 from bam_ray.pipeline.tasks import Task
-from bam_ray.scheduling.throughput import Group
+from bam_ray.scheduling.throughput import ThroughputGroup
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PlacedTask:
 
     task: Task
     attempt: int
-    group: Group
+    group: ThroughputGroup
 
 
 @dataclass(frozen=True)

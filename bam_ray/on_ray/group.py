@@ -21,7 +21,7 @@ from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
 from bam_ray.on_ray.work import Work
 from bam_ray.on_ray.worker_env import current_node, limit_threads, silence_libraries
 from bam_ray.pipeline.tasks import Progress
-from bam_ray.scheduling.nodes import resources_of
+from bam_ray.scheduling.nodes import ray_resources
 
 EXCHANGE_SECONDS = 1.0  # time between two exchanges of rank 0 with the driver
 PEER_LOST = re.compile(
@@ -51,7 +51,7 @@ def run_group(work: Work, host: Any) -> None:
             scaling_config=ScalingConfig(
                 num_workers=work.task.workers,
                 use_gpu=needs.gpus > 0,
-                resources_per_worker=resources_of(needs),
+                resources_per_worker=ray_resources(needs),
                 label_selector=work.selector or None,
             ),
             run_config=RunConfig(

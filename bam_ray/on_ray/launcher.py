@@ -29,7 +29,7 @@ from bam_ray.on_ray.work import StageFunctions, Work
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
-from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, resources_of, selector_of
+from bam_ray.scheduling.nodes import NODE_ID, NodeFacts, label_selector, ray_resources
 
 if TYPE_CHECKING:
     from bam_ray.training.engine import EngineFactory
@@ -76,7 +76,7 @@ class RayLauncher:
         for placed in self._placed.values():
             node_id = placed.node.id if placed.node else placed.requested_node
             if node_id and not placed.task.is_group:
-                assigned[node_id].update(resources_of(placed.task.needs))
+                assigned[node_id].update(ray_resources(placed.task.needs))
         return [
             replace(
                 node,
@@ -93,12 +93,12 @@ class RayLauncher:
 
         The autoscaler does not see tasks without a node, because they wait in the controller and not in Ray.
         """
-        bundles = [resources_of(task.needs) for task in tasks for _ in range(task.workers)]
+        bundles = [ray_resources(task.needs) for task in tasks for _ in range(task.workers)]
         request_resources(bundles=[bundle for bundle in bundles if bundle])
 
     def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Start an actor for the task on `node_id`; if that is None, on a node outside `avoid` if one can run it."""
-        selector = {**task.needs.labels, NODE_ID: node_id} if node_id else selector_of(task, avoid, living_nodes())
+        selector = {**task.needs.labels, NODE_ID: node_id} if node_id else label_selector(task, avoid, living_nodes())
         work = Work(task, self._run, self._functions, self._engine_factory, selector)
         actor = self._actors.options(max_concurrency=2, **self._placement_options(work)).remote()
         self._placed[task.id] = _PlacedActor(task, actor, node_id, actor.start.remote(work))
@@ -134,7 +134,7 @@ class RayLauncher:
         if work.task.is_group:  # Ray Train places the ranks; the actor itself only connects them, beside the driver
             driver_node = ray.get_runtime_context().get_node_id()
             return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(driver_node, soft=True)}
-        resources = resources_of(work.task.needs)
+        resources = ray_resources(work.task.needs)
         return {
             "num_cpus": resources.get("CPU", 0),
             "num_gpus": resources.get("GPU", 0),

@@ -34,11 +34,10 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.pipeline.run import PipelineRun
-from bam_ray.scheduling.nodes import NodeFacts, resources_of, room, said_of, said_of_nodes
+from bam_ray.scheduling.nodes import HEAD, NodeFacts, describe_nodes, describe_request, ray_resources, worker_capacity
 from bam_ray.settings import ServeSettings, load_recipe
 
 APP = "bam"
-HEAD = "node:__internal_head__"  # a resource that Ray gives to the head node alone
 ANY_HOST = {"0.0.0.0", "::"}
 ONGOING_PER_REPLICA = 1024
 """Requests that a replica holds. Those beyond its slots wait inside it, so that /health and /metrics still answer."""
@@ -125,7 +124,7 @@ def _application(artifact: Artifact, model_name: str, settings: ServeSettings, s
     """Return the endpoint as Serve runs it. With `surge`, one more replica may run while replicas are replaced."""
     if artifact.manifest() is None:
         raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
-    resources = resources_of(settings.needs)
+    resources = ray_resources(settings.needs)
     deployment = serve.deployment(Endpoint, name="endpoint").options(
         num_replicas=settings.replicas,
         max_surge_percent=1 if surge else 0,  # Serve rounds up to a whole replica
@@ -148,11 +147,11 @@ def shutdown() -> None:
 
 def _has_spare_capacity(settings: ServeSettings, nodes: list[NodeFacts]) -> bool:
     """Return True if one more replica fits on the nodes; raises `PlacementError` if the replicas themselves do not."""
-    fitting = room(settings.needs, nodes, settings.replicas + 1)
+    fitting = worker_capacity(settings.needs, nodes, settings.replicas + 1)
     if fitting < settings.replicas:
         raise PlacementError(
-            f"{settings.replicas} replica(s) of {said_of(settings.needs)} can never fit on the {len(nodes)} living "
-            f"nodes ({said_of_nodes(nodes)}): change serve.needs or serve.replicas, or add nodes"
+            f"{settings.replicas} replica(s) of {describe_request(settings.needs)} can never fit on the {len(nodes)} "
+            f"living nodes ({describe_nodes(nodes)}): change serve.needs or serve.replicas, or add nodes"
         )
     return fitting > settings.replicas
 

@@ -1,4 +1,4 @@
-"""A cluster as a file, for clusters that are not there: which nodes, how fast, how often they are taken away.
+"""The cluster file: a hypothetical cluster, with the number, speed and preemption rate of its nodes.
 
     name: eight-mixed-nodes
     nodes:
@@ -7,44 +7,55 @@
     start_seconds: 60
     checkpoint_seconds: 20
 
-Speed is either what one worker sustains in `tflops` (then tokens a second follow from the size of the model), or the
-`tokens_per_second` of one worker that trains a branch.
+The speed of a node is either the `tflops` that one worker sustains, from which tokens per second follow by the size of
+the model, or the `tokens_per_second` of one worker that trains a branch.
 """
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.scheduling.nodes import ACCELERATOR, GIB
+from bam_ray.scheduling.nodes import ACCELERATOR
 from bam_ray.settings import Count, Name, Strict, load_as
+from bam_ray.settings.strict import NotNegative, Positive
+from bam_ray.units import GIB
 
-Positive = Annotated[float, Field(gt=0.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
 STAGE_SECONDS: dict[ArtifactKind, float] = {
     ArtifactKind.CORPORA: 600.0,
     ArtifactKind.SEEDS: 60.0,
     ArtifactKind.UPCYCLED: 120.0,
     ArtifactKind.REPORTS: 600.0,
 }
-"""Of stages that do not train, where nothing is known of their length: assumptions."""
+"""Assumed durations of the stages that do not train, used if the cluster file states none."""
 
 
 class NodeGroup(Strict):
-    """Nodes of one kind."""
+    """A number of nodes of one kind."""
 
     count: Count
+    """Number of nodes."""
     cpus: Positive = 8.0
+    """CPUs of each node."""
     gpus: NotNegative = 0.0
+    """GPUs of each node."""
     memory_gib: Positive = 64.0
-    accelerator: str | None = None  # Ray's label ray.io/accelerator-type
-    device_memory_gib: Positive | None = None  # of one GPU
+    """Memory of each node in GiB."""
+    accelerator: str | None = None
+    """Value of Ray's label `ray.io/accelerator-type`."""
+    device_memory_gib: Positive | None = None
+    """Memory of one GPU in GiB."""
     labels: dict[str, str] = Field(default_factory=dict)
-    tflops: Positive | None = None  # sustained by one worker
-    tokens_per_second: Positive | None = None  # of one worker that trains a branch
-    preemptions_per_hour: NotNegative = 0.0  # of each node
-    replacement_seconds: NotNegative = 300.0  # until a node that was taken away is there again
+    """Labels of each node."""
+    tflops: Positive | None = None
+    """Teraflops per second that one worker sustains."""
+    tokens_per_second: Positive | None = None
+    """Tokens per second of one worker that trains a branch."""
+    preemptions_per_hour: NotNegative = 0.0
+    """Mean number of preemptions of each node per hour."""
+    replacement_seconds: NotNegative = 300.0
+    """Time until a preempted node is replaced."""
 
     @model_validator(mode="after")
     def _one_speed(self) -> Self:
@@ -54,25 +65,30 @@ class NodeGroup(Strict):
 
     @property
     def resources(self) -> dict[str, float]:
-        """In Ray's words."""
+        """The resources of each node as Ray counts them; memory is in bytes."""
         return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_gib * GIB}
 
     @property
     def all_labels(self) -> dict[str, str]:
-        """With the accelerator's."""
+        """The labels of each node, including the label of the accelerator."""
         return {ACCELERATOR: self.accelerator, **self.labels} if self.accelerator else self.labels
 
 
 class ClusterFile(Strict):
-    """A whole cluster, and what starting and stopping costs on it."""
+    """A cluster, and the durations of starts, checkpoints and stages on it."""
 
     name: Name
+    """Name of the cluster."""
     nodes: dict[Name, NodeGroup]
-    start_seconds: NotNegative = 60.0  # from being placed to the first step: process, data, weights
-    checkpoint_seconds: NotNegative = 20.0  # from the last step to a checkpoint or a model in the blob store
+    """The node groups by name."""
+    start_seconds: NotNegative = 60.0
+    """Time from the placement of a task to its first step: start of the process, data and weights."""
+    checkpoint_seconds: NotNegative = 20.0
+    """Time from the last step until a checkpoint or a model is in the blob store."""
     stage_seconds: dict[ArtifactKind, NotNegative] = Field(default_factory=lambda: dict(STAGE_SECONDS))
+    """Durations of the stages that do not train."""
 
 
 def load_cluster(path: str | Path) -> ClusterFile:
-    """Read the cluster at `path`; raises `SettingsError`."""
+    """Read the cluster file at `path`; raise `SettingsError` if it cannot be read or is invalid."""
     return load_as(ClusterFile, path, "cluster file")

@@ -1,8 +1,12 @@
-"""How large models are, by their configuration alone: parameters, operations, bytes. No torch.
+"""The sizes of models, computed from their configuration without torch: parameters, operations, bytes.
 
-Parameters of a layer: attention 2dq + 2dc (query width q, key/value width c), FFN 3df, or 2df where it is not gated,
-norms; biases, where a family has only some, are left out (less than one in a thousand). Bytes are estimates for full
-training with AdamW in fp32: 4 each for weight and gradient, 8 for Adam's two states.
+A layer has 2dq + 2dc parameters of attention and 3df of the FFN (2df if the FFN is not gated), plus norms. Here d is
+the hidden size, q the query width, c the key/value width and f the hidden size of the FFN. Biases are left out if a
+family has only a few, which is less than one parameter in a thousand. Bytes are estimates for full training with AdamW
+in fp32: 4 for the weight, 4 for the gradient and 8 for Adam's two states of each parameter.
+
+`training/flops.py` computes the same operations from a transformers configuration, for models that exist. It imports
+transformers, and a plan must start without it, so the formula is repeated here. A test compares the two.
 """
 
 import json
@@ -13,39 +17,43 @@ from bam_ray.blobs import open_store
 from bam_ray.errors import StoreError
 from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch, TrainingSettings
 
-TRAINING_BYTES = 16  # a parameter: weight, gradient, two states of Adam
-CHECKPOINT_BYTES = 12  # weight and Adam's states
+# Bytes per parameter
+TRAINING_BYTES = 16  # weight, gradient, and Adam's two states
+CHECKPOINT_BYTES = 12  # weight, and Adam's two states
 WEIGHT_BYTES = 4
-CHUNK_TOKENS = 256  # the loss is computed of so many at once, or as many as hidden states are wide (next_token)
+
+# `next_token.MIN_CHUNK_TOKENS`, repeated because that module imports torch; a test compares the two. The loss is
+# computed in chunks of this number of tokens, or of the hidden size if that is larger.
+CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A dense model, or a mixture of `experts` such models."""
+    """The shape of a dense model, or of a mixture with `experts` FFN experts."""
 
     hidden: int
-    ffn: int
+    ffn: int  # hidden size of one FFN (expert)
     layers: int
     query: int  # heads × head_dim
     key: int  # key/value heads × head_dim
     vocabulary: int
     tied: bool
-    vectors: int  # of hidden size in a layer: norms, and biases where everything has one
-    ffn_matrices: int = 3  # gate, up and down; 2 without a gate
+    vectors: int  # vectors of the hidden size in a layer: norms, and biases if every projection has one
+    ffn_matrices: int = 3  # gate, up and down; 2 if the FFN is not gated
     experts: int = 1
-    ffn_active: int = 1
-    attention: int = 1  # attention experts
-    keys: int = 1  # of them with keys and values of their own
-    routers: int = 0
+    ffn_active: int = 1  # FFN experts per token
+    attention: int = 1  # number of attention experts
+    keys: int = 1  # number of attention experts with their own keys and values
+    routers: int = 0  # routers in a layer
 
     @property
     def parameters(self) -> int:
-        """In all."""
+        """Total number of parameters."""
         return self.shared_parameters + self.expert_parameters
 
     @property
     def expert_parameters(self) -> int:
-        """Those that expert parallelism divides among processes."""
+        """Number of parameters that expert parallelism distributes over processes."""
         if self.experts == 1:
             return 0
         layer = self.experts * self.ffn_matrices * self.hidden * self.ffn
@@ -56,7 +64,7 @@ class ModelSize:
 
     @property
     def shared_parameters(self) -> int:
-        """Those that every process has."""
+        """Number of parameters that every process holds."""
         layer = self.vectors * self.hidden + self.routers * self.experts * self.hidden
         if self.experts == 1:
             layer += self.ffn_matrices * self.hidden * self.ffn
@@ -68,7 +76,7 @@ class ModelSize:
         return self.layers * layer + embeddings + self.hidden
 
     def training_flops(self, context: int) -> float:
-        """Operations of training on one token of a sequence of `context`: three times the forward pass."""
+        """Return the operations of training per token in sequences of `context` tokens: three times a forward pass."""
         matrices = (
             self.attention * 2 * self.hidden * self.query
             + self.keys * 2 * self.hidden * self.key
@@ -79,27 +87,31 @@ class ModelSize:
         return 6.0 * (self.layers * (matrices + scores) + self.vocabulary * self.hidden)
 
     def training_bytes(self, training: TrainingSettings, context: int, expert_parallel: int = 1) -> int:
-        """Memory of one process: weights, gradients, Adam and what one micro batch keeps for the backward pass.
+        """Return an estimate of the memory of one process in bytes.
 
-        A micro batch that is fitted to the memory needs room for one sequence at least.
+        It covers weights, gradients, Adam's states and the activations that one micro batch keeps for the backward
+        pass. A micro batch that is fitted to the memory counts as one sequence, the least that must fit.
         """
         sequences = 1 if training.micro_batch_sequences == "auto" else training.micro_batch_sequences
-        number = 2 if training.precision == "bf16" else 4
+        activation_bytes = 2 if training.precision == "bf16" else 4
         layer = 2 * self.hidden + 3 * self.attention * self.query + 3 * self.keys * self.key
         layer += self.ffn_matrices * self.ffn_active * self.ffn
         kept = self.hidden * self.layers + layer if training.recompute else self.layers * layer
         tokens = sequences * context
-        # Of the scores over the vocabulary two copies in fp32 of one chunk, and a gradient of the head
+        # Two fp32 copies of the logits of one chunk, and the gradient of the output head
         head = self.vocabulary * (8 * min(tokens, max(CHUNK_TOKENS, self.hidden)) + 4 * self.hidden)
         weights = TRAINING_BYTES * (self.shared_parameters + self.expert_parameters // expert_parallel)
-        return weights + tokens * number * kept + head
+        return weights + tokens * activation_bytes * kept + head
 
     def mixed(self, mixture: MixtureSettings, models: int) -> "ModelSize":
-        """The mixture of `models` models of this size, or of one where the method takes the seed alone."""
+        """Return the size of the mixture that a method makes from `models` models of this size.
+
+        A method that uses only the seed ignores the other models. A model soup is a dense model of this size.
+        """
         if not isinstance(mixture, RoutedMixture):
             return self
         experts = mixture.expert_count(models)
-        attends = mixture.attention != "averaged"
+        has_attention_experts = mixture.attention != "averaged"
         heads_are_split = mixture.query is Operation.PARTITION
         return replace(
             self,
@@ -108,24 +120,24 @@ class ModelSize:
             key=self.key // experts if heads_are_split else self.key,
             experts=experts,
             ffn_active=mixture.num_experts_per_tok,
-            attention=experts if attends else 1,
+            attention=experts if has_attention_experts else 1,
             keys=experts if mixture.attention == "kv_experts" else 1,
-            routers=2 if attends else 1,
+            routers=2 if has_attention_experts else 1,
         )
 
 
 def seed_size(recipe: Recipe) -> ModelSize | None:
-    """The size of the seed and of each branch; None where it cannot be known before the run."""
+    """Return the size of the seed and of each branch, or None if it is not known before the run."""
     if recipe.seed.scratch is not None:
         tokenizer = recipe.data.tokenizer
         config = _config_of(tokenizer.folder, recipe) if tokenizer.folder else {"vocab_size": tokenizer.vocab_size}
-        return _of_scratch(recipe.seed.scratch, config["vocab_size"]) if "vocab_size" in config else None
+        return _size_of_scratch(recipe.seed.scratch, config["vocab_size"]) if "vocab_size" in config else None
     assert recipe.seed.folder is not None
-    return _of_config(_config_of(recipe.seed.folder, recipe))
+    return _size_of_config(_config_of(recipe.seed.folder, recipe))
 
 
 def _config_of(folder: str, recipe: Recipe) -> dict[str, Any]:
-    """A folder's config.json; empty where there is none to be read."""
+    """Return the `config.json` of a folder, or {} if it cannot be read."""
     try:
         plain = json.loads(open_store(folder, recipe.store.endpoint).get("config.json"))
     except (StoreError, ValueError):
@@ -133,7 +145,7 @@ def _config_of(folder: str, recipe: Recipe) -> dict[str, Any]:
     return plain if isinstance(plain, dict) else {}
 
 
-def _of_scratch(scratch: Scratch, vocabulary: int) -> ModelSize:
+def _size_of_scratch(scratch: Scratch, vocabulary: int) -> ModelSize:
     head = scratch.hidden_size // scratch.heads
     return ModelSize(
         hidden=scratch.hidden_size,
@@ -147,7 +159,7 @@ def _of_scratch(scratch: Scratch, vocabulary: int) -> ModelSize:
     )
 
 
-def _of_config(config: dict[str, Any]) -> ModelSize | None:
+def _size_of_config(config: dict[str, Any]) -> ModelSize | None:
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         head = config.get("head_dim") or hidden // heads
@@ -161,7 +173,7 @@ def _of_config(config: dict[str, Any]) -> ModelSize | None:
             key=config.get("num_key_value_heads", heads) * head,
             vocabulary=config["vocab_size"],
             tied=config.get("tie_word_embeddings", cohere),
-            # GPT-NeoX: two norms of two vectors, biases of q, k, v, o and the FFN's down; those of its up are ffn wide
+            # GPT-NeoX has two norms of two vectors, and the biases of q, k, v, o and down; the bias of up is `ffn` wide
             vectors=9 + ffn // hidden if neox else 1 if cohere else 2,
             ffn_matrices=2 if neox else 3,
         )

@@ -1,4 +1,4 @@
-"""What a run would be, before anything starts: tokens, memory, bytes, and with a cluster file where and how long."""
+"""The plan of a run: tokens, memory and stored bytes, and with a cluster file also nodes and times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,56 +10,57 @@ from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
 from bam_ray.planning.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
-from bam_ray.planning.simulate import Simulated, SpeedOf, simulate
+from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
+from bam_ray.planning.simulated_launcher import SpeedOf
 from bam_ray.scheduling.matching import bound
-from bam_ray.scheduling.nodes import NodeFacts, demand_met, fits, resources_of, selects
+from bam_ray.scheduling.nodes import NodeFacts, count_fitting, ray_resources, satisfiable_request, selects
 from bam_ray.settings import MixtureSettings, Recipe, TrainingSettings
 from bam_ray.units import format_duration
 
-LOOKS = 150  # of the simulated controller between events, over the time that the longest stage takes at best
-LATE = 300.0  # seconds that a task without a node waits longer than it must, at most
-TOO_LONG = 10  # times as long as the run takes at best, and the simulation is given up
+STEPS_PER_STAGE = 150  # controller steps between events, over the shortest possible time of the longest stage
+MAX_RETRY_DELAY = 300.0  # seconds that the simulation may start the next attempt at a task too late
+TIMEOUT_FACTOR = 10  # the simulation ends after this many times the shortest possible time of the run
 TRAINED = tuple(kind for kind in ArtifactKind if kind.trains)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One task. Bytes are None where the model's size is not known before the run."""
+class PlannedTask:
+    """One task of a plan. Bytes are None if the size of the model is not known before the run."""
 
     task: Task
     tokens: int
-    memory: int | None = None  # of each worker
-    written: int | None = None  # to the blob store, with checkpoints that are deleted again
-    kept: int | None = None  # there in the end
-    most: int | None = None  # there at once
-    nodes: tuple[str, ...] = ()  # that worked on it, in a simulated run
-    begins: float | None = None  # seconds from the begin of the run
+    memory_bytes: int | None = None  # of each worker
+    written_bytes: int | None = None  # written to the blob store, including checkpoints that are deleted later
+    final_bytes: int | None = None  # in the blob store at the end
+    peak_bytes: int | None = None  # in the blob store at the same time, at most
+    nodes: tuple[str, ...] = ()  # names of the nodes that the task ran on in the simulation, in order
+    starts: float | None = None  # seconds from the start of the run
     ends: float | None = None
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The trained tasks of one kind, in a simulated run that finished them."""
+class StageTime:
+    """The duration of all trained tasks of one kind in a simulated run that finished them."""
 
     kind: ArtifactKind
     seconds: float
-    at_best: float  # no schedule could be faster on these nodes, were none of them taken away
+    least_seconds: float  # lower bound of every schedule on these nodes without preemptions
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run."""
+    """The plan of a whole run."""
 
     recipe: Recipe
-    rows: tuple[Planned, ...]
-    size: ModelSize | None
+    rows: tuple[PlannedTask, ...]
+    size: ModelSize | None  # of the seed
     cluster: ClusterFile | None = None
-    simulated: Simulated | None = None
-    stages: tuple[Stage, ...] = ()
+    simulated: SimulationResult | None = None
+    stages: tuple[StageTime, ...] = ()
 
     @property
     def failure(self) -> str | None:
-        """Why the simulated run did not finish, in one line; None where it did, or none was simulated."""
+        """The reason in one line why the simulated run did not finish; None if it did, or if none was simulated."""
         run = self.simulated
         if not run or run.outcome == "finished":
             return None
@@ -68,22 +69,29 @@ class Plan:
         )
         if run.outcome == "failed":
             return f"the simulated run fails after {format_duration(run.seconds)}: {first}"
-        open_still = ", ".join(row.task.full_name for row in self.rows if row.ends is None)
+        unfinished = ", ".join(row.task.full_name for row in self.rows if row.ends is None)
         return (
-            f"the simulated run has not finished after {format_duration(run.seconds)}, {TOO_LONG} times as long "
-            f"as it takes at best, without {open_still}: write checkpoints more often, "
-            f"ask for fewer workers or for steadier nodes"
+            f"the simulated run has not finished after {format_duration(run.seconds)}, {TIMEOUT_FACTOR} times the "
+            f"shortest possible time (unfinished: {unfinished}): write checkpoints more often, request fewer workers, "
+            "or use nodes that are preempted less often"
         )
 
 
 def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0) -> Plan:
-    """Plan `recipe`, simulating it on `cluster` where one is given. Starts nothing.
+    """Plan a run of `recipe`, and simulate it on `cluster` if there is one. Nothing is started.
 
-    Raises `PlacementError` where the cluster can never hold a task, `SettingsError` where its speeds cannot be told.
+    Args:
+        recipe: The recipe of the run.
+        cluster: The cluster to simulate the run on.
+        seed: The seed of the simulated preemptions.
+
+    Raises:
+        PlacementError: The cluster can never satisfy the resource request of a task.
+        SettingsError: The cluster file gives `tflops`, but the size of the seed is not known before the run.
     """
     tasks = task_graph(recipe)
     size = seed_size(recipe)
-    rows = tuple(_planned(task, recipe, size) for task in tasks)
+    rows = tuple(_plan_task(task, recipe, size) for task in tasks)
     if cluster is None:
         return Plan(recipe, rows, size)
     nodes = [
@@ -92,87 +100,105 @@ def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0)
         for number in range(group.count)
     ]
     for task in tasks:
-        demand_met(task, nodes)
-    speed_of = _speeds(recipe, size)
-    of_kind = {kind: [task for task in tasks if task.kind == kind] for kind in TRAINED}
-    at_best = {kind: _at_best(of_kind[kind], nodes, cluster, speed_of) for kind in TRAINED}
-    every = {task.id: training.checkpoint_every for task in tasks if (training := _training(task, recipe))}
-    look = max(1.0, max(at_best.values()) / LOOKS)
-    aside = [cluster.start_seconds + max(cluster.checkpoint_seconds, _untrained(task, cluster)) for task in tasks]
-    until = TOO_LONG * (sum(at_best.values()) + sum(aside))
-    simulated = simulate(tasks, cluster, speed_of, every, seed, look, min(look, LATE), until)
+        satisfiable_request(task, nodes)
+    speed_of = _worker_speed(recipe, size)
+    by_kind = {kind: [task for task in tasks if task.kind == kind] for kind in TRAINED}
+    least = {kind: _least_seconds(by_kind[kind], nodes, cluster, speed_of) for kind in TRAINED}
+    checkpoint_every = {
+        task.id: training.checkpoint_every for task in tasks if (training := _training_settings(task, recipe))
+    }
+    step_every = max(1.0, max(least.values()) / STEPS_PER_STAGE)
+    overheads = [
+        cluster.start_seconds + max(cluster.checkpoint_seconds, _untrained_seconds(task, cluster)) for task in tasks
+    ]
+    until = TIMEOUT_FACTOR * (sum(least.values()) + sum(overheads))
+    pace = SimulationPace(step_every, min(step_every, MAX_RETRY_DELAY), until)
+    simulated = simulate(tasks, cluster, speed_of, checkpoint_every, seed, pace)
     stages = []
     for kind in TRAINED:
-        ids = [task.id for task in of_kind[kind]]
-        if ids and at_best[kind] and all(map(simulated.committed, ids)):
-            begin, end = simulated.span(ids)
-            stages.append(Stage(kind, end - begin, at_best[kind]))
-    return Plan(recipe, tuple(_timed(row, simulated) for row in rows), size, cluster, simulated, tuple(stages))
+        ids = [task.id for task in by_kind[kind]]
+        if ids and least[kind] and all(map(simulated.committed, ids)):
+            start, end = simulated.span(ids)
+            stages.append(StageTime(kind, end - start, least[kind]))
+    rows = tuple(_with_times(row, simulated) for row in rows)
+    return Plan(recipe, rows, size, cluster, simulated, tuple(stages))
 
 
-def _untrained(task: Task, cluster: ClusterFile) -> float:
-    """Seconds of a stage that does not train."""
+def _untrained_seconds(task: Task, cluster: ClusterFile) -> float:
+    """Return the duration of a task that does not train; 0 for the other tasks."""
     return 0.0 if task.total_steps else cluster.stage_seconds.get(task.kind, 0.0)
 
 
-def _planned(task: Task, recipe: Recipe, seed: ModelSize | None) -> Planned:
+def _plan_task(task: Task, recipe: Recipe, seed: ModelSize | None) -> PlannedTask:
     tokens = task.total_steps * task.step_tokens
-    size = _size(task, recipe, seed)
+    size = _model_size(task, recipe, seed)
     if size is None:
-        return Planned(task, tokens)
+        return PlannedTask(task, tokens)
     weights = WEIGHT_BYTES * size.parameters
-    training = _training(task, recipe)
+    training = _training_settings(task, recipe)
     if training is None:
-        return Planned(task, tokens, None, weights, weights, weights)
+        return PlannedTask(task, tokens, None, weights, weights, weights)
     if task.kind == "mixtures":
         assert seed is not None
-        memory = _mixing_bytes(recipe, recipe.upcycle.mixtures[task.name], seed, size.experts)
+        memory = _mixing_memory(recipe, recipe.upcycle.mixtures[task.name], seed)
     else:
         memory = size.training_bytes(training, recipe.data.sequence_length)
-    return Planned(task, tokens, memory, *_stored(training, weights, CHECKPOINT_BYTES * size.parameters))
+    return PlannedTask(task, tokens, memory, *_stored_bytes(training, weights, CHECKPOINT_BYTES * size.parameters))
 
 
-def _stored(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:
-    """Bytes written, kept in the end, and there at most, of a model of `weights` bytes and its checkpoints."""
+def _stored_bytes(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:
+    """Return the bytes that training writes, leaves in the store at the end, and has in the store at most.
+
+    Args:
+        training: The settings of the checkpoints.
+        weights: The bytes of the model.
+        checkpoint: The bytes of a checkpoint.
+    """
     steps = range(0, training.steps, training.checkpoint_every)
-    sizes = [checkpoint if step else weights for step in steps]  # Adam has no states yet at the start
-    for_good = [
+    sizes = [checkpoint if step else weights for step in steps]  # at step 0, Adam has no states yet
+    permanent = [
         size if training.keep_every and step % training.keep_every == 0 else 0
         for step, size in zip(steps, sizes, strict=True)
     ]
 
     def with_newest(count: int) -> int:
-        return sum(for_good[:-count]) + sum(sizes[-count:])
+        return sum(permanent[:-count]) + sum(sizes[-count:])
 
-    # One more than the recipe keeps is there before the oldest is deleted; the model itself comes when they are fewer
-    most = max(with_newest(training.keep_last + 1), with_newest(training.keep_last) + weights)
-    return sum(sizes) + weights, sum(for_good) + weights, most
+    # A new checkpoint is written before the oldest is deleted. The model is written after the last of these deletions.
+    peak = max(with_newest(training.keep_last + 1), with_newest(training.keep_last) + weights)
+    return sum(sizes) + weights, sum(permanent) + weights, peak
 
 
-def _mixing_bytes(recipe: Recipe, mixture: MixtureSettings, seed: ModelSize, experts: int) -> int:
-    """Memory of each worker that trains a mixture, at most: while branches are missing, fewer may share the experts."""
-    when, processes = recipe.upcycle.when, recipe.mix.processes
+def _mixing_memory(recipe: Recipe, mixture: MixtureSettings, seed: ModelSize) -> int:
+    """Return the maximum memory of a worker that trains a mixture.
+
+    While branches are missing, the experts may be distributed over fewer processes, which then hold more of them.
+    """
+    when, processes, context = recipe.upcycle.when, recipe.mix.processes, recipe.data.sequence_length
     training = recipe.mix.training.model_copy(update={"micro_batch_sequences": recipe.mix.micro_batch(processes)})
+    if mixture.is_dense:  # a model soup
+        return seed.training_bytes(training, context)
+    experts = recipe.experts_of(mixture)
     late = len(recipe.branch.domains) - when.at_least if when != "all" and mixture.has_branches else 0
-    needs = []
+    memory = []
     for count in range(experts - late, experts + 1):
         size = seed.mixed(mixture.model_copy(update={"num_experts": count}), count)
-        sharing = gcd(recipe.mix.expert_parallel, count)
-        needs.append(size.training_bytes(training, recipe.data.sequence_length, sharing))
-    return max(needs)
+        memory.append(size.training_bytes(training, context, gcd(recipe.mix.expert_parallel, count)))
+    return max(memory)
 
 
-def _timed(row: Planned, simulated: Simulated) -> Planned:
+def _with_times(row: PlannedTask, simulated: SimulationResult) -> PlannedTask:
+    """Return the task with its nodes and times in the simulated run."""
     attempts = simulated.attempts[row.task.id]
     if not attempts:
         return row
-    names = [ended.node.name for ended in attempts if ended.node]
+    names = [attempt.node.name for attempt in attempts if attempt.node]
     nodes = tuple(name for number, name in enumerate(names) if number == 0 or name != names[number - 1])
     ends = attempts[-1].ended if simulated.committed(row.task.id) else None
-    return replace(row, nodes=nodes, begins=attempts[0].placed, ends=ends)
+    return replace(row, nodes=nodes, starts=attempts[0].placed, ends=ends)
 
 
-def _training(task: Task, recipe: Recipe) -> TrainingSettings | None:
+def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
     match task.kind:
         case "seeds":
             return recipe.seed.training if recipe.seed.scratch else None
@@ -184,8 +210,8 @@ def _training(task: Task, recipe: Recipe) -> TrainingSettings | None:
             return None
 
 
-def _size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize | None:
-    """The model that `task` makes."""
+def _model_size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize | None:
+    """Return the size of the model that `task` makes; None if it makes none or the size is unknown."""
     if seed is None or task.kind in ("corpora", "reports"):
         return None
     if task.kind in ("seeds", "branches"):
@@ -193,20 +219,20 @@ def _size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize | Non
     return seed.mixed(recipe.upcycle.mixtures[task.name], 1 + len(recipe.branch.domains))
 
 
-def _speeds(recipe: Recipe, seed: ModelSize | None) -> SpeedOf:
-    """Tokens a second of one worker, by the size of what it trains."""
+def _worker_speed(recipe: Recipe, seed: ModelSize | None) -> SpeedOf:
+    """Return the function that gives the tokens per second of one worker, by the size of the model that it trains."""
     context = recipe.data.sequence_length
 
     def speed_of(task: Task, group: NodeGroup) -> float | None:
         if not task.step_tokens:
             return None
-        size = _size(task, recipe, seed)
+        size = _model_size(task, recipe, seed)
         if group.tokens_per_second is not None:
-            larger = size.training_flops(context) / seed.training_flops(context) if size and seed else 1.0
-            return group.tokens_per_second / larger
+            ratio = size.training_flops(context) / seed.training_flops(context) if size and seed else 1.0
+            return group.tokens_per_second / ratio
         if size is None:
             raise SettingsError(
-                "the cluster file gives tflops, but how large the seed is cannot be known before the run "
+                "the cluster file gives tflops, but the size of the seed is not known before the run "
                 f"(no config.json in {recipe.seed.folder or recipe.data.tokenizer.folder}): give tokens_per_second"
             )
         assert group.tflops is not None
@@ -215,18 +241,18 @@ def _speeds(recipe: Recipe, seed: ModelSize | None) -> SpeedOf:
     return speed_of
 
 
-def _at_best(tasks: Sequence[Task], nodes: Sequence[NodeFacts], cluster: ClusterFile, speed_of: SpeedOf) -> float:
-    """Seconds that these tasks take at the least, on all nodes that can hold them."""
+def _least_seconds(tasks: Sequence[Task], nodes: Sequence[NodeFacts], cluster: ClusterFile, speed_of: SpeedOf) -> float:
+    """Return a lower bound of the time that these tasks take on all nodes that can hold them."""
     trained = [task for task in tasks if task.total_steps]
     if not trained:
         return 0.0
-    demands = [demand_met(task, nodes)[0] for task in trained]
-    slots: list[float] = []
-    for group in cluster.nodes.values():
-        fitting = [resources_of(demand) for demand in demands if selects(demand.labels, group.all_labels)]
-        rooms = max((fits(wanted, group.resources, len(trained) * trained[0].workers) for wanted in fitting), default=0)
-        slots += [speed_of(trained[0], group) or 0.0] * (group.count * rooms)
-    slots.sort(reverse=True)
+    demands = [satisfiable_request(task, nodes)[0] for task in trained]
     workers = trained[0].workers
-    groups = [sum(slots[first : first + workers]) for first in range(0, len(slots) - workers + 1, workers)]
+    speeds: list[float] = []  # of each worker that fits
+    for group in cluster.nodes.values():
+        selected = [ray_resources(demand) for demand in demands if selects(demand.labels, group.all_labels)]
+        capacities = (count_fitting(wanted, group.resources, len(trained) * workers) for wanted in selected)
+        speeds += [speed_of(trained[0], group) or 0.0] * (group.count * max(capacities, default=0))
+    speeds.sort(reverse=True)
+    groups = [sum(speeds[first : first + workers]) for first in range(0, len(speeds) - workers + 1, workers)]
     return bound([task.total_steps * task.step_tokens for task in trained], groups)

@@ -5,8 +5,18 @@ from dataclasses import dataclass
 
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.tasks import Task
-from bam_ray.scheduling.nodes import MANY, NodeFacts, as_needs, demand_met, fits, resources_of, room, said_of, selects
-from bam_ray.scheduling.throughput import Group
+from bam_ray.scheduling.nodes import (
+    UNLIMITED,
+    NodeFacts,
+    count_fitting,
+    describe_request,
+    ray_resources,
+    satisfiable_request,
+    selects,
+    without_fallbacks,
+    worker_capacity,
+)
+from bam_ray.scheduling.throughput import ThroughputGroup
 from bam_ray.settings import Demand, Needs
 
 _Key = tuple[float, float, float, tuple[tuple[str, str], ...]]  # equal for equal resource requests
@@ -17,7 +27,7 @@ class ChosenRequest:
     """The resource request of a task that the cluster can satisfy."""
 
     needs: Needs  # without fallbacks
-    group: Group
+    group: ThroughputGroup
     message: str  # why a fallback was chosen; empty for the first choice
 
 
@@ -43,8 +53,9 @@ class ClusterView:
         """
         key = _key(task.needs), tuple(map(_key, task.needs.fallback)), task.model, task.workers
         if key not in self._chosen:
-            demand, message = demand_met(task, list(self.nodes.values()))
-            self._chosen[key] = ChosenRequest(as_needs(demand), (task.model, said_of(demand)), message)
+            demand, message = satisfiable_request(task, list(self.nodes.values()))
+            group = task.model, describe_request(demand)
+            self._chosen[key] = ChosenRequest(without_fallbacks(demand), group, message)
         return self._chosen[key]
 
     def can_hold(self, task: Task) -> bool:
@@ -59,10 +70,10 @@ class ClusterView:
         """Return the nodes that could hold a worker if they were idle, without those that will be taken away."""
         key = _key(needs)
         if key not in self._fitting:
-            wanted, labels = resources_of(needs), needs.labels
+            wanted, labels = ray_resources(needs), needs.labels
             staying = [node for node in self.nodes.values() if not node.leaving]
-            fitting = [node for node in staying if selects(labels, node.labels) and fits(wanted, node.resources)]
-            self._fitting[key] = fitting
+            selected = [node for node in staying if selects(labels, node.labels)]
+            self._fitting[key] = [node for node in selected if count_fitting(wanted, node.resources)]
         return self._fitting[key]
 
     def free_capacity(self, needs: Needs) -> dict[str, int]:
@@ -80,7 +91,7 @@ class ClusterView:
             return avoid
         others = [node for node in self.fitting_nodes(needs) if node.id not in avoid]
         if wait:
-            capacity = room(needs, others, workers)
+            capacity = worker_capacity(needs, others, workers)
         else:
             free = self.free_capacity(needs)
             capacity = sum(free.get(node.id, 0) for node in others)
@@ -89,11 +100,11 @@ class ClusterView:
     def reserve(self, node_id: str, needs: Needs) -> None:
         """Reserve capacity for one worker on a node."""
         free = self._free[node_id]
-        for name, amount in resources_of(needs).items():
+        for name, amount in ray_resources(needs).items():
             free[name] = free.get(name, 0.0) - amount
         for wanted, capacities in self._capacities.values():
             if wanted and node_id in capacities:
-                capacities[node_id] = fits(wanted, free)
+                capacities[node_id] = count_fitting(wanted, free)
 
     def reserve_any(self, needs: Needs, avoid: Collection[str] = ()) -> bool:
         """Reserve capacity for one worker on the emptiest node outside `avoid`; return False if there is none."""
@@ -108,9 +119,9 @@ class ClusterView:
     def _capacity(self, needs: Needs) -> dict[str, int]:
         key = _key(needs)
         if key not in self._capacities:
-            wanted = resources_of(needs)
-            most = MANY if wanted else 1
-            counts = {node.id: fits(wanted, self._free[node.id], most) for node in self.fitting_nodes(needs)}
+            wanted = ray_resources(needs)
+            most = UNLIMITED if wanted else 1
+            counts = {node.id: count_fitting(wanted, self._free[node.id], most) for node in self.fitting_nodes(needs)}
             self._capacities[key] = wanted, counts
         return self._capacities[key][1]
 

@@ -1,14 +1,14 @@
-"""Groups that have lost nodes for good: with how many workers they go on, at the same global batch. Pure functions."""
+"""Elastic groups: a group that lost nodes for good continues with fewer workers and the same global batch."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from bam_ray.pipeline.tasks import Task
 
-PATIENCE = 120.0  # seconds that a group waits for all its workers, before it goes on with fewer
+SHRINK_TIMEOUT = 120.0  # seconds that a group waits for all of its workers before it continues with fewer
 
 
-def shrunk(task: Task, can_hold: Callable[[Task], bool]) -> Task | None:
-    """`task` with the best of its fewer workers that nodes could hold, None where they can hold none of them."""
-    sizes = (replace(task, workers=number) for number in task.fewer_workers)
-    return next(filter(can_hold, sizes), None)
+def with_fewer_workers(task: Task, can_hold: Callable[[Task], bool]) -> Task | None:
+    """Return `task` with the best of its smaller worker counts that the nodes can hold, or None if there is none."""
+    candidates = (replace(task, workers=number) for number in task.fewer_workers)
+    return next(filter(can_hold, candidates), None)

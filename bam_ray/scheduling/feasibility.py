@@ -1,8 +1,8 @@
-"""Whether a cluster could ever do a run: said when it is first looked at, before anything has been spent.
+"""The check that a cluster can run all tasks of a recipe, made before anything has been spent.
 
-Machines join one after another, after a start or when the head was begun again. So a head that is alone says nothing
-yet, and a group is not refused before all its workers had time to come. What was once found possible is waited for
-from then on, whichever nodes are away.
+Nodes join one after another, after the start of a cluster or after a restart of its head. A head without workers
+therefore proves nothing, and a group is rejected only after all of its workers have had time to join. Nodes that have
+left still count: a task that was feasible once waits until such nodes return.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,34 +13,38 @@ from bam_ray.scheduling import elastic
 from bam_ray.scheduling.cluster_view import ClusterView
 from bam_ray.scheduling.nodes import NodeFacts
 
-JOIN_PATIENCE = 600.0  # seconds that a head has for its first worker, which may be a machine that is still to start
+JOIN_TIMEOUT = 600.0  # seconds until the first worker joins the head; its machine may have to start first
 
 
-class DemandCheck:
-    """Checks the demands of all tasks twice: each worker's at the first look, a group's `elastic.PATIENCE` later."""
+class FeasibilityCheck:
+    """Checks all tasks twice: single workers when nodes have joined, whole groups `elastic.SHRINK_TIMEOUT` later."""
 
     def __init__(self, now: float) -> None:
-        self._begun = now
-        self._joined: float | None = None  # when there was more than a head
-        self._seen: dict[str, NodeFacts] = {}
+        self._started = now
+        self._joined: float | None = None  # time of the first check: a node besides the head, or JOIN_TIMEOUT
+        self._known: dict[str, NodeFacts] = {}
         self._done = False
 
-    def look(self, tasks: Iterable[Task], nodes: Sequence[NodeFacts], now: float) -> None:
-        """Raises `PlacementError` for the first of `tasks` that all nodes seen so far could not hold."""
+    def check(self, tasks: Iterable[Task], nodes: Sequence[NodeFacts], now: float) -> None:
+        """Check `tasks` if a check is due.
+
+        Raises:
+            PlacementError: All nodes that were ever alive could not hold one of the tasks together.
+        """
         if self._done:
             return
-        self._seen.update((node.id, node) for node in nodes)
+        self._known.update((node.id, node) for node in nodes)
         if self._joined is None:
-            if all(node.is_head for node in nodes) and now - self._begun < JOIN_PATIENCE:
+            if all(node.is_head for node in nodes) and now - self._started < JOIN_TIMEOUT:
                 return
             self._joined = now
-            self._check(replace(task, workers=1) for task in tasks)
-        elif now - self._joined >= elastic.PATIENCE:
+            self._check_all(replace(task, workers=1) for task in tasks)
+        elif now - self._joined >= elastic.SHRINK_TIMEOUT:
             self._done = True
-            self._check(tasks)
+            self._check_all(tasks)
 
-    def _check(self, tasks: Iterable[Task]) -> None:
-        seen = ClusterView(list(self._seen.values()))
+    def _check_all(self, tasks: Iterable[Task]) -> None:
+        view = ClusterView(list(self._known.values()))
         for task in tasks:
-            if elastic.shrunk(task, seen.can_hold) is None:
-                seen.choose_request(task)
+            if elastic.with_fewer_workers(task, view.can_hold) is None:
+                view.choose_request(task)

@@ -1,6 +1,7 @@
-"""What nodes have, and whether a demand can ever be met by them.
+"""The living nodes, and the resource requests that they can satisfy.
 
-Ray lets a demand that no node can meet wait for ever, without a word. So it is checked here first, and said.
+Ray keeps a request pending forever if no node can satisfy it, and reports no error. Requests are therefore checked here
+before they are placed.
 """
 
 from collections import Counter
@@ -11,68 +12,76 @@ from functools import cached_property
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.tasks import Task
 from bam_ray.settings import Demand, Needs
+from bam_ray.units import GIB
 
-NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
-ACCELERATOR = "ray.io/accelerator-type"  # and this to nodes with an accelerator
-HEAD = "node:__internal_head__"  # a resource that Ray gives the head
-RAYS_OWN = "ray.io/"  # labels that begin so tell single nodes or places apart, not kinds
-GIB = 1 << 30
-MANY = 1 << 30
+NODE_ID = "ray.io/node-id"  # label that Ray gives to every node
+ACCELERATOR = "ray.io/accelerator-type"  # label that Ray gives to nodes with an accelerator
+HEAD = "node:__internal_head__"  # resource that Ray gives to the head node alone
+RAY_LABEL_PREFIX = "ray.io/"  # labels with this prefix identify a node or its location, not the kind of node
+UNLIMITED = 1 << 30  # a number of workers that no cluster reaches
+ROUNDING = 1e-6  # tolerance for resource amounts that Ray has rounded
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A living node: everything it has, and what of it is free now. Memory in bytes."""
+    """A living node: all of its resources, and the resources that are free now. Memory is in bytes."""
 
     id: str
-    name: str  # as it was started with, else its address
+    name: str  # the name that the node was started with, or its address
     address: str
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     free: Mapping[str, float] = field(default_factory=dict)
-    leaving: bool = False  # it will soon be taken away: nothing more is placed there
+    leaving: bool = False  # the node will be taken away soon, so nothing more is placed on it
 
     @cached_property
     def kind(self) -> str:
-        """What it has in common with nodes of the same speed: `8 A100`, `4 CPU, bam/kind=large`."""
+        """The description that nodes of equal speed share: `8 A100`, `4 CPU, bam/kind=large`."""
         gpus = self.resources.get("GPU", 0.0)
-        what = f"{gpus:g} {self.labels.get(ACCELERATOR, 'GPU')}" if gpus else f"{self.resources.get('CPU', 0.0):g} CPU"
-        own = sorted(f"{key}={value}" for key, value in self.labels.items() if not key.startswith(RAYS_OWN))
-        return ", ".join([what, *own])
+        compute = (
+            f"{gpus:g} {self.labels.get(ACCELERATOR, 'GPU')}" if gpus else f"{self.resources.get('CPU', 0.0):g} CPU"
+        )
+        labels = sorted(f"{key}={value}" for key, value in self.labels.items() if not key.startswith(RAY_LABEL_PREFIX))
+        return ", ".join([compute, *labels])
 
     @property
     def is_head(self) -> bool:
-        """Whether it is the node that the others join."""
+        """True if this is the head node, which the other nodes join."""
         return HEAD in self.resources
 
 
-def resources_of(demand: Demand) -> dict[str, float]:
-    """`demand` in Ray's words; memory in bytes."""
+def ray_resources(demand: Demand) -> dict[str, float]:
+    """Return `demand` as Ray's resources, without zeros; memory is in bytes."""
     wanted = {"CPU": demand.cpus, "GPU": demand.gpus, "memory": float(int(demand.memory_gib * GIB))}
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
-def fits(wanted: Mapping[str, float], there: Mapping[str, float], most: int = MANY) -> int:
-    """How many times `wanted` goes into `there`; at most `most`, which is the answer where nothing is wanted."""
+def count_fitting(wanted: Mapping[str, float], available: Mapping[str, float], limit: int = UNLIMITED) -> int:
+    """Return how many times `wanted` fits into `available`, but at most `limit`; `limit` if nothing is wanted."""
     for name, amount in wanted.items():
-        most = min(most, int((there.get(name, 0.0) + 1e-6) / amount))
-    return most
+        limit = min(limit, int((available.get(name, 0.0) + ROUNDING) / amount))
+    return limit
 
 
-def room(demand: Demand, nodes: Iterable[NodeFacts], most: int = MANY) -> int:
-    """How many workers with `demand`, counted up to `most`, would fit on `nodes` if these were idle."""
-    wanted = resources_of(demand)
+def worker_capacity(demand: Demand, nodes: Iterable[NodeFacts], limit: int = UNLIMITED) -> int:
+    """Return how many workers with `demand` would fit on `nodes` if these were idle, but at most `limit`."""
+    wanted = ray_resources(demand)
     count = 0
     for node in nodes:
-        if count >= most:
+        if count >= limit:
             break
         if selects(demand.labels, node.labels):
-            count += fits(wanted, node.resources, most)
-    return min(count, most)
+            count += count_fitting(wanted, node.resources, limit)
+    return min(count, limit)
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a node with `labels` meets a label selector: `value`, `!value`, `in(a,b)` or `!in(a,b)` for each key."""
+    """Return True if a node with `labels` matches a label selector.
+
+    Args:
+        selector: The condition for each key: `value`, `!value`, `in(a,b)` or `!in(a,b)`.
+        labels: The labels of the node.
+    """
     for key, condition in selector.items():
         wanted = condition.removeprefix("!")
         values = {value.strip() for value in wanted.removeprefix("in(").removesuffix(")").split(",")}
@@ -81,39 +90,47 @@ def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     return True
 
 
-def demand_met(task: Task, nodes: Sequence[NodeFacts]) -> tuple[Demand, str]:
-    """The first of a task's demands that `nodes` could ever meet, and what to say of it (nothing, of the first).
+def satisfiable_request(task: Task, nodes: Sequence[NodeFacts]) -> tuple[Demand, str]:
+    """Return the first resource request of `task` that `nodes` could satisfy for all of its workers if they were idle.
 
-    Raises `PlacementError` where they can meet none.
+    Returns:
+        The request, and a message that says which fallback it is (empty for the first choice).
+
+    Raises:
+        PlacementError: The nodes can satisfy none of the requests.
     """
     demands = [task.needs, *task.needs.fallback]
-    for place, demand in enumerate(demands):
-        if room(demand, nodes, task.workers) >= task.workers:
-            said = f"no node can give {said_of(task.needs)}: took fallback {place}, {said_of(demand)}" if place else ""
-            return demand, said
-    asked = " or ".join(_with_workers(task, demand) for demand in demands)
+    for number, demand in enumerate(demands):
+        if worker_capacity(demand, nodes, task.workers) >= task.workers:
+            message = (
+                f"no node can satisfy {describe_request(task.needs)}: using fallback {number}, "
+                f"{describe_request(demand)}"
+            )
+            return demand, message if number else ""
+    requests = " or ".join(_describe_workers(task, demand) for demand in demands)
     raise PlacementError(
-        f"{task.full_name} needs {asked}, which the {len(nodes)} living nodes can never give "
-        f"({said_of_nodes(nodes)}): mend {task.kind.setting} or add nodes"
+        f"{'no node' if task.workers == 1 else 'no set of nodes'} can satisfy {task.full_name} ({requests}); "
+        f"the cluster has {len(nodes)} living node{'' if len(nodes) == 1 else 's'} ({describe_nodes(nodes)}): "
+        f"change {task.kind.setting} or add nodes"
     )
 
 
-def selector_of(task: Task, avoid: frozenset[str], nodes: Sequence[NodeFacts]) -> dict[str, str]:
-    """The label selector to place `task` with: off the nodes `avoid`, where others can hold it."""
-    shunned = sorted(avoid & {node.id for node in nodes})
+def label_selector(task: Task, avoid: frozenset[str], nodes: Sequence[NodeFacts]) -> dict[str, str]:
+    """Return the label selector that places `task`; it excludes the nodes `avoid` if the other nodes are enough."""
+    avoided = sorted(avoid & {node.id for node in nodes})
     others = [node for node in nodes if node.id not in avoid]
-    if not shunned or room(task.needs, others, task.workers) < task.workers:
+    if not avoided or worker_capacity(task.needs, others, task.workers) < task.workers:
         return dict(task.needs.labels)
-    return {**task.needs.labels, NODE_ID: f"!in({','.join(shunned)})"}
+    return {**task.needs.labels, NODE_ID: f"!in({','.join(avoided)})"}
 
 
-def as_needs(demand: Demand) -> Needs:
-    """`demand` as needs without a fallback."""
+def without_fallbacks(demand: Demand) -> Needs:
+    """Return `demand` as the needs of a task that have no fallback."""
     return Needs(cpus=demand.cpus, gpus=demand.gpus, memory_gib=demand.memory_gib, labels=demand.labels)
 
 
-def said_of(demand: Demand) -> str:
-    """For people: `1 CPU, 2 GPU, 80 GiB, labels kind=A`."""
+def describe_request(demand: Demand) -> str:
+    """Format a resource request for messages: `1 CPU, 2 GPU, 80 GiB, labels kind=A`."""
     parts = [f"{demand.cpus:g} CPU"]
     if demand.gpus:
         parts.append(f"{demand.gpus:g} GPU")
@@ -124,10 +141,10 @@ def said_of(demand: Demand) -> str:
     return ", ".join(parts)
 
 
-def said_of_nodes(nodes: Sequence[NodeFacts]) -> str:
-    """For people: `3 × 2 CPU, 1 × 8 A100`."""
+def describe_nodes(nodes: Sequence[NodeFacts]) -> str:
+    """Format the kinds of `nodes` for messages, most frequent first: `3 × 2 CPU; 1 × 8 A100`."""
     return "; ".join(f"{count} × {kind}" for kind, count in Counter(node.kind for node in nodes).most_common())
 
 
-def _with_workers(task: Task, demand: Demand) -> str:
-    return f"{task.workers} × ({said_of(demand)})" if task.workers > 1 else said_of(demand)
+def _describe_workers(task: Task, demand: Demand) -> str:
+    return f"{task.workers} × ({describe_request(demand)})" if task.workers > 1 else describe_request(demand)

@@ -16,7 +16,7 @@ from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling import elastic
 from bam_ray.scheduling.cluster_view import ClusterView
 from bam_ray.scheduling.speed_placement import SpeedPlacement
-from bam_ray.scheduling.throughput import Group, Speeds
+from bam_ray.scheduling.throughput import ThroughputGroup, ThroughputTracker
 
 MAX_PENDING = 32  # tasks in the launcher's queue: enough to keep nodes busy, few enough that our order still matters
 
@@ -33,7 +33,7 @@ class ActiveTask(NamedTuple):
     """A task with an attempt; `task` carries the chosen resource request and number of workers."""
 
     task: Task
-    group: Group
+    group: ThroughputGroup
     state: Active
 
 
@@ -51,7 +51,7 @@ class Start:
     """
 
     task: Task
-    group: Group
+    group: ThroughputGroup
     avoid: frozenset[str] = frozenset()
     node_id: str | None = None
     message: str = ""
@@ -81,7 +81,7 @@ def plan_placement(
     ready: Sequence[ReadyTask],
     active: Sequence[ActiveTask],
     view: ClusterView | None,
-    speeds: Speeds,
+    throughput: ThroughputTracker,
     kinds: Mapping[str, str],
     now: float,
 ) -> Iterator[PlacementDecision]:
@@ -91,7 +91,7 @@ def plan_placement(
         ready: The tasks that can start.
         active: The tasks that have an attempt.
         view: The cluster; capacity is reserved in it. None: the launcher chooses among its own nodes.
-        speeds: The measured speeds and costs.
+        throughput: The measured speeds and costs.
         kinds: The kinds of all known nodes, by node id.
         now: The time on the controller's clock.
     """
@@ -105,7 +105,7 @@ def plan_placement(
             yield _start(each, view, now, avoid)
     alone = [each for each in ready if each.task.trains_alone]
     training = [each for each in active if each.task.trains_alone]
-    yield from _plan_by_speed(alone, training, view, SpeedPlacement(view, speeds, now, kinds), now)
+    yield from _plan_by_speed(alone, training, view, SpeedPlacement(view, throughput, now, kinds), now)
 
 
 def choose_queued(ready: Iterable[ReadyTask], active: Iterable[ActiveTask]) -> list[ReadyTask]:
@@ -131,7 +131,7 @@ def choose_queued(ready: Iterable[ReadyTask], active: Iterable[ActiveTask]) -> l
 
 def is_stranded(task: Task, waited: float, view: ClusterView) -> bool:
     """Return True if a group, `waited` seconds after it was placed, waits for ranks that no living node can hold."""
-    return task.is_group and waited > elastic.PATIENCE and not view.can_hold(task)
+    return task.is_group and waited > elastic.SHRINK_TIMEOUT and not view.can_hold(task)
 
 
 def _plan_by_speed(
@@ -194,6 +194,6 @@ def _fit_workers(ready: ReadyTask, view: ClusterView, now: float) -> tuple[Task,
     if view.can_hold(task):
         return task, None
     since = now if ready.history.no_capacity_since is None else ready.history.no_capacity_since
-    if now - since < elastic.PATIENCE:
+    if now - since < elastic.SHRINK_TIMEOUT:
         return task, since
-    return elastic.shrunk(task, view.can_hold) or task, since
+    return elastic.with_fewer_workers(task, view.can_hold) or task, since

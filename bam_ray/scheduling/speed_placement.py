@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from bam_ray.pipeline.states import Active, Draining, History, Placing, Running
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling.cluster_view import ClusterView
-from bam_ray.scheduling.matching import Level, Slot, match, to_move
-from bam_ray.scheduling.throughput import Group, Speeds
+from bam_ray.scheduling.matching import Level, Slot, choose_moves, match
+from bam_ray.scheduling.throughput import ThroughputGroup, ThroughputTracker
 from bam_ray.settings import Needs
 
 AMORTIZED = 2.0  # a task moves only after it has trained for this many times the cost of a move
@@ -34,19 +34,19 @@ class SpeedPlacement:
 
     Args:
         view: The cluster; `starts` reserves capacity in it.
-        speeds: The measured speeds and costs.
+        throughput: The measured speeds and costs.
         now: The time on the controller's clock.
         kinds: The kinds of all known nodes, by node id.
     """
 
-    def __init__(self, view: ClusterView, speeds: Speeds, now: float, kinds: Mapping[str, str]) -> None:
+    def __init__(self, view: ClusterView, throughput: ThroughputTracker, now: float, kinds: Mapping[str, str]) -> None:
         self._view = view
-        self._speeds = speeds
+        self._throughput = throughput
         self._now = now
         self._kinds = kinds
-        self._groups: dict[Group, _Members] = {}
+        self._groups: dict[ThroughputGroup, _Members] = {}
 
-    def add_active(self, task: Task, group: Group, state: Active) -> None:
+    def add_active(self, task: Task, group: ThroughputGroup, state: Active) -> None:
         """Add a task with an attempt; `task.needs` is the resource request that was chosen for it."""
         members = self._members(group, task.needs)
         node_id = state.node_id if isinstance(state, Placing) else state.node.id if state.node else None
@@ -78,7 +78,7 @@ class SpeedPlacement:
                 away = [Level(level.task_id, level.tokens) for level in members.leaving.values()]
                 waiting = [level for _, level in members.waiting.values()]
                 levels = [*members.active.values(), *away, *waiting]
-                moving += to_move(levels, slots, self._speeds.cost(group))
+                moving += choose_moves(levels, slots, self._throughput.move_cost(group))
         return moving
 
     def mark_leaving(self, task_id: str) -> None:
@@ -100,12 +100,12 @@ class SpeedPlacement:
             else:
                 yield from self._anywhere(members)
 
-    def _members(self, group: Group, needs: Needs) -> _Members:
+    def _members(self, group: ThroughputGroup, needs: Needs) -> _Members:
         if group not in self._groups:
             self._groups[group] = _Members(needs)
         return self._groups[group]
 
-    def _matched(self, group: Group, members: _Members) -> Iterator[tuple[Task, str, frozenset[str]]]:
+    def _matched(self, group: ThroughputGroup, members: _Members) -> Iterator[tuple[Task, str, frozenset[str]]]:
         """Match the longest tasks with the fastest slots, as if the leaving tasks had left their nodes already."""
         free = self._view.free_capacity(members.needs)
         levels = [*(level for _, level in members.waiting.values()), *members.leaving.values()]
@@ -125,13 +125,13 @@ class SpeedPlacement:
             elif not avoid:
                 return
 
-    def _slots(self, group: Group, members: _Members, in_use: bool) -> list[Slot]:
+    def _slots(self, group: ThroughputGroup, members: _Members, in_use: bool) -> list[Slot]:
         """Return the slots that are free or about to be, or with `in_use` all slots of the group.
 
         The list is empty if no speed has been measured for the group.
         """
         fitting = self._view.fitting_nodes(members.needs)
-        speeds = self._speeds.expected(group, {node.kind for node in fitting})
+        speeds = self._throughput.expected_rates(group, {node.kind for node in fitting})
         if not speeds:
             return []
         counts: dict[str, int] = defaultdict(int, self._view.free_capacity(members.needs))
@@ -149,10 +149,10 @@ class SpeedPlacement:
         history = members.history[task_id]
         return self._view.nodes_to_avoid(members.needs, history.avoid, wait=history.waits_for_other_nodes)
 
-    def _may_move(self, group: Group, state: Active) -> bool:
+    def _may_move(self, group: ThroughputGroup, state: Active) -> bool:
         if not isinstance(state, Running) or state.steps_per_second is None:
             return False
-        return self._now - state.measured_from > AMORTIZED * self._speeds.cost(group)
+        return self._now - state.measured_from > AMORTIZED * self._throughput.move_cost(group)
 
 
 def _tokens(task: Task, progress: Progress | None) -> float:

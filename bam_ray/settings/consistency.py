@@ -137,9 +137,11 @@ def quorum_is_enough(recipe: "Recipe") -> None:
     if when.at_least > branches:
         raise ValueError(f"upcycle.when.at_least is {when.at_least}, more than the number of branches, {branches}")
     for name, mixture in recipe.upcycle.mixtures.items():
+        if mixture.is_dense or not mixture.has_branches:  # it cannot start without a branch
+            continue
         experts = recipe.experts_of(mixture) - branches + when.at_least
         for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
-            if mixture.has_branches and getattr(mixture, key, 0) > experts:
+            if getattr(mixture, key, 0) > experts:
                 raise ValueError(
                     f"upcycle.mixtures.{name}.{key} is {getattr(mixture, key)}, but with upcycle.when.at_least "
                     f"{when.at_least} mixing may start with {experts} experts: raise at_least or lower {key}"

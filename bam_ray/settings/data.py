@@ -1,4 +1,4 @@
-"""Settings of the text: which domains there are, and how their text becomes packed sequences of tokens."""
+"""Settings of the text: the domains, and how their text becomes packed sequences of tokens."""
 
 from typing import Annotated, Self
 

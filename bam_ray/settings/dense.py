@@ -10,8 +10,9 @@ from bam_ray.settings.training import TrainingSettings
 
 
 class Scratch(Strict):
-    """The shape of a seed that is trained from scratch: transformers' Cohere architecture, a parallel block like the
-    one of the BAM paper.
+    """The shape of a seed that is trained from scratch.
+
+    The architecture is Cohere's of transformers, which has a parallel block as in the BAM paper.
     """
 
     architecture: Literal["cohere"] = "cohere"

@@ -1,6 +1,6 @@
 """Loading of recipes: YAML files with dotted overrides (`mix.training.tokens=200000`).
 
-Every error is a `SettingsError` with one line that names the file, the setting and what is wrong.
+Every error is a `SettingsError` with one line that names the file, the setting and the problem.
 """
 
 from pathlib import Path
@@ -37,19 +37,19 @@ def parse_recipe(text: str, source: str, overrides: list[str] | None = None) -> 
     return validated(Recipe, plain, f"recipe {source}")
 
 
-def load_as(model: type[Model], path: str | Path, what: str) -> Model:
-    """Load the YAML file at `path` as a `model`. `what` describes the file in errors."""
-    source = f"{what} {path}"
-    return validated(model, _mapping(_read(path, what), source), source)
+def load_as(model: type[Model], path: str | Path, description: str) -> Model:
+    """Load the YAML file at `path` as a `model`. `description` names the kind of file in errors."""
+    source = f"{description} {path}"
+    return validated(model, _mapping(_read(path, description), source), source)
 
 
-def _read(path: str | Path, what: str) -> str:
+def _read(path: str | Path, description: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"{what} {path} cannot be read: {error.strerror}") from None
+        raise SettingsError(f"{description} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SettingsError(f"{what} {path} cannot be read: it is not UTF-8 text") from None
+        raise SettingsError(f"{description} {path} cannot be read: it is not UTF-8 text") from None
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def validated(model: type[Model], plain: dict[str, Any], source: str) -> Model:
 
 
 def mixture_settings(plain: dict[str, Any], source: str = "mixture") -> MixtureSettings:
-    """Validate the settings of one mixture, whose `method` decides which there are.
+    """Validate the settings of one mixture; its `method` selects the class of settings.
 
     Raises:
         SettingsError: A setting is wrong. The message is one line that begins with `source`.
@@ -112,7 +112,7 @@ def _without_tags(place: tuple[int | str, ...], plain: Any) -> list[str]:
             tagged = True
             continue
         path.append(str(part))
-        inner, tagged = (inner.get(part), False) if isinstance(inner, dict) else (None, False)
+        inner, tagged = inner.get(part) if isinstance(inner, dict) else None, False
     return path
 
 

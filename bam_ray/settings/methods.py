@@ -1,4 +1,4 @@
-"""The upcycling methods. Each is one class: its settings, and what becomes of attention and FFN.
+"""The upcycling methods. Each is one class with its settings and its operations on attention and FFN.
 
 | method | models | FFN | query, output | key, value | paper |
 | --- | --- | --- | --- | --- | --- |
@@ -23,7 +23,7 @@ from bam_ray.settings.strict import Blend, Count, Positive, Strict
 
 
 class Operation(StrEnum):
-    """What becomes of the tensors of one role."""
+    """The way in which a mixture's tensors of one role are made."""
 
     STACK = "stack"
     """One slice per expert, each from its own model."""
@@ -100,19 +100,19 @@ class MixtureSettings(Strict):
     method: str
     """Upcycling method."""
     seed: int = 0
-    """Random seed of everything that is drawn."""
+    """Random seed of all random numbers."""
 
     ffn: ClassVar[Operation] = Operation.AVERAGE
-    """What becomes of the FFN."""
+    """The operation on the FFN."""
 
     @property
     def query(self) -> Operation:
-        """What becomes of the query and output projections of attention."""
+        """The operation on the query and output projections of attention."""
         return Operation.AVERAGE
 
     @property
     def key(self) -> Operation:
-        """What becomes of the key and value projections of attention."""
+        """The operation on the key and value projections of attention."""
         return Operation.AVERAGE
 
     @property
@@ -212,12 +212,12 @@ class BamSettings(BranchedMixture, StackedMixture):
 
     @property
     def query(self) -> Operation:
-        """What becomes of the query and output projections of attention."""
+        """The operation on the query and output projections of attention."""
         return Operation.STACK
 
     @property
     def key(self) -> Operation:
-        """What becomes of the key and value projections of attention."""
+        """The operation on the key and value projections of attention."""
         return Operation.STACK if self.attention_experts == "kv_experts" else Operation.AVERAGE
 
 
@@ -249,12 +249,12 @@ class SplitSettings(RoutedMixture):
 
     @property
     def query(self) -> Operation:
-        """What becomes of the query and output projections of attention."""
+        """The operation on the query and output projections of attention."""
         return Operation.PARTITION if self.split.attention == "groups" else Operation.AVERAGE
 
     @property
     def key(self) -> Operation:
-        """What becomes of the key and value projections of attention."""
+        """The operation on the key and value projections of attention."""
         return self.query
 
     @property

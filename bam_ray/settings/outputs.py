@@ -1,4 +1,4 @@
-"""Settings of what a run shows and serves: evaluation, the endpoint, and curves of training."""
+"""Settings of the outputs of a run: evaluation, the endpoint, and the curves of training."""
 
 from typing import Annotated
 
@@ -39,8 +39,9 @@ class ServeSettings(Strict):
 
 
 class RoutingSettings(Strict):
-    """Monitoring of the routers during training. The two limits are multiples of an equal share of the load; they are
-    our own.
+    """Monitoring of the routers during training.
+
+    The two limits are multiples of an equal share of the load. Their defaults are our own choice.
     """
 
     every: Count = 10
@@ -52,7 +53,7 @@ class RoutingSettings(Strict):
 
 
 class MetricsSettings(Strict):
-    """Where curves of training are written, besides the run's table and Ray's Prometheus endpoint."""
+    """The outputs of training curves, in addition to the run's table and Ray's Prometheus endpoint."""
 
     tensorboard: bool = True
     """Write TensorBoard files under `<kind>/<id>/tensorboard/` in the blob store."""

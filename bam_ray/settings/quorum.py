@@ -1,4 +1,4 @@
-"""When mixing starts: with all branches, or with those that have been committed."""
+"""The quorum: the branches that must be committed before mixing starts."""
 
 from typing import Annotated, Literal, Self
 

@@ -15,16 +15,15 @@ Blend = dict[Name, NotNegative]
 
 
 class Identity(Enum):
-    """Whether a setting is part of the identity of the artifact that is made with it.
+    """The role of a setting in the identity of the artifact that is made with it.
 
-    Every setting is, unless its field says otherwise:
+    Every setting is part of the identity, unless its field says otherwise:
 
         recompute: Annotated[bool, Identity.EXCLUDED] = False
     """
 
     EXCLUDED = "excluded"
-    """The setting decides how an artifact is made (its speed, memory, place, and what is kept on the way), but not what
-    it contains."""
+    """The setting controls how an artifact is made (speed, memory, placement, checkpoints), but not its content."""
 
 
 class Strict(BaseModel):

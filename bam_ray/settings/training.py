@@ -8,9 +8,9 @@ from bam_ray.settings.strict import Count, Fraction, Identity, NotNegative, Posi
 
 
 class Spike(Strict):
-    """What counts as a spike: a multiple of the median over the last steps.
+    """The thresholds of a spike, as multiples of the median over the last steps.
 
-    The defaults are our own. Papers judge spikes by eye.
+    The defaults are our own, because papers judge spikes by eye.
     """
 
     loss: Annotated[float, Field(gt=1.0)] = 1.5
@@ -18,7 +18,7 @@ class Spike(Strict):
     grad_norm: Annotated[float, Field(gt=1.0)] = 10.0
     """A gradient norm above this multiple of the median is a spike."""
     window: Count = 50
-    """Number of steps of the median. No step before that many have finished is a spike."""
+    """Number of steps of the median. Spikes are detected only after this many steps."""
 
 
 class TrainingSettings(Strict):
@@ -50,7 +50,7 @@ class TrainingSettings(Strict):
     the same data. The other values work as in `on_spike`."""
     micro_batch_sequences: Annotated[Count | Literal["auto"], Identity.EXCLUDED] = "auto"
     """Number of sequences per forward pass on each device. `auto` uses the largest power of two that fits in memory.
-    A dense model learns the same for any value. For mixtures see [balance](mixing.md#balance)."""
+    The result of a dense model is the same for every value. For mixtures see [balance](mixing.md#balance)."""
     recompute: Annotated[bool, Identity.EXCLUDED] = False
     """Recompute activations in the backward pass. This saves memory and costs about a third more operations."""
     checkpoint_every: Annotated[Count, Identity.EXCLUDED] = 50
@@ -76,7 +76,7 @@ class TrainingSettings(Strict):
     def _spike_window_fills(self) -> Self:
         if self.on_spike != "ignore" and self.spike.window >= self.steps:
             raise ValueError(
-                f"on_spike {self.on_spike} never acts: nothing is a spike before spike.window {self.spike.window} "
-                f"steps are done, and there are {self.steps}: use a smaller window or on_spike: ignore"
+                f"on_spike {self.on_spike} has no effect: spikes are detected only after spike.window "
+                f"{self.spike.window} steps, and training has {self.steps}: use a smaller window or on_spike: ignore"
             )
         return self

@@ -14,6 +14,6 @@ class UpcycleSettings(Strict):
     mixtures: dict[Name, AnyMixture]
     """The mixtures, by name."""
     when: When = "all"
-    """When mixing starts: with all branches, or with a quorum `{at_least, deadline_hours}`."""
+    """The branches that mixing waits for: `all`, or a quorum `{at_least, deadline_hours}`."""
     needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of the process that upcycles."""

@@ -17,9 +17,8 @@ from bam_ray.errors import BlobExists, CheckpointError, Interrupted
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import BranchedMixture, MixtureSettings, RoutedMixture
 from bam_ray.stages.task_run import TaskRun
+from bam_ray.units import MIB
 from bam_ray.upcycling import upcycle
-
-MIB = 1 << 20
 
 
 def upcycle_mixture(run: TaskRun) -> Manifest:

@@ -8,7 +8,8 @@ from typing import Protocol
 import psutil
 import torch
 
-GIB = 1 << 30
+from bam_ray.units import GIB
+
 USABLE_FRACTION = 0.9  # of the free memory: allocators fragment, and a measurement does not cover every later need
 CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 CGROUP_USAGES = ("memory.current", "memory/memory.usage_in_bytes")

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from bam_ray.errors import TrainingError
-from bam_ray.training.memory import GIB, Memory, is_out_of_memory
+from bam_ray.training.memory import Memory, is_out_of_memory
+from bam_ray.units import GIB
 
 
 def find_largest_micro_batch(

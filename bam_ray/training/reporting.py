@@ -19,9 +19,9 @@ from bam_ray.training.events import (
 )
 from bam_ray.training.flops import peak_flops, training_flops
 from bam_ray.training.listener import StepMetrics, TrainingListener
-from bam_ray.training.memory import GIB
 from bam_ray.training.objective import ExpertLoad, as_mixture
 from bam_ray.training.router_metrics import RouterMetrics, RoutingReport
+from bam_ray.units import GIB
 
 
 class TrainingCurves:

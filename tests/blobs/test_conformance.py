@@ -15,10 +15,10 @@ from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.blobs.folder import PARTIAL
 from bam_ray.blobs.s3 import S3Store
 from bam_ray.errors import BlobExists, BlobNotFound, StoreError
+from bam_ray.units import MIB
 from cluster.s3_server import BUCKET
 
 RACERS = 8
-MIB = 1 << 20
 REAL_SERVERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("seaweedfs", "ceph")]
 ODD_KEYS = ["with space", "plus+percent%41", "ünïcødé/名前", "a=b&c?d#e", "dots.in..name", "~tilde'quote", "-", "A"]
 

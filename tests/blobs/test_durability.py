@@ -19,13 +19,13 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from bam_ray.blobs import BlobStore, open_store, s3
 from bam_ray.blobs.s3 import S3Store
 from bam_ray.errors import StoreUnavailable
+from bam_ray.units import MIB
 from cluster.ceph_server import CephServer, missing_binaries
 from cluster.processes import Process
 from cluster.s3_server import BUCKET, S3Settings, start_s3_server, stop_s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-MIB = 1 << 20
 WRITERS = 4
 PUTS = 120  # the minimum number of acknowledged puts before each kill
 ENDLESS_STREAM = """
@@ -155,7 +155,7 @@ def assert_all_readable(store: BlobStore, digests: dict[str, str]) -> None:
 
 @pytest.fixture(params=["folder", "seaweedfs"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of a store that another process can open."""
+    """Return the URI of a store that another process can open."""
     if request.param == "folder":
         return str(tmp_path / "store")
     settings: S3Settings = request.getfixturevalue("s3_server")

@@ -29,7 +29,7 @@ class RecordingClient:
         self.calls.append("create")
         return {"UploadId": "upload"}
 
-    def upload_part(self, PartNumber: int, Body: bytes, **_: Any) -> dict[str, str]:
+    def upload_part(self, PartNumber: int, Body: bytes, **_: Any) -> dict[str, str]:  # noqa: N803  (as in boto3)
         time.sleep(0.002)
         if PartNumber == self._refused:
             raise ClientError({"Error": {"Code": "SlowDown"}}, "UploadPart")
@@ -37,7 +37,7 @@ class RecordingClient:
             self.parts[PartNumber] = bytes(Body)
         return {"ETag": f"tag {PartNumber}", "ChecksumCRC32": f"sum {PartNumber}"}
 
-    def complete_multipart_upload(self, MultipartUpload: dict[str, Any], **_: Any) -> None:
+    def complete_multipart_upload(self, MultipartUpload: dict[str, Any], **_: Any) -> None:  # noqa: N803  (as in boto3)
         self.calls.append("complete")
         parts = MultipartUpload["Parts"]
         for part in parts:
@@ -45,7 +45,7 @@ class RecordingClient:
             assert part == {"PartNumber": number, "ETag": f"tag {number}", "ChecksumCRC32": f"sum {number}"}
         self.completed = [part["PartNumber"] for part in parts]
 
-    def abort_multipart_upload(self, UploadId: str, **_: Any) -> None:
+    def abort_multipart_upload(self, UploadId: str, **_: Any) -> None:  # noqa: N803  (as in boto3)
         assert UploadId == "upload"
         self.calls.append("abort")
 

@@ -30,7 +30,7 @@ from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import find_task, subset, task_graph
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.states import Committed, Failed, Node, Running
-from bam_ray.scheduling.nodes import demand_met, selector_of, selects
+from bam_ray.scheduling.nodes import label_selector, satisfiable_request, selects
 from bam_ray.settings import Needs, Recipe, parse_recipe
 from tests.support.cluster.ray_cluster import add_node
 from tests.support.cluster.stub_stages import (
@@ -181,8 +181,8 @@ def test_a_label_that_no_node_has_is_an_error_at_once(cluster: Cluster, seeded: 
     with pytest.raises(PlacementError) as caught:
         Controller(subset(run.tasks, ["branches"]), store, launcher).step()
     assert str(caught.value).endswith(
-        " needs 1 CPU, labels gpu=in(A100,H100), which the 4 living nodes can never give "
-        "(3 × 2 CPU, kind=plain; 1 × 0 CPU): mend branch.needs (or its override) or add nodes"
+        " (1 CPU, labels gpu=in(A100,H100)); the cluster has 4 living nodes "
+        "(3 × 2 CPU, kind=plain; 1 × 0 CPU): change branch.needs (or its override) or add nodes"
     )
 
 
@@ -219,7 +219,7 @@ def test_a_branch_moves_to_a_faster_node(cluster: Cluster, seeded: Recipe) -> No
         assert causes == ["moved"] * changes + ["committed"]
         assert (
             histories[name].message
-            == "no node can give 1 CPU, 1 GPU: took fallback 1, 1 CPU, labels seconds=in(0.05,1.0)"
+            == "no node can satisfy 1 CPU, 1 GPU: using fallback 1, 1 CPU, labels seconds=in(0.05,1.0)"
         )
 
 
@@ -228,15 +228,15 @@ def test_avoided_nodes_are_excluded_if_others_suffice(cluster: Cluster, recipe: 
     nodes = living_nodes()
     workers = [node for node in nodes if node.resources.get("CPU")]
     one, *others = workers
-    selector = selector_of(task, frozenset({one.id, "long gone"}), nodes)
+    selector = label_selector(task, frozenset({one.id, "long gone"}), nodes)
     assert {node.id for node in nodes if selects(selector, node.labels)} == {node.id for node in nodes} - {one.id}
-    assert selector_of(task, frozenset(node.id for node in workers), nodes) == {}
+    assert label_selector(task, frozenset(node.id for node in workers), nodes) == {}
     wide = find_task(
         task_graph(recipe.model_copy(update={"mix": recipe.mix.model_copy(update={"workers": 6})})), "mixtures", "bam"
     )
-    assert selector_of(wide, frozenset({one.id}), nodes) == {}, "six workers need all three nodes"
+    assert label_selector(wide, frozenset({one.id}), nodes) == {}, "six workers need all three nodes"
     with pytest.raises(PlacementError, match="6 × \\(1 CPU\\)"):
-        demand_met(wide, others)
+        satisfiable_request(wide, others)
 
 
 def test_a_process_group_is_stopped_and_resumed(cluster: Cluster, upcycled: Recipe) -> None:

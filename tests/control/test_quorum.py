@@ -19,7 +19,7 @@ from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import make_plan
 from tests.support.control.sample_recipe import changed_tasks, sample_recipe
 from tests.support.control.scripted_launcher import NODE, ControllerHarness, commit_task, make_task
-from tests.support.control.simulated_run import make_cluster, simulate_tasks
+from tests.support.planning.simulated_run import make_cluster, simulate_tasks
 
 TWO = "upcycle.when={at_least: 2}"
 HOUR = 3600.0
@@ -244,7 +244,7 @@ def test_a_plan_shows_the_quorum() -> None:
     console = Console(width=200, record=True)
     console.print(render_plan(make_plan(sample_recipe("upcycle.when={at_least: 2, deadline_hours: 6}")), 160))
     assert (
-        "mixing starts with at least 2 of 3 branches, 6 hours after they can begin, and absorbs"
+        "mixing starts with all 3 branches, or 6 hours after they can start with at least 2 of them, and absorbs"
         in console.export_text()
     )
 

@@ -8,6 +8,7 @@ import torch
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.training.state import read_weights
+from bam_ray.units import MIB
 from tests.support.distributed.cases import Case
 from tests.support.distributed.gloo_ranks import run_on_ranks
 from tests.support.distributed.start import (
@@ -18,7 +19,6 @@ from tests.support.distributed.start import (
 )
 
 pytestmark = pytest.mark.slow
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")

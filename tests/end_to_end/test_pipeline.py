@@ -48,7 +48,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A local cluster of its own, and what a shell has after `. .bam/env`."""
+    """Start a separate local cluster, and yield the environment of a shell after `. .bam/env`."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "BAM_"))}
     home = tmp_path_factory.mktemp("home")
     cluster = [sys.executable, "-m", "cluster.local"]

@@ -111,8 +111,8 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         (
             "branch.training",
             {**TRAINING, "batch_tokens": 256, "on_spike": "skip", "spike": {"window": 4}},
-            "branch.training: on_spike skip never acts: nothing is a spike before spike.window 4 steps are done, and "
-            "there are 4: use a smaller window or on_spike: ignore",
+            "branch.training: on_spike skip has no effect: spikes are detected only after spike.window 4 steps, and "
+            "training has 4: use a smaller window or on_spike: ignore",
         ),
         ("mix.training.zero_stage", 0, "mix.training.zero_stage: Input should be 1, 2 or 3"),
         (

@@ -12,9 +12,8 @@ from bam_ray.settings import Needs
 from bam_ray.stages.run import run_stage
 from bam_ray.training.engine import EngineSpec
 from bam_ray.training.torch_engine import TorchEngine
+from bam_ray.units import GIB
 from tests.support.stage_run import TRAINING, make_artifacts, small_recipe, task_run
-
-GIB = 1 << 30
 
 
 def test_the_memory_of_a_fallback_reaches_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

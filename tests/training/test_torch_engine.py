@@ -13,10 +13,9 @@ from bam_ray.training.engine import EngineSpec
 from bam_ray.training.memory import HostMemory, cgroup_available_bytes, is_out_of_memory, limit_in_bytes
 from bam_ray.training.micro_batch import find_largest_micro_batch
 from bam_ray.training.torch_engine import TorchEngine
+from bam_ray.units import MIB
 from tests.support import tiny
 from tests.support.training_run import LENGTH, SETTINGS, engine
-
-MIB = 1 << 20
 
 
 def with_micro_batch(size: int | str) -> TrainingSettings:

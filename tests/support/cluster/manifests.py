@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.tasks import Task
-from bam_ray.scheduling.nodes import NodeFacts, demand_met
+from bam_ray.scheduling.nodes import NodeFacts, satisfiable_request
 
 ROOT = Path(__file__).resolve().parents[3]
 SCHEMAS = ROOT / "tests/cluster/schemas"
@@ -52,7 +52,7 @@ def unmet(tasks: Sequence[Task], nodes: Sequence[NodeFacts]) -> list[str]:
     missing = []
     for task in tasks:
         try:
-            demand_met(task, nodes)
+            satisfiable_request(task, nodes)
         except PlacementError:
             missing.append(task.full_name)
     return missing

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from bam_ray.on_deepspeed import deepspeed_engine
+from bam_ray.units import MIB
 from tests.support.distributed.cases import COHERE, LR, Case, shares
-
-MIB = 1 << 20
 
 
 def train_with_limits(limits: tuple[int | None, ...]) -> list[tuple[int | None, bool | None]]:

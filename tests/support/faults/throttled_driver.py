@@ -101,7 +101,7 @@ def throttled_rank(seconds: float, run: TaskRun, engine_factory: Any) -> object:
 def main() -> None:
     """Execute the tasks of one kind, and everything that they depend on."""
     recipe, kind, seconds, *timeout = sys.argv[1:]
-    elastic.PATIENCE = float(timeout[0]) if timeout else elastic.PATIENCE
+    elastic.SHRINK_TIMEOUT = float(timeout[0]) if timeout else elastic.SHRINK_TIMEOUT
     # Workers import these by the name of their module, which is `__main__` for the functions above
     from tests.support.faults.throttled_driver import throttled_rank, throttled_stage
 

@@ -1,20 +1,23 @@
-"""Plans: sizes counted without torch, runs simulated without a cluster."""
+"""Plans: model sizes computed without torch, and runs simulated without a cluster."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.model import BamConfig
 from bam_ray.planning.cluster_file import ClusterFile, load_cluster
 from bam_ray.planning.model_size import ModelSize, seed_size
 from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import Plan, make_plan
-from bam_ray.settings import Recipe, load_recipe, parse_recipe
+from bam_ray.settings import Recipe, RoutedMixture, load_recipe, parse_recipe
 from bam_ray.training.flops import training_flops
 from tests.support import tiny
 
@@ -55,7 +58,7 @@ def text(plan: Plan, width: int = 160) -> str:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_scratch_seed_is_counted_as_transformers_does(tied: bool) -> None:
+def test_a_scratch_seed_has_the_size_that_transformers_reports(tied: bool) -> None:
     from bam_ray.stages.dense import scratch_config
 
     class Corpus:
@@ -72,7 +75,7 @@ def test_a_scratch_seed_is_counted_as_transformers_does(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
-def test_a_folders_model_is_counted_by_its_configuration(tmp_path: Path, family: str) -> None:
+def test_a_model_folder_has_the_size_of_its_configuration(tmp_path: Path, family: str) -> None:
     config = tiny.CONFIGS[family]
     config.save_pretrained(tmp_path)
     size = seed_size(recipe(f"seed={{folder: {tmp_path}}}"))
@@ -82,40 +85,63 @@ def test_a_folders_model_is_counted_by_its_configuration(tmp_path: Path, family:
     assert size.training_flops(within_the_windows) == pytest.approx(training_flops(config, within_the_windows, 1))
 
 
-def test_the_papers_mixtures_are_counted() -> None:
-    """Table 9 of the paper, small seed: in all 587.2M, BTX 700.5M, BAM with shared and with own keys 738.3M, 776.0M."""
+def test_mixtures_have_the_sizes_of_the_paper() -> None:
+    """Table 9, small seed: 587.2M; BTX has 700.5M, BAM 738.3M with shared and 776.0M with separate keys and values."""
     seed = ModelSize(1024, 2048, 6, 1024, 1024, 256_000, tied=False, vectors=1)
     settings = recipe("upcycle.mixtures.shared={method: bam, attention_experts: kv_shared}").upcycle.mixtures
     sizes = [seed, *(seed.mixed(settings[name], 4) for name in ("btx", "shared", "bam"))]
     assert [round(size.parameters / 1e6, 1) for size in sizes] == [587.2, 700.5, 738.3, 776.0]
 
 
-def test_an_unknown_size_leaves_memory_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mixture", ["{method: bam}", "{method: bam, attention_experts: kv_shared}", "{method: btx, num_experts_per_tok: 2}"]
+)
+def test_a_mixture_has_the_operations_of_its_configuration(mixture: str) -> None:
+    """The formula for plans, which import no transformers, agrees with that of `training.flops`."""
+    settings = recipe(f"upcycle.mixtures={{one: {mixture}}}").upcycle.mixtures["one"]
+    assert isinstance(settings, RoutedMixture)
+    config = BamConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        num_experts=4,
+        num_experts_per_tok=settings.num_experts_per_tok,
+        attention_experts=settings.attention,
+    )
+    seed = seed_size(recipe())
+    assert seed is not None
+    assert seed.mixed(settings, 4).training_flops(1024) == pytest.approx(training_flops(config, 1024, 1))
+
+
+def test_memory_is_left_out_if_the_size_is_unknown(tmp_path: Path) -> None:
     unknown = recipe(f"seed={{folder: {tmp_path}}}")
     plan = make_plan(unknown)
-    assert all(row.memory is None and row.kept is None for row in plan.rows)
+    assert all(row.memory_bytes is None and row.final_bytes is None for row in plan.rows)
     assert "not known before the run" in text(plan)
     with pytest.raises(SettingsError, match="give tokens_per_second"):
         make_plan(unknown, eight())
 
 
-def test_memory_and_bytes() -> None:
+def test_memory_and_stored_bytes() -> None:
     rows = {row.task.full_name: row for row in make_plan(recipe()).rows}
     law, size = rows["branches/law"], seed_size(recipe())
     assert size is not None
     assert law.tokens == 7630 * 131072
-    assert law.kept == 4 * size.parameters
-    assert law.written == (4 + 76 * 12 + 4) * size.parameters, (
-        "at the start, every hundred steps, and the branch itself"
+    assert law.final_bytes == 4 * size.parameters
+    assert law.written_bytes == (4 + 76 * 12 + 4) * size.parameters, (
+        "the start, a checkpoint every 100 steps, and the branch"
     )
-    assert law.most == 3 * 12 * size.parameters, "the third is there before the first is deleted"
-    assert law.memory is not None and law.memory > 16 * size.parameters
-    four, eight = (make_plan(recipe(f"branch.training.micro_batch_sequences={n}")).rows[2].memory for n in (4, 8))
-    assert four is not None and eight is not None  # the least is for one sequence, where it is fitted
-    assert eight - four == 4 * (four - law.memory) / 3 > 0
+    assert law.peak_bytes == 3 * 12 * size.parameters, "the third checkpoint is written before the first is deleted"
+    assert law.memory_bytes is not None and law.memory_bytes > 16 * size.parameters
+    four, eight = (make_plan(recipe(f"branch.training.micro_batch_sequences={n}")).rows[2].memory_bytes for n in (4, 8))
+    assert four is not None and eight is not None  # a fitted micro batch counts as one sequence
+    assert eight - four == 4 * (four - law.memory_bytes) / 3 > 0
 
 
-def test_scores_over_the_vocabulary_take_no_more_memory_for_more_sequences() -> None:
+def test_the_memory_of_logits_does_not_grow_with_the_micro_batch() -> None:
     def of_more(vocabulary: int) -> int:
         size = ModelSize(512, 1536, 8, 512, 256, vocabulary, tied=True, vectors=2)
         training = recipe().branch.training
@@ -125,44 +151,48 @@ def test_scores_over_the_vocabulary_take_no_more_memory_for_more_sequences() -> 
     assert of_more(256_000) == of_more(32_000) > 0
 
 
-def test_memory_is_that_of_the_fewest_processes_that_can_share_the_experts() -> None:
+def test_memory_is_the_maximum_over_possible_expert_counts() -> None:
     def memory(*overrides: str) -> int:
         row = next(row for row in make_plan(recipe(*overrides)).rows if row.task.full_name == "mixtures/btx")
-        assert row.memory is not None
-        return row.memory
+        assert row.memory_bytes is not None
+        return row.memory_bytes
 
     assert memory("upcycle.when={at_least: 3}") == memory()
-    odd = "upcycle.when={at_least: 2}"  # three experts: two processes cannot share them
+    odd = "upcycle.when={at_least: 2}"  # two processes cannot share three experts
     assert memory() < memory(odd) < memory("mix.expert_parallel=1")
 
 
 @pytest.mark.parametrize(
-    ("setting", "kept", "most"),
+    ("setting", "final", "peak"),
     [
         ("keep_last=1", 4, 2 * 12),
         ("keep_last=5", 4, 6 * 12),
-        ("keep_last=100", 4, 4 + 76 * 12 + 4),  # more than there are
-        ("keep_every=1000", 4 + 7 * 12 + 4, 4 + 7 * 12 + 3 * 12),  # at the start, and 1000, 2000, ... 7000
-        ("keep_every=150", 4 + 25 * 12 + 4, 4 + 25 * 12 + 2 * 12),  # every 300; the last of them is one of the newest
+        ("keep_last=100", 4, 4 + 76 * 12 + 4),  # more than training writes
+        ("keep_every=1000", 4 + 7 * 12 + 4, 4 + 7 * 12 + 3 * 12),  # the start, and steps 1000 to 7000
+        (
+            "keep_every=150",
+            4 + 25 * 12 + 4,
+            4 + 25 * 12 + 2 * 12,
+        ),  # every 300 steps, and one of the newest
     ],
 )
-def test_checkpoints_that_the_recipe_keeps_are_counted(setting: str, kept: int, most: int) -> None:
+def test_kept_checkpoints_are_counted(setting: str, final: int, peak: int) -> None:
     planned = recipe(f"branch.training.{setting}")
     law, size = make_plan(planned).rows[3], seed_size(planned)
     assert size is not None and law.task.full_name == "branches/law"
-    assert (law.kept, law.most) == (kept * size.parameters, most * size.parameters)
+    assert (law.final_bytes, law.peak_bytes) == (final * size.parameters, peak * size.parameters)
 
 
-def test_a_plan_names_every_task_and_when_it_would_be_done() -> None:
+def test_a_simulated_plan_shows_all_tasks_with_their_times() -> None:
     plan = make_plan(recipe(), eight())
     assert plan.simulated is not None and plan.simulated.outcome == "finished"
     ends = {row.task.full_name: row.ends for row in plan.rows}
-    begins = {row.task.full_name: row.begins for row in plan.rows}
+    starts = {row.task.full_name: row.starts for row in plan.rows}
     assert all(end is not None for end in ends.values())
     assert max(end for end in ends.values() if end) == ends["reports/report"] == plan.simulated.seconds
-    assert begins["branches/law"] >= ends["seeds/seed"]  # type: ignore[operator]
+    assert starts["branches/law"] >= ends["seeds/seed"]  # type: ignore[operator]
     for stage in plan.stages:
-        assert stage.seconds >= stage.at_best
+        assert stage.seconds >= stage.least_seconds
     shown = text(plan)
     for words in (
         "branches law",
@@ -173,18 +203,18 @@ def test_a_plan_names_every_task_and_when_it_would_be_done() -> None:
         assert words in " ".join(shown.split())
 
 
-def test_eighty_columns_show_where_and_when_uncut() -> None:
+def test_eighty_columns_show_nodes_and_times_uncut() -> None:
     plan = make_plan(recipe(), eight())
     shown = text(plan, 80)
-    assert "…" not in shown.partition("parameters a branch")[0].replace(", …", "")
+    assert "…" not in shown.partition("parameters per branch")[0].replace(", …", "")
     words = shown.replace(",", " ").split()
     assert all(name in words for row in plan.rows for name in row.nodes[:4])
-    assert {"stage", "task", "where", "begins", "ends"} <= set(words)
-    assert "1 CPU, 1 GPU" not in shown and "1 CPU, 1 GPU" in text(plan), "what is needed is left out first"
+    assert {"stage", "task", "nodes", "start", "end"} <= set(words)
+    assert "1 CPU, 1 GPU" not in shown and "1 CPU, 1 GPU" in text(plan), "the resource requests are left out first"
 
 
-def test_times_are_exact_beside_a_stage_of_months() -> None:
-    """Events of minutes are not rounded to the looks at a seed that trains for 67 days."""
+def test_times_are_exact_next_to_a_stage_of_months() -> None:
+    """Events of minutes are not rounded to the controller steps of a seed that trains for 67 days."""
     paper = load_recipe(
         ROOT / "recipes" / "paper-590m.yaml",
         ["branch.training.checkpoint_every=100", "mix.training.checkpoint_every=20", "mix.min_workers=2"],
@@ -192,23 +222,23 @@ def test_times_are_exact_beside_a_stage_of_months() -> None:
     plan = make_plan(paper, eight())
     assert plan.simulated is not None and plan.simulated.outcome == "finished" and plan.failure is None
     ends = {row.task.full_name: row.ends for row in plan.rows}
-    assert ends["corpora/corpus"] == 90 + 600, "a start, and the stage"
+    assert ends["corpora/corpus"] == 90 + 600, "the start and the stage"
     days = {stage.kind: stage.seconds / 86400 for stage in plan.stages}
     assert 66 < days["seeds"] < 68
     assert 21 < days["branches"] < 22.5
     for stage in plan.stages:
-        assert 1.0 <= stage.seconds / stage.at_best < 2.2  # a mixture's group goes at the speed of its slowest
+        assert 1.0 <= stage.seconds / stage.least_seconds < 2.2  # a group is as fast as its slowest worker
 
 
-def fickle(times_an_hour: float, replacement_seconds: float) -> ClusterFile:
-    """Eight nodes of one kind that do not stay."""
-    group = {"count": 8, "gpus": 1, "tflops": 50, "preemptions_per_hour": times_an_hour}
+def unstable_cluster(preemptions_per_hour: float, replacement_seconds: float) -> ClusterFile:
+    """Return eight nodes of one kind that are preempted."""
+    group = {"count": 8, "gpus": 1, "tflops": 50, "preemptions_per_hour": preemptions_per_hour}
     group["replacement_seconds"] = replacement_seconds
-    return ClusterFile.model_validate({"name": "fickle", "nodes": {"spot": group}})
+    return ClusterFile.model_validate({"name": "unstable", "nodes": {"spot": group}})
 
 
-def test_a_plan_that_fails_says_why_and_no_ratio() -> None:
-    plan = make_plan(recipe("branch.training.checkpoint_every=100000"), fickle(4.0, 900))
+def test_a_failed_simulation_shows_its_error_and_no_ratios() -> None:
+    plan = make_plan(recipe("branch.training.checkpoint_every=100000"), unstable_cluster(4.0, 900))
     assert plan.simulated is not None and plan.simulated.outcome == "failed"
     assert plan.failure is not None and "\n" not in plan.failure
     assert plan.failure.startswith("the simulated run fails after ") and "was preempted" in plan.failure
@@ -217,24 +247,43 @@ def test_a_plan_that_fails_says_why_and_no_ratio() -> None:
     assert "branches: " not in text(plan) and "failed after" in text(plan)
 
 
-def test_a_simulation_that_would_never_end_is_given_up() -> None:
-    plan = make_plan(recipe("seed.training.tokens=10_000_000_000"), fickle(1.0, 1e9))
+def test_a_simulation_that_never_finishes_is_stopped() -> None:
+    plan = make_plan(recipe("seed.training.tokens=10_000_000_000"), unstable_cluster(1.0, 1e9))
     assert plan.simulated is not None and plan.simulated.outcome == "running"
     assert plan.failure is not None and "\n" not in plan.failure
-    assert "has not finished after" in plan.failure and "10 times as long as it takes at best" in plan.failure
+    assert "has not finished after" in plan.failure and "10 times the shortest possible time" in plan.failure
     assert "not finished after" in text(plan)
 
 
-def test_what_a_cluster_can_never_hold_is_said() -> None:
+def test_tasks_that_the_cluster_cannot_hold_are_reported() -> None:
     with pytest.raises(
-        PlacementError, match="branches/code needs 1 CPU, 8 GPU, which the 8 living nodes can never give"
+        PlacementError, match=r"no node can satisfy branches/code \(1 CPU, 8 GPU\); the cluster has 8 living nodes "
     ):
         make_plan(recipe("branch.needs.gpus=8"), eight())
     plan = make_plan(recipe("branch.training.micro_batch_sequences=128"), eight())
     assert "a GPU of spot-l4 has 24 GiB, too little for branches/code" in text(plan)
 
 
-def test_two_hundred_nodes_are_planned() -> None:
+@pytest.mark.parametrize("quorum", [[], ["upcycle.when={at_least: 1}"]], ids=["all", "quorum"])
+def test_a_soup_is_planned_as_a_dense_model(tmp_path: Path, quorum: list[str]) -> None:
+    demo = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    demo["upcycle"]["mixtures"]["soup"] = {"method": "soup"}
+    (tmp_path / "soup.yaml").write_text(yaml.safe_dump(demo))
+    plan = make_plan(
+        load_recipe(tmp_path / "soup.yaml", quorum), load_cluster(ROOT / "recipes" / "clusters" / "laptop.yaml")
+    )
+    rows = {row.task.full_name: row for row in plan.rows}
+    upcycled, trained, branch = rows["upcycled/soup"], rows["mixtures/soup"], rows["branches/law"]
+    assert plan.size is not None and plan.failure is None
+    assert upcycled.final_bytes == trained.final_bytes == 4 * plan.size.parameters
+    assert trained.memory_bytes is not None and branch.memory_bytes is not None
+    assert trained.memory_bytes > branch.memory_bytes, "a fitted micro batch counts as one sequence, here it is eight"
+    ends = [rows[f"branches/{domain}"].ends or math.inf for domain in ("code", "law", "medicine")]
+    assert trained.starts is not None and max(ends) <= trained.starts
+    assert "soup" in text(plan)
+
+
+def test_a_run_on_two_hundred_nodes_is_planned() -> None:
     domains = {"general": {"source": "x"}, **{f"d{i}": {"source": "x"} for i in range(63)}}
     wide = recipe(
         f"data.domains={json.dumps(domains)}", f"branch.domains={json.dumps(sorted(domains))}", "mix.expert_parallel=1"

@@ -114,3 +114,23 @@ def test_subset_includes_the_ancestors_of_its_kinds() -> None:
     assert [task.kind for task in subset(tasks, ["seeds"])] == ["corpora", "seeds"]
     assert {task.kind for task in subset(tasks, ["upcycled"])} == {"corpora", "seeds", "branches", "upcycled"}
     assert subset(tasks, ["reports"]) == tasks
+
+
+SOUP = "upcycle.mixtures.soup={method: soup}"
+
+
+def test_a_soup_is_made_from_the_seed_and_all_branches() -> None:
+    tasks = task_graph(sample_recipe(SOUP))
+    soup = find_task(tasks, ArtifactKind.UPCYCLED, "soup")
+    assert soup.parents == find_task(tasks, ArtifactKind.UPCYCLED, "bam").parents
+    assert find_task(tasks, ArtifactKind.MIXTURES, "soup").parents[0] == soup.id
+
+
+def test_a_soup_waits_for_all_branches_even_with_a_quorum() -> None:
+    """A dense average cannot absorb a late branch."""
+    tasks, without = (task_graph(sample_recipe(SOUP, *more)) for more in (["upcycle.when={at_least: 1}"], []))
+    for kind in (ArtifactKind.UPCYCLED, ArtifactKind.MIXTURES):
+        assert find_task(tasks, kind, "soup").quorum is None
+        assert find_task(tasks, kind, "bam").quorum is not None
+        assert find_task(tasks, kind, "soup").id == find_task(without, kind, "soup").id
+    assert find_task(tasks, ArtifactKind.REPORTS, "report").quorum is not None

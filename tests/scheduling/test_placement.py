@@ -7,16 +7,18 @@ from bam_ray.pipeline.states import History
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling.cluster_view import ClusterView
 from bam_ray.scheduling.speed_placement import SpeedPlacement
-from bam_ray.scheduling.throughput import Speeds
+from bam_ray.scheduling.throughput import ThroughputTracker
 from tests.support.control.scripted_launcher import make_measurable_task, make_node
 
 FAST = frozenset({"fast"})
 
 
-def place(view: ClusterView, speeds: Speeds | None = None, **waiting: History) -> dict[str, tuple[object, object]]:
+def place(
+    view: ClusterView, throughput: ThroughputTracker | None = None, **waiting: History
+) -> dict[str, tuple[object, object]]:
     """Return (node id, nodes to avoid) of each task in `waiting` that starts now; the first is the longest."""
     placement = SpeedPlacement(
-        view, speeds or Speeds(), 0.0, {node_id: node.kind for node_id, node in view.nodes.items()}
+        view, throughput or ThroughputTracker(), 0.0, {node_id: node.kind for node_id, node in view.nodes.items()}
     )
     for number, (name, history) in enumerate(waiting.items()):
         task: Task = make_measurable_task(name, steps=100 - number)
@@ -29,12 +31,12 @@ def make_view(slow_is_free: bool) -> ClusterView:
     return ClusterView([make_node("fast"), make_node("slow", free=1.0 if slow_is_free else 0.0)])
 
 
-def equal_speeds() -> Speeds:
+def equal_speeds() -> ThroughputTracker:
     """Return equal measured speeds for both nodes."""
-    speeds = Speeds()
+    tracker = ThroughputTracker()
     for each in (make_node("fast"), make_node("slow")):
-        speeds.saw(("dense", "1 CPU"), each.kind, "a", 1.0)
-    return speeds
+        tracker.record_rate(("dense", "1 CPU"), each.kind, "a", 1.0)
+    return tracker
 
 
 def test_a_failed_task_goes_to_another_free_node() -> None:

@@ -1,4 +1,4 @@
-"""Runs on clusters that are not there: the real controller over simulated nodes and time."""
+"""Simulated runs: the real controller over simulated nodes and time."""
 
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ from bam_ray.control.observations import Alive, AttemptStatus, Crashed
 from bam_ray.errors import PlacementError, SettingsError
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import load_cluster
-from bam_ray.planning.simulate import SimulatedLauncher
+from bam_ray.planning.simulated_launcher import SimulatedLauncher
 from bam_ray.scheduling.matching import bound
 from bam_ray.settings import Needs
-from tests.support.control.simulated_run import make_cluster, simulate_tasks
+from tests.support.planning.simulated_run import make_cluster, simulate_tasks
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "recipes" / "clusters").glob("*.yaml"))
 MIXED = {"fast": (2, 4000.0), "middle": (2, 2000.0), "slow": (4, 1000.0)}
@@ -38,7 +38,7 @@ def branches(count: int, steps: int, needs: Needs | None = None) -> list[Task]:
     ]
 
 
-def at_best(tasks: list[Task], nodes: dict[str, tuple[int, float]]) -> float:
+def least_seconds(tasks: list[Task], nodes: dict[str, tuple[int, float]]) -> float:
     speeds = [speed for count, speed in nodes.values() for _ in range(count)]
     return bound([task.total_steps * task.step_tokens for task in tasks], speeds)
 
@@ -61,39 +61,39 @@ def test_three_clusters_are_shipped() -> None:
         (12, {"same": (8, 1000.0)}),
     ],
 )
-def test_the_makespan_is_near_the_bound(count: int, nodes: dict[str, tuple[int, float]]) -> None:
+def test_the_makespan_is_near_the_lower_bound(count: int, nodes: dict[str, tuple[int, float]]) -> None:
     tasks = branches(count, 28800)
     result = simulate_tasks(tasks, make_cluster(nodes))
     assert result.outcome == "finished"
-    assert 1.0 <= result.seconds / at_best(tasks, nodes) <= 1.05
+    assert 1.0 <= result.seconds / least_seconds(tasks, nodes) <= 1.05
 
 
-def test_twelve_branches_are_committed_on_eight_nodes_that_are_taken_away() -> None:
+def test_branches_are_committed_despite_preemptions() -> None:
     tasks = branches(12, 28800)
     result = simulate_tasks(tasks, make_cluster(MIXED, preemptions_per_hour=0.3))
     assert result.outcome == "finished"
     assert result.preemptions >= 3
-    causes = [ended.cause for attempts in result.attempts.values() for ended in attempts]
+    causes = [attempt.cause for attempts in result.attempts.values() for attempt in attempts]
     assert causes.count("committed") == 12
     assert any("was preempted" in cause for cause in causes)
     assert result.moves > 0
-    assert result.seconds >= at_best(tasks, MIXED)
+    assert result.seconds >= least_seconds(tasks, MIXED)
 
 
 class OneKill(SimulatedLauncher):
-    """Kills the process of `b0` once; its node stays."""
+    """A launcher that kills the process of `b0` once; its node stays alive."""
 
     killed = False
 
     def poll(self) -> dict[str, AttemptStatus]:
-        seen = super().poll()
+        statuses = super().poll()
         if self.now >= 100 and not self.killed:
             self.killed = True
-            seen["b0"] = Crashed("its process died", cast(Alive, seen["b0"]).node)
-        return seen
+            statuses["b0"] = Crashed("its process died", cast(Alive, statuses["b0"]).node)
+        return statuses
 
 
-def test_a_killed_process_goes_on_at_once_on_its_node_where_the_other_is_busy() -> None:
+def test_a_killed_process_resumes_at_once_if_other_nodes_are_busy() -> None:
     seconds = {}
     for kind in (SimulatedLauncher, OneKill):
         store = MemoryStore()
@@ -104,21 +104,21 @@ def test_a_killed_process_goes_on_at_once_on_its_node_where_the_other_is_busy() 
             controller.step()
             launcher.advance(launcher.now + 1)
         seconds[kind] = launcher.now
-    assert seconds[OneKill] < seconds[SimulatedLauncher] + 150, "what was done by then, a start, a delay"
+    assert seconds[OneKill] < seconds[SimulatedLauncher] + 150, "the lost steps, a start and a delay"
 
 
-def test_the_same_seed_is_the_same_run() -> None:
-    tasks, where = branches(12, 9000), make_cluster(MIXED, preemptions_per_hour=0.5)
-    assert simulate_tasks(tasks, where, seed=1) == simulate_tasks(tasks, where, seed=1)
-    assert simulate_tasks(tasks, where, seed=1) != simulate_tasks(tasks, where, seed=2)
+def test_equal_seeds_give_equal_runs() -> None:
+    tasks, cluster = branches(12, 9000), make_cluster(MIXED, preemptions_per_hour=0.5)
+    assert simulate_tasks(tasks, cluster, seed=1) == simulate_tasks(tasks, cluster, seed=1)
+    assert simulate_tasks(tasks, cluster, seed=1) != simulate_tasks(tasks, cluster, seed=2)
 
 
-def test_a_cluster_that_can_never_hold_a_branch_is_refused() -> None:
-    with pytest.raises(PlacementError, match="branches/b0 needs 1 CPU, 1 GPU, which the 8 living nodes can never give"):
+def test_a_branch_that_no_node_can_hold_is_an_error() -> None:
+    with pytest.raises(PlacementError, match=r"satisfy branches/b0 \(1 CPU, 1 GPU\); the cluster has 8 living nodes "):
         simulate_tasks(branches(2, 100, Needs(gpus=1)), make_cluster(MIXED))
 
 
-def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest() -> None:
+def test_a_group_is_as_fast_as_its_slowest_worker() -> None:
     task = Task(
         ArtifactKind.MIXTURES, "bam", "bam", (), Needs(), workers=4, total_steps=1000, model="bam", step_tokens=4000
     )
@@ -126,7 +126,7 @@ def test_a_group_waits_for_all_its_workers_and_goes_at_the_speed_of_its_slowest(
     assert result.seconds == pytest.approx(30 + 4_000_000 / (4 * 500) + 15, abs=2)
 
 
-def test_a_node_needs_one_speed(tmp_path: Path) -> None:
+def test_a_node_has_exactly_one_speed(tmp_path: Path) -> None:
     path = tmp_path / "none.yaml"
     path.write_text("{name: none, nodes: {a: {count: 1}}}")
     with pytest.raises(SettingsError, match=r"cluster file .*: nodes\.a: give exactly one of"):

@@ -1,0 +1,1 @@
+"""Simulated runs for the tests of planning."""
