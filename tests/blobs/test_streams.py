@@ -55,12 +55,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
 
 
-def store_with(client: RecordingClient) -> S3Store:
-    store = S3Store("bucket", "")
-    store._lazy_client = client
-    return store
-
-
 def test_parts_keep_their_order_and_memory_is_bounded() -> None:
     client = RecordingClient()
     produced = held = 0
@@ -73,7 +67,7 @@ def test_parts_keep_their_order_and_memory_is_bounded() -> None:
             produced += len(chunk)
             yield chunk
 
-    store_with(client).put_stream("key", chunks())
+    S3Store("bucket", "", client=client).put_stream("key", chunks())
     assert client.calls == ["create", "complete"]
     assert client.completed == list(range(1, produced // PART_BYTES + 2))
     assert b"".join(client.parts[number] for number in client.completed) == b"".join(
@@ -93,7 +87,7 @@ def test_a_refused_part_aborts_the_upload() -> None:
             yield bytes(PART_BYTES)
 
     with pytest.raises(StoreUnavailable, match="key: the S3 server answered SlowDown"):
-        store_with(client).put_stream("key", chunks())
+        S3Store("bucket", "", client=client).put_stream("key", chunks())
     assert client.calls == ["create", "abort"]
     assert produced <= 3 + 2 * CONCURRENT_PARTS
 
