@@ -1,4 +1,4 @@
-"""What all tests share: a clean environment, and a real S3 server for those that ask for one."""
+"""The clean environment of all tests, and the fixtures of real S3 servers."""
 
 import os
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ for name in list(os.environ):
     if name.startswith(("AWS_", "RAY_", "BAM_")) and name != "AWS_CA_BUNDLE":
         del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_AUTH_MODE"] = "disabled"  # said, for Ray's default depends on what else ran on the machine
-os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # where credentials are missing, do not ask the network for some
+os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray's default depends on what else ran on the machine
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # boto3 must not request missing credentials over the network
 
-# No deadline: how long an example takes says more about the machine's load than about the code
+# No deadline, because the duration of an example depends on the load of the machine
 hypothesis.settings.register_profile("bam", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("bam")
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Settings]:
-    """A real S3 server with random credentials, empty but for the bucket `bam`. Tests that use it are slow ones."""
+    """Start a real S3 server with random credentials and the empty bucket `bam`; tests that use it are marked slow."""
     home = tmp_path_factory.mktemp("s3-server")
     process = Process("s3", home)
     settings = start_s3_server(process, home / "data", S3Settings.generate())
@@ -37,7 +37,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Settings]:
 
 @pytest.fixture(scope="session")
 def ceph_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephSettings]:
-    """A Ceph gateway with the bucket `bam`, where Ceph is installed."""
+    """Start a Ceph gateway with the bucket `bam`; skip the test if Ceph is not installed."""
     missing = missing_binaries()
     if missing:
         pytest.skip(f"Ceph is not installed ({missing[0]} not found): `make ceph` installs it")

@@ -260,7 +260,6 @@ class S3Store:
     def _with_prefix(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
 
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (S3Store, (self._bucket, self._prefix, self._endpoint, self._promise))
 

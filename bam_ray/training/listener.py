@@ -31,13 +31,13 @@ class TrainingListener:
         """Receive an event. The upload thread emits `CheckpointCommitted`, the training thread all other events."""
 
     def on_checkpoint_loaded(self, step: int) -> None:
-        """Called when the state after `step` has been loaded, to resume or after a rollback."""
+        """Handle that the state after `step` has been loaded, to resume or after a rollback."""
 
     def on_training_start(self, step: int) -> None:
-        """Called before the first step of this attempt; `step` steps are done."""
+        """Handle the start of this attempt, before its first step; `step` steps are done."""
 
     def on_step(self, metrics: StepMetrics, result: StepResult, seconds: Mapping[str, float]) -> None:
-        """Called after each step.
+        """Handle the end of a step.
 
         Args:
             metrics: The step, as the curve stores it.
@@ -47,7 +47,7 @@ class TrainingListener:
         """
 
     def on_training_end(self) -> None:
-        """Called after the last step of this attempt, and also if training is interrupted or fails."""
+        """Handle the end of this attempt, also if training is interrupted or fails."""
 
     def should_stop(self) -> bool:
         """Return True to write a checkpoint and interrupt training after this step."""

@@ -23,7 +23,7 @@ REAL_SERVERS = [pytest.param(name, marks=pytest.mark.slow) for name in SERVERS]
 
 @pytest.fixture(params=["folder", "memory", "moto", *REAL_SERVERS])
 def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[[str, str], None]) -> BlobStore:
-    """An empty store of each backend."""
+    """Return an empty store of each backend."""
     if request.param == "folder":
         return FolderStore(tmp_path / "store")
     if request.param == "memory":

@@ -155,7 +155,7 @@ def assert_all_readable(store: BlobStore, digests: dict[str, str]) -> None:
 
 @pytest.fixture(params=["folder", "seaweedfs"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of a store that another process can open."""
+    """Return the URI of a store that another process can open."""
     if request.param == "folder":
         return str(tmp_path / "store")
     settings: S3Settings = request.getfixturevalue("s3_server")

@@ -52,7 +52,7 @@ def assert_all_raise(
 
 @pytest.fixture
 def no_permission(tmp_path: Path) -> Iterator[Path]:
-    """A folder that this process may not enter; a root process becomes nobody for the test."""
+    """Yield a folder that this process may not enter; a root process becomes nobody for the test."""
     folder = tmp_path / "private"
     folder.mkdir(mode=0o000)
     root = os.geteuid() == 0

@@ -29,24 +29,25 @@ class RecordingClient:
         self.calls.append("create")
         return {"UploadId": "upload"}
 
-    def upload_part(self, PartNumber: int, Body: bytes, **_: Any) -> dict[str, str]:
+    def upload_part(self, **request: Any) -> dict[str, str]:
+        number = request["PartNumber"]
         time.sleep(0.002)
-        if PartNumber == self._refused:
+        if number == self._refused:
             raise ClientError({"Error": {"Code": "SlowDown"}}, "UploadPart")
         with self._lock:
-            self.parts[PartNumber] = bytes(Body)
-        return {"ETag": f"tag {PartNumber}", "ChecksumCRC32": f"sum {PartNumber}"}
+            self.parts[number] = bytes(request["Body"])
+        return {"ETag": f"tag {number}", "ChecksumCRC32": f"sum {number}"}
 
-    def complete_multipart_upload(self, MultipartUpload: dict[str, Any], **_: Any) -> None:
+    def complete_multipart_upload(self, **request: Any) -> None:
         self.calls.append("complete")
-        parts = MultipartUpload["Parts"]
+        parts = request["MultipartUpload"]["Parts"]
         for part in parts:
             number = part["PartNumber"]
             assert part == {"PartNumber": number, "ETag": f"tag {number}", "ChecksumCRC32": f"sum {number}"}
         self.completed = [part["PartNumber"] for part in parts]
 
-    def abort_multipart_upload(self, UploadId: str, **_: Any) -> None:
-        assert UploadId == "upload"
+    def abort_multipart_upload(self, **request: Any) -> None:
+        assert request["UploadId"] == "upload"
         self.calls.append("abort")
 
 

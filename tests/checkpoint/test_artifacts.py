@@ -47,7 +47,7 @@ class FailingStore(MemoryStore):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of files, one of them in a subfolder."""
+    """Return a folder of files, one of them in a subfolder."""
     folder = tmp_path / "made"
     for name, data in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ BLEND = {"general": 2.0, "code": 1.0, "law": 1.0}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A corpus in which row i of domain number d is [d, i]."""
+    """Return a corpus in which row i of domain number d is [d, i]."""
     folder = tmp_path_factory.mktemp("corpus")
     for number, (domain, size) in enumerate(SIZES.items()):
         (folder / domain).mkdir()

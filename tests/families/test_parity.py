@@ -56,7 +56,7 @@ EXPERTS = 3
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """The folder of a dense model, and its logits for `tiny.tokens()`."""
+    """Return the folder of a dense model, and its logits for `tiny.tokens()`."""
     model = tiny.dense(VARIANTS[request.param], 0)
     folder = tmp_path_factory.mktemp("dense")
     model.save_pretrained(folder)
