@@ -1,13 +1,18 @@
-"""What checkpoints cost: training with them against training without, on a healthy S3 server of this machine.
+"""The cost of checkpoints: training with them over training without them, with an S3 server on the same machine.
 
     python -m benchmarks.checkpoint_cost
 
-Both train the same dense model on random tokens, in turns; one writes a checkpoint of weights and optimizer every
-`--every` steps to SeaweedFS. Three times are compared, as medians of the ratios of neighbours: the wall clock's, the
-training thread's on its CPU (what checkpoints keep training from, whatever else the machine does), and that of all
-threads (what they cost where no core is idle; the server's own CPU is not in it). The target is for the wall clock; on
-a machine that others use it says little (see the range of the pairs, and the load in the result), and the CPU times,
-which do not see waiting, are no proof of it. A recipe's default is a checkpoint every 409,600 tokens.
+Two runs train the same dense model on random tokens, in turns. One of them writes a checkpoint of the weights and the
+optimizer to SeaweedFS every `--every` steps. The results are medians of the ratios of adjacent segments, for three
+times:
+
+wall clock        the time that the target is for
+training thread   the CPU time of the training thread, which does not depend on the load of the machine
+all threads       the CPU time of all threads, which is the cost if no core is idle; it excludes the server's CPU time
+
+On a machine with other work, the wall clock is unreliable: the result records the range of the pairs and the load. The
+CPU times do not include waiting, so they do not prove that the target is met. A recipe's default is a checkpoint every
+409,600 tokens.
 """
 
 import argparse
@@ -49,20 +54,22 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class RandomTokens:
-    """A sampler of nothing in particular."""
+    """A sampler of random tokens, which has no state."""
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return `count` sequences [count, LENGTH] of one domain."""
         return np.random.default_rng(0).integers(0, 8192, (count, LENGTH)), np.ones((count, 1), dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Do nothing."""
 
 
 def segment(store: BlobStore, name: str, steps: int, every: int, width: int, checkpoints: bool) -> dict[str, float]:
-    """Seconds of `steps` steps by each clock."""
+    """Train `steps` steps and return their seconds by each clock."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -93,7 +100,7 @@ def segment(store: BlobStore, name: str, steps: int, every: int, width: int, che
 
 @contextmanager
 def s3() -> Iterator[BlobStore]:
-    """A store on an S3 server of its own."""
+    """Start an S3 server and yield a store in it."""
     with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:
         process = Process("s3", Path(folder))
         settings = start_s3_server(process, Path(folder) / "data", S3Settings.generate())
@@ -105,11 +112,12 @@ def s3() -> Iterator[BlobStore]:
 
 
 def main() -> None:
+    """Measure, print a table and write `benchmarks/results/checkpoint_cost.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="of a segment")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a segment")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--width", type=int, default=256, help="of the model: hidden size, four layers")
+    parser.add_argument("--width", type=int, default=256, help="hidden size of the model, which has four layers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pairs: list[tuple[dict[str, float], dict[str, float]]] = []

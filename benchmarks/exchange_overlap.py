@@ -1,14 +1,15 @@
-"""What it gains that the branches of a parallel block overlap their communication: 2 gloo ranks of one thread each.
+"""The gain of overlapping the communication of a parallel block's branches: two gloo ranks with one thread each.
 
-python -m benchmarks.exchange_overlap [--rounds 20] [--megabits 100]
+    python -m benchmarks.exchange_overlap [--rounds 20] [--megabits 100]
 
-A mixture's forward and backward pass in three schedules, in turns in the same processes: one branch after the other (as
-in a sequential block), attention's sum under way beside the FFN, and both branches in turns (as it is trained).
+The forward and backward pass of a mixture runs in three schedules, in turns in the same processes: attention and FFN
+one after the other, as in a sequential block; the sum of attention's outputs in flight during the FFN; and both
+overlapped, as in training.
 
-Once over the loopback device, whose bytes are moved by the very cores that compute: little can be hidden there. Once
-with every collective held back as if a wire of so many megabits a second lay between the ranks, shared evenly by all
-that is under way: that is no network, but it shows what the order of things hides where cores are free while the wire
-is busy.
+The benchmark runs twice. The first time, collectives use the loopback device. The cores that compute also move its
+bytes, so little of the communication can be hidden. The second time, every collective is delayed as if the ranks were
+connected by a link of `--megabits` per second, which all collectives in flight share evenly. This does not imitate a
+real network, but it shows the gain of the schedules if the cores are free while bytes are transferred.
 """
 
 import statistics
@@ -39,61 +40,63 @@ COLUMNS = (
 Row = list[str | float]
 
 
-class SlowWire:
-    """Delays all later collectives of `torch.distributed` until a simulated wire that they share has carried them."""
+class SlowLink:
+    """A simulated link between the ranks, which delays every collective that is started after its creation.
+
+    The collectives in flight share the link evenly.
+    """
 
     def __init__(self, megabits: float) -> None:
         self.bytes_per_second = megabits * 1e6 / 8
-        self.under_way: list[Held] = []
-        self.at = time.perf_counter()
+        self.in_flight: list[DelayedCollective] = []
+        self.updated = time.perf_counter()
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"):
-            setattr(dist, name, self.held(getattr(dist, name)))
+            setattr(dist, name, self.delayed(getattr(dist, name)))
 
-    def held(self, collective: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `collective` delayed by the wire."""
+    def delayed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `collective` changed to wait for the link."""
 
         def call(out: Tensor, sent: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
             self.advance()
-            crossing = max(out.nbytes, sent.nbytes) / RANKS  # the other part stays
-            work = Held(collective(out, sent, *args, async_op=True, **kwargs), self, crossing)
-            self.under_way.append(work)
+            crossing = max(out.nbytes, sent.nbytes) / RANKS  # the other part stays on its rank
+            work = DelayedCollective(collective(out, sent, *args, async_op=True, **kwargs), self, crossing)
+            self.in_flight.append(work)
             return work if async_op else work.wait()
 
         return call
 
     def advance(self) -> None:
-        """Carry the bytes that the time since the last call allows, equally many of each collective."""
+        """Transfer the bytes for which there was time since the last call, equally many of each collective."""
         now = time.perf_counter()
-        carried, self.at = (now - self.at) * self.bytes_per_second, now
-        while self.under_way and carried > 0:
-            part = min(carried / len(self.under_way), *(each.left for each in self.under_way))
-            for each in self.under_way:
+        transferred, self.updated = (now - self.updated) * self.bytes_per_second, now
+        while self.in_flight and transferred > 0:
+            part = min(transferred / len(self.in_flight), *(each.left for each in self.in_flight))
+            for each in self.in_flight:
                 each.left -= part
-            carried -= part * len(self.under_way)
-            self.under_way = [each for each in self.under_way if each.left > 0]
+            transferred -= part * len(self.in_flight)
+            self.in_flight = [each for each in self.in_flight if each.left > 0]
 
 
-class Held:
-    """A collective with `left` bytes that the wire has not carried yet."""
+class DelayedCollective:
+    """A collective of which the link has `left` bytes to transfer."""
 
-    def __init__(self, work: dist.Work, wire: SlowWire, left: float) -> None:
-        self.work, self.wire, self.left = work, wire, left
+    def __init__(self, work: dist.Work, link: SlowLink, left: float) -> None:
+        self.work, self.link, self.left = work, link, left
 
     def wait(self) -> None:
-        """Wait for the collective and for the wire."""
+        """Wait for the collective and for the link."""
         self.work.wait()
-        self.wire.advance()
+        self.link.advance()
         while self.left > 0:
-            time.sleep(self.left / self.wire.bytes_per_second)
-            self.wire.advance()
+            time.sleep(self.left / self.link.bytes_per_second)
+            self.link.advance()
 
 
 def compared(run: Callable[[str], None], timer: CommTimer, rounds: int) -> list[float]:
-    """Compare the schedules; all ranks start and end each of them together.
+    """Run all schedules in turns and return medians over the rounds.
 
-    Returns:
-        Medians over the rounds: the seconds of the first schedule and the fraction of them that this rank waited, then
-        the seconds and the wait of each other schedule relative to those of the first.
+    The first two are the seconds of the first schedule and the fraction of them that this rank waited. For each other
+    schedule follow its seconds and its wait, over those of the first one. All ranks begin and end a pass together.
     """
     found = []
     for number in range(rounds + 1):
@@ -163,7 +166,7 @@ def training_pass(model: BamForCausalLM, ids: Tensor) -> Callable[[str], None]:
 
 
 def measure(rank: int, folder: str, rounds: int, megabits: float) -> None:
-    """Measure all schedules on one rank, on the loopback device and on a wire of `megabits` per second."""
+    """Measure on one of the ranks; rank 0 reports."""
     from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism
 
     warnings.filterwarnings("ignore", r".* is deprecated", FutureWarning)
@@ -173,7 +176,7 @@ def measure(rank: int, folder: str, rounds: int, megabits: float) -> None:
     rows: list[Row] = []
     for wire in ("loopback", f"held to {megabits:g} Mbit/s"):
         if wire != "loopback":
-            SlowWire(megabits)
+            SlowLink(megabits)
         for batch, length, d in ((4, 64, 256), (4, 64, 512)):
             torch.manual_seed(0)
             config = BamConfig(
@@ -193,7 +196,7 @@ def measure(rank: int, folder: str, rounds: int, megabits: float) -> None:
 
 def main(
     rounds: Annotated[int, typer.Option(help="Passes of each schedule.")] = 20,
-    megabits: Annotated[float, typer.Option(help="Of the wire that is imitated, a second.")] = 100.0,
+    megabits: Annotated[float, typer.Option(help="Megabits per second of the simulated link.")] = 100.0,
 ) -> None:
     """Measure, print a table and write `benchmarks/results/exchange_overlap.json`."""
     with tempfile.TemporaryDirectory(prefix="bam-benchmark-") as folder:

@@ -1,9 +1,12 @@
-"""Makespan on a real local Ray cluster of nodes of speed 4 : 2 : 1, nine branches: `python -m benchmarks.makespan`.
+"""The makespan of nine branches on a real local Ray cluster, whose nodes have the speeds 4 : 2 : 1.
 
-The branches are stand-ins that sleep for each step, as long as their node's label says; everything around them is real:
-actors, starts, checkpoints asked for and resumed from, the blob store. The floor is total work over total speed. What
-the simulator foretells is computed from the speeds, starts and checkpoints that the real run measured, and so are a
-static split and a barrier (as in `benchmarks.scheduling`, with nothing lost to the barrier's communication).
+    python -m benchmarks.makespan
+
+The branches are stubs: for each step they sleep as long as the label of their node says. Everything else is real:
+actors, process starts, checkpoints and the blob store. The lower bound ("floor") is the total work over the total
+speed. The simulator's prediction uses the speeds and the durations of starts and checkpoints that the real run has
+measured. The static split and the barrier use the same speeds. They are those of `benchmarks.scheduling`, so the
+barrier's communication costs nothing.
 """
 
 import json
@@ -66,6 +69,7 @@ def sleeping(run: TaskRun) -> None:
 
 
 def main() -> None:
+    """Measure, print a table and write `benchmarks/results/makespan.json`."""
     with tempfile.TemporaryDirectory(prefix="bam-span-") as folder:
         recipe = parse_recipe(json.dumps({**RECIPE, "store": {"uri": f"{folder}/store"}}), "benchmark")
         controller, seconds = run(recipe, folder)
@@ -79,9 +83,9 @@ def main() -> None:
         for kind, rate in rates.items()
     }
     cluster = ClusterFile.model_validate(
-        {"name": "foretold", "nodes": nodes, "start_seconds": start, "checkpoint_seconds": checkpoint}
+        {"name": "predicted", "nodes": nodes, "start_seconds": start, "checkpoint_seconds": checkpoint}
     )
-    foretold = simulate(
+    predicted = simulate(
         tasks,
         cluster,
         lambda task, group: group.tokens_per_second,
@@ -96,7 +100,7 @@ def main() -> None:
     rows: list[list[str | float]] = [
         ["total work / total speed", floor, 1.0],
         [f"measured, {moves} moves", seconds, seconds / floor],
-        [f"foretold, {foretold.moves} moves", foretold.seconds, foretold.seconds / floor],
+        [f"predicted, {predicted.moves} moves", predicted.seconds, predicted.seconds / floor],
         ["static split, at the measured speeds", split, split / floor],
         ["barrier, at the measured speeds", barrier, barrier / floor],
         ["median start", start, start / floor],
@@ -106,7 +110,7 @@ def main() -> None:
 
 
 def run(recipe: Recipe, folder: str) -> tuple[Controller, float]:
-    """The controller of a finished run, and how long the run took."""
+    """Run the branches; return the controller and the seconds of the run."""
     (Path(folder) / "ray").mkdir()
     os.environ |= {
         "RAY_TMPDIR": folder,

@@ -1,11 +1,14 @@
-"""How long a branch stands still when its node is lost: kill -9 of a raylet, until the branch trains again elsewhere.
+"""The time from the loss of a node (kill -9 of its raylet) until its branch trains again on another node.
 
     python -m benchmarks.recovery
 
-On a real cluster of a head and three nodes of this machine, with health checks as its tests have them (a lost node is
-noticed within three to four seconds; Ray's own settings take longer, but raise no false alarms). Three times are taken:
-until Ray's head has given up the node, until another attempt has taken the branch's lease, which includes a new process
-and its imports, and until it has taken up its checkpoint and begins its next step.
+The cluster is real: a head and three nodes on this machine. Its health checks have the settings of the tests, which
+notice a lost node within three to four seconds. Ray's default settings take longer, but cause no false alarms. Three
+times are measured from the kill on:
+
+node given up        Ray's head no longer lists the node as alive
+next attempt begun   another attempt has the branch's lease; this includes the start of a process and its imports
+trains again         that attempt has loaded its checkpoint and begins its next step
 """
 
 import argparse
@@ -73,7 +76,7 @@ def main() -> None:
 
 
 def measure(cluster: ClusterUnderTest, reference: ReferenceRun, kills: int) -> list[dict[str, float]]:
-    """Seconds from each kill to each phase; the branch must come to what an undisturbed one does."""
+    """Return the seconds from each kill to each phase; asserts that the branch is as in a run without faults."""
     store = cluster.store("recovery")
     reference.copy_seed_to(store)
     recipe = reference.recipe(cluster.uri("recovery"), cluster.proxy.endpoint)

@@ -158,8 +158,8 @@ def measured(command: list[str], out: Path) -> dict[str, float]:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     wall = time.perf_counter() - started
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    said = json.loads(done.stdout.splitlines()[-1]) if done.stdout.startswith("{") else {"seconds": wall, "peak": 0}
-    return {**said, "written": size}
+    printed = json.loads(done.stdout.splitlines()[-1]) if done.stdout.startswith("{") else {"seconds": wall, "peak": 0}
+    return {**printed, "written": size}
 
 
 def mergekit(sources: list[Path], folder: Path, out: Path) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""What all tests share: a clean environment, and a real S3 server for those that ask for one."""
+"""The clean environment of all tests, and the fixtures of real S3 servers."""
 
 import os
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ for name in list(os.environ):
     if name.startswith(("AWS_", "RAY_", "BAM_")) and name != "AWS_CA_BUNDLE":
         del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_AUTH_MODE"] = "disabled"  # said, for Ray's default depends on what else ran on the machine
-os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # where credentials are missing, do not ask the network for some
+os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray's default depends on what else ran on the machine
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # boto3 must not request missing credentials over the network
 
-# No deadline: how long an example takes says more about the machine's load than about the code
+# No deadline, because the duration of an example depends on the load of the machine
 hypothesis.settings.register_profile("bam", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("bam")
 

@@ -59,31 +59,54 @@ def _loader() -> Loader:
 class S3Store:
     """A `BlobStore` under a prefix of a bucket.
 
-    The client is created at the first operation, so a store can be pickled.
+    The client is created at the first operation, and a copy of a store that was pickled creates its own.
 
     Args:
         bucket: The name of an existing bucket.
         prefix: The prefix of all keys of this store; may be empty.
         endpoint: The URL of an S3 server other than AWS.
         promise: "weak" makes `put_if_absent` check and then put, which is not atomic.
+        client: The boto3 S3 client to use. By default the store creates one for `endpoint`.
     """
 
-    def __init__(self, bucket: str, prefix: str, endpoint: str | None = None, promise: Promise = "strict") -> None:
+    def __init__(
+        self, bucket: str, prefix: str, endpoint: str | None = None, promise: Promise = "strict", client: Any = None
+    ) -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/")
         self._endpoint = endpoint
         self._promise = promise
-        self._lazy_client: Any = None
+        self._client = client
 
     @property
     def uri(self) -> str:
         """The URI `s3://BUCKET/PREFIX`."""
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
 
+    @property
+    def client(self) -> Any:
+        """The boto3 S3 client of this store; raises `StoreUnavailable` if the endpoint is not a URL."""
+        if self._client is None:
+            config = Config(
+                retries={"mode": "standard", "max_attempts": 4},
+                connect_timeout=5,
+                read_timeout=60,
+                max_pool_connections=16,
+            )
+            session = boto3.session.Session()
+            session._session.register_component("data_loader", _loader())
+            try:
+                self._client = session.client("s3", endpoint_url=self._endpoint, config=config)
+            except ValueError as error:  # "Invalid endpoint: ..."
+                raise StoreUnavailable(
+                    f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT"
+                ) from None
+        return self._client
+
     def put(self, key: str, data: bytes) -> None:
         """Write `data` to `key` in one request."""
         with self._translated_errors(key):
-            self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
+            self.client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Write `data` to `key` if it does not exist; raise `BlobExists` if it does.
@@ -103,7 +126,7 @@ class S3Store:
         with self._translated_errors(key):
             for attempt in range(CONFLICT_TRIES):
                 try:
-                    self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                    self.client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
                     return
                 except ClientError as error:
                     code = error.response["Error"].get("Code")
@@ -117,7 +140,7 @@ class S3Store:
         """Upload a file, from 64 MiB on in several parts at once."""
         with self._translated_errors(key):
             try:
-                self._client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
+                self.client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
             except S3UploadFailedError as error:  # boto3 hides the server's response behind it
                 raise error.__context__ or error from None
 
@@ -134,20 +157,20 @@ class S3Store:
             self.put(key, bytes(first))
             return
         with self._translated_errors(key):
-            upload = self._client.create_multipart_upload(**target)["UploadId"]
+            upload = self.client.create_multipart_upload(**target)["UploadId"]
         try:
             sent = self._send_parts(key, target | {"UploadId": upload}, chain([first], parts))
             with self._translated_errors(key):
-                self._client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": sent})
+                self.client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": sent})
         except BaseException:  # KeyboardInterrupt too: parts that are left behind are invisible but billed
             with contextlib.suppress(ClientError, BotoCoreError):
-                self._client.abort_multipart_upload(**target, UploadId=upload)
+                self.client.abort_multipart_upload(**target, UploadId=upload)
             raise
 
     def get(self, key: str) -> bytes:
         """Return all bytes of `key`; raise `BlobNotFound` if it does not exist."""
         with self._translated_errors(key):
-            body: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"].read()
+            body: bytes = self.client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"].read()
             return body
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
@@ -157,7 +180,7 @@ class S3Store:
             return b""
         with self._translated_errors(key):
             try:
-                response = self._client.get_object(
+                response = self.client.get_object(
                     Bucket=self._bucket, Key=self._key(key), Range=f"bytes={start}-{start + length - 1}"
                 )
             except ClientError as error:
@@ -170,12 +193,12 @@ class S3Store:
     def get_file(self, key: str, path: Path) -> None:
         """Download `key` to `path`, from 64 MiB on in several ranges at once."""
         with self._translated_errors(key):
-            self._client.download_file(self._bucket, self._key(key), str(path), Config=TRANSFER)
+            self.client.download_file(self._bucket, self._key(key), str(path), Config=TRANSFER)
 
     def size(self, key: str) -> int:
         """Return the length of `key` in bytes, from a HEAD request."""
         with self._translated_errors(key):
-            length: int = self._client.head_object(Bucket=self._bucket, Key=self._key(key))["ContentLength"]
+            length: int = self.client.head_object(Bucket=self._bucket, Key=self._key(key))["ContentLength"]
             return length
 
     def exists(self, key: str) -> bool:
@@ -193,7 +216,7 @@ class S3Store:
         """
         own_prefix_length = len(self._with_prefix(""))
         with self._translated_errors(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
+            pages = self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._with_prefix(prefix)
             )
             keys = [entry["Key"][own_prefix_length:] for page in pages for entry in page.get("Contents", [])]
@@ -202,7 +225,7 @@ class S3Store:
     def delete(self, key: str) -> None:
         """Remove `key`; do nothing if it does not exist."""
         with self._translated_errors(key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+            self.client.delete_object(Bucket=self._bucket, Key=self._key(key))
 
     def _send_parts(self, key: str, upload: dict[str, str], parts: Iterator[bytearray]) -> Sequence[dict[str, Any]]:
         """Upload parts, at most `CONCURRENT_PARTS` at once, and return the list that completes the upload.
@@ -211,7 +234,7 @@ class S3Store:
         """
 
         def send(number: int, part: bytearray) -> dict[str, Any]:
-            response = self._client.upload_part(**upload, PartNumber=number, Body=part)
+            response = self.client.upload_part(**upload, PartNumber=number, Body=part)
             checksums = {name: value for name, value in response.items() if name.startswith("Checksum")}
             return {"PartNumber": number, "ETag": response["ETag"]} | checksums
 
@@ -236,25 +259,6 @@ class S3Store:
 
     def _with_prefix(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
-
-    @property
-    def _client(self) -> Any:
-        if self._lazy_client is None:
-            config = Config(
-                retries={"mode": "standard", "max_attempts": 4},
-                connect_timeout=5,
-                read_timeout=60,
-                max_pool_connections=16,
-            )
-            session = boto3.session.Session()
-            session._session.register_component("data_loader", _loader())
-            try:
-                self._lazy_client = session.client("s3", endpoint_url=self._endpoint, config=config)
-            except ValueError as error:  # "Invalid endpoint: ..."
-                raise StoreUnavailable(
-                    f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT"
-                ) from None
-        return self._lazy_client
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (S3Store, (self._bucket, self._prefix, self._endpoint, self._promise))
@@ -287,7 +291,7 @@ class S3Store:
             ) from None
         except (ConnectionError, HTTPClientError) as error:
             raise StoreUnavailable(
-                f"no S3 server answers at {self._client.meta.endpoint_url} ({type(error).__name__}): "
+                f"no S3 server answers at {self.client.meta.endpoint_url} ({type(error).__name__}): "
                 "start it or correct store.endpoint (AWS_ENDPOINT_URL)"
             ) from None
         except BotoCoreError as error:

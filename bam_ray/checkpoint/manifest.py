@@ -1,7 +1,7 @@
 """Manifests: the record of an artifact's identity, its origin and the digest of every file in it.
 
 Problem: a task may be interrupted at any moment, started twice, or requested again with other settings. A reader must
-be able to tell a complete artifact from a partial one, and a task must find the result of an earlier run.
+be able to distinguish a complete artifact from a partial one, and a task must find the result of an earlier run.
 
 Design choice: an artifact is a set of files under one prefix of the blob store. Its manifest is written last, by a
 conditional put, so an artifact without a manifest is not committed. The identity of an artifact is its name and a hash

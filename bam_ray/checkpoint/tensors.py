@@ -79,7 +79,7 @@ class TensorReader:
 
     def __init__(self, store: BlobStore, prefix: str = "", files: Sequence[str] | None = None) -> None:
         self.store = store
-        self._prefix = prefix
+        self.prefix = prefix
         try:
             self.config: dict[str, Any] = json.loads(self._required_file("config.json")) if files is None else {}
         except ValueError:
@@ -93,7 +93,7 @@ class TensorReader:
     @property
     def uri(self) -> str:
         """The URI of the folder, for messages."""
-        return f"{self.store.uri}/{self._prefix}".rstrip("/")
+        return f"{self.store.uri}/{self.prefix}".rstrip("/")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, in its stored dtype."""
@@ -215,7 +215,7 @@ class TensorReader:
                 raise CheckpointError(_truncated(uri, name))
 
     def _key(self, name: str) -> str:
-        return f"{self._prefix}/{name}" if self._prefix else name
+        return f"{self.prefix}/{name}" if self.prefix else name
 
 
 def _truncated(uri: str, tensor: str) -> str:

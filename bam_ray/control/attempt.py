@@ -1,7 +1,7 @@
 """One attempt at a task, as a thread that can be polled and asked to stop while it works.
 
-Work that runs inside a method of a Ray actor can be neither observed nor canceled. So the work runs on a thread of its
-own, and all questions go to the `Attempt`, which answers at once.
+Work that runs inside a method of a Ray actor can be neither observed nor canceled. So the work runs on a separate
+thread, and all calls go to the `Attempt`, which returns at once.
 """
 
 import threading

@@ -38,7 +38,7 @@ RunOutcome = Literal["running", "finished", "failed", "interrupted"]
 
 
 class Controller:
-    """Runs tasks until their manifests are in the blob store.
+    """The controller of a run, which works on tasks until their manifests are in the blob store.
 
     Args:
         tasks: The tasks, parents first.

@@ -1,4 +1,4 @@
-"""What follows from a failure: pure functions without a clock, a store or a launcher.
+"""The consequences of a failure, as pure functions without a clock, a store or a launcher.
 
 An error that would repeat itself (settings, data, weights that do not fit) fails the task at once. Every other error is
 retried, at most `Task.max_attempts` times in a row without progress: an attempt that advances the last checkpoint

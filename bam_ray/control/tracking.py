@@ -1,4 +1,4 @@
-"""What follows from a launcher's report of an attempt: pure functions, except `record_throughput`."""
+"""The state changes that follow from the status of an attempt. All functions but `record_throughput` are pure."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -52,7 +52,7 @@ def _against_btx(mixtures: Sequence[ModelScore], bam: ModelScore, baseline: Mode
     claim = f"{bam.label} (kv_experts) beats {baseline.label} (BTX) in mean perplexity"
     yield _finding("kv_experts_beats_btx", claim, MEAN, bam, baseline)
     for shared in (mixture for mixture in mixtures if mixture.attention_experts == "kv_shared"):
-        claim = f"{shared.label} (kv_shared) lies between {bam.label} (kv_experts) and {baseline.label} (BTX)"
+        claim = f"{shared.label} (kv_shared) is between {bam.label} (kv_experts) and {baseline.label} (BTX)"
         yield _finding("kv_shared_between", claim, MEAN, bam, shared, baseline)
 
 

@@ -64,7 +64,7 @@ class BamConfig(PreTrainedConfig):
     The block, which is that of the dense family:
 
     parallel_block (`bool`): `x + attention(norm(x)) + ffn(norm(x))` (Cohere) instead of attention before FFN (Llama).
-    separate_ffn_norm (`bool`): in a parallel block, the FFN has a norm of its own (GPT-NeoX).
+    separate_ffn_norm (`bool`): in a parallel block, the FFN and the attention have separate norms (GPT-NeoX).
     norm_placement (`str`): "before" attention and FFN, or "after" them, before the residual is added (OLMo2).
     norm_type (`str`): "layernorm" or "rmsnorm".
     norm_bias (`bool`): norms have a bias (GPT-NeoX).

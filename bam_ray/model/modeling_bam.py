@@ -222,7 +222,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
 
     # transformers' own models have the same decorator.
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator] # untyped there
-    def forward(
+    def forward(  # noqa: PLR0913 (the signature of transformers' causal language models)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,

@@ -47,7 +47,7 @@ from bam_ray.on_deepspeed.collectives import (
 
 
 class AllToAllMetadata(NamedTuple):
-    """What `AllToAllTokenDispatcher.combine` needs to know about a dispatch."""
+    """The data of a dispatch that `AllToAllTokenDispatcher.combine` needs to reverse it."""
 
     local: LocalDispatchMetadata
     sent: list[int]  # [E] number of rows that were sent to each rank

@@ -86,8 +86,8 @@ def train_on_rank(work: Work, host: Any) -> None:
 class RankContext:
     """The `StageContext` of one rank.
 
-    Every rank tells the host which node it runs on. After that only rank 0 communicates with the host. The training
-    loop stops if any rank should stop, so all ranks stop at the same step.
+    Every rank reports its node to the host. After that only rank 0 communicates with the host. The training loop stops
+    if any rank should stop, so all ranks stop at the same step.
     """
 
     def __init__(self, host: Any) -> None:
@@ -149,7 +149,7 @@ def root_cause_rank(failure: BaseException) -> int:
     """Return how likely an exception is the root cause of a group's end; lower is likelier.
 
     0: an error of this package. 1: any other error. 2: a process that died without an error. 3: a collective that
-    failed, maybe for a reason of its own. 4: a collective that failed because another rank was lost.
+    failed, maybe without another failure. 4: a collective that failed because another rank was lost.
     """
     if isinstance(failure, BamError):
         return 0

@@ -76,7 +76,7 @@ def run_tasks(
 
 
 class StatusReporter:
-    """Writes `status.json` and prints the table, when a task has changed its state and at regular intervals."""
+    """A writer of `status.json` and the printed table, at regular intervals and when a task has changed its state."""
 
     def __init__(self, run: str, controller: Controller, store: BlobStore) -> None:
         self._run = run

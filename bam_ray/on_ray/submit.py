@@ -157,7 +157,7 @@ def last_status(store: BlobStore, details: JobDetails) -> Status | None:
 
 
 class LineOutput:
-    """Prints one line for every task that has changed its state, for output that is not a terminal."""
+    """The output if it is not a terminal: one line for every change of a task's state."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -22,7 +22,7 @@ from bam_ray.pipeline.tasks import Progress, StageContext
 
 
 class TaskActor:
-    """Runs one attempt at one task, and connects the ranks of a process group with the driver."""
+    """The actor of one attempt at one task, which also connects the ranks of a process group with the driver."""
 
     def __init__(self) -> None:
         silence_libraries()

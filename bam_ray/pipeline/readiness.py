@@ -1,4 +1,4 @@
-"""Whether a task can start, given the states of the tasks that it is made from: pure functions.
+"""The readiness of tasks: pure functions of the states of the tasks that they are made from.
 
 A task starts when all of its parents are committed. A task with a `BranchQuorum` can start without some branches: as
 soon as the required number is committed, or, with a deadline, when the deadline has passed or no other branch can come.

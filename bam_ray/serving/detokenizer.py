@@ -6,7 +6,7 @@ REPLACEMENT_CHARACTER = "\ufffd"  # a decoder writes it for bytes that do not fo
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens piece by piece. The concatenated pieces equal the decoded list.
+    """An incremental decoder of a growing list of tokens; its concatenated pieces equal the decoded list.
 
     A character may span several tokens. Until its last byte arrives, it decodes to U+FFFD, so a text that ends in
     U+FFFD is held back until a later token completes it. The tokens of the previous piece are decoded again as
@@ -43,7 +43,7 @@ class Detokenizer:
 
 
 class StopStringMatcher:
-    """Cuts a text before the first stop string, and holds back a suffix that may be the start of one."""
+    """A filter that ends a text before its first stop string, and holds back a suffix that may be the start of one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops

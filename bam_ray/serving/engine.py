@@ -60,7 +60,7 @@ class Generation:
 
 
 class DecodeEngine:
-    """Decodes up to `slots` requests together, each with at most `max_length` tokens of prompt and completion.
+    """An engine that decodes up to `slots` requests together, each with a prompt and completion of `max_length` tokens.
 
     The constructor runs one step, which allocates the memory of all slots. A machine with too little memory therefore
     fails at start and not under load.

@@ -20,7 +20,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status code; no client receives it
 
 
 class RequestHandler:
-    """Runs prompts through a scheduler, and counts the outcome of each request."""
+    """A handler that passes prompts to a scheduler and counts the outcome of each request."""
 
     def __init__(self, scheduler: Scheduler, metrics: ServerMetrics) -> None:
         self._scheduler = scheduler

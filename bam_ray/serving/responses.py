@@ -26,7 +26,7 @@ from bam_ray.serving.sampling import TokenLogprob
 
 
 class ResponseBuilder(Protocol):
-    """Builds the response to one request."""
+    """A builder of the response to one request."""
 
     def chunk(self, index: int, delta: Delta) -> BaseModel:
         """Return one chunk of a stream. `index` is the index of the prompt."""
@@ -42,7 +42,7 @@ class ResponseBuilder(Protocol):
 
 
 class CompletionBuilder:
-    """Builds the response to a request to /v1/completions."""
+    """A builder of the response to a request to /v1/completions."""
 
     def __init__(self, model: str) -> None:
         self._id, self._created, self._model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
@@ -84,7 +84,7 @@ class CompletionBuilder:
 
 
 class ChatBuilder:
-    """Builds the response to a request to /v1/chat/completions."""
+    """A builder of the response to a request to /v1/chat/completions."""
 
     def __init__(self, model: str) -> None:
         self._id, self._created, self._model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model

@@ -45,7 +45,7 @@ class SchedulerTotals:
 
 
 class Scheduler:
-    """Shares one `DecodeEngine` among many concurrent readers. All calls must come from one event loop."""
+    """A scheduler that shares one `DecodeEngine` among concurrent readers; all calls must come from one event loop."""
 
     def __init__(self, engine: DecodeEngine) -> None:
         self.engine = engine

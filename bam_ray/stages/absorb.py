@@ -72,8 +72,8 @@ def rank_zero_first() -> Iterator[Gather]:
     if not dist.is_initialized():
         yield lambda mine: [mine]
         return
-    # A process group of its own. The timeout of the default group is that of a training step, so that a collective that
-    # hangs is found soon; it is too short for this.
+    # A separate process group, because the timeout of the default one is too short: it is that of a training step, so
+    # that a collective that hangs is found soon.
     waiting = dist.new_group(backend="gloo", timeout=ABSORB_TIMEOUT)
 
     def gather(mine: Any) -> list[Any]:

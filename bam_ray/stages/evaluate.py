@@ -97,7 +97,7 @@ def evaluate(run: TaskRun) -> Manifest:
 
 
 class Evaluator:
-    """Scores models on all domains of one corpus, and commits the scores. Committed scores are read instead."""
+    """The evaluation of models on all domains of one corpus. It commits scores, and reads those that are committed."""
 
     def __init__(self, run: TaskRun, lease: Lease) -> None:
         corpus = run.parent(ArtifactKind.CORPORA, "corpus")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class OpenAttempt:
-    """What an attempt holds from its start to its end."""
+    """The lease and the event log of an attempt in progress, and its number of finished steps."""
 
     lease: Lease | None  # None on ranks above 0
     log: EventLog

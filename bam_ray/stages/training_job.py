@@ -1,4 +1,4 @@
-"""What a stage trains: the value that seeds, branches and mixtures hand to `train.train_to_artifact`."""
+"""The description of one training, which the stages of seeds, branches and mixtures pass to `train_to_artifact`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -23,7 +23,7 @@ MAX_FILE_BYTES = 4 << 20  # a file is uploaded whole each time, so a long run st
 
 
 class CurveWriter:
-    """Writes scalars to the destinations in the settings."""
+    """A writer of scalars to the destinations in the settings."""
 
     def __init__(self, settings: MetricsSettings, artifact: Artifact, name: str, attempt: int | None) -> None:
         """Prepare the curves of `artifact`; nothing is written before `open`.

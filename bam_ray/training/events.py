@@ -127,7 +127,7 @@ class BranchLeftOut(Event):
 
 @dataclass(frozen=True)
 class ExpertsShared(Event):
-    """Fewer processes than the settings ask for share the experts, because only so many divide the experts evenly."""
+    """Fewer processes than requested share the experts, because a larger number would not divide them evenly."""
 
     name = "shared"
     experts: int

@@ -42,7 +42,7 @@ class GradientBackend(Protocol):
 
 
 class GradientAccumulator:
-    """Runs a share of a batch through the model in micro batches, and remembers the size that fits."""
+    """The accumulation of a batch share's gradients over micro batches, whose size is the one that fitted before."""
 
     def __init__(
         self,

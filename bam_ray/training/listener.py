@@ -22,9 +22,10 @@ class StepMetrics:
 
 
 class TrainingListener:
-    """Follows one run of the training loop. Every hook does nothing here; a subclass overrides those that it needs.
+    """A listener of one run of the training loop.
 
-    All ranks call the hooks in the same order, except for `emit`.
+    Every hook does nothing here; a subclass overrides those that it needs. All ranks call the hooks in the same order,
+    except for `emit`.
     """
 
     def emit(self, event: Event) -> None:

@@ -74,7 +74,7 @@ class ComputeSegment:
 
 @dataclass(frozen=True)
 class FinishedTraining:
-    """What a training that has reached its last step leaves for the artifact."""
+    """The record of a training that has reached its last step, which is stored with the artifact."""
 
     curve: list[StepMetrics]
     segments: list[ComputeSegment]

@@ -1,4 +1,4 @@
-"""A mixture on the meta device, where it takes no memory until this rank's experts are known.
+"""A mixture on the meta device, which takes no memory until this rank's experts are known.
 
     model_on_meta   the folder's model, which has only the shapes of its parameters
     materialize     allocates the parameters that are left when the experts of other ranks have been removed

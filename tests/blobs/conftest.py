@@ -35,7 +35,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable[
         server = request.getfixturevalue(SERVERS[request.param])
         credentials(server.access_key, server.secret_key)
         endpoint = server.endpoint
-    store = S3Store(BUCKET, f"run-{next(NUMBERS)}", endpoint)
     # Creating a client takes longer than most tests, so all stores of an endpoint share one
-    store._lazy_client = CLIENTS.get(endpoint) or CLIENTS.setdefault(endpoint, store._client)
+    store = S3Store(BUCKET, f"run-{next(NUMBERS)}", endpoint, client=CLIENTS.get(endpoint))
+    CLIENTS[endpoint] = store.client
     return store

@@ -240,8 +240,9 @@ def test_a_failed_stream_leaves_no_trace(store: BlobStore, mib: int, error: Base
 def leftovers(store: BlobStore) -> list[str]:
     """Return what remains of unfinished uploads and does not appear in lists."""
     if isinstance(store, S3Store):
-        uploads = store._client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
-        return [upload["Key"] for upload in uploads if upload["Key"].startswith(store._with_prefix(""))]
+        uploads = store.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+        uris = [f"s3://{BUCKET}/{upload['Key']}" for upload in uploads]
+        return [uri for uri in uris if uri.startswith(f"{store.uri}/")]
     return [str(path) for path in Path(store.uri).rglob(f"{PARTIAL}*")]
 
 

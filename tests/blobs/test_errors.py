@@ -163,15 +163,13 @@ class ConflictingClient:
 
 
 def test_a_conflicting_put_is_retried() -> None:
-    store = S3Store(BUCKET, "")
-    store._lazy_client = client = ConflictingClient(2)
-    store.put_if_absent("key", b"")
+    client = ConflictingClient(2)
+    S3Store(BUCKET, "", client=client).put_if_absent("key", b"")
     assert client.puts == 3
 
 
 def test_endless_conflicts_do_not_raise_blob_exists() -> None:
-    store = S3Store(BUCKET, "")
-    store._lazy_client = ConflictingClient(1000)
+    store = S3Store(BUCKET, "", client=ConflictingClient(1000))
     with pytest.raises(StoreUnavailable, match="ConditionalRequestConflict"):
         store.put_if_absent("key", b"")
 

@@ -29,36 +29,31 @@ class RecordingClient:
         self.calls.append("create")
         return {"UploadId": "upload"}
 
-    def upload_part(self, PartNumber: int, Body: bytes, **_: Any) -> dict[str, str]:  # noqa: N803  (as in boto3)
+    def upload_part(self, **request: Any) -> dict[str, str]:
+        number = request["PartNumber"]
         time.sleep(0.002)
-        if PartNumber == self._refused:
+        if number == self._refused:
             raise ClientError({"Error": {"Code": "SlowDown"}}, "UploadPart")
         with self._lock:
-            self.parts[PartNumber] = bytes(Body)
-        return {"ETag": f"tag {PartNumber}", "ChecksumCRC32": f"sum {PartNumber}"}
+            self.parts[number] = bytes(request["Body"])
+        return {"ETag": f"tag {number}", "ChecksumCRC32": f"sum {number}"}
 
-    def complete_multipart_upload(self, MultipartUpload: dict[str, Any], **_: Any) -> None:  # noqa: N803  (as in boto3)
+    def complete_multipart_upload(self, **request: Any) -> None:
         self.calls.append("complete")
-        parts = MultipartUpload["Parts"]
+        parts = request["MultipartUpload"]["Parts"]
         for part in parts:
             number = part["PartNumber"]
             assert part == {"PartNumber": number, "ETag": f"tag {number}", "ChecksumCRC32": f"sum {number}"}
         self.completed = [part["PartNumber"] for part in parts]
 
-    def abort_multipart_upload(self, UploadId: str, **_: Any) -> None:  # noqa: N803  (as in boto3)
-        assert UploadId == "upload"
+    def abort_multipart_upload(self, **request: Any) -> None:
+        assert request["UploadId"] == "upload"
         self.calls.append("abort")
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
-
-
-def store_with(client: RecordingClient) -> S3Store:
-    store = S3Store("bucket", "")
-    store._lazy_client = client
-    return store
 
 
 def test_parts_keep_their_order_and_memory_is_bounded() -> None:
@@ -73,7 +68,7 @@ def test_parts_keep_their_order_and_memory_is_bounded() -> None:
             produced += len(chunk)
             yield chunk
 
-    store_with(client).put_stream("key", chunks())
+    S3Store("bucket", "", client=client).put_stream("key", chunks())
     assert client.calls == ["create", "complete"]
     assert client.completed == list(range(1, produced // PART_BYTES + 2))
     assert b"".join(client.parts[number] for number in client.completed) == b"".join(
@@ -93,7 +88,7 @@ def test_a_refused_part_aborts_the_upload() -> None:
             yield bytes(PART_BYTES)
 
     with pytest.raises(StoreUnavailable, match="key: the S3 server answered SlowDown"):
-        store_with(client).put_stream("key", chunks())
+        S3Store("bucket", "", client=client).put_stream("key", chunks())
     assert client.calls == ["create", "abort"]
     assert produced <= 3 + 2 * CONCURRENT_PARTS
 

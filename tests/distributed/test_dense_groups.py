@@ -60,8 +60,8 @@ def test_several_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert first[1] == other[1] == "stopped at step 3 of 10: run the same command to resume"
     with pytest.raises(Interrupted, match="step 6 of 10"):
         run_task(third, store, "branches", "code", RecordingContext(6))
-    said = run_on_ranks(4, run_tasks_on_rank, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
-    assert said == [[branch.id], ["nothing"], ["nothing"], ["nothing"]]
+    outcomes = run_on_ranks(4, run_tasks_on_rank, third, [("branches", "code", None)], str(tmp_path / "of-ranks"))
+    assert outcomes == [[branch.id], ["nothing"], ["nothing"], ["nothing"]]
     assert task_graph(alone) == task_graph(third), "the number of workers is not part of an identity"
 
     for kind, name in (("seeds", "seed"), ("branches", "code")):

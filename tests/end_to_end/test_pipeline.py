@@ -1,4 +1,4 @@
-"""The whole story as a person runs it: a local cluster, `bam run`, the report, the endpoint; small, but all real."""
+"""A small pipeline, run as a user runs it, without stubs: a local cluster, `bam run`, the report, the endpoint."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = [
     "seed.training.batch_tokens=2048",
     "seed.training.checkpoint_every=5",
     "branch.domains=[code]",
-    # Long enough to be stopped in the middle, and to lose its node
+    # The branch trains for long enough to be stopped, and later to lose its node
     "branch.training={tokens: 1228800, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 20}",
     "branch.needs.labels={bam/kind: 'in(small,spot)'}",
     "upcycle.mixtures={bam: {method: bam}, btx: {method: btx}}",
@@ -48,7 +48,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Start a separate local cluster, and yield the environment of a shell after `. .bam/env`."""
+    """Start a local cluster, and return the environment of a shell after `. .bam/env`."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "BAM_"))}
     home = tmp_path_factory.mktemp("home")
     cluster = [sys.executable, "-m", "cluster.local"]
@@ -69,7 +69,7 @@ def bam(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
 
 
 def rows(environment: dict[str, str]) -> dict[str, dict[str, object]]:
-    """status.json's rows by `kind/name`, read as a stranger would, from the store."""
+    """Return the rows of the run's status by `kind/name`; empty if the store has no status yet."""
     script = "from bam_ray.blobs import open_store; print(open_store('s3://bam/test').get('status.json').decode())"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -84,7 +84,7 @@ def start(environment: dict[str, str], recipe: list[str]) -> "subprocess.Popen[s
 
 
 def wait_for_branch(environment: dict[str, str], run: "subprocess.Popen[str]", step: int) -> str:
-    """Wait until the branch has done that many steps; the node it is on."""
+    """Wait until the branch has made `step` steps, and return the name of its node."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         row = rows(environment).get("branches/code", {})
@@ -92,34 +92,34 @@ def wait_for_branch(environment: dict[str, str], run: "subprocess.Popen[str]", s
             return str(row["node"])
         assert run.poll() is None, run.stdout and run.stdout.read()
         time.sleep(0.5)
-    raise AssertionError(f"the branch never came to step {step}: {rows(environment)}")
+    raise AssertionError(f"the branch did not reach step {step}: {rows(environment)}")
 
 
-def test_the_whole_story(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_pipeline_survives_a_stop_and_a_lost_node(environment: dict[str, str], tmp_path: Path) -> None:
     port = free_port()
     recipe = ["recipes/demo.yaml", *SMALL, f"serve.port={port}"]
 
-    # Ctrl-C while the branch trains: a clean stop
+    # Ctrl-C while the branch trains stops the run cleanly
     run = start(environment, recipe)
     wait_for_branch(environment, run, step=1)
     run.send_signal(signal.SIGINT)
-    said, _ = run.communicate(timeout=300)
-    assert run.returncode == 130, said
-    assert "Traceback" not in said
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 130, output
+    assert "Traceback" not in output
     stopped = rows(environment)
     assert stopped["seeds/seed"]["state"] == "committed"
     assert stopped["branches/code"]["state"] != "committed"
 
-    # The same command goes on where it stood; the branch's node is killed, and another takes over
+    # The same command resumes the run; the branch moves to another node when its own is killed
     run = start(environment, recipe)
     node = wait_for_branch(environment, run, step=30)
     os.killpg(int((Path(environment["BAM_HOME"]) / "pids" / f"{node}.pid").read_text()), signal.SIGKILL)
-    said, _ = run.communicate(timeout=900)
-    assert run.returncode == 0, said
-    assert "Traceback" not in said
+    output, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, output
+    assert "Traceback" not in output
     assert all(row["state"] == "committed" for row in rows(environment).values())
     for part in ("Held-out perplexity", "branch code beats the seed", f"is served at http://127.0.0.1:{port}/v1"):
-        assert part in said
+        assert part in output
 
     # The endpoint speaks OpenAI's protocol
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
@@ -132,7 +132,7 @@ def test_the_whole_story(environment: dict[str, str], tmp_path: Path) -> None:
     chat = client.chat.completions.create(model="bam", messages=[{"role": "user", "content": "Hello"}], max_tokens=4)
     assert chat.choices[0].message.content is not None
 
-    # A second submission finds all work done
+    # A second submission finds all artifacts and makes nothing
     started = rows(environment)
     again = bam(environment, "evaluate", *recipe)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -140,7 +140,7 @@ def test_the_whole_story(environment: dict[str, str], tmp_path: Path) -> None:
         key: row["id"] for key, row in started.items()
     }
 
-    # Seen from anywhere
+    # The status and the report are read from the store
     status = bam(environment, "status", "s3://bam/test")
     assert status.returncode == 0
     assert "finished" in status.stdout
@@ -150,7 +150,7 @@ def test_the_whole_story(environment: dict[str, str], tmp_path: Path) -> None:
     assert {model["name"] for model in results["models"]} == {"seed", "code", "bam", "btx"}
     assert "<html" in (tmp_path / "report" / "report.html").read_text()
 
-    # The trained mixture is a Hugging Face folder that loads in one process without this package
+    # The trained mixture is a Hugging Face folder, which loads in a process that cannot import this package
     script = """
 import os, sys
 from bam_ray.blobs import open_store
@@ -179,15 +179,15 @@ print(tokenizer.decode(out[0]))
     assert loaded.stdout.strip().startswith("The " + text), (loaded.stdout, text)
 
 
-def test_a_store_that_cannot_be_used_is_one_line(environment: dict[str, str]) -> None:
-    """Wrong credentials, a missing bucket, an endpoint that is down: said at once, by the job's one line."""
+def test_an_unusable_store_is_reported_in_one_line(environment: dict[str, str]) -> None:
+    """If the endpoint does not answer or the bucket is missing, the job fails at once with one line."""
     cases = {
         "start it or correct": {"store.endpoint": f"http://127.0.0.1:{free_port()}"},
         "does not exist": {"store.uri": "s3://no-such-bucket/test"},
     }
-    for said, overrides in cases.items():
+    for message, overrides in cases.items():
         settings = [f"{key}={value}" for key, value in overrides.items()]
         done = bam(environment, "run", "recipes/demo.yaml", *SMALL, *settings)
         assert done.returncode == 1, done.stdout + done.stderr
-        assert said in done.stdout + done.stderr
+        assert message in done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr

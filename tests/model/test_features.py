@@ -192,7 +192,7 @@ def test_saving_and_loading_is_bit_identical(attention: str, tmp_path: Path) -> 
 
 
 def test_second_copy_of_the_code_works_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`trust_remote_code` loads such a copy, which registers operators of its own."""
+    """`trust_remote_code` loads such a copy, which registers its operators under other names."""
     package = tmp_path / "copied_mixture"
     package.mkdir()
     (package / "__init__.py").touch()

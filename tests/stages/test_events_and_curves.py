@@ -115,7 +115,7 @@ def test_failures_and_halved_micro_batches_are_logged(tmp_path: Path, monkeypatc
 
 
 def test_fewer_processes_than_requested_share_the_experts(tmp_path: Path) -> None:
-    """The recipe asks for two processes that share two experts, and one process is there."""
+    """The recipe requests two processes for two experts, but only one process exists."""
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))

@@ -90,7 +90,7 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
         assert trained.dtype == torch.float32
         assert not torch.equal(trained, weight.float()), f"{name} was not trained"
         assert (trained - weight.float()).abs().max() < 0.5
-    copied = {key.removeprefix(f"{seed._prefix}/") for key in store.list(seed._prefix)}
+    copied = {key.removeprefix(f"{seed.prefix}/") for key in store.list(seed.prefix)}
     assert not [key for key in copied if "consolidated" in key or "original" in key]
     mixture = Artifact(store, "upcycled", find_task(task_graph(run), "upcycled", "bam").id).fetch()
     assert AutoModelForCausalLM.from_pretrained(mixture).config.expert_names == ["seed", "code"]
@@ -99,8 +99,8 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
 class RecordingStore(MemoryStore):
     """A store that records the reads of whole blobs and the lengths of range reads."""
 
-    def __init__(self) -> None:
-        super().__init__("hub")
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         self.whole: list[str] = []
         self.ranges: list[int] = []
 
@@ -119,16 +119,14 @@ class RecordingStore(MemoryStore):
         return len(super().get(key))
 
 
-def test_a_seed_is_imported_without_being_held_in_memory(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seed_is_imported_without_being_held_in_memory(tokenizer: Path, tmp_path: Path) -> None:
     weights = hub_folder("llama", tokenizer, tmp_path / "hub")
-    source = RecordingStore()
-    monkeypatch.setitem(MemoryStore._named, "hub", source)
+    source = RecordingStore.named(f"hub-{tmp_path.name}")
+    assert isinstance(source, RecordingStore)
     for path in (tmp_path / "hub").rglob("*"):
         if path.is_file():
             source.put(str(path.relative_to(tmp_path / "hub")), path.read_bytes())
-    run = imported_seed_recipe(tmp_path, "memory://hub", tokenizer)
+    run = imported_seed_recipe(tmp_path, source.uri, tokenizer)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds"))
     assert set(reader(store, run, "seeds", "seed").specs) == set(weights)

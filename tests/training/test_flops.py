@@ -15,7 +15,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "bam": {"num_experts_per_tok": 2},
     "shared keys, shared expert": {"attention_experts": "kv_shared", "shared_expert_intermediate_size": 24},
     "averaged, plain FFN": {"attention_experts": "averaged", "mlp_gated": False},
-    "dense layer of its own sizes": {
+    "dense layer of other sizes": {
         "dense_layers": [1],
         "dense_intermediate_size": 96,
         "dense_num_attention_heads": 8,

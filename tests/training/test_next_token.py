@@ -103,7 +103,7 @@ def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that is created."""
+    """A recorder of the size of the largest tensor that is created."""
 
     numbers = 0
 

@@ -106,7 +106,7 @@ def test_the_load_of_a_domain_is_the_mean_over_its_tokens() -> None:
     }
 
 
-def test_drift_is_the_share_of_choices_that_moved_since_the_first_report() -> None:
+def test_drift_is_the_share_of_choices_changed_since_first_report() -> None:
     metrics = metrics_of(**ONE_LAYER)
     metrics.add(two_domains([0.5, 0.5], [0.0, 0.0]))
     assert not [name for name in domain_curves(metrics) if name.startswith("law")], "no sequence of law was seen"

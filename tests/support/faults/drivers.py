@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class DriverProcess:
-    """The driver of a run as a process of its own, whose training steps take at least `step_seconds`."""
+    """The driver of a run as a separate process; training steps take at least `step_seconds`."""
 
     def __init__(self, cluster: "ClusterUnderTest", recipe: Recipe, step_seconds: float) -> None:
         number = cluster.count()
