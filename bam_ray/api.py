@@ -17,7 +17,7 @@ from bam_ray.settings import Recipe, StoreSettings, mixture_settings
 
 if TYPE_CHECKING:
     from bam_ray.model import BamForCausalLM
-    from bam_ray.upcycling import Receipt, Upcycled
+    from bam_ray.upcycling import CheckResult, Upcycled
 
 GIB = 1 << 30
 
@@ -65,7 +65,7 @@ def upcycle(
     return make_mixture(sources, chosen, StoreSettings(uri=out, endpoint=endpoint), rows)
 
 
-def verify(folder: str, *, memory_gib: float = 4.0, endpoint: str | None = None) -> "list[Receipt]":
+def verify(folder: str, *, memory_gib: float = 4.0, endpoint: str | None = None) -> "list[CheckResult]":
     """Verify a mixture from its folder alone.
 
     The checks compare file digests, the lineage of every tensor, and the logits of the mixture with those of the dense

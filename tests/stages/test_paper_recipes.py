@@ -15,7 +15,6 @@ from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import PRESETS, Recipe, load_recipe
 from bam_ray.stages.dense import scratch_config
 from bam_ray.training.schedule import learning_rate
-from bam_ray.upcycling.methods import method_of
 from tests.support.command_line import bam
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -44,7 +43,7 @@ def test_models_have_the_sizes_of_the_paper(recipe: Recipe, tmp_path: Path) -> N
         found["seed"] = millions(AutoModelForCausalLM.from_config(seed))
         for name, mixture in recipe.upcycle.mixtures.items():
             experts = {"num_experts": mixture.num_experts or 4, "num_experts_per_tok": mixture.num_experts_per_tok}
-            config = BamConfig(**{**dense, **experts, "attention_experts": method_of(mixture).attention_experts})
+            config = BamConfig(**{**dense, **experts, "attention_experts": mixture.attention})
             found[name] = millions(AutoModelForCausalLM.from_config(config))
     assert found.pop("btx-6") == pytest.approx(776.0, rel=0.001)  # the baseline of equal total size
     assert found == {"seed": 587.2, "bam": 776.0, "bam-kv-shared": 738.3, "btx": 700.5}
