@@ -18,7 +18,7 @@ from bam_ray.units import GIB
 
 if TYPE_CHECKING:
     from bam_ray.model import BamForCausalLM
-    from bam_ray.upcycling import Receipt, Upcycled
+    from bam_ray.upcycling import CheckResult, Upcycled
 
 
 def upcycle(
@@ -64,7 +64,7 @@ def upcycle(
     return make_mixture(sources, chosen, StoreSettings(uri=out, endpoint=endpoint), rows)
 
 
-def verify(folder: str, *, memory_gib: float = 4.0, endpoint: str | None = None) -> "list[Receipt]":
+def verify(folder: str, *, memory_gib: float = 4.0, endpoint: str | None = None) -> "list[CheckResult]":
     """Verify a mixture from its folder alone.
 
     The checks compare file digests, the lineage of every tensor, and the logits of the mixture with those of the dense

@@ -20,7 +20,7 @@ from bam_ray.cli.options import (
 if TYPE_CHECKING:
     from bam_ray.model import BamConfig
     from bam_ray.toolbox.folders import EditedMixture
-    from bam_ray.upcycling import Change
+    from bam_ray.upcycling import ExpertEdit
 
 BranchOption = Annotated[str, typer.Option(help="NAME=URI of the branch to add.")]
 ExpertOption = Annotated[str, typer.Option(help="The name of the expert to remove.")]
@@ -46,10 +46,10 @@ def absorb(
     average_weight: WeightOption = None,
 ) -> None:
     """Add a branch to a mixture as a new expert. The existing experts do not change."""
-    from bam_ray.upcycling import absorbed
+    from bam_ray.upcycling import add_expert
 
     ((name, uri),) = named_values([branch], "--branch").items()
-    _edit(mixture, lambda config: absorbed(config, name), uri, out, evaluation, store, average_weight)
+    _edit(mixture, lambda config: add_expert(config, name), uri, out, evaluation, store, average_weight)
 
 
 @app.command()
@@ -62,9 +62,9 @@ def remove(
     store: StoreOptions,
 ) -> None:
     """Remove an expert from a mixture."""
-    from bam_ray.upcycling import removed
+    from bam_ray.upcycling import remove_expert
 
-    _edit(mixture, lambda config: removed(config, expert), None, out, evaluation, store, None)
+    _edit(mixture, lambda config: remove_expert(config, expert), None, out, evaluation, store, None)
 
 
 @app.command()
@@ -79,15 +79,15 @@ def replace(
     average_weight: WeightOption = None,
 ) -> None:
     """Replace an expert of a mixture by a branch, which takes over the router rows of the expert."""
-    from bam_ray.upcycling import replaced
+    from bam_ray.upcycling import replace_expert
 
     ((name, uri),) = named_values([branch], "--branch").items()
-    _edit(mixture, lambda config: replaced(config, expert, name), uri, out, evaluation, store, average_weight)
+    _edit(mixture, lambda config: replace_expert(config, expert, name), uri, out, evaluation, store, average_weight)
 
 
 def _edit(
     mixture: str,
-    make_change: "Callable[[BamConfig], Change]",
+    make_change: "Callable[[BamConfig], ExpertEdit]",
     branch: str | None,
     out: str,
     evaluation: EvaluationOptions,

@@ -27,7 +27,7 @@ from bam_ray.training.checkpoints import Gather
 from bam_ray.training.events import BranchAbsorbed, BranchLeftOut, Event
 from bam_ray.training.state import TrainingState, read_optimizer, resize_optimizer_state
 from bam_ray.upcycling.dense import mixture_config_of
-from bam_ray.upcycling.edit_experts import absorbed, change, names_of
+from bam_ray.upcycling.edit_experts import EditOptions, add_expert, names_of, write_edited_mixture
 from bam_ray.upcycling.write import CARRIED, LINEAGE
 
 LoadModel = Callable[[Path], PreTrainedModel]
@@ -165,14 +165,12 @@ class _MixtureFolder(TensorReader):
     ) -> "_MixtureFolder":
         """Write this mixture with one more expert to `folder`, and return it; raises one of `UNUSABLE`."""
         branch.check_digests()
-        change(
+        write_edited_mixture(
             self,
-            absorbed(mixture_config_of(self), name),
+            add_expert(mixture_config_of(self), name),
             branch,
             ModelWriter(open_store(str(folder))),
             manifest,
-            average_weight=0.0,
-            seed=seed,
-            step=manifest.step,
+            EditOptions(average_weight=0.0, seed=seed, step=manifest.step),
         )
         return _MixtureFolder(folder, self._uri, self._initial)

@@ -19,7 +19,17 @@ from bam_ray.families import family_of
 from bam_ray.model import BamConfig, is_mixture
 from bam_ray.settings import Losses, MixtureSettings, StoreSettings
 from bam_ray.toolbox.token_rows import token_rows
-from bam_ray.upcycling import Change, Progress, Upcycled, change, export_mixtral, load_model, plan, write_mixture
+from bam_ray.upcycling import (
+    EditOptions,
+    ExpertEdit,
+    ProgressCallback,
+    Upcycled,
+    export_mixtral,
+    load_model,
+    plan,
+    write_edited_mixture,
+    write_model,
+)
 from bam_ray.upcycling.preflight import Drift, Estimate, drift, estimate
 
 BATCH_SEQUENCES = 8
@@ -56,7 +66,7 @@ def make_mixture(
     settings: MixtureSettings,
     out: StoreSettings,
     texts: Mapping[str, Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Upcycled:
     """Upcycle `sources`, whose first is the seed, to a new folder at `out`."""
     planned = plan(sources, settings, Losses(), texts or {})
@@ -72,7 +82,7 @@ def make_mixture(
     with new_model_folder(out) as store:
         for source in sources.values():
             source.check_digests()
-        return write_mixture(planned, sources, ModelWriter(store), manifest, texts, progress)
+        return write_model(planned, sources, ModelWriter(store), manifest, texts, progress)
 
 
 @dataclass(frozen=True)
@@ -86,18 +96,18 @@ class EditedMixture:
 
 def change_mixture(
     mixture: TensorReader,
-    what: Change,
+    edit: ExpertEdit,
     branch: TensorReader | None,
     out: StoreSettings,
     average_weight: float | None = None,
     texts: Mapping[str, Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> EditedMixture:
     """Add, remove or replace an expert of `mixture`, and write the result to a new folder.
 
     Args:
         mixture: The mixture to edit, which is not changed itself.
-        what: The edit.
+        edit: The edit.
         branch: The branch that becomes an expert; None to remove one.
         out: Location of the new folder.
         average_weight: Weight of the branch in the parameters that experts share.
@@ -107,18 +117,19 @@ def change_mixture(
     sources = [mixture] if branch is None else [mixture, branch]
     check_disk_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
     uris = tuple(source.uri for source in sources)
-    settings = {"verb": what.verb, "experts": what.names, "average_weight": average_weight}
+    settings = {"verb": edit.verb, "experts": edit.names, "average_weight": average_weight}
     manifest = Manifest(
-        id=identity(what.verb, settings, uris),
+        id=identity(edit.verb, settings, uris),
         kind=ArtifactKind.UPCYCLED,
-        name=what.verb,
+        name=edit.verb,
         parents=uris,
         settings=settings,
     )
     with new_model_folder(out) as store:
         for source in sources:
             source.check_digests()
-        upcycled = change(mixture, what, branch, ModelWriter(store), manifest, average_weight, progress=progress)
+        options = EditOptions(average_weight=average_weight)
+        upcycled = write_edited_mixture(mixture, edit, branch, ModelWriter(store), manifest, options, progress)
     before = perplexities(mixture, texts or {})
     return EditedMixture(upcycled, before, perplexities(open_model(out.uri, out.endpoint), texts or {}))
 
@@ -131,7 +142,7 @@ def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, 
     return {name: perplexity(loaded, rows.numpy(), BATCH_SEQUENCES).perplexity for name, rows in texts.items()}
 
 
-def export(mixture: TensorReader, out: StoreSettings, progress: Progress | None = None) -> None:
+def export(mixture: TensorReader, out: StoreSettings, progress: ProgressCallback | None = None) -> None:
     """Write a mixture to a new folder in the format of Mixtral."""
     check_disk_space(out.uri, sum(spec.bytes for spec in mixture.specs.values()))
     manifest = Manifest(

@@ -1,39 +1,51 @@
-"""Upcycling: seed and branches in, a mixture at step 0 out; and what is done to mixtures without training.
+"""Upcycling: a seed and branches become a mixture at step 0, and mixtures are edited and verified without training.
 
-preflight      whether the sources fit, how far they drifted, what the work takes
-methods        rows: what becomes of each role of a parameter
-plan           every tensor of the mixture as an expression over the sources' tensors
-expressions    those expressions, evaluated chunk by chunk
-routers        routers fitted to text without training, and how well they tell domains apart
-slices         which neurons go to which expert where one model is split
-write          a planned mixture into a store, lineage and digests beside it
-lifecycle      an expert added, removed, replaced
-receipts       proofs that a mixture is what it says
-export         a mixture as Mixtral
+| module | content |
+| --- | --- |
+| `preflight` | checks that the sources fit each other, their drift from the seed, and the estimated cost |
+| `methods` | the experts of a mixture, and the operation on each role of a parameter |
+| `plan`, `plan_config` | each tensor of the result as an expression over the sources' tensors, and its configuration |
+| `expressions`, `averaging` | these expressions, which are evaluated chunk by chunk |
+| `split` | the assignment of the neurons of one dense FFN to experts |
+| `routers` | routers that are fitted to text without training, and how well they separate the domains |
+| `upcycle` | all of this in order, from sources to a plan |
+| `write`, `card` | a planned model is written to a store, with its lineage, model card and digests |
+| `edit_experts` | experts are added, removed and replaced |
+| `dense`, `verify` | dense models are rebuilt from a mixture, and the mixture is compared with them |
+| `inspect` | a summary of a model folder |
+| `export`, `loading` | a mixture is written as Mixtral; a model is loaded into memory |
 """
 
 from bam_ray.upcycling.dense import mixture_config_of
-from bam_ray.upcycling.edit_experts import Change, absorbed, change, removed, replaced
+from bam_ray.upcycling.edit_experts import (
+    EditOptions,
+    ExpertEdit,
+    add_expert,
+    remove_expert,
+    replace_expert,
+    write_edited_mixture,
+)
 from bam_ray.upcycling.export import export_mixtral
 from bam_ray.upcycling.loading import load_model
 from bam_ray.upcycling.upcycle import plan, upcycle
-from bam_ray.upcycling.verify import Receipt, verify
-from bam_ray.upcycling.write import Progress, Upcycled, write_mixture
+from bam_ray.upcycling.verify import CheckResult, verify
+from bam_ray.upcycling.write import ProgressCallback, Upcycled, write_model
 
 __all__ = [
-    "Change",
-    "Progress",
-    "Receipt",
+    "CheckResult",
+    "EditOptions",
+    "ExpertEdit",
+    "ProgressCallback",
     "Upcycled",
-    "absorbed",
-    "change",
+    "add_expert",
     "export_mixtral",
     "load_model",
     "mixture_config_of",
     "plan",
-    "removed",
-    "replaced",
+    "remove_expert",
+    "replace_expert",
     "upcycle",
     "verify",
-    "write_mixture",
+    "write_edited_mixture",
+    "write_model",
 ]

@@ -1,7 +1,8 @@
-"""Interference-aware merging of one parameter of several models that came from one seed.
+"""TIES-merging of one parameter of several models that came from one seed (arXiv 2306.01708).
 
-All functions take aligned flat fp32 tensors. Trimming compares a parameter's elements with each other, so it needs
-whole tensors; what follows looks at each element by itself. The seed is where task vectors start, and none itself.
+All functions take flat fp32 tensors of equal size. A task vector is the difference between a branch and the seed.
+Trimming compares the elements of a parameter with each other, so it needs whole tensors. The later steps treat each
+element separately.
 """
 
 from collections.abc import Sequence
@@ -13,31 +14,33 @@ from bam_ray.errors import UpcycleError
 
 
 def ties(seed: Tensor, branches: Sequence[Tensor], density: float, scale: float = 1.0) -> Tensor:
-    """TIES-merging (arXiv 2306.01708) of a whole parameter: seed and branches [n] -> [n].
+    """Merge a whole parameter with TIES: seed and branches [n] -> [n].
 
-    Trim: of each task vector (branch - seed) the share `density` of the largest elements is kept. Elect: an element's
-    sign is that of the sum of what is left. Merge: the mean of the elements that have this sign, times `scale`, is
-    added to the seed, whose value stays where they cancel exactly. Raises `UpcycleError` where `density` is not above
-    0 and at most 1.
+    Trim: the fraction `density` of the largest elements of each task vector is kept. Elect: the sign of an element is
+    that of the sum of the kept values. Merge: the mean of the values that have this sign, times `scale`, is added to
+    the seed. If the kept values of an element cancel exactly, the seed's value remains.
+
+    Raises:
+        UpcycleError: `density` is not above 0 and at most 1.
     """
     thresholds = [trim_threshold(branch - seed, density) for branch in branches]
     return merge_trimmed(seed, branches, thresholds, scale)
 
 
 def trim_threshold(task: Tensor, density: float) -> float:
-    """The least magnitude that is kept of a whole task vector [n] when the largest `density`·n elements are.
+    """Return the smallest magnitude that is kept when the largest `density`·n elements of a task vector [n] are kept.
 
-    At least one is kept, and all that equal the last. Trimming is by parameter, as merging tools do; the paper does it
-    over all parameters at once, which a stream of tensors cannot.
+    At least one element is kept, and so are all elements that equal the smallest one kept. Each parameter is trimmed
+    separately, as merging tools do. The paper trims all parameters together, which a stream of tensors cannot do.
     """
     if not 0.0 < density <= 1.0:
-        raise UpcycleError(f"density is {density}: use a share above 0, and at most 1, which trims nothing")
+        raise UpcycleError(f"density is {density}: use a fraction above 0 and at most 1, which trims nothing")
     kept = max(round(density * task.numel()), 1)
     return float(task.abs().kthvalue(task.numel() - kept + 1).values)
 
 
 def merge_trimmed(seed: Tensor, branches: Sequence[Tensor], thresholds: Sequence[float], scale: float = 1.0) -> Tensor:
-    """Elect and merge, of a parameter or a chunk of it [n], each branch being trimmed by its threshold: -> [n]."""
+    """Trim each branch by its threshold, elect signs and merge, for a parameter or a chunk of it: [n] -> [n]."""
     tasks = [_trimmed(branch - seed, threshold) for branch, threshold in zip(branches, thresholds, strict=True)]
     elected = torch.stack(tasks).sum(0).sign()
     total, count = torch.zeros_like(seed), torch.zeros_like(seed)

@@ -1,4 +1,4 @@
-"""The model card of a mixture: what it is, where it came from, how to use it."""
+"""Model cards of mixtures and averaged models: architecture, lineage and use."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ tags: [moe, merge, bam_ray]
 ({{ "normalized" if config.norm_topk_prob else "softmax over all" }}, scale {{ config.ffn_output_scale }})\
 {% if config.shared_expert_intermediate_size %}, and one always on{% endif %} |
 | attention | {{ attention }} |
-| parameters | {{ "{:,}".format(total) }}, of which a token uses {{ "{:,}".format(active) }} |
+| parameters | {{ "{:,}".format(total) }}, of which {{ "{:,}".format(active) }} process each token |
 
 """
 
@@ -65,9 +65,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 ATTENTION = {
-    "kv_experts": "soft mixture of experts (BAM), each with its own keys and values",
-    "kv_shared": "soft mixture of experts (BAM) that share keys and values",
-    "averaged": "one, shared by all experts",
+    "kv_experts": "attention experts (BAM), each with its own keys and values",
+    "kv_shared": "attention experts (BAM) that share keys and values",
+    "averaged": "one dense attention, shared by all FFN experts",
 }
 
 

@@ -1,7 +1,7 @@
-"""The way back: the dense model of one expert with what the experts share, from a mixture's tensors.
+"""Dense models that are rebuilt from a mixture: one expert's parameters with those that all experts share.
 
-Where experts are slices of one model (a split), the dense model is that of all of them together; its neurons are in
-another order, which changes nothing.
+If the experts are slices of one model (a split), the dense model consists of all slices. Its neurons are in another
+order than in the original model, which does not change its output.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,62 +14,75 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.families import FFN_ROLES, DenseParameter, Role, expert_name, family_of, plain_name, shared_name
 from bam_ray.model import BamConfig, is_mixture
-from bam_ray.upcycling.plan import COLUMNS, is_plain
+from bam_ray.upcycling.methods import is_plain
+from bam_ray.upcycling.plan import COLUMNS
 
-Read = Callable[[str], Tensor]
+ReadTensor = Callable[[str], Tensor]
+"""A function that returns the tensor of a name."""
 
 
 def mixture_config_of(reader: TensorReader) -> BamConfig:
-    """The configuration of the mixture at `reader`; raises `UpcycleError` where it is none."""
+    """Return the configuration of the mixture at `reader`; raise `UpcycleError` if the model is no mixture."""
     if not is_mixture(reader.config):
-        raise UpcycleError(f"{reader.uri} is a {reader.config.get('model_type')!r} model, no mixture of bam_ray")
+        raise UpcycleError(
+            f"{reader.uri} is a dense {reader.config.get('model_type')!r} model, not a mixture of bam_ray: make a "
+            "mixture of it with `bam upcycle` first"
+        )
     config: BamConfig = BamConfig.from_dict(reader.config)
     return config
 
 
 def is_split(config: BamConfig) -> bool:
-    """Whether the FFN experts are slices of one dense FFN, not whole ones."""
+    """Return True if the FFN experts are slices of one dense FFN, not whole FFNs."""
     whole = config.dense_intermediate_size
     return whole is not None and whole != config.intermediate_size
 
 
 def seed_config(config: BamConfig) -> dict[str, Any]:
-    """The `config.json` of the dense model that a mixture came from; raises `UpcycleError` where it is not recorded."""
+    """Return the `config.json` of the seed that a mixture came from; raise `UpcycleError` if it is not recorded."""
     if config.seed_config is None:
-        raise UpcycleError("this mixture does not say what dense model it came from (seed_config): upcycle it again")
+        raise UpcycleError("the mixture's config.json has no seed_config, the configuration of its seed: upcycle again")
     return dict(config.seed_config)
 
 
-def dense_tensors(config: BamConfig, read: Read, expert: int, layers: Sequence[int]) -> dict[str, Tensor]:
-    """The tensors of the dense model of `expert`, fp32, by the dense architecture's names.
+def dense_tensors(config: BamConfig, read: ReadTensor, expert: int, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Return the tensors of the dense model of one expert.
 
-    `read` gives the mixture's tensors; of its layers those in `layers`, and all that belong to none.
+    Args:
+        config: The configuration of the mixture.
+        read: Returns a tensor of the mixture by name.
+        expert: The number of the expert. It is ignored for a split.
+        layers: The layers to return. Tensors outside of layers are always returned.
+
+    Returns:
+        The tensors in fp32, by the names of the dense architecture.
     """
     dense = seed_config(config)
     family = family_of(dense, "the seed")
     found: dict[str, list[tuple[DenseParameter, Tensor]]] = {}
-    for place in family.parameters(dense):
-        if place.layer is None or place.layer in layers:
-            found.setdefault(place.name, []).append((place, _role_tensor(config, read, place, expert)))
+    for parameter in family.parameters(dense):
+        if parameter.layer is None or parameter.layer in layers:
+            tensor = _parameter_tensor(config, read, parameter, expert)
+            found.setdefault(parameter.name, []).append((parameter, tensor))
     return {name: _assembled(parts) for name, parts in found.items()}
 
 
 def _assembled(parts: list[tuple[DenseParameter, Tensor]]) -> Tensor:
-    """A dense tensor of its roles' tensors."""
+    """Return a dense tensor from the parameters that it consists of."""
     if parts[0][0].rows is None:
         return parts[0][1]
     total = sum(tensor.shape[0] for _, tensor in parts)
     whole = torch.empty(total, *parts[0][1].shape[1:])
-    for place, tensor in parts:
+    for parameter, tensor in parts:
         taken = 0
-        for start, stop in place.rows or ():
+        for start, stop in parameter.rows or ():
             whole[start:stop] = tensor[taken : taken + stop - start]
             taken += stop - start
     return whole
 
 
-def _role_tensor(config: BamConfig, read: Read, place: DenseParameter, expert: int) -> Tensor:
-    role, layer = place.role, place.layer
+def _parameter_tensor(config: BamConfig, read: ReadTensor, parameter: DenseParameter, expert: int) -> Tensor:
+    role, layer = parameter.role, parameter.layer
     if is_plain(config, role, layer):
         return read(plain_name(role, layer)).float()
     assert layer is not None
@@ -81,7 +94,7 @@ def _role_tensor(config: BamConfig, read: Read, place: DenseParameter, expert: i
     return stacked[expert if stacked.shape[0] > 1 else 0]
 
 
-def _ffn(config: BamConfig, read: Read, role: Role, layer: int, expert: int) -> Tensor:
+def _ffn(config: BamConfig, read: ReadTensor, role: Role, layer: int, expert: int) -> Tensor:
     stacked = read(expert_name(role, layer, config.mlp_gated)).float()
     if config.mlp_gated and role not in (Role.DOWN, Role.DOWN_BIAS):
         gate, up = stacked.chunk(2, dim=1)
@@ -96,7 +109,7 @@ def _ffn(config: BamConfig, read: Read, role: Role, layer: int, expert: int) -> 
 
 
 def _joined(role: Role, stacked: Tensor) -> Tensor:
-    """All slices of one tensor together: [N, ...] -> [...]."""
+    """Join all slices of one tensor: [N, ...] -> [...]."""
     if role in (Role.DOWN_BIAS, Role.OUTPUT_BIAS):
         return stacked.sum(0)
     if role in COLUMNS:

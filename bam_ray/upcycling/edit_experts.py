@@ -1,13 +1,16 @@
-"""Experts come and go: a branch added to a mixture, one taken out, one put in another's place.
+"""Edits of a mixture's experts: a branch is added, an expert is removed, or a branch replaces an expert.
 
-The mixture may have been trained. Experts that stay are copied bit by bit, with their router rows; nothing is trained.
-What all experts share is moved towards a new branch by a weight (Nexus: 1/(n + 1)), which may be 0.
+The mixture may have been trained since it was upcycled. Experts that stay are copied bit by bit with their router rows,
+and nothing is trained. The parameters that all experts share are moved towards a new branch by a weight (1/(n + 1) in
+Nexus, arXiv 2408.15901), which may be 0.
 
-    change(mixture, absorbed(config, "math"), reader_of_math, writer, manifest, average_weight=0.0)
+    edit = add_expert(config, "math")
+    write_edited_mixture(mixture, edit, branch, writer, manifest, EditOptions(average_weight=0.0))
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bam_ray.checkpoint.manifest import Manifest
@@ -18,118 +21,169 @@ from bam_ray.families import DenseParameter, expert_name, family_of, plain_name
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import is_split, mixture_config_of, seed_config
 from bam_ray.upcycling.expressions import Concat, Draw, Expression, Mean, Take
-from bam_ray.upcycling.plan import Output, is_plain
+from bam_ray.upcycling.methods import is_plain
+from bam_ray.upcycling.plan import PlannedTensor
 from bam_ray.upcycling.preflight import check_config, check_shape, check_tensors, check_tokenizer
-from bam_ray.upcycling.write import LINEAGE, Planned, Progress, Upcycled, write_mixture
+from bam_ray.upcycling.write import LINEAGE, ModelPlan, ProgressCallback, Upcycled, write_model
 
 MIXTURE = "mixture"
+"""The name of the edited mixture among the sources."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """The experts there will be: each an old one's number, or None, the branch's. `row` is the old expert whose router
-    rows the branch takes over; without it they are drawn anew.
+class ExpertEdit:
+    """The experts of an edited mixture.
+
+    Attributes:
+        verb: The name of the edit in lineages: absorb, remove or replace.
+        slots: For each expert of the result, its number in the mixture; None for the branch.
+        names: The names of the experts of the result.
+        router_row: The number of the expert whose router rows the branch takes over. With None they are drawn.
     """
 
     verb: str
     slots: tuple[int | None, ...]
     names: tuple[str, ...]
-    row: int | None = None
+    router_row: int | None = None
+
+    @property
+    def branch(self) -> str | None:
+        """The name of the branch; None if no expert is added."""
+        return next((name for name, slot in zip(self.names, self.slots, strict=True) if slot is None), None)
 
 
-def absorbed(config: BamConfig, name: str) -> Change:
-    """The branch `name` comes last; raises `UpcycleError` where there is one of that name."""
+@dataclass(frozen=True)
+class EditOptions:
+    """The options of an edit.
+
+    Attributes:
+        average_weight: The weight of the branch in the parameters that experts share. None means 1/n of a mixture that
+            then has n experts, or 0 if the branch replaces an expert.
+        seed: The random seed of new router rows.
+        step: The step up to which the mixture was trained, for the lineage.
+    """
+
+    average_weight: float | None = None
+    seed: int = 0
+    step: int | None = None
+
+
+def add_expert(config: BamConfig, name: str) -> ExpertEdit:
+    """Return the edit that adds the branch `name` as the last expert.
+
+    Raises:
+        UpcycleError: The mixture has an expert of this name.
+    """
     names = names_of(config)
     if name in names:
         raise UpcycleError(f"the mixture has an expert {name!r} already: give the branch another name, or replace it")
-    return Change("absorb", (*range(len(names)), None), (*names, name))
+    return ExpertEdit("absorb", (*range(len(names)), None), (*names, name))
 
 
-def removed(config: BamConfig, name: str) -> Change:
-    """Without the expert `name`; raises `UpcycleError` where there is none, or too few would be left."""
+def remove_expert(config: BamConfig, name: str) -> ExpertEdit:
+    """Return the edit that removes the expert `name`.
+
+    Raises:
+        UpcycleError: The mixture has no such expert, or too few experts would be left.
+    """
     names = names_of(config)
     number = number_of(config, name)
     left = len(names) - 1
-    if left < max(1, config.num_experts_per_tok, config.num_attention_experts_per_tok):
-        raise UpcycleError(f"without {name!r} {left} experts are left, but a token meets {config.num_experts_per_tok}")
+    needed = max(1, config.num_experts_per_tok, config.num_attention_experts_per_tok)
+    if left < needed:
+        raise UpcycleError(
+            f"{left} experts are left without {name!r}, but each token uses {needed}: keep {name!r} or add an expert "
+            "first"
+        )
     slots = tuple(slot for slot in range(len(names)) if slot != number)
-    return Change("remove", slots, tuple(names[slot] for slot in slots))
+    return ExpertEdit("remove", slots, tuple(names[slot] for slot in slots))
 
 
-def replaced(config: BamConfig, name: str, new_name: str) -> Change:
-    """The branch `new_name` in the place and with the router rows of the expert `name`."""
+def replace_expert(config: BamConfig, name: str, new_name: str) -> ExpertEdit:
+    """Return the edit that puts the branch `new_name` in the slot of the expert `name`, with its router rows.
+
+    Raises:
+        UpcycleError: The mixture has no expert `name`, or has another expert `new_name`.
+    """
     names = names_of(config)
     number = number_of(config, name)
     if new_name != name and new_name in names:
         raise UpcycleError(f"the mixture has an expert {new_name!r} already: give the branch another name")
     slots = tuple(None if slot == number else slot for slot in range(len(names)))
-    return Change("replace", slots, tuple(new_name if slot is None else names[slot] for slot in slots), number)
+    return ExpertEdit("replace", slots, tuple(new_name if slot is None else names[slot] for slot in slots), number)
 
 
 def names_of(config: BamConfig) -> list[str]:
-    """The names of a mixture's experts; numbers where it has none."""
+    """Return the names of a mixture's experts, or their numbers if the configuration has no names."""
     return config.expert_names or [str(number) for number in range(config.num_experts)]
 
 
 def number_of(config: BamConfig, name: str) -> int:
-    """The number of the expert `name`; raises `UpcycleError`."""
+    """Return the number of the expert `name`; raise `UpcycleError` if there is none."""
     names = names_of(config)
     if name not in names:
         raise UpcycleError(f"the mixture has no expert {name!r}: it has {', '.join(names)}")
     return names.index(name)
 
 
-def change(
+def write_edited_mixture(
     mixture: TensorReader,
-    change: Change,
+    edit: ExpertEdit,
     branch: TensorReader | None,
     writer: ModelWriter,
     manifest: Manifest,
-    average_weight: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    step: int | None = None,
+    options: EditOptions | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Upcycled:
-    """Write the changed mixture and commit it with `manifest`. `step`, to be recorded: up to which it was trained.
+    """Write an edited mixture and commit it. New router rows are drawn with the model's `initializer_range`.
 
-    `average_weight` of the branch in what experts share; None: 1/(n + 1) where it is one more, 0 where it replaces
-    another. Router rows of a new expert are drawn with the model's `initializer_range`. Raises `UpcycleError` where
-    branch and mixture do not fit.
+    Args:
+        mixture: The mixture to edit, which is not changed itself.
+        edit: The edit.
+        branch: The branch that becomes an expert; None if the edit only removes one.
+        writer: The writer of the edited mixture's folder.
+        manifest: The manifest to commit. The digests of the files are added.
+        options: The options of the edit.
+        progress: Called with the bytes that are written and their total.
+
+    Raises:
+        UpcycleError: The branch does not fit the mixture, or the mixture is a split.
     """
     config = mixture_config_of(mixture)
+    options = options or EditOptions()
     if is_split(config):
-        raise UpcycleError(f"{mixture.uri} is a split of one model: its experts are slices, which no branch can join")
+        raise UpcycleError(
+            f"{mixture.uri} is a split of one model: its experts are slices, so they cannot be added, removed or "
+            "replaced; upcycle branches with method bam or btx"
+        )
     sources = {MIXTURE: mixture}
     if branch is not None:
-        name = next(name for name, slot in zip(change.names, change.slots, strict=True) if slot is None)
-        check_branch(config, mixture, branch, name)
-        sources[name] = branch
-        if average_weight is None:
-            average_weight = 1.0 / len(change.slots) if change.row is None else 0.0
-        outputs = _Changed(config, sources, change, name, average_weight, seed).outputs()
-    else:
-        outputs = _Changed(config, sources, change, "", 0.0, seed).outputs()
-    changed = BamConfig.from_dict(
-        {**mixture.config, "num_experts": len(change.slots), "expert_names": list(change.names)}
-    )
-    how = {"experts": change.names, "average_weight": average_weight, "seed": seed}
-    if step is not None:
-        how["step"] = step
-    history = [*_history(mixture), {change.verb: how, "of": {name: each.uri for name, each in sources.items()}}]
-    return write_mixture(Planned(changed, outputs, [], history), sources, writer, manifest, progress=progress)
+        assert edit.branch is not None
+        check_branch(config, mixture, branch, edit.branch)
+        sources[edit.branch] = branch
+        if options.average_weight is None:
+            weight = 1.0 / len(edit.slots) if edit.router_row is None else 0.0
+            options = replace(options, average_weight=weight)
+    outputs = _EditPlanner(config, sources, edit, options).outputs()
+    edited = BamConfig.from_dict({**mixture.config, "num_experts": len(edit.slots), "expert_names": list(edit.names)})
+    record = {"experts": edit.names, **asdict(options)}
+    if options.step is None:
+        del record["step"]
+    history = [*_history(mixture), {edit.verb: record, "of": {name: each.uri for name, each in sources.items()}}]
+    return write_model(ModelPlan(edited, outputs, [], history), sources, writer, manifest, progress=progress)
 
 
 def check_branch(config: BamConfig, mixture: TensorReader, branch: TensorReader, name: str) -> None:
-    """Raise `UpcycleError` where `branch` does not come from the seed that `mixture` came from."""
+    """Raise `UpcycleError` if `branch` does not come from the seed that `mixture` came from."""
     dense = seed_config(config)
     family = family_of(branch.config, branch.uri)
     check_config(branch, name, dense, "the mixture's seed")
     check_tensors(branch, family)
     check_tokenizer(branch, name, mixture, "the mixture")
-    for place in family.parameters(dense):
-        if place.layer is None:
-            plain = plain_name(place.role, None)
-            check_shape(branch, place.name, mixture.specs[plain].shape, "the mixture")
+    for parameter in family.parameters(dense):
+        if parameter.layer is None:
+            plain = plain_name(parameter.role, None)
+            check_shape(branch, parameter.name, mixture.specs[plain].shape, "the mixture")
 
 
 def _history(mixture: TensorReader) -> list[dict[str, Any]]:
@@ -137,75 +191,77 @@ def _history(mixture: TensorReader) -> list[dict[str, Any]]:
     return list(json.loads(lineage)["history"]) if lineage else []
 
 
-class _Changed:
-    """The tensors of a changed mixture."""
+class _EditPlanner:
+    """The planner of an edited mixture's tensors."""
 
     def __init__(
-        self,
-        config: BamConfig,
-        sources: dict[str, TensorReader],
-        change: Change,
-        branch: str,
-        average_weight: float,
-        seed: int,
+        self, config: BamConfig, sources: Mapping[str, TensorReader], edit: ExpertEdit, options: EditOptions
     ) -> None:
-        self.config, self.sources, self.change = config, sources, change
-        self.branch, self.average_weight, self.seed = branch, average_weight, seed
-        self.parts: dict[str, list[DenseParameter]] = {}  # the dense places that a tensor of the mixture is made of
+        self.config, self.sources, self.edit, self.options = config, sources, edit, options
+        self.branch = edit.branch
+        self.dense_parameters: dict[str, list[DenseParameter]] = {}  # those that each tensor of the mixture consists of
         dense = seed_config(config)
-        for place in family_of(dense, "the seed").parameters(dense):
-            if is_plain(config, place.role, place.layer):
-                name = plain_name(place.role, place.layer)
+        for parameter in family_of(dense, "the seed").parameters(dense):
+            role, layer = parameter.role, parameter.layer
+            if is_plain(config, role, layer):
+                name = plain_name(role, layer)
             else:
-                assert place.layer is not None
-                name = expert_name(place.role, place.layer, config.mlp_gated)
-            self.parts.setdefault(name, []).append(place)
+                assert layer is not None
+                name = expert_name(role, layer, config.mlp_gated)
+            self.dense_parameters.setdefault(name, []).append(parameter)
 
-    def outputs(self) -> list[Output]:
-        """All of them, in the order of the mixture's files."""
-        made = {spec.name: self._made(spec) for spec in self.sources[MIXTURE].specs.values()}
-        specs = self.sources[MIXTURE].specs
-        return [
-            Output(TensorSpec(name, specs[name].dtype, each.shape(self.sources)), each) for name, each in made.items()
-        ]
+    def outputs(self) -> list[PlannedTensor]:
+        """Return all tensors, in the order of the mixture's files."""
+        outputs = []
+        for spec in self.sources[MIXTURE].specs.values():
+            expression = self._expression(spec)
+            outputs.append(PlannedTensor(TensorSpec(spec.name, spec.dtype, expression.shape(self.sources)), expression))
+        return outputs
 
-    def _made(self, spec: TensorSpec) -> Expression:
+    def _expression(self, spec: TensorSpec) -> Expression:
         if ".gate." in spec.name:
             return self._slots(spec, self._router_row(spec))
         if ".experts." in spec.name and spec.shape[0] == self.config.num_experts:
-            return self._slots(spec, self._branch(spec, stacked=True) if self.branch else None)
-        mine = Take(MIXTURE, spec.name)
-        if not self.branch or not self.average_weight:
-            return mine
-        theirs = self._branch(spec, stacked=".experts." in spec.name)
-        return Mean((mine, theirs), (1.0 - self.average_weight, self.average_weight))
+            return self._slots(spec, self._branch_part(self.branch, spec, stacked=True) if self.branch else None)
+        kept = Take(MIXTURE, spec.name)
+        weight = self.options.average_weight
+        if not self.branch or not weight:
+            return kept
+        added = self._branch_part(self.branch, spec, stacked=".experts." in spec.name)
+        return Mean((kept, added), (1.0 - weight, weight))
 
     def _router_row(self, spec: TensorSpec) -> Expression:
-        if self.change.row is not None:
-            return Take(MIXTURE, spec.name, ((self.change.row, self.change.row + 1),))
+        row = self.edit.router_row
+        if row is not None:
+            return Take(MIXTURE, spec.name, ((row, row + 1),))
         std = self.config.initializer_range if spec.name.endswith(".weight") else 0.0  # noise and bias begin at zero
-        return Draw((1, *spec.shape[1:]), std, self.seed, f"{spec.name}/{self.branch}")
+        return Draw((1, *spec.shape[1:]), std, self.options.seed, f"{spec.name}/{self.branch or ''}")
 
-    def _branch(self, spec: TensorSpec, stacked: bool) -> Expression:
-        """The branch's part of a tensor, [1, ...] where that is stacked. Raises `UpcycleError` if it does not fit."""
+    def _branch_part(self, branch: str, spec: TensorSpec, stacked: bool) -> Expression:
+        """Return the branch's part of a tensor, [1, ...] if the tensor is stacked.
+
+        Raises:
+            UpcycleError: Its shape does not fit.
+        """
         takes = tuple(
-            Take(self.branch, place.name, None if place.rows is None else tuple(place.rows))
-            for place in self.parts[spec.name]
+            Take(branch, parameter.name, None if parameter.rows is None else tuple(parameter.rows))
+            for parameter in self.dense_parameters[spec.name]
         )
         want, shapes = spec.shape[1:] if stacked else spec.shape, [take.shape(self.sources) for take in takes]
         if any(shape[1:] != want[1:] for shape in shapes) or sum(shape[0] for shape in shapes) != want[0]:
             raise UpcycleError(
-                f"{self.sources[self.branch].uri}: {' and '.join(take.tensor for take in takes)} of {self.branch!r} "
-                f"should make shape {list(want)}, but has {' and '.join(str(list(shape)) for shape in shapes)}"
+                f"{self.sources[branch].uri}: {' and '.join(take.tensor for take in takes)} of {branch!r} should have "
+                f"shape {list(want)}, but has {' and '.join(str(list(shape)) for shape in shapes)}: use a branch of "
+                "the mixture's seed"
             )
         part: Expression = takes[0] if len(takes) == 1 else Concat(takes)
         return Concat((part,), stacked=True) if stacked else part
 
     def _slots(self, spec: TensorSpec, new: Expression | None) -> Expression:
-        """The experts' rows that stay, in runs, and the branch's where it comes."""
+        """Return the rows of the experts that stay, in runs of consecutive numbers, and the branch's in its slot."""
         parts: list[Expression] = []
         run: list[int] = []
-        for slot in (*self.change.slots, -1):  # -1 ends the last run
+        for slot in (*self.edit.slots, -1):  # -1 ends the last run
             if run and slot != run[-1] + 1:
                 parts.append(Take(MIXTURE, spec.name, ((run[0], run[-1] + 1),)))
                 run = []

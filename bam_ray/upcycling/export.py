@@ -1,9 +1,9 @@
-"""A mixture as a genuine `MixtralForCausalLM` folder, which every Mixtral runtime loads.
+"""Export of a mixture as a `MixtralForCausalLM` folder, which every runtime that supports Mixtral can load.
 
-Mixtral is a Llama block with routed FFN experts, top-k renormalised. So the FFN-only mixtures of Llama-layout families
-fit (BTX, sparse upcycling, LLaMA-MoE splits without a shared expert); the output scale is multiplied into the experts'
-down projections. What does not fit is refused, never approximated. On disk names are the original Mixtral ones, which
-transformers and other runtimes read.
+Mixtral is a Llama block with routed FFN experts and normalized top-k gates. Mixtures that have only FFN experts and
+come from a family with Llama's layout can be exported: BTX, sparse upcycling, and splits without a shared expert. The
+output scale is multiplied into the down projections of the experts. Other mixtures are refused and never approximated.
+The tensors in the files have Mixtral's original names, which transformers and other runtimes read.
 """
 
 from typing import Any
@@ -18,26 +18,35 @@ from bam_ray.families import SHARED_SETTINGS
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import mixture_config_of, seed_config
 from bam_ray.upcycling.expressions import Expression, Scaled, Slice, Take
-from bam_ray.upcycling.plan import Output
-from bam_ray.upcycling.write import CARRIED, Progress, progressing
+from bam_ray.upcycling.plan import PlannedTensor
+from bam_ray.upcycling.write import CARRIED, ProgressCallback, with_progress
 
 MIXTURE = "mixture"
+"""The name of the exported mixture among the sources."""
 
 
 def export_mixtral(
-    mixture: TensorReader, writer: ModelWriter, manifest: Manifest, progress: Progress | None = None
+    mixture: TensorReader, writer: ModelWriter, manifest: Manifest, progress: ProgressCallback | None = None
 ) -> MixtralConfig:
-    """Write the mixture as Mixtral and commit it with `manifest`; raises `UpcycleError` where Mixtral is something
-    else.
+    """Write a mixture as Mixtral and commit it.
+
+    Args:
+        mixture: The mixture to export.
+        writer: The writer of the exported folder.
+        manifest: The manifest to commit. The digests of the files are added.
+        progress: Called with the bytes that are written and their total.
+
+    Raises:
+        UpcycleError: Mixtral cannot compute the function of this mixture.
     """
     config = mixture_config_of(mixture)
     check_fits(config)
     sources = {MIXTURE: mixture}
     outputs = [output for spec in mixture.specs.values() for output in _outputs(spec, config, sources)]
-    made = {output.spec.name: output.made for output in outputs}
+    expressions = {output.spec.name: output.expression for output in outputs}
     writer.write_tensors(
         [output.spec for output in outputs],
-        progressing(lambda spec: made[spec.name].pieces(sources), outputs, progress),
+        with_progress(lambda spec: expressions[spec.name].pieces(sources), outputs, progress),
     )
     for name in CARRIED:
         data = mixture.read_file(name)
@@ -49,23 +58,25 @@ def export_mixtral(
 
 
 def check_fits(config: BamConfig) -> None:
-    """Raise `UpcycleError` where Mixtral computes something else than this mixture, naming the setting."""
-    whole = config.num_experts_per_tok == config.num_experts  # then the softmax over all sums to 1 as it is
-    for wrong, what in (
+    """Raise `UpcycleError`, which names the setting, if Mixtral cannot compute the function of this mixture."""
+    whole = (
+        config.num_experts_per_tok == config.num_experts
+    )  # then the softmax over all experts sums to 1 without normalization
+    for unsupported, what in (
         (config.attention_experts != "averaged", f"attention experts ({config.attention_experts})"),
         (bool(config.shared_expert_intermediate_size), "a shared expert"),
         (config.selection_bias, "selection biases"),
         (bool(config.dense_layers), f"dense layers {config.dense_layers}"),
-        (not config.norm_topk_prob and not whole, "gates that are not renormalised (norm_topk_prob false)"),
+        (not config.norm_topk_prob and not whole, "gates that are not normalized (norm_topk_prob is false)"),
         (seed_config(config)["model_type"] not in ("llama", "mistral"), f"a {seed_config(config)['model_type']} block"),
         (config.attention_bias or config.attention_output_bias or config.mlp_bias, "biases"),
     ):
-        if wrong:
-            raise UpcycleError(f"this mixture has {what}, which Mixtral has not: it cannot be exported as one")
+        if unsupported:
+            raise UpcycleError(f"this mixture has {what}, which Mixtral does not support: keep it in its own format")
 
 
 def mixtral_config(config: BamConfig) -> MixtralConfig:
-    """The configuration of the exported model."""
+    """Return the configuration of the exported model."""
     same = (
         *SHARED_SETTINGS,
         "sliding_window",
@@ -80,25 +91,25 @@ def mixtral_config(config: BamConfig) -> MixtralConfig:
     return mixtral
 
 
-def _outputs(spec: TensorSpec, config: BamConfig, sources: dict[str, TensorReader]) -> list[Output]:
-    """The Mixtral tensors that one of the mixture becomes."""
+def _outputs(spec: TensorSpec, config: BamConfig, sources: dict[str, TensorReader]) -> list[PlannedTensor]:
+    """Return the tensors of Mixtral that one tensor of the mixture becomes."""
     layer, _, kind = spec.name.partition(".mlp.")
     if not kind:
-        return [Output(spec, Take(MIXTURE, spec.name))]
+        return [PlannedTensor(spec, Take(MIXTURE, spec.name))]
     moe = f"{layer}.block_sparse_moe"
     if kind == "gate.weight":
-        return [Output(TensorSpec(f"{moe}.gate.weight", spec.dtype, spec.shape), Take(MIXTURE, spec.name))]
-    if kind == "gate.noise_weight":  # of training alone
+        return [PlannedTensor(TensorSpec(f"{moe}.gate.weight", spec.dtype, spec.shape), Take(MIXTURE, spec.name))]
+    if kind == "gate.noise_weight":  # used only in training
         return []
     rows = spec.shape[1]
     parts: dict[str, tuple[int, int]]
     parts = {"w1": (0, rows // 2), "w3": (rows // 2, rows)} if kind == "experts.gate_up_proj" else {"w2": (0, rows)}
-    made = []
+    outputs = []
     for expert in range(config.num_experts):
         for name, (first, last) in parts.items():
             part: Expression = Slice(MIXTURE, spec.name, expert, first, last)
             if name == "w2" and config.ffn_output_scale != 1.0:
                 part = Scaled(part, config.ffn_output_scale)
             shape = part.shape(sources)
-            made.append(Output(TensorSpec(f"{moe}.experts.{expert}.{name}.weight", spec.dtype, shape), part))
-    return made
+            outputs.append(PlannedTensor(TensorSpec(f"{moe}.experts.{expert}.{name}.weight", spec.dtype, shape), part))
+    return outputs

@@ -1,11 +1,11 @@
-"""What a tensor of a mixture is made of: small expressions over tensors of the sources, evaluated chunk by chunk.
+"""Expressions over the tensors of the sources, which compute the tensors of a mixture chunk by chunk.
 
     Concat(Take("code", "model.layers.0.mlp.gate_proj.weight"), Take("code", "model.layers.0.mlp.up_proj.weight"))
     Mean((Take("seed", "model.norm.weight"), Take("code", "model.norm.weight")))
 
-An expression knows its shape, what it is called in a lineage, and how to give its values as flat pieces in order.
-Whole tensors and their concatenations and means never hold more than a chunk of each source; what picks rows or
-columns, redraws or trims holds the whole tensors that it works on.
+An expression knows its shape and its entry in a lineage, and yields its values as flat pieces in order. Whole tensors,
+and concatenations and means of them, never hold more than a chunk of each source in memory. Expressions that pick rows
+or columns, redraw neurons or trim changes hold the whole tensors that they work on.
 """
 
 import math
@@ -23,43 +23,45 @@ from bam_ray.upcycling.averaging import ties
 from bam_ray.upcycling.routers.rows import generator
 
 Sources = Mapping[str, TensorReader]
-Rows = tuple[tuple[int, int], ...]
+RowSpans = tuple[tuple[int, int], ...]
 """Half-open ranges of rows."""
 
 
 class Expression(Protocol):
-    """How a tensor is made."""
+    """A tensor that is computed from tensors of the sources."""
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
-        """Its shape."""
+        """Return the shape of the tensor."""
         ...
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
-        """Its values in row-major order, as flat pieces."""
+        """Yield the values in row-major order, as flat pieces."""
         ...
 
     def held(self, sources: Sources) -> int:
-        """Bytes of whole tensors that are held while it is made; chunks of `CHUNK_BYTES` are not counted."""
+        """Return the bytes of the whole tensors in memory during evaluation; chunks of `CHUNK_BYTES` do not count."""
         ...
 
     def origin(self) -> dict[str, Any]:
-        """For the lineage: the operation and its inputs, as plain JSON."""
+        """Return the operation and its inputs for the lineage, as plain JSON."""
         ...
 
 
 @dataclass(frozen=True)
 class Take:
-    """One tensor of one source, or ranges of its rows, or (in a stacked tensor) one slice. Values must be finite."""
+    """One tensor of one source, or ranges of its rows. Its values must be finite."""
 
     source: str
     tensor: str
-    rows: Rows | None = None
+    rows: RowSpans | None = None
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         first, *rest = sources[self.source].specs[self.tensor].shape
         return (first if self.rows is None else sum(stop - start for start, stop in self.rows), *rest)
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         reader = sources[self.source]
         if self.rows is None:
             for piece in reader.chunks(self.tensor):
@@ -67,7 +69,7 @@ class Take:
             return
         spec = reader.specs[self.tensor]
         width = spec.elements // spec.shape[0]
-        if spec.bytes <= CHUNK_BYTES:  # one request for all rows
+        if spec.bytes <= CHUNK_BYTES:  # read all rows with one request
             tensor = torch.cat(list(reader.chunks(self.tensor)))
             rows = [tensor[start * width : stop * width] for start, stop in self.rows]
             yield finite(torch.cat(rows), self, reader)
@@ -77,15 +79,17 @@ class Take:
                 yield finite(piece, self, reader)
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return 0
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         return {"take": f"{self.source}:{self.tensor}"} | ({} if self.rows is None else {"rows": self.rows})
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows [first, last) of one expert's slice of a stacked tensor: [N, rows, ...] -> [last - first, ...]."""
+    """The rows [first, last) of one expert's slice of a stacked tensor: [N, rows, ...] -> [last - first, ...]."""
 
     source: str
     tensor: str
@@ -94,9 +98,11 @@ class Slice:
     last: int
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         return (self.last - self.first, *sources[self.source].specs[self.tensor].shape[2:])
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         reader = sources[self.source]
         _, rows, *rest = reader.specs[self.tensor].shape
         width = math.prod(rest)
@@ -104,31 +110,35 @@ class Slice:
         return reader.chunks(self.tensor, (start + self.first) * width, (start + self.last) * width)
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return 0
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         return {"slice": f"{self.source}:{self.tensor}", "expert": self.expert, "rows": [self.first, self.last]}
 
 
 def finite(piece: Tensor, take: Take, reader: TensorReader) -> Tensor:
-    """`piece`, where all its values are finite; raises `UpcycleError`."""
-    # A sum is one pass at the speed of memory, and not finite where a value is not (or where it overflows: look closer)
+    """Return `piece`; raise `UpcycleError` if a value is not finite."""
+    # A sum takes one pass at the speed of memory. It is not finite if a value is not, or if it overflows: only then
+    # each value is checked.
     if not piece.sum().isfinite() and not piece.isfinite().all():
         raise UpcycleError(
-            f"{reader.uri}: {take.tensor} of {take.source!r} holds values that are not finite: "
-            "that checkpoint is damaged or its training diverged"
+            f"{reader.uri}: {take.tensor} of {take.source!r} has values that are not finite: the "
+            "checkpoint is damaged or its training diverged, use another one"
         )
     return piece
 
 
 @dataclass(frozen=True)
 class Concat:
-    """One after the other along the rows; with `stacked`, along a new first dimension (all of one shape)."""
+    """A concatenation along the rows, or with `stacked` along a new first dimension (of parts of equal shape)."""
 
     parts: tuple[Expression, ...]
     stacked: bool = False
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         shapes = [part.shape(sources) for part in self.parts]
         if self.stacked:
             assert len(set(shapes)) == 1, shapes
@@ -136,116 +146,138 @@ class Concat:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         return chain.from_iterable(part.pieces(sources) for part in self.parts)
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return max(part.held(sources) for part in self.parts)
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         return {"stack" if self.stacked else "concat": [part.origin() for part in self.parts]}
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The weighted mean, computed in fp32; without weights the uniform one."""
+    """A weighted mean, computed in fp32. Without weights it is uniform."""
 
     parts: tuple[Expression, ...]
     weights: tuple[float, ...] | None = None
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         return self.parts[0].shape(sources)
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         shares = self.weights or (1.0,) * len(self.parts)
         total = sum(shares)
-        for group in aligned([part.pieces(sources) for part in self.parts]):
-            mean = group[0].float() * (shares[0] / total)
-            for piece, share in zip(group[1:], shares[1:], strict=True):
+        for pieces in aligned([part.pieces(sources) for part in self.parts]):
+            mean = pieces[0].float() * (shares[0] / total)
+            for piece, share in zip(pieces[1:], shares[1:], strict=True):
                 mean.add_(piece.float(), alpha=share / total)
             yield mean
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return sum(part.held(sources) for part in self.parts)
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         weights = {} if self.weights is None else {"weights": self.weights}
         return {"mean": [part.origin() for part in self.parts], **weights}
 
 
 def aligned(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
-    """The pieces of several tensors of one size, cut alike, whatever pieces each comes in."""
-    left = [next(stream, None) for stream in streams]
-    while all(piece is not None for piece in left):
-        pieces = [piece for piece in left if piece is not None]
+    """Yield pieces of several tensors of equal size, cut at the same places, however each stream is cut."""
+    rest = [next(stream, None) for stream in streams]
+    while all(piece is not None for piece in rest):
+        pieces = [piece for piece in rest if piece is not None]
         length = min(piece.numel() for piece in pieces)
         yield [piece[:length] for piece in pieces]
-        left = [
+        rest = [
             piece[length:] if piece.numel() > length else next(stream, None)
             for piece, stream in zip(pieces, streams, strict=True)
         ]
-    assert all(piece is None for piece in left), "tensors of different sizes"
+    assert all(piece is None for piece in rest), "tensors of different sizes"
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A factor on another."""
+    """An expression multiplied by a constant, computed in fp32."""
 
     part: Expression
     factor: float
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         return self.part.shape(sources)
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         return (piece.float() * self.factor for piece in self.part.pieces(sources))
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return self.part.held(sources)
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         return {"scaled": self.part.origin(), "factor": self.factor}
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The rows (`dim` 0) or columns (1) at `index`, int64. Holds the whole tensor."""
+    """The rows (`dim` 0) or columns (1) of a matrix at `index`. It holds the whole tensor.
+
+    `label` describes in the lineage what was picked.
+    """
 
     part: Expression
     index: tuple[int, ...]
     dim: int
-    label: str  # for the lineage: what was picked, in words
+    label: str
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         shape = list(self.part.shape(sources))
         shape[self.dim] = len(self.index)
         return tuple(shape)
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         yield whole(self.part, sources).index_select(self.dim, torch.tensor(self.index)).flatten()
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return 4 * math.prod(self.part.shape(sources)) * 2
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         return {"pick": self.part.origin(), "dim": self.dim, "which": self.label}
 
 
 @dataclass(frozen=True)
 class Redrawn:
-    """Drop-Upcycling (arXiv 2502.19261): rows (`dim` 0) or columns (1) at `index` drawn anew, from a normal
-    distribution with the mean and deviation of what they held. Holds the whole tensor.
+    """A tensor whose rows (`dim` 0) or columns (1) at `index` are redrawn (Drop-Upcycling, arXiv 2502.19261).
+
+    They are drawn from a normal distribution with the mean and standard deviation of the values that they replace. The
+    draw depends only on `seed` and `label`, not on other draws. It holds the whole tensor.
     """
 
     part: Expression
     index: tuple[int, ...]
     dim: int
     seed: int
-    label: str  # what is drawn, whatever else is
+    label: str
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         return self.part.shape(sources)
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         tensor = whole(self.part, sources).clone()
         index = torch.tensor(self.index)
         dropped = tensor.index_select(self.dim, index).float()
@@ -254,9 +286,11 @@ class Redrawn:
         yield tensor.index_copy_(self.dim, index, fresh.to(tensor.dtype)).flatten()
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return 4 * math.prod(self.part.shape(sources)) * 2
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         return {
             "redrawn": self.part.origin(),
             "dim": self.dim,
@@ -268,7 +302,7 @@ class Redrawn:
 
 @dataclass(frozen=True)
 class Ties:
-    """TIES-merging of the branches' changes to the seed, added to it. Holds the whole tensors."""
+    """The seed plus the TIES-merged changes of the branches to it. It holds the whole tensors."""
 
     seed: Expression
     branches: tuple[Expression, ...]
@@ -276,23 +310,30 @@ class Ties:
     scale: float
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         return self.seed.shape(sources)
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         seed, *branches = (whole(part, sources).flatten().float() for part in (self.seed, *self.branches))
         yield ties(seed, branches, self.density, self.scale)
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return 4 * math.prod(self.shape(sources)) * (len(self.branches) + 3)
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         merged = [branch.origin() for branch in self.branches]
         return {"ties": merged, "onto": self.seed.origin(), "density": self.density, "scale": self.scale}
 
 
 @dataclass(frozen=True)
 class Draw:
-    """New: normal with deviation `std`, zeros where that is 0. Seeded by a label too: the draw depends on no order."""
+    """A new tensor, normal with standard deviation `std`, or zeros if it is 0.
+
+    The draw depends only on `seed` and `label`, not on the order of draws.
+    """
 
     sizes: tuple[int, ...]
     std: float
@@ -300,15 +341,19 @@ class Draw:
     label: str
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         return self.sizes
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
         yield (torch.randn(self.sizes, generator=generator(self.seed, self.label)) * self.std).flatten()
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return 4 * math.prod(self.sizes)
 
     def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
         return (
             {"new": "normal", "std": self.std, "seed": self.seed, "label": self.label} if self.std else {"new": "zeros"}
         )
@@ -316,25 +361,29 @@ class Draw:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A router that is fitted when all other tensors of the mixture are written."""
+    """A router that is fitted after all other tensors of the mixture are written."""
 
     sizes: tuple[int, ...]
-    how: Literal["means", "ridge"]
+    method: Literal["means", "ridge"]
 
     def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
         return self.sizes
 
     def pieces(self, sources: Sources) -> Iterator[Tensor]:
-        raise AssertionError("fitted routers come from `routers.fit_routers`")
+        """Yield the values in row-major order, as flat pieces."""
+        raise AssertionError("fitted routers are computed by `fit_routers`")
 
     def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
         return 4 * math.prod(self.sizes)
 
     def origin(self) -> dict[str, Any]:
-        return {"new": "fitted", "how": self.how}
+        """Return the entry of the lineage."""
+        return {"new": "fitted", "how": self.method}
 
 
 def whole(part: Expression, sources: Sources) -> Tensor:
-    """All of an expression's values, in its shape."""
+    """Return all values of an expression, in its shape."""
     pieces = list(part.pieces(sources))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.shape(sources))

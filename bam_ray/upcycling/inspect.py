@@ -1,4 +1,4 @@
-"""What a model folder holds: architecture, sizes, parameters, and for a mixture its experts and its lineage."""
+"""A summary of a model folder: architecture, sizes and parameters, and the experts and the lineage of a mixture."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,8 +16,19 @@ from bam_ray.upcycling.write import LINEAGE
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Of one model folder. `parameters`: all, and those that a token meets; `history`: what was done, oldest first."""
+class ModelSummary:
+    """A summary of one model folder.
+
+    Attributes:
+        uri: The location of the folder.
+        architecture: The architecture, for example "llama (dense)" or "mixture of 3 × llama".
+        sizes: The sizes of the model, by the names of transformers' settings.
+        parameters: The number of all parameters, and of those that process one token.
+        bytes: The size of all weights.
+        files: The names of the weight files.
+        mixture: The settings of a mixture; empty for a dense model.
+        history: The operations that made the model, oldest first; empty if it has no lineage.
+    """
 
     uri: str
     architecture: str
@@ -29,7 +40,7 @@ class Facts:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-MIXTURE = (
+MIXTURE_SETTINGS = (
     "expert_names",
     "num_experts_per_tok",
     "norm_topk_prob",
@@ -42,8 +53,8 @@ MIXTURE = (
 )
 
 
-def inspect(reader: TensorReader) -> Facts:
-    """Facts of a dense model of a supported family, or of a mixture; raises `FamilyError` for others."""
+def inspect(reader: TensorReader) -> ModelSummary:
+    """Summarize a dense model of a supported family, or a mixture; raise `FamilyError` for other models."""
     total = sum(spec.bytes for spec in reader.specs.values())
     with torch.device("meta"):
         if is_mixture(reader.config):
@@ -51,17 +62,17 @@ def inspect(reader: TensorReader) -> Facts:
             architecture = f"mixture of {config.num_experts} × {seed_config(config)['model_type']}"
             model = BamForCausalLM(config)
         else:
-            architecture = family_of(reader.config, reader.uri).model_type
+            architecture = f"{family_of(reader.config, reader.uri).model_type} (dense)"
             config = AutoConfig.for_model(**reader.config)
             model = AutoModelForCausalLM.from_config(config)
     lineage = reader.read_file(LINEAGE)
-    return Facts(
+    return ModelSummary(
         uri=reader.uri,
         architecture=architecture,
         sizes={key: getattr(config, key, None) for key in SIZE_SETTINGS},
         parameters=count_parameters(model),
         bytes=total,
         files=list(reader.shards),
-        mixture={key: getattr(config, key) for key in MIXTURE} if is_mixture(config) else {},
+        mixture={key: getattr(config, key) for key in MIXTURE_SETTINGS} if is_mixture(config) else {},
         history=json.loads(lineage)["history"] if lineage else [],
     )

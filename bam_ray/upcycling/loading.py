@@ -1,4 +1,4 @@
-"""Whole models in memory, from a folder in any store: fp32, on the CPU."""
+"""Loading of whole models into memory from any store, in fp32 on the CPU."""
 
 from collections.abc import Mapping
 
@@ -13,9 +13,14 @@ from bam_ray.errors import CheckpointError
 
 
 def model_of(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model for evaluation with these weights, by the names of its checkpoints, which transformers may map to others.
+    """Return a model with these weights, in evaluation mode.
 
-    Raises `CheckpointError` where some are missing or left over.
+    Args:
+        config: The configuration of a dense model or a mixture.
+        weights: The tensors by their names in checkpoints, which transformers may map to other parameter names.
+
+    Raises:
+        CheckpointError: Weights are missing or left over.
     """
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -28,11 +33,14 @@ def model_of(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrai
             logging.enable_progress_bar()
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
-            raise CheckpointError(f"{config.model_type} weights: {problem.replace('_keys', '')} {min(info[problem])}")
+            raise CheckpointError(
+                f"the weights do not fit a {config.model_type} model: {problem.replace('_keys', '')} "
+                f"{min(info[problem])}; use the config.json that was saved with them"
+            )
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
 def load_model(reader: TensorReader) -> PreTrainedModel:
-    """The dense model or mixture of a folder."""
+    """Return the dense model or mixture of a folder, in evaluation mode."""
     return model_of(AutoConfig.for_model(**reader.config), {name: reader.read(name).float() for name in reader.specs})

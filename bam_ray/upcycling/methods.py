@@ -1,10 +1,47 @@
-"""What a method does with each role of a parameter. The methods themselves are `bam_ray.settings.methods`."""
+"""The consequences of a method's settings: the experts of a mixture, and the operation on each parameter.
 
+The methods themselves are the classes in `bam_ray.settings.methods`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bam_ray.errors import UpcycleError
 from bam_ray.families import FFN_ROLES, Role
-from bam_ray.settings import MixtureSettings, Operation
+from bam_ray.model import BamConfig
+from bam_ray.settings import AverageSettings, BranchedMixture, MixtureSettings, Operation, RoutedMixture
 
 QUERY_SIDE = frozenset({Role.QUERY, Role.QUERY_BIAS, Role.QUERY_NORM, Role.OUTPUT, Role.OUTPUT_BIAS})
 KEY_SIDE = frozenset({Role.KEY, Role.KEY_BIAS, Role.KEY_NORM, Role.VALUE, Role.VALUE_BIAS})
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The name of an expert, and the source that it is made from."""
+
+    name: str
+    source: str
+
+
+def experts_of(sources: Sequence[str], settings: RoutedMixture) -> list[Expert]:
+    """Return the experts of a mixture.
+
+    There is one expert per source, followed by copies of the first source (the seed) up to `num_experts`. A split has
+    `num_experts` slices of the seed instead.
+
+    Raises:
+        UpcycleError: `num_experts` is smaller than the number of sources.
+    """
+    seed, *_ = sources
+    count = settings.expert_count(len(sources))
+    if count < len(sources):
+        raise UpcycleError(
+            f"num_experts is {count}, fewer than the {len(sources)} models: leave out models or increase num_experts"
+        )
+    if settings.ffn is Operation.PARTITION:
+        return [Expert(f"slice-{number}", seed) for number in range(1, count + 1)]
+    copies = [Expert(f"{seed}-{number}", seed) for number in range(2, count - len(sources) + 2)]
+    return [*(Expert(name, name) for name in sources), *copies]
 
 
 def operation_on(role: Role, settings: MixtureSettings) -> Operation:
@@ -14,3 +51,20 @@ def operation_on(role: Role, settings: MixtureSettings) -> Operation:
     if role in QUERY_SIDE:
         return settings.query
     return settings.key if role in KEY_SIDE else Operation.AVERAGE
+
+
+def average_of(settings: MixtureSettings) -> AverageSettings:
+    """Return how shared parameters are merged. A method without branches has one model and nothing to merge."""
+    return settings.average if isinstance(settings, BranchedMixture) else AverageSettings()
+
+
+def is_plain(config: BamConfig, role: Role, layer: int | None) -> bool:
+    """Return True if a mixture stores a role as one tensor under its plain name, not as one slice per expert.
+
+    Keys and values that attention experts share are stored with the stacked tensors, with a first dimension of 1.
+    """
+    if layer is None or layer not in config.mixture_layers:
+        return True
+    if role in FFN_ROLES:
+        return False
+    return role not in QUERY_SIDE | KEY_SIDE or config.attention_experts == "averaged"

@@ -1,26 +1,15 @@
-"""The plan of a mixture: its configuration, and for every tensor the expression that makes it, before any is read."""
+"""The plan of a model: an expression for each of its tensors. Nothing is read while planning."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
-from bam_ray.errors import UpcycleError
 from bam_ray.families import FFN_ROLES, DenseParameter, Family, Role, expert_name, plain_name, router_names, shared_name
 from bam_ray.model import BamConfig
-from bam_ray.settings import (
-    AverageSettings,
-    BranchedMixture,
-    Losses,
-    MixtureSettings,
-    Operation,
-    RoutedMixture,
-    StackedMixture,
-    divisors,
-)
+from bam_ray.settings import AverageSettings, Operation, RoutedMixture, StackedMixture
 from bam_ray.upcycling.expressions import (
     Concat,
     Draw,
@@ -29,56 +18,26 @@ from bam_ray.upcycling.expressions import (
     Mean,
     Pick,
     Redrawn,
-    Rows,
+    RowSpans,
     Scaled,
     Take,
     Ties,
 )
-from bam_ray.upcycling.methods import KEY_SIDE, QUERY_SIDE, operation_on
+from bam_ray.upcycling.methods import Expert, average_of, is_plain, operation_on
+from bam_ray.upcycling.plan_config import checkpoint_dtype
 from bam_ray.upcycling.routers.rows import generator
+from bam_ray.upcycling.split.partition import Partition
 
-COLUMNS = (Role.DOWN, Role.OUTPUT)  # whose inputs, not outputs, belong to neurons or heads
-
-
-@dataclass(frozen=True)
-class Expert:
-    """An expert's name, and the source that it comes from."""
-
-    name: str
-    source: str
+COLUMNS = (Role.DOWN, Role.OUTPUT)
+"""Roles whose columns (inputs), not rows (outputs), belong to neurons or heads."""
 
 
 @dataclass(frozen=True)
-class Partition:
-    """Which neurons of one layer's FFN go to which expert, ascending, and which to the always-on shared one."""
-
-    experts: tuple[tuple[int, ...], ...]
-    shared: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor of the mixture."""
+class PlannedTensor:
+    """One tensor of the result, and the expression that computes it."""
 
     spec: TensorSpec
-    made: Expression
-
-
-def experts_of(sources: Sequence[str], settings: RoutedMixture) -> list[Expert]:
-    """The experts of a mixture: one a source, then copies of the first source (the seed); slices of it for a split."""
-    seed, *_ = sources
-    count = settings.num_experts or len(sources)
-    if count < len(sources):
-        raise UpcycleError(f"num_experts is {count}, fewer than the {len(sources)} models: leave out some, or raise it")
-    if settings.ffn is Operation.PARTITION:
-        return [Expert(f"slice-{number}", seed) for number in range(1, count + 1)]
-    copies = [Expert(f"{seed}-{number}", seed) for number in range(2, count - len(sources) + 2)]
-    return [*(Expert(name, name) for name in sources), *copies]
-
-
-def average_of(settings: MixtureSettings) -> AverageSettings:
-    """Return how shared parameters are merged. A method without branches has one model and nothing to merge."""
-    return settings.average if isinstance(settings, BranchedMixture) else AverageSettings()
+    expression: Expression
 
 
 def averaged(takes: Mapping[str, Take], average: AverageSettings) -> Expression:
@@ -93,110 +52,19 @@ def averaged(takes: Mapping[str, Take], average: AverageSettings) -> Expression:
     return Mean(tuple(takes.values()), tuple(average.weights.get(name, 1.0) for name in takes))
 
 
-def averaged_model(family: Family, sources: Mapping[str, TensorReader], average: AverageSettings) -> list[Output]:
-    """Return the tensors of the dense model that is the average of all models."""
+def averaged_model(
+    family: Family, sources: Mapping[str, TensorReader], average: AverageSettings
+) -> list[PlannedTensor]:
+    """Return the tensors of the dense model that is the average of all models, in the seed's dtypes."""
     seed = next(iter(sources.values()))
-    outputs = []
-    for name in family.tensor_names(seed.config):
-        made = averaged({source: Take(source, name) for source in sources}, average)
-        outputs.append(Output(seed.specs[name], made))
-    return outputs
-
-
-def mixture_config(
-    family: Family,
-    seed: TensorReader,
-    experts: Sequence[Expert],
-    settings: RoutedMixture,
-    losses: Losses,
-    partitions: Sequence[Partition] = (),
-) -> BamConfig:
-    """The mixture's configuration, from the seed's `config.json` and the settings; raises `UpcycleError`."""
-    dense = family.convert_config(seed.config)
-    count = len(experts)
-    scale = settings.ffn_output_scale
-    final = losses.at(1.0)
-    sliced: dict[str, Any] = {}
-    if settings.ffn is Operation.PARTITION:
-        scale = scale or count / settings.num_experts_per_tok
-        sliced = {
-            "intermediate_size": len(partitions[0].experts[0]),
-            "dense_intermediate_size": dense["intermediate_size"],
-            "shared_expert_intermediate_size": len(partitions[0].shared) or None,
-        }
-        if settings.attention != "averaged":
-            sliced |= _sliced_attention(dense, count)
-    beyond = [layer for layer in settings.dense_layers if layer >= dense["num_hidden_layers"]]
-    if beyond:
-        raise UpcycleError(
-            f"dense_layers names layer {beyond[0]}: the model has layers 0 to {dense['num_hidden_layers'] - 1}"
-        )
-    for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
-        if getattr(settings, key, 0) > count:
-            raise UpcycleError(f"{key} is {getattr(settings, key)}: there are {count} experts")
-    return BamConfig(
-        **dense
-        | sliced
-        | {
-            "dtype": str(_dtype(seed)).removeprefix("torch."),
-            "architectures": ["BamForCausalLM"],
-            "num_experts": count,
-            "num_experts_per_tok": settings.num_experts_per_tok,
-            "norm_topk_prob": settings.norm_topk_prob,
-            "ffn_output_scale": scale or 1.0,
-            "attention_experts": settings.attention,
-            "num_attention_experts_per_tok": getattr(settings, "num_attention_experts_per_tok", 0),
-            "dense_layers": sorted(set(settings.dense_layers)) or None,
-            "router_aux_loss_coef": final.load_balance,
-            "router_z_loss_coef": final.router_z,
-            "expert_names": [expert.name for expert in experts],
-            "seed_config": seed.config,
-        }
-    )
-
-
-def _sliced_attention(dense: dict[str, Any], count: int) -> dict[str, Any]:
-    """The attention of one expert where experts are slices: whole groups of key/value heads and their query heads."""
-    heads = dense["num_attention_heads"]
-    groups = dense.get("num_key_value_heads") or heads
-    if groups % count:
-        raise UpcycleError(
-            f"attention has {groups} groups of key/value heads, which {count} experts cannot share alike: "
-            f"use num_experts of {divisors(groups)}, or split.attention=kept"
-        )
-    if dense.get("qk_norm") == "full":
-        raise UpcycleError(
-            "query and key norms go over all heads together, so heads cannot part: use split.attention=kept"
-        )
-    return {
-        "num_attention_heads": heads // count,
-        "num_key_value_heads": groups // count,
-        "head_dim": dense.get("head_dim") or dense["hidden_size"] // heads,
-        "dense_num_attention_heads": heads,
-        "dense_num_key_value_heads": groups,
-        "attention_output_scale": float(count),
-    }
-
-
-def _dtype(reader: TensorReader) -> torch.dtype:
-    """The dtype of a checkpoint: that of its largest tensor."""
-    return max(reader.specs.values(), key=lambda spec: spec.elements).dtype
-
-
-def is_plain(config: BamConfig, role: Role, layer: int | None) -> bool:
-    """Whether a mixture holds a role under its plain name: one tensor, not a slice an expert.
-
-    Keys and values that query experts share lie among the stacked, with a first dimension of 1.
-    """
-    if layer is None or layer not in config.mixture_layers:
-        return True
-    if role in FFN_ROLES:
-        return False
-    return role not in QUERY_SIDE | KEY_SIDE or config.attention_experts == "averaged"
+    return [
+        PlannedTensor(seed.specs[name], averaged({source: Take(source, name) for source in sources}, average))
+        for name in family.tensor_names(seed.config)
+    ]
 
 
 class Planner:
-    """Plans the tensors of one mixture. `outputs()` and `routers()` together are all of them."""
+    """The planner of one mixture's tensors. `outputs()` and `routers()` together return all of them."""
 
     def __init__(
         self,
@@ -213,39 +81,39 @@ class Planner:
         self.settings = settings
         self.partitions = partitions
         self.seed, *self.branches = sources
-        self._places: dict[int | None, dict[Role, DenseParameter]] = defaultdict(dict)
-        for place in family.parameters(sources[self.seed].config):
-            self._places[place.layer][place.role] = place
+        self._parameters: dict[int | None, dict[Role, DenseParameter]] = defaultdict(dict)
+        for parameter in family.parameters(sources[self.seed].config):
+            self._parameters[parameter.layer][parameter.role] = parameter
 
-    def outputs(self) -> list[Output]:
-        """All tensors but the routers, in the order of the dense model."""
-        made: list[Output] = []
-        for layer, places in self._places.items():
+    def outputs(self) -> list[PlannedTensor]:
+        """Return all tensors except the routers, in the order of the dense model."""
+        outputs: list[PlannedTensor] = []
+        for layer, parameters in self._parameters.items():
             stacked: dict[str, list[DenseParameter]] = defaultdict(list)
-            for role, place in places.items():
+            for role, parameter in parameters.items():
                 if is_plain(self.config, role, layer):
-                    made.append(self._output(plain_name(role, layer), place, self._average(place)))
+                    outputs.append(self._output(plain_name(role, layer), parameter, self._average(parameter)))
                 else:
                     assert layer is not None
-                    stacked[expert_name(role, layer, self.config.mlp_gated)].append(place)
+                    stacked[expert_name(role, layer, self.config.mlp_gated)].append(parameter)
             order = list(Role)
             for name, parts in stacked.items():
-                parts.sort(key=lambda place: order.index(place.role))  # gate before up
-                made.append(self._output(name, parts[0], self._experts(parts)))
+                parts.sort(key=lambda parameter: order.index(parameter.role))  # gate before up
+                outputs.append(self._output(name, parts[0], self._experts(parts)))
             if layer in self.config.mixture_layers and self.settings.ffn is Operation.PARTITION:
-                made += self._shared(places, layer)
-        return made
+                outputs += self._shared_expert(parameters, layer)
+        return outputs
 
-    def routers(self) -> list[Output]:
-        """The routers of all layers."""
+    def routers(self) -> list[PlannedTensor]:
+        """Return the routers of all layers."""
         shape = (len(self.experts), self.config.hidden_size)
-        dtype = _dtype(self.sources[self.seed])
+        dtype = checkpoint_dtype(self.sources[self.seed])
         names = [
             name
             for layer in self.config.mixture_layers
             for name in router_names(layer)[: 1 if self.settings.attention == "averaged" else 2]
         ]
-        return [Output(TensorSpec(name, dtype, shape), self._router(name, shape)) for name in names]
+        return [PlannedTensor(TensorSpec(name, dtype, shape), self._router(name, shape)) for name in names]
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Expression:
         init = self.settings.router.init
@@ -254,88 +122,98 @@ class Planner:
         std = self.config.initializer_range if init == "random" else 0.0
         return Draw(shape, std, self.settings.seed, name)
 
-    def _output(self, name: str, place: DenseParameter, made: Expression) -> Output:
-        dtype = self.sources[self.seed].specs[place.name].dtype
-        return Output(TensorSpec(name, dtype, made.shape(self.sources)), made)
+    def _output(self, name: str, parameter: DenseParameter, expression: Expression) -> PlannedTensor:
+        dtype = self.sources[self.seed].specs[parameter.name].dtype
+        return PlannedTensor(TensorSpec(name, dtype, expression.shape(self.sources)), expression)
 
-    def _take(self, place: DenseParameter, source: str) -> Take:
-        return Take(source, place.name, None if place.rows is None else tuple(place.rows))
+    def _take(self, parameter: DenseParameter, source: str) -> Take:
+        return Take(source, parameter.name, None if parameter.rows is None else tuple(parameter.rows))
 
-    def _average(self, place: DenseParameter) -> Expression:
-        """One tensor for all experts."""
-        takes = {source: self._take(place, source) for source in self.sources}
+    def _average(self, parameter: DenseParameter) -> Expression:
+        """Return one tensor for all experts."""
+        takes = {source: self._take(parameter, source) for source in self.sources}
         return averaged(takes, average_of(self.settings))
 
     def _experts(self, parts: Sequence[DenseParameter]) -> Expression:
-        """One slice an expert: each of one place, or of gate and up one after the other."""
+        """Return one slice per expert. A slice is one parameter, or gate and up joined along the rows."""
         operation = operation_on(parts[0].role, self.settings)
         if operation is Operation.AVERAGE:
             return Concat((self._average(parts[0]),), stacked=True)
         slices = []
         for number, expert in enumerate(self.experts):
-            one = [
-                self._slice(place, number)
+            joined = [
+                self._slice(parameter, number)
                 if operation is Operation.PARTITION
-                else self._redrawn(self._take(place, expert.source), place, expert)
-                for place in parts
+                else self._redrawn(self._take(parameter, expert.source), parameter, expert)
+                for parameter in parts
             ]
-            slices.append(one[0] if len(one) == 1 else Concat(tuple(one)))
+            slices.append(joined[0] if len(joined) == 1 else Concat(tuple(joined)))
         return Concat(tuple(slices), stacked=True)
 
-    def _redrawn(self, take: Take, place: DenseParameter, expert: Expert) -> Expression:
-        """A copy of the seed, with a part of its neurons drawn anew where the settings say so (not the seed's own
-        expert, unless all are copies of it).
+    def _redrawn(self, take: Take, parameter: DenseParameter, expert: Expert) -> Expression:
+        """Return `take`, with a fraction of its neurons redrawn if the expert is a copy of the seed.
+
+        The seed's own expert is redrawn only if all experts are copies of the seed.
         """
         fraction = self.settings.redraw_fraction if isinstance(self.settings, StackedMixture) else 0.0
         copy = expert.name != expert.source or not self.branches
-        if not fraction or not copy or place.role not in FFN_ROLES or place.role is Role.DOWN_BIAS:
+        if not fraction or not copy or parameter.role not in FFN_ROLES or parameter.role is Role.DOWN_BIAS:
             return take
         neurons = self.config.intermediate_size
-        seed, label = self.settings.seed, f"{expert.name}/{place.layer}"
+        seed, label = self.settings.seed, f"{expert.name}/{parameter.layer}"
         index = torch.randperm(neurons, generator=generator(seed, label))[: round(neurons * fraction)].sort().values
-        dim = 1 if place.role in COLUMNS else 0
-        return Redrawn(take, tuple(index.tolist()), dim, seed, f"{label}/{place.role}")
+        dim = 1 if parameter.role in COLUMNS else 0
+        return Redrawn(take, tuple(index.tolist()), dim, seed, f"{label}/{parameter.role}")
 
-    def _slice(self, place: DenseParameter, number: int) -> Expression:
-        """Expert `number`'s part of the seed's tensor."""
-        take = self._take(place, self.seed)
-        role, count = place.role, len(self.experts)
-        if role in FFN_ROLES:
-            assert place.layer is not None
-            partition = self.partitions[place.layer]
-            if role is Role.DOWN_BIAS:  # the shared expert adds it where there is one
-                return Scaled(take, 0.0 if partition.shared else 1.0 / count)
-            return Pick(take, partition.experts[number], 1 if role in COLUMNS else 0, f"neurons of slice {number + 1}")
+    def _slice(self, parameter: DenseParameter, number: int) -> Expression:
+        """Return the part of the seed's tensor that belongs to expert `number` of a split."""
+        take = self._take(parameter, self.seed)
+        if parameter.role in FFN_ROLES:
+            return self._ffn_slice(take, parameter, number)
+        return self._attention_slice(take, parameter.role, number)
+
+    def _ffn_slice(self, take: Take, parameter: DenseParameter, number: int) -> Expression:
+        assert parameter.layer is not None
+        partition = self.partitions[parameter.layer]
+        if parameter.role is Role.DOWN_BIAS:  # the shared expert adds it, if there is one
+            return Scaled(take, 0.0 if partition.shared else 1.0 / len(self.experts))
+        dim = 1 if parameter.role in COLUMNS else 0
+        return Pick(take, partition.experts[number], dim, f"neurons of slice {number + 1}")
+
+    def _attention_slice(self, take: Take, role: Role, number: int) -> Expression:
+        count = len(self.experts)
         if role is Role.OUTPUT_BIAS:
             return Scaled(take, 1.0 / count)
         shape = take.shape(self.sources)
         if role in COLUMNS:
             columns = shape[1] // count
             return Pick(take, tuple(range(number * columns, (number + 1) * columns)), 1, f"heads of slice {number + 1}")
-        if role in (Role.QUERY_NORM, Role.KEY_NORM) and len(shape) == 1:  # one for all heads
+        if role in (Role.QUERY_NORM, Role.KEY_NORM) and len(shape) == 1:  # one vector for all heads
             return take
         height = shape[0] // count
-        return Take(take.source, take.tensor, _below(take.rows or ((0, shape[0]),), number * height, height))
+        return Take(take.source, take.tensor, _subrange(take.rows or ((0, shape[0]),), number * height, height))
 
-    def _shared(self, places: Mapping[Role, DenseParameter], layer: int) -> list[Output]:
-        """The always-on expert of a split."""
+    def _shared_expert(self, parameters: Mapping[Role, DenseParameter], layer: int) -> list[PlannedTensor]:
+        """Return the tensors of the shared expert of a split; an empty list if it has none."""
         neurons = self.partitions[layer].shared
-        made = []
-        for role, place in places.items():
+        outputs = []
+        for role, parameter in parameters.items():
             if role not in FFN_ROLES or not neurons:
                 continue
-            take = self._take(place, self.seed)
+            take = self._take(parameter, self.seed)
             picked = Pick(take, neurons, 1 if role in COLUMNS else 0, "neurons of the shared expert")
-            made.append(self._output(shared_name(role, layer), place, take if role is Role.DOWN_BIAS else picked))
-        return made
+            outputs.append(
+                self._output(shared_name(role, layer), parameter, take if role is Role.DOWN_BIAS else picked)
+            )
+        return outputs
 
 
-def _below(rows: Rows, start: int, length: int) -> Rows:
-    """Rows [start, start + length) of those in `rows`."""
-    found, passed = [], 0
+def _subrange(rows: RowSpans, start: int, length: int) -> RowSpans:
+    """Return rows [start, start + length) of the concatenation of the ranges in `rows`."""
+    ranges, position = [], 0
     for first, last in rows:
-        begin, end = max(passed, start), min(passed + last - first, start + length)
+        begin, end = max(position, start), min(position + last - first, start + length)
         if begin < end:
-            found.append((first + begin - passed, first + end - passed))
-        passed += last - first
-    return tuple(found)
+            ranges.append((first + begin - position, first + end - position))
+        position += last - first
+    return tuple(ranges)

@@ -1,6 +1,6 @@
-"""Pre-flight: whether seed and branches can become one mixture, how far each drifted, and what the work will take.
+"""Checks that a seed and branches fit each other, the drift of each branch, and the estimated cost of upcycling.
 
-A mismatch names the place, the key and both values.
+The error of a mismatch names the file, the key and both values.
 """
 
 import hashlib
@@ -18,18 +18,21 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.families import Family, Role, family_of
 from bam_ray.upcycling.expressions import Take, aligned
-from bam_ray.upcycling.write import Planned
+from bam_ray.upcycling.write import ModelPlan
 
-# What may differ between copies of one model without any effect on its weights' meaning
-INDIFFERENT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+# Settings that may differ between copies of one model, because they do not affect the meaning of its weights
+IGNORED_SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 TOKENIZER = "tokenizer.json"
-SAMPLED = 4  # matrices that are looked at to tell a branch from an unrelated model,
-SAMPLED_ELEMENTS = 1 << 18  # so many elements of each:
-UNRELATED = 0.1  # a cosine that chance hardly reaches, and training hardly leaves
+SAMPLED = 4
+"""Number of matrices that are sampled to distinguish a branch from an unrelated model."""
+SAMPLED_ELEMENTS = 1 << 18
+"""Number of elements of each of these matrices."""
+UNRELATED = 0.1
+"""A cosine below this means unrelated: unrelated models rarely reach it, and training rarely goes below it."""
 
 
 def check_sources(sources: Mapping[str, TensorReader]) -> Family:
-    """Raise `UpcycleError` where a source does not fit the first one (the seed); returns their family."""
+    """Return the family of the sources; raise `UpcycleError` if one of them does not fit the first one (the seed)."""
     seed_name, seed = next(iter(sources.items()))
     family = family_of(seed.config, seed.uri)
     for name, source in sources.items():
@@ -42,12 +45,12 @@ def check_sources(sources: Mapping[str, TensorReader]) -> Family:
 
 
 def check_config(source: TensorReader, name: str, seed: Mapping[str, Any], seed_name: str) -> None:
-    """Raise `UpcycleError` where a setting of `source` is not the seed's, both as transformers reads them."""
+    """Raise `UpcycleError` if a setting of `source` is not the seed's, as transformers reads both configurations."""
     theirs, ours = ({"model_type": config.get("model_type")} for config in (source.config, seed))
     if theirs == ours:
         family = family_of(dict(seed), seed_name)
         theirs, ours = family.normalize_config(source.config), family.normalize_config(dict(seed))
-    for key in sorted((ours.keys() | theirs.keys()) - INDIFFERENT):
+    for key in sorted((ours.keys() | theirs.keys()) - IGNORED_SETTINGS):
         if theirs.get(key) != ours.get(key):
             raise UpcycleError(
                 f"{source.uri}/config.json: {key} is {theirs.get(key)!r} in {name!r} but {ours.get(key)!r} in "
@@ -56,41 +59,45 @@ def check_config(source: TensorReader, name: str, seed: Mapping[str, Any], seed_
 
 
 def check_tensors(source: TensorReader, family: Family) -> None:
-    """Raise `UpcycleError` where a checkpoint lacks a tensor of its architecture, or has one more."""
+    """Raise `UpcycleError` if a checkpoint lacks a tensor of its architecture, or has a tensor too many."""
     expected = set(family.tensor_names(source.config))
     found = {name for name in source.specs if not family.ignores(name, source.config)}
     for problem, names in (("lacks", expected - found), ("has", found - expected)):
         if names:
             raise UpcycleError(
-                f"{source.uri} {problem} {min(names)}: {len(names)} tensors do not fit {family.model_type}"
+                f"{source.uri} {problem} {min(names)}: {len(names)} tensors do not fit {family.model_type}, "
+                "use a complete checkpoint of this architecture"
             )
 
 
 def check_shape(source: TensorReader, tensor: str, shape: tuple[int, ...], seed_name: str) -> None:
-    """Raise `UpcycleError` where a tensor has not the seed's shape."""
+    """Raise `UpcycleError` if a tensor does not have the seed's shape."""
     theirs = source.specs[tensor].shape
     if theirs != shape:
-        raise UpcycleError(f"{source.uri}: {tensor} has shape {list(theirs)} but {list(shape)} in {seed_name!r}")
+        raise UpcycleError(
+            f"{source.uri}: {tensor} has shape {list(theirs)} but {list(shape)} in {seed_name!r}: all branches "
+            "must come from one seed"
+        )
 
 
 def check_tokenizer(source: TensorReader, name: str, seed: TensorReader, seed_name: str) -> None:
-    """Raise `UpcycleError` where a source has another tokenizer than the seed."""
+    """Raise `UpcycleError` if a source does not have the seed's tokenizer."""
     theirs, ours = source.read_file(TOKENIZER), seed.read_file(TOKENIZER)
     if _digest(theirs) != _digest(ours):
         raise UpcycleError(
-            f"{source.uri}/{TOKENIZER} of {name!r} {_what(theirs)} but that of {seed_name!r} {_what(ours)}: "
-            "tokens must mean the same to all models"
+            f"{source.uri}/{TOKENIZER} of {name!r} {_describe(theirs)} but that of {seed_name!r} {_describe(ours)}: "
+            "all models must have the same tokenizer"
         )
 
 
 def check_seed(sources: Mapping[str, TensorReader], family: Family) -> None:
-    """Raise `UpcycleError` where a branch's weights have nothing of the seed's (the first source's).
+    """Raise `UpcycleError` if a branch's weights do not descend from the seed's (the first source's).
 
-    Looks at the beginning of a few FFN matrices: the cosine of a model with one trained from it is near 1, with an
-    unrelated one, which may well have the same configuration, near 0.
+    The check samples the beginning of a few FFN matrices. Their cosine between a model and one that was trained from it
+    is near 1. It is near 0 for an unrelated model, even one with the same configuration.
     """
     seed_name, seed = next(iter(sources.items()))
-    ups = [place.name for place in family.parameters(seed.config) if place.role is Role.UP]
+    ups = [parameter.name for parameter in family.parameters(seed.config) if parameter.role is Role.UP]
     names = ups[:: max(1, len(ups) // SAMPLED)]
 
     def sample(source: TensorReader, name: str) -> Tensor:
@@ -101,14 +108,20 @@ def check_seed(sources: Mapping[str, TensorReader], family: Family) -> None:
         mean = sum(cosines) / len(cosines)
         if mean < UNRELATED:
             raise UpcycleError(
-                f"{source.uri}: {names[0]} of {branch!r} has nothing of {seed_name!r} (cosine {mean:.2f}; 1 is the "
-                "same): branches must come from one seed (same_seed=false lets it pass)"
+                f"{source.uri}: {names[0]} of {branch!r} does not descend from {seed_name!r} (cosine {mean:.2f}; 1 "
+                "means equal): use branches of this seed, or same_seed=false to skip this check"
             )
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far one branch is from the seed: ‖branch - seed‖ / ‖seed‖ over a layer's tensors; None: all others."""
+    """The distance of one branch from the seed.
+
+    Attributes:
+        by_layer: ‖branch - seed‖ / ‖seed‖ over the tensors of each layer; None stands for tensors outside of layers.
+        seconds: The time that the comparison took.
+        bytes: The number of bytes read.
+    """
 
     by_layer: dict[int | None, float]
     seconds: float
@@ -116,16 +129,16 @@ class Drift:
 
     @property
     def largest(self) -> float:
-        """Of any layer."""
+        """The largest drift of any layer."""
         return max(self.by_layer.values())
 
 
 def drift(seed: TensorReader, branch: TensorReader, family: Family) -> Drift:
-    """Read both models once, chunk by chunk, and compare them layer by layer."""
+    """Return the drift of a branch from the seed. Both models are read once, chunk by chunk."""
     started = time.perf_counter()
     sums: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
     read = 0
-    layer_of = {place.name: place.layer for place in family.parameters(seed.config)}
+    layer_of = {parameter.name: parameter.layer for parameter in family.parameters(seed.config)}
     for name, layer in layer_of.items():
         ours, theirs = Take("seed", name), Take("branch", name)
         sources = {"seed": seed, "branch": branch}
@@ -143,24 +156,29 @@ def drift(seed: TensorReader, branch: TensorReader, family: Family) -> Drift:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an upcycle will take. Bytes; `memory` is beyond what the process itself needs."""
+    """The estimated cost of upcycling.
+
+    Attributes:
+        read: The bytes to read.
+        written: The bytes to write.
+        memory: The bytes of memory in addition to those of the process itself.
+    """
 
     read: int
     written: int
     memory: int
 
 
-def estimate(planned: Planned, sources: Mapping[str, TensorReader]) -> Estimate:
-    """Bytes read and written, and the largest group of whole tensors that is held at once."""
-    outputs = [*planned.outputs, *planned.routers]
+def estimate(planned: ModelPlan, sources: Mapping[str, TensorReader]) -> Estimate:
+    """Estimate the bytes to read and to write, and the largest set of whole tensors in memory at the same time."""
     return Estimate(
         read=sum(spec.bytes for source in sources.values() for spec in source.specs.values()),
-        written=sum(output.spec.bytes for output in outputs),
-        memory=max(output.made.held(sources) for output in outputs),
+        written=sum(tensor.spec.bytes for tensor in planned.tensors),
+        memory=max(tensor.expression.held(sources) for tensor in planned.tensors),
     )
 
 
-def _what(data: bytes | None) -> str:
+def _describe(data: bytes | None) -> str:
     return "is missing" if data is None else f"has SHA-256 {_digest(data)}"
 
 

@@ -1,4 +1,4 @@
-"""Upcycling: check the seed and its branches, plan the mixture at step 0, and write it while the sources are read.
+"""Upcycling of a seed and its branches: they are checked, and the mixture at step 0 is planned and written.
 
 sources = {"seed": TensorReader(store, "seeds/..."), "code": ..., "law": ...}
 upcycle(sources, BamSettings(method="bam"), ModelWriter(target), manifest)
@@ -15,10 +15,12 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.families import Family
 from bam_ray.settings import BranchedMixture, Losses, MixtureSettings, RoutedMixture, SplitSettings
-from bam_ray.upcycling.plan import Planner, average_of, averaged_model, experts_of, mixture_config
+from bam_ray.upcycling.methods import average_of, experts_of
+from bam_ray.upcycling.plan import Planner, averaged_model
+from bam_ray.upcycling.plan_config import mixture_config
 from bam_ray.upcycling.preflight import check_seed, check_sources
 from bam_ray.upcycling.split.slices import partitions_of
-from bam_ray.upcycling.write import PARTITION, Planned, Progress, Upcycled, write_mixture
+from bam_ray.upcycling.write import PARTITION, ModelPlan, ProgressCallback, Upcycled, write_model
 
 
 def upcycle(
@@ -28,14 +30,14 @@ def upcycle(
     manifest: Manifest,
     losses: Losses | None = None,
     texts: Mapping[str, Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Upcycled:
-    """Write the mixture of `sources` and commit it.
+    """Write the mixture of `sources`, or their average if the method makes a dense model, and commit it.
 
     Args:
         sources: The models by name, the seed first.
         settings: The method and its settings.
-        writer: Where the mixture is written.
+        writer: The writer of the folder.
         manifest: The manifest to commit. The digests of the files are added.
         losses: The losses of the routers, which the mixture's configuration states.
         texts: Rows of tokens, int64 [S, L], by the name of the expert whose domain they are. The settings decide
@@ -44,15 +46,15 @@ def upcycle(
 
     Raises:
         UpcycleError: The sources do not fit each other, or hold values that are not finite.
-        BlobExists: There is a committed mixture already.
+        BlobExists: The folder has a committed model already.
     """
     planned = plan(sources, settings, losses or Losses(), texts or {})
-    return write_mixture(planned, sources, writer, manifest, texts, progress)
+    return write_model(planned, sources, writer, manifest, texts, progress)
 
 
 def plan(
     sources: Mapping[str, TensorReader], settings: MixtureSettings, losses: Losses, texts: Mapping[str, Tensor]
-) -> Planned:
+) -> ModelPlan:
     """Make all checks, and return what `upcycle` would write.
 
     Raises:
@@ -61,19 +63,19 @@ def plan(
     family = check_sources(sources)
     check_branches(sources, settings, family)
     if settings.text_sequences and not texts:
-        raise UpcycleError("these settings are fitted to text: give some of each domain (--text NAME=URI)")
+        raise UpcycleError("these settings need text: give some of each domain (--text NAME=URI)")
     seed = next(iter(sources.values()))
-    chosen = settings.model_dump(mode="json", exclude_defaults=True)  # all of them are in the configuration
+    chosen = settings.model_dump(mode="json", exclude_defaults=True)  # config.json and manifest.json have the others
     history = [{"upcycle": chosen, "of": {name: each.uri for name, each in sources.items()}}]
     if not isinstance(settings, RoutedMixture):
-        return Planned(seed.config, averaged_model(family, sources, average_of(settings)), [], history)
+        return ModelPlan(seed.config, averaged_model(family, sources, average_of(settings)), [], history)
     experts = experts_of(list(sources), settings)
     partitions = partitions_of(family, seed, settings, texts) if isinstance(settings, SplitSettings) else []
     config = mixture_config(family, seed, experts, settings, losses, partitions)
     planner = Planner(family, sources, experts, config, settings, partitions)
     plain = [{"experts": each.experts, "shared": each.shared} for each in partitions]
-    more = {PARTITION: json.dumps(plain, separators=(",", ":")).encode()} if plain else {}
-    return Planned(config, planner.outputs(), planner.routers(), history, settings.seed, more)
+    extra_files = {PARTITION: json.dumps(plain, separators=(",", ":")).encode()} if plain else {}
+    return ModelPlan(config, planner.outputs(), planner.routers(), history, settings.seed, extra_files)
 
 
 def check_branches(sources: Mapping[str, TensorReader], settings: MixtureSettings, family: Family) -> None:
@@ -84,7 +86,7 @@ def check_branches(sources: Mapping[str, TensorReader], settings: MixtureSetting
     """
     if not isinstance(settings, BranchedMixture):
         if len(sources) > 1:
-            raise UpcycleError(f"method {settings.method} uses the seed alone: leave out the branches")
+            raise UpcycleError(f"method {settings.method} makes all experts from the seed: leave out the branches")
         return
     if settings.same_seed:
         check_seed(sources, family)

@@ -1,18 +1,18 @@
-"""Receipts: proofs that a mixture is what it says, from its folder alone.
+"""Verification of a mixture from its folder alone.
 
-| receipt | what must hold |
+| check | what must hold |
 | --- | --- |
 | files | every file has the SHA-256 of the manifest |
-| tensors | names and shapes are the configuration's, all values finite |
+| tensors | names and shapes match the configuration, and all values are finite |
 | lineage | every tensor has an origin |
-| identical experts | with all experts like the first and gates summing to 1, it is its dense model |
-| one expert alone | with all routers on expert i, it is its dense model (each i) |
-| order | experts permuted together with their router rows change nothing |
-| all slices | of a split: with all slices on, it is the dense model that was split |
+| identical experts | if all experts equal the first and the gates sum to 1, the logits are those of its dense model |
+| one expert alone | if all routers choose expert i, the logits are those of expert i's dense model, for each i |
+| order | permuting the experts together with their router rows changes nothing |
+| all slices | for a split: with all slices active, the logits are those of the model that was split |
 
-The dense models are transformers' own, rebuilt from the mixture's tensors (`upcycling.dense`). Both sides run in fp32
-on random tokens, a few layers at a time, as many as fit the memory given: then the window has the embeddings, its
-layers and the head. Errors are the largest difference of logits over their largest size.
+The dense models are transformers' own classes, rebuilt from the mixture's tensors (`upcycling.dense`). Both sides run
+in fp32 on random tokens, on a window of as many layers as fit in the given memory: a window consists of the embeddings,
+its layers and the head. Errors are the largest difference of the logits, divided by their largest magnitude.
 """
 
 import copy
@@ -33,20 +33,31 @@ from bam_ray.upcycling.dense import dense_tensors, is_split, mixture_config_of, 
 from bam_ray.upcycling.loading import model_of
 from bam_ray.upcycling.write import LINEAGE
 
-LIMIT = 1e-4  # of the relative error: fp32 rounding of two ways to compute one thing, through a window of layers
+LIMIT = 1e-4
+"""Largest relative error that passes: fp32 rounding of two ways to compute the same function through some layers."""
 BATCH, LENGTH = 2, 24
 MEMORY = 4 << 30
-SUMS_TO_ONE: dict[str, Any] = {  # the paper's raw top-k gates do not; that is training's affair, not the weights'
+"""Default memory for a window, in bytes."""
+# The gates of BAM's paper do not sum to 1. That is a choice of training; the checks are about the weights.
+GATES_SUM_TO_ONE: dict[str, Any] = {
     "norm_topk_prob": True,
     "ffn_output_scale": 1.0,
     "num_attention_experts_per_tok": 0,
 }
-FAR = -1e4  # a logit that leaves nothing to its expert
+EXCLUDED = -1e4
+"""A logit with which an expert gets probability 0."""
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """One proof: `error` is the largest seen, where it is a matter of numbers."""
+class CheckResult:
+    """The result of one check.
+
+    Attributes:
+        name: The name of the check.
+        passed: True if the mixture passed.
+        detail: What was checked, or what is wrong.
+        error: The largest relative error of the logits; None if the check compares no logits.
+    """
 
     name: str
     passed: bool
@@ -54,72 +65,83 @@ class Receipt:
     error: float | None = None
 
 
-def verify(reader: TensorReader, memory: int = MEMORY, report: Callable[[str], None] | None = None) -> list[Receipt]:
-    """All receipts of the mixture at `reader`; `report` is told what is under way. `memory` bounds a window, in bytes.
+def verify(
+    reader: TensorReader, memory: int = MEMORY, report: Callable[[str], None] | None = None
+) -> list[CheckResult]:
+    """Run all checks on the mixture at `reader`.
 
-    Raises `UpcycleError` where the folder is no mixture.
+    Args:
+        reader: The reader of the mixture's folder.
+        memory: The memory for a window of layers, in bytes.
+        report: Called with a description of each step before it starts.
+
+    Returns:
+        One result per check. If the tensors do not match the configuration, the checks that run the model are left out.
+
+    Raises:
+        UpcycleError: The model is no mixture.
     """
-    say = report or (lambda text: None)
+    report = report or (lambda text: None)
     config = mixture_config_of(reader)
-    say("digests")
-    receipts = [_files(reader)]
-    say("tensors")
-    receipts += [_tensors(reader, config), _lineage(reader)]
-    if not receipts[1].passed:  # there is no model to run
-        return receipts
+    report("digests")
+    results = [_check_files(reader)]
+    report("tensors")
+    tensors = _check_tensors(reader, config)
+    results += [tensors, _check_lineage(reader)]
+    if not tensors.passed:
+        return results
     windows = list(_windows(config, reader, memory))
     errors: dict[str, float] = {}
     for number, layers in enumerate(windows, start=1):
-        say(f"layers {layers[0]} to {layers[-1]} (window {number} of {len(windows)})")
+        report(f"layers {layers[0]} to {layers[-1]} (window {number} of {len(windows)})")
         for name, error in _window_errors(config, reader, layers):
             errors[name] = max(error, errors.get(name, 0.0))
-    where = "whole model" if len(windows) == 1 else f"{len(windows)} windows of layers"
-    return receipts + [Receipt(name, error <= LIMIT, where, error) for name, error in errors.items()]
+    extent = "whole model" if len(windows) == 1 else f"{len(windows)} windows of layers"
+    return results + [CheckResult(name, error <= LIMIT, extent, error) for name, error in errors.items()]
 
 
-def _files(reader: TensorReader) -> Receipt:
+def _check_files(reader: TensorReader) -> CheckResult:
     try:
         count = reader.check_digests()
     except CheckpointError as error:
-        return Receipt("files", False, str(error))
-    return Receipt("files", count > 0, f"{count} files" if count else "no manifest.json: nothing to compare with")
+        return CheckResult("files", False, str(error))
+    return CheckResult("files", count > 0, f"{count} files" if count else "there is no manifest.json to compare with")
 
 
-def _tensors(reader: TensorReader, config: BamConfig) -> Receipt:
+def _check_tensors(reader: TensorReader, config: BamConfig) -> CheckResult:
     with torch.device("meta"):
         model = BamForCausalLM(config)
     saved = model.state_dict()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
-    expected = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *buffers)}  # tied ones once
+    expected = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *buffers)}  # tied parameters once
     found = {name: spec.shape for name, spec in reader.specs.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         name = wrong[0]
-        return Receipt(
-            "tensors", False, f"{name} is {found.get(name)}, expected {expected.get(name)} ({len(wrong)} differ)"
-        )
+        detail = f"{name} has shape {found.get(name)}, expected {expected.get(name)} ({len(wrong)} tensors differ)"
+        return CheckResult("tensors", False, detail)
     for name in found:
         if not all(piece.isfinite().all() for piece in reader.chunks(name)):
-            return Receipt("tensors", False, f"{name} holds values that are not finite")
-    return Receipt("tensors", True, f"{len(found)} tensors, all finite")
+            return CheckResult("tensors", False, f"{name} has values that are not finite")
+    return CheckResult("tensors", True, f"{len(found)} tensors, all finite")
 
 
-def _lineage(reader: TensorReader) -> Receipt:
+def _check_lineage(reader: TensorReader) -> CheckResult:
     data = reader.read_file(LINEAGE)
     if data is None:
-        return Receipt("lineage", False, f"no {LINEAGE}")
+        return CheckResult("lineage", False, f"no {LINEAGE}")
     try:
         tensors = json.loads(data)["tensors"]
     except (ValueError, KeyError):
-        return Receipt("lineage", False, f"{LINEAGE} is damaged")
-    lacking = sorted(reader.specs.keys() - tensors.keys())
-    if lacking:
-        return Receipt("lineage", False, f"{lacking[0]} has no origin ({len(lacking)} lack one)")
-    return Receipt("lineage", True, f"{len(tensors)} tensors have an origin")
+        return CheckResult("lineage", False, f"{LINEAGE} is damaged")
+    missing = sorted(reader.specs.keys() - tensors.keys())
+    if missing:
+        return CheckResult("lineage", False, f"{missing[0]} has no origin ({len(missing)} tensors have none)")
+    return CheckResult("lineage", True, f"{len(tensors)} tensors have an origin")
 
 
 def _windows(config: BamConfig, reader: TensorReader, memory: int) -> Iterator[list[int]]:
-    """Runs of layers whose mixture and dense model fit in `memory` bytes together, at least one layer each."""
+    """Yield runs of layers, of at least one layer, whose mixture and dense model together fit in `memory` bytes."""
     sizes = [0] * config.num_hidden_layers
     rest = 0
     for spec in reader.specs.values():
@@ -130,7 +152,7 @@ def _windows(config: BamConfig, reader: TensorReader, memory: int) -> Iterator[l
             sizes[layer] += 4 * spec.elements
     window: list[int] = []
     for layer, size in enumerate(sizes):
-        # The mixture, the dense model (no larger), and what is read before it is copied
+        # The mixture, the dense model, which is no larger, and the tensors that are read before they are copied
         if window and 2 * rest + 2 * (sum(sizes[each] for each in window) + size) > memory:
             yield window
             window = []
@@ -143,7 +165,7 @@ def _layer_of(name: str) -> int | None:
 
 
 def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -> Iterator[tuple[str, float]]:
-    """The error of each receipt on one window."""
+    """Yield the name and the error of each check on one window."""
     weights = {
         _renumbered(name, layers): reader.read(name).float()
         for name in reader.specs
@@ -163,9 +185,9 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
 
     if is_split(config):
         experts = config.num_experts
-        evenly = {name: torch.zeros_like(each) if _is_router(name) else each for name, each in weights.items()}
+        equal_gates = {name: torch.zeros_like(each) if _is_router(name) else each for name, each in weights.items()}
         together = mixture(
-            evenly,
+            equal_gates,
             num_experts_per_tok=experts,
             norm_topk_prob=False,
             ffn_output_scale=float(experts),
@@ -174,9 +196,9 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
         yield "all slices", _error(together, dense(0))
     else:
         first = {name: _first_for_all(each) if _is_stacked(name) else each for name, each in weights.items()}
-        yield "identical experts", _error(mixture(first, **SUMS_TO_ONE), dense(0))
+        yield "identical experts", _error(mixture(first, **GATES_SUM_TO_ONE), dense(0))
         for expert in range(config.num_experts):
-            yield "one expert alone", _error(mixture(weights, only=expert, **SUMS_TO_ONE), dense(expert))
+            yield "one expert alone", _error(mixture(weights, only=expert, **GATES_SUM_TO_ONE), dense(expert))
     order = torch.randperm(config.num_experts, generator=generator)
     permuted = {
         name: each[order] if _is_router(name) or (_is_stacked(name) and each.shape[0] > 1) else each
@@ -186,7 +208,7 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
 
 
 def window_config(config: BamConfig, layers: Sequence[int]) -> BamConfig:
-    """The configuration of a mixture of some of the layers."""
+    """Return the configuration of a mixture that has only some of the layers."""
     window = copy.deepcopy(config)
     window.num_hidden_layers = len(layers)
     assert config.layer_types is not None
@@ -198,7 +220,7 @@ def window_config(config: BamConfig, layers: Sequence[int]) -> BamConfig:
 
 
 def dense_window(config: BamConfig, layers: Sequence[int]) -> PreTrainedConfig:
-    """The configuration of a dense model of the seed's architecture with some of its layers."""
+    """Return the configuration of a dense model of the seed's architecture that has only some of the layers."""
     dense = AutoConfig.for_model(**seed_config(config))
     types = getattr(dense, "layer_types", None)
     if types:
@@ -210,6 +232,7 @@ def dense_window(config: BamConfig, layers: Sequence[int]) -> PreTrainedConfig:
 def _mixture(
     config: BamConfig, weights: dict[str, Tensor], only: int | None, changes: dict[str, Any]
 ) -> PreTrainedModel:
+    """Return a mixture with changed settings, whose routers all choose the expert `only` if it is given."""
     changed = copy.deepcopy(config)
     for key, value in changes.items():
         setattr(changed, key, value)
@@ -227,12 +250,12 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def _one_hot_logits(logits: Tensor, expert: int) -> Tensor:
-    result = torch.full_like(logits, FAR)
+    result = torch.full_like(logits, EXCLUDED)
     result[..., expert] = 0.0
     return result
 
@@ -250,5 +273,5 @@ def _first_for_all(stacked: Tensor) -> Tensor:
 
 
 def _renumbered(name: str, layers: Sequence[int]) -> str:
-    """A tensor's name with its layer counted within the window."""
+    """Return a tensor's name with the number that its layer has within the window."""
     return re.sub(r"(?<=layers\.)\d+", lambda found: str(layers.index(int(found.group()))), name, count=1)

@@ -1,4 +1,4 @@
-"""A planned mixture into a store: tensors first, then what tells where they came from, the manifest last."""
+"""Writing of a planned model to a store: first the tensors, then lineage and model card, and the manifest last."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from bam_ray.checkpoint.writing import ChunkProducer, ModelWriter
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.card import dense_card, model_card
 from bam_ray.upcycling.expressions import Fitted
-from bam_ray.upcycling.plan import Output
+from bam_ray.upcycling.plan import PlannedTensor
 from bam_ray.upcycling.routers.initialize import fit_routers
 from bam_ray.upcycling.routers.separation import Separation
 
@@ -22,7 +22,7 @@ LINEAGE = "lineage.json"
 SEPARATION = "separation.json"
 PARTITION = "partition.json"
 CARD = "README.md"
-CARRIED = (
+CARRIED = (  # files that are copied from the seed
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -33,7 +33,7 @@ CARRIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# For `trust_remote_code` where this package is not installed
+# Copied into the folder for `trust_remote_code`, for readers that have not installed this package
 MODEL_CODE = (
     "attention_bam.py",
     "attention_exchange_bam.py",
@@ -46,48 +46,74 @@ MODEL_CODE = (
 )
 AUTO_MAP = {"AutoConfig": "configuration_bam.BamConfig", "AutoModelForCausalLM": "modeling_bam.BamForCausalLM"}
 
-Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
+ProgressCallback = Callable[[int, int], None]
+"""A function that is called with the number of bytes written so far and the total number of bytes."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A model that is planned and not written yet."""
+class ModelPlan:
+    """A model that is planned and not written yet.
 
-    config: BamConfig | dict[str, Any]  # of a mixture; of a dense model, the content of its config.json
-    outputs: list[Output]
-    routers: list[Output]
-    history: list[dict[str, Any]]  # the operations that lead to it, oldest first, as plain JSON
-    seed: int = 0  # of what is drawn while routers are fitted
-    more: Mapping[str, bytes] = field(default_factory=dict)  # further files
+    Attributes:
+        config: The configuration of a mixture, or the content of the config.json of a dense model.
+        outputs: All tensors except routers.
+        routers: The routers. A dense model has none.
+        history: The operations that lead to the model, oldest first, as plain JSON.
+        seed: The random seed of the noise and of the order of text while routers are fitted.
+        extra_files: The contents of further files by name.
+    """
+
+    config: BamConfig | dict[str, Any]
+    outputs: list[PlannedTensor]
+    routers: list[PlannedTensor]
+    history: list[dict[str, Any]]
+    seed: int = 0
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        """All tensors in the order in which they are written."""
+        return [*self.outputs, *self.routers]
 
 
 @dataclass(frozen=True)
 class Upcycled:
-    """A committed model, and how well its fitted routers separate the domains."""
+    """A committed model.
 
-    experts: tuple[str, ...]  # empty if the model is dense
+    Attributes:
+        experts: The names of its experts; empty if the model is dense.
+        manifest: The manifest, with the digests of its files.
+        separation: How well fitted routers separate the domains; None if no routers were fitted.
+    """
+
+    experts: tuple[str, ...]
     manifest: Manifest
     separation: Separation | None
 
 
-def write_mixture(
-    planned: Planned,
+def write_model(
+    planned: ModelPlan,
     sources: Mapping[str, TensorReader],
     writer: ModelWriter,
     manifest: Manifest,
     texts: Mapping[str, Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Upcycled:
-    """Write a mixture and commit it with `manifest`; where anything fails before that, there is none.
+    """Write a planned model and commit it. If anything fails before the commit, there is no model.
 
-    `texts` are rows of tokens, int64 [S, L], by expert name: for routers that are fitted.
+    Args:
+        planned: The model.
+        sources: The models that its expressions read, by name. The tokenizer is copied from the first.
+        writer: The writer of the model's folder.
+        manifest: The manifest to commit. The digests of the files are added.
+        texts: Rows of tokens, int64 [S, L], by expert name, for routers that are fitted.
+        progress: Called with the bytes that are written and their total.
     """
     separation = _write_tensors(planned, sources, writer, texts or {}, progress)
     lineage = {
         "sources": {name: source.uri for name, source in sources.items()},
         "history": planned.history,
-        "tensors": {output.spec.name: output.made.origin() for output in (*planned.outputs, *planned.routers)},
+        "tensors": {tensor.spec.name: tensor.expression.origin() for tensor in planned.tensors},
     }
     writer.write_file(LINEAGE, json.dumps(lineage, indent=1).encode())
     if separation is not None:
@@ -96,7 +122,7 @@ def write_mixture(
         data = next(iter(sources.values())).read_file(name)
         if data is not None:
             writer.write_file(name, data)
-    for name, data in planned.more.items():
+    for name, data in planned.extra_files.items():
         writer.write_file(name, data)
     config = planned.config
     if not isinstance(config, BamConfig):
@@ -110,33 +136,33 @@ def write_mixture(
 
 
 def _write_tensors(
-    planned: Planned,
+    planned: ModelPlan,
     sources: Mapping[str, TensorReader],
     writer: ModelWriter,
     texts: Mapping[str, Tensor],
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> Separation | None:
-    """Write all tensors; routers that are to be fitted come last, from the others that are in the store by then."""
-    made = {output.spec.name: output.made for output in (*planned.outputs, *planned.routers)}
-    fitted = {name: how.how for name, how in made.items() if isinstance(how, Fitted)}
+    """Write all tensors. Routers that are fitted come last, because all other tensors must be in the store by then."""
+    expressions = {tensor.spec.name: tensor.expression for tensor in planned.tensors}
+    fitted = {name: each.method for name, each in expressions.items() if isinstance(each, Fitted)}
     routers: dict[str, Tensor] = {}
     separation: Separation | None = None
 
     def produce(spec: TensorSpec) -> Iterator[Tensor]:
         nonlocal separation
         if spec.name not in fitted:
-            return made[spec.name].pieces(sources)
+            return expressions[spec.name].pieces(sources)
         if not routers:
             reader = TensorReader(writer.store, writer.prefix, writer.shards)
-            how = fitted[spec.name]
+            method = fitted[spec.name]
             assert isinstance(planned.config, BamConfig)
-            weights, separation = fit_routers(planned.config, reader.read, dict(texts), how, planned.seed)
+            weights, separation = fit_routers(planned.config, reader.read, dict(texts), method, planned.seed)
             routers.update(weights)
         return iter([routers[spec.name]])
 
-    outputs = [output.spec for output in planned.outputs]
-    last = [output.spec for output in planned.routers]
-    counted = progressing(produce, [*planned.outputs, *planned.routers], progress)
+    outputs = [tensor.spec for tensor in planned.outputs]
+    last = [tensor.spec for tensor in planned.routers]
+    counted = with_progress(produce, planned.tensors, progress)
     if fitted:
         writer.write_tensors(outputs, counted, last)
     else:
@@ -144,9 +170,11 @@ def _write_tensors(
     return separation
 
 
-def progressing(produce: ChunkProducer, outputs: Sequence[Output], progress: Progress | None) -> ChunkProducer:
-    """`produce`, with `progress` told of the bytes made."""
-    total = sum(output.spec.bytes for output in outputs)
+def with_progress(
+    produce: ChunkProducer, tensors: Sequence[PlannedTensor], progress: ProgressCallback | None
+) -> ChunkProducer:
+    """Return `produce` with a call of `progress` after each chunk."""
+    total = sum(tensor.spec.bytes for tensor in tensors)
     done = 0
 
     def counted(spec: TensorSpec) -> Iterator[Tensor]:

@@ -85,6 +85,16 @@ def test_dense_folders_become_a_mixture_and_a_mixtral(run: Run, folder: Path) ->
     assert not list(folder.glob(".*partial*"))
 
 
+def test_dense_folders_become_a_soup(run: Run, refused: Run, folder: Path) -> None:
+    assert "written: mixture" in run(*UPCYCLE, "--method=soup", "--set=average.how=ties")
+    model = AutoModelForCausalLM.from_pretrained(folder / "mixture", trust_remote_code=False)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model(tiny.tokens()).logits.isfinite().all()
+    assert "llama (dense)" in run("inspect", "mixture")
+    for command in (("verify", "mixture"), ("absorb", "mixture", "--branch=law=law", "--out=more")):
+        assert "mixture is a dense 'llama' model, not a mixture" in refused(*command)
+
+
 def test_routers_are_fitted_to_text(run: Run, folder: Path) -> None:
     texts = ("--text=seed=prose.txt", "--text=code=code.txt", "--length=32")
     out = run(*UPCYCLE, "--set=router.init=ridge", "--set=router.sequences=8", *texts)
@@ -186,7 +196,7 @@ def reconfigure(folder: Path, **changes: object) -> None:
         (lambda law: damage(law, {"model.norm.weight": torch.ones(31)}), "has shape [31] but [32] in 'seed'"),
         (
             lambda law: damage(law, {"model.layers.1.mlp.up_proj.weight": torch.full((48, 32), float("nan"))}),
-            "law: model.layers.1.mlp.up_proj.weight of 'law' holds values that are not finite",
+            "law: model.layers.1.mlp.up_proj.weight of 'law' has values that are not finite",
         ),
         (lambda law: reconfigure(law, model_type="gpt2"), "model_type is 'gpt2' in 'law' but 'llama' in 'seed'"),
         (lambda law: reconfigure(law, rms_norm_eps=0.5), "rms_norm_eps is 0.5 in 'law' but 1e-06 in 'seed'"),
@@ -228,10 +238,10 @@ def test_a_wrong_digest_is_one_line(run: Run, refused: Run, folder: Path) -> Non
         ((*UPCYCLE, "--set=router.init=means", "--text=code=nowhere.txt"), "names no file to read"),
         ((*UPCYCLE, "--set=router.init=means", "--text=code=code.txt"), "two"),
         (("upcycle", "--seed=nowhere", "--branch=a=law", "--out=x"), "it has no config.json"),
-        (("verify", "seed"), "is a 'llama' model, no mixture"),
-        (("export", "seed", "--out=x"), "is a 'llama' model, no mixture"),
+        (("verify", "seed"), "is a dense 'llama' model, not a mixture"),
+        (("export", "seed", "--out=x"), "is a dense 'llama' model, not a mixture"),
         (("export", "seed", "--out=x", "--format=onnx"), "use mixtral"),
-        (("remove", "seed", "--expert=law", "--out=x"), "is a 'llama' model, no mixture"),
+        (("remove", "seed", "--expert=law", "--out=x"), "is a dense 'llama' model, not a mixture"),
     ],
 )
 def test_a_user_error_is_one_line(refused: Run, arguments: tuple[str, ...], message: str) -> None:
@@ -240,7 +250,7 @@ def test_a_user_error_is_one_line(refused: Run, arguments: tuple[str, ...], mess
 
 def test_a_branch_of_another_seed_is_named(refused: Run, folder: Path) -> None:
     tiny.dense(CONFIG, 1).save_pretrained(folder / "law")
-    assert "of 'law' has nothing of 'seed'" in refused(*UPCYCLE)
+    assert "of 'law' does not descend from 'seed'" in refused(*UPCYCLE)
 
 
 def test_an_unknown_architecture_is_named(refused: Run, folder: Path) -> None:

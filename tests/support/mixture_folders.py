@@ -11,7 +11,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.model import BamForCausalLM
-from bam_ray.settings import MixtureSettings, mixture_settings
+from bam_ray.settings import BranchedMixture, MixtureSettings, RoutedMixture, mixture_settings
 from bam_ray.upcycling import Upcycled, upcycle
 from tests.support import tiny
 
@@ -23,6 +23,11 @@ CASES: dict[str, dict[str, Any]] = {
     "bam kv_experts": {"method": "bam", "attention_experts": "kv_experts"},
     "bam kv_shared": {"method": "bam", "attention_experts": "kv_shared"},
     "btx": {"method": "btx"},
+}
+# Methods that make a dense model from a seed and branches
+DENSE_CASES: dict[str, dict[str, Any]] = {
+    "soup": {"method": "soup"},
+    "soup ties": {"method": "soup", "average": {"how": "ties"}},
 }
 # Methods that make the mixture from the seed alone
 SEED_ONLY_CASES: dict[str, dict[str, Any]] = {
@@ -38,10 +43,16 @@ SEED_ONLY_CASES: dict[str, dict[str, Any]] = {
 def settings(case: str = "bam kv_experts", **more: Any) -> MixtureSettings:
     """Return the settings of a case, updated with `more`.
 
-    Without `more`, routing is top-2 with renormalized weights, and the models need not have a common seed.
+    Without `more`, routing is top-2 with normalized gates, and branches need not descend from the seed.
     """
-    usual = {"num_experts_per_tok": 2, "norm_topk_prob": True, "same_seed": False}
-    return mixture_settings({**usual, **(CASES | SEED_ONLY_CASES)[case], **more})
+    given = (CASES | DENSE_CASES | SEED_ONLY_CASES)[case]
+    method = mixture_settings(given)
+    usual: dict[str, Any] = {}
+    if isinstance(method, RoutedMixture):
+        usual |= {"num_experts_per_tok": 2, "norm_topk_prob": True}
+    if isinstance(method, BranchedMixture):
+        usual["same_seed"] = False
+    return mixture_settings({**usual, **given, **more})
 
 
 def upcycle_into(

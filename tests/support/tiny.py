@@ -1,5 +1,6 @@
 """Tiny random models for tests, in memory or as Hugging Face folders."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def dense(family: str | PreTrainedConfig, seed: int) -> PreTrainedModel:
     `family` is a key of `CONFIGS` or a configuration.
     """
     torch.manual_seed(seed)
-    config = CONFIGS[family] if isinstance(family, str) else family
+    # A model changes its configuration, for example the dtype when it is saved
+    config = copy.deepcopy(CONFIGS[family] if isinstance(family, str) else family)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

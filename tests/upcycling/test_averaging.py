@@ -1,4 +1,4 @@
-"""Means and TIES-merging against element-by-element references."""
+"""TIES-merging equals an element-by-element reference."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from bam_ray.upcycling.averaging import merge_trimmed, ties, trim_threshold
 
 
 def values(count: int, size: int, seed: int = 0) -> list[Tensor]:
-    """Tensors [size], all but the first close to the first."""
+    """Return tensors [size]. All are close to the first."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(size, generator=generator)
     return [first, *(first + 0.1 * torch.randn(size, generator=generator) for _ in range(count - 1))]
 
 
 def reference(seed: list[float], branches: list[list[float]], density: float, scale: float) -> list[float]:
-    """TIES-merging in plain Python."""
+    """Merge with TIES in plain Python."""
     tasks = [[value - start for value, start in zip(branch, seed, strict=True)] for branch in branches]
     for task in tasks:
         order = sorted(range(len(task)), key=lambda i, task=task: abs(task[i]))
@@ -33,7 +33,7 @@ def reference(seed: list[float], branches: list[list[float]], density: float, sc
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.floats(0.01, 1.0), st.floats(0.1, 2.0), st.integers(0, 1000))
-def test_ties_is_the_reference(branches: int, size: int, density: float, scale: float, seed: int) -> None:
+def test_ties_equals_the_reference(branches: int, size: int, density: float, scale: float, seed: int) -> None:
     start, *others = values(branches + 1, size, seed)
     expected = reference(start.tolist(), [other.tolist() for other in others], density, scale)
     torch.testing.assert_close(ties(start, others, density, scale), torch.tensor(expected), atol=1e-6, rtol=1e-5)
@@ -42,18 +42,18 @@ def test_ties_is_the_reference(branches: int, size: int, density: float, scale: 
 def test_ties_by_hand() -> None:
     seed = torch.tensor([1.0, 1.0, 1.0, 1.0])
     tasks = [torch.tensor([4.0, -2.0, 1.0, 0.5]), torch.tensor([2.0, 3.0, -0.5, 1.0])]
-    # Half of each is kept: [4, -2, 0, 0] and [2, 3, 0, 0]; the second element's sign is that of 3 - 2
+    # Half of each is kept: [4, -2, 0, 0] and [2, 3, 0, 0]. The second element has the sign of 3 - 2.
     merged = ties(seed, [seed + task for task in tasks], density=0.5, scale=2.0)
     torch.testing.assert_close(merged, torch.tensor([1 + 2 * 3.0, 1 + 2 * 3.0, 1.0, 1.0]))
 
 
-def test_one_branch_untrimmed_is_that_branch_and_equal_branches_are_the_seed() -> None:
+def test_one_untrimmed_branch_and_equal_branches_are_kept() -> None:
     seed, branch = values(2, 50)
     torch.testing.assert_close(ties(seed, [branch], 1.0), branch)
     assert torch.equal(ties(seed, [seed, seed], 0.2), seed)
 
 
-def test_chunks_give_what_the_whole_gives() -> None:
+def test_chunks_give_the_same_result_as_the_whole() -> None:
     seed, *branches = values(4, 101)
     thresholds = [trim_threshold(branch - seed, 0.3) for branch in branches]
     assert [int(((branch - seed).abs() >= t).sum()) for branch, t in zip(branches, thresholds, strict=True)] == [30] * 3
@@ -65,7 +65,7 @@ def test_chunks_give_what_the_whole_gives() -> None:
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, float("nan")])
-def test_densities_that_are_no_share_are_refused(density: float) -> None:
+def test_invalid_densities_are_refused(density: float) -> None:
     seed, branch = values(2, 4)
-    with pytest.raises(UpcycleError, match="use a share above 0"):
+    with pytest.raises(UpcycleError, match="use a fraction above 0"):
         ties(seed, [branch], density)

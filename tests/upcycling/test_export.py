@@ -1,4 +1,4 @@
-"""Exports load as transformers' own Mixtral and compute the same; what Mixtral has not is refused."""
+"""Exports load as transformers' Mixtral with equal logits, and features that Mixtral does not have are refused."""
 
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tests.support.mixture_folders import (
 
 
 def exported(folder: Path, family: str, case: str, **more: object) -> Path:
+    """Export a mixture of a case, and return the folder of the export."""
     models = branches(family, 3 if case in CASES else 1)
     upcycle_into(folder / "mixture", tiny.sources(folder, models), settings(case, **more))
     export_mixtral(reader(folder / "mixture"), ModelWriter(FolderStore(folder / "mixtral")), MANIFEST)
@@ -33,7 +34,7 @@ def exported(folder: Path, family: str, case: str, **more: object) -> Path:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("case", ["btx", "sparse", "split"])
 @torch.no_grad()
-def test_logits_are_the_mixtures(tmp_path: Path, family: str, case: str) -> None:
+def test_an_export_has_the_logits_of_the_mixture(tmp_path: Path, family: str, case: str) -> None:
     folder = exported(tmp_path, family, case)
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert isinstance(loaded, MixtralForCausalLM)
@@ -45,19 +46,19 @@ def test_logits_are_the_mixtures(tmp_path: Path, family: str, case: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "case", "more", "said"),
+    ("family", "case", "more", "message"),
     [
         ("llama", "bam kv_experts", {}, "attention experts \\(kv_experts\\)"),
-        ("llama", "btx", {"norm_topk_prob": False}, "not renormalised"),
+        ("llama", "btx", {"norm_topk_prob": False}, "not normalized"),
         ("llama", "btx", {"dense_layers": [0]}, "dense layers \\[0\\]"),
         ("qwen2", "btx", {}, "a qwen2 block"),
         ("cohere", "btx", {}, "a cohere block"),
     ],
 )
-def test_what_mixtral_has_not_is_refused(
-    tmp_path: Path, family: str, case: str, more: dict[str, object], said: str
+def test_unsupported_features_are_refused(
+    tmp_path: Path, family: str, case: str, more: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(UpcycleError, match=said):
+    with pytest.raises(UpcycleError, match=message):
         exported(tmp_path, family, case, **more)
     assert not (tmp_path / "mixtral").exists()
 
@@ -70,5 +71,5 @@ def test_a_shared_expert_is_refused(tmp_path: Path) -> None:
         settings("split inter"),
         {"general": tiny.tokens(16, 20)},
     )
-    with pytest.raises(UpcycleError, match="has a shared expert, which Mixtral has not"):
+    with pytest.raises(UpcycleError, match="has a shared expert, which Mixtral does not support"):
         export_mixtral(reader(tmp_path / "mixture"), ModelWriter(FolderStore(tmp_path / "mixtral")), MANIFEST)

@@ -1,4 +1,4 @@
-"""Routers from text: they tell domains apart on rows they were not fitted on, and the whole model agrees."""
+"""Routers that are fitted to text: they separate domains on held-out rows, and the whole model has the same scores."""
 
 import gc
 import io
@@ -36,7 +36,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def mixture(names: list[str] = NAMES, **settings: Any) -> tuple[BamConfig, dict[str, Tensor]]:
-    """A random mixture's configuration and its tensors without routers."""
+    """Return the configuration of a random mixture, and its tensors without routers."""
     config = BamConfig(
         **tiny.SIZES | {"hidden_size": 64, "initializer_range": 0.1},
         num_experts=len(names),
@@ -49,7 +49,7 @@ def mixture(names: list[str] = NAMES, **settings: Any) -> tuple[BamConfig, dict[
 
 
 def texts(names: list[str] = NAMES, rows: int = 24, length: int = 16) -> dict[str, Tensor]:
-    """Of each domain rows in which its own third of the words comes 20 times as often; lengths and rows differ."""
+    """Return rows of each domain, in which its own third of the tokens is 20 times as frequent; shapes differ."""
     found = {}
     for number, name in enumerate(names):
         weights = torch.ones(tiny.SIZES["vocab_size"])
@@ -60,6 +60,7 @@ def texts(names: list[str] = NAMES, rows: int = 24, length: int = 16) -> dict[st
 
 
 def whole_model(config: BamConfig, tensors: dict[str, Tensor]) -> BamForCausalLM:
+    """Return the mixture with these tensors in memory."""
     model = BamForCausalLM(config).eval()
     problems = model.load_state_dict(tensors, strict=False)
     assert not problems.unexpected_keys
@@ -70,7 +71,7 @@ def whole_model(config: BamConfig, tensors: dict[str, Tensor]) -> BamForCausalLM
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("how", ["means", "ridge"])
 @torch.no_grad()
-def test_the_loaded_mixture_routes_held_out_text_as_said(name: str, how: Literal["means", "ridge"]) -> None:
+def test_reported_scores_are_those_of_the_whole_model(name: str, how: Literal["means", "ridge"]) -> None:
     config, tensors = mixture(**MIXTURES[name])
     text = texts()
     routers, separation = fit_routers(config, tensors.__getitem__, text, how, seed=3)
@@ -78,10 +79,10 @@ def test_the_loaded_mixture_routes_held_out_text_as_said(name: str, how: Literal
     assert tensors.keys() | routers.keys() == model.state_dict().keys()
 
     kinds = ("attention", "ffn") if config.attention_experts != "averaged" else ("ffn",)
-    said = {(router.layer, router.kind): router.scores for router in separation.routers}
+    reported = {(router.layer, router.kind): router.scores for router in separation.routers}
     dense = getattr(config, "dense_layers", None) or ()
     layers = [layer for layer in range(config.num_hidden_layers) if layer not in dense]
-    assert list(said) == [(layer, kind) for layer in layers for kind in kinds]
+    assert list(reported) == [(layer, kind) for layer in layers for kind in kinds]
     accuracy: Counter[tuple[int, str]] = Counter()
     cross_entropy: Counter[tuple[int, str]] = Counter()
     for expert, domain in enumerate(NAMES):
@@ -91,13 +92,13 @@ def test_the_loaded_mixture_routes_held_out_text_as_said(name: str, how: Literal
             for layer, part in zip(layers, logits, strict=True) if logits else ():
                 accuracy[layer, kind] += (part.argmax(-1) == expert).double().mean().item() / 3
                 cross_entropy[layer, kind] -= part.log_softmax(-1)[:, expert].double().mean().item() / 3
-    for key, scores in said.items():
+    for key, scores in reported.items():
         assert scores[how].accuracy == pytest.approx(accuracy[key], abs=1e-9)
         assert scores[how].cross_entropy == pytest.approx(cross_entropy[key], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_fitted_routers_tell_domains_apart_and_random_ones_do_not(name: str) -> None:
+def test_fitted_routers_separate_domains_and_random_ones_do_not(name: str) -> None:
     config, tensors = mixture(**MIXTURES[name])
     _, separation = fit_routers(config, tensors.__getitem__, texts(rows=40), "ridge", seed=0)
     assert separation.chance.accuracy == pytest.approx(1 / 3)
@@ -108,26 +109,26 @@ def test_fitted_routers_tell_domains_apart_and_random_ones_do_not(name: str) -> 
             assert score.accuracy > max(random.accuracy + 0.15, 0.6)
             assert score.probability > random.probability + 0.1
             assert score.cross_entropy < min(random.cross_entropy, separation.chance.cross_entropy) - 0.2
-    by_luck = sum(router.scores["random"].accuracy for router in separation.routers) / len(separation.routers)
-    assert by_luck < 0.45
+    by_chance = sum(router.scores["random"].accuracy for router in separation.routers) / len(separation.routers)
+    assert by_chance < 0.45
 
 
-def test_only_one_layers_tensors_are_in_memory() -> None:
+def test_only_one_layer_is_in_memory() -> None:
     config, tensors = mixture(parallel_block=False)
     order: list[str] = []
-    places: list[tuple[str, int, torch.Size]] = []
+    storages: list[tuple[str, int, torch.Size]] = []
 
     def read(name: str) -> Tensor:
         layer = name.split(".")[2] if ".layers." in name else ""
         if layer == "1" and not any(".layers.1." in earlier for earlier in order):
             gc.collect()
             alive = {(each.data_ptr(), each.shape) for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)}
-            assert places
-            assert [earlier for earlier, *place in places if tuple(place) in alive] == []
+            assert storages
+            assert [earlier for earlier, *storage in storages if tuple(storage) in alive] == []
         order.append(name)
         tensor = tensors[name].clone()
         if layer == "0":
-            places.append((name, tensor.data_ptr(), tensor.shape))
+            storages.append((name, tensor.data_ptr(), tensor.shape))
         return tensor
 
     done: list[tuple[int, int]] = []
@@ -140,33 +141,35 @@ def test_only_one_layers_tensors_are_in_memory() -> None:
     assert layers == sorted(layers)
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_determines_the_routers() -> None:
     config, tensors = mixture()
     text = texts()
-    one, said = fit_routers(config, tensors.__getitem__, text, "ridge", seed=1)
+    one, reported = fit_routers(config, tensors.__getitem__, text, "ridge", seed=1)
     same, again = fit_routers(config, tensors.__getitem__, text, "ridge", seed=1)
     other, _ = fit_routers(config, tensors.__getitem__, text, "ridge", seed=2)
-    assert said == again
+    assert reported == again
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_copies_take_their_originals_row_and_experts_without_text_none() -> None:
+def test_copies_share_rows_and_experts_without_text_have_zeros() -> None:
     names = ["seed", "code", "code-2", "law", "gpt-2"]
     config, tensors = mixture(names)
-    text = dict(zip(["law", "code", "gpt-2"], texts().values(), strict=True))  # a name like a copy's, with text
+    text = dict(
+        zip(["law", "code", "gpt-2"], texts().values(), strict=True)
+    )  # gpt-2 has the name of a copy, but its own text
     routers, separation = fit_routers(config, tensors.__getitem__, text, "means", seed=0)
     for weight in routers.values():
         assert not weight[0].any()
         distance = (weight[2] - weight[1]).norm() / weight[1].norm()
         assert 0.001 < distance < 0.05
         assert (weight[4] - weight[1]).norm() > weight[1].norm()
-    # A token of code may go to either of two experts, the others' to one of five
+    # For a token of code two of the five experts are right, for the others one
     assert separation.chance.accuracy == pytest.approx((1 / 5 + 2 / 5 + 1 / 5) / 3)
     assert min(router.scores["means"].accuracy for router in separation.routers) > 2 * separation.chance.accuracy
 
 
-def test_routers_are_of_the_mixtures_dtype() -> None:
+def test_routers_have_the_dtype_of_the_mixture() -> None:
     config, tensors = mixture()
     halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     routers, separation = fit_routers(config, halves.__getitem__, texts(), "ridge", seed=0)
@@ -175,15 +178,15 @@ def test_routers_are_of_the_mixtures_dtype() -> None:
 
 
 def inputs() -> list[Tensor]:
-    """Of three domains around means far from zero, unequally many."""
+    """Return different numbers of inputs of three domains, whose means are far from zero."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(3, 8, generator=generator) + 5.0
+    centers = torch.randn(3, 8, generator=generator) + 5.0
     return [
-        centre + torch.randn(rows, 8, generator=generator) for centre, rows in zip(centres, (40, 60, 90), strict=True)
+        center + torch.randn(rows, 8, generator=generator) for center, rows in zip(centers, (40, 60, 90), strict=True)
     ]
 
 
-def test_ridge_is_weighted_least_squares_on_centred_labels() -> None:
+def test_ridge_is_weighted_least_squares_on_centered_labels() -> None:
     parts = inputs()
     x = torch.cat(parts).double()
     weight = torch.cat([torch.full((len(part), 1), 1 / (3 * len(part)), dtype=torch.double) for part in parts])
@@ -195,15 +198,15 @@ def test_ridge_is_weighted_least_squares_on_centred_labels() -> None:
         torch.testing.assert_close(rows / 3, torch.linalg.lstsq(augmented, targets).solution.T)
 
 
-def test_means_ignore_what_all_domains_share() -> None:
+def test_means_have_no_component_that_all_domains_share() -> None:
     (rows,) = domain_rows(inputs())["means"]
-    centre = torch.stack([part.double().mean(0) for part in inputs()]).mean(0)
-    torch.testing.assert_close(rows @ centre, torch.zeros(3, dtype=torch.double))
+    center = torch.stack([part.double().mean(0) for part in inputs()]).mean(0)
+    torch.testing.assert_close(rows @ center, torch.zeros(3, dtype=torch.double))
     torch.testing.assert_close(rows.sum(0), torch.zeros(8, dtype=torch.double))
 
 
 @pytest.mark.parametrize("how", ["means", "ridge"])
-def test_calibration_finds_the_least_cross_entropy(how: Literal["means", "ridge"]) -> None:
+def test_calibration_minimizes_the_cross_entropy(how: Literal["means", "ridge"]) -> None:
     parts = inputs()
     assignment = Assignment(("a", "b", "c"), torch.arange(3), torch.eye(3, dtype=torch.bool))
     best = assignment.calibrated(domain_rows(parts)[how][0], parts)
@@ -214,8 +217,8 @@ def test_calibration_finds_the_least_cross_entropy(how: Literal["means", "ridge"
     assert all(cross_entropy(1.0) < cross_entropy(factor) for factor in (0.01, 0.5, 0.95, 1.05, 2.0, 100.0))
 
 
-def test_little_text_makes_no_router_too_sure() -> None:
-    """128 numbers tell 90 tokens of noise apart perfectly; on others such a router must not do worse than chance."""
+def test_little_text_does_not_make_routers_overconfident() -> None:
+    """In 128 dimensions, 90 tokens of noise are separable. On other tokens the router must not be worse than chance."""
     draw = torch.Generator().manual_seed(0)
     fit, held_out = ([torch.randn(rows, 128, generator=draw) for _ in range(3)] for rows in (30, 1000))
     assignment = Assignment(("a", "b", "c"), torch.arange(3), torch.eye(3, dtype=torch.bool))
@@ -227,7 +230,7 @@ def test_little_text_makes_no_router_too_sure() -> None:
     assert score.cross_entropy > assignment.chance().cross_entropy + 1.0
 
 
-def test_separation_goes_to_json_and_to_a_narrow_table() -> None:
+def test_separation_as_json_and_as_a_narrow_table() -> None:
     config, tensors = mixture()
     _, separation = fit_routers(config, tensors.__getitem__, texts(), "means", seed=0)
     assert Separation.model_validate_json(separation.to_json()) == separation
@@ -243,21 +246,21 @@ def test_separation_goes_to_json_and_to_a_narrow_table() -> None:
     assert any("chance: 33% 1.10" in line for line in lines)
 
 
-def test_texts_that_do_not_serve_are_refused() -> None:
+def test_unusable_texts_are_refused() -> None:
     config, tensors = mixture()
     text = texts()
 
-    def refusal(**changed: Tensor) -> str:
+    def refusal(**given: Tensor) -> str:
         with pytest.raises(UpcycleError) as caught:
-            fit_routers(config, tensors.__getitem__, changed, "ridge", seed=0)
+            fit_routers(config, tensors.__getitem__, given, "ridge", seed=0)
         return str(caught.value)
 
-    assert "text for ['code'] alone: give text of two or more of ['seed', 'code', 'law']" in refusal(code=text["code"])
+    assert "only text for ['code']: give text of two or more of ['seed', 'code', 'law']" in refusal(code=text["code"])
     assert "text for 'medicine', but no such expert" in refusal(code=text["code"], medicine=text["law"])
     assert "'law' has 1 rows: give at least 2" in refusal(code=text["code"], law=text["law"][:1])
 
 
-def test_a_router_drawn_at_random_has_the_configured_range() -> None:
+def test_random_routers_have_the_configured_deviation() -> None:
     config, _ = mixture()
     drawn = draw_router("model.layers.0.mlp.gate.weight", config, 0)
     assert drawn.shape == (3, 64)

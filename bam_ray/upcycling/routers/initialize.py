@@ -1,15 +1,18 @@
-"""Routers of a mixture set from a little text of each domain, without training.
+"""Fitting of a mixture's routers to a little text of each domain, without training.
 
-A router drawn at random sends tokens anywhere, and the first part of a mixture's training goes into telling the
-domains apart. Their texts say as much at once: run them through the mixture and set each router so that it knows the
-domains' tokens by its inputs (`router_rows`). The layers are done in order, for what a router sees depends on all the
-routers before it.
+Problem: a randomly drawn router sends tokens to arbitrary experts, so a mixture's training first has to learn to
+separate the domains. A little text of each domain already contains this information.
+
+Design choice: the text runs through the mixture, and each router is set in closed form so that it recognizes the tokens
+of a domain by the router's inputs (see `rows`). Layers are processed in order, because the inputs of a router depend on
+all routers before it.
 
     tensors, separation = fit_routers(config, reader.read, {"code": rows, "law": rows}, "ridge", seed=0)
     rich.print(separation_table(separation))
 
-One layer's weights are in memory at a time, and the hidden states of all text twice (as a layer's and as a router's
-inputs): 4 GiB at 4096 hidden and 262144 tokens in bfloat16. The layers run in the dtype of their tensors.
+Limits: the weights of one layer are in memory at a time, and the hidden states of all text twice (as the inputs of a
+layer and of a router): 4 GiB for a hidden size of 4096 and 262144 tokens in bfloat16. The layers run in the dtype of
+their tensors.
 """
 
 import copy
@@ -30,33 +33,46 @@ from bam_ray.model.routing_bam import BamRouter
 from bam_ray.upcycling.routers.rows import Assignment, fit_router, generator, router_logits
 from bam_ray.upcycling.routers.separation import RouterKind, RouterSeparation, Separation
 
-BATCH_TOKENS = 8192  # through a layer at a time
+BATCH_TOKENS = 8192
+"""Number of tokens that run through a layer at the same time."""
 
-Read = Callable[[str], Tensor]
+ReadTensor = Callable[[str], Tensor]
 
 
 @torch.no_grad()
 def fit_routers(
     config: BamConfig,
-    read: Read,
+    read: ReadTensor,
     texts: dict[str, Tensor],
     how: Literal["means", "ridge"],
     seed: int,
     held_out_fraction: float = 0.25,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], Separation]:
-    """Every router of a mixture [N, d] by its tensor's name, in the mixture's dtype, and how well each tells domains.
+    """Fit all routers of a mixture.
 
-    `read(name)` gives a tensor of the mixture, all of which exist but the routers. `texts` maps names of experts to
-    token rows [S, L], int64. A copy of an expert with text ("code-2" of "code") shares its text; other experts
-    without text get a zero row. Of each text `held_out_fraction` of the rows serves only to score; all three
-    initialisations are scored, on the inputs that the routers by `how` lead to. All domains count alike, whatever they
-    have of text. `progress` is told layers done and layers in all.
-    Raises `UpcycleError` where fewer than two experts have text, a text has a single row, or no expert has its name.
+    All domains have the same weight, no matter how much text they have. All three initializations are scored, on the
+    inputs that the routers of the method `how` produce.
+
+    Args:
+        config: The configuration of the mixture.
+        read: Returns a tensor of the mixture by name. All tensors except the routers exist.
+        texts: Rows of tokens, int64 [S, L], by the name of an expert. A copy of an expert with text ("code-2" of
+            "code") shares its text. Other experts without text get a row of zeros.
+        how: The method of the fit.
+        seed: The random seed.
+        held_out_fraction: The fraction of the rows of each text that is used only for scores.
+        progress: Called with the number of layers that are done and the number of all layers.
+
+    Returns:
+        The routers [N, d] in the mixture's dtype by the names of their tensors, and how well they separate the domains.
+
+    Raises:
+        UpcycleError: Fewer than two experts have text, a text has only one row, or text has the name of no expert.
     """
     assignment = _assignment(config.expert_names or [], texts)
     splits = {name: split_rows(name, len(rows), held_out_fraction, seed) for name, rows in texts.items()}
-    ordered = {name: rows[torch.cat(splits[name])] for name, rows in texts.items()}  # those to score last
+    ordered = {name: rows[torch.cat(splits[name])] for name, rows in texts.items()}  # held-out rows last
     fit_rows = {name: len(fit) for name, (fit, _) in splits.items()}
     stream = _Stream(config, read, ordered)
     tensors: dict[str, Tensor] = {}
@@ -77,7 +93,7 @@ def fit_routers(
             router.weight = nn.Parameter(weights[how], requires_grad=False)
             tensors[full_name] = weights[how]
             separations.append(RouterSeparation(layer=index, kind=_kind(name), scores=scores))
-            del inputs, fit, held_out  # before the next router's
+            del inputs, fit, held_out  # free them before the inputs of the next router are collected
         if index + 1 < config.num_hidden_layers:
             stream.advance()
         if progress is not None:
@@ -93,15 +109,15 @@ def fit_routers(
 
 
 def draw_router(name: str, config: BamConfig, seed: int) -> Tensor:
-    """A router at random [N, d], in fp32: normal with the configuration's `initializer_range`, by its name and seed."""
+    """Draw a router [N, d] in fp32, normal with the configuration's `initializer_range`, from its name and the seed."""
     shape = (config.num_experts, config.hidden_size)
     return torch.randn(shape, generator=generator(seed, name)) * config.initializer_range
 
 
 def split_rows(name: str, count: int, held_out_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows of a text to fit with and those to score with, by a seeded shuffle: at least one of each."""
+    """Return the indices of the rows to fit on and of the held-out rows, by a seeded shuffle: at least one of each."""
     if count < 2:
-        raise UpcycleError(f"the text of {name!r} has {count} rows: give at least 2, one of them to score with")
+        raise UpcycleError(f"the text of {name!r} has {count} rows: give at least 2, one of which is held out")
     held_out = min(max(round(count * held_out_fraction), 1), count - 1)
     order = torch.randperm(count, generator=generator(seed, "rows", name))
     return order[held_out:], order[:held_out]
@@ -110,11 +126,11 @@ def split_rows(name: str, count: int, held_out_fraction: float, seed: int) -> tu
 def _assignment(names: list[str], texts: dict[str, Tensor]) -> Assignment:
     unknown = sorted(texts.keys() - set(names))
     if unknown:
-        raise UpcycleError(f"there is text for {unknown[0]!r}, but no such expert: the mixture has {names}")
+        raise UpcycleError(f"there is text for {unknown[0]!r}, but no such expert: use names of {names}")
     if len(texts) < 2:
         raise UpcycleError(
-            f"routers learn from text to tell experts apart, and there is text for {sorted(texts)} alone: "
-            f"give text of two or more of {names}, or draw the routers at random"
+            f"fitted routers need text of at least two domains, but there is only text for {sorted(texts)}: "
+            f"give text of two or more of {names}, or use router.init=random"
         )
     originals = [
         match[1] if (match := re.fullmatch(r"(.+)-\d+", name)) and name not in texts else name for name in names
@@ -130,33 +146,33 @@ def _kind(router: str) -> RouterKind:
     return "attention" if router.startswith("self_attn.") else "ffn"
 
 
-class _Reached(Exception):
-    """A router's input is known: the rest of the layer need not run."""
+class _InputReached(Exception):
+    """The input of a router is known, so the rest of the layer need not run."""
 
 
-class _Skipped(nn.Module):
-    """In a layer's place."""
+class _IdentityLayer(nn.Module):
+    """A layer that returns its input, in the place of the layers that are not processed."""
 
     def forward(self, x: Tensor, **kwargs: object) -> tuple[Tensor, None, None]:
         return x, None, None
 
 
 class _Stream:
-    """The hidden states of all rows on their way through the mixture.
+    """The hidden states of all rows, which are advanced through the mixture layer by layer.
 
-    It is `BamModel` that runs, so that masks, positions and blocks are its own: made without memory, with one layer
-    filled at a time and passing by the others.
+    `BamModel` itself runs, so masks, positions and blocks are exactly its own. It is created on the meta device and
+    has the weights of one layer at a time; all other layers are replaced by the identity.
     """
 
-    def __init__(self, config: BamConfig, read: Read, rows: dict[str, Tensor]) -> None:
+    def __init__(self, config: BamConfig, read: ReadTensor, rows: dict[str, Tensor]) -> None:
         self._read = read
-        config = copy.deepcopy(config)  # a model writes into its own
+        config = copy.deepcopy(config)  # a model changes its configuration
         with torch.device("meta"):
             self._model = BamModel(config).eval().requires_grad_(False)
         self._layers = list(self._model.layers)
-        self._model.layers = nn.ModuleList(_Skipped() for _ in self._layers)
+        self._model.layers = nn.ModuleList(_IdentityLayer() for _ in self._layers)
         self._model.rotary_emb = BamRotaryEmbedding(config)
-        self._model.norm = nn.Identity()  # of the last layer's output, which no router sees
+        self._model.norm = nn.Identity()  # its output is the input of no router
         embedding = self._model.embed_tokens
         self._fill(embedding, "model.embed_tokens.")
         self.dtype = embedding.weight.dtype
@@ -164,8 +180,9 @@ class _Stream:
         embedding.to("meta")
 
     def load(self, index: int) -> list[tuple[str, BamRouter]]:
-        """Hold this layer alone. Returns its routers, not set yet, by name in the order they run; a dense layer has
-        none.
+        """Load this layer, and return its routers by name in the order in which they run.
+
+        The routers are not set yet. A dense layer has none.
         """
         self._index, layer = index, self._layers[index]
         self._fill(layer, f"model.layers.{index}.")
@@ -174,21 +191,21 @@ class _Stream:
         return sorted(routers, key=lambda router: _kind(router[0]))  # attention first
 
     def inputs_of(self, router: BamRouter) -> dict[str, Tensor]:
-        """What reaches a router of the layer, those before it being set: [S, L, d] each."""
-        seen = {name: torch.empty_like(states) for name, states in self._states.items()}
+        """Return the inputs of a router of the layer by domain, [S, L, d] each. Routers before it must be set."""
+        inputs = {name: torch.empty_like(states) for name, states in self._states.items()}
         for name, states in self._states.items():
-            for part, into in zip(_batches(states), _batches(seen[name]), strict=True):
+            for part, into in zip(_batches(states), _batches(inputs[name]), strict=True):
                 handle = router.register_forward_pre_hook(partial(_keep_input, into))
-                with handle, suppress(_Reached):
+                with handle, suppress(_InputReached):
                     self._run(part)
-        return seen
+        return inputs
 
     def advance(self) -> None:
-        """Run all rows through the layer, and drop it."""
+        """Run all rows through the layer, and free its weights."""
         for states in self._states.values():
             for part in _batches(states):
                 part.copy_(self._run(part))
-        self._model.layers[self._index] = _Skipped()
+        self._model.layers[self._index] = _IdentityLayer()
         self._layers[self._index].to("meta")
 
     def _run(self, states: Tensor) -> Tensor:
@@ -196,18 +213,18 @@ class _Stream:
         return out
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Read everything of `module` but its routers' weights."""
+        """Read all tensors of `module` except the weights of its routers."""
         routers = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, BamRouter)}
         names = [name for name in module.state_dict() if name not in routers]
         module.load_state_dict({name: self._read(prefix + name) for name in names}, strict=False, assign=True)
 
 
 def _batches(states: Tensor) -> tuple[Tensor, ...]:
-    """Views of rows [S, L, d] that make about `BATCH_TOKENS` each."""
+    """Return views of rows [S, L, d] with about `BATCH_TOKENS` tokens each."""
     views: tuple[Tensor, ...] = states.split(max(1, BATCH_TOKENS // states.shape[1]))
     return views
 
 
 def _keep_input(into: Tensor, _: nn.Module, args: tuple[Tensor]) -> None:
     into.copy_(args[0].view_as(into))
-    raise _Reached
+    raise _InputReached

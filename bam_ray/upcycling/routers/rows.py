@@ -1,17 +1,17 @@
-"""Router rows in closed form from the inputs that each domain's tokens bring to a router.
+"""Router rows in closed form, from the inputs of a router for the tokens of each domain.
 
-Let μ_c be the mean input of domain c, μ the mean of these, and δ_c = μ_c − μ. A router has no bias, so only what
-differs between domains may make its logits:
+Let μ_c be the mean input of domain c, μ the mean of all μ_c, and δ_c = μ_c − μ. A router has no bias, so its logits may
+depend only on what differs between domains:
 
-- means: w_c = δ_c without its component along μ, which would add the same to every token's logit.
-- ridge: least squares on centred one-hot labels. All domains counting alike, the solution is w_c ∝ (G + λI)⁻¹ δ_c with
-  G the mean of x·xᵀ: the means, whitened (arXiv 2603.29765 fits routers so).
+- means: w_c = δ_c without its component along μ, which would add the same value to the logits of every token.
+- ridge: least squares on centered one-hot labels. With equal weights of all domains, the solution is
+  w_c ∝ (G + λI)⁻¹ δ_c, in which G is the mean of x·xᵀ: whitened means (arXiv 2603.29765 fits routers in this way).
 
-Least squares says nothing of how sure a softmax should be, and neither do means: one factor a router makes its
-probabilities as good as they can be. That factor and λ are chosen by cross-entropy on tokens the rows have not seen:
-where text is short for the width, rows know their own tokens by heart, and on these any certainty would look right.
+Neither method determines the temperature of the softmax. Therefore one factor per router is chosen that minimizes the
+cross-entropy. This factor and λ are chosen on tokens that the rows were not fitted to: if there is little text for the
+hidden size, the rows separate their own tokens perfectly, and any confidence would look right on these.
 
-Shapes: C domains, N experts, T tokens (of one domain), d hidden.
+Shapes: C domains, N experts, T tokens (of one domain), d hidden size.
 """
 
 import hashlib
@@ -22,34 +22,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bam_ray.upcycling.routers.separation import Initialisation, RouterScore
+from bam_ray.upcycling.routers.separation import Initialization, RouterScore
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ to choose from, in units of the mean squared input
-TUNING_SHARE = 4  # one in so many tokens is kept from the rows, for the factor and λ
-COPY_NOISE = 1e-2  # of a copy's row, in units of that row's standard deviation around 0
-SPREADS = (1e-2, 30.0)  # the standard deviation of logits between which the best factor is sought
-CHUNK = 8192  # tokens in double precision at a time
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidates for λ, in units of the mean squared input."""
+TUNING_DIVISOR = 4
+"""One in this many tokens is not used for the rows, but to choose the factor and λ."""
+COPY_NOISE = 1e-2
+"""Standard deviation of the noise in a copy's row, relative to the root mean square of that row."""
+SPREADS = (1e-2, 30.0)
+"""Range of the logits' root mean square in which the factor is searched."""
+CHUNK = 8192
+"""Number of tokens that are processed in double precision at the same time."""
 
 
 def generator(seed: int, *label: str) -> torch.Generator:
-    """Random numbers for one purpose, whatever else was drawn before."""
+    """Return a random generator for one purpose, which does not depend on what else was drawn."""
     digest = hashlib.sha256("\0".join(label).encode()).digest()
     return torch.Generator().manual_seed(seed + int.from_bytes(digest[:6], "big"))
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which experts are right for which domain: `right` [C, N], bool; `originals` are the experts with text."""
+    """The experts that are right for each domain.
+
+    Attributes:
+        domains: The names of the domains.
+        originals: The number of the expert that has the domain's text, int64 [C].
+        right: True for experts that are right for a domain, bool [C, N].
+    """
 
     domains: tuple[str, ...]
-    originals: Tensor  # [C], int64
+    originals: Tensor
     right: Tensor
 
     def expand(self, rows: Tensor, noise: torch.Generator) -> Tensor:
-        """A row a domain [C, d] to a row an expert [N, d].
+        """Expand one row per domain [C, d] to one row per expert [N, d].
 
-        Copies get their original's row and a little noise, so that training can tell them apart. Experts without
-        text get a zero row: a logit of 0, which is the mean over domains of the others' logits.
+        Copies get the row of their original plus a little noise, so that training can separate them. Experts without
+        text get a row of zeros: their logit is 0, which is the mean over domains of the other logits.
         """
         weight = self.right.to(rows.dtype).T @ rows
         copies = self.right.any(0)
@@ -59,7 +70,7 @@ class Assignment:
         return weight + drawn * spread * copies.unsqueeze(1)
 
     def score(self, logits: list[Tensor]) -> RouterScore:
-        """Of every domain's router logits [T, N]."""
+        """Return the scores of the router logits of each domain, [T, N] each."""
         totals = torch.zeros(3, dtype=torch.double)
         for right, part in zip(self.right, logits, strict=True):
             log_probability = _log_probability(part, right)
@@ -69,18 +80,18 @@ class Assignment:
         return RouterScore(accuracy=accuracy, probability=probability, cross_entropy=cross_entropy)
 
     def chance(self) -> RouterScore:
-        """Of equal logits; the accuracy is that of a random choice."""
+        """Return the scores of equal logits. The accuracy is that of a random choice."""
         share = self.right.double().mean(1)  # [C]
         return RouterScore(
             accuracy=share.mean().item(), probability=share.mean().item(), cross_entropy=-share.log().mean().item()
         )
 
     def calibrated(self, weight: Tensor, inputs: list[Tensor]) -> Tensor:
-        """`weight` [N, d] times the factor with which the domains' tokens [T, d] have the least cross-entropy."""
+        """Return `weight` [N, d] times the factor that minimizes the cross-entropy on the domains' tokens [T, d]."""
         logits = [router_logits(part, weight) for part in inputs]
         spread = math.sqrt(sum(part.square().mean().item() for part in logits) / len(logits))
         if spread == 0.0:
-            return weight  # domains that do not differ at all
+            return weight  # the domains do not differ
 
         def cross_entropy(log_factor: float) -> float:
             factor = math.exp(log_factor)
@@ -92,22 +103,25 @@ class Assignment:
 
 
 def router_logits(inputs: Tensor, weight: Tensor) -> Tensor:
-    """As `BamRouter` computes them, in fp32: inputs [T, d], weight [N, d] -> [T, N]."""
+    """Return the logits as `BamRouter` computes them, in fp32: inputs [T, d], weight [N, d] -> [T, N]."""
     return torch.cat([part.float() @ weight.float().T for part in inputs.split(CHUNK)])
 
 
 def fit_router(
     assignment: Assignment, inputs: list[Tensor], noise: Callable[[], torch.Generator]
-) -> dict[Initialisation, Tensor]:
-    """A router by "means" and by "ridge" [N, d] in double precision, from each domain's inputs [T, d].
+) -> dict[Initialization, Tensor]:
+    """Fit a router by "means" and by "ridge", [N, d] in double precision each.
 
-    `noise` gives the generator of the copies' noise, the same each time.
+    Args:
+        assignment: The experts that are right for each domain.
+        inputs: The inputs of the router for each domain, [T, d].
+        noise: Returns the generator of the noise in the rows of copies, with the same state at every call.
     """
-    tuned = [len(part) // TUNING_SHARE for part in inputs]
-    if min(tuned) == 0:  # next to no text: nothing to keep
-        learn = tune = inputs
+    tuned = [len(part) // TUNING_DIVISOR for part in inputs]
+    if min(tuned) == 0:  # too little text to hold back a part of it
+        fit = tune = inputs
     else:
-        learn = [part[: len(part) - count] for part, count in zip(inputs, tuned, strict=True)]
+        fit = [part[: len(part) - count] for part, count in zip(inputs, tuned, strict=True)]
         tune = [part[len(part) - count :] for part, count in zip(inputs, tuned, strict=True)]
 
     def cross_entropy(weight: Tensor) -> float:
@@ -117,22 +131,22 @@ def fit_router(
         kind: min(
             (assignment.calibrated(assignment.expand(rows, noise()), tune) for rows in choices), key=cross_entropy
         )
-        for kind, choices in domain_rows(learn).items()
+        for kind, choices in domain_rows(fit).items()
     }
 
 
-def domain_rows(inputs: list[Tensor]) -> dict[Initialisation, list[Tensor]]:
-    """Rows [C, d] in double precision from each domain's inputs [T, d]: by "means", and by "ridge" for each λ."""
+def domain_rows(inputs: list[Tensor]) -> dict[Initialization, list[Tensor]]:
+    """Return rows [C, d] in double precision by "means", and by "ridge" for each λ, from inputs [T, d] per domain."""
     means = torch.stack([_mean(part) for part in inputs])  # [C, d]
-    centre = means.mean(0)
-    differences = means - centre
-    along = differences @ centre / centre.square().sum().clamp_min(torch.finfo(torch.double).tiny)
+    center = means.mean(0)
+    differences = means - center
+    along = differences @ center / center.square().sum().clamp_min(torch.finfo(torch.double).tiny)
     moments = _second_moment(inputs)
     size = moments.diagonal().mean()
     identity = torch.eye(len(moments), dtype=torch.double)
     factors = (torch.linalg.cholesky(moments + ridge * size * identity) for ridge in RIDGES)
     return {
-        "means": [differences - along.unsqueeze(1) * centre],
+        "means": [differences - along.unsqueeze(1) * center],
         "ridge": [torch.cholesky_solve(differences.T, factor).T for factor in factors],
     }
 
@@ -142,7 +156,7 @@ def _mean(inputs: Tensor) -> Tensor:
 
 
 def _second_moment(inputs: list[Tensor]) -> Tensor:
-    """The mean over domains of their mean x·xᵀ: [d, d], double."""
+    """Return the mean over domains of their mean x·xᵀ: [d, d], double."""
     width = inputs[0].shape[1]
     total = torch.zeros(width, width, dtype=torch.double)
     for domain in inputs:
@@ -153,12 +167,12 @@ def _second_moment(inputs: list[Tensor]) -> Tensor:
 
 
 def _log_probability(logits: Tensor, right: Tensor) -> Tensor:
-    """Of the right experts [N] together: logits [T, N] -> [T]."""
+    """Return the log of the total probability of the right experts [N]: logits [T, N] -> [T]."""
     return logits[:, right].logsumexp(-1) - logits.logsumexp(-1)
 
 
 def _minimum(f: Callable[[float], float], low: float, high: float) -> float:
-    """Where f, which falls and then rises, is least between `low` and `high`: golden section, to 1e-3."""
+    """Return the minimum of a unimodal function between `low` and `high`, by golden-section search to 1e-3."""
     golden = (math.sqrt(5.0) - 1.0) / 2.0
     left, right = high - golden * (high - low), low + golden * (high - low)
     at_left, at_right = f(left), f(right)

@@ -1,4 +1,4 @@
-"""How well routers tell the domains' tokens apart, as data and as a table."""
+"""Scores of how well routers separate the tokens of the domains, as data and as a table."""
 
 from typing import Literal
 
@@ -7,62 +7,67 @@ from rich.table import Table
 
 from bam_ray.settings import Strict
 
-Initialisation = Literal["random", "means", "ridge"]
+Initialization = Literal["random", "means", "ridge"]
 RouterKind = Literal["attention", "ffn"]
-INITIALISATIONS: tuple[Initialisation, ...] = ("random", "means", "ridge")
+INITIALIZATIONS: tuple[Initialization, ...] = ("random", "means", "ridge")
 
 
 class RouterScore(Strict):
-    """One router on held-out tokens; means over each domain's tokens, then over domains.
+    """The scores of one router on held-out tokens: means over the tokens of each domain, then over domains.
 
-    A token is right with the expert of its domain or a copy of that expert, whose probabilities count together.
+    The right experts of a token are the expert of its domain and copies of it. Their probabilities are added.
     """
 
-    accuracy: FiniteFloat  # share of the tokens whose most probable expert is right
-    probability: FiniteFloat  # on the right expert
-    cross_entropy: FiniteFloat  # -log probability of the right expert, nats
+    accuracy: FiniteFloat
+    """Fraction of the tokens whose most probable expert is right."""
+    probability: FiniteFloat
+    """Probability of the right experts."""
+    cross_entropy: FiniteFloat
+    """Negative log probability of the right experts, in nats."""
 
 
 class RouterSeparation(Strict):
-    """One router of the mixture, scored under every initialisation on the same inputs."""
+    """One router of the mixture, scored with every initialization on the same inputs."""
 
     layer: int
     kind: RouterKind
-    scores: dict[Initialisation, RouterScore]
+    scores: dict[Initialization, RouterScore]
 
 
 class Separation(Strict):
-    """All routers of a mixture, layer by layer. `how` made the routers whose outputs the layers behind them saw."""
+    """The scores of all routers of a mixture, layer by layer."""
 
-    how: Initialisation
+    how: Initialization
+    """The initialization that the mixture has. It also determines the inputs on which all are scored."""
     domains: tuple[str, ...]
     fit_tokens: int
     held_out_tokens: int
-    chance: RouterScore  # of a router that finds all experts equally probable
+    chance: RouterScore
+    """The scores of a router for which all experts are equally probable."""
     routers: tuple[RouterSeparation, ...]
 
     def to_json(self) -> str:
-        """As JSON, which `Separation.model_validate_json` reads back."""
+        """Return JSON, which `Separation.model_validate_json` reads."""
         return self.model_dump_json(indent=1)
 
 
 def separation_table(separation: Separation) -> Table:
-    """Routers × initialisations; a cell has the accuracy and the cross-entropy. Below 80 columns wide."""
+    """Return a table of routers × initializations with accuracy and cross-entropy, less than 80 columns wide."""
     table = Table(
-        title="Held-out tokens on the right expert",
+        title="Held-out tokens routed to the right expert",
         caption=f"accuracy, cross-entropy (nats)\nchance: {_cell(separation.chance)}",
     )
     table.add_column("layer", justify="right")
     table.add_column("router")
-    for initialisation in INITIALISATIONS:
-        chosen = initialisation == separation.how
-        table.add_column(f"{initialisation} *" if chosen else initialisation, justify="right")
+    for initialization in INITIALIZATIONS:
+        chosen = initialization == separation.how
+        table.add_column(f"{initialization} *" if chosen else initialization, justify="right")
     for index, router in enumerate(separation.routers):
         following = separation.routers[index + 1 : index + 2]
         table.add_row(
             str(router.layer),
             router.kind,
-            *(_cell(router.scores[initialisation]) for initialisation in INITIALISATIONS),
+            *(_cell(router.scores[initialization]) for initialization in INITIALIZATIONS),
             end_section=any(other.layer != router.layer for other in following),
         )
     return table

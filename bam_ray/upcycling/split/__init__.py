@@ -1,1 +1,1 @@
-"""Splitting one dense model into experts (LLaMA-MoE): which neurons and which heads go to which expert."""
+"""Splitting of one dense FFN into experts: the assignment of its neurons (LLaMA-MoE, arXiv 2406.16554)."""

@@ -1,10 +1,12 @@
 """k-means with clusters of exactly equal size.
 
-Lloyd's iteration with one change: points go to centres by the cheapest assignment that fills every cluster exactly,
-found as a minimum-cost flow. Points of one cluster are alike to the flow, so it runs over the k clusters alone: the
-edge c -> j costs what moving the best point of c to j costs, and one shortest path from a cluster with too many points
-to one with too few moves one point along every edge. The clusters' prices (the flow's potentials) carry over to the
-next iteration, where hardly a point has to move.
+Problem: the experts of a split must have equally many neurons, which plain k-means does not guarantee.
+
+Design choice: Lloyd's iteration, in which points are assigned to centers by the cheapest assignment that fills every
+cluster exactly. It is a minimum-cost flow. The flow does not distinguish the points of one cluster, so its graph has
+only the k clusters as nodes: the cost of the edge c -> j is the smallest cost of moving a point of c to j. A shortest
+path from a cluster with too many points to one with too few moves one point along each of its edges. The prices of the
+clusters (the potentials of the flow) are reused in the next iteration, in which few points have to move.
 """
 
 import math
@@ -16,14 +18,14 @@ from torch import Tensor
 
 from bam_ray.errors import UpcycleError
 
-MOST_ITERATIONS = 50
+MAX_ITERATIONS = 50
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
 def require_divisible(count: int, parts: int, what: str, kind: str) -> None:
-    """Raise `UpcycleError` where `count` things (`what`) do not make `parts` equal parts (`kind`)."""
+    """Raise `UpcycleError` if `count` items (`what`) cannot be divided into `parts` equal parts (`kind`)."""
     if parts >= 1 and count >= parts and count % parts == 0:
         return
     divisors = [part for part in range(1, min(count, 1024) + 1) if count % part == 0]
@@ -31,57 +33,60 @@ def require_divisible(count: int, parts: int, what: str, kind: str) -> None:
     above = [part for part in divisors if part > parts][:2]
     nearest = ", ".join(map(str, below + above))
     raise UpcycleError(
-        f"{count} {what} do not make {parts} {kind} of equal size: use a number that divides ({nearest})"
+        f"{count} {what} cannot be divided into {parts} {kind} of equal size: use a divisor, such as {nearest}"
     )
 
 
 def balanced_kmeans(x: Tensor, k: int, seed: int) -> Tensor:
-    """Clusters of exactly n/k points: x [n, d] -> each point's cluster [n], int64.
+    """Assign points to clusters of exactly n/k points: x [n, d] -> the cluster of each point [n], int64.
 
-    Starts from k-means++ and stops when no point moves, or after `MOST_ITERATIONS`. Its squared error falls with every
-    iteration. The result depends on x, k and seed alone. Raises `UpcycleError` where k does not divide n.
+    The iteration starts from k-means++ and stops when no point moves, or after `MAX_ITERATIONS`. The squared error
+    decreases in every iteration. The result depends only on x, k and the seed.
+
+    Raises:
+        UpcycleError: k does not divide n.
     """
     n = x.shape[0]
     require_divisible(n, k, "points", "clusters")
     x = x.detach().float()
-    x = x - x.mean(0)  # distances are differences of products: keep those small
-    centres = _spread_centres(x, k, torch.Generator().manual_seed(seed))
+    x = x - x.mean(0)  # distances are computed as differences of products, which lose less precision if they are small
+    centers = _initial_centers(x, k, torch.Generator().manual_seed(seed))
     prices = np.zeros(k)
     labels = np.full(n, -1, dtype=np.int64)
-    for _ in range(MOST_ITERATIONS):
-        moved, prices = balanced_assignment(_costs(x, centres), prices)
+    for _ in range(MAX_ITERATIONS):
+        moved, prices = balanced_assignment(_costs(x, centers), prices)
         if (moved == labels).all():
             break
         labels = moved
         members = torch.nn.functional.one_hot(torch.from_numpy(labels), k).to(x.dtype)  # [n, k]
-        centres = members.T @ x / (n // k)
+        centers = members.T @ x / (n // k)
     return torch.from_numpy(labels)
 
 
 def balanced_assignment(costs: Floats, prices: Floats) -> tuple[Ints, Floats]:
-    """The cheapest assignment of n points to k clusters of n/k each: costs [n, k] -> clusters [n], prices [k].
+    """Return the cheapest assignment of n points to k clusters of n/k points: costs [n, k] -> clusters [n], prices [k].
 
-    `prices` are where the search starts: any will do, those of a similar problem make it short. The result is optimal:
-    in the end every point lies where cost + price is least.
+    The search starts from `prices`. Any values are correct, and those of a similar problem make the search short. The
+    result is optimal: at the end, cost + price of every point is smallest for its own cluster.
     """
     n, k = costs.shape
     size = n // k
     prices = prices.copy()
     labels: Ints = (costs + prices).argmin(1)
     counts = np.bincount(labels, minlength=k)
-    edges = np.empty((k, k))  # what moving the best point of c to j costs
-    best = np.empty((k, k), dtype=np.int64)  # that point
+    edges = np.empty((k, k))  # the smallest cost of moving a point of c to j
+    best = np.empty((k, k), dtype=np.int64)  # the point with this cost
     stale = set(range(k))
     while (counts > size).any():
         for cluster in stale:
             edges[cluster], best[cluster] = _moves(costs, labels, cluster)
-        reduced = np.maximum(edges + prices - prices[:, None], 0.0)  # below 0 by rounding alone
-        distances, before, end = _nearest_with_room(reduced, counts, size)
+        reduced = np.maximum(edges + prices - prices[:, None], 0.0)  # values below 0 are rounding errors
+        distances, predecessors, end = _nearest_unfilled(reduced, counts, size)
         prices -= np.minimum(distances, distances[end])
         stale = {end}
         counts[end] += 1
-        while before[end] >= 0:
-            start = before[end]
+        while predecessors[end] >= 0:
+            start = predecessors[end]
             labels[best[start, end]] = end
             stale.add(start)
             end = start
@@ -90,7 +95,7 @@ def balanced_assignment(costs: Floats, prices: Floats) -> tuple[Ints, Floats]:
 
 
 def _moves(costs: Floats, labels: Ints, cluster: int) -> tuple[Floats, Ints]:
-    """What moving the best point of a cluster to each other one costs [k], and the points [k]."""
+    """Return the smallest cost of moving a point of a cluster to each cluster [k], and these points [k]."""
     members = np.flatnonzero(labels == cluster)
     if len(members) == 0:
         return np.full(costs.shape[1], np.inf), np.zeros(costs.shape[1], dtype=np.int64)
@@ -99,34 +104,35 @@ def _moves(costs: Floats, labels: Ints, cluster: int) -> tuple[Floats, Ints]:
     return moves[chosen, np.arange(costs.shape[1])], members[chosen]
 
 
-def _nearest_with_room(reduced: Floats, counts: Ints, size: int) -> tuple[Floats, Ints, int]:
-    """Dijkstra from all clusters with too many points to the nearest with too few.
+def _nearest_unfilled(reduced: Floats, counts: Ints, size: int) -> tuple[Floats, Ints, int]:
+    """Run Dijkstra's algorithm from all clusters with too many points to the nearest one with too few.
 
-    Returns distances [k] (those beyond the end are upper bounds), each cluster's predecessor [k] (-1 at a start), and
-    the end.
+    Returns:
+        The distances [k] (those larger than the end's are upper bounds), the predecessor of each cluster [k] (-1 at a
+        start), and the end of the path.
     """
     distances = np.where(counts > size, 0.0, np.inf)
-    before = np.full(len(counts), -1, dtype=np.int64)
+    predecessors = np.full(len(counts), -1, dtype=np.int64)
     waiting = distances.copy()
     while True:
         here = int(waiting.argmin())
         if counts[here] < size:
-            return distances, before, here
+            return distances, predecessors, here
         waiting[here] = np.inf
         through = distances[here] + reduced[here]
         shorter = through < distances
         distances[shorter] = waiting[shorter] = through[shorter]
-        before[shorter] = here
+        predecessors[shorter] = here
 
 
-def _costs(x: Tensor, centres: Tensor) -> Floats:
-    """Squared distances [n, k] less |x|², which no choice changes."""
-    costs: Floats = (centres.square().sum(1) - 2.0 * (x @ centres.T)).double().numpy()
+def _costs(x: Tensor, centers: Tensor) -> Floats:
+    """Return the squared distances [n, k] minus |x|², which does not depend on the choice of the cluster."""
+    costs: Floats = (centers.square().sum(1) - 2.0 * (x @ centers.T)).double().numpy()
     return costs
 
 
-def _spread_centres(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next centre is a point drawn by its squared distance to the nearest so far. [k, d]."""
+def _initial_centers(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Draw centers [k, d] by k-means++: with probability proportional to the squared distance to the nearest center."""
     chosen = [int(torch.randint(x.shape[0], (), generator=generator))]
     nearest = torch.full((x.shape[0],), math.inf)
     while len(chosen) < k:
