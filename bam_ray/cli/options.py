@@ -82,7 +82,7 @@ class EvaluationOptions(TextOptions):
 class UpcycleOptions:
     """The options that determine the settings of a mixture."""
 
-    method: Annotated[str, typer.Option(help="The upcycling method: bam, btx, sparse or split.")] = "bam"
+    method: Annotated[str, typer.Option(help="The upcycling method: bam, btx, sparse, split or soup.")] = "bam"
     set: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of a setting of the mixture. May be repeated.")] = (
         None
     )
