@@ -17,14 +17,13 @@ from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 from bam_ray.cli.app import app
-from bam_ray.settings import Recipe
+from bam_ray.settings import MixtureSettings, Recipe
 from bam_ray.settings.strict import Identity
 
 SETTINGS_INTRO = """# Settings
 
 Every key of a recipe, generated from the models in `bam_ray/settings/`. A recipe is a YAML file. All commands that read
-one also take overrides with dots, such as `mix.training.tokens=200000`. Unknown keys and wrong types are
-errors.
+one also take overrides with dots, such as `mix.training.tokens=200000`. Unknown keys and wrong types are errors.
 
 A setting that is marked "Not part of the identity" can be changed between two submissions of a run. The run then
 continues with the artifacts that exist. A change of any other setting makes new artifacts.
@@ -92,8 +91,8 @@ def _key(annotation: Any) -> str:
 
 def _section(model: type[BaseModel], paths: list[str]) -> str:
     """Return one model as a heading, its docstring, and a table of its fields."""
-    title = f"`{paths[0]}`" if paths[0] else "The recipe"
-    others = ", ".join(f"`{path}`" for path in paths[1:])
+    title = f"`{paths[0]}`{_method(model)}" if paths[0] else "The recipe"
+    others = ", ".join(f"`{path}`" for path in dict.fromkeys(paths) if path != paths[0])
     rows = [_row(name, field) for name, field in model.model_fields.items()]
     return "\n".join(
         [
@@ -108,6 +107,14 @@ def _section(model: type[BaseModel], paths: list[str]) -> str:
             "",
         ]
     )
+
+
+def _method(model: type[BaseModel]) -> str:
+    """Return the end of a heading for the settings of one upcycling method, which all have the same path."""
+    if not issubclass(model, MixtureSettings):
+        return ""
+    (name,) = get_args(model.model_fields["method"].annotation)
+    return f" with `method: {name}`"
 
 
 def _unwrap(text: str) -> str:

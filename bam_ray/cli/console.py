@@ -26,6 +26,6 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_mixture_written(out: str, experts: Sequence[str] | None) -> None:
-    """Print where a mixture was written, and its experts."""
-    names = experts or []
-    console.print(f"written: {out} ({len(names)} experts: {', '.join(names)})", highlight=False)
+    """Print where a mixture was written, and its experts. A model soup has none."""
+    content = f"{len(experts)} experts: {', '.join(experts)}" if experts else "a dense model"
+    console.print(f"written: {out} ({content})", highlight=False)
