@@ -42,7 +42,7 @@ class GradientBackend(Protocol):
 
 
 class GradientAccumulator:
-    """The accumulation of a batch share's gradients over micro batches, whose size is the one that fitted before."""
+    """An accumulator of gradients over the micro batches of a batch's share, which remembers the size that fits."""
 
     def __init__(
         self,
