@@ -24,12 +24,11 @@ from bam_ray.settings.methods import (
 from bam_ray.settings.mix import MixSettings
 from bam_ray.settings.mixing import Losses, Mixing, Ramp
 from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingSettings, ServeSettings
-from bam_ray.settings.quorum import QuorumSettings
 from bam_ray.settings.recipe import Recipe, StoreSettings
 from bam_ray.settings.resources import Demand, Needs
 from bam_ray.settings.strict import Blend, Count, Identity, Name, Strict
 from bam_ray.settings.training import Spike, TrainingSettings
-from bam_ray.settings.upcycle import UpcycleSettings
+from bam_ray.settings.upcycle import QuorumSettings, UpcycleSettings
 
 __all__ = [
     "PRESETS",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from bam_ray.settings.quorum import QuorumSettings
+from bam_ray.settings.upcycle import QuorumSettings
 
 if TYPE_CHECKING:
     from bam_ray.settings.recipe import Recipe

@@ -34,7 +34,7 @@ class Operation(StrEnum):
 
 
 class AverageSettings(Strict):
-    """How the parameters that all experts share are merged."""
+    """Merging of the parameters that all experts share."""
 
     how: Literal["mean", "ties"] = "mean"
     """`mean`: weighted mean of seed and branches. `ties`: TIES-merging of the branches' changes to the seed
@@ -69,7 +69,7 @@ class RouterSettings(Strict):
 
 
 class PartitionSettings(Strict):
-    """How one dense FFN is split into experts (LLaMA-MoE, arXiv 2406.16554)."""
+    """Splitting of one dense FFN into experts (LLaMA-MoE, arXiv 2406.16554)."""
 
     construction: Literal["random", "clustering", "inner", "inter"] = "random"
     """Assignment of neurons to experts: `random`; `clustering` by balanced k-means on the up projection; `inner` by

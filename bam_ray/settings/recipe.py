@@ -31,7 +31,7 @@ class Recipe(Strict):
     name: Name
     """Name of the run."""
     store: StoreSettings
-    """Where artifacts are stored."""
+    """The blob store of the artifacts."""
     data: DataSettings
     """Text of the domains."""
     seed: SeedSettings

@@ -44,7 +44,7 @@ def test_the_demo_recipe_is_shipped() -> None:
     assert "demo.yaml" in [recipe.name for recipe in RECIPES]
 
 
-@pytest.mark.parametrize("folder", ["bam_ray", "benchmarks", "cluster", "jobs"])
+@pytest.mark.parametrize("folder", ["bam_ray", "benchmarks", "cluster", "jobs", "tests"])
 def test_no_file_is_too_long(folder: str) -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert lengths
