@@ -128,7 +128,9 @@ def operations_of_the_store() -> set[str]:
     found = set()
     for path in Path(ROOT / "bam_ray/blobs").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            name = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else ""
+            name = (
+                node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else ""
+            )
             found.update(TRANSFERS.get(name, [name] if name in known else []) if isinstance(name, str) else [])
     return found
 

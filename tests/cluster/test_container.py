@@ -56,7 +56,12 @@ def test_the_instructions_are_valid() -> None:
         assert word in KNOWN - {"FROM"}
         if word == "RUN":
             subprocess.run(["sh", "-n", "-c", rest], check=True)
-    assert ("USER", "ray") in others
+    user, group = dict(others)["USER"].split(":")  # Kubernetes needs numbers to check that the user is not root
+    assert int(user) > 0
+    created = " ".join(rest for word, rest in others if word == "RUN")
+    assert (
+        f"groupadd --gid {group} ray" in created and f"useradd --create-home --uid {user} --gid {group} ray" in created
+    )
     assert "RAY_AUTH_MODE=token" in dict(others)["ENV"].split()
     locked = [path for word, rest in others if word == "RUN" for path in re.findall(r" -r (\S+)", rest)]
     assert locked == ["requirements/image.txt", "requirements/torch.txt"]
