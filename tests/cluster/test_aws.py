@@ -1,4 +1,4 @@
-"""cluster/aws.yaml and cluster/aws/*.json: what roles may do, who reaches the nodes, and how long the bucket keeps data.
+"""cluster/aws.yaml and cluster/aws/*.json: what the roles may do, who reaches the nodes, and what the bucket drops.
 
 The nodes are launched by Ray's own code in a simulated account.
 """
