@@ -150,14 +150,19 @@ def test_the_mounted_files_are_those_that_pip_needs(path: str) -> None:
     config = load(path)
     mounts = config["file_mounts"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needs = ["pyproject.toml", project["readme"], *project["license-files"], "bam_ray"]
+    needs = ["pyproject.toml", project["readme"], *project["license-files"], "bam_ray", "requirements"]
     for needed in needs:
         assert (ROOT / needed).exists()
         assert mounts[f"~/bam_ray/{needed}"] == needed
     # Ray hashes every file of a mount, so mounting `.` would include .venv and all data
     own = [source for source in mounts.values() if not source.startswith("~/")]
     assert sorted(own) == sorted(needs)
-    assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
+    installing = [command for command in config["setup_commands"] if command.startswith("~/venv/bin/pip install")]
+    assert [command.split()[3:] for command in installing] == [
+        ["--no-deps", "--require-hashes", "-r", "~/bam_ray/requirements/image.txt"],
+        ["-r", "~/bam_ray/requirements/torch.txt"],
+        ["--no-deps", "--no-build-isolation", "~/bam_ray"],
+    ]
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert re.search(r"chmod 600 .*~/.ray/auth_token", " ".join(config["setup_commands"]))
 

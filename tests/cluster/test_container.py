@@ -47,10 +47,10 @@ def ignored(path: str) -> bool:
 
 
 def test_the_instructions_are_valid() -> None:
-    first, *others = instructions()
-    base = re.fullmatch(r"docker\.io/library/python:(\d+\.\d+)-slim-bookworm", first[1])
-    assert first[0] == "FROM"
+    argument, first, *others = instructions()
+    base = re.fullmatch(r"BASE=docker\.io/library/python:(\d+\.\d+)-slim-bookworm", argument[1])
     assert base
+    assert (argument[0], first) == ("ARG", ("FROM", "${BASE}"))  # a build may name a digest
     assert base[1] in SpecifierSet(PROJECT["requires-python"])
     for word, rest in others:
         assert word in KNOWN - {"FROM"}
