@@ -55,6 +55,7 @@ ESCALATIONS = [
     Request("ec2:RunInstances", INSTANCE, LAUNCH | {"aws:RequestTag/ray-cluster-name": "another"}),
     Request("ec2:RunInstances", f"arn:aws:ec2:{REGION}:{ACCOUNT}:volume/*", {"ec2:Encrypted": "false"}),
     Request("ec2:RunInstances", f"arn:aws:ec2:{REGION}:{ACCOUNT}:security-group/sg-open"),
+    Request("ec2:RunInstances", f"arn:aws:ec2:{REGION}:{ACCOUNT}:key-pair/mine"),
     Request("s3:GetObject", "arn:aws:s3:::another-bucket/key"),
     Request("s3:GetObject", f"arn:aws:s3:::{BUCKET}-of-others/key"),
     Request("s3:ListAllMyBuckets", "*"),
@@ -188,6 +189,7 @@ def reaching(ec2: Any, group: str) -> dict[str, list[tuple[Any, Any]]]:
 def test_only_the_nodes_and_one_address_reach_a_node(account: Any) -> None:
     group = created_group(account)
     for kind in bootstrapped(group)["available_node_types"].values():
+        assert kind["node_config"]["KeyName"] == "bam"  # Ray's default key opens the nodes of all clusters
         groups = kind["node_config"]["SecurityGroupIds"]
         assert [reaching(account, each) for each in groups] == [{group: [(None, None)], f"{MINE}/32": [(22, 22)]}]
 

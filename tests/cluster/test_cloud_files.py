@@ -192,6 +192,7 @@ PLACEHOLDERS = [
     "ACCOUNT_ID",
     "PROJECT_ID",
     "SECURITY_GROUP_ID",
+    "SSH_PUBLIC_KEY",
     "YOUR_ADDRESS",
     ":::BUCKET",
     "s3://BUCKET",
@@ -217,8 +218,9 @@ def test_the_commands_of_the_guide_replace_every_placeholder(tmp_path: Path) -> 
     assert all(any(name in contents(path) for path in files) for name in PLACEHOLDERS)
     blocks = BLOCKS.findall((ROOT / "docs/clusters.md").read_text())
     replacing = [line for block in blocks for line in block.splitlines() if line.startswith("sed -i ")]
-    stubs = "aws() { echo 123456789012; }; curl() { echo 203.0.113.7; }; group=sg-1; project=my-project"
-    subprocess.run(["bash", "-euc", "\n".join([stubs, *replacing])], cwd=tmp_path, check=True)
+    stubs = ["aws() { echo 123456789012; }", "curl() { echo 203.0.113.7; }", "cat() { echo ssh-ed25519 A/b+c ubuntu; }"]
+    variables = ["group=sg-1", "project=my-project"]
+    subprocess.run(["bash", "-euc", "\n".join([*stubs, *variables, *replacing])], cwd=tmp_path, check=True)
     left = [(path.name, name) for path in files for name in PLACEHOLDERS if name in contents(path)]
     assert left == []
 

@@ -13,7 +13,7 @@ OWN_FILE = "~/.aws/bam-credentials"
 # Each of them lets its holder take the rights of a service account, of another machine or of the project
 ESCALATING = re.compile(
     r"\*|setIamPolicy|actAs|getAccessToken|signBlob|signJwt|implicitDelegation|serviceAccountKeys|roles\."
-    r"|setMetadata|setCommonInstanceMetadata|setServiceAccount|osLogin|osAdminLogin|firewalls|startupScript|storage\."
+    r"|setCommonInstanceMetadata|setServiceAccount|osLogin|osAdminLogin|firewalls|startupScript|storage\."
 )
 
 
@@ -30,7 +30,7 @@ def test_the_role_of_the_head_grants_no_more_rights() -> None:
         "compute.subnetworks",
         "compute.zoneOperations",
     }
-    for known in ("iam.serviceAccounts.actAs", "compute.instances.setMetadata", "compute.*"):
+    for known in ("iam.serviceAccounts.actAs", "compute.projects.setCommonInstanceMetadata", "compute.*"):
         assert ESCALATING.search(known)
 
 
@@ -51,6 +51,13 @@ def test_workers_have_no_account_and_the_head_its_own() -> None:
         "scopes": ["https://www.googleapis.com/auth/compute"],
     }
     assert {name: config["serviceAccounts"] for name, config in configs.items()} == {"spot-a100": [], "spot-l4": []}
+
+
+def test_the_key_of_the_head_opens_only_the_nodes() -> None:
+    assert load(CONFIG)["auth"] == {"ssh_user": "ubuntu", "ssh_private_key": "~/.ssh/bam-gcp"}
+    for config in nodes().values():
+        items = {item["key"]: item["value"] for item in config["metadata"]["items"]}
+        assert items == {"ssh-keys": "ubuntu:SSH_PUBLIC_KEY", "block-project-ssh-keys": "true"}
 
 
 def test_every_node_is_in_the_closed_network() -> None:
