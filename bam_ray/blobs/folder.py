@@ -32,9 +32,11 @@ class FolderStore:
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Write `data` to a temporary file and hard-link it to `key`; raise `BlobExists` if the key exists.
 
-        link(2) fails if the target exists, on every POSIX file system, which makes the test atomic.
+        link(2) fails if the target exists, on every POSIX file system, which makes the test atomic. A network file
+        system may repeat a link whose answer was lost. It then fails although the link exists, so both files are
+        compared.
         """
-        self._write(key, lambda partial: partial.write_bytes(data), os.link)
+        self._write(key, lambda partial: partial.write_bytes(data), _link)
 
     def put_file(self, key: str, path: Path) -> None:
         """Copy the file at `path` to a temporary file and rename it to `key`."""
@@ -154,6 +156,17 @@ class _ErrorRecorder:
         except Exception as error:
             self.error = error
             raise
+
+
+def _link(partial: Path, path: Path) -> None:
+    """Link `path` to the file `partial`; raise `FileExistsError` if another file exists there."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):  # it was deleted in the meantime
+            if os.path.samefile(partial, path):
+                return
+        raise
 
 
 def _is_file(path: Path) -> bool:

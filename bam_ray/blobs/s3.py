@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +44,7 @@ CONDITION_FAILED = {"PreconditionFailed", "412"}
 CONFLICT = {"ConditionalRequestConflict", "409"}  # another put of the same key is in progress, with unknown outcome
 NOT_IMPLEMENTED = {"NotImplemented", "501"}  # the server has no conditional puts
 CONFLICT_TRIES = 6
+TOKEN = "bam-put"  # name of the metadata that identifies the conditional put which wrote a blob
 TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
 PART_BYTES = 8 << 20  # size of one part of a streamed blob; S3 allows 10,000 parts, so a blob has at most 78 GiB
 CONCURRENT_PARTS = 4
@@ -54,6 +57,18 @@ def _loader() -> Loader:
     Credentials are not shared; every store has its own session.
     """
     return Loader()
+
+
+def _new_client(endpoint: str | None) -> Any:
+    config = Config(
+        retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=60, max_pool_connections=16
+    )
+    session = boto3.session.Session()
+    session._session.register_component("data_loader", _loader())
+    try:
+        return session.client("s3", endpoint_url=endpoint, config=config)
+    except ValueError as error:  # "Invalid endpoint: ..."
+        raise StoreUnavailable(f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT") from None
 
 
 class S3Store:
@@ -77,6 +92,7 @@ class S3Store:
         self._endpoint = endpoint
         self._promise = promise
         self._client = client
+        self._lock = threading.Lock()  # held while the client is created
 
     @property
     def uri(self) -> str:
@@ -86,21 +102,9 @@ class S3Store:
     @property
     def client(self) -> Any:
         """The boto3 S3 client of this store; raises `StoreUnavailable` if the endpoint is not a URL."""
-        if self._client is None:
-            config = Config(
-                retries={"mode": "standard", "max_attempts": 4},
-                connect_timeout=5,
-                read_timeout=60,
-                max_pool_connections=16,
-            )
-            session = boto3.session.Session()
-            session._session.register_component("data_loader", _loader())
-            try:
-                self._client = session.client("s3", endpoint_url=self._endpoint, config=config)
-            except ValueError as error:  # "Invalid endpoint: ..."
-                raise StoreUnavailable(
-                    f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT"
-                ) from None
+        with self._lock:
+            if self._client is None:
+                self._client = _new_client(self._endpoint)
         return self._client
 
     def put(self, key: str, data: bytes) -> None:
@@ -114,6 +118,9 @@ class S3Store:
         With the strict promise the server tests the condition (`If-None-Match: *`). A conflict means that another
         writer's put of the same key is in progress; the put is then retried with exponential backoff.
 
+        If the answer to a put is lost, the repeated put fails because of the blob that the first one wrote. The
+        metadata of the blob therefore contains a random token of this call. A blob with this token counts as success.
+
         Raises:
             BlobExists: The key exists.
             NoConditionalPut: The promise is strict and the server has no conditional puts.
@@ -123,18 +130,32 @@ class S3Store:
                 raise BlobExists(f"{self.uri}/{key} exists already")
             self.put(key, data)
             return
+        target = {"Bucket": self._bucket, "Key": self._key(key)}
+        token = uuid.uuid4().hex
         with self._translated_errors(key):
             for attempt in range(CONFLICT_TRIES):
                 try:
-                    self.client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                    self.client.put_object(**target, Body=data, IfNoneMatch="*", Metadata={TOKEN: token})
                     return
                 except ClientError as error:
                     code = error.response["Error"].get("Code")
+                    if code in CONDITION_FAILED and self._token(target) == token:
+                        return
                     if code in NOT_IMPLEMENTED:
                         raise NoConditionalPut(f"the store at {self.uri} has no conditional puts ({code})") from None
                     if code not in CONFLICT or attempt == CONFLICT_TRIES - 1:
                         raise
                     time.sleep(0.05 * 2**attempt)
+
+    def _token(self, target: dict[str, str]) -> str | None:
+        """Return the token of the conditional put that wrote a blob, if it has one."""
+        try:
+            token: str | None = self.client.head_object(**target).get("Metadata", {}).get(TOKEN)
+        except ClientError as error:
+            if error.response["Error"].get("Code") in MISSING:  # it was deleted in the meantime
+                return None
+            raise
+        return token
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file, from 64 MiB on in several parts at once."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
-from bam_ray.errors import StoreError
+from bam_ray.errors import BlobExists, BlobNotFound, StoreError
 
 Promise = Literal["strict", "weak"]
 """The guarantee that is asked of `put_if_absent` (the setting `store.promise`).
@@ -46,7 +46,11 @@ class BlobStore(Protocol):
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """Write `data` to `key`; raise `BlobExists` if the key exists."""
+        """Write `data` to `key`; raise `BlobExists` if another put has written the key.
+
+        A call succeeds if its answer was lost and the put was repeated, because the store recognizes its own write. A
+        call that raises `StoreUnavailable` may have written the blob; `put_once` can be called again after that.
+        """
         ...
 
     def put_file(self, key: str, path: Path) -> None:
@@ -92,6 +96,26 @@ class BlobStore(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key`; do nothing if it does not exist."""
         ...
+
+
+def put_once(store: BlobStore, key: str, data: bytes) -> None:
+    """Write `data` to `key` like `put_if_absent`, but also succeed if the key holds exactly `data` already.
+
+    A call whose outcome is unknown, because its answer was lost, can therefore be repeated. If two writers must not
+    both succeed, their `data` must differ, for example by a random value.
+
+    Raises:
+        BlobExists: The key holds other bytes.
+    """
+    try:
+        store.put_if_absent(key, data)
+    except BlobExists:
+        try:
+            if store.get(key) == data:
+                return
+        except BlobNotFound:  # it was deleted in the meantime
+            pass
+        raise
 
 
 def validate_key(key: str) -> str:
