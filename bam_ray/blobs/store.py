@@ -16,7 +16,8 @@ puts; `bam_ray.blobs.check` detects them, and a `Promise` of "weak" accepts them
 Keys are relative and `/`-separated. They have no empty, `.` or `..` parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -57,12 +58,16 @@ class BlobStore(Protocol):
         """Upload a file of any size (to S3 in several parts if it is large)."""
         ...
 
-    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
-        """Write a stream of unknown length to `key` in bounded memory and replace any previous bytes.
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview], size: int | None = None) -> None:
+        """Write a stream to `key` in bounded memory and replace any previous bytes.
 
         If `chunks` raises, its exception propagates unchanged and no part of the blob becomes visible. A chunk is
-        copied before the next one is requested, so the producer may reuse its buffer. S3 accepts at most 78 GiB this
-        way.
+        copied before the next one is requested, so the producer may reuse its buffer.
+
+        Args:
+            key: The key of the blob.
+            chunks: The bytes of the blob.
+            size: The number of bytes, if it is known. S3 accepts at most 78 GiB of a stream of unknown size.
         """
         ...
 
@@ -90,11 +95,23 @@ class BlobStore(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Yield all keys that begin with `prefix`, sorted."""
+        """Yield all keys that begin with `prefix`, in the order of their bytes."""
         ...
 
     def delete(self, key: str) -> None:
         """Remove `key`; do nothing if it does not exist."""
+        ...
+
+    def abort_uploads(self, prefix: str, older_than: timedelta) -> Sequence[str]:
+        """Remove what killed writers left below `prefix`: unfinished uploads, which appear in no list but use space.
+
+        Args:
+            prefix: The prefix of the keys.
+            older_than: The least age. An upload that is still in progress must be younger.
+
+        Returns:
+            The keys of the uploads on S3; the names of the temporary files in a folder.
+        """
         ...
 
 
@@ -116,6 +133,11 @@ def put_once(store: BlobStore, key: str, data: bytes) -> None:
         except BlobNotFound:  # it was deleted in the meantime
             pass
         raise
+
+
+def sort_keys(keys: Iterable[str]) -> Sequence[str]:
+    """Return `keys` in the order of their bytes, which is the order of AWS."""
+    return sorted(keys, key=lambda key: key.encode("utf-8", "surrogateescape"))
 
 
 def validate_key(key: str) -> str:

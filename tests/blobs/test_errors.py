@@ -12,7 +12,8 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.blobs.s3 import PART_BYTES, S3Store
+from bam_ray.blobs.s3 import S3Store
+from bam_ray.blobs.s3_uploads import PART_BYTES
 from bam_ray.errors import BlobExists, NoConditionalPut, SettingsError, StoreDenied, StoreError, StoreUnavailable
 from cluster.processes import free_ports
 from cluster.s3_server import BUCKET, S3Settings

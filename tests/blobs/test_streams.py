@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from bam_ray.blobs import s3
-from bam_ray.blobs.s3 import CONCURRENT_PARTS, S3Store, rechunk
+from bam_ray.blobs import s3_uploads
+from bam_ray.blobs.s3 import CONCURRENT_PARTS, S3Store
+from bam_ray.blobs.s3_uploads import rechunk
 from bam_ray.errors import StoreUnavailable
 
 PART_BYTES = 1000
@@ -53,7 +54,7 @@ class RecordingClient:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(s3_uploads, "PART_BYTES", PART_BYTES)
 
 
 def test_parts_keep_their_order_and_memory_is_bounded() -> None:

@@ -17,7 +17,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,24 +36,28 @@ class Fault:
             is closed instead of its answer; "cut": the connection is closed within the body of the answer.
         method: The method of the requests; None: any.
         key: A regular expression that is searched for in the key (the path without the bucket).
+        header: A regular expression that is searched for in the first line and the headers; case does not matter.
         times: The number of requests to hit; None: all.
         chance: The probability that a request that matches is hit.
         status: The status of an answer in the server's place.
         code: The error code of an answer in the server's place.
         details: Further XML elements of that answer.
         after: The bytes of the body that a cut lets pass; None: half of them.
+        action: Called in a thread before the connection is closed or the answer is sent.
         hits: The number of requests that were hit.
     """
 
     kind: Literal["answer", "lost", "cut"]
     method: str | None = None
     key: str = ""
+    header: str = ""
     times: int | None = None
     chance: float = 1.0
     status: int = 403
     code: str = "AccessDenied"
     details: str = "<Message>Access Denied.</Message>"
     after: int | None = None
+    action: Callable[[], object] | None = None
     hits: int = 0
 
     @staticmethod
@@ -75,7 +79,9 @@ class Fault:
         """Return True if the fault is for this request and is not used up."""
         if self.times is not None and self.hits >= self.times:
             return False
-        return self.method in (None, request.method) and re.search(self.key, request.key) is not None
+        if self.method not in (None, request.method) or not re.search(self.key, request.key):
+            return False
+        return re.search(self.header, request.raw.decode("latin-1"), re.IGNORECASE) is not None
 
     def answer(self, request: Head) -> bytes:
         """Return the answer in the server's place."""
@@ -95,6 +101,7 @@ class FlakyProxy:
     def __init__(self, port: int = 0, seed: int = 0) -> None:
         self.port = port
         self.refused = 0
+        self.sent = 0  # bytes of bodies that clients were sent
         self._refusing = False
         self._factor = 1.0
         self._faults: list[Fault] = []
@@ -179,6 +186,7 @@ class FlakyProxy:
             if not request.header("Expect"):  # otherwise the client sends its body only after a go-ahead
                 async for _ in body(request, client[0]):
                     pass
+            await self._act(fault)
             client[1].write(fault.answer(request))
             await client[1].drain()
             return False
@@ -199,7 +207,10 @@ class FlakyProxy:
             if answer.status >= 200:
                 break
             writer.write(answer.raw)  # 100 Continue
-        if answer is None or (fault is not None and fault.kind == "lost"):
+        if answer is None:
+            return False
+        if fault is not None and fault.kind == "lost":
+            await self._act(fault)
             return False
         await asyncio.sleep((self._factor - 1.0) * (time.monotonic() - asked))
         writer.write(answer.raw)
@@ -214,13 +225,19 @@ class FlakyProxy:
         async for piece in body(answer, reader):
             await asyncio.sleep((self._factor - 1.0) * (time.monotonic() - asked))
             writer.write(piece[:left])
+            self.sent += len(piece[:left])
             await writer.drain()
             asked = time.monotonic()
-            if left is not None:
+            if fault is not None and left is not None:
                 left -= len(piece)
                 if left <= 0:
+                    await self._act(fault)
                     return False
         return bool(answer.header("Content-Length")) and answer.header("Connection").lower() != "close"
+
+    async def _act(self, fault: Fault) -> None:
+        if fault.action is not None:
+            await self._loop.run_in_executor(None, fault.action)
 
     def _fault_of(self, request: Head) -> Fault | None:
         for fault in self._faults:
