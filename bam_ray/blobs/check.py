@@ -63,6 +63,11 @@ def _check_order(store: BlobStore, key: str) -> None:
     """Raise `NoConditionalPut` unless the second of two puts is refused."""
     with _probe(store, key):
         put_once(store, key, b"first")
+        if store.get(key) != b"first":
+            raise StoreError(
+                f"the store at {store.uri} returns other bytes than were written: use another server, or set "
+                "AWS_REQUEST_CHECKSUM_CALCULATION to when_required for a server that stores checksums within the data"
+            )
         try:
             store.put_if_absent(key, b"second")
         except BlobExists:

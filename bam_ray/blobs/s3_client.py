@@ -11,7 +11,7 @@ from bam_ray.errors import StoreUnavailable
 
 # botocore asks the metadata server of a machine once and waits for a second. Many processes that start at the same
 # moment on one machine are often refused once.
-METADATA_SETTINGS = {"metadata_service_num_attempts": 5, "metadata_service_timeout": 3}
+METADATA_SETTINGS = {"metadata_service_num_attempts": 5, "metadata_service_timeout": 2}
 METADATA_DEFAULT = 1
 
 

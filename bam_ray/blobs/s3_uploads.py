@@ -16,15 +16,15 @@ def part_bytes(uri: str, size: int | None) -> int:
     Raises:
         StoreError: S3 cannot hold a blob of this size.
     """
-    if size is None:
+    needed = -(-(size or 0) // MAX_PARTS)
+    if needed <= PART_BYTES:
         return PART_BYTES
-    needed = -(-size // MAX_PARTS)
     if needed > MAX_PART_BYTES:
         raise StoreError(
             f"{uri} would have {size:,} bytes, but a blob in S3 has at most {MAX_PARTS * MAX_PART_BYTES:,}: "
             "write it in several blobs"
         )
-    return max(PART_BYTES, -(-needed // MIB) * MIB)
+    return -(-needed // MIB) * MIB
 
 
 def rechunk(chunks: Iterator[bytes | memoryview], size: int) -> Iterator[bytearray]:

@@ -200,6 +200,18 @@ def test_the_check_detects_a_store_that_ignores_conditions(kind: type[MemoryStor
     assert list(store.list()) == []
 
 
+class FramingStore(MemoryStore):
+    """A store that keeps the framing of a request as a part of the data."""
+
+    def get(self, key: str) -> bytes:
+        return b"5\r\n" + super().get(key)
+
+
+def test_the_check_detects_a_store_that_changes_the_bytes() -> None:
+    with pytest.raises(StoreError, match="returns other bytes than were written"):
+        check_put_if_absent(FramingStore())
+
+
 def test_open_store_parses_uris(tmp_path: Path) -> None:
     assert open_store(str(tmp_path)).uri == str(tmp_path)
     assert open_store(f"file://{tmp_path}/").uri == str(tmp_path)
