@@ -106,8 +106,8 @@ class S3Store:
                 raise BlobExists(f"{self.uri}/{key} exists already")
             self.put(key, data)
             return
-        target = self._target(key)
-        request = target | {"Body": data, "IfNoneMatch": "*", "Metadata": {TOKEN: uuid.uuid4().hex}}
+        target, token = self._target(key), {TOKEN: uuid.uuid4().hex}
+        request = {**target, "Body": data, "IfNoneMatch": "*", "Metadata": token}
         with self._translated_errors(key):
             for attempt in range(CONFLICT_TRIES):
                 try:
@@ -115,7 +115,7 @@ class S3Store:
                     return
                 except ClientError as error:
                     code = code_of(error)
-                    if code in CONDITION_FAILED and self._wrote(target, request["Metadata"]):
+                    if code in CONDITION_FAILED and self._wrote(target, token):
                         return
                     if code in NOT_IMPLEMENTED:
                         raise NoConditionalPut(f"the store at {self.uri} has no conditional puts ({code})") from None

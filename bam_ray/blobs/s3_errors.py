@@ -45,7 +45,9 @@ WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthFailure", "401
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired"}
 WRONG_CLOCK = {"RequestTimeTooSkewed"}
 WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException", "301"}
-
+DAMAGED = {"BadDigest", "XAmzContentChecksumMismatch"}  # the data was changed on its way
+TOO_LATE_OR_LARGE = {"RequestTimeout", "EntityTooLarge", "EntityTooSmall", "InvalidPart", "KeyTooLongError"}
+CHECKSUM_ADVICE = "set AWS_REQUEST_CHECKSUM_CALCULATION and AWS_RESPONSE_CHECKSUM_VALIDATION to when_required"
 CONNECTION = re.compile(r"^\w+\(host=.*?\): ")  # with which messages of urllib3 begin
 
 BODY_ERRORS = (IncompleteReadError, HTTPClientError, ConnectionError, HTTPError)
@@ -98,7 +100,8 @@ def may_reject_checksums(error: ClientError) -> bool:
     code = code_of(error)
     if code == "SignatureDoesNotMatch" or code in NOT_IMPLEMENTED:
         return True
-    return status_of(error) in (400, 405, 411, 415, 422, 501) and code not in EXPIRED | WRONG_KEYS | WRONG_REGION
+    other = EXPIRED | WRONG_KEYS | WRONG_REGION | DAMAGED | TOO_LATE_OR_LARGE
+    return status_of(error) in (400, 405, 411, 415, 422, 501) and code not in other
 
 
 def store_error(error: Exception, uri: str, endpoint: str) -> StoreError:
@@ -161,11 +164,12 @@ def _answered(error: ClientError, uri: str) -> StoreError:
             f"the S3 server expects another region for {uri} ({said}): set AWS_REGION and AWS_DEFAULT_REGION to the "
             f"region of the bucket {bucket!r}"
         )
-    if may_reject_checksums(error):
-        said += (
-            "; if it rejects checksums: set AWS_REQUEST_CHECKSUM_CALCULATION and AWS_RESPONSE_CHECKSUM_VALIDATION to "
-            "when_required"
+    if code in DAMAGED:
+        return StoreUnavailable(
+            f"{uri}: the S3 server received damaged data ({said}): try again; if it always says so, {CHECKSUM_ADVICE}"
         )
+    if may_reject_checksums(error):
+        said += f"; if it rejects checksums: {CHECKSUM_ADVICE}"
     return StoreUnavailable(f"{uri}: the S3 server answered {said}")
 
 
@@ -183,7 +187,7 @@ DENIALS = (
 
 def _said(error: ClientError) -> str:
     """Return the code of the server and the details that explain it."""
-    details: dict[str, Any] = error.response.get("Error", {})
+    details: dict[str, Any] = dict(error.response.get("Error", {}))
     code = code_of(error) or f"HTTP {status_of(error)}"
     parts = [code]
     message = " ".join(str(details.get("Message") or "").split())
@@ -198,8 +202,7 @@ def _said(error: ClientError) -> str:
 
 
 def _headers(error: ClientError) -> dict[str, str]:
-    headers: dict[str, str] = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    return headers
+    return dict(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
 
 
 def _text(error: Exception) -> str:

@@ -20,7 +20,7 @@ from bam_ray.blobs.s3_errors import BODY_ERRORS, CONDITION_FAILED, OUT_OF_RANGE,
 from bam_ray.errors import StoreError, StoreUnavailable
 
 TRIES = 5  # of a request that brings no further byte, and of a read of a blob that changes
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 RANGE_BYTES = 32 << 20  # a file is downloaded in ranges of this size
 CONCURRENT_RANGES = 4
 

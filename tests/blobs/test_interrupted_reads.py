@@ -134,3 +134,29 @@ def test_a_body_with_a_wrong_checksum_is_read_again() -> None:
 def test_a_server_that_ignores_ranges_is_refused() -> None:
     with pytest.raises(StoreError, match="ignores the range of a request for key"):
         S3Store(BUCKET, "", client=OddClient(ignores_ranges=True)).get_range("key", 3, 2)
+
+
+class ReplacedBlob:
+    """An S3 client without a server, which ignores conditions: the body of the first of two versions is cut."""
+
+    def __init__(self) -> None:
+        self.conditions: list[str | None] = []
+
+    def get_object(self, **request: Any) -> dict[str, Any]:
+        self.conditions.append(request.get("IfMatch"))
+        first = len(self.conditions) == 1
+        data = b"o" * MIB if first else b"n" * 2 * MIB
+        start = int(request.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        body = data[start : MIB // 2] if first else data[start:]
+        return {
+            "ETag": "old" if first else "new",
+            "ContentLength": len(data) - start,
+            "ContentRange": f"bytes {start}-{len(data) - 1}/{len(data)}",
+            "Body": StreamingBody(io.BytesIO(body), len(data) - start),
+        }
+
+
+def test_a_server_that_ignores_conditions_mixes_no_versions() -> None:
+    client = ReplacedBlob()
+    assert S3Store(BUCKET, "", client=client).get("key") == b"n" * 2 * MIB
+    assert client.conditions == [None, "old", None]

@@ -92,6 +92,17 @@ def test_rejected_checksums_are_left_out(fault_proxy: FlakyProxy, tmp_path: Path
     check_put_if_absent(S3Store(BUCKET, code, fault_proxy.endpoint))
 
 
+@pytest.mark.parametrize("code", ["BadDigest", "RequestTimeout"])
+def test_checksums_stay_on_after_damage_and_delays(fault_proxy: FlakyProxy, s3: S3Store, code: str) -> None:
+    damaged = fault_proxy.add(Fault("answer", "PUT", header=CHECKSUM_HEADERS, status=400, code=code))
+    with pytest.raises(StoreUnavailable, match=code):
+        s3.put("key", b"")
+    hits = damaged.hits
+    with pytest.raises(StoreUnavailable, match=code):
+        s3.put("key", b"")
+    assert damaged.hits == 2 * hits
+
+
 def test_checksums_are_not_blamed_for_other_answers(fault_proxy: FlakyProxy, s3: S3Store) -> None:
     fault_proxy.add(Fault("answer", "PUT", status=400, code="InvalidStorageClass", details="<Message>No.</Message>"))
     with pytest.raises(StoreUnavailable, match="InvalidStorageClass, No; if it rejects checksums: set AWS_REQUEST_"):

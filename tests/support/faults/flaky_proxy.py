@@ -137,10 +137,18 @@ class FlakyProxy:
 
     def close(self) -> None:
         """Stop the proxy."""
-        self._loop.call_soon_threadsafe(self._server.close)
-        self._drop()
+
+        async def end() -> None:
+            self._server.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def _drop(self) -> None:
         """Close all connections, so that clients open new ones."""
