@@ -88,7 +88,7 @@ class FolderStore:
             return _is_file(self._path(key))
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Yield all keys that begin with `prefix`, sorted; only the deepest folder that `prefix` names is walked."""
+        """Yield all keys that begin with `prefix`, sorted; folders that cannot hold such keys are not walked."""
         with self._translated_errors(prefix):
             names = [name for name in self._names(prefix) if not _is_partial(name)]
         yield from sort_keys(names)
@@ -117,8 +117,11 @@ class FolderStore:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a missing folder holds no keys
                 raise error
 
-        start = self._folder / prefix.rpartition("/")[0]
-        for folder, _, names in os.walk(start, onerror=fail):
+        parent, _, beginning = prefix.rpartition("/")
+        start = self._folder / parent
+        for folder, subfolders, names in os.walk(start, onerror=fail):
+            if Path(folder) == start:
+                subfolders[:] = [name for name in subfolders if name.startswith(beginning)]
             for name in names:
                 path = str((Path(folder) / name).relative_to(self._folder))
                 if path.startswith(prefix):
