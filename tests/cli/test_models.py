@@ -193,7 +193,10 @@ def reconfigure(folder: Path, **changes: object) -> None:
         (lambda law: (law / "model.safetensors").write_bytes(b"no"), "is not a safetensors file"),
         (lambda law: damage(law, {"model.norm.weight": None}), "law lacks model.norm.weight"),
         (lambda law: damage(law, {"more": torch.ones(1)}), "law has more"),
-        (lambda law: damage(law, {"model.norm.weight": torch.ones(31)}), "has shape [31] but [32] in 'seed'"),
+        (
+            lambda law: damage(law, {"model.norm.weight": torch.ones(31)}),
+            "norm.weight has shape [31], but config.json describes [32]",
+        ),
         (
             lambda law: damage(law, {"model.layers.1.mlp.up_proj.weight": torch.full((48, 32), float("nan"))}),
             "law: model.layers.1.mlp.up_proj.weight of 'law' has values that are not finite",
