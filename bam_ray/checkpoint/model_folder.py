@@ -12,6 +12,7 @@ base model is added if it is missing, and the prefixes of wrappers, which transf
 import json
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Protocol
 
 from bam_ray.errors import CheckpointError
@@ -190,4 +191,21 @@ def check_layers(config: dict[str, Any], names: Iterable[str], uri: str) -> None
         raise CheckpointError(
             f"{uri}/config.json: num_hidden_layers is {layers}, but the weights have {len(found)} layers: use the "
             "config.json that was saved with them"
+        )
+
+
+def refuse_outside_link(store_uri: str, prefix: str, name: str) -> None:
+    """Raise `CheckpointError` if a file is a link that leads out of its folder, so that other files are not published.
+
+    The links of the Hub's cache lead from `snapshots/<revision>` to the `blobs` beside it, and are allowed.
+    """
+    folder = Path(store_uri, prefix).resolve()
+    path = folder / name
+    if "://" in store_uri or not path.exists():
+        return
+    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    target = path.resolve()
+    if not target.is_relative_to(root):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside of the folder: replace it with a copy if the file is meant"
         )

@@ -3,7 +3,7 @@
 The error of a mismatch names the file, the key and both values.
 """
 
-import hashlib
+import logging
 import math
 import time
 from collections import defaultdict
@@ -18,9 +18,11 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
 from bam_ray.families import Family, Role, check_weights, family_of
 from bam_ray.upcycling.expressions import Take, aligned
+from bam_ray.upcycling.tokenizers import carried_files, check_same_tokenizer
 from bam_ray.upcycling.write import ModelPlan
 
-TOKENIZER = "tokenizer.json"
+logger = logging.getLogger(__name__)
+
 SAMPLED = 4
 """Number of matrices that are sampled to distinguish a branch from an unrelated model."""
 SAMPLED_ELEMENTS = 1 << 18
@@ -42,7 +44,9 @@ def check_sources(sources: Mapping[str, TensorReader]) -> Family:
     family = family_of(seed.config, seed.uri)
     for name, source in sources.items():
         check_source(source, name, seed.config, seed_name)
-        check_tokenizer(source, name, seed, seed_name)
+        if source is not seed:
+            check_same_tokenizer(source, name, seed, seed_name)
+    carried_files(seed)  # raises if one of them cannot be copied
     return family
 
 
@@ -71,15 +75,11 @@ def check_source(source: TensorReader, name: str, seed: Mapping[str, Any], seed_
                 f"{seed_name!r}: all branches must come from one seed"
             )
     check_weights(source, family_of(source.config, source.uri))
-
-
-def check_tokenizer(source: TensorReader, name: str, seed: TensorReader, seed_name: str) -> None:
-    """Raise `UpcycleError` if a source does not have the seed's tokenizer."""
-    theirs, ours = source.read_file(TOKENIZER), seed.read_file(TOKENIZER)
-    if _digest(theirs) != _digest(ours):
-        raise UpcycleError(
-            f"{source.uri}/{TOKENIZER} of {name!r} {_describe(theirs)} but that of {seed_name!r} {_describe(ours)}: "
-            "all models must have the same tokenizer"
+    if "auto_map" in source.config:
+        logger.warning(
+            "%s has model code of its own (auto_map), which is not used: its weights are read as those of a %s model",
+            source.uri,
+            source.config["model_type"],
         )
 
 
@@ -169,11 +169,3 @@ def estimate(planned: ModelPlan, sources: Mapping[str, TensorReader]) -> Estimat
         written=sum(tensor.spec.bytes for tensor in planned.tensors),
         memory=max(tensor.expression.held(sources) for tensor in planned.tensors),
     )
-
-
-def _describe(data: bytes | None) -> str:
-    return "is missing" if data is None else f"has SHA-256 {_digest(data)}"
-
-
-def _digest(data: bytes | None) -> str | None:
-    return None if data is None else hashlib.sha256(data).hexdigest()[:12]

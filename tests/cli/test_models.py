@@ -204,7 +204,10 @@ def reconfigure(folder: Path, **changes: object) -> None:
         (lambda law: reconfigure(law, model_type="gpt2"), "model_type is 'gpt2' in 'law' but 'llama' in 'seed'"),
         (lambda law: reconfigure(law, rms_norm_eps=0.5), "rms_norm_eps is 0.5 in 'law' but 1e-06 in 'seed'"),
         (lambda law: reconfigure(law, tie_word_embeddings=True), "tie_word_embeddings is True in 'law' but False"),
-        (lambda law: (law / "tokenizer.json").write_text("{}"), "law/tokenizer.json of 'law' has SHA-256"),
+        (
+            lambda law: (law / "tokenizer.json").write_text("{}"),
+            "the tokenizer files of 'law' differ from those of 'seed'",
+        ),
         (lambda law: (law / "config.json").unlink(), "it has no config.json"),
         (lambda law: (law / "config.json").write_text("{"), "config.json is not JSON"),
     ],
