@@ -61,6 +61,11 @@ def _read_files(source: TensorReader) -> dict[str, bytes]:
     return {name: data for name, data in read if data is not None}
 
 
+def has_tokenizer(source: TensorReader) -> bool:
+    """Return True if a folder has the files of a tokenizer."""
+    return bool(_vocabulary(_read_files(source)))
+
+
 def load_tokenizer(source: TensorReader) -> Tokenizer:
     """Return the tokenizer of a folder, without truncation and padding.
 
