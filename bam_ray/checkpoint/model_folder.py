@@ -3,10 +3,10 @@
 Problem: a folder may hold two sets of weights, weights in another format, an adapter or pointers of Git LFS. The
 tensors must be those that transformers would load, and a user whose folder is of another kind must read what it is.
 
-Design choice: `weight_files` follows the order of transformers: the file that `transformers_weights` of config.json
-names, `model.safetensors`, then the shards of `model.safetensors.index.json`. Every other folder is refused in one line
-that names its kind and the way to convert it. Names of tensors are handled as in transformers too: the prefix of the
-base model is added if it is missing, and the prefixes of wrappers, which transformers would not load, are refused.
+Design choice: `weight_files` follows the order of transformers: `model.safetensors`, then the shards of
+`model.safetensors.index.json`. Every other folder is refused in one line that names its kind and the way to convert it.
+Names of tensors are handled as in transformers too: the prefix of the base model is added if it is missing, and the
+prefixes of wrappers, which transformers would not load, are refused.
 """
 
 import json
@@ -114,21 +114,20 @@ def weight_files(files: FolderFiles, config: dict[str, Any]) -> list[str]:
     Raises:
         CheckpointError: There are none; the message says what the folder is instead.
     """
-    name = config.get("transformers_weights")
-    if name is None:
-        name = WEIGHTS if files.has_file(WEIGHTS) else INDEX
-    if not _is_file_name(name):
+    named = config.get("transformers_weights")
+    if named is not None:  # it would be lost when transformers saves the configuration again
         raise CheckpointError(
-            f"{files.uri}/config.json: transformers_weights is {name!r}, which is no file of the folder"
+            f"{files.uri}/config.json names its weights (transformers_weights is {named!r}): rename the file to "
+            f"{WEIGHTS} and remove the setting"
         )
-    if not name.endswith(".json"):
-        return [name]
-    index = files.read_file(name)
+    if files.has_file(WEIGHTS):
+        return [WEIGHTS]
+    index = files.read_file(INDEX)
     if index is None:
         raise CheckpointError(_describe(files))
-    shards = parse_object(index, f"{files.uri}/{name}").get("weight_map")
+    shards = parse_object(index, f"{files.uri}/{INDEX}").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(_is_file_name(shard) for shard in shards.values()):
-        raise CheckpointError(f"{files.uri}/{name} is not an index of shards: the file is damaged")
+        raise CheckpointError(f"{files.uri}/{INDEX} is not an index of shards: the file is damaged")
     return sorted(set(shards.values()))
 
 

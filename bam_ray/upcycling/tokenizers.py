@@ -171,8 +171,8 @@ def _number(token: str, vocabulary: Mapping[str, int]) -> str:
 
 def _part_name(part: str, one: dict[str, Any], other: dict[str, Any]) -> str:
     if part == "model":
-        keys = one[part].keys() | other[part].keys()
-        return next(key for key in sorted(keys) if one[part].get(key) != other[part].get(key))
+        keys: list[str] = sorted(one[part].keys() | other[part].keys())
+        return next(key for key in keys if one[part].get(key) != other[part].get(key))
     return part.replace("_", " ")
 
 
