@@ -1,4 +1,4 @@
-"""What a Hugging Face folder contains: the weight files that transformers would load, and what other folders are.
+"""The content of a Hugging Face folder: the weight files that transformers would load, and the kind of other folders.
 
 Problem: a folder may hold two sets of weights, weights in another format, an adapter or pointers of Git LFS. The
 tensors must be those that transformers would load, and a user whose folder is of another kind must read what it is.

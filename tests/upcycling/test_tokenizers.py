@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.data.tokenizer import train_tokenizer
+from bam_ray.data.tokenizer import copy_tokenizer, train_tokenizer
 from bam_ray.errors import CheckpointError, UpcycleError
 from bam_ray.upcycling.tokenizers import TEMPLATE_FOLDER, carried_files, check_same_tokenizer, load_tokenizer
 from tests.support import tiny
@@ -157,6 +157,8 @@ def test_a_link_that_leads_outside_is_not_published(seed: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a link to .*secret, outside of the folder"):
         upcycle_into(tmp_path / "mixture", {each.name: reader(each) for each in (seed, branch)}, settings("btx"))
     assert not (tmp_path / "mixture").exists()
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        copy_tokenizer(str(seed), tmp_path / "corpus")
 
 
 def test_links_within_the_cache_of_the_hub_are_followed(seed: Path, tmp_path: Path) -> None:
