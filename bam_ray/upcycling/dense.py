@@ -58,6 +58,31 @@ def meta_model(config: PreTrainedConfig, uri: str) -> PreTrainedModel:
     return model
 
 
+def tensor_mismatch(reader: TensorReader, config: BamConfig) -> str:
+    """Return the first tensor whose shape is not that of the mixture's configuration, for people; empty if all fit."""
+    model = meta_model(config, reader.uri)
+    saved = model.state_dict()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    expected = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *buffers)}  # tied parameters once
+    found = {name: spec.shape for name, spec in reader.specs.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if not wrong:
+        return ""
+    shapes = f"shape {found.get(wrong[0])}, expected {expected.get(wrong[0])}"
+    return f"{wrong[0]} has {shapes} ({len(wrong)} tensors differ)"
+
+
+def check_mixture(reader: TensorReader) -> BamConfig:
+    """Return the configuration of the mixture at `reader`; raise `UpcycleError` if its tensors are others."""
+    config = mixture_config_of(reader)
+    mismatch = tensor_mismatch(reader, config)
+    if mismatch:
+        raise UpcycleError(
+            f"{reader.uri}: {mismatch}: use a complete mixture with the config.json that was saved with it"
+        )
+    return config
+
+
 def is_split(config: BamConfig) -> bool:
     """Return True if the FFN experts are slices of one dense FFN, not whole FFNs."""
     whole = config.dense_intermediate_size

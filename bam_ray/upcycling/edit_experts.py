@@ -17,7 +17,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.families import DenseParameter, expert_name, family_of, plain_name
 from bam_ray.model import BamConfig
-from bam_ray.upcycling.dense import is_split, mixture_config_of, seed_config
+from bam_ray.upcycling.dense import check_mixture, is_split, seed_config
 from bam_ray.upcycling.expressions import Concat, Draw, Expression, Mean, Take
 from bam_ray.upcycling.methods import is_plain
 from bam_ray.upcycling.plan import PlannedTensor
@@ -148,7 +148,7 @@ def write_edited_mixture(
     Raises:
         UpcycleError: The branch does not fit the mixture, or the mixture is a split.
     """
-    config = mixture_config_of(mixture)
+    config = check_mixture(mixture)
     options = options or EditOptions()
     if is_split(config):
         raise UpcycleError(

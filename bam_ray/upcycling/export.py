@@ -16,7 +16,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.families import SHARED_SETTINGS
 from bam_ray.model import BamConfig
-from bam_ray.upcycling.dense import mixture_config_of, seed_config
+from bam_ray.upcycling.dense import check_mixture, seed_config
 from bam_ray.upcycling.expressions import Expression, Scaled, Slice, Take
 from bam_ray.upcycling.plan import PlannedTensor
 from bam_ray.upcycling.tokenizers import carried_files
@@ -40,7 +40,7 @@ def export_mixtral(
     Raises:
         UpcycleError: Mixtral cannot compute the function of this mixture.
     """
-    config = mixture_config_of(mixture)
+    config = check_mixture(mixture)
     check_fits(config)
     sources = {MIXTURE: mixture}
     outputs = [output for spec in mixture.specs.values() for output in _outputs(spec, config, sources)]

@@ -1,19 +1,22 @@
 """Mixtures whose config.json or lineage.json does not fit their weights are refused in one line, and quickly."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
-from bam_ray.errors import BamError
+from bam_ray.errors import BamError, UpcycleError
 from bam_ray.model import BamConfig
 from bam_ray.upcycling import add_expert, export_mixtral, mixture_config_of, verify, write_edited_mixture
 from bam_ray.upcycling.inspect import inspect
@@ -90,6 +93,24 @@ def test_a_configuration_of_another_mixture_is_refused(
         use(changed(**change), mixture)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("use", [absorb, export])
+@pytest.mark.parametrize("change", ["more", "less"])
+def test_other_tensors_than_those_of_the_mixture_are_refused(
+    mixture: Path, tmp_path: Path, use: Callable[[TensorReader, Path], object], change: str
+) -> None:
+    shutil.copytree(mixture, tmp_path / "mixture")
+    shutil.copytree(mixture.parent / "code", tmp_path / "code")
+    path = tmp_path / "mixture" / "model.safetensors"
+    weights = load_file(path)
+    if change == "more":
+        weights["model.layers.0.mlp.extra"] = torch.ones(2)
+    else:
+        del weights["model.norm.weight"]
+    save_file(weights, path)
+    with pytest.raises(UpcycleError, match=r"\(1 tensors differ\): use a complete mixture"):
+        use(reader(tmp_path / "mixture"), tmp_path / "mixture")
 
 
 @pytest.mark.parametrize("lineage", ["{", "[]", "7", '{"history": 7, "tensors": 7}', '{"history": [7], "tensors": []}'])
