@@ -10,7 +10,6 @@ Limits: only safetensors files are read. The dtypes of quantized weights are ref
 are read.
 """
 
-import hashlib
 import math
 import warnings
 from collections import deque
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from bam_ray.checkpoint.digests import stored_entry
+from bam_ray.checkpoint.manifest import Manifest, read_manifest
 from bam_ray.checkpoint.model_folder import (
     INDEX,
     base_prefix,
@@ -107,6 +107,8 @@ class TensorReader:
     def __init__(self, store: BlobStore, prefix: str = "", files: Sequence[str] | None = None) -> None:
         self.store = store
         self.prefix = prefix
+        self._manifest = read_manifest(store, prefix) if files is None else None
+        self._folder = self._manifest.folder if self._manifest else ""
         self.config: dict[str, Any] = read_config(self) if files is None else {}
         self.specs: dict[str, TensorSpec] = {}
         self._locations: dict[str, TensorLocation] = {}
@@ -177,14 +179,18 @@ class TensorReader:
 
     def file_names(self, folder: str = "") -> list[str]:
         """Return the names of the first files in the folder, or in one of its subfolders."""
-        root = f"{self.prefix}/" if self.prefix else ""
+        root = f"{self.root}/" if self.root else ""
         keys = self.store.list(f"{root}{folder}/" if folder else root)
         return [key.removeprefix(root) for key in islice(keys, MAX_LISTED)]
 
+    @property
+    def root(self) -> str:
+        """The prefix in the store of the files that the manifest names; that of the folder if there is no manifest."""
+        return "/".join(part for part in (self.prefix, self._folder) if part)
+
     def manifest(self) -> Manifest | None:
         """Return the manifest of the folder, or None if bam_ray did not write the folder."""
-        data = self.read_file(MANIFEST)
-        return None if data is None else Manifest.from_bytes(data, self.uri)
+        return self._manifest
 
     def check_digests(self) -> int:
         """Read every file that the manifest names and compare its digest.
@@ -198,19 +204,13 @@ class TensorReader:
         """
         manifest = self.manifest()
         for name, entry in manifest.files.items() if manifest else ():
-            if self._file_entry(name) != entry:
+            try:
+                found = stored_entry(self.store, self._key(name))
+            except BlobNotFound:
+                raise CheckpointError(f"{self.uri}/{name} is missing, though its manifest names it") from None
+            if found != entry:
                 raise DigestMismatch(f"{self.uri}/{name} does not match its manifest: the file was changed or damaged")
         return len(manifest.files) if manifest else 0
-
-    def _file_entry(self, name: str) -> FileEntry:
-        key, digest = self._key(name), hashlib.sha256()
-        try:
-            size = self.store.size(key)
-        except BlobNotFound:
-            raise CheckpointError(f"{self.uri}/{name} is missing, though its manifest names it") from None
-        for start in range(0, size, CHUNK_BYTES):
-            digest.update(self.store.get_range(key, start, min(CHUNK_BYTES, size - start)))
-        return FileEntry(size=size, sha256=digest.hexdigest())
 
     def _read_range(self, name: str, start: int, length: int) -> bytes:
         """Read `length` bytes of a tensor from its byte `start` on."""
@@ -254,7 +254,7 @@ class TensorReader:
             self._locations = {names[name]: location for name, location in self._locations.items()}
 
     def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
+        return f"{self.root}/{name}" if self.root else name
 
 
 def _truncated(uri: str, tensor: str) -> str:

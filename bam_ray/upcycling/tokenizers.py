@@ -52,7 +52,7 @@ def carried_files(source: TensorReader) -> dict[str, bytes]:
     """
     files = _read_files(source)
     for name in files:
-        refuse_outside_link(source.store.uri, source.prefix, name)
+        refuse_outside_link(source.store.uri, source.root, name)
     return files
 
 
