@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bam_ray.checkpoint.model_folder import refuse_outside_link
 from bam_ray.data.download import download_files
 from bam_ray.data.sources import END_OF_TEXT
 from bam_ray.errors import DataError, one_line
@@ -80,6 +81,7 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
 
     Raises:
         DataError: `source` has no tokenizer that loads, or the tokenizer is not fast or has no end-of-text token.
+        CheckpointError: A file is a link that leads out of the folder.
     """
     from transformers import AutoTokenizer
 
@@ -91,6 +93,9 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
                 pass
         if not local.is_dir():
             raise DataError(f"data.tokenizer.folder {source} does not exist: correct the path")
+        for path in local.iterdir():
+            if _is_tokenizer_file(path.name):
+                refuse_outside_link(str(local), "", path.name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

@@ -8,10 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrai
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.checkpoint.model_folder import refuse_outside_link
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
-from bam_ray.families import family_of
+from bam_ray.families import check_weights, family_of
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Blend, Scratch, TrainingSettings
 from bam_ray.stages.task_run import TaskRun
@@ -21,6 +22,7 @@ from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.engine import EngineFactory, EngineSpec
 from bam_ray.training.memory import limit_in_bytes
 from bam_ray.training.torch_engine import torch_engine
+from bam_ray.upcycling.tokenizers import is_carried
 
 
 def train_seed(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
@@ -93,7 +95,7 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
     lease = run.take_lease()
     source = open_store(uri, run.recipe.store.endpoint)
     reader = TensorReader(source)
-    family_of(reader.config, uri)
+    check_weights(reader, family_of(reader.config, uri))
     if corpus.vocab_size > reader.config["vocab_size"]:
         raise SettingsError(
             f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "
@@ -103,6 +105,9 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
     with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:
         for number, key in enumerate(keys):
             run.context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
+            if not key.endswith(".safetensors"):
+                refuse_outside_link(source.uri, "", key)
+            (Path(folder) / key).parent.mkdir(exist_ok=True)
             source.get_file(key, Path(folder) / key)
         # Branches write the configuration in the layout of the installed transformers. A seed in an older layout would
         # differ from them, so its configuration is rewritten.
@@ -128,4 +133,6 @@ def _is_model_file(key: str, reader: TensorReader) -> bool:
     """
     if key.endswith(".safetensors"):
         return key in reader.shards
+    if is_carried(key):
+        return True
     return "/" not in key and key.endswith((".json", ".jinja", ".txt", ".model"))

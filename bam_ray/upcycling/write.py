@@ -9,30 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.model_folder import parse_object
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ChunkProducer, ModelWriter
+from bam_ray.errors import CheckpointError
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.card import dense_card, model_card
 from bam_ray.upcycling.expressions import Fitted
 from bam_ray.upcycling.plan import PlannedTensor
 from bam_ray.upcycling.routers.initialize import fit_routers
 from bam_ray.upcycling.routers.separation import Separation
+from bam_ray.upcycling.tokenizers import carried_files
 
 LINEAGE = "lineage.json"
 SEPARATION = "separation.json"
 PARTITION = "partition.json"
 CARD = "README.md"
-CARRIED = (  # files that are copied from the seed
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 # Copied into the folder for `trust_remote_code`, for readers that have not installed this package
 MODEL_CODE = (
     "attention_bam.py",
@@ -118,11 +110,8 @@ def write_model(
     writer.write_file(LINEAGE, json.dumps(lineage, indent=1).encode())
     if separation is not None:
         writer.write_file(SEPARATION, separation.to_json().encode())
-    for name in CARRIED:
-        data = next(iter(sources.values())).read_file(name)
-        if data is not None:
-            writer.write_file(name, data)
-    for name, data in planned.extra_files.items():
+    carried = carried_files(next(iter(sources.values())))
+    for name, data in (carried | dict(planned.extra_files)).items():
         writer.write_file(name, data)
     config = planned.config
     if not isinstance(config, BamConfig):
@@ -133,6 +122,21 @@ def write_model(
         writer.write_file(name, (files("bam_ray.model") / name).read_bytes())
     config.auto_map = AUTO_MAP
     return Upcycled(tuple(config.expert_names or ()), writer.commit(config.to_json_string(), manifest), separation)
+
+
+def read_history(reader: TensorReader) -> list[dict[str, Any]]:
+    """Return the operations that made the model at `reader`, oldest first; an empty list if it has no lineage.
+
+    Raises:
+        CheckpointError: The lineage is damaged.
+    """
+    data = reader.read_file(LINEAGE)
+    if data is None:
+        return []
+    history = parse_object(data, f"{reader.uri}/{LINEAGE}").get("history")
+    if not isinstance(history, list) or not all(isinstance(step, dict) for step in history):
+        raise CheckpointError(f"{reader.uri}/{LINEAGE} has no history: the file is damaged")
+    return history
 
 
 def _write_tensors(

@@ -14,6 +14,7 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.errors import CheckpointError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 from tests.support import tiny
@@ -76,6 +77,8 @@ def reader(store: BlobStore, run: Recipe, kind: Any, name: str) -> TensorReader:
 def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp_path: Path) -> None:
     weights = hub_folder(family, tokenizer, tmp_path / "hub")
     uri = str(tmp_path / "hub")
+    (tmp_path / "hub" / "additional_chat_templates").mkdir()
+    (tmp_path / "hub" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     run = imported_seed_recipe(tmp_path, uri, tokenizer)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
@@ -90,10 +93,24 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
         assert trained.dtype == torch.float32
         assert not torch.equal(trained, weight.float()), f"{name} was not trained"
         assert (trained - weight.float()).abs().max() < 0.5
+    assert seed.read_file("additional_chat_templates/tools.jinja") == b"{{ tools }}"
     copied = {key.removeprefix(f"{seed.prefix}/") for key in store.list(seed.prefix)}
     assert not [key for key in copied if "consolidated" in key or "original" in key]
     mixture = Artifact(store, "upcycled", find_task(task_graph(run), "upcycled", "bam").id).fetch()
     assert AutoModelForCausalLM.from_pretrained(mixture).config.expert_names == ["seed", "code"]
+
+
+@pytest.mark.parametrize("change", ["prefix", "link"])
+def test_a_seed_that_would_not_load_whole_is_refused(change: str, tokenizer: Path, tmp_path: Path) -> None:
+    weights = hub_folder("llama", tokenizer, tmp_path / "hub")
+    if change == "prefix":
+        save_file({f"_orig_mod.{name}": each for name, each in weights.items()}, tmp_path / "hub" / "model.safetensors")
+    else:
+        (tmp_path / "secret").write_text("key")
+        (tmp_path / "hub" / "notes.txt").symlink_to(tmp_path / "secret")
+    run = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer)
+    with pytest.raises(CheckpointError, match=r"'_orig_mod' of torch\.compile|is a link to .*secret, outside"):
+        make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
 
 
 class RecordingStore(MemoryStore):
