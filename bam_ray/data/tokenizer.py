@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bam_ray.data.download import download_files
-from bam_ray.data.sources import END_OF_TEXT
+from bam_ray.data.download import remote_files
+from bam_ray.data.formats import END_OF_TEXT
 from bam_ray.errors import DataError, one_line
 
 SAMPLE_CHARACTERS = 12_000_000  # more text hardly changes the BPE merges; this much takes seconds
@@ -87,8 +87,9 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
         local = Path(source.removeprefix("file://")).expanduser()
         if "://" in source and not source.startswith("file://"):
             local = Path(temporary)
-            for _ in download_files(source, local, _is_tokenizer_file):
-                pass
+            for file in remote_files(source):
+                if _is_tokenizer_file(file.key):
+                    file.download(local)
         if not local.is_dir():
             raise DataError(f"data.tokenizer.folder {source} does not exist: correct the path")
         try:
