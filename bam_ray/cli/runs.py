@@ -114,7 +114,7 @@ def report(
         (out / path.name).write_bytes(path.read_bytes())
     results = Results.model_validate_json((out / "results.json").read_bytes())
     print_results(results, console)
-    console.print(f"written: {out}/report.html and {out}/results.json", highlight=False)
+    console.print(f"written: {out}/report.html and {out}/results.json", soft_wrap=True)
 
 
 @app.command()
@@ -139,7 +139,7 @@ def export_step(
     manifest = export_checkpoint(
         open_store(run, store.endpoint), cast(ArtifactKind, kind), name, store.target(out), step
     )
-    console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", highlight=False)
+    console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", soft_wrap=True)
 
 
 def _read_status(store: BlobStore) -> run_status.Status:

@@ -13,7 +13,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import ray
-from rich.console import Console
 
 from bam_ray.blobs import BlobStore
 from bam_ray.blobs.check import open_checked_store
@@ -27,6 +26,7 @@ from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe
+from bam_ray.terminal import terminal_console
 
 if TYPE_CHECKING:
     from bam_ray.training.engine import EngineFactory
@@ -60,7 +60,7 @@ def run_tasks(
     """
     store, weaker = open_checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
     if weaker:
-        Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
+        terminal_console(width=TABLE_WIDTH).print(weaker, style="yellow", soft_wrap=True)
     connect()
     run = PipelineRun.of(recipe, store)
     launcher = RayLauncher(run, engine_factory, functions)
@@ -82,7 +82,7 @@ class StatusReporter:
         self._run = run
         self._controller = controller
         self._store = store
-        self._console = Console(width=TABLE_WIDTH, file=sys.stdout)
+        self._console = terminal_console(width=TABLE_WIDTH, file=sys.stdout)
         self._written = self._printed = float("-inf")
         self._before = status.read_if_valid(store)
 
@@ -101,7 +101,7 @@ class StatusReporter:
         try:
             status.write(self._store, status.build(self._run, self._controller, self._before))
         except StoreUnavailable as error:  # not fatal: tasks may reach the store, and retry for themselves
-            self._console.print(f"status not written: {error}", style="yellow", highlight=False)
+            self._console.print(f"status not written: {error}", style="yellow")
 
     def _print(self) -> None:
         self._console.print(render(status.build(self._run, self._controller, self._before)), "", sep="\n")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import httpx
 from rich.console import Console
+from rich.text import Text
 from transformers import AutoTokenizer
 
 from bam_ray.checkpoint.manifest import ArtifactKind
@@ -24,7 +25,7 @@ def show_results(run: PipelineRun, console: Console) -> None:
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
     print_results(results, console)
     location = f"report: {report.uri}/report.html (`bam report {run.store.uri}` downloads it)"
-    console.print(location, highlight=False, soft_wrap=True)
+    console.print(location, soft_wrap=True)
 
 
 def stream_completions(run: PipelineRun, url: str, model: str, console: Console) -> None:
@@ -33,9 +34,9 @@ def stream_completions(run: PipelineRun, url: str, model: str, console: Console)
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
     for domain in run.recipe.data.domains:
         prompt = tokenizer.decode(corpus.held_out(domain)[0, :PROMPT_TOKENS].astype(int), skip_special_tokens=True)
-        console.print(f"[bold]{domain}[/bold] [dim]{' '.join(prompt.split())}[/dim]", end="", highlight=False)
+        console.print(Text.assemble((domain, "bold"), " ", (" ".join(prompt.split()), "dim")), end="")
         for text in complete(url, model, prompt, COMPLETION_TOKENS):
-            console.print(text.replace("\n", " "), end="", highlight=False, markup=False)
+            console.print(Text(text.replace("\n", " ")), end="")
         console.print("\n")
 
 

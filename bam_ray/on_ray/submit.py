@@ -30,8 +30,9 @@ from bam_ray.control import status
 from bam_ray.control.policies import STOP_TIMEOUT
 from bam_ray.control.status import Status, TaskRow
 from bam_ray.control.status_table import headline, render
-from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_line
+from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_line, printable
 from bam_ray.settings import load_recipe
+from bam_ray.terminal import terminal_console
 
 POLL_SECONDS = 1.0  # time between two polls of the job
 END_OF_RUN = "-- end of the run --"
@@ -77,7 +78,7 @@ def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
     is one live table, otherwise one line per change. After that, the job's results are shown as it prints them.
     """
     jobs = client(address)
-    console = Console()
+    console = terminal_console()
     with stop_on_interrupt(lambda: jobs.stop_job(job_id)):
         last = _show_status(console, jobs, job_id, store)
         details, has_results = _show_results(console, jobs, job_id)
@@ -107,7 +108,7 @@ def _show_results(console: Console, jobs: JobSubmissionClient, job_id: str) -> t
         # In this order: the log of a job that has ended is complete
         details = jobs.get_job_info(job_id)
         results = jobs.get_job_logs(job_id).partition(END_OF_RUN)[2].lstrip("\n")
-        console.file.write(results[shown:])
+        console.file.write(printable(results[shown:]))
         console.file.flush()
         shown = len(results)
         if details.status.is_terminal():
@@ -120,11 +121,11 @@ def show_end(console: Console, jobs: JobSubmissionClient, job_id: str, details: 
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
-        console.print(f"{job_id} was stopped: submit it again to resume", highlight=False, soft_wrap=True)
+        console.print(f"{job_id} was stopped: submit it again to resume", soft_wrap=True)
         return INTERRUPTED
     if last is None or last.state != "failed":  # it failed outside of its tasks, so the end of its log says why
         for line in jobs.get_job_logs(job_id).strip().splitlines()[-LAST_LINES:] or [details.message or ""]:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     return details.driver_exit_code or 1
 
 
@@ -180,7 +181,7 @@ class LineOutput:
             self._print(headline(now))
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
 
 def line(row: TaskRow) -> str:
