@@ -136,4 +136,9 @@ def printable(text: str) -> str:
 
     Marks that change the direction of text are removed too. Lone surrogates, which cannot be encoded, are replaced.
     """
-    return _LONE_SURROGATE.sub("\ufffd", _CONTROL.sub("", text))
+    return encodable(_CONTROL.sub("", text))
+
+
+def encodable(text: str) -> str:
+    """Return a text in which lone surrogates, which no encoding has, are replaced by U+FFFD."""
+    return _LONE_SURROGATE.sub("\ufffd", text)

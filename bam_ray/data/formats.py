@@ -10,7 +10,6 @@ import bz2
 import gzip
 import io
 import lzma
-import re
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bam_ray.data.json_values import json_values
-from bam_ray.errors import DataError, one_line
+from bam_ray.errors import DataError, encodable, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -49,8 +48,6 @@ MAX_CHARACTERS = 1 << 27
 CHUNK = 1 << 20  # characters that are read from a text file at once
 PARQUET_ROWS = 256  # rows of a Parquet file that are decoded at once
 MAX_NAMED_CHARACTERS = 200  # of the names of fields in an error
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def format_of(name: str) -> str | None:
@@ -83,7 +80,7 @@ def read_file(path: Path, field: str, max_characters: int | None) -> Iterator[st
     else:
         texts = _json_texts(path, field)
     for text in texts:
-        yield _LONE_SURROGATE.sub("\ufffd", text[:max_characters])
+        yield encodable(text[:max_characters])
 
 
 def _without_compression(name: str) -> str:

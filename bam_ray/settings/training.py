@@ -64,7 +64,7 @@ class TrainingSettings(Strict):
     and fp32 elsewhere."""
     zero_stage: Annotated[Literal[1, 2, 3], Identity.EXCLUDED] = 1
     """ZeRO stage with several workers: 1 shards the optimizer states, 2 also the gradients, 3 also the weights."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of initialization, data order and dropout."""
 
     @property
