@@ -84,7 +84,7 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="bam-tokenizer-") as temporary:
-        local = Path(source.removeprefix("file://")).expanduser()
+        local = Path(os.path.expanduser(source.removeprefix("file://")))
         if "://" in source and not source.startswith("file://"):
             local = Path(temporary)
             for file in remote_files(source):
@@ -93,8 +93,8 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
         if not local.is_dir():
             raise DataError(f"data.tokenizer.folder {source} does not exist: correct the path")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of any type: the tokenizers library raises `Exception` for a file of a new version
             reason = one_line(error, all_lines=True)[:MAX_REASON_CHARACTERS]
             raise DataError(f"data.tokenizer.folder {source} has no tokenizer that loads: {reason}") from None
         if not tokenizer.is_fast:
@@ -104,7 +104,10 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
                 f"data.tokenizer.folder {source}: the tokenizer has no eos_token to end documents with: set one"
             )
         tokenizer.save_pretrained(folder)
-        return TokenizerInfo(len(tokenizer), tokenizer.eos_token_id)
+        vocab_size = max(
+            len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())
+        )  # ids may have gaps
+        return TokenizerInfo(vocab_size, tokenizer.eos_token_id)
 
 
 def load_for_packing(folder: Path) -> Tokenizer:

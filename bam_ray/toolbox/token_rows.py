@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data.sources import read_documents
-from bam_ray.errors import CheckpointError, DataError
+from bam_ray.errors import CheckpointError, DataError, one_line
 from bam_ray.settings import DomainSettings
 
 MIN_ROWS = 2
@@ -32,7 +32,11 @@ def token_rows(name: str, source: str, model: TensorReader, sequences: int, leng
     data = model.read_file("tokenizer.json")
     if data is None:
         raise CheckpointError(f"{model.uri} has no tokenizer.json, which text needs: copy the seed's into it")
-    tokenizer = Tokenizer.from_str(data.decode())
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+    except Exception as error:  # of any type: the tokenizers library raises `Exception` for a file of a new version
+        reason = one_line(error, all_lines=True)
+        raise CheckpointError(f"{model.uri}/tokenizer.json cannot be loaded ({reason}): update tokenizers") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
