@@ -20,12 +20,15 @@ COMPLETION_TOKENS = 48
 
 
 def show_results(run: PipelineRun, console: Console) -> None:
-    """Print the table of the run's report, its findings, and the report's location."""
+    """Print the table of the run's report, its findings, the report's location, and files of text that were skipped."""
     report = run.artifact(ArtifactKind.REPORTS, "report")
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
     print_results(results, console)
     location = f"report: {report.uri}/report.html (`bam report {run.store.uri}` downloads it)"
     console.print(location, soft_wrap=True)
+    corpus = run.artifact(ArtifactKind.CORPORA, "corpus").manifest()
+    for line in corpus.facts.get("skipped", ()) if corpus else ():
+        console.print(Text(line, "yellow"), soft_wrap=True)
 
 
 def stream_completions(run: PipelineRun, url: str, model: str, console: Console) -> None:

@@ -231,7 +231,7 @@ ODD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("row", ODD_ROWS, ids=str)
+@pytest.mark.parametrize("row", ODD_ROWS, ids=lambda row: str(row)[:40])
 def test_odd_rows_of_a_status_are_shown_or_refused(
     row: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
