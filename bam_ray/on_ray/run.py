@@ -4,6 +4,7 @@ The driver keeps no durable state. A run whose driver was killed resumes when it
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import ray
+from ray.exceptions import RayError
 
 from bam_ray.blobs import BlobStore
 from bam_ray.blobs.check import open_checked_store
@@ -20,7 +22,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.status_table import render
-from bam_ray.errors import PlacementError, StoreUnavailable
+from bam_ray.errors import PlacementError, StoreUnavailable, one_line
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
@@ -117,8 +119,12 @@ def connect() -> None:
     try:
         # The output of workers stays in their own log files, so that the driver's output is the table alone
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
-        raise PlacementError("no Ray cluster answers here: start one, or submit this as a job to a cluster") from None
+    except (RayError, OSError, RuntimeError, ValueError) as error:  # no cluster, no token, or no address of Ray
+        address = os.environ.get("RAY_ADDRESS")
+        place = f"at RAY_ADDRESS={address!r}" if address else "here"
+        raise PlacementError(
+            f"no Ray cluster answers {place} ({one_line(error)}): start one, or submit this as a job to a cluster"
+        ) from None
 
 
 def stop_on_signals(controller: Controller) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,13 +149,14 @@ def test_a_special_token_as_stop_string_ends_the_text(
     turn = tokenizer("t").input_ids[0]
     added = {**tokenizer.added_tokens_decoder, turn: AddedToken("<|turn|>", special=True)}
     monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", property(lambda self: added))
-    engine = DecodeEngine(models_by_family["llama"], tokenizer, slots=2, max_length=32)
+    model = models_by_family["llama"]
+    engine = DecodeEngine(model, tokenizer, slots=2, max_length=32)
     script = iter([*tokenizer("no").input_ids, turn, *tokenizer("more").input_ids])
 
-    def scripted(*arguments: object) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.tensor([next(script)]), len(tokenizer)).float()
+    def scripted(**arguments: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([[next(script)]]), len(tokenizer)))
 
-    monkeypatch.setattr(engine, "_forward", scripted)
+    monkeypatch.setattr(model, "forward", scripted)
     _, delta = engine.add(tokenizer("hi").input_ids, SamplingParams(max_tokens=9, temperature=0, stop=("<|turn|>",)))
     while engine.active:
         delta += engine.step()[0][1]
