@@ -82,20 +82,21 @@ class FolderStore:
             return _is_file(self._path(key))
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Yield all keys that begin with `prefix`, sorted; only the deepest folder that `prefix` names is walked."""
-        start = self._folder / prefix.rpartition("/")[0]
+        """Yield all keys that begin with `prefix`, sorted; folders that cannot hold such keys are not walked."""
+        parent, _, beginning = prefix.rpartition("/")
+        start = self._folder / parent
 
         def fail(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a missing folder holds no keys
                 raise error
 
         with self._translated_errors(prefix):
-            keys = [
-                str((Path(folder) / name).relative_to(self._folder))
-                for folder, _, names in os.walk(start, onerror=fail)
-                for name in names
-                if not name.startswith(PARTIAL)
-            ]
+            keys: list[str] = []
+            for folder, subfolders, names in os.walk(start, onerror=fail):
+                path = Path(folder)
+                if path == start:
+                    subfolders[:] = [name for name in subfolders if name.startswith(beginning)]
+                keys += [str((path / name).relative_to(self._folder)) for name in names if not name.startswith(PARTIAL)]
         yield from sorted(key for key in keys if key.startswith(prefix))
 
     def delete(self, key: str) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.artifacts import Artifact, delete_keys
+from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
 from bam_ray.errors import BlobNotFound, CheckpointError, StoreUnavailable, TrainingError
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
@@ -181,7 +181,7 @@ class Checkpoints:
         try:
             self._retrying(self._commit, folder, step, lease)
             self._emit(CheckpointCommitted(step))
-            self._retrying(self._prune)
+            self._retrying(self._prune, lease)
         except StoreUnavailable as error:
             raise StoreUnavailable(
                 f"the checkpoint of step {step} could not be written to {self._store.uri}: {error}; "
@@ -191,29 +191,37 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _commit(self, folder: Path, step: int, lease: Lease) -> None:
-        name = f"{lease.number:04d}-{step:08d}"
+        name = f"{lease.number}-{step:08d}"
         lease.check()
         # After a rollback a damaged checkpoint of the same attempt can have this name: its manifest is not ours
         self._store.delete(f"{self._prefix}{name}/{MANIFEST}")
         artifact = self._checkpoint(name)
-        manifest = Manifest(id=artifact.id, kind=artifact.kind, name=name, step=step, attempt=lease.number)
-        artifact.publish(folder, manifest, lease.check)
+        manifest = Manifest(id=artifact.id, kind=artifact.kind, name=name, step=step, attempt=str(lease.number))
+        artifact.publish(folder, manifest, lease)
 
-    def _prune(self) -> None:
-        for name in self._committed()[: -self._retention.last]:
-            if not self._retention.keeps_permanently(name):
-                self._delete(name)
+    def _prune(self, lease: Lease) -> None:
+        """Delete the checkpoints that are not kept, and what is left of uploads that were not finished."""
+        committed = self._committed()
+        started = {key.removeprefix(self._prefix).partition("/")[0] for key in self._store.list(self._prefix)}
+        unfinished = (name for name in started - set(committed) if AttemptNumber.parse(name) <= lease.number)
+        old = (name for name in committed[: -self._retention.last] if not self._retention.keeps_permanently(name))
+        for name in (*unfinished, *old):
+            self._delete(name)
 
     def _delete(self, name: str) -> None:
         # The manifest is deleted first: a half-deleted checkpoint is then not committed
-        keys = self._store.list(f"{self._prefix}{name}/")
-        for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST}")):
-            self._store.delete(key)
+        self._store.delete(f"{self._prefix}{name}/{MANIFEST}")
+        delete_keys(self._store, self._store.list(f"{self._prefix}{name}/"))
 
     def _committed(self) -> list[str]:
-        """Return `<attempt>-<step>` of every checkpoint that has a manifest, oldest first."""
-        keys = self._store.list(self._prefix)
-        return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
+        return committed_checkpoints(self._artifact)
+
+
+def committed_checkpoints(artifact: Artifact) -> list[str]:
+    """Return `<attempt>-<step>` of every checkpoint of `artifact` that has a manifest, by attempt, then by step."""
+    keys = artifact.store.list(f"{artifact.prefix}/steps/")
+    names = [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
+    return sorted(names, key=lambda name: (AttemptNumber.parse(name), int(name.rpartition("-")[2])))
 
 
 def _write_locally(state: TrainingState, trainer: dict[str, Any], extra_files: Sequence[Path]) -> Path:
