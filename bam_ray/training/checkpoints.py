@@ -17,34 +17,51 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from bam_ray.checkpoint.artifacts import Artifact, delete_keys
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
-from bam_ray.errors import BlobNotFound, CheckpointError, StoreUnavailable, TrainingError
+from bam_ray.errors import BlobNotFound, CheckpointError, StoreDenied, StoreUnavailable, TrainingError
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
 from bam_ray.training.state import TrainingState
 
 TRAINER = "trainer.json"
 MAX_PENDING = 2
 STORE_TIMEOUT = 600.0  # seconds that a store may be down before a write to it fails
+DENIED_TIMEOUT = 180.0  # seconds that a store may deny all requests before a write to it fails
+FIRST_DENIAL = "first_denial"
 
 Gather = Callable[[Any], list[Any]]
 """Returns the values of all ranks in the order of ranks, on all ranks. A collective."""
 
 
 def retry_while_unavailable() -> Retrying:
-    """Return a retrying caller that calls a function again while it raises `StoreUnavailable`, up to `STORE_TIMEOUT`.
+    """Return a retrying caller that calls a function again while the store is unavailable or denies the request.
+
+    It gives up when the store was unavailable for `STORE_TIMEOUT`, or when it denied every request for
+    `DENIED_TIMEOUT`. A denial is often temporary: a metadata server has no credentials for a moment, a session token is
+    about to be renewed, or a gateway has just started.
 
     The intervals grow and are random, so that the branches do not all return to a store at the same time.
     """
     return Retrying(
-        retry=retry_if_exception_type(StoreUnavailable),
+        retry=retry_if_exception_type((StoreUnavailable, StoreDenied)),
         wait=wait_random_exponential(multiplier=0.5, max=30.0),
-        stop=stop_after_delay(STORE_TIMEOUT),
+        stop=_is_exhausted,
         reraise=True,
     )
+
+
+def _is_exhausted(state: RetryCallState) -> bool:
+    """Return True if the store has failed for too long."""
+    assert state.outcome is not None and state.outcome_timestamp is not None
+    statistics = state.retry_object.statistics  # of this call
+    if not isinstance(state.outcome.exception(), StoreDenied):
+        statistics.pop(FIRST_DENIAL, None)
+        return state.outcome_timestamp - state.start_time >= STORE_TIMEOUT
+    first: float = statistics.setdefault(FIRST_DENIAL, state.outcome_timestamp)
+    return state.outcome_timestamp - first >= DENIED_TIMEOUT
 
 
 @dataclass(frozen=True)
