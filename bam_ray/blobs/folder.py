@@ -22,7 +22,7 @@ class FolderStore:
     """A `BlobStore` in a folder on a local disk or a shared file system."""
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder).expanduser().absolute()
+        self._folder = Path(os.path.expanduser(folder)).absolute()  # an unknown ~user is kept
 
     @property
     def uri(self) -> str:

@@ -4,17 +4,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-console = Console()
+from bam_ray.terminal import terminal_console
+
+console = terminal_console()
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar with bytes, speed and remaining time. Yields a function of (bytes done, bytes in total)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -28,4 +29,4 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 def print_mixture_written(out: str, experts: Sequence[str] | None) -> None:
     """Print where a mixture was written, and its experts. A model soup has none."""
     content = f"{len(experts)} experts: {', '.join(experts)}" if experts else "a dense model"
-    console.print(f"written: {out} ({content})", highlight=False)
+    console.print(f"written: {out} ({content})", soft_wrap=True)

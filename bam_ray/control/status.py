@@ -6,7 +6,7 @@ decided by it.
 
 from datetime import UTC, datetime, timedelta
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import ArtifactKind
@@ -25,8 +25,8 @@ class PastAttempt(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     node: str | None
-    began: datetime
-    seconds: float
+    began: AwareDatetime
+    seconds: FiniteFloat
     step: int
     cause: str  # "committed", "moved", "stopped" or an error
 
@@ -44,7 +44,7 @@ class TaskRow(BaseModel):
     total_steps: int = 0
     loss: float | None = None
     tokens_per_second: float | None = None
-    eta_seconds: float | None = None
+    eta_seconds: FiniteFloat | None = None
     checkpoint_step: int | None = None
     attempt: int = 0
     note: str = ""
@@ -57,12 +57,12 @@ class Status(BaseModel):
     """A whole run."""
 
     model_config = ConfigDict(frozen=True)
-    updated: datetime
+    updated: AwareDatetime
     run: str
     state: RunOutcome
     rows: tuple[TaskRow, ...]
     eta_kind: ArtifactKind | None = None  # the last stage whose end can be estimated
-    eta_seconds: float | None = None
+    eta_seconds: FiniteFloat | None = None
 
 
 def build(run: str, controller: Controller, previous: Status | None = None) -> Status:

@@ -60,7 +60,7 @@ class Endpoint:
         folder = artifact.fetch()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError):
+        except Exception:  # of any type: the tokenizers library raises `Exception` for a file of a new version
             raise ServingError(
                 f"{artifact.kind}/{artifact.id} has no tokenizer that can be loaded: text cannot be served"
             ) from None

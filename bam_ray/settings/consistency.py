@@ -9,10 +9,12 @@ from bam_ray.settings.upcycle import QuorumSettings
 if TYPE_CHECKING:
     from bam_ray.settings.recipe import Recipe
 
+MAX_DIVISOR = 4096  # no process group is larger
+
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors of `number`, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]
+    """Return the divisors of `number` up to `MAX_DIVISOR`, ascending."""
+    return [size for size in range(1, min(number, MAX_DIVISOR) + 1) if number % size == 0]
 
 
 def with_branch_lr(plain: Any) -> Any:

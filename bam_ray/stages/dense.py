@@ -99,7 +99,8 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
     if corpus.vocab_size > reader.config["vocab_size"]:
         raise SettingsError(
             f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "
-            f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder"
+            f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder, and if tokens were added "
+            "to that tokenizer, remove them or grow the seed's embeddings (resize_token_embeddings)"
         )
     keys = [key for key in source.list() if _is_model_file(key, reader)]
     with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:

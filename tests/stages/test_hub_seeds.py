@@ -14,7 +14,7 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.errors import CheckpointError
+from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 from tests.support import tiny
@@ -43,9 +43,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokenizer"
 
 
-def hub_folder(family: str, tokenizer: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Write a model in the format of a hub, and return its weights."""
-    config = type(tiny.CONFIGS[family]).from_dict({**tiny.CONFIGS[family].to_dict(), "vocab_size": 300})
+def hub_folder(family: str, tokenizer: Path, folder: Path, rows: int = 300) -> dict[str, torch.Tensor]:
+    """Write a model with `rows` embeddings in the format of a hub, and return its weights."""
+    config = type(tiny.CONFIGS[family]).from_dict({**tiny.CONFIGS[family].to_dict(), "vocab_size": rows})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="20KB")
@@ -111,6 +111,21 @@ def test_a_seed_that_would_not_load_whole_is_refused(change: str, tokenizer: Pat
     run = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer)
     with pytest.raises(CheckpointError, match=r"'_orig_mod' of torch\.compile|is a link to .*secret, outside"):
         make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
+
+
+def test_a_tokenizer_beyond_the_seed_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    hub_folder("llama", tokenizer, tmp_path / "hub", rows=290)
+    run = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer)
+    with pytest.raises(SettingsError, match=r"has 300 tokens but the seed .* only 290: .*resize_token_embeddings"):
+        make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
+
+
+def test_a_seed_with_padded_embeddings_is_branched(tokenizer: Path, tmp_path: Path) -> None:
+    hub_folder("llama", tokenizer, tmp_path / "hub", rows=320)
+    run = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer)
+    store = open_store(run.store.uri)
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    assert reader(store, run, "upcycled", "bam").config["vocab_size"] == 320
 
 
 class RecordingStore(MemoryStore):
