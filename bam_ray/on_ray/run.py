@@ -22,6 +22,7 @@ from bam_ray.control import status
 from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreUnavailable
+from bam_ray.on_ray.deaths import protect_driver
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
@@ -62,6 +63,7 @@ def run_tasks(
     if weaker:
         Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
     connect()
+    protect_driver()
     run = PipelineRun.of(recipe, store)
     launcher = RayLauncher(run, engine_factory, functions)
     controller = Controller(run.tasks if kinds is None else subset(run.tasks, kinds), store, launcher)

@@ -106,7 +106,10 @@ def test_the_table_is_narrow_and_ends_with_the_errors(failed_run: status.Status)
 def test_a_silent_coordinator_is_reported(failed_run: status.Status) -> None:
     running = failed_run.model_copy(update={"state": "running"})
     assert "no update" not in headline(running, running.updated + SILENCE)
-    assert "no update for 1m 00s" in headline(running, running.updated + timedelta(seconds=60))
+    silent = headline(running, running.updated + timedelta(seconds=60))
+    assert "no update for 1m 00s" in silent
+    assert "memory ran out, submit the run again to continue it" in silent
+    assert "\n" not in silent
 
 
 def test_a_new_coordinator_keeps_the_attempts_of_the_last(failed_run: status.Status) -> None:
