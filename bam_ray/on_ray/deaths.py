@@ -54,7 +54,7 @@ def memory_advice(task: Task) -> str:
 
 
 def describe_death(error: BaseException, task: Task, node: str | None = None) -> str:
-    """Return in one line why a process of `task` died on `node`; None stands for the node that Ray names, if it does."""
+    """Return in one line why a process of `task` died on `node`; None stands for the node that Ray names."""
     known = NODE_USAGE.search(str(error))
     where = f"node {node}" if node else f"node {known['address']}" if known else "its node"
     if is_out_of_memory_death(error):
@@ -90,8 +90,8 @@ def describe_driver_death(message: str) -> str | None:
 def protect_driver() -> None:
     """Make the kernel kill this process and the job supervisor above it after all workers of Ray.
 
-    Ray raises the score of its workers. The driver of a job inherits it from the supervisor, which ends the driver if it
-    dies itself. Does nothing if the score cannot be changed.
+    Ray raises the score of its workers. The driver of a job inherits it from the supervisor, and ends with it.
+    Does nothing if the score cannot be changed.
     """
     process = psutil.Process()
     parents = process.parents()
