@@ -22,6 +22,10 @@ TARGET = 0.2  # deviation of the ratio from 1
 VOCABULARY, LENGTH, SEQUENCES, STEPS = 8192, 256, 4, 4
 
 
+ONE, TWO = WorkerShare(), WorkerShare(workers=2, is_group=True)
+TWO_WITH_EXPERTS = WorkerShare(workers=2, expert_parallel=2, is_group=True)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, and the processes that train it."""
@@ -30,7 +34,7 @@ class Case:
     width: int
     layers: int
     experts: int = 1
-    share: WorkerShare = WorkerShare()
+    share: WorkerShare = ONE
     recompute: bool = False
     zero_stage: int = 1
 
@@ -70,14 +74,13 @@ class Case:
         return training_memory(self.size, self.training, LENGTH, self.share).host_bytes
 
 
-TWO = WorkerShare(workers=2, is_group=True)
 CASES = (
     Case("dense, 1 process", 512, 8),
     Case("dense, 1 process, recompute", 512, 8, recompute=True),
     Case("dense, 2 processes", 512, 8, share=TWO),
     Case("dense, 2 processes, ZeRO-3", 512, 8, share=TWO, zero_stage=3),
-    Case("4 experts, 2 processes", 320, 6, experts=4, share=WorkerShare(2, 2, True)),
-    Case("4 experts, 2 processes, recompute", 320, 6, experts=4, share=WorkerShare(2, 2, True), recompute=True),
+    Case("4 experts, 2 processes", 320, 6, experts=4, share=TWO_WITH_EXPERTS),
+    Case("4 experts, 2 processes, recompute", 320, 6, experts=4, share=TWO_WITH_EXPERTS, recompute=True),
 )
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
+from bam_ray.planning.memory import with_memory_requests
+from bam_ray.planning.model_size import seed_size
 from bam_ray.settings import Recipe
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ def run_tasks(
     connect()
     protect_driver()
     run = PipelineRun.of(recipe, store)
+    run = replace(run, tasks=with_memory_requests(run.tasks, recipe, seed_size(recipe)))
     launcher = RayLauncher(run, engine_factory, functions)
     controller = Controller(run.tasks if kinds is None else subset(run.tasks, kinds), store, launcher)
     stop_on_signals(controller)

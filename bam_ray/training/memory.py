@@ -118,9 +118,9 @@ def memory_of(device: str, host_limit: int | None = None) -> Memory:
     return DeviceMemory(device) if device.startswith("cuda") else HostMemory(host_limit)
 
 
-def limit_in_bytes(memory_gib: float) -> int | None:
-    """Return a task's memory request in bytes, or None if the task requested no amount (0)."""
-    return int(memory_gib * GIB) or None
+def limit_in_bytes(memory_gib: float | None) -> int | None:
+    """Return a task's memory request in bytes, or None if the task requested no amount (None or 0)."""
+    return int(memory_gib * GIB) if memory_gib else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

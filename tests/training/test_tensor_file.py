@@ -81,7 +81,7 @@ def test_a_spilled_optimizer_is_read_like_any_other(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
-    with pytest.raises(TrainingError, match="no checkpoint can be written to .*free space there or set TMPDIR"):
+    with pytest.raises(TrainingError, match=r"no checkpoint can be written to .*free space there or set TMPDIR"):
         spill_optimizer([], [], 1)
 
 
