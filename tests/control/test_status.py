@@ -145,6 +145,21 @@ def test_stage_eta_follows_from_remaining_steps_and_speeds() -> None:
     assert headline(shown).endswith(", branches done in 1m 00s")
 
 
+@pytest.mark.parametrize("said", [None, 240.0])
+def test_a_task_without_known_steps_has_the_eta_of_its_stage(said: float | None) -> None:
+    launcher = CrashingLauncher()
+    controller = Controller([Task(ArtifactKind.UPCYCLED, "bam", "bam", (), Needs())], MemoryStore(), launcher)
+    controller.step()
+    for step in (1, 2, 3):
+        progress = Progress(step, 30, note="layers whose routers are fitted to text", eta_seconds=said)
+        seen = {"bam": Alive(Node("1", "one"), progress)}
+        launcher.poll = lambda seen=seen: seen  # type: ignore[method-assign, misc]
+        controller.step()
+    row = status.build("demo", controller).rows[0]
+    assert (row.step, row.total_steps, row.note) == (3, 30, "layers whose routers are fitted to text")
+    assert row.eta_seconds == said, "it is not 0 because the steps are unknown before the task runs"
+
+
 def test_stored_bytes_follow_from_manifests(tmp_path: Path) -> None:
     store = MemoryStore()
     (tmp_path / "weights").write_bytes(b"x" * 1000)
