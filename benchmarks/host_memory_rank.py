@@ -1,12 +1,13 @@
 """One process of a case of `benchmarks.host_memory`, with the imports of a worker."""
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets  # noqa: F401  (a worker has imported it, as the next ones)
 import numpy as np
-import psutil
-import ray  # noqa: F401  (a worker has imported it)
+import ray.train.torch  # noqa: F401
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -17,17 +18,20 @@ from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import Mixing
+from bam_ray.stages import run as stages  # noqa: F401
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.engine import Engine, EngineSpec
 from bam_ray.training.listener import TrainingListener
 from bam_ray.training.loop import Training
 from bam_ray.training.memory import HostMemory
+from bam_ray.training.state import TrainingState
 from bam_ray.training.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from benchmarks.host_memory import Case
 
 VOCABULARY, LENGTH = 8192, 256
+WRITE_SECONDS = 15.0  # longer than a step, as for a large model: the copy of the state stays while training continues
 
 
 class RandomTokens:
@@ -73,6 +77,23 @@ def engine(case: "Case") -> Engine:
     return deepspeed_engine(spec)
 
 
+class SlowlyWrittenState(TrainingState):
+    """A state whose disk is slow."""
+
+    def write(self, folder: Path) -> None:
+        """Wait before the state is written."""
+        time.sleep(WRITE_SECONDS)
+        super().write(folder)
+
+
+class SlowCheckpoints(Checkpoints):
+    """Checkpoints on a slow disk."""
+
+    def save(self, state: TrainingState, trainer: dict[str, Any]) -> None:
+        """Save the state, slowly if that is beside training."""
+        super().save(state if state.live else SlowlyWrittenState(**vars(state)), trainer)
+
+
 def train(rank: int, case: "Case", port: int, folder: Path) -> None:
     """Train with checkpoints, gather the weights, and write the peak of this process's memory to `folder`."""
     os.environ |= {
@@ -83,12 +104,11 @@ def train(rank: int, case: "Case", port: int, folder: Path) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    psutil.cpu_percent()
     started = engine(case)
     HostMemory().reset_peak()  # a stage reads the weights of a mixture part by part
     artifact = Artifact(FolderStore(str(folder / "store")), ArtifactKind.MIXTURES, "case")
     lease = Lease.take(artifact.store, artifact.prefix) if rank == 0 else None
-    checkpoints = Checkpoints(artifact, lease, Retention(2, None))
+    checkpoints = SlowCheckpoints(artifact, lease, Retention(2, None))
     training = Training(started, RandomTokens(), LENGTH, case.training, checkpoints, TrainingListener())
     training.run()
     state = started.state(only_weights=True)

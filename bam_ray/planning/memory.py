@@ -17,9 +17,9 @@ from bam_ray.planning.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSiz
 from bam_ray.settings import Demand, MixtureSettings, Needs, Recipe, TrainingSettings
 from bam_ray.units import GIB, MIB
 
-PROCESS_BYTES = 450 * MIB  # Python with torch, transformers and Ray
+PROCESS_BYTES = 480 * MIB  # Python with torch, transformers and Ray
 GPU_PROCESS_BYTES = 3 * GIB  # the same with CUDA's libraries and page-locked buffers
-GROUP_BYTES = 150 * MIB  # DeepSpeed, Ray Train, and the buffers of collectives
+GROUP_BYTES = 100 * MIB  # DeepSpeed, Ray Train, and the buffers of collectives
 TEXT_BYTES = 512 * MIB  # chunks of text that a corpus is made of, and of tensors that are copied
 ACTIVATION_FACTOR = 1.5  # autograd also keeps the inputs of norms and rotary embeddings, and transient gradients
 AUTO_TOKENS = 1024  # of a micro batch that is fitted to the memory of CPUs: smaller ones compute more slowly
@@ -27,6 +27,7 @@ BUCKET_PARAMETERS = 500_000_000  # `reduce_bucket_size` of the DeepSpeed engine
 BF16_COPY_BYTES = 2  # of each weight that autocast converts; kept for the backward pass
 FIT_TOKENS = 8192  # `upcycling.routers.initialize.BATCH_TOKENS`, which run through a layer at the same time
 REQUEST_MARGIN = 1.15  # of a request over the estimate
+WORTHWHILE = 0.85  # of the estimate: the most that the second request asks for
 REQUEST_STEP = 10  # requests are rounded up to a tenth of a GiB
 
 
@@ -70,7 +71,9 @@ def _requests(task: Task, demand: Demand, recipe: Recipe, seed: ModelSize | None
     memory = task_memory(task, recipe, seed, on_gpu=demand.gpus > 0)
     if demand.memory_gib is not None or memory is None:
         return [plain]
-    amounts = dict.fromkeys(map(_request_gib, (memory.host_bytes, memory.least_host_bytes)))
+    amounts = [_request_gib(memory.host_bytes)]
+    if memory.least_host_bytes < WORTHWHILE * memory.host_bytes:
+        amounts.append(_request_gib(memory.least_host_bytes))
     return [plain.model_copy(update={"memory_gib": amount}) for amount in amounts]
 
 
