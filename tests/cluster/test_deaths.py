@@ -2,16 +2,20 @@
 
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from rich.console import Console
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import TrainingError
 from bam_ray.on_ray.deaths import describe_death, describe_driver_death, protect_driver, with_memory_cause
 from bam_ray.on_ray.group import root_cause
+from bam_ray.on_ray.submit import show_end
 from bam_ray.pipeline.tasks import Task
 from bam_ray.settings import Needs
 
@@ -97,6 +101,15 @@ def test_the_death_of_a_driver_is_one_line() -> None:
 )
 def test_a_driver_that_was_killed_can_be_continued(message: str) -> None:
     assert "submit the run again" in (describe_driver_death(message) or "")
+
+
+def test_the_end_of_a_job_names_the_death_of_its_driver() -> None:
+    details = JobDetails(type="SUBMISSION", status=JobStatus.FAILED, entrypoint="", message=f"Unexpected: {MONITOR}")
+    console = Console(width=80)
+    with console.capture() as capture:
+        assert show_end(console, cast(JobSubmissionClient, None), "raysubmit_1", details, None) == 1
+    (line,) = capture.get().splitlines()
+    assert line.startswith(f"raysubmit_1: memory ran out on the node of the run's driver {FIGURES}")
 
 
 def test_the_output_of_a_driver_is_not_its_death() -> None:
