@@ -24,6 +24,7 @@ TEXT_BYTES = 512 * MIB  # chunks of text that a corpus is made of, and of tensor
 ACTIVATION_FACTOR = 1.5  # autograd also keeps the inputs of norms and rotary embeddings, and transient gradients
 AUTO_TOKENS = 1024  # of a micro batch that is fitted to the memory of CPUs: smaller ones compute more slowly
 BUCKET_PARAMETERS = 500_000_000  # `reduce_bucket_size` of the DeepSpeed engine
+LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of `stage3_max_live_parameters`
 BF16_COPY_BYTES = 2  # of each weight that autocast converts; kept for the backward pass
 FIT_TOKENS = 8192  # `upcycling.routers.initialize.BATCH_TOKENS`, which run through a layer at the same time
 REQUEST_MARGIN = 1.15  # of a request over the estimate
@@ -135,7 +136,8 @@ def state_bytes(size: ModelSize, training: TrainingSettings, share: WorkerShare)
     part = size.parameters // share.workers  # ZeRO partitions parameters over the ranks that hold the same ones
     bucket = 4 * min(BUCKET_PARAMETERS, local)
     optimizer = 16 * part  # master weights, Adam's two states, and their gradient
-    whole = {1: 8 * local, 2: 4 * local, 3: 4 * part}  # weights, and with stage 1 their gradients
+    live = min(LIVE_PARAMETERS, local)  # whole weights and gradients that stage 3 holds at a time
+    whole = {1: 8 * local, 2: 4 * local, 3: 4 * part + 8 * live}  # weights, and with stage 1 their gradients
     return whole[training.zero_stage] + optimizer + bucket
 
 
