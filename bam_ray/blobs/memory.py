@@ -1,11 +1,12 @@
 """A blob store in the memory of this process, for tests and simulations."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
-from bam_ray.blobs.store import validate_key
+from bam_ray.blobs.store import sort_keys, validate_key
 from bam_ray.errors import BlobExists, BlobNotFound
 
 
@@ -45,7 +46,7 @@ class MemoryStore:
         """Read the whole file at `path` and write it to `key`."""
         self.put(key, path.read_bytes())
 
-    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview], size: int | None = None) -> None:
         """Collect all `chunks`, then write them to `key`."""
         validate_key(key)
         data = bytearray()
@@ -79,10 +80,14 @@ class MemoryStore:
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield all keys that begin with `prefix`, sorted, as they were at the first step of the iteration."""
         with self._lock:
-            keys = sorted(key for key in self._blobs if key.startswith(prefix))
+            keys = sort_keys(key for key in self._blobs if key.startswith(prefix))
         yield from keys
 
     def delete(self, key: str) -> None:
         """Remove `key`; do nothing if it does not exist."""
         with self._lock:
             self._blobs.pop(validate_key(key), None)
+
+    def abort_uploads(self, prefix: str, older_than: timedelta) -> Sequence[str]:
+        """Return an empty list, because no upload outlives its writer."""
+        return []

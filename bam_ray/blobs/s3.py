@@ -1,65 +1,53 @@
 """A blob store in an S3 bucket, on AWS or on any server that implements its protocol."""
 
 import contextlib
-import functools
+import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import boto3
 from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    HTTPClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
-from botocore.loaders import Loader
+from botocore.exceptions import BotoCoreError, ClientError
 
-from bam_ray.blobs.store import Promise, validate_key
-from bam_ray.errors import (
-    BlobExists,
-    BlobNotFound,
-    NoConditionalPut,
-    StoreDenied,
-    StoreError,
-    StoreUnavailable,
-    one_line,
+from bam_ray.blobs.s3_client import new_client, sends_checksums
+from bam_ray.blobs.s3_errors import (
+    CONDITION_FAILED,
+    CONFLICT,
+    MISSING,
+    NOT_IMPLEMENTED,
+    S3_ERRORS,
+    code_of,
+    may_reject_checksums,
+    needs_new_credentials,
+    status_of,
+    store_error,
 )
+from bam_ray.blobs.s3_reading import TRIES, BlobChangedError, changing, read_file, read_range
+from bam_ray.blobs.s3_uploads import MAX_PARTS, part_bytes, rechunk
+from bam_ray.blobs.store import Promise, sort_keys, validate_key
+from bam_ray.errors import BlobExists, BlobNotFound, NoConditionalPut, StoreError
+from bam_ray.units import MIB
 
-# Error codes of S3 servers, by meaning. A HEAD request has no body, so its code is the bare HTTP status.
-DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "Forbidden", "ExpiredToken"}
-MISSING = {"NoSuchKey", "404", "NotFound"}
-CONDITION_FAILED = {"PreconditionFailed", "412"}
-CONFLICT = {"ConditionalRequestConflict", "409"}  # another put of the same key is in progress, with unknown outcome
-NOT_IMPLEMENTED = {"NotImplemented", "501"}  # the server has no conditional puts
 CONFLICT_TRIES = 6
-TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
-PART_BYTES = 8 << 20  # size of one part of a streamed blob; S3 allows 10,000 parts, so a blob has at most 78 GiB
+TOKEN = "bam-put"  # name of the metadata that identifies the call which wrote a blob
+TRANSFER = TransferConfig(multipart_threshold=64 * MIB, multipart_chunksize=32 * MIB, max_concurrency=4)
 CONCURRENT_PARTS = 4
-
-
-@functools.cache
-def _loader() -> Loader:
-    """Return one loader of botocore's service descriptions per process, because they take megabytes.
-
-    Credentials are not shared; every store has its own session.
-    """
-    return Loader()
 
 
 class S3Store:
     """A `BlobStore` under a prefix of a bucket.
 
-    The client is created at the first operation, and a copy of a store that was pickled creates its own.
+    The client is created at the first operation, and a copy of a store that was pickled creates its own. It is created
+    again without checksums if the server rejects them, and again if only other credentials can succeed, because a
+    client never looks for credentials a second time.
 
     Args:
         bucket: The name of an existing bucket.
@@ -77,6 +65,9 @@ class S3Store:
         self._endpoint = endpoint
         self._promise = promise
         self._client = client
+        self._owns_client = client is None
+        self._checksums = True
+        self._lock = threading.Lock()  # held while the client is created
 
     @property
     def uri(self) -> str:
@@ -86,33 +77,25 @@ class S3Store:
     @property
     def client(self) -> Any:
         """The boto3 S3 client of this store; raises `StoreUnavailable` if the endpoint is not a URL."""
-        if self._client is None:
-            config = Config(
-                retries={"mode": "standard", "max_attempts": 4},
-                connect_timeout=5,
-                read_timeout=60,
-                max_pool_connections=16,
-            )
-            session = boto3.session.Session()
-            session._session.register_component("data_loader", _loader())
-            try:
-                self._client = session.client("s3", endpoint_url=self._endpoint, config=config)
-            except ValueError as error:  # "Invalid endpoint: ..."
-                raise StoreUnavailable(
-                    f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT"
-                ) from None
-        return self._client
+        with self._lock:
+            if self._client is None:
+                self._client = new_client(self._endpoint, self._checksums)
+            return self._client
 
     def put(self, key: str, data: bytes) -> None:
         """Write `data` to `key` in one request."""
+        target = self._target(key)
         with self._translated_errors(key):
-            self.client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
+            self._request(lambda client: client.put_object(**target, Body=data))
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Write `data` to `key` if it does not exist; raise `BlobExists` if it does.
 
         With the strict promise the server tests the condition (`If-None-Match: *`). A conflict means that another
         writer's put of the same key is in progress; the put is then retried with exponential backoff.
+
+        If the answer to a put is lost, the repeated put fails because of the blob that the first one wrote. The
+        metadata of the blob therefore contains a random token of this call. A blob with this token counts as success.
 
         Raises:
             BlobExists: The key exists.
@@ -123,13 +106,17 @@ class S3Store:
                 raise BlobExists(f"{self.uri}/{key} exists already")
             self.put(key, data)
             return
+        target, token = self._target(key), {TOKEN: uuid.uuid4().hex}
+        request = {**target, "Body": data, "IfNoneMatch": "*", "Metadata": token}
         with self._translated_errors(key):
             for attempt in range(CONFLICT_TRIES):
                 try:
-                    self.client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                    self._request(lambda client: client.put_object(**request))
                     return
                 except ClientError as error:
-                    code = error.response["Error"].get("Code")
+                    code = code_of(error)
+                    if code in CONDITION_FAILED and self._wrote(target, token):
+                        return
                     if code in NOT_IMPLEMENTED:
                         raise NoConditionalPut(f"the store at {self.uri} has no conditional puts ({code})") from None
                     if code not in CONFLICT or attempt == CONFLICT_TRIES - 1:
@@ -138,68 +125,89 @@ class S3Store:
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file, from 64 MiB on in several parts at once."""
-        with self._translated_errors(key):
+        target = self._target(key)
+        token = {TOKEN: uuid.uuid4().hex}
+
+        def upload(client: Any) -> None:
             try:
-                self.client.upload_file(str(path), self._bucket, self._key(key), Config=TRANSFER)
+                client.upload_file(
+                    str(path), self._bucket, target["Key"], ExtraArgs={"Metadata": token}, Config=TRANSFER
+                )
             except S3UploadFailedError as error:  # boto3 hides the server's response behind it
                 raise error.__context__ or error from None
 
-    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
-        """Upload a stream in parts of 8 MiB, of which at most four are in flight.
+        with self._translated_errors(key):
+            try:
+                self._request(upload)
+            except ClientError as error:
+                if code_of(error) != "NoSuchUpload" or not self._wrote(target, token):
+                    raise
 
-        A stream shorter than one part is a single put. A multipart upload becomes visible when it is completed; it is
-        aborted if anything fails.
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview], size: int | None = None) -> None:
+        """Upload a stream in parts, of which at most four are in flight.
+
+        A part has 8 MiB, or more if `size` bytes would be too many parts. A stream shorter than one part is a single
+        put. A multipart upload becomes visible when it is completed; it is aborted if anything fails.
+
+        Raises:
+            StoreError: S3 cannot hold a blob of this size; this is found before anything is sent if `size` is given.
         """
-        target = {"Bucket": self._bucket, "Key": self._key(key)}
-        parts = rechunk(chunks, PART_BYTES)
+        target, token = self._target(key), {TOKEN: uuid.uuid4().hex}
+        length = part_bytes(f"{self.uri}/{key}", size)
+        parts = rechunk(chunks, length)
         first = next(parts, bytearray())
-        if len(first) < PART_BYTES:
+        if len(first) < length:
             self.put(key, bytes(first))
             return
         with self._translated_errors(key):
-            upload = self.client.create_multipart_upload(**target)["UploadId"]
+            created = self._request(lambda client: client.create_multipart_upload(**target, Metadata=token))
+        upload = target | {"UploadId": created["UploadId"]}
         try:
-            sent = self._send_parts(key, target | {"UploadId": upload}, chain([first], parts))
+            sent = self._send_parts(key, upload, chain([first], parts))
             with self._translated_errors(key):
-                self.client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": sent})
+                self._complete(target, upload, sent, token)
         except BaseException:  # KeyboardInterrupt too: parts that are left behind are invisible but billed
             with contextlib.suppress(ClientError, BotoCoreError):
-                self.client.abort_multipart_upload(**target, UploadId=upload)
+                self.client.abort_multipart_upload(**upload)
             raise
 
     def get(self, key: str) -> bytes:
         """Return all bytes of `key`; raise `BlobNotFound` if it does not exist."""
+        target = self._target(key)
         with self._translated_errors(key):
-            body: bytes = self.client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"].read()
-            return body
+            return read_range(self.client, target, 0, None)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return bytes [start, start + length) of `key`."""
         if length <= 0:
             self.size(key)  # raises if the key is missing; a Range header cannot request zero bytes
             return b""
+        target = self._target(key)
         with self._translated_errors(key):
-            try:
-                response = self.client.get_object(
-                    Bucket=self._bucket, Key=self._key(key), Range=f"bytes={start}-{start + length - 1}"
-                )
-            except ClientError as error:
-                if error.response["Error"]["Code"] in ("InvalidRange", "416"):
-                    return b""
-                raise
-            body: bytes = response["Body"].read()
-            return body
+            return read_range(self.client, target, start, start + length)
 
     def get_file(self, key: str, path: Path) -> None:
-        """Download `key` to `path`, from 64 MiB on in several ranges at once."""
+        """Download `key` to `path`, in ranges of 32 MiB, several at once; nothing is left at `path` if this fails."""
+        target = self._target(key)
         with self._translated_errors(key):
-            self.client.download_file(self._bucket, self._key(key), str(path), Config=TRANSFER)
+            for _ in range(TRIES):
+                size, etag = self._head(target)
+                try:
+                    read_file(self.client, target, size, etag, path)
+                    return
+                except BlobChangedError:
+                    continue
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
+            path.unlink(missing_ok=True)
+            raise changing(target)
 
     def size(self, key: str) -> int:
         """Return the length of `key` in bytes, from a HEAD request."""
+        target = self._target(key)
         with self._translated_errors(key):
-            length: int = self.client.head_object(Bucket=self._bucket, Key=self._key(key))["ContentLength"]
-            return length
+            return self._head(target)[0]
 
     def exists(self, key: str) -> bool:
         """Return True if `key` exists."""
@@ -212,20 +220,113 @@ class S3Store:
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield all keys that begin with `prefix`, sorted.
 
-        AWS sorts keys itself. SeaweedFS walks a tree and lists `a/b` before `a-b`, so they are sorted here.
+        AWS sorts keys itself. SeaweedFS walks a tree and lists `a/b` before `a-b`, so they are sorted here. Empty blobs
+        whose key ends in a slash are left out: consoles make them to show a folder.
         """
         own_prefix_length = len(self._with_prefix(""))
         with self._translated_errors(prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._with_prefix(prefix)
             )
-            keys = [entry["Key"][own_prefix_length:] for page in pages for entry in page.get("Contents", [])]
-        yield from sorted(keys)
+            keys = [
+                entry["Key"][own_prefix_length:]
+                for page in pages
+                for entry in page.get("Contents", [])
+                if entry["Size"] or not entry["Key"].endswith("/")
+            ]
+        yield from sort_keys(keys)
 
     def delete(self, key: str) -> None:
         """Remove `key`; do nothing if it does not exist."""
+        target = self._target(key)
         with self._translated_errors(key):
-            self.client.delete_object(Bucket=self._bucket, Key=self._key(key))
+            self.client.delete_object(**target)
+
+    def abort_uploads(self, prefix: str, older_than: timedelta) -> Sequence[str]:
+        """Abort the multipart uploads below `prefix` that began that long ago, by the clock of the server."""
+        own_prefix_length = len(self._with_prefix(""))
+        aborted = []
+        with self._translated_errors(prefix):
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._with_prefix(prefix)
+            )
+            for page in pages:
+                date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
+                now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+                for upload in page.get("Uploads", []):
+                    if now - upload["Initiated"] < older_than:
+                        continue
+                    with _ignored("NoSuchUpload"):  # it was completed in the meantime
+                        self.client.abort_multipart_upload(
+                            Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                        )
+                        aborted.append(upload["Key"][own_prefix_length:])
+        return sort_keys(aborted)
+
+    def _request(self, operation: Callable[[Any], Any]) -> Any:
+        """Call `operation` with the client; again with a client without checksums if the server may reject them.
+
+        Since 2025 boto3 adds checksums to requests, which some servers refuse, each with another error.
+        """
+        client = self.client
+        try:
+            return operation(client)
+        except ClientError as error:
+            if not self._owns_client or not sends_checksums(client) or not may_reject_checksums(error):
+                raise
+            first = error
+        plain = new_client(self._endpoint, checksums=False)
+        try:
+            result = operation(plain)
+        except ClientError as error:
+            if code_of(error) == code_of(first):
+                raise first from None
+            self._use_without_checksums(plain)  # the server found something else wrong
+            raise
+        self._use_without_checksums(plain)
+        return result
+
+    def _use_without_checksums(self, client: Any) -> None:
+        with self._lock:
+            self._client, self._checksums = client, False
+
+    def _head(self, target: dict[str, str]) -> tuple[int, str | None]:
+        """Return the size and the ETag of a blob.
+
+        The answer to a HEAD request has no body that says why it was refused, so a GET request asks again.
+        """
+        try:
+            answer = self.client.head_object(**target)
+            return int(answer["ContentLength"]), answer.get("ETag")
+        except ClientError as error:
+            if code_of(error) in MISSING or status_of(error) in (500, 502, 503, 504):
+                raise
+        answer = self.client.get_object(**target, Range="bytes=0-0")
+        answer["Body"].close()
+        return int(answer["ContentRange"].rpartition("/")[2]), answer.get("ETag")
+
+    def _wrote(self, target: dict[str, str], token: dict[str, str]) -> bool:
+        """Return True if a blob was written by the call with this token."""
+        try:
+            metadata: dict[str, str] = self.client.head_object(**target).get("Metadata", {})
+        except ClientError as error:
+            if code_of(error) in MISSING:  # it was deleted in the meantime
+                return False
+            raise
+        return metadata.get(TOKEN) == token[TOKEN]
+
+    def _complete(
+        self, target: dict[str, str], upload: dict[str, str], parts: Sequence[dict[str, Any]], token: dict[str, str]
+    ) -> None:
+        """Complete a multipart upload.
+
+        If the answer is lost, the repeated request may find that there is no such upload any more.
+        """
+        try:
+            self._request(lambda client: client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}))
+        except ClientError as error:
+            if code_of(error) != "NoSuchUpload" or not self._wrote(target, token):
+                raise
 
     def _send_parts(self, key: str, upload: dict[str, str], parts: Iterator[bytearray]) -> Sequence[dict[str, Any]]:
         """Upload parts, at most `CONCURRENT_PARTS` at once, and return the list that completes the upload.
@@ -234,7 +335,7 @@ class S3Store:
         """
 
         def send(number: int, part: bytearray) -> dict[str, Any]:
-            response = self.client.upload_part(**upload, PartNumber=number, Body=part)
+            response = self._request(lambda client: client.upload_part(**upload, PartNumber=number, Body=part))
             checksums = {name: value for name, value in response.items() if name.startswith("Checksum")}
             return {"PartNumber": number, "ETag": response["ETag"]} | checksums
 
@@ -247,6 +348,11 @@ class S3Store:
 
         with ThreadPoolExecutor(CONCURRENT_PARTS) as pool:
             for number, part in enumerate(parts, 1):  # errors of the producer are not the server's, so not translated
+                if number > MAX_PARTS:
+                    raise StoreError(
+                        f"{self.uri}/{key} has more than {MAX_PARTS:,} parts of {len(part):,} bytes, which S3 does not "
+                        "allow: give put_stream the size of the stream"
+                    )
                 in_flight.append(pool.submit(send, number, part))
                 if len(in_flight) == CONCURRENT_PARTS:
                     wait_for_oldest()
@@ -254,8 +360,8 @@ class S3Store:
                 wait_for_oldest()
         return sent
 
-    def _key(self, key: str) -> str:
-        return self._with_prefix(validate_key(key))
+    def _target(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._with_prefix(validate_key(key))}
 
     def _with_prefix(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
@@ -265,53 +371,23 @@ class S3Store:
 
     @contextlib.contextmanager
     def _translated_errors(self, key: str) -> Iterator[None]:
-        """Translate botocore's errors into store errors of one line each."""
-        uri = f"{self.uri}/{key}"
+        """Translate the errors of boto3 into store errors of one line each."""
         try:
             yield
-        except ClientError as error:
-            code = error.response["Error"].get("Code", "")
-            if code == "NoSuchBucket":
-                raise StoreUnavailable(
-                    f"bucket {self._bucket!r} does not exist: create it or correct the recipe's store.uri"
-                ) from None
-            if code in MISSING:
-                raise BlobNotFound(f"{uri} does not exist") from None
-            if code in CONDITION_FAILED:
-                raise BlobExists(f"{uri} exists already") from None
-            if code in DENIED:
-                raise StoreDenied(
-                    f"the S3 server refuses these credentials for {self.uri} ({code}): "
-                    "correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                ) from None
-            raise StoreUnavailable(f"{uri}: the S3 server answered {code}") from None
-        except (NoCredentialsError, PartialCredentialsError):
-            raise StoreDenied(
-                f"no credentials for {self.uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            ) from None
-        except (ConnectionError, HTTPClientError) as error:
-            raise StoreUnavailable(
-                f"no S3 server answers at {self.client.meta.endpoint_url} ({type(error).__name__}): "
-                "start it or correct store.endpoint (AWS_ENDPOINT_URL)"
-            ) from None
-        except BotoCoreError as error:
-            raise StoreError(f"{uri}: {one_line(error, all_lines=True)}") from None
+        except S3_ERRORS as error:
+            meta = getattr(self._client, "meta", None)  # there is no client if none could be created
+            endpoint = meta.endpoint_url if meta else self._endpoint or "AWS"
+            if self._owns_client and needs_new_credentials(error):
+                with self._lock:
+                    self._client = None
+            raise store_error(error, f"{self.uri}/{key}", endpoint) from None
 
 
-def rechunk(chunks: Iterator[bytes | memoryview], size: int) -> Iterator[bytearray]:
-    """Yield the bytes of `chunks` in parts of exactly `size` bytes; the last part has between 1 and `size` bytes."""
-    part = bytearray()
-    for chunk in chunks:
-        view = memoryview(chunk)
-        if not view.nbytes:  # an empty view has no bytes to add and cannot be cast
-            continue
-        rest = view.cast("B")
-        while len(rest):
-            taken = rest[: size - len(part)]
-            part += taken
-            rest = rest[len(taken) :]
-            if len(part) == size:
-                yield part
-                part = bytearray()
-    if part:
-        yield part
+@contextlib.contextmanager
+def _ignored(code: str) -> Iterator[None]:
+    """Suppress the error of a server with this code."""
+    try:
+        yield
+    except ClientError as error:
+        if code_of(error) != code:
+            raise

@@ -16,11 +16,12 @@ puts; `bam_ray.blobs.check` detects them, and a `Promise` of "weak" accepts them
 Keys are relative and `/`-separated. They have no empty, `.` or `..` parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Protocol
 
-from bam_ray.errors import StoreError
+from bam_ray.errors import BlobExists, BlobNotFound, StoreError
 
 Promise = Literal["strict", "weak"]
 """The guarantee that is asked of `put_if_absent` (the setting `store.promise`).
@@ -46,19 +47,27 @@ class BlobStore(Protocol):
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """Write `data` to `key`; raise `BlobExists` if the key exists."""
+        """Write `data` to `key`; raise `BlobExists` if another put has written the key.
+
+        A call succeeds if its answer was lost and the put was repeated, because the store recognizes its own write. A
+        call that raises `StoreUnavailable` may have written the blob; `put_once` can be called again after that.
+        """
         ...
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file of any size (to S3 in several parts if it is large)."""
         ...
 
-    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview]) -> None:
-        """Write a stream of unknown length to `key` in bounded memory and replace any previous bytes.
+    def put_stream(self, key: str, chunks: Iterator[bytes | memoryview], size: int | None = None) -> None:
+        """Write a stream to `key` in bounded memory and replace any previous bytes.
 
         If `chunks` raises, its exception propagates unchanged and no part of the blob becomes visible. A chunk is
-        copied before the next one is requested, so the producer may reuse its buffer. S3 accepts at most 78 GiB this
-        way.
+        copied before the next one is requested, so the producer may reuse its buffer.
+
+        Args:
+            key: The key of the blob.
+            chunks: The bytes of the blob.
+            size: The number of bytes, if it is known. S3 accepts at most 78 GiB of a stream of unknown size.
         """
         ...
 
@@ -86,12 +95,49 @@ class BlobStore(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Yield all keys that begin with `prefix`, sorted."""
+        """Yield all keys that begin with `prefix`, in the order of their bytes."""
         ...
 
     def delete(self, key: str) -> None:
         """Remove `key`; do nothing if it does not exist."""
         ...
+
+    def abort_uploads(self, prefix: str, older_than: timedelta) -> Sequence[str]:
+        """Remove what killed writers left below `prefix`: unfinished uploads, which appear in no list but use space.
+
+        Args:
+            prefix: The prefix of the keys.
+            older_than: The least age. An upload that is still in progress must be younger.
+
+        Returns:
+            The keys of the uploads on S3; the names of the temporary files in a folder.
+        """
+        ...
+
+
+def put_once(store: BlobStore, key: str, data: bytes) -> None:
+    """Write `data` to `key` like `put_if_absent`, but also succeed if the key holds exactly `data` already.
+
+    A call whose outcome is unknown, because its answer was lost, can therefore be repeated. If two writers must not
+    both succeed, their `data` must differ, for example by a random value.
+
+    Raises:
+        BlobExists: The key holds other bytes.
+    """
+    try:
+        store.put_if_absent(key, data)
+    except BlobExists:
+        try:
+            if store.get(key) == data:
+                return
+        except BlobNotFound:  # it was deleted in the meantime
+            pass
+        raise
+
+
+def sort_keys(keys: Iterable[str]) -> Sequence[str]:
+    """Return `keys` in the order of their bytes, which is the order of AWS."""
+    return sorted(keys, key=lambda key: key.encode("utf-8", "surrogateescape"))
 
 
 def validate_key(key: str) -> str:

@@ -1,35 +1,37 @@
-"""Artifacts in the blob store: published files first and manifest last, and verified when fetched.
+"""Artifacts in the blob store: files first and manifest last, and verified when fetched.
 
 Problem: the models and corpora of a run are folders of large files. A process may die in the middle of an upload, two
 attempts may upload the same artifact at once, and a blob may be damaged. No task may ever start from such a folder.
 
-Design choice: `publish` uploads every file and then commits the manifest, which holds the digest of each file. `fetch`
-downloads into a temporary folder, compares every file with its digest, and renames the folder. A local cache keeps
-fetched folders, one per store and manifest.
+Design choice: every attempt uploads to a folder of its own, `files/<attempt>-<random>`. The manifest is committed last,
+by a conditional put. It names that folder and holds the digest of each file. So no write of one attempt, however late,
+can change what another one has committed. Manifests are never changed or deleted either: if the committed files turn
+out to be damaged, a mark is put beside the manifest, and the artifact is made again as the next generation.
 
-Limits: files of a publication that was interrupted stay in the store until the next attempt overwrites them. The cache
-is never pruned; `BAM_CACHE` names its folder.
+`fetch` downloads into a temporary folder, compares every file with its digest, and renames the folder (see `cache`).
 
 Example:
     store = open_store("s3://bam/demo")
     artifact = Artifact(store, ArtifactKind.BRANCHES, "code-1f2e3d4c5b6a")
-    artifact.publish(folder, manifest)          # uploads, computes digests, commits
-    local = artifact.fetch(cache)               # downloads, verifies, returns a folder
+    artifact.publish(folder, manifest, lease)   # uploads, computes digests, commits
+    local = artifact.fetch()                    # downloads, verifies, returns a folder
 """
 
 import contextlib
-import fcntl
-import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, FileEntry, Manifest
+from bam_ray.checkpoint.cache import cached_folder
+from bam_ray.checkpoint.digests import file_entry, stored_entry
+from bam_ray.checkpoint.leases import AttemptNumber, Lease
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest, ManifestGeneration, read_manifest
 from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch, StoreError
+
+FILES = "files"
 
 
 class Artifact:
@@ -47,6 +49,7 @@ class Artifact:
         self.kind = kind
         self.id = id
         self.prefix = "/".join([kind, id, *below])
+        self._has_one_writer = bool(below)  # a training checkpoint, which has the number of its attempt in its prefix
 
     @property
     def uri(self) -> str:
@@ -55,114 +58,176 @@ class Artifact:
 
     def manifest(self) -> Manifest | None:
         """Return the manifest, or None if the artifact is not committed."""
-        try:
-            return Manifest.from_bytes(self.store.get(f"{self.prefix}/{MANIFEST}"), self.uri)
-        except BlobNotFound:
-            return None
+        return read_manifest(self.store, self.prefix)
 
-    def publish(self, folder: Path, manifest: Manifest, check: Callable[[], None] = lambda: None) -> Manifest:
+    def is_committed(self) -> bool:
+        """Return True if the artifact has a manifest; cheaper than `manifest`."""
+        return ManifestGeneration.find(self.store, self.prefix).committed
+
+    def key(self, manifest: Manifest, name: str) -> str:
+        """Return the key of the file `name` of `manifest`, which is or will be committed here."""
+        return "/".join(part for part in (self.prefix, manifest.folder, name) if part)
+
+    def read_file(self, name: str) -> bytes:
+        """Return one file of the committed artifact, without comparing its digest; raises `BlobNotFound`."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise BlobNotFound(f"{self.uri} is not committed")
+        return self.store.get(self.key(manifest, name))
+
+    def new_folder(self, lease: Lease | None) -> str:
+        """Return the name of a folder for the files of one publication, which no other publication uses.
+
+        It is empty for a training checkpoint, whose prefix only one attempt writes to.
+        """
+        if self._has_one_writer:
+            return ""
+        number = lease.number if lease else AttemptNumber(0, 0)
+        return f"{FILES}/{number}-{secrets.token_hex(4)}"
+
+    def publish(self, folder: Path, manifest: Manifest, lease: Lease | None = None) -> Manifest:
         """Upload every file of `folder`, then commit `manifest` with their digests.
 
         Args:
             folder: The files to upload.
-            manifest: The manifest to commit; its `files` are replaced.
-            check: A function that raises if this attempt may not write any more. It is called before each file and
-                before the manifest, so that an attempt that lost its network in the middle of an upload does not
-                continue and overwrite what a newer attempt has written since.
+            manifest: The manifest to commit; its `files` and its `folder` are replaced.
+            lease: The lease of this attempt. It is checked before each file and before the manifest, so that a stale
+                attempt stops early. None: nobody else makes this artifact.
 
         Returns:
-            The committed manifest. If another attempt committed first, it is theirs and ours is dropped, because the
-            same identity means the same content.
+            The committed manifest (see `commit`).
+
+        Raises:
+            StaleLease: A newer attempt has taken over.
         """
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         entries = {name: file_entry(folder / name) for name in names}
+        complete = manifest.model_copy(update={"files": entries, "folder": self.new_folder(lease)})
 
         def upload(name: str) -> None:
-            check()
-            self.store.put_file(f"{self.prefix}/{name}", folder / name)
+            if lease is not None:
+                lease.check()
+            self.store.put_file(self.key(complete, name), folder / name)
 
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(upload, names))
-        check()
-        return self.commit(manifest.model_copy(update={"files": entries}))
+        return self.commit(complete, lease)
 
-    def commit(self, manifest: Manifest) -> Manifest:
-        """Write the manifest, which marks the artifact as complete, and return the one that was committed first."""
-        try:
-            self.store.put_if_absent(f"{self.prefix}/{MANIFEST}", manifest.to_bytes())
-        except BlobExists:
-            theirs = self.manifest()
-            assert theirs is not None
-            return theirs
-        return manifest
+    def commit(self, manifest: Manifest, lease: Lease | None = None) -> Manifest:
+        """Write the manifest, which marks the artifact as complete.
+
+        Returns:
+            The committed manifest. If another attempt committed first, it is theirs and our files are deleted, because
+            the same identity means the same content.
+
+        Raises:
+            StaleLease: A newer attempt has taken over.
+        """
+        while True:
+            generation = ManifestGeneration.find(self.store, self.prefix)
+            if lease is not None:  # after the generation was read: see `_delete_folders`
+                lease.check()
+            try:
+                self.store.put_if_absent(f"{self.prefix}/{generation.manifest_name}", manifest.to_bytes())
+            except BlobExists:
+                committed = self.manifest()
+                if committed is None:  # it was set aside in this moment
+                    continue
+            else:
+                committed = manifest
+            self._delete_folders(committed, manifest, lease)
+            return committed
+
+    def set_aside(self, manifest: Manifest, reason: str) -> None:
+        """Mark the files of a committed manifest as damaged, so that the artifact can be made again.
+
+        Does nothing if `manifest` is not the one that counts any more. Only attempts with a newer lease call this.
+        """
+        generation = ManifestGeneration.find(self.store, self.prefix)
+        if generation.committed and self.manifest() == manifest:
+            with contextlib.suppress(BlobExists):
+                self.store.put_if_absent(f"{self.prefix}/{generation.damaged_name}", f"{reason}\n".encode())
+
+    def check_files(self, manifest: Manifest) -> None:
+        """Read every file of `manifest` from the store, in bounded memory.
+
+        Raises:
+            DigestMismatch: A file is missing or differs from what was committed.
+        """
+        for name, entry in manifest.files.items():
+            try:
+                found = stored_entry(self.store, self.key(manifest, name))
+            except BlobNotFound:
+                raise self._damaged(name, "is missing, though its manifest names it") from None
+            if found != entry:
+                raise self._damaged(name, "does not match its manifest: the blob was damaged")
 
     def fetch(self, cache: Path | None = None) -> Path:
-        """Download and verify all files and return their folder in the local cache.
-
-        A folder that was fetched before is returned at once. If several processes share a cache, as the ranks of a node
-        do, one of them downloads and the others wait.
+        """Download and verify all files and return their folder in the local cache (see `cache.cached_folder`).
 
         Args:
-            cache: The folder of the cache; the default is `cache_folder()`.
+            cache: The folder of the cache; the default is `cache.cache_folder()`.
 
         Raises:
             CheckpointError: The artifact is not committed.
-            DigestMismatch: A file differs from what was committed.
+            DigestMismatch: A file is missing or differs from what was committed.
             StoreError: The disk of the cache has too little space, which says nothing about the artifact.
         """
-        manifest = self.manifest()
-        if manifest is None:
-            raise CheckpointError(f"{self.uri} is not committed (it has no {MANIFEST}): run the stage that makes it")
-        # The manifest is part of the cache key, because a store that was wiped and filled again has another artifact
-        digest = hashlib.sha256(self.store.uri.encode() + manifest.to_bytes()).hexdigest()[:16]
-        target = (cache or cache_folder()) / digest
-        if target.is_dir():
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(target.with_name(f".{digest}.lock")):
-            if not target.is_dir():
-                self._download(manifest, target)
-        return target
+        while True:
+            manifest = self.manifest()
+            if manifest is None:
+                raise CheckpointError(f"{self.uri} is not committed (no {MANIFEST}): run the stage that makes it")
+            try:
+                return cached_folder(self.uri, manifest, partial(self._download, manifest), cache)
+            except DigestMismatch:
+                if self.manifest() == manifest:
+                    raise  # otherwise it was made again in the meantime
 
-    def _download(self, manifest: Manifest, target: Path) -> None:
-        needed, free = sum(entry.size for entry in manifest.files.values()), shutil.disk_usage(target.parent).free
-        if needed > free:
-            raise StoreError(
-                f"{target.parent} has {free:,} bytes free but {self.uri} needs {needed:,}: free space or set BAM_CACHE"
+    def _download(self, manifest: Manifest, name: str, path: Path) -> None:
+        """Download one file and verify it; a file that differs is downloaded once more before it counts as damaged."""
+        for _ in range(2):
+            try:
+                self.store.get_file(self.key(manifest, name), path)
+            except BlobNotFound:
+                raise self._damaged(name, "is missing, though its manifest names it") from None
+            if file_entry(path) == manifest.files[name]:
+                return
+        raise self._damaged(name, "does not match its manifest: the blob was damaged")
+
+    def _damaged(self, name: str, problem: str) -> DigestMismatch:
+        return DigestMismatch(f"{self.uri}/{name} {problem}", artifact_id=self.id)
+
+    def _delete_folders(self, committed: Manifest, ours: Manifest, lease: Lease | None) -> None:
+        """Delete our files if another attempt won; otherwise those of older attempts and of our own earlier tries.
+
+        Files of newer attempts are left to them. An older attempt whose files are deleted here cannot commit them: this
+        generation is committed, and once there is a next one, the attempt finds that its lease is stale.
+        """
+        if not ours.folder:
+            return
+
+        def is_garbage(folder: str) -> bool:
+            if committed.folder != ours.folder:
+                return folder == ours.folder
+            return lease is not None and folder != ours.folder and folder_number(folder) <= lease.number
+
+        with contextlib.suppress(StoreError):  # what stays is removed by `bam sweep`
+            delete_keys(
+                self.store,
+                (
+                    key
+                    for key in self.store.list(f"{self.prefix}/{FILES}/")
+                    if is_garbage("/".join(key.removeprefix(f"{self.prefix}/").split("/")[:2]))
+                ),
             )
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-        try:
-            for name, entry in manifest.files.items():
-                path = partial / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.store.get_file(f"{self.prefix}/{name}", path)
-                if file_entry(path) != entry:
-                    raise DigestMismatch(f"{self.uri}/{name} does not match its manifest: the blob was damaged")
-            with contextlib.suppress(OSError):  # without locks another process may be first; both copies are equal
-                partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; the system releases it if the process dies.
-
-    On a file system without locks, nobody waits. The file is not removed afterwards, because a new file of the same
-    name would be a different lock.
-    """
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def folder_number(folder: str) -> AttemptNumber:
+    """Return the number of the attempt that writes to `folder`, as `Artifact.new_folder` names it."""
+    return AttemptNumber.parse(folder.removeprefix(f"{FILES}/"))
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Compute the length and the SHA-256 digest of a file."""
-    with path.open("rb") as file:
-        return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def cache_folder() -> Path:
-    """Return the folder for fetched artifacts: `$BAM_CACHE`, by default `~/.cache/bam_ray`."""
-    return Path(os.environ.get("BAM_CACHE") or "~/.cache/bam_ray").expanduser()
+def delete_keys(store: BlobStore, keys: Iterable[str]) -> None:
+    """Delete several keys at once."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(store.delete, list(keys)))

@@ -8,29 +8,39 @@ conditional put, so an artifact without a manifest is not committed. The identit
 of everything that determines its content: its settings and its parents. A finished artifact that is requested again is
 therefore found, an interrupted one is resumed under the same name, and changed settings give a new artifact.
 
+A manifest is never changed or deleted. If its files turn out to be damaged, `manifest-0000.damaged.json` says so, and
+the artifact is made again and committed as `manifest-0001.json`. The files of an artifact are in a folder that no other
+attempt writes to, and the manifest names it.
+
 Limits: an identity covers settings and parents, not the version of the code. The manifest records the version.
 
-    corpora/<id>/              packed tokens and the tokenizer
-    seeds/<id>/                a Hugging Face folder
-    branches/<id>/             a Hugging Face folder per domain
-    upcycled/<id>/             a mixture at step 0, as a Hugging Face folder
-    upcycled/<id>/quorum/      the time since when branches were awaited, and the branches that were used
-    mixtures/<id>/             a trained mixture
-    evaluations/<id>/          the perplexities and the routing of one model
-    reports/<id>/              results.json and report.html
+    corpora/<id>/manifest.json               names the folder and the files that count
+    corpora/<id>/files/<attempt>-<random>/   packed tokens and the tokenizer
+    seeds/<id>/                              the same, with a Hugging Face folder
+    branches/<id>/                           a Hugging Face folder per domain
+    upcycled/<id>/                           a mixture at step 0, as a Hugging Face folder
+    upcycled/<id>/quorum/                    since when branches were awaited, and the branches that were used
+    mixtures/<id>/                           a trained mixture
+    evaluations/<id>/                        the perplexities and the routing of one model
+    reports/<id>/                            results.json and report.html
+    <any of these>/leases/<attempt>.json     the attempts that have started
     <any of these>/steps/<attempt>-<step>/   training checkpoints, each with its own manifest
+    epochs/<epoch>.json                      the drivers that have worked on this store
 """
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from bam_ray.errors import CheckpointError
+from bam_ray.blobs import BlobStore
+from bam_ray.errors import BlobNotFound, CheckpointError
 
 MANIFEST = "manifest.json"
 
@@ -100,7 +110,11 @@ class ComputeCost(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The record of one artifact; `files` maps names relative to the manifest's prefix to lengths and digests."""
+    """The record of one artifact.
+
+    `files` maps the names of the files to their lengths and digests. Names are relative to `folder`, which is relative
+    to the prefix of the manifest.
+    """
 
     # A diverged model's perplexity is infinite, which JSON cannot express; null could not be read back
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
@@ -114,9 +128,10 @@ class Manifest(BaseModel):
     compute: ComputeCost = ComputeCost()
     metrics: dict[str, float] = {}
     facts: dict[str, Any] = {}
-    attempt: int = 0
+    attempt: Annotated[str, BeforeValidator(str)] = ""  # earlier releases wrote a number
     code_version: str = Field(default_factory=lambda: code_version())
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    folder: str = ""
     files: dict[str, FileEntry] = {}
 
     def to_bytes(self) -> bytes:
@@ -130,6 +145,58 @@ class Manifest(BaseModel):
             return Manifest.model_validate_json(data)
         except ValidationError as error:
             raise CheckpointError(f"{uri} is not a manifest: {error.errors()[0]['msg']}") from None
+
+
+class ManifestGeneration:
+    """The place of the manifest that counts among the manifests under a prefix.
+
+    Attributes:
+        number: How many manifests before it were set aside because their files were damaged.
+        committed: True if the manifest exists.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        found = [match for name in names if (match := _MANIFEST_NAME.fullmatch(name))]
+        damaged = {int(match[1]) for match in found if match[2]}
+        self.number = max(damaged, default=-1) + 1
+        self.committed = any(int(match[1] or 0) == self.number for match in found if not match[2])
+
+    @staticmethod
+    def find(store: BlobStore, prefix: str) -> "ManifestGeneration":
+        """Find the current generation of the manifest under `prefix` in one request to the store."""
+        start = f"{prefix}/" if prefix else ""
+        return ManifestGeneration(key.removeprefix(start) for key in store.list(f"{start}manifest"))
+
+    @property
+    def manifest_name(self) -> str:
+        """The name of the manifest."""
+        return f"manifest-{self.number:04d}.json" if self.number else MANIFEST
+
+    @property
+    def damaged_name(self) -> str:
+        """The name of the blob that marks the files of this generation as damaged."""
+        return f"manifest-{self.number:04d}.damaged.json"
+
+
+_MANIFEST_NAME = re.compile(r"manifest(?:-(\d{4}))?(\.damaged)?\.json")
+
+
+def is_manifest(key: str) -> bool:
+    """Return True if `key` is that of a manifest of any generation."""
+    match = _MANIFEST_NAME.fullmatch(key.rpartition("/")[2])
+    return match is not None and not match[2]
+
+
+def read_manifest(store: BlobStore, prefix: str) -> Manifest | None:
+    """Return the manifest under `prefix`, or None if nothing is committed there."""
+    generation = ManifestGeneration.find(store, prefix)
+    if not generation.committed:
+        return None
+    key = f"{prefix}/{generation.manifest_name}" if prefix else generation.manifest_name
+    try:
+        return Manifest.from_bytes(store.get(key), f"{store.uri}/{key}")
+    except BlobNotFound:  # a training checkpoint that was pruned in the meantime
+        return None
 
 
 def identity(name: str, settings: BaseModel | dict[str, Any], parents: tuple[str, ...] = ()) -> str:

@@ -9,7 +9,6 @@ tensors or chunks in use, whatever the size of the model.
 Limits: five dtypes are supported (see `DTYPES`), and only safetensors files are read.
 """
 
-import hashlib
 import json
 import math
 import warnings
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from bam_ray.checkpoint.digests import stored_entry
+from bam_ray.checkpoint.manifest import Manifest, read_manifest
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -80,6 +80,8 @@ class TensorReader:
     def __init__(self, store: BlobStore, prefix: str = "", files: Sequence[str] | None = None) -> None:
         self.store = store
         self.prefix = prefix
+        self._manifest = read_manifest(store, prefix) if files is None else None
+        self._folder = self._manifest.folder if self._manifest else ""
         try:
             self.config: dict[str, Any] = json.loads(self._required_file("config.json")) if files is None else {}
         except ValueError:
@@ -139,8 +141,7 @@ class TensorReader:
 
     def manifest(self) -> Manifest | None:
         """Return the manifest of the folder, or None if bam_ray did not write the folder."""
-        data = self.read_file(MANIFEST)
-        return None if data is None else Manifest.from_bytes(data, self.uri)
+        return self._manifest
 
     def check_digests(self) -> int:
         """Read every file that the manifest names and compare its digest.
@@ -154,19 +155,13 @@ class TensorReader:
         """
         manifest = self.manifest()
         for name, entry in manifest.files.items() if manifest else ():
-            if self._file_entry(name) != entry:
+            try:
+                found = stored_entry(self.store, self._key(name))
+            except BlobNotFound:
+                raise CheckpointError(f"{self.uri}/{name} is missing, though its manifest names it") from None
+            if found != entry:
                 raise DigestMismatch(f"{self.uri}/{name} does not match its manifest: the file was changed or damaged")
         return len(manifest.files) if manifest else 0
-
-    def _file_entry(self, name: str) -> FileEntry:
-        key, digest = self._key(name), hashlib.sha256()
-        try:
-            size = self.store.size(key)
-        except BlobNotFound:
-            raise CheckpointError(f"{self.uri}/{name} is missing, though its manifest names it") from None
-        for start in range(0, size, CHUNK_BYTES):
-            digest.update(self.store.get_range(key, start, min(CHUNK_BYTES, size - start)))
-        return FileEntry(size=size, sha256=digest.hexdigest())
 
     def _read_range(self, name: str, start: int, length: int) -> bytes:
         """Read `length` bytes of a tensor from its byte `start` on."""
@@ -215,7 +210,7 @@ class TensorReader:
                 raise CheckpointError(_truncated(uri, name))
 
     def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
+        return "/".join(part for part in (self.prefix, self._folder, name) if part)
 
 
 def _truncated(uri: str, tensor: str) -> str:

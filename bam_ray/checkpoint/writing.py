@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from bam_ray.checkpoint.tensors import CHUNK_BYTES, DTYPE_NAMES, INDEX, TensorSpec
 from bam_ray.errors import DigestMismatch
@@ -45,13 +47,22 @@ class ModelWriter:
         store: The store to write to.
         prefix: The prefix of the folder in the store.
         max_shard_bytes: The size from which tensors are split over several safetensors files.
+        commit_manifest: Commits the manifest; None writes it to the folder.
     """
 
-    def __init__(self, store: BlobStore, prefix: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        prefix: str = "",
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        commit_manifest: Callable[[Manifest], Manifest] | None = None,
+    ) -> None:
         self.store = store
         self.entries: dict[str, FileEntry] = {}
+        self.started: set[str] = set()  # the keys that were begun; their blobs may exist
         self.prefix = prefix
         self._max_shard_bytes = max_shard_bytes
+        self._commit_manifest = commit_manifest or self._write_manifest
 
     def write_tensors(
         self, specs: Sequence[TensorSpec], produce: ChunkProducer, last: Sequence[TensorSpec] = ()
@@ -104,15 +115,17 @@ class ModelWriter:
         self.entries[name] = entry
 
     def commit(self, config: str, manifest: Manifest) -> Manifest:
-        """Write config.json, then the manifest with the digests of all files, and return that manifest.
+        """Write config.json, then the manifest with the digests of all files, and return the committed manifest.
 
         Raises:
-            BlobExists: Another writer has committed at this prefix.
+            BlobExists: Another writer has committed in the same folder.
         """
         self.write_file("config.json", config.encode())
-        complete = manifest.model_copy(update={"files": dict(sorted(self.entries.items()))})
-        self.store.put_if_absent(self._key(MANIFEST), complete.to_bytes())
-        return complete
+        return self._commit_manifest(manifest.model_copy(update={"files": dict(sorted(self.entries.items()))}))
+
+    def _write_manifest(self, manifest: Manifest) -> Manifest:
+        self.store.put_if_absent(self._key(MANIFEST), manifest.to_bytes())
+        return manifest
 
     def _write_shard(self, name: str, specs: Sequence[TensorSpec], produce: ChunkProducer) -> None:
         digest = hashlib.sha256()
@@ -129,7 +142,19 @@ class ModelWriter:
         self.entries[name] = FileEntry(size=size, sha256=digest.hexdigest())
 
     def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
+        key = f"{self.prefix}/{name}" if self.prefix else name
+        self.started.add(key)
+        return key
+
+
+def artifact_writer(artifact: Artifact, lease: Lease | None) -> ModelWriter:
+    """Return a writer of the files of an artifact, in a folder that no other attempt writes to."""
+    folder = artifact.new_folder(lease)
+
+    def commit(manifest: Manifest) -> Manifest:
+        return artifact.commit(manifest.model_copy(update={"folder": folder}), lease)
+
+    return ModelWriter(artifact.store, f"{artifact.prefix}/{folder}", commit_manifest=commit)
 
 
 def _split_into_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Done, Stopped
 from bam_ray.control.policies import is_final
-from bam_ray.errors import BamError, Interrupted, StoreUnavailable, one_line
+from bam_ray.errors import BamError, DigestMismatch, Interrupted, StaleLease, StoreDenied, StoreUnavailable, one_line
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, StageContext
 
@@ -34,6 +34,7 @@ class Attempt:
         self._started = False
         self._stop = threading.Event()
         self._progress: Progress | None = None
+        self.signs = 0  # of life: how often the work has reported or asked whether to stop
         self._error: BaseException | None = None
 
     def start(self) -> None:
@@ -48,10 +49,12 @@ class Attempt:
 
     def report(self, progress: Progress) -> None:
         """Record progress, for the work."""
+        self.signs += 1
         self._progress = progress
 
     def should_stop(self) -> bool:
         """Return True if the work was asked to stop, for the work."""
+        self.signs += 1
         return self._stop.is_set()
 
     def drain(self) -> None:
@@ -66,7 +69,7 @@ class Attempt:
     def poll(self) -> AttemptStatus:
         """Return the status of the attempt."""
         if not self._started or self._thread.is_alive():
-            return Alive(self.host, self._progress)
+            return Alive(self.host, self._progress, signs=self.signs)
         if self._error is None:
             return Done(self.host, self._progress)
         if isinstance(self._error, Interrupted):
@@ -77,7 +80,9 @@ class Attempt:
             progress=self._progress,
             log=(*_traceback_lines(self._error), *self._log)[-LOG_LINES:],
             final=is_final(self._error),
-            store_fault=isinstance(self._error, StoreUnavailable),
+            store_fault=isinstance(self._error, StoreUnavailable | StoreDenied),
+            stale=isinstance(self._error, StaleLease),
+            damaged=self._error.artifact_id if isinstance(self._error, DigestMismatch) else None,
         )
 
     def _run(self) -> None:

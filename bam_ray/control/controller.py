@@ -6,27 +6,39 @@ finished if and only if its manifest is in the blob store, and an unfinished tas
 there. A controller that is killed loses nothing, and another one with the same recipe continues.
 
 Two attempts at one task never run together: the launcher starts no second attempt while the first may be alive, and
-leases in the blob store fence off a writer that neither of them knows about.
+leases in the blob store fence off a writer that neither of them knows about. If several drivers share a store, each
+task is left to the driver that has started it (see `drivers`).
 
 A failed task stops only the tasks that are made from it.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST
-from bam_ray.control import decisions, tracking
+from bam_ray.control import decisions, policies, tracking
+from bam_ray.control.drivers import Drivers, LoneDriver
 from bam_ray.control.launcher import Launcher
-from bam_ray.control.observations import Alive, AttemptStatus, Queued, Stopped
+from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Queued, Stopped
 from bam_ray.control.quorum_deadline import QuorumDeadlines
+from bam_ray.control.store_watch import StoreWatch
 from bam_ray.control.transitions import Drain, Free, Launch, PlacedTask, Transition
-from bam_ray.errors import StoreUnavailable
 from bam_ray.pipeline import readiness
 from bam_ray.pipeline.drain_policies import DRAIN_POLICIES, DrainPolicy
-from bam_ray.pipeline.states import Committed, Draining, History, Placing, Retrying, Running, State, Waiting
+from bam_ray.pipeline.states import (
+    Blocked,
+    Committed,
+    Draining,
+    Failed,
+    History,
+    MadeElsewhere,
+    Placing,
+    Retrying,
+    Running,
+    State,
+    Waiting,
+)
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling.cluster_view import ClusterView
 from bam_ray.scheduling.feasibility import FeasibilityCheck
@@ -45,9 +57,12 @@ class Controller:
         store: The blob store of the run.
         launcher: Runs the attempts.
         clock: Returns the time in seconds, from any origin.
-        on_transition: Called with every change of the kind of a task's state.
         wall: Returns the wall-clock time in seconds since 1970.
         drain_policies: Rules that end running attempts early.
+        drivers: This driver and the others of the store; by default it is the only one.
+
+    Attributes:
+        hang_timeout: Seconds without a sign of life after which an attempt is reported; twice that, it is replaced.
     """
 
     def __init__(
@@ -56,16 +71,17 @@ class Controller:
         store: BlobStore,
         launcher: Launcher,
         clock: Callable[[], float] = time.monotonic,
-        on_transition: Callable[[Transition], None] | None = None,
         wall: Callable[[], float] = time.time,
         drain_policies: Sequence[DrainPolicy] = DRAIN_POLICIES,
+        drivers: Drivers | None = None,
     ) -> None:
         self.tasks = {task.id: task for task in tasks}
         self.throughput = ThroughputTracker()
-        self._store = store
+        self._drivers = drivers or LoneDriver()
+        self.hang_timeout = policies.HANG_TIMEOUT
+        self._watch = StoreWatch(store, self._drivers, clock)
         self._launcher = launcher
         self._clock = clock
-        self._on_transition = on_transition
         self._drain_policies = drain_policies
         self._stopping = False
         self._deadlines = QuorumDeadlines(store, wall)
@@ -74,11 +90,8 @@ class Controller:
         self._kinds: dict[str, str] = {}  # of all nodes that were ever seen, by id
         self._expected: list[str] = []
         self._feasibility = FeasibilityCheck(clock())
-        with ThreadPoolExecutor(max_workers=16) as pool:  # each check is a round trip to the store
-            committed = list(pool.map(self._is_committed, tasks))
-        self.states: dict[str, State] = {
-            task.id: Committed() if done else Waiting() for task, done in zip(tasks, committed, strict=True)
-        }
+        committed = self._watch.committed(tasks)
+        self.states: dict[str, State] = {task.id: Committed() if committed[task.id] else Waiting() for task in tasks}
 
     def stop(self) -> None:
         """Ask all running tasks to write a checkpoint and stop, and start no others. Safe in a signal handler."""
@@ -92,6 +105,7 @@ class Controller:
 
         Raises:
             PlacementError: The cluster can never hold one of the tasks; see `scheduling.feasibility`.
+            StoreError: The store has failed for minutes.
         """
         nodes = self._launcher.nodes()
         self._kinds.update((node.id, node.kind) for node in nodes or ())
@@ -101,9 +115,13 @@ class Controller:
         now = self._clock()
         applied = self._apply_all(self._observe(statuses, now))
         applied += self._apply_all(decisions.kill_unresponsive(self.states, self._history, now))
+        applied += self._apply_all(
+            decisions.replace_hung(self.tasks, self.states, self._history, self.hang_timeout, now)
+        )
         if self._stopping:
             return applied + self._apply_all(decisions.shut_down(self.states, now))
         applied += self._apply_all(self._improve(nodes, now))
+        applied += self._apply_all(self._leave_to_others(now))
         return applied + self._apply_all(self._place(nodes, now))
 
     def run(self, pause: float = 1.0, on_step: Callable[[Sequence[Transition]], None] | None = None) -> RunOutcome:
@@ -181,7 +199,7 @@ class Controller:
         task_id = transition.task_id
         match transition.action:
             case Launch(placed, avoid, node_id):
-                self._launcher.place(placed.task, avoid, node_id)
+                self._launcher.place(placed, avoid, node_id)
                 self._placed[task_id] = placed
             case Drain():
                 self._launcher.drain(task_id)
@@ -190,31 +208,51 @@ class Controller:
         if transition.history is not None:
             self._history[task_id] = transition.history
         self.states[task_id] = transition.state
-        if self._on_transition and transition.changes_label:
-            self._on_transition(transition)
 
     def _observe(self, statuses: Mapping[str, AttemptStatus], now: float) -> Iterator[Transition]:
         """Decide what follows from the launcher's reports, and record the speeds that they show."""
+        ended = [self.tasks[id] for id, status in statuses.items() if not isinstance(status, Queued | Alive)]
+        committed = self._watch.committed(ended)
         for task_id, status in statuses.items():
-            transition = self._after_report(self.tasks[task_id], status, now)
+            transition = self._after_report(self.tasks[task_id], status, committed.get(task_id), now)
             if transition is not None:
+                if isinstance(status, Crashed):
+                    yield from decisions.make_again(self.tasks[task_id], status, self.states, self._history)
                 tracking.record_throughput(self.throughput, self._placed[task_id], transition, self._kinds, now)
                 yield transition
 
-    def _after_report(self, task: Task, status: AttemptStatus, now: float) -> Transition | None:
+    def _after_report(self, task: Task, status: AttemptStatus, committed: bool | None, now: float) -> Transition | None:
         state, history = self.states[task.id], self._history[task.id]
         if isinstance(status, Queued | Alive):
             return tracking.while_active(task, state, status, now)
         if isinstance(status, Stopped) and isinstance(state, Draining):
             return tracking.after_stop(task.id, state, history, status, now)
-        try:
-            committed = self._is_committed(task)
-        except StoreUnavailable:
-            return None  # the launcher reports the end again at the next step
+        if committed is None:  # the store does not say; the launcher reports the end again at the next step
+            return None
         return tracking.after_end(task, state, history, status, committed, now)
 
-    def _is_committed(self, task: Task) -> bool:
-        return self._store.exists(f"{task.kind}/{task.id}/{MANIFEST}")
+    def silence_limit(self, task_id: str, state: Running) -> float:
+        """Return the seconds without a sign of life after which an attempt counts as hung; see `policies`."""
+        return policies.silence_limit(self.tasks[task_id], state, self.hang_timeout)
+
+    @property
+    def store_warning(self) -> str:
+        """The error of the store, while it does not answer the controller; empty otherwise."""
+        return self._watch.warning
+
+    def _leave_to_others(self, now: float) -> Iterator[Transition]:
+        """Leave the tasks alone that another driver makes, until it has made them or is gone."""
+        self._watch.ask(self._drivers.refresh)
+        given_up = (self.tasks[id] for id, state in self.states.items() if isinstance(state, Failed | Blocked))
+        self._drivers.give_up([f"{task.kind}/{task.id}" for task in given_up])
+        looked = self._watch.made_by_others(
+            self.tasks[id]
+            for id, state in self.states.items()
+            if isinstance(state, MadeElsewhere)
+            or (self._drivers.has_company and isinstance(state, Waiting) and self._can_start(self.tasks[id]))
+        )
+        for task_id, made in looked.items():
+            yield from decisions.leave_to_other(task_id, self.states[task_id], made)
 
     def _check_feasibility(self, nodes: Sequence[NodeFacts]) -> None:
         open_tasks = (task for id, task in self.tasks.items() if not isinstance(self.states[id], Committed))
@@ -241,7 +279,7 @@ class Controller:
         if view is not None:
             yield from decisions.withdraw_stranded(active, self._history, view, now)
         for decision in plan_placement(ready, active, view, self.throughput, self._kinds, now):
-            yield decisions.after_placement(decision, self.states, self._history, now)
+            yield decisions.after_placement(decision, self.states, self._history, self._drivers.epoch, now)
 
     def _start_deadlines(self) -> None:
         """Start the deadlines of the tasks that wait for nothing but branches."""
@@ -256,7 +294,7 @@ class Controller:
         for task_id, state in self.states.items():
             if isinstance(state, Waiting | Retrying):
                 task = self.tasks[task_id]
-                if now >= state.not_before if isinstance(state, Retrying) else self._can_start(task):
+                if (isinstance(state, Waiting) or now >= state.not_before) and self._can_start(task):
                     ready.append(ReadyTask(task, self._history[task_id], state.progress))
         return ready
 

@@ -6,12 +6,25 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.control import policies
-from bam_ray.control.tracking import end_attempt
+from bam_ray.control.observations import Crashed
+from bam_ray.control.tracking import after_end, end_attempt
 from bam_ray.control.transitions import Drain, Free, Launch, PlacedTask, Transition
 from bam_ray.pipeline import readiness
 from bam_ray.pipeline.drain_policies import DrainPolicy
-from bam_ray.pipeline.states import Blocked, Draining, History, Placing, Running, State, Waiting
+from bam_ray.pipeline.states import (
+    Blocked,
+    Committed,
+    Draining,
+    History,
+    MadeElsewhere,
+    Placing,
+    Retrying,
+    Running,
+    State,
+    Waiting,
+)
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling.cluster_view import ClusterView
 from bam_ray.scheduling.placement import (
@@ -22,6 +35,7 @@ from bam_ray.scheduling.placement import (
     Start,
     is_stranded,
 )
+from bam_ray.units import format_duration
 
 Tasks = Mapping[str, Task]  # all by task id
 States = Mapping[str, State]
@@ -36,6 +50,44 @@ def kill_unresponsive(states: States, histories: Histories, now: float) -> Itera
             if now - state.since > timeout:
                 cause = "killed: it did not stop in time"
                 yield end_attempt(task_id, state, histories[task_id], cause, now)
+
+
+def replace_hung(
+    tasks: Tasks, states: States, histories: Histories, timeout: float, now: float
+) -> Iterator[Transition]:
+    """End the attempts that have not shown a sign of life for too long; this counts as a failure."""
+    for task_id, state in states.items():
+        if isinstance(state, Running):
+            silence = now - state.last_sign_at
+            if silence > 2 * policies.silence_limit(tasks[task_id], state, timeout):
+                error = f"no sign of progress for {format_duration(silence)}: the attempt was replaced"
+                crashed = Crashed(error, state.node, state.progress)
+                yield after_end(tasks[task_id], state, histories[task_id], crashed, False, now)
+
+
+def make_again(reader: Task, crashed: Crashed, states: States, histories: Histories) -> Iterator[Transition]:
+    """Let a committed task be made again, or at least checked, if `reader` found its files damaged."""
+    state = states.get(crashed.damaged or "")
+    if crashed.damaged is not None and isinstance(state, Committed):
+        reason = f"{reader.full_name} found its files damaged; they are checked, and made again if they are"
+        history = replace(histories[crashed.damaged], suspect=True, message=reason)
+        yield Transition(crashed.damaged, state, Waiting(), reason, history=history)
+
+
+def leave_to_other(task_id: str, state: State, made: bool | str | None) -> Iterator[Transition]:
+    """Follow what another driver does with a task.
+
+    Args:
+        task_id: The task, of which no attempt runs here.
+        state: Its state.
+        made: True if the task is committed, or the driver that makes it, or None if no driver does.
+    """
+    if made is True:
+        yield Transition(task_id, state, Committed(state.progress), "committed by another driver")
+    elif isinstance(made, str):
+        yield Transition(task_id, state, MadeElsewhere(made, state.progress), f"{made} makes it")
+    elif isinstance(state, MadeElsewhere):
+        yield Transition(task_id, state, Waiting(state.progress), "no other driver makes it any more")
 
 
 def shut_down(states: States, now: float) -> Iterator[Transition]:
@@ -94,17 +146,19 @@ def block(tasks: Tasks, states: States) -> Iterator[Transition]:
     Parents come first in `tasks`: if each transition is applied before the next is taken, all descendants are blocked.
     """
     for task_id, state in states.items():
-        if isinstance(state, Waiting):
+        if isinstance(state, Waiting | Retrying):
             blocker = readiness.blocking_task(tasks[task_id], tasks, states)
             if blocker:
                 yield Transition(task_id, state, Blocked(blocker), f"{blocker} failed")
 
 
-def after_placement(decision: PlacementDecision, states: States, histories: Histories, now: float) -> Transition:
-    """Return the transition for one decision of the placement."""
+def after_placement(
+    decision: PlacementDecision, states: States, histories: Histories, epoch: int, now: float
+) -> Transition:
+    """Return the transition for one decision of the placement; `epoch` is that of the driver."""
     match decision:
         case Start():
-            return _launch(decision, states[decision.task.id], histories[decision.task.id], now)
+            return _launch(decision, states[decision.task.id], histories[decision.task.id], epoch, now)
         case Move(task_id):
             state = states[task_id]
             assert isinstance(state, Running), state
@@ -121,11 +175,15 @@ def drain_to_move(task_id: str, state: Running, cause: str, now: float) -> Trans
     return Transition(task_id, state, draining, cause, Drain())
 
 
-def _launch(start: Start, state: State, history: History, now: float) -> Transition:
+def _launch(start: Start, state: State, history: History, epoch: int, now: float) -> Transition:
     """Start the next attempt at a task. This is where an attempt gets its number."""
-    placed = PlacedTask(start.task, history.attempts + 1, start.group)
+    number = AttemptNumber(epoch, history.attempts + 1)
+    placed = PlacedTask(start.task, number, start.group, history.suspect)
     following = replace(
-        history, attempts=placed.attempt, message=start.message, no_capacity_since=start.no_capacity_since
+        history,
+        attempts=number.count,
+        message=start.message or (history.message if history.suspect else ""),
+        no_capacity_since=start.no_capacity_since,
     )
     placing = Placing(now, start.node_id, state.progress)
     action = Launch(placed, start.avoid, start.node_id)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from bam_ray.control.attempt import Attempt
 from bam_ray.control.observations import AttemptStatus, Queued
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import StageContext, Task
 from bam_ray.scheduling.nodes import NodeFacts
@@ -26,11 +27,11 @@ class Launcher(Protocol):
         """Receive all tasks that can run now, placed or not, so that an autoscaling cluster can grow for them."""
         ...
 
-    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+    def place(self, placed: PlacedTask, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Start an attempt; queue it until there is capacity.
 
         Args:
-            task: The task, with the resource request that was chosen.
+            placed: The task, with the resource request that was chosen, and the number of the attempt.
             avoid: Ids of nodes not to start on, if others can hold the task.
             node_id: The node to start on; None lets the launcher choose.
         """
@@ -63,7 +64,7 @@ class InProcessLauncher:
         slots: The largest number of attempts that run at the same time.
     """
 
-    def __init__(self, run: Callable[[Task, StageContext], object], slots: int = 1) -> None:
+    def __init__(self, run: Callable[[PlacedTask, StageContext], object], slots: int = 1) -> None:
         self._run = run
         self._slots = slots
         self._node = Node("local", "local")
@@ -77,11 +78,11 @@ class InProcessLauncher:
     def expect(self, tasks: Sequence[Task]) -> None:
         """Do nothing: threads are created on demand."""
 
-    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+    def place(self, placed: PlacedTask, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Queue an attempt, and start it if a slot is free."""
-        attempt = Attempt(lambda context: self._run(task, context), self._node)
-        self._entries[task.id] = _Entry(task, attempt)
-        self._queue.append(task.id)
+        attempt = Attempt(lambda context: self._run(placed, context), self._node)
+        self._entries[placed.task.id] = _Entry(placed.task, attempt)
+        self._queue.append(placed.task.id)
         self._start()
 
     def poll(self) -> dict[str, AttemptStatus]:

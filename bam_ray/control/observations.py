@@ -18,6 +18,7 @@ class Alive:
     node: Node
     progress: Progress | None
     nodes: frozenset[str] = frozenset()  # ids of the nodes of a group's ranks that have reported theirs
+    signs: int = 0  # how often the work has reported or asked whether to stop
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Crashed:
     log: tuple[str, ...] = ()
     final: bool = False  # another attempt would end in the same way
     node_fault: bool = False  # the node died; the task did not cause it
-    store_fault: bool = False  # the blob store was unavailable
+    store_fault: bool = False  # the blob store was unavailable, or it denied a request
+    stale: bool = False  # a newer attempt has taken over
+    damaged: str | None = None  # id of an artifact whose committed files the attempt found damaged
 
 
 AttemptStatus = Queued | Alive | Done | Stopped | Crashed

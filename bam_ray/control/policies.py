@@ -2,9 +2,9 @@
 
 An error that would repeat itself (settings, data, weights that do not fit) fails the task at once. Every other error is
 retried, at most `Task.max_attempts` times in a row without progress: an attempt that advances the last checkpoint
-resets the count. An attempt whose node died, or that ended because the blob store was unavailable, does not count as a
-failure of the task. These two have limits of their own, so that a task on nodes that are often taken away can still
-finish, and a task that kills its nodes ends.
+resets the count. An attempt whose node died, or that ended because the blob store was unavailable or denied a request,
+does not count as a failure of the task. These two have limits of their own, so that a task on nodes that are often
+taken away can still finish, and a task that kills its nodes ends.
 """
 
 from dataclasses import replace
@@ -17,18 +17,14 @@ from bam_ray.errors import (
     LossSpiked,
     PlacementError,
     SettingsError,
-    StaleLease,
-    StoreDenied,
     UpcycleError,
 )
-from bam_ray.pipeline.states import Failed, History, Retrying
+from bam_ray.pipeline.states import Failed, History, Retrying, Running
 from bam_ray.pipeline.tasks import Task
 
 FINAL = (
     SettingsError,
     DataError,
-    StoreDenied,
-    StaleLease,
     FamilyError,
     UpcycleError,
     PlacementError,
@@ -42,12 +38,30 @@ MOST_NODE_DEATHS = 16  # attempts whose node may die before one advances the che
 PIN_TIMEOUT = 120.0  # seconds for a node to start what was placed on it, before the task is placed again
 PLACEMENT_DELAY = 15.0  # seconds between searches for a node, while none can hold a task
 STOP_TIMEOUT = 120.0  # seconds for the last checkpoint of an attempt when the run is asked to stop
+HANG_TIMEOUT = 900.0  # seconds without a sign of life after which a training attempt is reported; twice that, replaced
+START_TIMEOUT = 3600.0  # the same before the first step and after the last, and for tasks that do not train
+HANG_STEPS = 20  # a training attempt may also be silent for as long as this many steps take
 MOVE_TIMEOUT = 900.0  # the same when the task is to move: nobody waits for it, and killing it would lose work
 
 
 def is_final(error: BaseException) -> bool:
     """Return True if another attempt would end in the same way."""
     return isinstance(error, FINAL)
+
+
+def silence_limit(task: Task, state: Running, timeout: float) -> float:
+    """Return the seconds without a sign of life after which an attempt is reported; twice that, it is replaced.
+
+    Args:
+        task: The task.
+        state: The state of the attempt, which has measured its own steps.
+        timeout: The shortest limit while the attempt trains, such as `HANG_TIMEOUT`.
+    """
+    trains = task.step_tokens > 0 and state.first_step > 0 and state.progress.step < task.total_steps
+    if not trains:
+        return timeout * START_TIMEOUT / HANG_TIMEOUT
+    step_seconds = 1.0 / state.steps_per_second if state.steps_per_second else 0.0
+    return max(timeout, HANG_STEPS * step_seconds, 3 * state.longest_silence)
 
 
 def after_failure(task: Task, history: History, crashed: Crashed, now: float) -> tuple[History, Retrying | Failed]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from bam_ray.blobs import BlobStore
-from bam_ray.errors import BlobExists, StoreUnavailable
+from bam_ray.errors import BlobExists, StoreError
 from bam_ray.pipeline.tasks import Task
 
 
@@ -27,13 +27,13 @@ class QuorumDeadlines:
     def start(self, task: Task) -> None:
         """Start the deadline of `task`, unless this controller or an earlier one has; do nothing if it has none.
 
-        If the blob store is unavailable, the deadline does not start; call again at the next step.
+        If the blob store fails, the deadline does not start; call again at the next step.
         """
         if task.id in self._since or task.quorum is None or not 0.0 < task.quorum.deadline < math.inf:
             return
         try:
             self._since[task.id] = self._put_if_absent(f"{task.kind}/{task.id}/quorum/since.txt")
-        except StoreUnavailable:
+        except StoreError:
             return
 
     def waited(self, task: Task) -> float:

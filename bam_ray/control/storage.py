@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest, is_manifest
 from bam_ray.errors import BlobNotFound
 
 
 def stored_bytes(store: BlobStore) -> Mapping[ArtifactKind, int]:
     """Return the bytes in artifacts and training checkpoints by kind, without unfinished uploads."""
-    keys = [key for kind in ArtifactKind for key in store.list(f"{kind}/") if key.endswith(f"/{MANIFEST}")]
+    keys = [key for kind in ArtifactKind for key in store.list(f"{kind}/") if is_manifest(key)]
     sizes: Counter[ArtifactKind] = Counter()
     with ThreadPoolExecutor(max_workers=16) as pool:
         for key, size in zip(keys, pool.map(lambda key: _size(store, key), keys), strict=True):

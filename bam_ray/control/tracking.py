@@ -11,6 +11,7 @@ from bam_ray.pipeline.states import (
     Committed,
     Draining,
     History,
+    MadeElsewhere,
     Node,
     Placing,
     Running,
@@ -56,7 +57,11 @@ def after_end(
     cause = "committed" if committed else crashed.error
     history = _with_attempt(history, state, crashed.node, crashed.progress, cause, now)
     if committed:
+        history = replace(history, suspect=False)
         return Transition(task.id, state, Committed(crashed.progress), cause, Free(), history)
+    if crashed.stale:
+        elsewhere = MadeElsewhere("another attempt", crashed.progress)
+        return Transition(task.id, state, elsewhere, cause, Free(), history)
     history, following = policies.after_failure(task, history, crashed, now)
     return Transition(task.id, state, following, cause, Free(), history)
 
@@ -90,12 +95,15 @@ def _update(task: Task, state: State, alive: Alive, now: float) -> Running | Dra
     match state:
         case Running(first_step=0) if progress and progress.step > 0:
             # Reading a checkpoint is no training: the speed is measured from the first step that is reported
-            return Running(node, progress, now, progress.step, now, state.placed_at, alive.nodes)
+            return Running(node, progress, now, progress.step, now, state.placed_at, alive.nodes, alive.signs, now)
         case Running():
             progress = progress or state.progress
-            last_step_at = now if progress.step != state.progress.step else state.last_step_at
-            start = state.measured_from, state.first_step
-            return Running(node, progress, *start, last_step_at, state.placed_at, alive.nodes)
+            if progress.step != state.progress.step:
+                state = replace(state, last_step_at=now)
+            if alive.signs != state.signs or progress != state.progress:
+                silence = max(state.longest_silence, now - state.last_sign_at if state.first_step else 0.0)
+                state = replace(state, signs=alive.signs, last_sign_at=now, longest_silence=silence)
+            return replace(state, node=node, progress=progress, nodes=alive.nodes)
         case Draining():
             return replace(state, node=node, progress=progress or state.progress)
         case _:
@@ -103,7 +111,7 @@ def _update(task: Task, state: State, alive: Alive, now: float) -> Running | Dra
             # A resumed attempt reports its step only with its next step; until then show that of the last attempt
             known = progress or state.progress or Progress(0, task.total_steps)
             first_step = progress.step if progress else 0
-            return Running(node, known, now, first_step, now, state.since, alive.nodes)
+            return Running(node, known, now, first_step, now, state.since, alive.nodes, alive.signs, now)
 
 
 def _as_crash(task: Task, status: Done | Stopped | Crashed) -> Crashed:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.pipeline.states import History, State
 from bam_ray.pipeline.tasks import Task
 from bam_ray.scheduling.throughput import ThroughputGroup
@@ -14,13 +15,15 @@ class PlacedTask:
 
     Attributes:
         task: The task with the chosen resource request and number of workers.
-        attempt: The number of the attempt at this task, counted by this controller from 1.
+        number: The number of the attempt.
         group: The throughput group that the attempt is measured in.
+        suspect: True if a reader found the committed files of the task damaged, so that the attempt must check them.
     """
 
     task: Task
-    attempt: int
+    number: AttemptNumber
     group: ThroughputGroup
+    suspect: bool = False
 
 
 @dataclass(frozen=True)

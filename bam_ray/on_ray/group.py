@@ -95,6 +95,7 @@ class RankContext:
         self.rank = dist.get_rank()
         self._host = host
         self._progress: Progress | None = None
+        self._signs = 0  # of life
         self._asked_to_stop = False
         self._closed = threading.Event()
         node = current_node()
@@ -106,10 +107,12 @@ class RankContext:
 
     def report(self, progress: Progress) -> None:
         """Keep the progress for the next exchange; only rank 0's is passed on."""
+        self._signs += 1
         self._progress = progress
 
     def should_stop(self) -> bool:
         """Return True if the host asked the group to stop; always False on ranks above 0."""
+        self._signs += 1
         return self._asked_to_stop
 
     def close(self) -> None:
@@ -122,7 +125,7 @@ class RankContext:
         while True:
             last = self._closed.wait(EXCHANGE_SECONDS)
             try:
-                self._asked_to_stop = ray.get(self._host.exchange.remote(self._progress))
+                self._asked_to_stop = ray.get(self._host.exchange.remote(self._progress, self._signs))
             except RayError:  # an OutOfMemoryError is no RayActorError
                 return  # the host is gone, so Ray Train will stop this process
             if last:

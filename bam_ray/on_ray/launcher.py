@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.control.attempt import LOG_LINES
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Queued
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.on_ray.cluster import free_resources, living_nodes
 from bam_ray.on_ray.deaths import describe_death
 from bam_ray.on_ray.task_actor import remote_class
@@ -97,10 +98,11 @@ class RayLauncher:
         bundles = [ray_resources(task.needs) for task in tasks for _ in range(task.workers)]
         request_resources(bundles=[bundle for bundle in bundles if bundle])
 
-    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+    def place(self, placed: PlacedTask, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Start an actor for the task on `node_id`; if that is None, on a node outside `avoid` if one can run it."""
+        task = placed.task
         selector = {**task.needs.labels, NODE_ID: node_id} if node_id else label_selector(task, avoid, living_nodes())
-        work = Work(task, self._run, self._functions, self._engine_factory, selector)
+        work = Work(placed, self._run, self._functions, self._engine_factory, selector)
         actor = self._actors.options(max_concurrency=2, **self._placement_options(work)).remote()
         self._placed[task.id] = _PlacedActor(task, actor, node_id, actor.start.remote(work))
 

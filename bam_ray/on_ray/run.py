@@ -4,6 +4,7 @@ The driver keeps no durable state. A run whose driver was killed resumes when it
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -21,8 +22,9 @@ from bam_ray.blobs.check import open_checked_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, RunOutcome
+from bam_ray.control.drivers import DriverRegistry
 from bam_ray.control.status_table import render
-from bam_ray.errors import PlacementError, StoreUnavailable
+from bam_ray.errors import PlacementError, StoreError
 from bam_ray.on_ray.deaths import protect_driver
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
@@ -46,6 +48,7 @@ def run_tasks(
     kinds: Collection[ArtifactKind] | None = None,
     engine_factory: "EngineFactory | None" = None,
     functions: StageFunctions | None = None,
+    take_over: bool = False,
 ) -> RunOutcome:
     """Make all artifacts of `kinds` and everything that they are made from, and return the outcome.
 
@@ -57,6 +60,7 @@ def run_tasks(
         kinds: Kinds of artifacts to make. None stands for all.
         engine_factory: Makes the engines of process groups.
         functions: Replacements for the functions that run a stage.
+        take_over: Do not wait for other drivers that have worked on this store; treat them as gone.
 
     Raises:
         StoreError: The blob store cannot be used.
@@ -69,14 +73,18 @@ def run_tasks(
     protect_driver()
     run = PipelineRun.of(recipe, store)
     run = replace(run, tasks=with_memory_requests(run.tasks, recipe, seed_size(recipe)))
+    drivers = DriverRegistry(store, recipe.name, take_over)
     launcher = RayLauncher(run, engine_factory, functions)
-    controller = Controller(run.tasks if kinds is None else subset(run.tasks, kinds), store, launcher)
+    tasks = run.tasks if kinds is None else subset(run.tasks, kinds)
+    controller = Controller(tasks, store, launcher, drivers=drivers)
+    controller.hang_timeout = float(os.environ.get("BAM_HANG_SECONDS", controller.hang_timeout))
     stop_on_signals(controller)
     reporter = StatusReporter(recipe.name, controller, store)
-    try:
-        outcome = controller.run(STEP_SECONDS, reporter)
-    finally:
-        launcher.close()
+    with drivers.beating():
+        try:
+            outcome = controller.run(STEP_SECONDS, reporter)
+        finally:
+            launcher.close()
     reporter.write()
     return outcome
 
@@ -103,10 +111,10 @@ class StatusReporter:
             self._printed = now
 
     def write(self) -> None:
-        """Write `status.json`; prints a warning if the store is unavailable."""
+        """Write `status.json`; prints a warning if the store fails."""
         try:
             status.write(self._store, status.build(self._run, self._controller, self._before))
-        except StoreUnavailable as error:  # not fatal: tasks may reach the store, and retry for themselves
+        except StoreError as error:  # not fatal: tasks may reach the store, and retry for themselves
             self._console.print(f"status not written: {error}", style="yellow", highlight=False)
 
     def _print(self) -> None:

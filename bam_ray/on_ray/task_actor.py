@@ -60,12 +60,14 @@ class TaskActor:
         if rank == 0:
             self._attempt.host = node
 
-    def exchange(self, progress: Progress | None) -> bool:
-        """Record the progress, and return True if the process group should stop; called by rank 0."""
+    def exchange(self, progress: Progress | None, signs: int) -> bool:
+        """Record the progress and the signs of life, and return True if the group should stop; called by rank 0."""
         assert self._attempt is not None
         if progress:
             self._attempt.report(progress)
-        return self._attempt.should_stop()
+        stop = self._attempt.should_stop()
+        self._attempt.signs = signs
+        return stop
 
     def group_stopped(self) -> None:
         """Record that all ranks have stopped cleanly after a drain; called by rank 0."""
@@ -78,6 +80,8 @@ class TaskActor:
     def _run_group(self, work: Work, context: StageContext) -> None:
         from bam_ray.on_ray.group import run_group  # torch and Ray Train: the driver imports this module without them
 
+        if work.task_run(context).finished() is not None:
+            return
         context.report(Progress(0, work.task.total_steps, note=f"gathering {work.task.workers} processes"))
         run_group(work, ray.get_runtime_context().current_actor)
         if self._group_stopped:

@@ -3,8 +3,12 @@
 Waiting ─▶ Placing ─▶ Running ─▶ Committed
    ▲          │          ├─▶ Retrying ─▶ Placing
    │          │          ├─▶ Draining ─▶ Waiting     (asked to stop)
+   │          │          ├─▶ MadeElsewhere           (another driver took over)
    │          ▼          ▼
    └─ Blocked ◀─ ─ ─ ─ Failed                        (Blocked: a parent failed)
+
+Committed ─▶ Waiting, if a reader finds the committed files damaged.
+Waiting ─▶ MadeElsewhere ─▶ Waiting or Committed, while another driver works on the same store.
 
 Every state has a `label`, a `node`, a `progress`, and two flags. `is_active` is True while the launcher holds an
 attempt at the task. `is_final` is True if the task will not be attempted again.
@@ -15,7 +19,9 @@ from typing import ClassVar, Literal
 
 from bam_ray.pipeline.tasks import Progress
 
-StateLabel = Literal["waiting", "blocked", "placing", "running", "draining", "retrying", "committed", "failed"]
+StateLabel = Literal[
+    "waiting", "elsewhere", "blocked", "placing", "running", "draining", "retrying", "committed", "failed"
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,18 @@ class Waiting:
     is_final: ClassVar[bool] = False
     node: ClassVar[None] = None
     progress: Progress | None = None  # of the last attempt, if it was moved or stopped
+
+
+@dataclass(frozen=True)
+class MadeElsewhere:
+    """Another driver of the same store makes the artifact."""
+
+    label: ClassVar[StateLabel] = "elsewhere"
+    is_active: ClassVar[bool] = False
+    is_final: ClassVar[bool] = False
+    node: ClassVar[None] = None
+    driver: str  # a description of the driver
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,9 @@ class Running:
     last_step_at: float  # when the step last changed
     placed_at: float  # when this attempt was requested
     nodes: frozenset[str] = frozenset()  # ids of the nodes of all ranks of a group
+    signs: int = 0  # how often the work had shown a sign of life by `last_sign_at`
+    last_sign_at: float = 0.0
+    longest_silence: float = 0.0  # seconds between two signs of life since the first step
 
     @property
     def steps_per_second(self) -> float | None:
@@ -141,7 +162,7 @@ class Failed:
     progress: Progress | None = None
 
 
-State = Waiting | Blocked | Placing | Running | Draining | Retrying | Committed | Failed
+State = Waiting | MadeElsewhere | Blocked | Placing | Running | Draining | Retrying | Committed | Failed
 Active = Placing | Running | Draining
 
 
@@ -168,6 +189,7 @@ class History:
     avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on since the checkpoint advanced
     past_attempts: tuple[AttemptRecord, ...] = ()
     message: str = ""  # about the placement of the last attempt: a fallback request, or fewer workers
+    suspect: bool = False  # a reader found the committed files damaged, and no attempt has checked them since
     no_capacity_since: float | None = None  # since when the cluster could not hold all workers, even if it were idle
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.manifest import MANIFEST
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Done, Queued, Stopped
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
@@ -115,9 +116,9 @@ class SimulatedLauncher:
     def expect(self, tasks: Sequence[Task]) -> None:
         """Do nothing: the cluster has a fixed size."""
 
-    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+    def place(self, placed: PlacedTask, avoid: frozenset[str], node_id: str | None = None) -> None:
         """See `Launcher`."""
-        attempt = self._attempts[task.id] = _SimulatedAttempt(task, node_id, avoid)
+        attempt = self._attempts[placed.task.id] = _SimulatedAttempt(placed.task, node_id, avoid)
         self._try_to_place(attempt)
 
     def poll(self) -> dict[str, AttemptStatus]:
@@ -251,7 +252,7 @@ class SimulatedLauncher:
             last = Progress(saved or 0, total, checkpoint_step=saved)
             return Crashed(f"node {attempt.node.name} was preempted", attempt.node, last, node_fault=True)
         if self.now < attempt.ends_at:
-            return Alive(attempt.node, progress)
+            return Alive(attempt.node, progress, signs=int(self.now))  # it never hangs
         if attempt.stops_at < math.inf and step < total:
             self._checkpoint_steps[task.id] = step
             return Stopped(attempt.node, Progress(step, total, checkpoint_step=step))

@@ -111,7 +111,7 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
         for name in (name for _, name in task.quorum.branches if name not in present):
             artifact = run.parent(ArtifactKind.BRANCHES, name)
             try:
-                if artifact.manifest() is None:
+                if not artifact.is_committed():
                     continue
                 branch = TensorReader(run.store, artifact.prefix)
                 seed = run.recipe.upcycle.mixtures[task.name].seed

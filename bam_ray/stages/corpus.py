@@ -12,7 +12,7 @@ from bam_ray.stages.task_run import TaskRun
 
 def make_corpus(run: TaskRun) -> Manifest:
     """Build the corpus of `recipe.data` and publish it."""
-    settings = run.recipe.data
+    settings, lease = run.recipe.data, run.take_lease()
     steps = 0
 
     def note(text: str) -> None:
@@ -32,5 +32,6 @@ def make_corpus(run: TaskRun) -> Manifest:
             settings=settings.model_dump(mode="json"),
             tokens=sum(domain["train_tokens"] for domain in facts["domains"].values()),
             facts=facts,
+            attempt=str(lease.number),
         )
-        return run.artifact.publish(Path(folder), manifest)
+        return run.artifact.publish(Path(folder), manifest, lease)

@@ -90,6 +90,7 @@ def _train_dense(
 
 def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
     """Copy a Hugging Face folder into the store, after checking that it can be branched and upcycled."""
+    lease = run.take_lease()
     source = open_store(uri, run.recipe.store.endpoint)
     reader = TensorReader(source)
     family_of(reader.config, uri)
@@ -114,8 +115,9 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
             parents=task.parents,
             settings=run.recipe.seed.model_dump(mode="json"),
             facts={"imported_from": uri, "architecture": reader.config["model_type"]},
+            attempt=str(lease.number),
         )
-        return run.artifact.publish(Path(folder), manifest)
+        return run.artifact.publish(Path(folder), manifest, lease)
 
 
 def _is_model_file(key: str, reader: TensorReader) -> bool:

@@ -23,7 +23,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest, identity
 from bam_ray.data import Corpus
-from bam_ray.errors import CheckpointError, Interrupted
+from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted
 from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.perplexity import score
 from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, model_label
@@ -47,11 +47,9 @@ def evaluate(run: TaskRun) -> Manifest:
     that were committed by then are kept.
     """
     started = time.perf_counter()
-    finished = run.artifact.manifest()
-    if finished is not None:
-        return finished
+    lease = run.take_lease()
     made = committed_artifacts(run)
-    evaluator = Evaluator(run, run.take_lease())
+    evaluator = Evaluator(run, lease)
     damaged = damaged_branches(run, made)
     models = [
         (task, kind)
@@ -90,10 +88,9 @@ def evaluate(run: TaskRun) -> Manifest:
                 "left_out": [made[id].name for id in damaged],
                 "findings": {finding.claim: finding.holds for finding in results.findings},
             },
-            attempt=evaluator.lease.number,
+            attempt=str(lease.number),
         )
-        evaluator.lease.check()
-        return run.artifact.publish(Path(folder), manifest)
+        return run.artifact.publish(Path(folder), manifest, lease)
 
 
 class Evaluator:
@@ -123,33 +120,47 @@ class Evaluator:
             progress: The progress of the whole report, which is reported while the model is scored.
         """
         artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, self.id_of(task))
-        if artifact.manifest() is None:
-            started = time.perf_counter()
-            folder = Artifact(self._store, task.kind, task.id).fetch()
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            if not self.corpus.attend_across_documents:
-                mask_documents(model, self.corpus.end_of_text_id)
-            domains, routings = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))
-            result = describe(task, kind, lineage, model, domains, routings)
-            wall = time.perf_counter() - started
-            tokens = sum(len(each.sequence_nll) for each in domains.values()) * self.corpus.sequence_length
-            flops = forward_flops_per_token(model.config, self.corpus.sequence_length) * tokens
-            manifest = Manifest(
-                id=artifact.id,
-                kind=ArtifactKind.EVALUATIONS,
-                name=task.name,
-                parents=(task.id, self._corpus_id),
-                settings=self._settings.model_dump(mode="json"),
-                compute=ComputeCost(flops=flops, device_seconds=wall, wall_seconds=wall),
-                metrics={f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)},
-                attempt=self.lease.number,
-            )
-            with tempfile.TemporaryDirectory(prefix="bam-evaluation-") as temporary:
-                (Path(temporary) / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
-                self.lease.check()
-                artifact.publish(Path(temporary), manifest)
-        return ModelScore.model_validate_json((artifact.fetch() / SCORE).read_bytes())
+        manifest = artifact.manifest()
+        if manifest is not None:
+            try:
+                return _read_score(artifact)
+            except DigestMismatch as error:
+                artifact.set_aside(manifest, str(error))
+        self._publish_score(artifact, task, kind, lineage, progress)
+        return _read_score(artifact)
+
+    def _publish_score(
+        self, artifact: Artifact, task: Task, kind: ModelKind, lineage: Sequence[Manifest], progress: Progress
+    ) -> None:
+        """Score the model that `task` made, and commit the scores.
+
+        Evaluations have no leases: if several reports score one model at the same time, the first commit counts.
+        """
+        started = time.perf_counter()
+        folder = Artifact(self._store, task.kind, task.id).fetch()
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if not self.corpus.attend_across_documents:
+            mask_documents(model, self.corpus.end_of_text_id)
+        domains, routings = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))
+        result = describe(task, kind, lineage, model, domains, routings)
+        wall = time.perf_counter() - started
+        tokens = sum(len(each.sequence_nll) for each in domains.values()) * self.corpus.sequence_length
+        flops = forward_flops_per_token(model.config, self.corpus.sequence_length) * tokens
+        manifest = Manifest(
+            id=artifact.id,
+            kind=ArtifactKind.EVALUATIONS,
+            name=task.name,
+            parents=(task.id, self._corpus_id),
+            settings=self._settings.model_dump(mode="json"),
+            compute=ComputeCost(flops=flops, device_seconds=wall, wall_seconds=wall),
+            metrics={f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)},
+            attempt=str(self.lease.number),
+        )
+        with tempfile.TemporaryDirectory(prefix="bam-evaluation-") as temporary:
+            (Path(temporary) / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
+            self.lease.check()
+            artifact.publish(Path(temporary), manifest)
 
     def _score_domains(
         self, model: PreTrainedModel, progress: Progress
@@ -173,6 +184,10 @@ class Evaluator:
             if routing is not None:
                 routings[domain] = routing
         return domains, routings
+
+
+def _read_score(artifact: Artifact) -> ModelScore:
+    return ModelScore.model_validate_json((artifact.fetch() / SCORE).read_bytes())
 
 
 def describe(
@@ -256,5 +271,5 @@ def _curve(manifest: Manifest, store: BlobStore) -> list[tuple[int, float]]:
     """Return (step, NLL) of the model's own training; empty if no curve was recorded."""
     if CURVE not in manifest.files:
         return []
-    points = json.loads(store.get(f"{manifest.kind}/{manifest.id}/{CURVE}"))
+    points = json.loads(Artifact(store, manifest.kind, manifest.id).read_file(CURVE))
     return [(point["step"], point["nll"]) for point in points]

@@ -45,7 +45,7 @@ def publish_model(
             "refused_checkpoints": finished.refused,
             **job.extra_facts,
         },
-        attempt=run.lease.number,
+        attempt=str(run.lease.number),
     )
     with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
         folder = Path(temporary)
@@ -54,4 +54,4 @@ def publish_model(
         for path in job.extra_files:
             shutil.copy(path, folder)
         (folder / CURVE).write_text(json.dumps([asdict(metrics) for metrics in finished.curve]))
-        return retry_while_unavailable()(run.artifact.publish, folder, manifest, run.lease.check)
+        return retry_while_unavailable()(run.artifact.publish, folder, manifest, run.lease)

@@ -27,7 +27,7 @@ GROUP_STAGES: dict[ArtifactKind, Callable[[TaskRun, EngineFactory], Manifest | N
 
 def run_stage(run: TaskRun) -> Manifest:
     """Make the artifact of the task in this process, unless it is committed already, and return its manifest."""
-    manifest = run.artifact.manifest() or STAGES[run.task.kind](run)
+    manifest = run.finished() or STAGES[run.task.kind](run)
     assert manifest is not None  # one process is rank 0
     return manifest
 

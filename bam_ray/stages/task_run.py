@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
-from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.errors import Interrupted
+from bam_ray.checkpoint.leases import AttemptNumber, Lease, take_epoch
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.errors import DigestMismatch, Interrupted
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.tasks import StageContext, Task
 from bam_ray.settings import MetricsSettings, Recipe, TrainingSettings
@@ -53,13 +53,25 @@ class OpenAttempt:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """A task as it was placed, the run that it belongs to, and this rank's connection to the caller."""
+    """A task as it was placed, the run that it belongs to, and this rank's connection to the caller.
+
+    Attributes:
+        task: The task, with the resource request that was chosen.
+        pipeline: The run.
+        context: The connection to the caller.
+        rank: The rank of this process in its process group.
+        number: The number of the attempt; None if there is no controller.
+        suspect: True if a reader found the committed files damaged, so that they must be checked.
+        opened: The attempt in progress; None outside `attempt()`.
+    """
 
     task: Task
     pipeline: PipelineRun
     context: StageContext
     rank: int = 0
-    opened: OpenAttempt | None = None  # None outside `attempt()`
+    number: AttemptNumber | None = None
+    suspect: bool = False
+    opened: OpenAttempt | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -85,14 +97,29 @@ class TaskRun:
         """The lease of the open attempt; None on ranks above 0 and outside an attempt."""
         return self.opened.lease if self.opened else None
 
-    @property
-    def attempt_number(self) -> int | None:
-        """The number of the open attempt; None on ranks above 0 and outside an attempt."""
-        return self.lease.number if self.lease else None
-
     def take_lease(self) -> Lease:
-        """Take the artifact's next lease. This is the only place where an attempt gets its number."""
-        return Lease.take(self.store, self.artifact.prefix)
+        """Take the lease of this attempt at the task's artifact.
+
+        The controller has numbered the attempt. Without a controller, the attempt takes an epoch of its own.
+        """
+        number = self.number or AttemptNumber(take_epoch(self.store), 1)
+        return Lease.take(self.store, self.artifact.prefix, number)
+
+    def finished(self) -> Manifest | None:
+        """Return the manifest of the task's artifact if it is committed and need not be made again.
+
+        If a reader found its files damaged, they are read once more here, because the reader's node may be at fault.
+        If they are damaged, the manifest is set aside.
+        """
+        manifest = self.artifact.manifest()
+        if manifest is None or not self.suspect:
+            return manifest
+        try:
+            self.artifact.check_files(manifest)
+        except DigestMismatch as error:
+            self.artifact.set_aside(manifest, str(error))
+            return None
+        return manifest
 
     @contextmanager
     def attempt(self) -> Iterator["TaskRun"]:
@@ -104,7 +131,7 @@ class TaskRun:
         number = lease.number if lease else None
         log = EventLog(self.store, self.artifact.prefix, number)
         opened = OpenAttempt(lease, log)
-        log.emit(AttemptStarted(number, self.context.node, socket.gethostname(), os.getpid()))
+        log.emit(AttemptStarted(str(number) if number else None, self.context.node, socket.gethostname(), os.getpid()))
         try:
             yield replace(self, opened=opened)
         except Interrupted:
@@ -130,7 +157,7 @@ class TaskRun:
 
     def curves(self, metrics: MetricsSettings) -> CurveWriter:
         """Return the writer of the curves of this task's artifact; it writes only in an attempt of rank 0."""
-        return CurveWriter(metrics, self.artifact, self.task.name, self.attempt_number)
+        return CurveWriter(metrics, self.artifact, self.task.name, self.lease.number if self.lease else None)
 
     def checkpoints(
         self, training: TrainingSettings, emit: Emit = ignore_event, extra_files: Sequence[Path] = ()

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.checkpoint.writing import ModelWriter
+from bam_ray.checkpoint.writing import artifact_writer
 from bam_ray.data import Corpus
 from bam_ray.errors import BlobExists, CheckpointError, Interrupted
 from bam_ray.pipeline.tasks import Progress, StageContext
@@ -27,16 +28,16 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
 
     Weights are read from the store by byte range and written as they are computed.
     """
-    name = run.task.name
+    name, lease = run.task.name, run.take_lease()
     settings: MixtureSettings = run.recipe.upcycle.mixtures[name]
     origins = {"seed": run.parent(ArtifactKind.SEEDS, "seed")}
     branches = starting_branches(run)
     if isinstance(settings, BranchedMixture):
         origins |= {domain: run.parent(ArtifactKind.BRANCHES, domain) for domain in branches}
         settings = without_missing_branches(settings, len(run.recipe.branch.domains) - len(branches), origins)
+    for artifact in origins.values():
+        check_parent(artifact)
     sources = {source: TensorReader(run.store, artifact.prefix) for source, artifact in origins.items()}
-    for source in sources.values():
-        source.check_digests()
 
     manifest = Manifest(
         id=run.task.id,
@@ -44,22 +45,26 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
         name=name,
         parents=tuple(artifact.id for artifact in origins.values()),
         settings=settings.model_dump(mode="json"),
+        attempt=str(lease.number),
     )
-    try:
-        made = upcycle(
-            sources,
-            settings,
-            ModelWriter(run.store, run.artifact.prefix),
-            manifest,
-            run.recipe.mix.losses,
-            _texts(settings, run, branches),
-            UpcyclingProgress(name, run.context),
-        )
-    except BlobExists:  # another attempt committed first; the same identity means the same content
-        committed = run.artifact.manifest()
-        assert committed is not None
-        return committed
+    made = upcycle(
+        sources,
+        settings,
+        artifact_writer(run.artifact, lease),
+        manifest,
+        run.recipe.mix.losses,
+        _texts(settings, run, branches),
+        UpcyclingProgress(name, run.context),
+    )
     return made.manifest
+
+
+def check_parent(artifact: Artifact) -> None:
+    """Read all files of a parent and compare their digests; raises `CheckpointError` if it is not committed."""
+    manifest = artifact.manifest()
+    if manifest is None:
+        raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it")
+    artifact.check_files(manifest)
 
 
 class UpcyclingProgress:
@@ -102,7 +107,7 @@ def starting_branches(run: TaskRun) -> list[str]:
     quorum = run.task.quorum
     if quorum is None:
         return run.recipe.branch.domains
-    committed = [name for _, name in quorum.branches if run.parent(ArtifactKind.BRANCHES, name).manifest() is not None]
+    committed = [name for _, name in quorum.branches if run.parent(ArtifactKind.BRANCHES, name).is_committed()]
     if len(committed) < quorum.at_least:
         raise CheckpointError(
             f"{len(committed)} of the {len(quorum.branches)} branches are committed, but upcycle.when requires at "

@@ -12,7 +12,6 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest, identity
 from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import SettingsError
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
@@ -79,10 +78,10 @@ def make_mixture(
         parents=uris,
         settings=settings.model_dump(mode="json"),
     )
-    with new_model_folder(out) as store:
+    with new_model_folder(out) as writer:
         for source in sources.values():
             source.check_digests()
-        return write_model(planned, sources, ModelWriter(store), manifest, texts, progress)
+        return write_model(planned, sources, writer, manifest, texts, progress)
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,11 @@ def change_mixture(
         parents=uris,
         settings=settings,
     )
-    with new_model_folder(out) as store:
+    with new_model_folder(out) as writer:
         for source in sources:
             source.check_digests()
         options = EditOptions(average_weight=average_weight)
-        upcycled = write_edited_mixture(mixture, edit, branch, ModelWriter(store), manifest, options, progress)
+        upcycled = write_edited_mixture(mixture, edit, branch, writer, manifest, options, progress)
     before = perplexities(mixture, texts or {})
     return EditedMixture(upcycled, before, perplexities(open_model(out.uri, out.endpoint), texts or {}))
 
@@ -148,9 +147,9 @@ def export(mixture: TensorReader, out: StoreSettings, progress: ProgressCallback
     manifest = Manifest(
         id=identity("mixtral", {}, (mixture.uri,)), kind=ArtifactKind.UPCYCLED, name="mixtral", parents=(mixture.uri,)
     )
-    with new_model_folder(out) as store:
+    with new_model_folder(out) as writer:
         mixture.check_digests()
-        export_mixtral(mixture, ModelWriter(store), manifest, progress)
+        export_mixtral(mixture, writer, manifest, progress)
 
 
 def tokenize_texts(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:

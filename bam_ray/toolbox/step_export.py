@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, FileEntry, Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, FileEntry, Manifest
 from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
-from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
 from bam_ray.settings import StoreSettings
-from bam_ray.training.checkpoints import TRAINER
+from bam_ray.training.checkpoints import TRAINER, committed_checkpoints
 from bam_ray.training.state import OPTIMIZER
 
 MAX_TRIES = 3  # at copying the newest checkpoint, while the run prunes older ones
@@ -64,28 +63,26 @@ def _copy(run: BlobStore, found: StepCheckpoint, name: str, out: StoreSettings) 
     corpus = Artifact(run, ArtifactKind.CORPORA, find_id(run, ArtifactKind.CORPORA, "corpus"))
     files = _model_files(found) | _tokenizer_files(corpus)
     check_disk_space(out.uri, sum(entry.size for _, entry in files.values()))
-    prefix = found.artifact.prefix
-    with new_model_folder(out) as store:
-        writer = ModelWriter(store)
+    with new_model_folder(out) as writer:
         for file, (key, entry) in files.items():
             writer.copy_file(file, run, key, entry)
-        curve = json.loads(run.get(f"{prefix}/{TRAINER}"))["curve"]
+        curve = json.loads(run.get(found.artifact.key(found.manifest, TRAINER)))["curve"]
         manifest = Manifest(
             id=found.artifact.id,
             kind=found.artifact.kind,
             name=name,
-            parents=(f"{run.uri}/{prefix}", corpus.id),
+            parents=(found.artifact.uri, corpus.id),
             step=found.manifest.step,
             attempt=found.manifest.attempt,
             metrics={"loss/nll": curve[-1]["nll"]} if curve else {},
         )
-        return writer.commit(run.get(f"{prefix}/config.json").decode(), manifest)
+        return writer.commit(run.get(found.artifact.key(found.manifest, "config.json")).decode(), manifest)
 
 
 def _model_files(found: StepCheckpoint) -> dict[str, tuple[str, FileEntry]]:
     """Return the key and the digest of each file of the model; the configuration is written separately."""
     return {
-        name: (f"{found.artifact.prefix}/{name}", entry)
+        name: (found.artifact.key(found.manifest, name), entry)
         for name, entry in found.manifest.files.items()
         if name not in (OPTIMIZER, TRAINER, "config.json")
     }
@@ -97,7 +94,7 @@ def _tokenizer_files(corpus: Artifact) -> dict[str, tuple[str, FileEntry]]:
     if manifest is None:
         raise CheckpointError(f"{corpus.uri} is not committed, so there is no tokenizer: run the corpus stage first")
     return {
-        name.removeprefix("tokenizer/"): (f"{corpus.prefix}/{name}", entry)
+        name.removeprefix("tokenizer/"): (corpus.key(manifest, name), entry)
         for name, entry in manifest.files.items()
         if name.startswith("tokenizer/")
     }
@@ -106,8 +103,7 @@ def _tokenizer_files(corpus: Artifact) -> dict[str, tuple[str, FileEntry]]:
 def find_step(run: BlobStore, kind: ArtifactKind, name: str, step: int | None) -> StepCheckpoint:
     """Return the checkpoint of `step` that the newest attempt wrote; for None, the newest of all checkpoints."""
     artifact = Artifact(run, kind, find_id(run, kind, name))
-    # Keys are sorted, so these are `<attempt>-<step>` by attempt, then by step
-    names = [key.split("/")[-2] for key in run.list(f"{artifact.prefix}/steps/") if key.endswith(f"/{MANIFEST}")]
+    names = committed_checkpoints(artifact)
     steps = sorted({int(each.partition("-")[2]) for each in names})
     matching = [each for each in names if step is None or int(each.partition("-")[2]) == step]
     for each in reversed(matching):

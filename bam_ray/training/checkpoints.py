@@ -17,34 +17,51 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
+from bam_ray.checkpoint.artifacts import Artifact, delete_keys
+from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
-from bam_ray.errors import BlobNotFound, CheckpointError, StoreUnavailable, TrainingError
+from bam_ray.errors import BlobNotFound, CheckpointError, StoreDenied, StoreUnavailable, TrainingError
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
 from bam_ray.training.state import TrainingState
 
 TRAINER = "trainer.json"
 MAX_PENDING = 2
 STORE_TIMEOUT = 600.0  # seconds that a store may be down before a write to it fails
+DENIED_TIMEOUT = 180.0  # seconds that a store may deny all requests before a write to it fails
+FIRST_DENIAL = "first_denial"
 
 Gather = Callable[[Any], list[Any]]
 """Returns the values of all ranks in the order of ranks, on all ranks. A collective."""
 
 
 def retry_while_unavailable() -> Retrying:
-    """Return a retrying caller that calls a function again while it raises `StoreUnavailable`, up to `STORE_TIMEOUT`.
+    """Return a retrying caller that calls a function again while the store is unavailable or denies the request.
+
+    It gives up when the store was unavailable for `STORE_TIMEOUT`, or when it denied every request for
+    `DENIED_TIMEOUT`. A denial is often temporary: a metadata server has no credentials for a moment, a session token is
+    about to be renewed, or a gateway has just started.
 
     The intervals grow and are random, so that the branches do not all return to a store at the same time.
     """
     return Retrying(
-        retry=retry_if_exception_type(StoreUnavailable),
+        retry=retry_if_exception_type((StoreUnavailable, StoreDenied)),
         wait=wait_random_exponential(multiplier=0.5, max=30.0),
-        stop=stop_after_delay(STORE_TIMEOUT),
+        stop=_is_exhausted,
         reraise=True,
     )
+
+
+def _is_exhausted(state: RetryCallState) -> bool:
+    """Return True if the store has failed for too long."""
+    assert state.outcome is not None and state.outcome_timestamp is not None
+    statistics = state.retry_object.statistics  # of this call
+    if not isinstance(state.outcome.exception(), StoreDenied):
+        statistics.pop(FIRST_DENIAL, None)
+        return state.outcome_timestamp - state.start_time >= STORE_TIMEOUT
+    first: float = statistics.setdefault(FIRST_DENIAL, state.outcome_timestamp)
+    return state.outcome_timestamp - first >= DENIED_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -183,7 +200,7 @@ class Checkpoints:
         try:
             self._retrying(self._commit, folder, step, lease)
             self._emit(CheckpointCommitted(step))
-            self._retrying(self._prune)
+            self._retrying(self._prune, lease)
         except StoreUnavailable as error:
             raise StoreUnavailable(
                 f"the checkpoint of step {step} could not be written to {self._store.uri}: {error}; "
@@ -193,29 +210,37 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _commit(self, folder: Path, step: int, lease: Lease) -> None:
-        name = f"{lease.number:04d}-{step:08d}"
+        name = f"{lease.number}-{step:08d}"
         lease.check()
         # After a rollback a damaged checkpoint of the same attempt can have this name: its manifest is not ours
         self._store.delete(f"{self._prefix}{name}/{MANIFEST}")
         artifact = self._checkpoint(name)
-        manifest = Manifest(id=artifact.id, kind=artifact.kind, name=name, step=step, attempt=lease.number)
-        artifact.publish(folder, manifest, lease.check)
+        manifest = Manifest(id=artifact.id, kind=artifact.kind, name=name, step=step, attempt=str(lease.number))
+        artifact.publish(folder, manifest, lease)
 
-    def _prune(self) -> None:
-        for name in self._committed()[: -self._retention.last]:
-            if not self._retention.keeps_permanently(name):
-                self._delete(name)
+    def _prune(self, lease: Lease) -> None:
+        """Delete the checkpoints that are not kept, and what is left of uploads that were not finished."""
+        committed = self._committed()
+        started = {key.removeprefix(self._prefix).partition("/")[0] for key in self._store.list(self._prefix)}
+        unfinished = (name for name in started - set(committed) if AttemptNumber.parse(name) <= lease.number)
+        old = (name for name in committed[: -self._retention.last] if not self._retention.keeps_permanently(name))
+        for name in (*unfinished, *old):
+            self._delete(name)
 
     def _delete(self, name: str) -> None:
         # The manifest is deleted first: a half-deleted checkpoint is then not committed
-        keys = self._store.list(f"{self._prefix}{name}/")
-        for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST}")):
-            self._store.delete(key)
+        self._store.delete(f"{self._prefix}{name}/{MANIFEST}")
+        delete_keys(self._store, self._store.list(f"{self._prefix}{name}/"))
 
     def _committed(self) -> list[str]:
-        """Return `<attempt>-<step>` of every checkpoint that has a manifest, oldest first."""
-        keys = self._store.list(self._prefix)
-        return [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
+        return committed_checkpoints(self._artifact)
+
+
+def committed_checkpoints(artifact: Artifact) -> list[str]:
+    """Return `<attempt>-<step>` of every checkpoint of `artifact` that has a manifest, by attempt, then by step."""
+    keys = artifact.store.list(f"{artifact.prefix}/steps/")
+    names = [key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")]
+    return sorted(names, key=lambda name: (AttemptNumber.parse(name), int(name.rpartition("-")[2])))
 
 
 def _write_locally(state: TrainingState, trainer: dict[str, Any], extra_files: Sequence[Path]) -> Path:

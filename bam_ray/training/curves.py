@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.errors import SettingsError, StoreError
 from bam_ray.settings import MetricsSettings
 
@@ -25,7 +26,7 @@ MAX_FILE_BYTES = 4 << 20  # a file is uploaded whole each time, so a long run st
 class CurveWriter:
     """A writer of scalars to the destinations in the settings."""
 
-    def __init__(self, settings: MetricsSettings, artifact: Artifact, name: str, attempt: int | None) -> None:
+    def __init__(self, settings: MetricsSettings, artifact: Artifact, name: str, attempt: AttemptNumber | None) -> None:
         """Prepare the curves of `artifact`; nothing is written before `open`.
 
         Args:
@@ -87,7 +88,7 @@ class CurveWriter:
 class _TensorBoard:
     """The event files of one attempt. One thread writes; another thread may upload at the same time."""
 
-    def __init__(self, artifact: Artifact, attempt: int, step: int) -> None:
+    def __init__(self, artifact: Artifact, attempt: AttemptNumber, step: int) -> None:
         self._store, self._prefix, self._attempt = artifact.store, f"{artifact.prefix}/tensorboard", attempt
         self.folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
         self._lock = threading.Lock()
@@ -118,7 +119,7 @@ class _TensorBoard:
         with contextlib.suppress(StoreError):  # the next upload includes them
             for part in range(self._uploaded, last + 1):
                 # TensorBoard reads files in the order of their names
-                key = f"{self._prefix}/{self._attempt:04d}-{part:04d}.tfevents"
+                key = f"{self._prefix}/{self._attempt}-{part:04d}.tfevents"
                 self._store.put_file(key, self._file(part))
                 self._uploaded = part
 

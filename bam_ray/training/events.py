@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import ClassVar
 
 from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.errors import StoreError
 
 
@@ -42,7 +43,7 @@ class AttemptStarted(Event):
     """The attempt has the lease."""
 
     name = "started"
-    attempt: int | None
+    attempt: str | None  # None on ranks above 0
     node: str
     host: str
     pid: int
@@ -248,9 +249,9 @@ class EventLog:
     fails it: lines that could not be written are written with the next event.
     """
 
-    def __init__(self, store: BlobStore, prefix: str, attempt: int | None) -> None:
+    def __init__(self, store: BlobStore, prefix: str, attempt: AttemptNumber | None) -> None:
         self._store = store
-        self._key = None if attempt is None else f"{prefix}/events/{attempt:04d}.jsonl"
+        self._key = None if attempt is None else f"{prefix}/events/{attempt}.jsonl"
         self._lines: list[str] = []
         self._lines_put = 0
         self._lock = threading.Lock()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from boto3.s3.transfer import TransferConfig
 
-from bam_ray.blobs import BlobStore, s3
+from bam_ray.blobs import BlobStore, s3, s3_uploads
 from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.blobs.folder import PARTIAL
 from bam_ray.blobs.s3 import S3Store
@@ -187,7 +187,7 @@ def test_files_are_stored_unchanged(
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the smallest size of a part that S3 accepts, 5 MiB."""
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(s3_uploads, "PART_BYTES", 5 * MIB)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -16,7 +16,7 @@ from typing import Protocol
 import pytest
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from bam_ray.blobs import BlobStore, open_store, s3
+from bam_ray.blobs import BlobStore, open_store, s3_uploads
 from bam_ray.blobs.s3 import S3Store
 from bam_ray.errors import StoreUnavailable
 from bam_ray.units import MIB
@@ -100,7 +100,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, credentials: Callable
 
 
 def test_acknowledged_blobs_survive_sigkill(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(s3_uploads, "PART_BYTES", 5 * MIB)
     digests: dict[str, str] = {}
     for cycle in range(2):
         store = S3Store(BUCKET, "durable", server.start())

@@ -12,7 +12,8 @@ from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.check import check_put_if_absent
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.blobs.s3 import PART_BYTES, S3Store
+from bam_ray.blobs.s3 import S3Store
+from bam_ray.blobs.s3_uploads import PART_BYTES
 from bam_ray.errors import BlobExists, NoConditionalPut, SettingsError, StoreDenied, StoreError, StoreUnavailable
 from cluster.processes import free_ports
 from cluster.s3_server import BUCKET, S3Settings
@@ -197,6 +198,18 @@ def test_the_check_detects_a_store_that_ignores_conditions(kind: type[MemoryStor
     with pytest.raises(NoConditionalPut, match="silently overwrites on a conditional put"):
         check_put_if_absent(store)
     assert list(store.list()) == []
+
+
+class FramingStore(MemoryStore):
+    """A store that keeps the framing of a request as a part of the data."""
+
+    def get(self, key: str) -> bytes:
+        return b"5\r\n" + super().get(key)
+
+
+def test_the_check_detects_a_store_that_changes_the_bytes() -> None:
+    with pytest.raises(StoreError, match="returns other bytes than were written"):
+        check_put_if_absent(FramingStore())
 
 
 def test_open_store_parses_uris(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from bam_ray.blobs import s3
-from bam_ray.blobs.s3 import CONCURRENT_PARTS, S3Store, rechunk
-from bam_ray.errors import StoreUnavailable
+from bam_ray.blobs import s3, s3_uploads
+from bam_ray.blobs.s3 import CONCURRENT_PARTS, S3Store
+from bam_ray.blobs.s3_uploads import rechunk
+from bam_ray.errors import StoreError, StoreUnavailable
 
 PART_BYTES = 1000
 
@@ -38,6 +39,9 @@ class RecordingClient:
             self.parts[number] = bytes(request["Body"])
         return {"ETag": f"tag {number}", "ChecksumCRC32": f"sum {number}"}
 
+    def put_object(self, **_: Any) -> None:
+        self.calls.append("put")
+
     def complete_multipart_upload(self, **request: Any) -> None:
         self.calls.append("complete")
         parts = request["MultipartUpload"]["Parts"]
@@ -53,7 +57,7 @@ class RecordingClient:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(s3_uploads, "PART_BYTES", PART_BYTES)
 
 
 def test_parts_keep_their_order_and_memory_is_bounded() -> None:
@@ -99,3 +103,37 @@ def test_rechunk_makes_equal_parts_of_any_chunks() -> None:
     assert [len(part) for part in parts] == [10, 10, 10, 10, 6]
     assert b"".join(parts) == bytes(range(24)) + b"ab" + bytes(20)
     assert list(rechunk(iter([]), 10)) == []
+
+
+@pytest.mark.parametrize(("size", "parts"), [(None, 20), (20 * PART_BYTES, 20), (10_000 * PART_BYTES + 1, 1)])
+def test_the_size_of_parts_follows_the_announced_size(size: int | None, parts: int) -> None:
+    client = RecordingClient()
+    S3Store("bucket", "", client=client).put_stream("key", iter([bytes(20 * PART_BYTES)]), size)
+    assert len(client.completed or [1]) == parts
+
+
+def test_part_sizes_keep_the_limits_of_s3() -> None:
+    for gib in (1, 77, 79, 500, 5 * 1024, 48_000):
+        length = s3_uploads.part_bytes("uri", gib << 30)
+        assert (gib << 30) / length <= s3_uploads.MAX_PARTS
+        assert length <= s3_uploads.MAX_PART_BYTES
+
+
+def test_a_stream_that_cannot_fit_fails_before_it_is_sent() -> None:
+    client = RecordingClient()
+
+    def chunks() -> Iterator[bytes]:
+        raise AssertionError("the stream was read")
+        yield b""
+
+    with pytest.raises(StoreError, match=r"bucket/key would have .* write it in several blobs"):
+        S3Store("bucket", "", client=client).put_stream("key", chunks(), 50_001 << 30)
+    assert client.calls == []
+
+
+def test_a_stream_of_unknown_size_that_is_too_long_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "MAX_PARTS", 3)
+    client = RecordingClient()
+    with pytest.raises(StoreError, match=r"more than 3 parts .*give put_stream the size"):
+        S3Store("bucket", "", client=client).put_stream("key", iter([bytes(5 * PART_BYTES)]))
+    assert client.calls == ["create", "abort"]

@@ -1,24 +1,20 @@
 """Artifacts are complete or invisible, verified when fetched, and committed only once."""
 
-import errno
-import fcntl
 import itertools
-import multiprocessing
-import os
 import shutil
-import signal
-import time
-from multiprocessing.synchronize import Barrier
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.checkpoint.artifacts import Artifact, cache_folder, file_entry
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.digests import file_entry
+from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
-from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, StaleLease, StoreError, StoreUnavailable
+from bam_ray.errors import CheckpointError, DigestMismatch, StaleLease, StoreUnavailable
+from tests.support.leases import next_lease
 
 ID = "code-0123456789ab"
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.json": b"[1]"}
@@ -63,42 +59,23 @@ def test_fetch_returns_the_published_files(folder: Path, tmp_path: Path) -> None
     store = MemoryStore()
     artifact = Artifact(store, "branches", ID)
     assert artifact.manifest() is None
+    assert not artifact.is_committed()
     written = artifact.publish(folder, manifest(tokens=17))
+    assert artifact.is_committed()
     assert artifact.manifest() == written
     assert written.tokens == 17
     assert written.files == {name: file_entry(folder / name) for name in FILES}
     fetched = artifact.fetch(tmp_path / "cache")
     assert {str(path.relative_to(fetched)): path.read_bytes() for path in fetched.rglob("*") if path.is_file()} == FILES
-    assert set(store.list()) == {f"branches/{ID}/{name}" for name in (*FILES, MANIFEST)}
+    assert set(store.list()) == {artifact.key(written, name) for name in FILES} | {f"branches/{ID}/{MANIFEST}"}
 
 
 def test_a_training_checkpoint_is_stored_below_its_artifact(folder: Path) -> None:
     store = MemoryStore()
-    step = Artifact(store, "branches", ID, "steps", "0001-00000050")
+    step = Artifact(store, "branches", ID, "steps", "0001.0001-00000050")
     step.publish(folder, manifest(step=50))
-    assert store.exists(f"branches/{ID}/steps/0001-00000050/{MANIFEST}")
+    assert store.exists(f"branches/{ID}/steps/0001.0001-00000050/{MANIFEST}")
     assert Artifact(store, "branches", ID).manifest() is None
-
-
-def test_a_second_fetch_returns_the_cached_folder(folder: Path, tmp_path: Path) -> None:
-    store = MemoryStore()
-    artifact = Artifact(store, "branches", ID)
-    artifact.publish(folder, manifest())
-    first = artifact.fetch(tmp_path / "cache")
-    for name in FILES:
-        store.delete(f"branches/{ID}/{name}")
-    assert artifact.fetch(tmp_path / "cache") == first
-
-
-def test_the_cache_distinguishes_manifests_of_the_same_id(folder: Path, tmp_path: Path) -> None:
-    fetched = []
-    for data in (b"before", b"after"):
-        store = MemoryStore("wiped and filled again")
-        (folder / "config.json").write_bytes(data)
-        artifact = Artifact(store, "branches", ID)
-        artifact.publish(folder, manifest(created="2026-01-01T00:00:00+00:00"))
-        fetched.append((artifact.fetch(tmp_path / "cache") / "config.json").read_bytes())
-    assert fetched == [b"before", b"after"]
 
 
 @pytest.mark.parametrize("broken", range(1, len(FILES) + 2))
@@ -119,92 +96,40 @@ def test_a_crash_before_the_manifest_commits_nothing(broken: int, folder: Path, 
 def test_a_damaged_blob_is_never_returned(damage: bytes, folder: Path, tmp_path: Path) -> None:
     store = MemoryStore()
     artifact = Artifact(store, "branches", ID)
-    artifact.publish(folder, manifest())
-    store.put(f"branches/{ID}/model.safetensors", damage)
+    written = artifact.publish(folder, manifest())
+    store.put(artifact.key(written, "model.safetensors"), damage)
     for _ in range(2):  # the cache does not return it later either
         with pytest.raises(DigestMismatch, match=r"model\.safetensors does not match its manifest") as caught:
             artifact.fetch(tmp_path / "cache")
         assert "\n" not in str(caught.value)
+        assert caught.value.artifact_id == ID
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
 
 
-SPAWN = multiprocessing.get_context("spawn")
-
-
-class RecordingStore(FolderStore):
-    """A store that returns the manifest when both processes have asked for it, and records which files are read."""
-
-    def __init__(self, folder: Path, both: Barrier) -> None:
-        super().__init__(folder)
-        self._both, self._read = both, folder.with_name("read")
-
-    def get(self, key: str) -> bytes:
-        self._both.wait()
-        return super().get(key)
-
-    def get_file(self, key: str, path: Path) -> None:
-        with self._read.open("a") as file:
-            file.write(f"{key}\n")
-        time.sleep(0.2)  # long enough for the other process to interfere
-        super().get_file(key, path)
-
-
-class KillingStore(FolderStore):
-    """A store that kills the process that reads a file while the other process waits."""
-
-    def __init__(self, folder: Path, both: Barrier) -> None:
-        super().__init__(folder)
-        self._both = both
-
-    def get_file(self, key: str, path: Path) -> None:
-        self._both.wait()
-        time.sleep(0.2)  # by now the other process waits for this one
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("first", [RecordingStore, KillingStore])
-def test_one_process_downloads_and_the_others_wait(
-    first: type[RecordingStore | KillingStore], folder: Path, tmp_path: Path
-) -> None:
-    stored, cache, both = tmp_path / "store", tmp_path / "cache", SPAWN.Barrier(2)
-    Artifact(FolderStore(stored), "branches", ID).publish(folder, manifest())
-    stores = [first(stored, both), RecordingStore(stored, both)]
-    processes = [SPAWN.Process(target=Artifact(store, "branches", ID).fetch, args=(cache,)) for store in stores]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL if first is KillingStore else 0, 0]
-    read = (tmp_path / "read").read_text().splitlines()
-    assert sorted(read) == sorted(f"branches/{ID}/{name}" for name in FILES), "each file is read once"
-    (fetched,) = [path for path in cache.iterdir() if not path.name.startswith(".")]
-    assert {name: (fetched / name).read_bytes() for name in FILES} == FILES
-
-
-def test_a_cache_without_file_locks_is_filled(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(*arguments: object) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    artifact = Artifact(MemoryStore(), "branches", ID)
-    artifact.publish(folder, manifest())
-    assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == FILES["config.json"]
-
-
-def test_a_full_cache_disk_is_not_an_error_of_the_artifact(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    artifact = Artifact(MemoryStore(), "branches", ID)
-    artifact.publish(folder, manifest())
-    size = sum(len(data) for data in FILES.values())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
-    with pytest.raises(
-        StoreError, match=rf"has {size - 1:,} bytes free but .*{ID} needs {size:,}: free space"
-    ) as caught:
+def test_a_missing_blob_is_damage(folder: Path, tmp_path: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    written = artifact.publish(folder, manifest())
+    store.delete(artifact.key(written, "config.json"))
+    with pytest.raises(DigestMismatch, match=f"branches/{ID}/config.json is missing, though its manifest names it"):
         artifact.fetch(tmp_path / "cache")
-    assert not isinstance(caught.value, CheckpointError), "a CheckpointError would mean that the checkpoint is damaged"
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
-    assert artifact.fetch(tmp_path / "cache").is_dir()
+    with pytest.raises(DigestMismatch, match="is missing"):
+        artifact.check_files(written)
+
+
+def test_a_download_that_was_corrupted_once_is_repeated(folder: Path, tmp_path: Path) -> None:
+    class FlippingStore(MemoryStore):
+        flips = 1
+
+        def get_file(self, key: str, path: Path) -> None:
+            super().get_file(key, path)
+            if key.endswith("model.safetensors") and self.flips:
+                self.flips -= 1
+                path.write_bytes(b"other bytes")
+
+    artifact = Artifact(FlippingStore(), "branches", ID)
+    artifact.publish(folder, manifest())
+    assert (artifact.fetch(tmp_path / "cache") / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
 @pytest.mark.parametrize("allowed", range(len(FILES) + 1))
@@ -212,36 +137,106 @@ def test_a_stale_writer_stops_in_the_middle_of_a_publication(allowed: int, folde
     artifact = Artifact(MemoryStore(), "branches", ID)
     checks = itertools.count()
 
-    def check() -> None:
-        if next(checks) == allowed:  # the network was lost here
-            raise StaleLease("attempt 2 took over")
+    class LostLease(Lease):
+        def check(self) -> None:
+            if next(checks) == allowed:  # the network was lost here
+                raise StaleLease("attempt 2 took over")
 
     with pytest.raises(StaleLease):
-        artifact.publish(folder, manifest(), check)
+        artifact.publish(folder, manifest(), LostLease(artifact.store, artifact.prefix, AttemptNumber(1, 1)))
     assert artifact.manifest() is None
     # The file of the failed check is not written; files that were not started may be missing too
     assert len(list(artifact.store.list())) <= len(FILES) - (allowed < len(FILES))
 
 
-def test_fetch_names_a_missing_blob(folder: Path, tmp_path: Path) -> None:
+def test_a_late_write_of_a_stale_attempt_damages_nothing(folder: Path, tmp_path: Path) -> None:
     store = MemoryStore()
     artifact = Artifact(store, "branches", ID)
-    artifact.publish(folder, manifest())
-    store.delete(f"branches/{ID}/config.json")
-    with pytest.raises(BlobNotFound, match=f"branches/{ID}/config.json"):
-        artifact.fetch(tmp_path / "cache")
+    stale = next_lease(store, artifact.prefix)
+    late = Artifact(DelayedStore(store), "branches", ID)
+    with ThreadPoolExecutor() as pool:
+        publication = pool.submit(late.publish, folder, manifest(), stale)
+        late.store.blocked.wait(10.0)
+        newer = folder.with_name("newer")
+        shutil.copytree(folder, newer)
+        (newer / "config.json").write_bytes(b'{"measured": 2}')  # attempts differ in what they measure
+        written = artifact.publish(newer, manifest(), next_lease(store, artifact.prefix))
+        late.store.go_on.set()
+        with pytest.raises(StaleLease):
+            publication.result()
+    artifact.check_files(written)
+    assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == b'{"measured": 2}'
+
+
+class DelayedStore:
+    """A store whose first upload of a file waits for `go_on`, as if the process had been stopped."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self.blocked, self.go_on = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def put_file(self, key: str, path: Path) -> None:
+        self.blocked.set()
+        assert self.go_on.wait(10.0)
+        self._store.put_file(key, path)
+
+
+def test_the_files_of_older_attempts_are_deleted_at_the_commit(folder: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    older = next_lease(store, artifact.prefix)
+    store.put(f"{artifact.prefix}/{artifact.new_folder(older)}/config.json", b"{}")
+    lease = next_lease(store, artifact.prefix)
+    store.put(f"{artifact.prefix}/{artifact.new_folder(lease)}/config.json", b"of an earlier try")
+    newer = f"{artifact.prefix}/files/{AttemptNumber(9, 1)}-00/config.json"
+    store.put(newer, b"of a newer attempt")
+    written = artifact.publish(folder, manifest(), lease)
+    kept = {artifact.key(written, name) for name in FILES} | {newer}
+    assert set(store.list(f"{artifact.prefix}/files/")) == kept
+
+
+def test_the_loser_of_a_race_deletes_its_own_files(folder: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    first = artifact.publish(folder, manifest())
+    assert artifact.publish(folder, manifest()) == first
+    assert set(store.list(f"{artifact.prefix}/files/")) == {artifact.key(first, name) for name in FILES}
+
+
+def test_a_damaged_artifact_is_set_aside_and_made_again(folder: Path, tmp_path: Path) -> None:
+    store = MemoryStore()
+    artifact = Artifact(store, "branches", ID)
+    for generation in range(3):
+        written = artifact.publish(folder, manifest(), next_lease(store, artifact.prefix))
+        artifact.check_files(written)
+        store.put(artifact.key(written, "config.json"), b"damaged")
+        with pytest.raises(DigestMismatch):
+            artifact.fetch(tmp_path / "cache")
+        artifact.set_aside(written, "config.json does not match")
+        artifact.set_aside(written, "somebody else found it too")
+        assert artifact.manifest() is None and not artifact.is_committed()
+        assert store.get(f"{artifact.prefix}/manifest-{generation:04d}.damaged.json") == b"config.json does not match\n"
+    written = artifact.publish(folder, manifest(), next_lease(store, artifact.prefix))
+    assert artifact.manifest() == written
+    assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == FILES["config.json"]
+    assert set(store.list(f"{artifact.prefix}/files/")) == {artifact.key(written, name) for name in FILES}
+
+
+def test_a_manifest_that_was_replaced_is_not_set_aside(folder: Path) -> None:
+    artifact = Artifact(MemoryStore(), "branches", ID)
+    first = artifact.publish(folder, manifest())
+    artifact.set_aside(first, "damaged")
+    second = artifact.publish(folder, manifest())
+    artifact.set_aside(first, "the reader was late")
+    assert artifact.manifest() == second
 
 
 def test_the_first_of_two_commits_wins() -> None:
     artifact = Artifact(MemoryStore(), "branches", ID)
-    first, second = manifest(attempt=1), manifest(attempt=2)
+    first, second = manifest(attempt="0001.0001"), manifest(attempt="0001.0002")
     assert artifact.commit(first) == first
     assert artifact.commit(second) == first
     assert artifact.manifest() == first
-
-
-def test_the_environment_sets_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BAM_CACHE", "/some/where")
-    assert cache_folder() == Path("/some/where")
-    monkeypatch.delenv("BAM_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "bam_ray"

@@ -1,15 +1,19 @@
 """The `ray up` files, validated offline with the schemas of Ray and of the clouds, the shell and this package."""
 
 import copy
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import botocore.session
 import jsonschema
 import pytest
+import yaml
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
@@ -146,14 +150,19 @@ def test_the_mounted_files_are_those_that_pip_needs(path: str) -> None:
     config = load(path)
     mounts = config["file_mounts"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needs = ["pyproject.toml", project["readme"], *project["license-files"], "bam_ray"]
+    needs = ["pyproject.toml", project["readme"], *project["license-files"], "bam_ray", "requirements"]
     for needed in needs:
         assert (ROOT / needed).exists()
         assert mounts[f"~/bam_ray/{needed}"] == needed
     # Ray hashes every file of a mount, so mounting `.` would include .venv and all data
     own = [source for source in mounts.values() if not source.startswith("~/")]
     assert sorted(own) == sorted(needs)
-    assert "~/venv/bin/pip install --quiet ~/bam_ray" in config["setup_commands"]
+    installing = [command for command in config["setup_commands"] if command.startswith("~/venv/bin/pip install")]
+    assert [command.split()[3:] for command in installing] == [
+        ["--no-deps", "--require-hashes", "-r", "~/bam_ray/requirements/image.txt"],
+        ["-r", "~/bam_ray/requirements/torch.txt"],
+        ["--no-deps", "--no-build-isolation", "~/bam_ray"],
+    ]
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert re.search(r"chmod 600 .*~/.ray/auth_token", " ".join(config["setup_commands"]))
 
@@ -178,6 +187,19 @@ def test_no_file_contains_a_secret() -> None:
     assert {str(path): SECRET.findall(text) for path, text in texts.items() if SECRET.search(text)} == {}
 
 
+BLOCKS = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PLACEHOLDERS = [
+    "ACCOUNT_ID",
+    "PROJECT_ID",
+    "SECURITY_GROUP_ID",
+    "SSH_PUBLIC_KEY",
+    "YOUR_ADDRESS",
+    ":::BUCKET",
+    "s3://BUCKET",
+    "registry.example",
+]
+
+
 def test_the_commands_of_the_guide_parse_and_their_files_exist() -> None:
     guide = (ROOT / "docs/clusters.md").read_text()
     named = set(re.findall(r"(?:cluster|recipes|jobs)/[\w./-]*\w", guide)) - {"recipes/my-run.yaml"}
@@ -185,7 +207,24 @@ def test_the_commands_of_the_guide_parse_and_their_files_exist() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     manifests = {path.name for path in (ROOT / "cluster/kuberay").iterdir()}
     assert all(f"`{name}`" in guide for name in manifests)
-    blocks = re.findall(r"^```\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    for block in blocks:
+    for block in BLOCKS.findall(guide):
         subprocess.run(["bash", "-n", "-c", block], check=True)
+    assert len(BLOCKS.findall(guide)) > 5
+
+
+def test_the_commands_of_the_guide_replace_every_placeholder(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "cluster", tmp_path / "cluster", ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".yaml")]
+    assert all(any(name in contents(path) for path in files) for name in PLACEHOLDERS)
+    blocks = BLOCKS.findall((ROOT / "docs/clusters.md").read_text())
+    replacing = [line for block in blocks for line in block.splitlines() if line.startswith("sed -i ")]
+    stubs = ["aws() { echo 123456789012; }", "curl() { echo 203.0.113.7; }", "cat() { echo ssh-ed25519 A/b+c ubuntu; }"]
+    variables = ["group=sg-1", "project=my-project"]
+    subprocess.run(["bash", "-euc", "\n".join([*stubs, *variables, *replacing])], cwd=tmp_path, check=True)
+    left = [(path.name, name) for path in files for name in PLACEHOLDERS if name in contents(path)]
+    assert left == []
+
+
+def contents(path: Path) -> str:
+    """Return a YAML or JSON file without its comments, which may name placeholders."""
+    return json.dumps(list(yaml.safe_load_all(path.read_text())))

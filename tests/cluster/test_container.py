@@ -47,16 +47,21 @@ def ignored(path: str) -> bool:
 
 
 def test_the_instructions_are_valid() -> None:
-    first, *others = instructions()
-    base = re.fullmatch(r"docker\.io/library/python:(\d+\.\d+)-slim-bookworm", first[1])
-    assert first[0] == "FROM"
+    argument, first, *others = instructions()
+    base = re.fullmatch(r"BASE=docker\.io/library/python:(\d+\.\d+)-slim-bookworm", argument[1])
     assert base
+    assert (argument[0], first) == ("ARG", ("FROM", "${BASE}"))  # a build may name a digest
     assert base[1] in SpecifierSet(PROJECT["requires-python"])
     for word, rest in others:
         assert word in KNOWN - {"FROM"}
         if word == "RUN":
             subprocess.run(["sh", "-n", "-c", rest], check=True)
-    assert ("USER", "ray") in others
+    user, group = dict(others)["USER"].split(":")  # Kubernetes needs numbers to check that the user is not root
+    assert int(user) > 0
+    created = " ".join(rest for word, rest in others if word == "RUN")
+    assert (
+        f"groupadd --gid {group} ray" in created and f"useradd --create-home --uid {user} --gid {group} ray" in created
+    )
     assert "RAY_AUTH_MODE=token" in dict(others)["ENV"].split()
     locked = [path for word, rest in others if word == "RUN" for path in re.findall(r" -r (\S+)", rest)]
     assert locked == ["requirements/image.txt", "requirements/torch.txt"]

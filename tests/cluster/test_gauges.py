@@ -11,8 +11,10 @@ import pytest
 import ray
 
 from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.observations import Done
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import Work
 from bam_ray.pipeline.run import PipelineRun
@@ -47,7 +49,8 @@ def test_progress_is_served_as_gauges(endpoint: str, tmp_path: Path) -> None:
     recipe = parse_recipe(RECIPE.replace("STORE", str(tmp_path)), "test")
     run = PipelineRun.of(recipe, FolderStore(tmp_path))
     actor = remote_class().remote()
-    ray.get(actor.start.remote(Work(run.task(ArtifactKind.BRANCHES, "code"), run, STUB_STAGES)))
+    placed = PlacedTask(run.task(ArtifactKind.BRANCHES, "code"), AttemptNumber(1, 1), ("", ""))
+    ray.get(actor.start.remote(Work(placed, run, STUB_STAGES)))
     while not isinstance(ray.get(actor.poll.remote()), Done):
         time.sleep(0.1)
     expected = {

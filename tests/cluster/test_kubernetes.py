@@ -23,7 +23,7 @@ from bam_ray.on_ray.job import run_of
 from bam_ray.on_ray.serve_app import served_mixture
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Recipe, load_recipe
-from tests.support.cluster.manifests import ROOT, crd_validator, errors, facts, gib, load, unmet
+from tests.support.cluster.manifests import ROOT, crd_validator, errors, facts, gib, load_manifest, unmet
 
 PATHS = {kind: f"cluster/kuberay/{kind.lower()}.yaml" for kind in ("RayCluster", "RayJob", "RayService")}
 CLUSTER_OF = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
@@ -36,7 +36,7 @@ every_kind = pytest.mark.parametrize("kind", PATHS)
 
 def cluster_of(kind: str) -> Any:
     """Return the specification of the Ray cluster in a manifest."""
-    spec = load(PATHS[kind])["spec"]
+    spec = load_manifest(PATHS[kind], kind)["spec"]
     return spec[CLUSTER_OF[kind]] if kind in CLUSTER_OF else spec
 
 
@@ -49,7 +49,7 @@ def containers(kind: str) -> list[Any]:
 @every_kind
 def test_kuberay_accepts_the_manifest_and_rejects_typos(kind: str) -> None:
     validator = crd_validator(kind)
-    manifest = load(PATHS[kind])
+    manifest = load_manifest(PATHS[kind], kind)
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
     assert errors(validator, manifest) == []
     for path, wrong in [
@@ -125,7 +125,7 @@ def recipe_of(kind: str) -> Recipe:
         arguments = serve_config()["applications"][0]["args"]
         return load_recipe(in_repository(arguments["recipe"]), arguments["overrides"])
     if kind == "RayJob":
-        _, script, flag, recipe, *overrides = shlex.split(load(PATHS[kind])["spec"]["entrypoint"])
+        _, script, flag, recipe, *overrides = shlex.split(load_manifest(PATHS[kind], kind)["spec"]["entrypoint"])
         assert flag == "--recipe"
         assert in_repository(script).exists()
         return load_recipe(in_repository(recipe), overrides)
@@ -133,7 +133,7 @@ def recipe_of(kind: str) -> Recipe:
 
 
 def serve_config() -> Any:
-    return yaml.safe_load(load(PATHS["RayService"])["spec"]["serveConfigV2"])
+    return yaml.safe_load(load_manifest(PATHS["RayService"], "RayService")["spec"]["serveConfigV2"])
 
 
 def in_repository(path: str) -> Path:

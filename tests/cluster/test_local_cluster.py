@@ -1,5 +1,6 @@
 """The local cluster: four nodes and an S3 server in a temporary folder, jobs, secrets, and a clean shutdown."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -125,6 +127,44 @@ def listeners(port: int) -> set[str]:
             if row.split()[3] == "0A" and int(number, 16) == port:
                 found.add(socket.inet_ntoa(bytes.fromhex(address)[::-1]) if len(address) == 8 else address)
     return found
+
+
+# One method of each gRPC service that Ray's processes offer
+RPCS = (
+    "NodeInfoGcsService/GetAllNodeInfo",
+    "NodeManagerService/GetSystemConfig",
+    "ObjectManagerService/Pull",
+    "ReporterService/GetTraceback",
+    "RayletDriver/ClusterInfo",
+)
+HEAD_METRICS = {44217, 44227}  # plain HTTP of the autoscaler and the dashboard, which no setting of Ray switches off
+
+
+def answers_without_token(port: int) -> set[str]:
+    """Return how the gRPC services at a port answer; services that it does not have are left out."""
+    found = set()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for rpc in RPCS:
+            try:
+                channel.unary_unary(f"/ray.rpc.{rpc}")(b"", timeout=10)
+                found.add("OK")
+            except grpc.RpcError as error:
+                found.add(error.code().name)
+    return found - {"UNIMPLEMENTED"}
+
+
+def test_network_sockets_answer_only_with_the_token(home: Path) -> None:
+    sockets = set()
+    for process in LocalCluster(home).processes:
+        for pid in process.family():
+            with contextlib.suppress(psutil.Error):  # it has ended
+                connections = psutil.Process(pid).net_connections("tcp")
+                sockets |= {(process.name, *each.laddr) for each in connections if each.status == psutil.CONN_LISTEN}
+    everywhere = {port for _, address, port in sockets if address in ("0.0.0.0", "::")} - HEAD_METRICS
+    assert len(everywhere) == 13  # the GCS; on each of the four nodes two of the raylet and one of the agent
+    answers = {port: answers_without_token(port) for port in everywhere}
+    assert {port: found for port, found in answers.items() if found != {"UNAUTHENTICATED"}} == {}
+    assert {address for name, address, _ in sockets if name == "s3"} == {"127.0.0.1"}
 
 
 def test_a_second_up_changes_nothing(home: Path) -> None:

@@ -27,7 +27,7 @@ def in_threads(
     tasks: list[Task], store: MemoryStore, work: Callable[[Task, StageContext], None], slots: int = 2
 ) -> Controller:
     """Return a controller that runs `work` on threads."""
-    return Controller(tasks, store, InProcessLauncher(work, slots))
+    return Controller(tasks, store, InProcessLauncher(lambda placed, context: work(placed.task, context), slots))
 
 
 def test_threads_run_a_graph_in_parallel() -> None:

@@ -15,6 +15,7 @@ from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed
 from bam_ray.control.status_table import SILENCE, headline, render, render_history
 from bam_ray.control.storage import stored_bytes
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.errors import StoreError
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
@@ -34,8 +35,8 @@ class CrashingLauncher:
     def expect(self, tasks: Sequence[Task]) -> None:
         pass
 
-    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-        self.placed.append(task.id)
+    def place(self, placed: PlacedTask, avoid: frozenset[str], node_id: str | None = None) -> None:
+        self.placed.append(placed.task.id)
 
     def poll(self) -> dict[str, AttemptStatus]:
         crashed = Crashed(

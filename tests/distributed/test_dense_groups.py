@@ -72,7 +72,7 @@ def test_several_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.Mo
             assert made["lr"] == wanted["lr"]
     manifest = Artifact(store, "branches", branch.id).manifest()
     assert manifest is not None
-    assert manifest.attempt == 3
+    assert manifest.attempt == "0001.0003"
     assert manifest.facts["sequences_drawn"]["code"] > 0
     events = [key for key in store.list(f"branches/{branch.id}/events/")]
     assert len(events) == 3, "only rank 0 writes events"

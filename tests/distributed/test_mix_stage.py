@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.model import BamConfig
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.training.flops import training_flops
@@ -50,7 +51,7 @@ def test_mixture_resumes_exactly_with_all_mixing_settings(tmp_path: Path, monkey
         assert (first["steps"], second["steps"], second["id"]) == (10, 10, None)
         assert first["imbalance"] >= 1.0 and second["imbalance"] is None  # only rank 0 computes router metrics
         prefix = f"mixtures/{first['id']}"
-        curve: list[dict[str, float]] = json.loads(store.get(f"{prefix}/curve.json"))
+        curve: list[dict[str, float]] = json.loads(Artifact(store, "mixtures", first["id"]).read_file("curve.json"))
         curves.append([{key: value for key, value in point.items() if key != "tokens_per_second"} for point in curve])
         log: list[dict[str, Any]] = [
             json.loads(line)
@@ -59,7 +60,7 @@ def test_mixture_resumes_exactly_with_all_mixing_settings(tmp_path: Path, monkey
         ]
         moves = [event for event in log if event["event"] == "blend"]
         assert [move["step"] for move in moves] == [3, 6, 9]
-        config = json.loads(store.get(f"{prefix}/config.json"))
+        config = json.loads(Artifact(store, "mixtures", first["id"]).read_file("config.json"))
         computed = first["curves"]["throughput/tokens_per_second"] * training_flops(BamConfig(**config), 32, 1)
         assert first["curves"]["throughput/mfu"] == pytest.approx(computed / (2 * 0.5e12)), "of both processes"
         assert config["noisy_gate"] and config["capacity_factor"] == 0.75
@@ -122,4 +123,4 @@ def test_ranks_wait_longer_for_an_absorption_than_for_a_step() -> None:
 
 
 def losses(store: BlobStore, id: str) -> list[float]:
-    return [point["nll"] for point in json.loads(store.get(f"mixtures/{id}/curve.json"))]
+    return [point["nll"] for point in json.loads(Artifact(store, "mixtures", id).read_file("curve.json"))]

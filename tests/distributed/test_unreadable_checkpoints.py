@@ -24,8 +24,8 @@ def test_ranks_resume_from_the_newest_checkpoint_readable_by_all(ranks: list[dic
 def test_all_ranks_record_which_rank_could_not_read_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["refused"] == [
-            "mixtures/x/steps/0001-00000006 does not match its manifest (only on ranks [0]: check their nodes)",
-            "mixtures/x/steps/0001-00000004 does not match its manifest (only on ranks [1]: check their nodes)",
+            "mixtures/x/steps/0001.0001-00000006 does not match its manifest (only on ranks [0]: check their nodes)",
+            "mixtures/x/steps/0001.0001-00000004 does not match its manifest (only on ranks [1]: check their nodes)",
         ]
         assert rank["remembered"] == rank["refused"]
 

@@ -231,7 +231,7 @@ def test_a_node_is_unreachable_for_a_while(run: DisturbedRun) -> None:
     failed = wait_for(
         "the attempt finds that it is stale", lambda: attempts(run.store, run.recipe, "code")[0].named("failed")
     )
-    assert failed[0]["error"].startswith("StaleLease: attempt 1 at branches/code-"), failed
+    assert failed[0]["error"].startswith("StaleLease: attempt 0001.0001 at branches/code-"), failed
     node.resume()
     logs = run.finish()
     assert (len(logs["code"]), len(logs["law"])) == (2, 1)

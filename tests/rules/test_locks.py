@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {"development.txt": ["dev", "demo", "docs"], "image.txt": ["demo"]}
+EXTRAS = {"development.txt": ["dev", "demo", "docs", "local"], "image.txt": ["demo"]}
 PINNED = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>[^\s;]+)(?P<rest>[^\n]*(?:\n {4}--hash=[^\n]*)*)", re.MULTILINE)
 TORCH = (ROOT / "requirements/torch.txt").read_text()
 
@@ -52,3 +52,10 @@ def test_a_lock_file_installs_no_cuda_package(name: str) -> None:
 def test_both_lock_files_pin_the_same_versions() -> None:
     image, development = (pins((ROOT / "requirements" / name).read_text()) for name in ("image.txt", "development.txt"))
     assert {name: versions for name, versions in image.items() if development.get(name) != versions} == {}
+
+
+def test_the_image_has_no_binary_of_a_third_party() -> None:
+    (local,) = PROJECT["optional-dependencies"]["local"]
+    name = Requirement(local).name
+    assert name in pins((ROOT / "requirements/development.txt").read_text())
+    assert name not in pins((ROOT / "requirements/image.txt").read_text())

@@ -7,6 +7,7 @@ import pytest
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.observations import Alive, Crashed, Stopped
 from bam_ray.control.policies import FIRST_DELAY, PLACEMENT_DELAY
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.states import Node, Retrying, Running, Waiting
@@ -38,9 +39,9 @@ class GroupHarness(ControllerHarness):
         self.workers: list[int] = []
         place = self.launcher.place
 
-        def record_and_place(task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
-            place(task, avoid, node_id)
-            self.workers.append(task.workers)
+        def record_and_place(placed: PlacedTask, avoid: frozenset[str], node_id: str | None = None) -> None:
+            place(placed, avoid, node_id)
+            self.workers.append(placed.task.workers)
 
         self.launcher.place = record_and_place  # type: ignore[method-assign]
 

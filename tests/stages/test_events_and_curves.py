@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import Interrupted, LossNotFinite, SettingsError, TrainingError
 from bam_ray.pipeline.graph import find_task, task_graph
@@ -42,7 +43,7 @@ def seed_prefix(run: Recipe) -> str:
 
 
 def events(store: BlobStore, prefix: str, attempt: int) -> list[dict[str, Any]]:
-    lines = store.get(f"{prefix}/events/{attempt:04d}.jsonl").decode().splitlines()
+    lines = store.get(f"{prefix}/events/{AttemptNumber(1, attempt)}.jsonl").decode().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -61,7 +62,7 @@ def test_each_attempt_has_a_log_of_its_events(tmp_path: Path) -> None:
     store = open_store(run.store.uri)
     interrupted_seed(run, store)
     newest = next(
-        key for key in store.list(f"{seed_prefix(run)}/steps/0001-00000006/") if key.endswith("r.safetensors")
+        key for key in store.list(f"{seed_prefix(run)}/steps/0001.0001-00000006/") if key.endswith("r.safetensors")
     )
     store.put(newest, b"damaged")
     context = RecordingContext()
@@ -70,7 +71,7 @@ def test_each_attempt_has_a_log_of_its_events(tmp_path: Path) -> None:
     first = events(store, seed_prefix(run), 1)
     assert [name for name in names(first) if name != "checkpoint"] == ["started", "resumed", "computing", "stopped"]
     assert [event["step"] for event in first if event["event"] == "checkpoint"] == [0, 4, 6]
-    assert (first[-1]["step"], first[0]["attempt"], first[0]["node"]) == (6, 1, context.node)
+    assert (first[-1]["step"], first[0]["attempt"], first[0]["node"]) == (6, "0001.0001", context.node)
     computing = first[names(first).index("computing")]
     assert {**computing, "time": ""} == {
         "time": "", "event": "computing", "step": 1, "device": "cpu", "precision": "fp32", "micro_batch": 4,
@@ -80,7 +81,7 @@ def test_each_attempt_has_a_log_of_its_events(tmp_path: Path) -> None:
 
     second = events(store, seed_prefix(run), 2)
     assert names(second) == ["started", "refused", "resumed", "checkpoint", "finished"]
-    assert second[1]["checkpoint"] == "0001-00000006"
+    assert second[1]["checkpoint"] == "0001.0001-00000006"
     assert (second[2]["step"], second[-1]["step"]) == (4, 10)
     assert context.reports[0].note.startswith("skipped a damaged checkpoint: ")
     assert manifest.facts["refused_checkpoints"] == [second[1]["error"]]
@@ -139,7 +140,7 @@ def test_a_mixture_that_cannot_start_logs_the_failure(tmp_path: Path) -> None:
         run_task(run, store, "mixtures", "bam", RecordingContext(), no_memory)
     log = events(store, f"mixtures/{find_task(task_graph(run), 'mixtures', 'bam').id}", 1)
     assert names(log) == ["started", "failed"]
-    assert (log[0]["attempt"], log[0]["node"]) == (1, "here")
+    assert (log[0]["attempt"], log[0]["node"]) == ("0001.0001", "here")
     assert (log[1]["step"], log[1]["error"]) == (0, "TrainingError: the model does not fit")
 
 
@@ -159,7 +160,7 @@ def test_curves_have_no_step_twice_after_a_resume(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
     interrupted_seed(run, store)
-    for key in list(store.list(f"{seed_prefix(run)}/steps/0001-00000006/")):
+    for key in list(store.list(f"{seed_prefix(run)}/steps/0001.0001-00000006/")):
         store.delete(key)  # as if the attempt was killed after steps 5 and 6 were written: training resumes from step 4
     run_task(run, store, "seeds", "seed")
     found = tensorboard_curves(store, seed_prefix(run), tmp_path / "board")
@@ -170,7 +171,7 @@ def test_curves_have_no_step_twice_after_a_resume(tmp_path: Path) -> None:
     assert [step for step, seconds in found["time/checkpoint"] if seconds] == [1, 9]
     for points in found.values():
         assert [step for step, _ in points] == list(range(1, 11))
-    curve = json.loads(store.get(f"{seed_prefix(run)}/curve.json"))
+    curve = json.loads(Artifact(store, "seeds", task_graph(run)[1].id).read_file("curve.json"))
     assert [value for _, value in found["loss/nll"]] == pytest.approx([point["nll"] for point in curve])
 
 

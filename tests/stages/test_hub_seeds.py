@@ -1,6 +1,7 @@
 """Seeds in the format of model hubs: bf16 shards, tied or untied, with a configuration of an older transformers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_artifacts(run, store, ("corpora",))
     artifact = Artifact(store, "corpora", task_graph(run)[0].id)
     (folder / "tokenizer").mkdir()
-    for key in store.list(f"{artifact.prefix}/tokenizer/"):
-        store.get_file(key, folder / "tokenizer" / key.rpartition("/")[2])
+    shutil.copytree(artifact.fetch(folder / "cache") / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     return folder / "tokenizer"
 
 

@@ -63,7 +63,7 @@ def test_a_late_branch_becomes_an_expert_of_a_checkpoint(tmp_path: Path, zero: s
         run_task(run.recipe, run.store, "mixtures", "bam", CrashingContext(step=7))
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(6, "general")]
 
-    before, after = run.step("0001-00000006"), run.step("0002-00000006")
+    before, after = run.step("0001.0001-00000006"), run.step("0001.0002-00000006")
     assert expert_names(before) == ["seed", "code"]
     assert expert_names(after) == ["seed", "code", "general"]
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
@@ -100,7 +100,7 @@ def test_a_late_branch_becomes_an_expert_of_a_checkpoint(tmp_path: Path, zero: s
     assert list(upcycled["of"]) == ["seed", "code"]
     assert (absorb["absorb"]["experts"], absorb["absorb"]["step"]) == (["seed", "code", "general"], 6)
     assert absorb["of"] == {
-        "mixture": f"{run.store.uri}/mixtures/{run.mixture.id}/steps/0001-00000006",
+        "mixture": f"{run.store.uri}/mixtures/{run.mixture.id}/steps/0001.0001-00000006",
         "general": f"{run.store.uri}/branches/{late.id}",
     }
     assert manifest.parents == (*run.mixture.parents, late.id)
@@ -146,7 +146,7 @@ def test_a_branch_committed_before_the_first_step_is_added_at_step_0(tmp_path: P
     run.branch("general")
     run.mix(stop_at=2)
     assert [(event["step"], event["branch"]) for event in run.events("absorbed")] == [(0, "general")]
-    assert expert_names(run.step("0001-00000000")) == ["seed", "code", "general"]
+    assert expert_names(run.step("0001.0001-00000000")) == ["seed", "code", "general"]
     manifest = run.mix()
     assert manifest is not None
     assert history_of(Artifact(run.store, "mixtures", manifest.id).fetch())[-1]["absorb"]["step"] == 0
@@ -161,7 +161,7 @@ def test_a_branch_committed_after_the_mixture_is_left_out(tmp_path: Path) -> Non
     assert manifest.facts["left_out"] == ["general"]
     assert manifest.parents == run.mixture.parents
     report = run_task(run.recipe, run.store, "reports", "report")
-    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    results = Results.model_validate_json(Artifact(run.store, "reports", report.id).read_file("results.json"))
     mixture = next(model for model in results.models if model.kind == "mixtures")
     assert mixture.routing is not None
     assert mixture.routing.expert_names == ("seed", "code")
@@ -173,7 +173,7 @@ def test_a_report_leaves_out_a_branch_that_is_never_committed(tmp_path: Path) ->
     run.start()
     run.mix()
     report = run_task(run.recipe, run.store, "reports", "report")
-    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    results = Results.model_validate_json(Artifact(run.store, "reports", report.id).read_file("results.json"))
     assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
     assert run.task(ArtifactKind.BRANCHES, "general").id not in report.parents
 
@@ -210,7 +210,7 @@ def test_a_missing_branch_changes_averages_copies_and_routers(tmp_path: Path) ->
     run = LateBranchRun(tmp_path, upcycle={"mixtures": {"bam": mixture}, "when": {"at_least": 1}}, mix=mix)
     run.start()
     run.mix(stop_at=2)
-    assert expert_names(run.step("0001-00000002")) == ["seed", "code", "seed-2"]
+    assert expert_names(run.step("0001.0001-00000002")) == ["seed", "code", "seed-2"]
     assert [(event["experts"], event["processes"]) for event in run.events("shared")] == [(3, 1)]
     run.branch("general")
     manifest = run.mix()
@@ -225,5 +225,5 @@ def test_a_controlled_run_absorbs_the_slow_branch(tmp_path: Path) -> None:
     folder = Artifact(run.store, "mixtures", run.mixture.id).fetch()
     assert expert_names(folder) == ["seed", "code", "general"]
     report = run.task(ArtifactKind.REPORTS, "report")
-    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    results = Results.model_validate_json(Artifact(run.store, "reports", report.id).read_file("results.json"))
     assert next(model for model in results.models if model.kind == "mixtures").lineage_tokens == 4 * 1280

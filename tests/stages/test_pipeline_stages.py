@@ -119,7 +119,7 @@ def test_a_dynamic_blend_resumes_exactly(tmp_path: Path) -> None:
         assert manifest is not None
         curves.append([point["nll"] for point in manifest_curve(store, manifest.id)])
         if stop_at is None:
-            log = store.get(f"mixtures/{manifest.id}/events/0001.jsonl").decode().splitlines()
+            log = store.get(f"mixtures/{manifest.id}/events/0001.0001.jsonl").decode().splitlines()
             moves = [event for event in map(json.loads, log) if event["event"] == "blend"]
             assert [move["step"] for move in moves] == [3, 6, 9]
             weights = {"code": 0.5, "general": 0.5}
@@ -139,7 +139,7 @@ def test_a_dynamic_blend_resumes_exactly(tmp_path: Path) -> None:
 
 
 def manifest_curve(store: BlobStore, id: str) -> list[dict[str, float]]:
-    points: list[dict[str, float]] = json.loads(store.get(f"mixtures/{id}/curve.json"))
+    points: list[dict[str, float]] = json.loads(Artifact(store, "mixtures", id).read_file("curve.json"))
     return points
 
 

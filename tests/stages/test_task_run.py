@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bam_ray.blobs import open_store
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Needs
@@ -49,12 +50,11 @@ def test_a_task_run_finds_the_artifacts_of_its_run(tmp_path: Path) -> None:
 def test_only_rank_zero_takes_a_lease_and_logs(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
     store = open_store(recipe.store.uri)
-    for rank, number in ((1, None), (0, 1), (1, None), (0, 2)):
+    for rank, count in ((1, None), (0, 1), (1, None), (0, 2)):
         with task_run(recipe, store, "seeds", "seed", rank=rank).attempt() as attempt:
-            assert attempt.attempt_number == number
-            assert (attempt.lease is None) == (rank > 0)
+            assert (attempt.lease.number if attempt.lease else None) == (AttemptNumber(1, count) if count else None)
     prefix = attempt.artifact.prefix
     assert [key.removeprefix(prefix) for key in store.list(f"{prefix}/events/")] == [
-        "/events/0001.jsonl",
-        "/events/0002.jsonl",
+        "/events/0001.0001.jsonl",
+        "/events/0001.0002.jsonl",
     ]

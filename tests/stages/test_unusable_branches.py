@@ -23,6 +23,7 @@ from tests.support.stage_run import (
     run_task,
     small_recipe,
 )
+from tests.support.stored_files import stored_file
 
 FFN = "model.layers.0.mlp.down_proj.weight"
 
@@ -92,7 +93,7 @@ def test_a_damaged_late_branch_is_left_out(
     run.start()
     run.mix(stop_at=4)
     late = run.branch("general")
-    damage_file(tmp_path / "store" / "branches" / late.id / file)
+    damage_file(stored_file(tmp_path / "store", f"branches/{late.id}", file))
     check_that_it_is_left_out(run, words)
 
 
@@ -122,7 +123,7 @@ def test_a_damaged_late_branch_does_not_affect_another_one(tmp_path: Path) -> No
     run.start()
     run.mix(stop_at=4)
     late = {name: run.branch(name) for name in ("general", "math")}
-    damage(tmp_path / "store" / "branches" / late["general"].id / "model.safetensors")
+    damage(stored_file(tmp_path / "store", f"branches/{late['general'].id}", "model.safetensors"))
     manifest = run.mix()
     assert manifest is not None
     assert [event["branch"] for event in run.events("left_out")] == ["general"]
@@ -136,7 +137,7 @@ def test_a_repaired_late_branch_is_absorbed_by_the_next_attempt(tmp_path: Path) 
     run = LateBranchRun(tmp_path)
     run.start()
     run.mix(stop_at=4)
-    weights = tmp_path / "store" / "branches" / run.branch("general").id / "model.safetensors"
+    weights = stored_file(tmp_path / "store", f"branches/{run.branch('general').id}", "model.safetensors")
     whole = weights.read_bytes()
     damage(weights)
     run.mix(stop_at=7)
@@ -159,7 +160,7 @@ def test_no_branch_is_left_out_because_the_store_is_down(tmp_path: Path, monkeyp
         patch.setattr(TensorReader, "check_digests", unavailable)
         with pytest.raises(StoreUnavailable, match="down"):
             run_task(run.recipe, run.store, "mixtures", "bam")
-    assert [event["attempt"] for event in run.events("started")] == [1, 2]
+    assert [event["attempt"] for event in run.events("started")] == ["0001.0001", "0001.0002"]
     assert [event["error"] for event in run.events("failed")] == ["StoreUnavailable: the endpoint is down"]
     manifest = run.mix()
     assert manifest is not None
@@ -169,11 +170,15 @@ def test_no_branch_is_left_out_because_the_store_is_down(tmp_path: Path, monkeyp
 
 def test_a_run_drains_its_mixture_once_for_a_damaged_branch(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
-    weights = tmp_path / "store" / "branches" / run.task(ArtifactKind.BRANCHES, "general").id / "model.safetensors"
+    prefix = f"branches/{run.task(ArtifactKind.BRANCHES, 'general').id}"
+
+    def damage_branch() -> None:
+        damage(stored_file(tmp_path / "store", prefix, "model.safetensors"))
+
     # The branch is damaged before its stage returns, which is when the controller sees that it is committed
-    assert ControlledRun(run, lambda: damage(weights)).causes == ["to absorb general", "committed"]
+    assert ControlledRun(run, damage_branch).causes == ["to absorb general", "committed"]
     assert [(event["step"], event["branch"]) for event in run.events("left_out")] == [(4, "general")]
     assert expert_names(Artifact(run.store, "mixtures", run.mixture.id).fetch()) == ["seed", "code"]
     report = run.task(ArtifactKind.REPORTS, "report")
-    results = Results.model_validate_json(run.store.get(f"reports/{report.id}/results.json"))
+    results = Results.model_validate_json(Artifact(run.store, "reports", report.id).read_file("results.json"))
     assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]

@@ -13,6 +13,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.control.launcher import InProcessLauncher
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Progress, StageContext, Task
@@ -71,7 +72,7 @@ class LateBranchRun:
 
     def losses(self) -> list[float]:
         """Return the NLL of every step of the committed mixture."""
-        curve = json.loads(self.store.get(f"mixtures/{self.mixture.id}/curve.json"))
+        curve = json.loads(Artifact(self.store, ArtifactKind.MIXTURES, self.mixture.id).read_file("curve.json"))
         return [point["nll"] for point in curve]
 
 
@@ -122,8 +123,8 @@ class ControlledRun:
         assert controller.run(pause=0.01) == "finished"
         self.causes = [ended.cause for ended in controller.history(run.mixture.id).past_attempts]
 
-    def _work(self, task: Task, context: StageContext) -> None:
-        run = self._run
+    def _work(self, placed: PlacedTask, context: StageContext) -> None:
+        run, task = self._run, placed.task
         if task.kind == "mixtures":
             run_task(run.recipe, run.store, task.kind, task.name, PausingContext(context, self._mixing))
             return

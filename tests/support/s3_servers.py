@@ -2,6 +2,7 @@
 
 import http.client
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -11,13 +12,16 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from cluster.s3_server import BUCKET
+from tests.support.faults.flaky_proxy import FlakyProxy
 
 # How servers without conditional puts behave, with patterns of the warnings about them
 KINDS = {
     "overwrites": "silently overwrites on a conditional put",
     "refuses": r"has no conditional puts \(NotImplemented\)",
+    "looks first": "has conditional puts that are not atomic",
 }
 NOT_IMPLEMENTED = b"<Error><Code>NotImplemented</Code><Message>If-None-Match</Message></Error>"
+FAILED = b"<Error><Code>PreconditionFailed</Code><Message>It exists.</Message></Error>"
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +39,17 @@ def moto_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
+def fault_proxy(moto_endpoint: str, credentials: Callable[[str, str], None]) -> Iterator[FlakyProxy]:
+    """Yield a proxy in front of moto's S3 server, which forwards everything until a test adds faults."""
+    credentials("any", "any")
+    port = urlsplit(moto_endpoint).port
+    assert port is not None
+    proxy = FlakyProxy(port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
 def credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Return a function that sets the access key and the secret key that S3 stores use."""
 
@@ -45,8 +60,8 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     return use
 
 
-def proxy(endpoint: str, overwrites: bool) -> ThreadingHTTPServer:
-    """Return a proxy of an S3 server that overwrites on conditional puts or, if not `overwrites`, rejects them."""
+def proxy(endpoint: str, kind: str) -> ThreadingHTTPServer:
+    """Return a proxy of an S3 server with conditional puts of a kind of `KINDS`."""
     host, port = urlsplit(endpoint).hostname, urlsplit(endpoint).port
 
     class Handler(BaseHTTPRequestHandler):
@@ -56,14 +71,23 @@ def proxy(endpoint: str, overwrites: bool) -> ThreadingHTTPServer:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             conditional = self.headers.get("If-None-Match") is not None
             del self.headers["If-None-Match"]
-            if conditional and not overwrites:
+            if conditional and kind == "refuses":
                 self.answer(501, {"Content-Type": "application/xml"}, NOT_IMPLEMENTED)
                 return
+            if conditional and kind == "looks first":
+                if self.ask("HEAD", dict(self.headers) | {"Content-Length": "0"})[0] == 200:
+                    self.answer(412, {"Content-Type": "application/xml"}, FAILED)
+                    return
+                time.sleep(0.05)
+            self.answer(*self.ask(self.command, dict(self.headers), body))
+
+        def ask(self, method: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
             connection = http.client.HTTPConnection(host or "", port, timeout=30)
-            connection.request(self.command, self.path, body, dict(self.headers))
+            connection.request(method, self.path, body, headers)
             response = connection.getresponse()
-            self.answer(response.status, dict(response.getheaders()), response.read())
+            answer = response.status, dict(response.getheaders()), response.read()
             connection.close()
+            return answer
 
         def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response_only(status)
@@ -89,7 +113,7 @@ def weak_server(
 ) -> Iterator[tuple[str, str]]:
     """Start a server without conditional puts; return its endpoint and a pattern of the warning about it."""
     credentials("any", "any")
-    server = proxy(moto_endpoint, overwrites=request.param == "overwrites")
+    server = proxy(moto_endpoint, request.param)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", KINDS[request.param]
     server.shutdown()

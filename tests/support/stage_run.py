@@ -8,6 +8,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.leases import AttemptNumber, newest_attempt
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.run import PipelineRun
@@ -86,9 +87,11 @@ def one_process_engine(spec: EngineSpec) -> TorchEngine:
 def task_run(
     recipe: Recipe, store: BlobStore, kind: ArtifactKind, name: str, context: StageContext | None = None, rank: int = 0
 ) -> TaskRun:
-    """Return the task `kind/name` of `recipe` as it is placed if no fallback is needed."""
+    """Return the task `kind/name` of `recipe` as it is placed if no fallback is needed, for its next attempt."""
     run = PipelineRun.of(recipe, store)
-    return TaskRun(run.task(kind, name), run, context or RecordingContext(), rank)
+    newest = newest_attempt(store, run.artifact(kind, name).prefix)
+    number = AttemptNumber(1, newest.count + 1 if newest else 1)
+    return TaskRun(run.task(kind, name), run, context or RecordingContext(), rank, number)
 
 
 def run_task(

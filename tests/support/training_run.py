@@ -20,6 +20,7 @@ from bam_ray.training.listener import TrainingListener
 from bam_ray.training.loop import Training
 from bam_ray.training.torch_engine import TorchEngine
 from tests.support import tiny
+from tests.support.leases import next_lease
 
 LENGTH = 16
 RETENTION = Retention(last=2, every=None)
@@ -102,7 +103,7 @@ def run(
         CountingSampler(),
         LENGTH,
         settings,
-        checkpoints_of(store, Lease.take(store, "branches/x"), emit=listener.emit),
+        checkpoints_of(store, next_lease(store, "branches/x"), emit=listener.emit),
         listener,
     )
     training.resume()

@@ -53,10 +53,10 @@ def test_the_newest_checkpoint_loads_with_transformers(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    assert "(mixtures/bam at step 6, attempt 1)" in " ".join(capsys.readouterr().out.split())
+    assert "(mixtures/bam at step 6, attempt 0001.0001)" in " ".join(capsys.readouterr().out.split())
 
     task = find_task(task_graph(run), "mixtures", "bam")
-    saved = TensorReader(store, f"mixtures/{task.id}/steps/0001-00000006")
+    saved = TensorReader(store, f"mixtures/{task.id}/steps/0001.0001-00000006")
     model = AutoModelForCausalLM.from_pretrained(out)
     for name, tensor in model.state_dict().items():
         if name in saved.specs:
@@ -103,7 +103,9 @@ def test_another_checkpoint_is_copied_if_the_newest_is_pruned(store: BlobStore, 
 
 def test_a_chosen_checkpoint_that_is_pruned_is_an_error(store: BlobStore, tmp_path: Path) -> None:
     training = PruningStore(store, tmp_path / "run", pruned=1)
-    with pytest.raises(CheckpointError, match=r"/0001-00000004 was pruned while it was copied: .*keep_every to keep"):
+    with pytest.raises(
+        CheckpointError, match=r"/0001.0001-00000004 was pruned while it was copied: .*keep_every to keep"
+    ):
         export_step(training, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "out")), step=4)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -136,7 +138,7 @@ def test_names_without_a_checkpoint_are_errors(run: Recipe, store: BlobStore, tm
 
 def test_a_damaged_checkpoint_leaves_no_folder(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
     task = find_task(task_graph(run), "mixtures", "bam")
-    key = f"mixtures/{task.id}/steps/0001-00000006/model.safetensors"
+    key = f"mixtures/{task.id}/steps/0001.0001-00000006/model.safetensors"
     whole = store.get(key)
     store.put(key, whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DigestMismatch, match="does not match its manifest"):

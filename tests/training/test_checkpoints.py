@@ -11,12 +11,12 @@ import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.checkpoint.leases import Lease
 from bam_ray.errors import Interrupted, StaleLease, StoreUnavailable, TrainingError
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Event
 from bam_ray.training.state import TrainingState
 from tests.support import tiny
+from tests.support.leases import next_lease
 from tests.support.training_run import LENGTH, RETENTION, SETTINGS, checkpoints_of, engine, run
 
 
@@ -52,7 +52,7 @@ def four_attempts() -> Retrying:
 
 
 def open_checkpoints(store: MemoryStore, retention: Retention = RETENTION, **named: Any) -> Checkpoints:
-    return checkpoints_of(store, Lease.take(store, "branches/x"), retention, retrying=four_attempts(), **named)
+    return checkpoints_of(store, next_lease(store, "branches/x"), retention, retrying=four_attempts(), **named)
 
 
 def state(step: int = 0) -> TrainingState:
@@ -145,7 +145,10 @@ def test_old_checkpoints_are_pruned() -> None:
     store = MemoryStore()
     with pytest.raises(Interrupted):
         run(store, lambda step: step == 10)
-    assert {key.split("/")[3] for key in store.list("branches/x/steps/")} == {"0001-00000008", "0001-00000010"}
+    assert {key.split("/")[3] for key in store.list("branches/x/steps/")} == {
+        "0001.0001-00000008",
+        "0001.0001-00000010",
+    }
 
 
 def test_checkpoints_at_multiples_of_keep_every_stay() -> None:
@@ -164,7 +167,7 @@ def test_a_damaged_or_truncated_checkpoint_is_skipped_and_reported() -> None:
     store = MemoryStore()
     with pytest.raises(Interrupted):
         run(store, lambda step: step == 9)
-    newest = "branches/x/steps/0001-00000009/optimizer.safetensors"
+    newest = "branches/x/steps/0001.0001-00000009/optimizer.safetensors"
     whole = store.get(newest)
     events: list[Event] = []
     for damage in (whole[:-1] + b"\xff", whole[: len(whole) // 2]):
@@ -173,26 +176,26 @@ def test_a_damaged_or_truncated_checkpoint_is_skipped_and_reported() -> None:
         found = checkpoints.latest()
         assert found is not None and found.step == 8
         event = events.pop()
-        assert isinstance(event, CheckpointRefused) and event.checkpoint == "0001-00000009"
-        assert "0001-00000009/optimizer.safetensors does not match its manifest" in event.error
+        assert isinstance(event, CheckpointRefused) and event.checkpoint == "0001.0001-00000009"
+        assert "0001.0001-00000009/optimizer.safetensors does not match its manifest" in event.error
         assert checkpoints.refused == [event.error]
     store.delete(newest)
     assert run(store, events=events) == unbroken
     (refused,) = (event for event in events if isinstance(event, CheckpointRefused))
-    assert "optimizer.safetensors does not exist" in refused.error
+    assert "optimizer.safetensors is missing" in refused.error
 
 
 def test_later_checkpoints_store_the_refused_ones() -> None:
     store = MemoryStore()
     with pytest.raises(Interrupted):
         run(store, lambda step: step == 9)
-    newest = "branches/x/steps/0001-00000009/trainer.json"
+    newest = "branches/x/steps/0001.0001-00000009/trainer.json"
     store.put(newest, b"{}")
     with pytest.raises(Interrupted):
         run(store, lambda step: step == 10)
-    notes = json.loads(store.get("branches/x/steps/0002-00000010/trainer.json"))
+    notes = json.loads(store.get("branches/x/steps/0002.0001-00000010/trainer.json"))
     assert [error.split("/steps/")[1] for error in notes["refused"]] == [
-        "0001-00000009/trainer.json does not match its manifest: the blob was damaged"
+        "0001.0001-00000009/trainer.json does not match its manifest: the blob was damaged"
     ]
 
 
@@ -202,7 +205,7 @@ def test_a_damaged_checkpoint_of_this_attempt_can_be_rewritten() -> None:
     checkpoints = open_checkpoints(store)
     checkpoints.save(state(), trainer(4))
     checkpoints.wait()
-    store.put("branches/x/steps/0001-00000004/optimizer.safetensors", b"")
+    store.put("branches/x/steps/0001.0001-00000004/optimizer.safetensors", b"")
     assert checkpoints.latest() is None
     checkpoints.save(state(), {**trainer(4), "sampler": {"position": 1}})
     checkpoints.wait()
@@ -213,9 +216,9 @@ def test_a_damaged_checkpoint_of_this_attempt_can_be_rewritten() -> None:
 def test_a_stale_attempt_cannot_commit() -> None:
     store = MemoryStore()
     old = open_checkpoints(store)
-    Lease.take(store, "branches/x")
+    next_lease(store, "branches/x")
     old.save(state(), trainer(1))
-    with pytest.raises(StaleLease, match="attempt 2 took over"):
+    with pytest.raises(StaleLease, match=r"attempt 0002\.0001 took over"):
         old.wait()
     assert not list(store.list("branches/x/steps/"))
 

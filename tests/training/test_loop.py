@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.checkpoint.leases import Lease
 from bam_ray.control.policies import is_final
 from bam_ray.errors import Interrupted, LossNotFinite, LossSpiked, SettingsError
 from bam_ray.settings import Spike, TrainingSettings
@@ -21,6 +20,7 @@ from bam_ray.training.loop import ComputeSegment, Training
 from bam_ray.training.schedule import learning_rate
 from bam_ray.training.torch_engine import TorchEngine
 from tests.support import tiny
+from tests.support.leases import next_lease
 from tests.support.training_run import BAM, DENSE, LENGTH, SETTINGS, CountingSampler, checkpoints_of, engine, run
 
 DROPOUT = LlamaConfig(**tiny.SIZES, attention_dropout=0.3)
@@ -287,7 +287,7 @@ def test_losses_from_before_a_new_expert_define_no_spike(changed: int) -> None:
     store = MemoryStore()
     with pytest.raises(Interrupted):
         run_with_spikes("skip", set(), store, should_stop=lambda step: step == 6)
-    checkpoints = checkpoints_of(store, Lease.take(store, "branches/x"))
+    checkpoints = checkpoints_of(store, next_lease(store, "branches/x"))
     found, changed_engine = checkpoints.latest(), engine(settings=FIXED)
     assert found is not None
     changed_engine.load(found.folder)

@@ -26,6 +26,18 @@ def load(path: str) -> Any:
     return yaml.safe_load((ROOT / path).read_text())
 
 
+def load_manifest(path: str, kind: str) -> Any:
+    """Load the one object of a kind from a file with several Kubernetes objects."""
+    (found,) = [each for each in yaml.safe_load_all((ROOT / path).read_text()) if each["kind"] == kind]
+    return found
+
+
+def ingress_validator() -> Draft202012Validator:
+    """Return a validator of the ingress rules of a NetworkPolicy, from KubeRay's copy of that schema."""
+    policy = _read("raycluster")["properties"]["spec"]["properties"]["networkPolicy"]
+    return Draft202012Validator(_closed(policy["properties"]["head"]["properties"]["ingressRules"]))
+
+
 def crd_validator(kind: str) -> Draft202012Validator:
     """Return a validator of manifests of KubeRay's `kind`, which rejects fields that a cluster would drop silently."""
     return Draft202012Validator(_closed(_read(kind.lower())))

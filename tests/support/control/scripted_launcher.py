@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import AttemptStatus, Done, Queued
-from bam_ray.control.transitions import Transition
+from bam_ray.control.transitions import PlacedTask, Transition
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling.nodes import NodeFacts
@@ -43,6 +44,7 @@ class ScriptedLauncher:
     def __init__(self) -> None:
         self.statuses: dict[str, AttemptStatus] = {}
         self.placed: list[tuple[str, frozenset[str]]] = []
+        self.numbers: dict[str, AttemptNumber] = {}  # of the last attempt, by task id
         self.drained: list[str] = []
         self.known_nodes: list[NodeFacts] | None = None  # None: this launcher chooses nodes itself
         self.chosen_nodes: dict[str, str | None] = {}
@@ -56,10 +58,12 @@ class ScriptedLauncher:
         """Record the tasks that the controller expects to place."""
         self.expected.append([task.id for task in tasks])
 
-    def place(self, task: Task, avoid: frozenset[str], node_id: str | None = None) -> None:
+    def place(self, placed: PlacedTask, avoid: frozenset[str], node_id: str | None = None) -> None:
         """Record a placement; the attempt is queued until the test sets another status."""
+        task = placed.task
         assert task.id not in self.statuses, "two attempts at once"
         self.placed.append((task.id, avoid))
+        self.numbers[task.id] = placed.number
         self.chosen_nodes[task.id] = node_id
         self.statuses[task.id] = Queued()
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import deepspeed_engine
@@ -43,6 +42,7 @@ from tests.support.distributed.cases import (
     step_losses,
     train,
 )
+from tests.support.leases import next_lease
 from tests.support.training_run import RecordingListener
 
 
@@ -151,7 +151,7 @@ def undisturbed_and_rolled_back(folder: Path) -> list[list[float]]:
 
         engine.model.base_model.register_forward_hook(spoil)
         store = FolderStore(folder / f"store {spoiled}")
-        lease = Lease.take(store, "mixtures/x") if engine.rank == 0 else None
+        lease = next_lease(store, "mixtures/x") if engine.rank == 0 else None
         checkpoints = Checkpoints(Artifact(store, ArtifactKind.MIXTURES, "x"), lease, Retention(2, None))
         listener = RecordingListener()
         training = Training(engine, ShareSampler(), LENGTH, settings, checkpoints, listener)

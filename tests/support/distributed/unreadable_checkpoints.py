@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted, LossNotFinite
 from bam_ray.on_deepspeed import deepspeed_engine
@@ -21,6 +20,7 @@ from bam_ray.training.events import CheckpointCommitted, Event, RolledBack
 from bam_ray.training.listener import TrainingListener
 from bam_ray.training.loop import Training
 from tests.support.distributed.cases import LENGTH, RESUMED, SHARE, ShareSampler
+from tests.support.leases import next_lease
 
 TOKENS = 8 * 2 * SHARE * LENGTH
 SETTINGS = RESUMED.settings(SHARE).model_copy(
@@ -51,7 +51,7 @@ class Attempt(TrainingListener):
         self.events: list[tuple[str, Any]] = []
         self.stop_at = stop_at
         store = FolderStore(folder)
-        lease = Lease.take(store, "mixtures/x") if rank == 0 else None
+        lease = next_lease(store, "mixtures/x") if rank == 0 else None
         self.training = Training(
             deepspeed_engine(replace(RESUMED.spec(), training=SETTINGS)),
             ShareSampler(),

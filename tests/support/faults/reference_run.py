@@ -110,7 +110,7 @@ class ReferenceRun:
 def read_branch(store: BlobStore, recipe: Recipe, domain: str) -> BranchResult:
     """Return the result of a committed branch."""
     manifest = branch_manifest(store, recipe, domain)
-    curve = json.loads(store.get(f"branches/{manifest.id}/curve.json"))
+    curve = json.loads(Artifact(store, ArtifactKind.BRANCHES, manifest.id).read_file("curve.json"))
     assert [point["step"] for point in curve] == list(range(1, recipe.branch.training.steps + 1))
     return BranchResult(tuple(point["nll"] for point in curve), manifest.files["model.safetensors"].sha256)
 

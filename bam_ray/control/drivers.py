@@ -1,0 +1,245 @@
+"""The drivers that share a store: their epochs, their heartbeats, and which of them makes an artifact.
+
+Problem: a run may be submitted twice, a driver may die without a word, and two recipes with common parts may use one
+store. Each artifact should be made once, and no driver should wait for another one that is gone.
+
+Design choice: every driver takes an epoch, which is the first part of the numbers of its attempts (see
+`checkpoint.leases`), and writes a heartbeat every few seconds. If another living driver has the newest lease of an
+artifact, a driver waits for the manifest. A driver counts as gone when its heartbeat has not changed for a minute of
+the observer's own clock, so clocks need not agree. On the same machine, a process that has ended is noticed at once.
+
+Limits: a driver that is cut off from the store for a minute counts as gone. Its attempts then become stale, and no work
+is lost up to their last checkpoints.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.leases import EPOCHS, epoch_key, newest_attempt, take_epoch
+from bam_ray.errors import BlobNotFound, StoreError
+
+HEARTBEATS = "heartbeats/"
+HEARTBEAT_SECONDS = 5.0
+DRIVER_TIMEOUT = 60.0  # seconds without a heartbeat after which a driver counts as gone
+
+
+class Drivers(Protocol):
+    """The controller's view of its own driver and the others."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this driver."""
+        ...
+
+    @property
+    def has_company(self) -> bool:
+        """True if another driver of the store is alive."""
+        ...
+
+    def refresh(self) -> None:
+        """Look for other drivers, if it is time to."""
+        ...
+
+    def owner_of(self, prefix: str) -> str | None:
+        """Return a description of the living driver that makes the artifact under `prefix`; None if no other does.
+
+        If a driver that is gone had a higher epoch than this one, this driver takes a new epoch.
+        """
+        ...
+
+    def give_up(self, prefixes: Collection[str]) -> None:
+        """Tell the other drivers that this one will not make some artifacts; they may try."""
+        ...
+
+
+class LoneDriver:
+    """The only driver of its store, for simulations and tests."""
+
+    epoch = 1
+    has_company = False
+
+    def refresh(self) -> None:
+        """Do nothing."""
+
+    def owner_of(self, prefix: str) -> None:
+        """Return None."""
+
+    def give_up(self, prefixes: Collection[str]) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class _OtherDriver:
+    """Another driver, as its epoch and its heartbeats describe it."""
+
+    token: str
+    description: dict[str, Any]
+    heard_at: float
+    heartbeat: bytes = b""
+    gone: bool = False
+    given_up: frozenset[str] = field(default_factory=frozenset)
+
+    def __str__(self) -> str:
+        since = self.description.get("taken", "an unknown time")
+        return f"the driver of {self.description.get('run', 'a stage')} on {self.description.get('host')} since {since}"
+
+
+class DriverRegistry:
+    """This driver among those of a store.
+
+    Args:
+        store: The store of the run.
+        run: The name of the run, for messages of other drivers.
+        take_over: Treat all drivers that have been here before as gone.
+        clock: Returns the time in seconds, from any origin.
+    """
+
+    def __init__(
+        self, store: BlobStore, run: str, take_over: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store, self._run, self._clock = store, run, clock
+        self._token = secrets.token_hex(8)
+        self._beats = 0
+        self._others: dict[int, _OtherDriver] = {}  # by epoch
+        self._given_up: tuple[str, ...] = ()
+        self._refreshed_at = float("-inf")
+        self._ended = threading.Event()
+        self.beat()
+        self._own_epochs = [take_epoch(store, self._describe())]
+        if take_over:
+            self._find_others()
+            for other in self._others.values():
+                other.gone = True
+
+    @property
+    def epoch(self) -> int:
+        """The newest epoch of this driver."""
+        return self._own_epochs[-1]
+
+    @property
+    def has_company(self) -> bool:
+        """True if another driver of the store is alive."""
+        return any(not other.gone for other in self._others.values())
+
+    def refresh(self) -> None:
+        """Read the heartbeats of the other drivers, at most every `HEARTBEAT_SECONDS`; raises `StoreError`."""
+        now = self._clock()
+        if now - self._refreshed_at < HEARTBEAT_SECONDS:
+            return
+        self._refreshed_at = now
+        self._find_others()
+        living = {other.token: other for other in self._others.values() if not other.gone}
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            list(pool.map(self._listen, living.values()))
+        for other in self._others.values():  # a driver with several epochs has one heartbeat
+            other.gone = other.gone or (other.token in living and living[other.token].gone)
+
+    def owner_of(self, prefix: str) -> str | None:
+        """See `Drivers`; raises `StoreError`."""
+        newest = newest_attempt(self._store, prefix)
+        if newest is None or newest.epoch in self._own_epochs:
+            return None
+        if newest.epoch not in self._others:
+            self._find_others()
+        other = self._others.get(newest.epoch)
+        if other is not None and not other.gone and prefix not in other.given_up:
+            return str(other)
+        while newest.epoch > self.epoch:
+            self._own_epochs.append(take_epoch(self._store, self._describe()))
+        return None
+
+    def give_up(self, prefixes: Collection[str]) -> None:
+        """See `Drivers`; the next heartbeat tells them."""
+        self._given_up = tuple(prefixes)
+
+    def beat(self, ended: bool = False) -> None:
+        """Write a heartbeat; raises `StoreError`."""
+        self._beats += 1
+        content = {"beats": self._beats, "ended": ended, "given_up": self._given_up}
+        self._store.put(f"{HEARTBEATS}{self._token}.json", json.dumps(content).encode())
+
+    @contextlib.contextmanager
+    def beating(self) -> "Iterator[DriverRegistry]":
+        """Write heartbeats in the background until the block ends, and then that this driver has ended."""
+        thread = threading.Thread(target=self._beat_periodically, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join()
+            with contextlib.suppress(StoreError):
+                self.beat(ended=True)
+
+    def _beat_periodically(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(StoreError):
+                self.beat()
+
+    def _find_others(self) -> None:
+        """Read the descriptions of the epochs that are new."""
+        for key in self._store.list(EPOCHS):
+            epoch = int(key.removeprefix(EPOCHS).removesuffix(".json"))
+            if epoch in self._others:
+                continue
+            description = json.loads(self._store.get(epoch_key(epoch)))
+            if description["token"] != self._token:
+                self._others[epoch] = _OtherDriver(description["token"], description, self._clock())
+
+    def _listen(self, other: _OtherDriver) -> None:
+        """Read the heartbeat of another driver, and decide whether it is gone."""
+        try:
+            heartbeat = self._store.get(f"{HEARTBEATS}{other.token}.json")
+        except BlobNotFound:  # a process without a controller
+            heartbeat = b"{}"
+        content = json.loads(heartbeat)
+        now = self._clock()
+        if heartbeat != other.heartbeat:
+            other.heartbeat, other.heard_at = heartbeat, now
+            other.given_up = frozenset(content.get("given_up", ()))
+        silent = now - other.heard_at > DRIVER_TIMEOUT
+        other.gone = bool(content.get("ended")) or silent or _has_died_here(other.description)
+
+    def _describe(self) -> bytes:
+        taken = datetime.now(UTC).isoformat(timespec="seconds")
+        return json.dumps(
+            {
+                "token": self._token,
+                "run": self._run,
+                "host": socket.gethostname(),
+                "taken": taken,
+                "unique": secrets.token_hex(8),
+                **_process_here(os.getpid()),
+            }
+        ).encode()
+
+
+def _process_here(pid: int) -> dict[str, Any]:
+    """Describe a process of this machine so that it can be recognized; empty if the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return {}
+    return {"machine": f"{boot} {namespace}", "pid": pid, "started": started}
+
+
+def _has_died_here(description: dict[str, Any]) -> bool:
+    """Return True if a driver was a process of this machine that does not run any more."""
+    here = _process_here(os.getpid())
+    if not here or description.get("machine") != here["machine"]:
+        return False
+    return bool(_process_here(description["pid"]).get("started") != description["started"])
