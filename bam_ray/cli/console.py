@@ -12,8 +12,11 @@ console = terminal_console()
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar with bytes, speed and remaining time. Yields a function of (bytes done, bytes in total)."""
+def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a progress bar with bytes, speed and remaining time.
+
+    Yields an `upcycling.ProgressCallback`. While routers are fitted, the description names the layer.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -23,7 +26,14 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     )
     with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def update(done: int, total: int, phase: str) -> None:
+            if phase == "writing":
+                bar.update(task, completed=done, total=total)
+            else:
+                bar.update(task, description=f"{phase}: {done} of {total} layers")
+
+        yield update
 
 
 def print_mixture_written(out: str, experts: Sequence[str] | None) -> None:

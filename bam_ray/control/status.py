@@ -144,7 +144,7 @@ def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastA
         total_steps=progress.total_steps,
         loss=progress.loss,
         tokens_per_second=progress.tokens_per_second if training else None,
-        eta_seconds=controller.eta(task.id),
+        eta_seconds=_task_eta(controller, task, progress) if state.label == "running" else None,
         checkpoint_step=progress.checkpoint_step,
         attempt=controller.attempts(task.id),
         note=_note(state, progress, history.message) or describe_branches(task, controller.states),
@@ -152,6 +152,13 @@ def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastA
         log=state.log if isinstance(state, Failed) else (),
         past=(*earlier, *_past_attempts(history, now - timedelta(seconds=controller.now()))),
     )
+
+
+def _task_eta(controller: Controller, task: Task, progress: Progress) -> float | None:
+    """Return the seconds that a running task still takes: what its stage says, or what its speed and its steps say."""
+    if progress.eta_seconds is not None:
+        return progress.eta_seconds
+    return controller.eta(task.id) if task.total_steps else None
 
 
 def _past_attempts(history: History, clock_zero: datetime) -> list[PastAttempt]:

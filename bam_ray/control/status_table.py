@@ -62,7 +62,10 @@ def headline(status: Status, now: datetime | None = None) -> str:
         line += f", {status.eta_kind} done in {format_duration(status.eta_seconds)}"
     silence = (now or datetime.now(UTC)) - status.updated
     if status.state == "running" and silence > SILENCE:
-        line += f"; no update for {format_duration(silence.total_seconds())}: submit it again to resume"
+        line += (
+            f"; no update for {format_duration(silence.total_seconds())} from its driver: if it was killed, for "
+            "example because memory ran out, submit the run again to continue it"
+        )
     return line
 
 

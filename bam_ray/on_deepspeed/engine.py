@@ -234,9 +234,9 @@ class DeepSpeedEngine:
                 "use a batch_tokens that is a multiple of processes times sequence_length"
             )
 
-    def state(self) -> TrainingState | None:
+    def state(self, only_weights: bool = False) -> TrainingState | None:
         """See `Engine`."""
-        return canonical.state(self.model, self.deepspeed.optimizer, self.shards, self._host)
+        return canonical.state(self.model, self.deepspeed.optimizer, self.shards, self._host, only_weights)
 
     def load(self, folder: Path) -> None:
         """See `Engine`. Every rank reads the whole folder."""

@@ -14,7 +14,7 @@ Shapes: E ranks of a group, N experts of a layer, n experts on each rank, B batc
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,12 @@ class ExpertShards:
         if self.ep_group is None or name not in self.names:
             return shard
         return all_gather(shard, self.ep_group.process_group)
+
+    def whole_shape(self, name: str, shard: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the whole of a parameter of which every rank has a shard of the shape `shard`."""
+        if self.ep_group is None or name not in self.names:
+            return tuple(shard)
+        return (shard[0] * self.ep_group.size, *shard[1:])
 
 
 def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:

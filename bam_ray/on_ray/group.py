@@ -13,11 +13,12 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
+from bam_ray.on_ray.deaths import with_memory_cause
 from bam_ray.on_ray.work import Work
 from bam_ray.on_ray.worker_env import current_node, limit_threads, silence_libraries
 from bam_ray.pipeline.tasks import Progress
@@ -63,7 +64,7 @@ def run_group(work: Work, host: Any) -> None:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise root_cause(error) from error
+            raise with_memory_cause(root_cause(error), work.task) from error
 
 
 def train_on_rank(work: Work, host: Any) -> None:
@@ -125,7 +126,7 @@ class RankContext:
             last = self._closed.wait(EXCHANGE_SECONDS)
             try:
                 self._asked_to_stop = ray.get(self._host.exchange.remote(self._progress, self._signs))
-            except RayActorError:
+            except RayError:  # an OutOfMemoryError is no RayActorError
                 return  # the host is gone, so Ray Train will stop this process
             if last:
                 return

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,13 @@ from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.drivers import DriverRegistry
 from bam_ray.control.status_table import render
 from bam_ray.errors import PlacementError, StoreError, one_line
+from bam_ray.on_ray.deaths import protect_driver
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
+from bam_ray.planning.memory import with_memory_requests
+from bam_ray.planning.model_size import seed_size
 from bam_ray.settings import Recipe
 from bam_ray.terminal import terminal_console
 
@@ -67,7 +71,9 @@ def run_tasks(
     if weaker:
         terminal_console(width=TABLE_WIDTH).print(weaker, style="yellow", soft_wrap=True)
     connect()
+    protect_driver()
     run = PipelineRun.of(recipe, store)
+    run = replace(run, tasks=with_memory_requests(run.tasks, recipe, seed_size(recipe)))
     drivers = DriverRegistry(store, recipe.name, take_over)
     launcher = RayLauncher(run, engine_factory, functions)
     tasks = run.tasks if kinds is None else subset(run.tasks, kinds)

@@ -35,6 +35,7 @@ from bam_ray.control.policies import STOP_TIMEOUT
 from bam_ray.control.status import Status, TaskRow
 from bam_ray.control.status_table import headline, render
 from bam_ray.errors import PlacementError, SettingsError, StoreError, one_line, printable
+from bam_ray.on_ray.deaths import describe_driver_death
 from bam_ray.settings import load_recipe
 from bam_ray.terminal import terminal_console
 
@@ -167,7 +168,10 @@ def show_end(
     if details.status == JobStatus.STOPPED:
         console.print(f"{job_id} was stopped: submit it again to resume", soft_wrap=True)
         return INTERRUPTED
-    if last is None or last.state != "failed":  # it failed outside of its tasks, so the end of its log says why
+    killed = describe_driver_death(details.message or "")
+    if killed:
+        console.print(f"{job_id}: {killed}", soft_wrap=True)
+    elif last is None or last.state != "failed":  # it failed outside of its tasks, so the end of its log says why
         for line in jobs.get_job_logs(job_id).strip().splitlines()[-LAST_LINES:] or [details.message or ""]:
             console.print(line, soft_wrap=True)
     return details.driver_exit_code or 1

@@ -41,8 +41,9 @@ class Demand(Strict):
     """Number of CPUs. The worker computes with as many threads."""
     gpus: NotNegative = 0.0
     """Number of GPUs. 0 means that the worker computes on the CPU."""
-    memory_gib: NotNegative = 0.0
-    """Host memory in GiB. 0 means that nothing is reserved: the worker takes its share of the free memory."""
+    memory_gib: NotNegative | None = None
+    """Host memory in GiB. `null` means the estimate of `bam plan`. 0 means that nothing is reserved: the worker takes
+    its share of the free memory."""
     labels: LabelSelector = Field(default={})
     """Ray's label selector for the node, for example `{"ray.io/accelerator-type": "in(A100,H100)"}`."""
 

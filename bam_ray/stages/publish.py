@@ -21,7 +21,7 @@ def publish_model(
     run: TaskRun, job: TrainingJob, engine: Engine, finished: FinishedTraining, wall_seconds: float
 ) -> Manifest | None:
     """Commit the model of a finished training. Every rank calls this, and only rank 0 gets the manifest."""
-    state = engine.state()
+    state = engine.state(only_weights=True)
     if state is None or run.lease is None:
         return None
     task, settings = run.task, job.training

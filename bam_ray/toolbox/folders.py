@@ -112,7 +112,7 @@ def change_mixture(
         out: Location of the new folder.
         average_weight: Weight of the branch in the parameters that experts share.
         texts: Rows of tokens by name, int64 [S, L]; both mixtures are evaluated on them.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk.
     """
     sources = [mixture] if branch is None else [mixture, branch]
     check_disk_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))

@@ -117,8 +117,11 @@ class Engine(Protocol):
         """Return the mean of `value` over all ranks, on all ranks. A collective."""
         ...
 
-    def state(self) -> TrainingState | None:
-        """Return the canonical state on rank 0 and None on the others. A collective."""
+    def state(self, only_weights: bool = False) -> TrainingState | None:
+        """Return the canonical state on rank 0 and None on the others. A collective.
+
+        With `only_weights` the state is live and has no optimizer states, to write the model before the next step.
+        """
         ...
 
     def load(self, folder: Path) -> None:

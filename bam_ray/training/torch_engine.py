@@ -114,14 +114,16 @@ class TorchEngine:
         """See `Engine`."""
         return value
 
-    def state(self) -> TrainingState:
+    def state(self, only_weights: bool = False) -> TrainingState:
         """See `Engine`."""
+        step = self.updates
         states = {
             f"{name}.{kind}": self.optimizer.state[parameter][kind]
             for name, parameter in self.parameters.items()
             for kind in ADAM_STATES
         }
-        step = self.updates
+        if only_weights:
+            return TrainingState(self.model, self.model.state_dict(), {}, step, live=True)
         available = self._host.available_bytes()
         return snapshot(self.model, self.model.state_dict(), states if step else {}, step, available)
 

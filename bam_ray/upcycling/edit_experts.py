@@ -143,7 +143,7 @@ def write_edited_mixture(
         writer: The writer of the edited mixture's folder.
         manifest: The manifest to commit. The digests of the files are added.
         options: The options of the edit.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk.
 
     Raises:
         UpcycleError: The branch does not fit the mixture, or the mixture is a split.

@@ -35,7 +35,7 @@ def export_mixtral(
         mixture: The mixture to export.
         writer: The writer of the exported folder.
         manifest: The manifest to commit. The digests of the files are added.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk.
 
     Raises:
         UpcycleError: Mixtral cannot compute the function of this mixture.

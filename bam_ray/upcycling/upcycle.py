@@ -42,7 +42,7 @@ def upcycle(
         losses: The losses of the routers, which the mixture's configuration states.
         texts: Rows of tokens, int64 [S, L], by the name of the expert whose domain they are. The settings decide
             whether text is needed (`text_sequences`).
-        progress: Called with the number of bytes written and the total.
+        progress: Called after each chunk and each layer of routers.
 
     Raises:
         UpcycleError: The sources do not fit each other, or hold values that are not finite.

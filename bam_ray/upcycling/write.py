@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -38,7 +38,9 @@ MODEL_CODE = (
 )
 AUTO_MAP = {"AutoConfig": "configuration_bam.BamConfig", "AutoModelForCausalLM": "modeling_bam.BamForCausalLM"}
 
-ProgressCallback = Callable[[int, int], None]
+UpcyclingPhase = Literal["writing", "fitting routers"]
+ProgressCallback = Callable[[int, int, UpcyclingPhase], None]
+"""Called with what is done and the total: bytes while tensors are written, layers while routers are fitted."""
 """A function that is called with the number of bytes written so far and the total number of bytes."""
 
 
@@ -99,7 +101,7 @@ def write_model(
         writer: The writer of the model's folder.
         manifest: The manifest to commit. The digests of the files are added.
         texts: Rows of tokens, int64 [S, L], by expert name, for routers that are fitted.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk and each layer of routers.
     """
     separation = _write_tensors(planned, sources, writer, texts or {}, progress)
     lineage = {
@@ -152,6 +154,10 @@ def _write_tensors(
     routers: dict[str, Tensor] = {}
     separation: Separation | None = None
 
+    def fitting(layers: int, total: int) -> None:
+        if progress is not None:
+            progress(layers, total, "fitting routers")
+
     def produce(spec: TensorSpec) -> Iterator[Tensor]:
         nonlocal separation
         if spec.name not in fitted:
@@ -160,7 +166,9 @@ def _write_tensors(
             reader = TensorReader(writer.store, writer.prefix, writer.shards)
             method = fitted[spec.name]
             assert isinstance(planned.config, BamConfig)
-            weights, separation = fit_routers(planned.config, reader.read, dict(texts), method, planned.seed)
+            weights, separation = fit_routers(
+                planned.config, reader.read, dict(texts), method, planned.seed, progress=fitting
+            )
             routers.update(weights)
         return iter([routers[spec.name]])
 
@@ -187,6 +195,6 @@ def with_progress(
             yield piece
             done += piece.numel() * spec.dtype.itemsize
             if progress is not None:
-                progress(done, total)
+                progress(done, total, "writing")
 
     return counted
