@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @contextmanager
-def ray_cluster() -> Iterator[Cluster]:
+def ray_cluster(nodes: int = 3) -> Iterator[Cluster]:
     """Start a cluster that this process is connected to, and shut it down at the end of the context.
 
-    Its head has no CPUs and its three nodes have two each. Its processes import the modules of this repository.
+    Its head has no CPUs and its nodes have two each. Its processes import the modules of this repository.
     """
     # The folder keeps other clusters of this machine apart; its name is short because it contains sockets
     with tempfile.TemporaryDirectory(prefix="bam-control-") as folder, pytest.MonkeyPatch.context() as patch:
@@ -39,7 +39,7 @@ def ray_cluster() -> Iterator[Cluster]:
                 "dashboard_agent_listen_port": 0,
             },
         )
-        for _ in range(3):
+        for _ in range(nodes):
             add_node(running)
         ray.init(address=running.address, log_to_driver=False)
         yield running
