@@ -146,7 +146,7 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
     step = int(states["step"])
     if not step:
         return
-    for partition in _master_weights(zero):
+    for partition in master_weights(zero):
         zero.optimizer.state[partition] = {
             "step": torch.tensor(float(step), device=partition.device),
             **{kind: torch.zeros_like(partition) for kind in ADAM_STATES},
@@ -182,7 +182,7 @@ def _part(whole: Tensor, parameter: Any) -> Tensor:
     return padded[size * dist.get_rank() :][:size]
 
 
-def _master_weights(zero: Any) -> Iterable[Tensor]:
+def master_weights(zero: Any) -> Iterable[Tensor]:
     """Return the master weights, which ZeRO's inner optimizer updates on this rank."""
     stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     masters: Iterable[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups

@@ -32,6 +32,7 @@ from bam_ray.model.modeling_bam import BamModel, attention_masks
 from bam_ray.on_deepspeed.collectives import EPGroup, all_gather
 from bam_ray.on_deepspeed.dispatch import AllGatherAttentionExchange, AllToAllTokenDispatcher
 from bam_ray.settings import divisors
+from bam_ray.training.devices import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     group_name = f"ep_size_{size}"
     process_group: ProcessGroup = groups._get_expert_parallel_group(group_name)
     # In a parallel block the collectives of the attention overlap with those of the FFN.
-    side_group = dist.new_subgroups(size)[0] if config.parallel_block else process_group
+    side_group = dist.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)[0] if config.parallel_block else process_group
     ep_group = EPGroup(process_group, side_group)
     _replace_seams(model, ep_group)
     names = []

@@ -63,8 +63,8 @@ class Generation:
 class DecodeEngine:
     """An engine that decodes up to `slots` requests together, each with a prompt and completion of `max_length` tokens.
 
-    The constructor runs one step, which allocates the memory of all slots. A machine with too little memory therefore
-    fails at start and not under load.
+    The constructor computes the longest prompt and runs one step, which allocates the memory of all slots. A machine
+    with too little memory therefore fails at start and not under load.
     """
 
     def __init__(self, model: Any, tokenizer: Any, slots: int, max_length: int) -> None:
@@ -92,9 +92,10 @@ class DecodeEngine:
         }
         self._cache = SlotCache(slots, max_length)
         self._active: list[Generation] = []  # the request at index i occupies slot i
-        self.add([0], SamplingParams(max_tokens=2, temperature=0))
-        self.step()
-        self.clear()
+        for length in (max_length - 1, 1):
+            self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
+            self.step()
+            self.clear()
 
     @property
     def active(self) -> int:

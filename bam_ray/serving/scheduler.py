@@ -167,10 +167,17 @@ class Scheduler:
         self._abandoned.clear()
 
     def _handle_failure(self, joining: _QueuedPrompt | None, error: Exception) -> None:
-        """Send an error of the model to the readers of all active prompts, and clear the engine."""
-        lost = [*self._running.values(), *([joining] if joining else [])]
-        self.engine.clear()
-        self._running.clear()
+        """Send an error of the model to the readers that it concerns.
+
+        An error in the computation of a prompt, for which memory may be short, concerns that prompt alone. Any other
+        error concerns all active prompts, and clears the engine.
+        """
+        if joining is not None and joining.generation is None:
+            lost = [joining]
+        else:
+            lost = [*self._running.values()]
+            self.engine.clear()
+            self._running.clear()
         _logger.error("the model failed", exc_info=error)  # its message may contain paths, which are not for clients
         _fail(lost, ServingError("the model failed: see the log of the server"))
 

@@ -32,6 +32,7 @@ class EngineSpec:
     expert_parallel: int = 1  # number of processes that share the experts of a mixture
     weights_folder: Path | None = None  # the weights of a model on the meta device: each process reads its own part
     memory_limit: int | None = None  # bytes of host memory that this process may use; None: no limit
+    device: str = "cpu"  # "cuda" for a task that requested GPUs (`training.devices.requested_device`)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import errno
 import os
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +17,11 @@ USABLE_FRACTION = 0.9  # of the free memory: allocators fragment, and a measurem
 CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 CGROUP_USAGES = ("memory.current", "memory/memory.usage_in_bytes")
 CGROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|cannot allocate memory|not enough memory|alloc_failed|failed to allocate",
+    re.IGNORECASE,
+)
+"""Matches the errors of CUDA and NCCL outside torch's allocator, of the CPU allocator, cuBLAS and cuDNN."""
 
 
 class Memory(Protocol):
@@ -127,5 +134,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True if torch or Python raised `error` because memory ran out, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in message or "ALLOC_FAILED" in message)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

@@ -266,9 +266,10 @@ def test_a_simulation_that_never_finishes_is_stopped() -> None:
 
 def test_tasks_that_the_cluster_cannot_hold_are_reported() -> None:
     with pytest.raises(
-        PlacementError, match=r"no node can satisfy branches/code \(1 CPU, 8 GPU, .*\); the cluster has 8 living nodes "
+        PlacementError,
+        match=r"no node can satisfy branches/code \(1 CPU, 1 GPU, 999 GiB\); the cluster has 8 living nodes ",
     ):
-        make_plan(recipe("branch.needs.gpus=8"), eight())
+        make_plan(recipe("branch.needs.memory_gib=999"), eight())
     plan = make_plan(recipe("branch.training.micro_batch_sequences=128"), eight())
     assert "a GPU of spot-l4 has 24 GiB, too little for branches/code" in text(plan)
 

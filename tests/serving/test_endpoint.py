@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
@@ -197,6 +198,30 @@ def test_serving_continues_after_the_model_fails(endpoint: Endpoint, monkeypatch
         with pytest.raises(openai.APIError, match="the model failed: see the log"):
             list(create(model=MODEL, prompt="the", max_tokens=4, stream=True))
     assert create(model=MODEL, prompt="the", max_tokens=4, temperature=0).choices[0].text == expected
+
+
+def test_a_prompt_without_memory_fails_alone(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = endpoint.generate_alone("the", 40)
+    add, step = endpoint.engine.add, endpoint.engine.step
+
+    def add_short(prompt: list[int], params: SamplingParams) -> Any:
+        if len(prompt) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return add(prompt, params)
+
+    def step_slowly() -> Any:
+        time.sleep(0.05)
+        return step()
+
+    monkeypatch.setattr(endpoint.engine, "add", add_short)
+    monkeypatch.setattr(endpoint.engine, "step", step_slowly)
+    create = endpoint.client.completions.create
+    stream = create(model=MODEL, prompt="the", max_tokens=40, temperature=0, stream=True)
+    text = next(stream).choices[0].text
+    with pytest.raises(openai.InternalServerError, match="out of memory"):
+        create(model=MODEL, prompt=[5] * 30, max_tokens=4)
+    assert endpoint.scheduler.active == 1, "the other request is still being decoded"
+    assert text + "".join(chunk.choices[0].text for chunk in stream) == expected
 
 
 @pytest.mark.parametrize(

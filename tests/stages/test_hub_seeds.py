@@ -13,14 +13,17 @@ from transformers import AutoModelForCausalLM
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.errors import CheckpointError, SettingsError
+from bam_ray.errors import CheckpointError, Interrupted, SettingsError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 from tests.support import tiny
 from tests.support.stage_run import (
     TRAINING,
+    RecordingContext,
     make_artifacts,
+    run_task,
     small_recipe,
 )
 
@@ -90,9 +93,9 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
     for name, weight in weights.items():
         assert torch.equal(seed.read(name), weight), name
         trained = branch.read(name)
-        assert trained.dtype == torch.float32
-        assert not torch.equal(trained, weight.float()), f"{name} was not trained"
-        assert (trained - weight.float()).abs().max() < 0.5
+        assert trained.dtype == torch.bfloat16, "the seed's"
+        assert not torch.equal(trained, weight), f"{name} was not trained"
+        assert (trained.float() - weight.float()).abs().max() < 0.5
     assert seed.read_file("additional_chat_templates/tools.jinja") == b"{{ tools }}"
     copied = {key.removeprefix(f"{seed.prefix}/") for key in store.list(seed.prefix)}
     assert not [key for key in copied if "consolidated" in key or "original" in key]
@@ -126,6 +129,27 @@ def test_a_seed_with_padded_embeddings_is_branched(tokenizer: Path, tmp_path: Pa
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
     assert reader(store, run, "upcycled", "bam").config["vocab_size"] == 320
+
+
+@pytest.mark.parametrize("method", ["bam", "soup"])
+def test_models_have_the_dtype_of_the_seed(method: str, tokenizer: Path, tmp_path: Path) -> None:
+    hub_folder("llama", tokenizer, tmp_path / "hub")
+    plain = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer).model_dump()
+    run = Recipe.model_validate({**plain, "upcycle": {"mixtures": {"mixed": {"method": method}}}})
+    store = open_store(run.store.uri)
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    with pytest.raises(Interrupted):
+        run_task(run, store, ArtifactKind.MIXTURES, "mixed", RecordingContext(stop_at=6))
+    task = find_task(task_graph(run), "mixtures", "mixed")
+    prefix = f"mixtures/{task.id}/steps/0001.0001-00000006"
+    assert {spec.dtype for spec in TensorReader(store, prefix).specs.values()} == {torch.float32}, "a checkpoint"
+    run_task(run, store, ArtifactKind.MIXTURES, "mixed")
+    for kind, name in (("branches", "code"), ("mixtures", "mixed")):
+        found = reader(store, run, kind, name)
+        assert {spec.dtype for spec in found.specs.values()} == {torch.bfloat16}
+        assert found.config["dtype"] == "bfloat16"
+        folder = Artifact(store, ArtifactKind(kind), found.prefix.rpartition("/")[2]).fetch()
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
 
 class RecordingStore(MemoryStore):
