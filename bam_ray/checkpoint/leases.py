@@ -17,6 +17,7 @@ import json
 import re
 import secrets
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -25,6 +26,7 @@ from bam_ray.errors import BlobExists, StaleLease
 
 EPOCHS = "epochs/"
 _NUMBER = re.compile(r"(\d+)\.(\d+)")
+_EPOCH = re.compile(EPOCHS + r"(\d+)\.json")
 
 
 @dataclass(frozen=True, order=True)
@@ -75,8 +77,8 @@ class Lease:
 
 def newest_attempt(store: BlobStore, prefix: str) -> AttemptNumber | None:
     """Return the highest number that was taken at the artifact under `prefix`, or None."""
-    keys = store.list(f"{prefix}/leases/")
-    return max((AttemptNumber.parse(key.rpartition("/")[2]) for key in keys), default=None)
+    names = (key.rpartition("/")[2] for key in store.list(f"{prefix}/leases/"))
+    return max((AttemptNumber.parse(name) for name in names if _NUMBER.match(name)), default=None)
 
 
 def take_epoch(store: BlobStore, description: bytes | None = None) -> int:
@@ -86,7 +88,7 @@ def take_epoch(store: BlobStore, description: bytes | None = None) -> int:
         store: The store of the run.
         description: The content of the epoch's blob, which must be unique; None describes this process.
     """
-    epoch = max((int(key.removeprefix(EPOCHS).removesuffix(".json")) for key in store.list(EPOCHS)), default=0)
+    epoch = max((number for number, _ in epochs(store)), default=0)
     while True:
         epoch += 1
         try:
@@ -94,6 +96,14 @@ def take_epoch(store: BlobStore, description: bytes | None = None) -> int:
         except BlobExists:
             continue
         return epoch
+
+
+def epochs(store: BlobStore) -> Iterator[tuple[int, str]]:
+    """Yield the number and the key of each epoch that was taken."""
+    for key in store.list(EPOCHS):
+        match = _EPOCH.fullmatch(key)
+        if match:
+            yield int(match[1]), key
 
 
 def epoch_key(epoch: int) -> str:

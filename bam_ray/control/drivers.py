@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.leases import EPOCHS, epoch_key, newest_attempt, take_epoch
+from bam_ray.checkpoint.leases import epochs, newest_attempt, take_epoch
 from bam_ray.errors import BlobNotFound, StoreError
 
 HEARTBEATS = "heartbeats/"
@@ -190,11 +190,10 @@ class DriverRegistry:
 
     def _find_others(self) -> None:
         """Read the descriptions of the epochs that are new."""
-        for key in self._store.list(EPOCHS):
-            epoch = int(key.removeprefix(EPOCHS).removesuffix(".json"))
+        for epoch, key in epochs(self._store):
             if epoch in self._others:
                 continue
-            description = json.loads(self._store.get(epoch_key(epoch)))
+            description = json.loads(self._store.get(key))
             if description["token"] != self._token:
                 self._others[epoch] = _OtherDriver(description["token"], description, self._clock())
 

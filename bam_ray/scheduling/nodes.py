@@ -117,10 +117,14 @@ def satisfiable_request(task: Task, nodes: Sequence[NodeFacts]) -> tuple[Demand,
 
 def _memory_shortage(task: Task, demands: Sequence[Demand], nodes: Sequence[NodeFacts]) -> str:
     """Return how much memory is missing and what reduces it; empty if it is not the memory that the nodes lack."""
-    without = [demand.model_copy(update={"memory_gib": 0.0}) for demand in demands]
-    if not any(worker_capacity(demand, nodes, task.workers) >= task.workers for demand in without):
+    lacking = [
+        demand.memory_gib or 0.0
+        for demand in demands
+        if worker_capacity(demand.model_copy(update={"memory_gib": 0.0}), nodes, task.workers) >= task.workers
+    ]
+    if not lacking:
         return ""
-    least = min(demand.memory_gib or 0.0 for demand in demands)
+    least = min(lacking)
     sizes = sorted((node.resources.get("memory", 0.0) / GIB for node in nodes), reverse=True)
     available = " + ".join(f"{size:.1f}" for size in sizes[: max(task.workers, 1)])
     smaller = "use a smaller micro_batch_sequences or recompute, " if task.kind.trains else ""

@@ -179,7 +179,9 @@ class Scheduler:
             self.engine.clear()
             self._running.clear()
         _logger.error("the model failed", exc_info=error)  # its message may contain paths, which are not for clients
-        _fail(lost, ServingError("the model failed: see the log of the server"))
+        memory = "out of memory" in str(error).lower()
+        reason = "out of memory: send a shorter prompt, or retry later" if memory else "see the log of the server"
+        _fail(lost, ServingError(f"the model failed: {reason}"))
 
 
 def _fail(prompts: list[_QueuedPrompt], error: ServingError) -> None:

@@ -80,7 +80,8 @@ def test_an_unsatisfiable_request_is_reported_with_the_nodes() -> None:
         satisfiable_request(task(needs), [PLAIN, PLAIN, L4])
     assert str(caught.value) == (
         "no node can satisfy branches/law (1 CPU, 1 GPU, 999 GiB or 64 CPU); "
-        "the cluster has 3 living nodes (2 × 4 CPU; 1 × 1 L4): change branch.needs (or its override) or add nodes"
+        "the cluster has 3 living nodes (2 × 4 CPU; 1 × 1 L4): 999 GiB of memory are needed, and the largest node has "
+        "32.0 GiB; use a smaller micro_batch_sequences or recompute, change branch.needs (or its override) or add nodes"
     )
     with pytest.raises(PlacementError, match=r"6 × \(1 CPU, 1 GPU\)"):
         satisfiable_request(task(Needs(gpus=1), workers=6), [A100, L4])

@@ -26,9 +26,9 @@ def test_the_memory_of_a_fallback_reaches_the_engine(tmp_path: Path, monkeypatch
     limits = []
     create = TorchEngine.__init__
 
-    def record_limit(engine: TorchEngine, spec: EngineSpec, device: str = "cpu") -> None:
+    def record_limit(engine: TorchEngine, spec: EngineSpec) -> None:
         limits.append(spec.memory_limit)
-        create(engine, spec, device)
+        create(engine, spec)
 
     monkeypatch.setattr(TorchEngine, "__init__", record_limit)
     run = task_run(recipe, store, "branches", "code")
