@@ -19,13 +19,13 @@ import gzip
 import hashlib
 import os
 import sysconfig
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data.download import download_files
 from bam_ray.errors import DataError, one_line
 from bam_ray.settings import DomainSettings
@@ -147,8 +147,8 @@ def _fair_order(names: list[str]) -> list[str]:
 def _from_files(domain: str, settings: DomainSettings) -> Iterator[str]:
     scheme, separator, rest = settings.source.partition("://")
     if separator and scheme != "file":
-        with tempfile.TemporaryDirectory(prefix="bam-source-") as folder:
-            for path in download_files(settings.source, Path(folder), _is_readable):
+        with scratch_folder("source") as folder:
+            for path in download_files(settings.source, folder, _is_readable):
                 yield from _from_file(domain, path, settings.text_field)
                 path.unlink()
         return
@@ -202,11 +202,11 @@ def _records(domain: str, path: Path, loader: str, field: str) -> Iterator[str]:
     import datasets  # takes a second to import and is needed only for these files
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the library also prints the errors that it raises
-    with tempfile.TemporaryDirectory(prefix="bam-datasets-") as cache:  # streaming writes only a lock file there
+    with scratch_folder("datasets") as cache:  # streaming writes only a lock file there
         try:
             # `data_files` takes patterns, so special characters are escaped
             files = [glob.escape(str(path))]
-            rows = datasets.load_dataset(loader, data_files=files, split="train", streaming=True, cache_dir=cache)
+            rows = datasets.load_dataset(loader, data_files=files, split="train", streaming=True, cache_dir=str(cache))
             for row in rows:
                 if field not in row:
                     raise DataError(

@@ -4,7 +4,6 @@ Both give a folder that `AutoTokenizer` loads, with a fast tokenizer (`tokenizer
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data.download import download_files
 from bam_ray.data.sources import END_OF_TEXT
 from bam_ray.errors import DataError, one_line
@@ -83,10 +83,10 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
     """
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory(prefix="bam-tokenizer-") as temporary:
+    with scratch_folder("tokenizer") as temporary:
         local = Path(source.removeprefix("file://")).expanduser()
         if "://" in source and not source.startswith("file://"):
-            local = Path(temporary)
+            local = temporary
             for _ in download_files(source, local, _is_tokenizer_file):
                 pass
         if not local.is_dir():

@@ -7,7 +7,6 @@ retries, so that one policy and one table cover all tasks. `run_group` blocks; i
 
 import os
 import re
-import tempfile
 import threading
 from typing import Any
 
@@ -17,6 +16,7 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
 from bam_ray.on_ray.work import Work
 from bam_ray.on_ray.worker_env import current_node, limit_threads, silence_libraries
@@ -44,7 +44,7 @@ def run_group(work: Work, host: Any) -> None:
         train_on_rank(work, host)
 
     needs = work.task.needs
-    with tempfile.TemporaryDirectory(prefix="bam-train-") as folder:  # Ray Train's own files, not needed afterwards
+    with scratch_folder("train") as folder:  # Ray Train's own files, not needed afterwards
         trainer = TorchTrainer(
             train,
             torch_config=TorchConfig(backend="nccl" if needs.gpus else "gloo"),
@@ -56,7 +56,7 @@ def run_group(work: Work, host: Any) -> None:
             ),
             run_config=RunConfig(
                 name=work.task.id,
-                storage_path=folder,
+                storage_path=str(folder),
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
             ),
         )

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
 from bam_ray.checkpoint.manifest import ComputeCost, Manifest
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.checkpoints import retry_while_unavailable
@@ -47,8 +46,7 @@ def publish_model(
         },
         attempt=str(run.lease.number),
     )
-    with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
-        folder = Path(temporary)
+    with scratch_folder("model") as folder:
         state.write_model(folder)
         shutil.copytree(job.corpus.tokenizer_folder, folder, dirs_exist_ok=True)
         for path in job.extra_files:
