@@ -23,26 +23,34 @@ RecipeArgument = Annotated[Path, typer.Argument(help="The path of the recipe, a 
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override those of the recipe.")
 ]
+TakeOverOption = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="Do not wait for other drivers that work on the same store. Their running tasks start again here, from "
+        "their last checkpoints.",
+    ),
+]
 REFRESH_SECONDS = 2.0
 TRAINED_KINDS = ("seeds", "branches", "mixtures")
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def run(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
     """Run a whole recipe as a Ray job on the cluster at RAY_ADDRESS, and follow it. Ctrl-C stops the run cleanly."""
-    _submit(recipe, overrides, "jobs/run_all.py")
+    _submit(recipe, overrides, "jobs/run_all.py", take_over)
 
 
 @app.command()
-def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
     """Run the missing stages of a recipe up to the report, and print the table of perplexities."""
-    _submit(recipe, overrides, "jobs/evaluate.py")
+    _submit(recipe, overrides, "jobs/evaluate.py", take_over)
 
 
 @app.command()
-def serve(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def serve(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
     """Run the missing stages of a recipe up to the mixture that it serves, and serve it."""
-    _submit(recipe, overrides, "jobs/serve.py")
+    _submit(recipe, overrides, "jobs/serve.py", take_over)
 
 
 @app.command()
@@ -151,10 +159,10 @@ def _read_status(store: BlobStore) -> run_status.Status:
     return status
 
 
-def _submit(recipe: Path, overrides: list[str] | None, script: str) -> None:
+def _submit(recipe: Path, overrides: list[str] | None, script: str, take_over: bool) -> None:
     """Submit a script as a Ray job, follow the job, and exit with its exit code."""
     from bam_ray.on_ray.submit import follow, submit
 
     settings = load_recipe(recipe, overrides)
-    job_id = submit(recipe, overrides or [], script)
+    job_id = submit(recipe, overrides or [], script, take_over=take_over)
     sys.exit(follow(job_id, open_store(settings.store.uri, settings.store.endpoint)))

@@ -36,15 +36,30 @@ from bam_ray.settings import load_recipe
 POLL_SECONDS = 1.0  # time between two polls of the job
 END_OF_RUN = "-- end of the run --"
 """The line after which a job prints its results."""
+TAKE_OVER = "--take-over"
 LAST_LINES = 5  # of the log of a failed job, shown if it left no status
 INTERRUPTED = 130  # the exit code of a stopped job, as a shell gives it after Ctrl-C
 
 
-def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.py", address: str | None = None) -> str:
+def submit(
+    recipe: str | Path,
+    overrides: list[str],
+    entry: str = "jobs/run_all.py",
+    address: str | None = None,
+    take_over: bool = False,
+) -> str:
     """Submit `python ENTRY --recipe RECIPE OVERRIDES...` from the current folder, and return the job's id.
 
-    `address` is the URL of the cluster's dashboard; None stands for `RAY_ADDRESS`. Raises `SettingsError` if the recipe
-    is wrong, before anything is sent, and `PlacementError` if the cluster does not accept the job.
+    Args:
+        recipe: The path of the recipe.
+        overrides: Settings that override those of the recipe.
+        entry: The script to run.
+        address: The URL of the cluster's dashboard; None stands for `RAY_ADDRESS`.
+        take_over: Replace other drivers that work on the same store.
+
+    Raises:
+        SettingsError: The recipe is wrong; nothing was sent.
+        PlacementError: The cluster does not accept the job.
     """
     settings = load_recipe(recipe, overrides)
     root = Path.cwd()
@@ -56,7 +71,9 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
             )
     if "://" not in settings.store.uri:  # relative to this folder, not to the one that the job is unpacked to
         overrides = [*overrides, f"store.uri={Path(settings.store.uri).expanduser().absolute()}"]
-    entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *overrides])
+    entrypoint = shlex.join(
+        ["python", entry, "--recipe", str(path.relative_to(root)), *[TAKE_OVER] * take_over, *overrides]
+    )
     # By default Ray kills a job 3 s after asking it to stop. Running tasks need longer for their last checkpoint.
     stop_timeout = str(int(STOP_TIMEOUT) + 30)
     try:
