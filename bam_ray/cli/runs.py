@@ -9,6 +9,7 @@ import typer
 from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.blobs.check import open_checked_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.cli.app import app
 from bam_ray.cli.console import console
@@ -18,6 +19,7 @@ from bam_ray.control.status_table import render, render_history, render_storage
 from bam_ray.control.storage import stored_bytes
 from bam_ray.errors import CheckpointError, PlacementError, SettingsError
 from bam_ray.settings import load_recipe
+from bam_ray.units import format_bytes
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The path of the recipe, a YAML file.")]
 OverridesArgument = Annotated[
@@ -93,6 +95,34 @@ def status(
             time.sleep(REFRESH_SECONDS)
             current = _read_status(store)
             live.update(render(current), refresh=True)
+
+
+@app.command()
+@with_shared_options
+def sweep(
+    run: RunArgument,
+    store: StoreOptions,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed. Remove nothing.")] = False,
+) -> None:
+    """Remove from the store of a run what killed attempts have left. Safe while the run is in progress."""
+    from bam_ray.toolbox import sweep as sweeping
+
+    target = store.target(run)
+    opened = open_store(run, store.endpoint) if dry_run else open_checked_store(target)[0]
+    with console.status("reading"):
+        result = sweeping.sweep(opened, dry_run)
+    for driver in result.living:
+        console.print(f"{driver} is alive: what it may be writing stays", highlight=False, markup=False, soft_wrap=True)
+    for group in result.removed:
+        size = f"{group.blobs} files, {format_bytes(group.bytes)}"
+        console.print(f"{group.what}: {size} ({group.why})", highlight=False, markup=False, soft_wrap=True)
+    for upload in result.uploads:
+        console.print(f"{upload}: an unfinished upload", highlight=False, markup=False, soft_wrap=True)
+    files = sum(group.blobs for group in result.removed)
+    size = format_bytes(sum(group.bytes for group in result.removed))
+    uploads = f" and {len(result.uploads)} unfinished uploads" if result.uploads else ""
+    verb = "would be removed; unfinished uploads are not counted" if dry_run else "removed"
+    console.print(f"{files} files with {size}{uploads} {verb}", highlight=False)
 
 
 @app.command()
