@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
+from pydantic import ValidationError
 from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
@@ -112,17 +113,17 @@ def sweep(
     with console.status("reading"):
         result = sweeping.sweep(opened, dry_run)
     for driver in result.living:
-        console.print(f"{driver} is alive: what it may be writing stays", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{driver} is alive: what it may be writing stays", soft_wrap=True)
     for group in result.removed:
         size = f"{group.blobs} files, {format_bytes(group.bytes)}"
-        console.print(f"{group.what}: {size} ({group.why})", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{group.what}: {size} ({group.why})", soft_wrap=True)
     for upload in result.uploads:
-        console.print(f"{upload}: an unfinished upload", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{upload}: an unfinished upload", soft_wrap=True)
     files = sum(group.blobs for group in result.removed)
     size = format_bytes(sum(group.bytes for group in result.removed))
     uploads = f" and {len(result.uploads)} unfinished uploads" if result.uploads else ""
     verb = "would be removed; unfinished uploads are not counted" if dry_run else "removed"
-    console.print(f"{files} files with {size}{uploads} {verb}", highlight=False)
+    console.print(f"{files} files with {size}{uploads} {verb}")
 
 
 @app.command()
@@ -150,9 +151,13 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    results = Results.model_validate_json((out / "results.json").read_bytes())
+    try:
+        results = Results.model_validate_json((out / "results.json").read_bytes())
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise CheckpointError(f"{out}/results.json is not the result of an evaluation: {reason}") from None
     print_results(results, console)
-    console.print(f"written: {out}/report.html and {out}/results.json", highlight=False)
+    console.print(f"written: {out}/report.html and {out}/results.json", soft_wrap=True)
 
 
 @app.command()
@@ -177,7 +182,7 @@ def export_step(
     manifest = export_checkpoint(
         open_store(run, store.endpoint), cast(ArtifactKind, kind), name, store.target(out), step
     )
-    console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", highlight=False)
+    console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", soft_wrap=True)
 
 
 def _read_status(store: BlobStore) -> run_status.Status:

@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import ray
-from rich.console import Console
+from ray.exceptions import RayError
 
 from bam_ray.blobs import BlobStore
 from bam_ray.blobs.check import open_checked_store
@@ -24,13 +25,17 @@ from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.drivers import DriverRegistry
 from bam_ray.control.status_table import render
 from bam_ray.control.transitions import Transition
-from bam_ray.errors import PlacementError, StoreError
+from bam_ray.errors import PlacementError, StoreError, one_line
+from bam_ray.on_ray.deaths import protect_driver
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.states import MadeElsewhere
+from bam_ray.planning.memory import with_memory_requests
+from bam_ray.planning.model_size import seed_size
 from bam_ray.settings import Recipe
+from bam_ray.terminal import terminal_console
 
 if TYPE_CHECKING:
     from bam_ray.training.engine import EngineFactory
@@ -67,9 +72,11 @@ def run_tasks(
     """
     store, weaker = open_checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
     if weaker:
-        Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
+        terminal_console(width=TABLE_WIDTH).print(weaker, style="yellow", soft_wrap=True)
     connect()
+    protect_driver()
     run = PipelineRun.of(recipe, store)
+    run = replace(run, tasks=with_memory_requests(run.tasks, recipe, seed_size(recipe)))
     drivers = DriverRegistry(store, recipe.name, take_over)
     launcher = RayLauncher(run, engine_factory, functions)
     tasks = run.tasks if kinds is None else subset(run.tasks, kinds)
@@ -122,7 +129,7 @@ class StatusReporter:
         self._run = run
         self._controller = controller
         self._store = store
-        self._console = Console(width=TABLE_WIDTH, file=sys.stdout)
+        self._console = terminal_console(width=TABLE_WIDTH, file=sys.stdout)
         self._reports = (PacedReport(self.write, STATUS_SECONDS), PacedReport(self._print, TABLE_SECONDS))
         self._drivers: set[str] = set()  # the others that were printed
         self._warned = False
@@ -159,7 +166,7 @@ class StatusReporter:
             self._warn(f"the store fails, and is asked again: {warning}" if warning else "the store answers again")
 
     def _warn(self, text: str) -> None:
-        self._console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, style="yellow", soft_wrap=True)
 
     def _print(self) -> None:
         self._console.print(render(status.build(self._run, self._controller, self._before)), "", sep="\n")
@@ -175,8 +182,12 @@ def connect() -> None:
     try:
         # The output of workers stays in their own log files, so that the driver's output is the table alone
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
-        raise PlacementError("no Ray cluster answers here: start one, or submit this as a job to a cluster") from None
+    except (RayError, OSError, RuntimeError, ValueError) as error:  # no cluster, no token, or no address of Ray
+        address = os.environ.get("RAY_ADDRESS")
+        place = f"at RAY_ADDRESS={address!r}" if address else "here"
+        raise PlacementError(
+            f"no Ray cluster answers {place} ({one_line(error)}): start one, or submit this as a job to a cluster"
+        ) from None
 
 
 def stop_on_signals(controller: Controller) -> None:
