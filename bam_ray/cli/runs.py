@@ -119,6 +119,8 @@ def sweep(
         console.print(f"{group.what}: {size} ({group.why})", soft_wrap=True)
     for upload in result.uploads:
         console.print(f"{upload}: an unfinished upload", soft_wrap=True)
+    if result.denied:
+        console.print(f"unfinished uploads were not looked for: {result.denied}", soft_wrap=True)
     files = sum(group.blobs for group in result.removed)
     size = format_bytes(sum(group.bytes for group in result.removed))
     uploads = f" and {len(result.uploads)} unfinished uploads" if result.uploads else ""

@@ -22,7 +22,7 @@ from bam_ray.checkpoint.artifacts import CLAIM, FILES, Artifact, delete_keys, fo
 from bam_ray.checkpoint.leases import AttemptNumber, epoch_key, newest_attempt
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest, is_manifest
 from bam_ray.control.drivers import KnownDriver, heartbeat_key, known_drivers
-from bam_ray.errors import BlobNotFound
+from bam_ray.errors import BlobNotFound, StoreDenied
 
 STEPS = "steps"
 KEPT = timedelta(days=1)  # uploads, and epochs of drivers that are gone, are removed after this time
@@ -53,11 +53,13 @@ class SweepResult:
         removed: What was removed.
         uploads: The keys of the unfinished uploads that were removed.
         living: The drivers that were alive.
+        denied: Why unfinished uploads could not be removed; empty if the store did not deny that.
     """
 
     removed: tuple[Removed, ...]
     uploads: tuple[str, ...]
     living: tuple[str, ...]
+    denied: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,14 @@ def sweep(store: BlobStore, dry_run: bool = False) -> SweepResult:
         removed += _remove(store, _of_artifact(artifact, bool(living)), dry_run)
     removed += _remove(store, _of_drivers(store, drivers), dry_run)
     uploads: list[str] = []
+    denied = ""
     if not dry_run:
-        for kind in ArtifactKind:
-            uploads += store.abort_uploads(f"{kind}/", KEPT)
-    return SweepResult(tuple(removed), tuple(uploads), living)
+        try:
+            for kind in ArtifactKind:
+                uploads += store.abort_uploads(f"{kind}/", KEPT)
+        except StoreDenied as error:  # listing uploads is a permission of its own
+            denied = str(error)
+    return SweepResult(tuple(removed), tuple(uploads), living, denied)
 
 
 def _artifacts(store: BlobStore) -> Iterator[Artifact]:

@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import random
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from bam_ray.blobs import BlobStore
+from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
@@ -17,8 +18,9 @@ from bam_ray.checkpoint.digests import file_entry
 from bam_ray.checkpoint.leases import AttemptNumber, Lease, epoch_key
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control.drivers import DriverRegistry, heartbeat_key, known_drivers
-from bam_ray.errors import StaleLease
+from bam_ray.errors import StaleLease, StoreDenied
 from bam_ray.toolbox.sweep import sweep
+from cluster.s3_server import BUCKET
 from tests.support.command_line import bam
 
 KIND = ArtifactKind.BRANCHES
@@ -213,6 +215,27 @@ def test_a_dry_run_removes_nothing(
     assert keys_below(attempts.artifact.store, "branches/law-1/files/0001.0001")[0].endswith(".committing")
 
 
+def test_a_bucket_is_swept_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moto_endpoint: str,
+    credentials: Callable[[str, str], None],
+    model: Path,
+) -> None:
+    credentials("any", "any")
+    uri = f"s3://{BUCKET}/swept"
+    attempts = Attempts(open_store(uri, moto_endpoint))
+    store = attempts.artifact.store
+    stale = attempts.upload(attempts.start(), model)
+    committed = attempts.artifact.publish(model, manifest(), attempts.start())
+    attempts.artifact.store.put(attempts.artifact.key(stale, "model.safetensors"), bytes(2000))
+    assert bam(monkeypatch, "sweep", uri, "--endpoint", moto_endpoint) == 0
+    out = capsys.readouterr().out
+    assert f"branches/law-1/{stale.folder}: 1 files, 2kB (another attempt has committed)" in out
+    assert keys_below(store, f"branches/law-1/{stale.folder}") == []
+    attempts.artifact.check_files(committed)
+
+
 def test_files_that_were_being_written_are_removed_after_a_day(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.put("branches/law-1/leases/0001.0001.json", b"{}")
@@ -222,6 +245,18 @@ def test_files_that_were_being_written_are_removed_after_a_day(tmp_path: Path) -
     os.utime(old, (0, 0))
     assert sweep(store).uploads == ("branches/law-1/.partial-old",)
     assert new.exists() and not old.exists()
+
+
+def test_a_store_that_does_not_list_uploads_is_swept(model: Path) -> None:
+    class DenyingStore(MemoryStore):
+        def abort_uploads(self, prefix: str, older_than: timedelta) -> Sequence[str]:
+            raise StoreDenied("AccessDenied: s3:ListBucketMultipartUploads")
+
+    attempts = Attempts(DenyingStore())
+    attempts.upload(attempts.start(), model)
+    attempts.start()
+    result = sweep(attempts.artifact.store)
+    assert (len(result.removed), result.denied) == (1, "AccessDenied: s3:ListBucketMultipartUploads")
 
 
 class RandomSchedule:
