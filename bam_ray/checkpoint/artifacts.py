@@ -24,14 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from bam_ray.blobs import BlobStore
+from bam_ray.blobs import BlobStore, put_once
 from bam_ray.checkpoint.cache import cached_folder
 from bam_ray.checkpoint.digests import file_entry, stored_entry
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest, ManifestGeneration, read_manifest
-from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch, StoreError
+from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch, StaleLease, StoreError
 
 FILES = "files"
+CLAIM = ".committing"  # in a folder of files: it is being committed, or it was swept
+SWEPT = b"swept"
 
 
 class Artifact:
@@ -127,6 +129,7 @@ class Artifact:
             generation = ManifestGeneration.find(self.store, self.prefix)
             if lease is not None:  # after the generation was read: see `_delete_folders`
                 lease.check()
+                self._claim(manifest, lease)
             try:
                 self.store.put_if_absent(f"{self.prefix}/{generation.manifest_name}", manifest.to_bytes())
             except BlobExists:
@@ -137,6 +140,18 @@ class Artifact:
                 committed = manifest
             self._delete_folders(committed, manifest, lease)
             return committed
+
+    def claim_to_sweep(self, folder: str) -> bool:
+        """Return True if the attempt that writes to `folder` can never commit it, so that its files can be deleted.
+
+        The attempt may have checked its lease long ago and still be about to commit. Whoever writes `CLAIM` first, the
+        attempt or the caller, has the folder. The claim must not be deleted before the artifact is committed.
+        """
+        try:
+            put_once(self.store, f"{self.prefix}/{folder}/{CLAIM}", SWEPT)
+        except BlobExists:
+            return False
+        return True
 
     def set_aside(self, manifest: Manifest, reason: str) -> None:
         """Mark the files of a committed manifest as damaged, so that the artifact can be made again.
@@ -193,6 +208,16 @@ class Artifact:
             if file_entry(path) == manifest.files[name]:
                 return
         raise self._damaged(name, "does not match its manifest: the blob was damaged")
+
+    def _claim(self, manifest: Manifest, lease: Lease) -> None:
+        """Claim the folder of `manifest` for its commit; raise `StaleLease` if it was swept."""
+        if manifest.folder:
+            try:
+                put_once(self.store, f"{self.prefix}/{manifest.folder}/{CLAIM}", b"")
+            except BlobExists:
+                raise StaleLease(
+                    f"attempt {lease.number} at {self.prefix} is stale, and its files were swept"
+                ) from None
 
     def _damaged(self, name: str, problem: str) -> DigestMismatch:
         return DigestMismatch(f"{self.uri}/{name} {problem}", artifact_id=self.id)

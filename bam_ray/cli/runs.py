@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
+from bam_ray.blobs.check import open_checked_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.cli.app import app
 from bam_ray.cli.console import console
@@ -19,31 +20,40 @@ from bam_ray.control.status_table import render, render_history, render_storage
 from bam_ray.control.storage import stored_bytes
 from bam_ray.errors import CheckpointError, PlacementError, SettingsError
 from bam_ray.settings import load_recipe
+from bam_ray.units import format_bytes
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The path of the recipe, a YAML file.")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override those of the recipe.")
+]
+TakeOverOption = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="Do not wait for other drivers that work on the same store. Their running tasks start again here, from "
+        "their last checkpoints.",
+    ),
 ]
 REFRESH_SECONDS = 2.0
 TRAINED_KINDS = ("seeds", "branches", "mixtures")
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def run(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
     """Run a whole recipe as a Ray job on the cluster at RAY_ADDRESS, and follow it. Ctrl-C stops the run cleanly."""
-    _submit(recipe, overrides, "jobs/run_all.py")
+    _submit(recipe, overrides, "jobs/run_all.py", take_over)
 
 
 @app.command()
-def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
     """Run the missing stages of a recipe up to the report, and print the table of perplexities."""
-    _submit(recipe, overrides, "jobs/evaluate.py")
+    _submit(recipe, overrides, "jobs/evaluate.py", take_over)
 
 
 @app.command()
-def serve(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def serve(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
     """Run the missing stages of a recipe up to the mixture that it serves, and serve it."""
-    _submit(recipe, overrides, "jobs/serve.py")
+    _submit(recipe, overrides, "jobs/serve.py", take_over)
 
 
 @app.command()
@@ -86,6 +96,36 @@ def status(
             time.sleep(REFRESH_SECONDS)
             current = _read_status(store)
             live.update(render(current), refresh=True)
+
+
+@app.command()
+@with_shared_options
+def sweep(
+    run: RunArgument,
+    store: StoreOptions,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed. Remove nothing.")] = False,
+) -> None:
+    """Remove from the store of a run what killed attempts have left. Safe while the run is in progress."""
+    from bam_ray.toolbox import sweep as sweeping
+
+    target = store.target(run)
+    opened = open_store(run, store.endpoint) if dry_run else open_checked_store(target)[0]
+    with console.status("reading"):
+        result = sweeping.sweep(opened, dry_run)
+    for driver in result.living:
+        console.print(f"{driver} is alive: what it may be writing stays", soft_wrap=True)
+    for group in result.removed:
+        size = f"{group.blobs} files, {format_bytes(group.bytes)}"
+        console.print(f"{group.what}: {size} ({group.why})", soft_wrap=True)
+    for upload in result.uploads:
+        console.print(f"{upload}: an unfinished upload", soft_wrap=True)
+    if result.denied:
+        console.print(f"unfinished uploads were not looked for: {result.denied}", soft_wrap=True)
+    files = sum(group.blobs for group in result.removed)
+    size = format_bytes(sum(group.bytes for group in result.removed))
+    uploads = f" and {len(result.uploads)} unfinished uploads" if result.uploads else ""
+    verb = "would be removed; unfinished uploads are not counted" if dry_run else "removed"
+    console.print(f"{files} files with {size}{uploads} {verb}")
 
 
 @app.command()
@@ -156,10 +196,10 @@ def _read_status(store: BlobStore) -> run_status.Status:
     return status
 
 
-def _submit(recipe: Path, overrides: list[str] | None, script: str) -> None:
+def _submit(recipe: Path, overrides: list[str] | None, script: str, take_over: bool) -> None:
     """Submit a script as a Ray job, follow the job, and exit with its exit code."""
     from bam_ray.on_ray.submit import follow, submit
 
     settings = load_recipe(recipe, overrides)
-    job_id = submit(recipe, overrides or [], script)
+    job_id = submit(recipe, overrides or [], script, take_over=take_over)
     sys.exit(follow(job_id, open_store(settings.store.uri, settings.store.endpoint)))

@@ -8,6 +8,8 @@ transitions      a change of a task's state, and what the launcher must do for i
 decisions        which tasks to stop, move, withdraw, block or launch
 tracking         what follows from the launcher's report of an attempt
 policies         retry or give up after a failure
+drivers          the drivers that share a store, and which of them makes a task
+store_watch      the store as the controller sees it, while it may fail
 quorum_deadline  the deadlines for late branches, stored so that they outlive the controller
 launcher         the interface to whatever runs attempts, and an implementation on threads
 observations     the statuses of attempts that a launcher reports

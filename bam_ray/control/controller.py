@@ -114,7 +114,7 @@ class Controller:
         statuses = self._launcher.poll()
         now = self._clock()
         applied = self._apply_all(self._observe(statuses, now))
-        applied += self._apply_all(decisions.kill_unresponsive(self.states, self._history, now))
+        applied += self._apply_all(decisions.kill_unresponsive(self.tasks, self.states, self._history, now))
         applied += self._apply_all(
             decisions.replace_hung(self.tasks, self.states, self._history, self.hang_timeout, now)
         )

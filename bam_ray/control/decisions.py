@@ -42,14 +42,22 @@ States = Mapping[str, State]
 Histories = Mapping[str, History]
 
 
-def kill_unresponsive(states: States, histories: Histories, now: float) -> Iterator[Transition]:
+def kill_unresponsive(tasks: Tasks, states: States, histories: Histories, now: float) -> Iterator[Transition]:
     """End the attempts that were asked to stop and have not stopped in time."""
     for task_id, state in states.items():
         if isinstance(state, Draining):
             timeout = policies.MOVE_TIMEOUT if state.moving else policies.STOP_TIMEOUT
             if now - state.since > timeout:
-                cause = "killed: it did not stop in time"
-                yield end_attempt(task_id, state, histories[task_id], cause, now)
+                yield _kill(tasks[task_id], state, histories[task_id], now)
+
+
+def _kill(task: Task, state: Draining, history: History, now: float) -> Transition:
+    cause = "killed: it did not stop in time"
+    if state.moving:
+        history, counts = policies.after_kill(history, state.progress.checkpoint_step if state.progress else None)
+        if counts:
+            return after_end(task, state, history, Crashed(cause, state.node, state.progress), False, now)
+    return end_attempt(task.id, state, history, cause, now)
 
 
 def replace_hung(

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,8 +92,7 @@ class _OtherDriver:
     given_up: frozenset[str] = field(default_factory=frozenset)
 
     def __str__(self) -> str:
-        since = self.description.get("taken", "an unknown time")
-        return f"the driver of {self.description.get('run', 'a stage')} on {self.description.get('host')} since {since}"
+        return _describe_driver(self.description)
 
 
 class DriverRegistry:
@@ -168,7 +167,7 @@ class DriverRegistry:
         """Write a heartbeat; raises `StoreError`."""
         self._beats += 1
         content = {"beats": self._beats, "ended": ended, "given_up": self._given_up}
-        self._store.put(f"{HEARTBEATS}{self._token}.json", json.dumps(content).encode())
+        self._store.put(heartbeat_key(self._token), json.dumps(content).encode())
 
     @contextlib.contextmanager
     def beating(self) -> "Iterator[DriverRegistry]":
@@ -199,10 +198,7 @@ class DriverRegistry:
 
     def _listen(self, other: _OtherDriver) -> None:
         """Read the heartbeat of another driver, and decide whether it is gone."""
-        try:
-            heartbeat = self._store.get(f"{HEARTBEATS}{other.token}.json")
-        except BlobNotFound:  # a process without a controller
-            heartbeat = b"{}"
+        heartbeat = _heartbeat(self._store, other.token) or b"{}"
         content = json.loads(heartbeat)
         now = self._clock()
         if heartbeat != other.heartbeat:
@@ -223,6 +219,73 @@ class DriverRegistry:
                 **_process_here(os.getpid()),
             }
         ).encode()
+
+
+@dataclass(frozen=True)
+class KnownDriver:
+    """A driver that has worked on a store.
+
+    Attributes:
+        token: The name of its heartbeat.
+        epochs: Its epochs, in order.
+        description: The content of its newest epoch.
+        alive: False if it has ended or is gone, and for a process without a controller.
+    """
+
+    token: str
+    epochs: tuple[int, ...]
+    description: dict[str, Any]
+    alive: bool
+
+    def __str__(self) -> str:
+        return _describe_driver(self.description)
+
+
+def known_drivers(store: BlobStore, patience: float = 4 * HEARTBEAT_SECONDS) -> list[KnownDriver]:
+    """Return the drivers of a store, for a process that is none of them.
+
+    A driver is gone if it says so, if its process was on this machine and has ended, or if it writes no heartbeat for
+    `patience` seconds. Returns as soon as this is known of all drivers.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for epoch, key in epochs(store):
+        description = json.loads(store.get(key))
+        found.setdefault(description["token"], {})[epoch] = description
+    drivers = [KnownDriver(token, tuple(sorted(of)), of[max(of)], alive=False) for token, of in found.items()]
+    first = {driver.token: _heartbeat(store, driver.token) for driver in drivers}
+    undecided = {
+        driver.token
+        for driver in drivers
+        if first[driver.token] and not _has_ended(first[driver.token]) and not _has_died_here(driver.description)
+    }
+    alive: set[str] = set()
+    deadline = time.monotonic() + patience
+    while undecided - alive and time.monotonic() < deadline:
+        time.sleep(min(1.0, patience / 10))
+        alive |= {token for token in undecided - alive if _heartbeat(store, token) != first[token]}
+    return [replace(driver, alive=driver.token in alive) for driver in drivers]
+
+
+def heartbeat_key(token: str) -> str:
+    """Return the key of the heartbeat of a driver."""
+    return f"{HEARTBEATS}{token}.json"
+
+
+def _heartbeat(store: BlobStore, token: str) -> bytes:
+    """Return the heartbeat of a driver; empty for a process without a controller."""
+    try:
+        return store.get(heartbeat_key(token))
+    except BlobNotFound:
+        return b""
+
+
+def _has_ended(heartbeat: bytes) -> bool:
+    return bool(json.loads(heartbeat).get("ended"))
+
+
+def _describe_driver(description: dict[str, Any]) -> str:
+    since = description.get("taken", "an unknown time")
+    return f"the driver of {description.get('run', 'a stage')} on {description.get('host')} since {since}"
 
 
 def _process_here(pid: int) -> dict[str, Any]:

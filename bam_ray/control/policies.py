@@ -38,10 +38,11 @@ MOST_NODE_DEATHS = 16  # attempts whose node may die before one advances the che
 PIN_TIMEOUT = 120.0  # seconds for a node to start what was placed on it, before the task is placed again
 PLACEMENT_DELAY = 15.0  # seconds between searches for a node, while none can hold a task
 STOP_TIMEOUT = 120.0  # seconds for the last checkpoint of an attempt when the run is asked to stop
+MOVE_TIMEOUT = 900.0  # the same when the task is to move: nobody waits for it, and killing it would lose work
+FREE_KILLS = 3  # attempts that may be killed because they do not stop to move, before one counts as a failure
 HANG_TIMEOUT = 900.0  # seconds without a sign of life after which a training attempt is reported; twice that, replaced
 START_TIMEOUT = 3600.0  # the same before the first step and after the last, and for tasks that do not train
 HANG_STEPS = 20  # a training attempt may also be silent for as long as this many steps take
-MOVE_TIMEOUT = 900.0  # the same when the task is to move: nobody waits for it, and killing it would lose work
 
 
 def is_final(error: BaseException) -> bool:
@@ -78,6 +79,7 @@ def after_failure(task: Task, history: History, crashed: Crashed, now: float) ->
         failures=failures,
         outages=outages,
         node_deaths=node_deaths,
+        kills=0 if advanced else history.kills,
         checkpoint_step=max(history.checkpoint_step, reached),
         avoid=(frozenset() if advanced else history.avoid) | failed_on,
     )
@@ -87,6 +89,18 @@ def after_failure(task: Task, history: History, crashed: Crashed, now: float) ->
         return history, Failed(crashed.error + attempts, crashed.node, crashed.log, crashed.progress)
     delay = 0.0 if crashed.node_fault else min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** max(0, failures - 1, outages - 1))
     return history, Retrying(crashed.error, now + delay, crashed.progress)
+
+
+def after_kill(history: History, checkpoint_step: int | None) -> tuple[History, bool]:
+    """Return the history after an attempt that did not stop to move, and whether this counts as a failure.
+
+    `checkpoint_step` is the step of the attempt's last checkpoint. A few such attempts are chance. A task that does not
+    stop again and again would otherwise be moved without end.
+    """
+    reached = checkpoint_step or 0
+    if reached > history.checkpoint_step:
+        return replace(history, kills=1, failures=0, node_deaths=0, checkpoint_step=reached), False
+    return replace(history, kills=history.kills + 1), history.kills >= FREE_KILLS
 
 
 def after_no_capacity(error: PlacementError, now: float) -> Retrying:

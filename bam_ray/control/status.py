@@ -13,11 +13,24 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.errors import BlobNotFound, StoreError
 from bam_ray.pipeline.readiness import describe_branches
-from bam_ray.pipeline.states import Blocked, Failed, History, Retrying, Running, State, StateLabel
+from bam_ray.pipeline.states import (
+    MOST_PAST_ATTEMPTS,
+    Blocked,
+    Committed,
+    Failed,
+    History,
+    MadeElsewhere,
+    Retrying,
+    Running,
+    StateLabel,
+)
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling.matching import bound
+from bam_ray.units import format_duration
 
 STATUS = "status.json"
+MOST_PAST_IN_RUN = 20_000  # past attempts of all tasks together
+TAKE_OVER_HINT = "if that driver is gone, submit with --take-over"
 
 
 class PastAttempt(BaseModel):
@@ -50,7 +63,7 @@ class TaskRow(BaseModel):
     note: str = ""
     error: str | None = None
     log: tuple[str, ...] = ()
-    past: tuple[PastAttempt, ...] = ()  # under this coordinator and the earlier ones
+    past: tuple[PastAttempt, ...] = ()  # the newest ones, under this coordinator and the earlier ones
 
 
 class Status(BaseModel):
@@ -75,7 +88,8 @@ def build(run: str, controller: Controller, previous: Status | None = None) -> S
     """
     now = datetime.now(UTC)
     earlier = {row.id: row.past for row in previous.rows} if previous else {}
-    rows = tuple(_row(controller, task, now, earlier.get(task.id, ())) for task in controller.tasks.values())
+    most_past = min(MOST_PAST_ATTEMPTS, max(1, MOST_PAST_IN_RUN // max(1, len(controller.tasks))))
+    rows = tuple(_row(controller, task, now, earlier.get(task.id, ()), most_past) for task in controller.tasks.values())
     kind, seconds = _eta(controller)
     return Status(updated=now, run=run, state=controller.outcome(), rows=rows, eta_kind=kind, eta_seconds=seconds)
 
@@ -128,9 +142,12 @@ def _eta(controller: Controller) -> tuple[ArtifactKind | None, float | None]:
     return kind, bound(steps, speeds[kind])
 
 
-def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastAttempt, ...]) -> TaskRow:
+def _row(
+    controller: Controller, task: Task, now: datetime, earlier: tuple[PastAttempt, ...], most_past: int
+) -> TaskRow:
     state = controller.states[task.id]
     history = controller.history(task.id)
+    clock_zero = now - timedelta(seconds=controller.now())
     progress = state.progress or Progress(0, task.total_steps)
     committed = state.label == "committed"
     training = state.label in ("running", "draining")
@@ -147,10 +164,10 @@ def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastA
         eta_seconds=_task_eta(controller, task, progress) if state.label == "running" else None,
         checkpoint_step=progress.checkpoint_step,
         attempt=controller.attempts(task.id),
-        note=_note(state, progress, history.message) or describe_branches(task, controller.states),
+        note=_note(controller, task.id, progress) or describe_branches(task, controller.states),
         error=state.error if isinstance(state, Failed | Retrying) else None,
         log=state.log if isinstance(state, Failed) else (),
-        past=(*earlier, *_past_attempts(history, now - timedelta(seconds=controller.now()))),
+        past=(*earlier, *_past_attempts(history, clock_zero, most_past))[-most_past:],
     )
 
 
@@ -161,8 +178,11 @@ def _task_eta(controller: Controller, task: Task, progress: Progress) -> float |
     return controller.eta(task.id) if task.total_steps else None
 
 
-def _past_attempts(history: History, clock_zero: datetime) -> list[PastAttempt]:
-    """Return the finished attempts; `clock_zero` is the time of day at which the controller's clock showed 0."""
+def _past_attempts(history: History, clock_zero: datetime, most: int) -> list[PastAttempt]:
+    """Return the newest `most` finished attempts.
+
+    `clock_zero` is the time of day at which the clock of the controller showed 0.
+    """
     return [
         PastAttempt(
             node=past.node.name if past.node else None,
@@ -171,11 +191,25 @@ def _past_attempts(history: History, clock_zero: datetime) -> list[PastAttempt]:
             step=past.step,
             cause=past.cause,
         )
-        for past in history.past_attempts
+        for past in history.past_attempts[-most:]
     ]
 
 
-def _note(state: State, progress: Progress, message: str) -> str:
+def _note(controller: Controller, task_id: str, progress: Progress) -> str:
+    state = controller.states[task_id]
     if isinstance(state, Blocked):
         return f"{state.by} failed"
-    return "" if state.label == "committed" else "; ".join(text for text in (message, progress.note) if text)
+    if isinstance(state, MadeElsewhere):
+        return f"made by {state.driver}; {TAKE_OVER_HINT}"
+    if isinstance(state, Committed):
+        return ""
+    silence = _silence(controller, task_id, state) if isinstance(state, Running) else ""
+    return "; ".join(text for text in (controller.history(task_id).message, progress.note, silence) if text)
+
+
+def _silence(controller: Controller, task_id: str, state: Running) -> str:
+    """Say that an attempt may hang, if it has not shown a sign of life for too long."""
+    silence, limit = controller.now() - state.last_sign_at, controller.silence_limit(task_id, state)
+    if silence <= limit:
+        return ""
+    return f"no sign of progress for {format_duration(silence)}; it is replaced after {format_duration(2 * limit)}"

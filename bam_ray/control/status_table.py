@@ -1,6 +1,7 @@
 """A status as a table, for a terminal and for the log of a job."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from rich.console import Group, RenderableType
@@ -20,11 +21,17 @@ COLORS = {
     "blocked": "red",
 }
 LOG_LINES = 8  # log lines of a failed task that are shown below the table; `status.json` has more
+MOST_ROWS = 200  # of the table; a larger run is summarized
 SILENCE = timedelta(seconds=30)  # a running coordinator writes its status every few seconds
 
 
 def render(status: Status, now: datetime | None = None) -> RenderableType:
-    """Return the table, with the notes and errors of the tasks below it."""
+    """Return the table, with the notes and errors of the tasks below it.
+
+    In a run of more than `MOST_ROWS` tasks, those that have failed or that have an attempt come first, and the table
+    ends with the numbers of the others.
+    """
+    rows, hidden = _rows_to_show(status)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
     for column, right in (
         ("stage", False),
@@ -38,7 +45,7 @@ def render(status: Status, now: datetime | None = None) -> RenderableType:
         ("checkpoint", True),
     ):
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
-    for row in status.rows:
+    for row in rows:
         table.add_row(
             row.kind,
             row.name,
@@ -50,8 +57,18 @@ def render(status: Status, now: datetime | None = None) -> RenderableType:
             format_duration(row.eta_seconds),
             "" if row.checkpoint_step is None else str(row.checkpoint_step),
         )
-    messages = [text for row in status.rows if (text := _message(row))]
+    messages = [text for row in rows if (text := _message(row))]
+    if hidden:
+        counts = ", ".join(f"{count} {state}" for state, count in Counter(row.state for row in hidden).items())
+        messages.insert(0, Text(f"and {counts}", "dim"))
     return Group(Text(headline(status, now), style="bold"), table, *messages)
+
+
+def _rows_to_show(status: Status) -> tuple[Sequence[TaskRow], Sequence[TaskRow]]:
+    """Return the rows of the table in the order of the tasks, and the rows that it leaves out."""
+    by_interest = sorted(status.rows, key=lambda row: row.state in ("waiting", "committed", "blocked", "elsewhere"))
+    shown = {row.id for row in by_interest[:MOST_ROWS]}
+    return [row for row in status.rows if row.id in shown], by_interest[MOST_ROWS:]
 
 
 def headline(status: Status, now: datetime | None = None) -> str:

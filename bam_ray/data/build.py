@@ -7,7 +7,6 @@ The text is kept in a temporary file on disk between these steps, so a corpus ma
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data.corpus import FACTS, HELD_OUT, TOKENIZER, TRAIN
 from bam_ray.data.deduplicate import (
     MAX_SEEN_FRACTION,
@@ -76,11 +76,11 @@ def build_corpus(settings: DataSettings, folder: Path, report: Callable[[str], N
     def note(text: str) -> None:
         report("; ".join([text, *skipped]))
 
-    with tempfile.TemporaryDirectory(prefix="bam-corpus-") as temporary, ExitStack() as stack:
+    with scratch_folder("corpus") as temporary, ExitStack() as stack:
         domains: dict[str, _SplitDomain] = {}
         for name in settings.domains:
             note(f"reading {name}")
-            documents = DocumentFile(Path(temporary) / name)
+            documents = DocumentFile(temporary / name)
             stack.callback(documents.close)
             domains[name] = _read_domain(name, settings, documents, skipped.append)
 

@@ -16,10 +16,9 @@ a message names them. `s3://` and other URIs are downloaded through the blob sto
 """
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data.formats import read_file
 from bam_ray.data.listing import list_files
 from bam_ray.data.packages import package_texts
@@ -59,7 +58,7 @@ def _file_texts(domain: str, settings: DomainSettings, warn: Callable[[str], obj
         if listing.skipped:
             warn(f"domain {domain}: {listing.describe_skipped(settings.source)}")
         for file in listing.files:
-            with tempfile.TemporaryDirectory(prefix="bam-source-") as folder:  # for a download
-                yield from read_file(file.fetch(Path(folder)), settings.text_field, settings.max_characters)
+            with scratch_folder("source") as folder:  # for a download
+                yield from read_file(file.fetch(folder), settings.text_field, settings.max_characters)
     except DataError as error:
         raise DataError(f"domain {domain}: {error}") from None

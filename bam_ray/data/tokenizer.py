@@ -4,7 +4,6 @@ Both give a folder that `AutoTokenizer` loads, with a fast tokenizer (`tokenizer
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bam_ray.checkpoint.model_folder import refuse_outside_link
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data.download import remote_files
 from bam_ray.data.formats import END_OF_TEXT
 from bam_ray.errors import DataError, one_line
@@ -85,10 +85,10 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
     """
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory(prefix="bam-tokenizer-") as temporary:
+    with scratch_folder("tokenizer") as temporary:
         local = Path(os.path.expanduser(source.removeprefix("file://")))
         if "://" in source and not source.startswith("file://"):
-            local = Path(temporary)
+            local = temporary
             for file in remote_files(source):
                 if _is_tokenizer_file(file.key):
                     file.download(local)

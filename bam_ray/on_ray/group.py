@@ -7,7 +7,6 @@ retries, so that one policy and one table cover all tasks. `run_group` blocks; i
 
 import os
 import re
-import tempfile
 import threading
 import time
 from typing import Any
@@ -18,6 +17,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
 from bam_ray.on_ray.deaths import with_memory_cause
 from bam_ray.on_ray.work import Work
@@ -47,7 +47,7 @@ def run_group(work: Work, host: Any) -> None:
         train_on_rank(work, host)
 
     needs = work.task.needs
-    with tempfile.TemporaryDirectory(prefix="bam-train-") as folder:  # Ray Train's own files, not needed afterwards
+    with scratch_folder("train") as folder:  # Ray Train's own files, not needed afterwards
         trainer = TorchTrainer(
             train,
             torch_config=TorchConfig(
@@ -61,7 +61,7 @@ def run_group(work: Work, host: Any) -> None:
             ),
             run_config=RunConfig(
                 name=work.task.id,
-                storage_path=folder,
+                storage_path=str(folder),
                 # From the start of the process, because Ray Train asks CUDA for its devices before it calls `train`
                 worker_runtime_env={"env_vars": device_environment(needs.gpus)},
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),

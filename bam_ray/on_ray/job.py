@@ -18,7 +18,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import BamError, one_line
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
 from bam_ray.on_ray.serve_app import deploy, served_mixture
-from bam_ray.on_ray.submit import END_OF_RUN
+from bam_ray.on_ray.submit import END_OF_RUN, TAKE_OVER
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe, load_recipe
 from bam_ray.terminal import terminal_console
@@ -43,12 +43,13 @@ def run_job(
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--recipe", required=True, help="path of the recipe, a YAML file")
+    parser.add_argument(TAKE_OVER, action="store_true", help="replace other drivers that work on the same store")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
     arguments = parser.parse_args()
     console = terminal_console(width=TABLE_WIDTH)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        outcome = run_tasks(recipe, kinds, engine_factory)
+        outcome = run_tasks(recipe, kinds, engine_factory, take_over=arguments.take_over)
         if outcome == "finished" and show is not None:
             console.print(END_OF_RUN)
             show(run_of(recipe), console)

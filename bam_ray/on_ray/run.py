@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -24,12 +24,14 @@ from bam_ray.control import status
 from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.drivers import DriverRegistry
 from bam_ray.control.status_table import render
+from bam_ray.control.transitions import Transition
 from bam_ray.errors import PlacementError, StoreError, one_line
 from bam_ray.on_ray.deaths import protect_driver
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
+from bam_ray.pipeline.states import MadeElsewhere
 from bam_ray.planning.memory import with_memory_requests
 from bam_ray.planning.model_size import seed_size
 from bam_ray.settings import Recipe
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 STEP_SECONDS = 0.5  # time between two steps of the controller
 STATUS_SECONDS = 2.0  # longest time between two writes of status.json
+REPORT_SHARE = 20.0  # after a report, the driver works this many times longer on other things than the report took
 TABLE_SECONDS = 30.0  # longest time between two prints of the table
 TABLE_WIDTH = 110  # characters
 
@@ -90,33 +93,80 @@ def run_tasks(
     return outcome
 
 
+class PacedReport:
+    """A report that is made at regular intervals and after changes, and that takes little of the driver's time.
+
+    Args:
+        make: Makes the report.
+        interval: The longest time between two reports, in seconds.
+        clock: Returns the time in seconds, from any origin.
+    """
+
+    def __init__(
+        self, make: Callable[[], object], interval: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._make, self._interval, self._clock = make, interval, clock
+        self._made_at = float("-inf")
+        self._cost = 0.0  # seconds that the last report took
+
+    def make_if_due(self, changed: bool) -> None:
+        """Make the report if something has changed or the interval is over; later if it takes long to make."""
+        now = self._clock()
+        pause = REPORT_SHARE * self._cost
+        if now - self._made_at >= (pause if changed else max(self._interval, pause)):
+            self._make()
+            self._made_at = self._clock()
+            self._cost = self._made_at - now
+
+
 class StatusReporter:
-    """A writer of `status.json` and the printed table, at regular intervals and when a task has changed its state."""
+    """A writer of `status.json` and the printed table, at regular intervals and when a task has changed its state.
+
+    Other drivers that make tasks of this run, and failures of the store, are printed as they are noticed.
+    """
 
     def __init__(self, run: str, controller: Controller, store: BlobStore) -> None:
         self._run = run
         self._controller = controller
         self._store = store
         self._console = terminal_console(width=TABLE_WIDTH, file=sys.stdout)
-        self._written = self._printed = float("-inf")
+        self._reports = (PacedReport(self.write, STATUS_SECONDS), PacedReport(self._print, TABLE_SECONDS))
+        self._drivers: set[str] = set()  # the others that were printed
+        self._warned = False
         self._before = status.read_if_valid(store)
 
-    def __call__(self, changed: Sequence[object]) -> None:
+    def __call__(self, changed: Sequence[Transition]) -> None:
         """Write and print what is due; called after every step of the controller."""
-        now = time.monotonic()
-        if changed or now - self._written >= STATUS_SECONDS:
-            self.write()
-            self._written = now
-        if changed or now - self._printed >= TABLE_SECONDS:
-            self._print()
-            self._printed = now
+        self._print_drivers(changed)
+        self._print_store_warning()
+        for report in self._reports:
+            report.make_if_due(bool(changed))
 
     def write(self) -> None:
         """Write `status.json`; prints a warning if the store fails."""
         try:
             status.write(self._store, status.build(self._run, self._controller, self._before))
         except StoreError as error:  # not fatal: tasks may reach the store, and retry for themselves
-            self._console.print(f"status not written: {error}", style="yellow")
+            self._warn(f"status not written: {error}")
+
+    def _print_drivers(self, changed: Sequence[Transition]) -> None:
+        """Print that a task is left to another driver, once for each driver."""
+        for transition in changed:
+            state = transition.state
+            if isinstance(state, MadeElsewhere) and state.driver not in self._drivers:
+                self._drivers.add(state.driver)
+                task = self._controller.tasks[transition.task_id].full_name
+                self._warn(f"{task} is made by {state.driver}: waiting for it; {status.TAKE_OVER_HINT}")
+
+    def _print_store_warning(self) -> None:
+        """Print the error of the store when it begins to fail, and when it answers again."""
+        warning = self._controller.store_warning
+        if bool(warning) != self._warned:
+            self._warned = bool(warning)
+            self._warn(f"the store fails, and is asked again: {warning}" if warning else "the store answers again")
+
+    def _warn(self, text: str) -> None:
+        self._console.print(text, style="yellow", soft_wrap=True)
 
     def _print(self) -> None:
         self._console.print(render(status.build(self._run, self._controller, self._before)), "", sep="\n")

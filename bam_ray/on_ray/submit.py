@@ -42,6 +42,7 @@ from bam_ray.terminal import terminal_console
 POLL_SECONDS = 1.0  # time between two polls of the job
 END_OF_RUN = "-- end of the run --"
 """The line after which a job prints its results."""
+TAKE_OVER = "--take-over"
 DASHBOARD = "http://127.0.0.1:8265"  # of a local cluster
 ANSWER_SECONDS = 20.0  # time that a cluster has to answer the first request
 PATIENCE_SECONDS = 60.0  # time without an answer after which a job is followed no longer
@@ -49,11 +50,25 @@ LAST_LINES = 5  # of the log of a failed job, shown if it left no status
 INTERRUPTED = 130  # the exit code of a stopped job, as a shell gives it after Ctrl-C
 
 
-def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.py", address: str | None = None) -> str:
+def submit(
+    recipe: str | Path,
+    overrides: list[str],
+    entry: str = "jobs/run_all.py",
+    address: str | None = None,
+    take_over: bool = False,
+) -> str:
     """Submit `python ENTRY --recipe RECIPE OVERRIDES...` from the current folder, and return the job's id.
 
-    `address` is the URL of the cluster's dashboard; None stands for `RAY_ADDRESS`. Raises `SettingsError` if the recipe
-    is wrong, before anything is sent, and `PlacementError` if the cluster does not accept the job.
+    Args:
+        recipe: The path of the recipe.
+        overrides: Settings that override those of the recipe.
+        entry: The script to run.
+        address: The URL of the cluster's dashboard; None stands for `RAY_ADDRESS`.
+        take_over: Replace other drivers that work on the same store.
+
+    Raises:
+        SettingsError: The recipe is wrong; nothing was sent.
+        PlacementError: The cluster does not accept the job.
     """
     settings = load_recipe(recipe, overrides)
     root = Path.cwd()
@@ -67,7 +82,8 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
         raise SettingsError(f"{path} is not below {root}, which is uploaded with the job: copy the recipe to it")
     if "://" not in settings.store.uri:  # relative to this folder, not to the one that the job is unpacked to
         overrides = [*overrides, f"store.uri={json.dumps(os.path.abspath(os.path.expanduser(settings.store.uri)))}"]
-    entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *overrides])
+    flags = [TAKE_OVER] if take_over else []
+    entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *flags, *overrides])
     # By default Ray kills a job 3 s after asking it to stop. Running tasks need longer for their last checkpoint.
     stop_timeout = str(int(STOP_TIMEOUT) + 30)
     try:

@@ -162,6 +162,8 @@ class Failed:
     progress: Progress | None = None
 
 
+MOST_PAST_ATTEMPTS = 20
+
 State = Waiting | MadeElsewhere | Blocked | Placing | Running | Draining | Retrying | Committed | Failed
 Active = Placing | Running | Draining
 
@@ -187,7 +189,8 @@ class History:
     node_deaths: int = 0  # attempts whose node died, since the last attempt that advanced the checkpoint
     checkpoint_step: int = 0  # the largest step of a checkpoint so far
     avoid: frozenset[str] = field(default_factory=frozenset)  # ids of nodes it failed on since the checkpoint advanced
-    past_attempts: tuple[AttemptRecord, ...] = ()
+    kills: int = 0  # attempts that were killed because they did not stop, since the checkpoint last advanced
+    past_attempts: tuple[AttemptRecord, ...] = ()  # the newest `MOST_PAST_ATTEMPTS`
     message: str = ""  # about the placement of the last attempt: a fallback request, or fewer workers
     suspect: bool = False  # a reader found the committed files damaged, and no attempt has checked them since
     no_capacity_since: float | None = None  # since when the cluster could not hold all workers, even if it were idle
@@ -202,4 +205,4 @@ class History:
 
     def with_past_attempt(self, record: AttemptRecord) -> "History":
         """Return this history with one more finished attempt."""
-        return replace(self, past_attempts=(*self.past_attempts, record))
+        return replace(self, past_attempts=(*self.past_attempts, record)[-MOST_PAST_ATTEMPTS:])

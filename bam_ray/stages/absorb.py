@@ -6,7 +6,6 @@ new expert gets the branch's weights, newly drawn router rows, and Adam states o
 share have been trained since the branch started, and are not changed.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
@@ -108,7 +108,7 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
     present = names_of(mixture_config_of(mixture))
     added: list[Event] = []
     left_out: list[Event] = []
-    with tempfile.TemporaryDirectory(prefix="bam-absorb-") as temporary:
+    with scratch_folder("absorb") as temporary:
         for name in (name for _, name in task.quorum.branches if name not in present):
             artifact = run.parent(ArtifactKind.BRANCHES, name)
             try:
@@ -116,7 +116,7 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
                     continue
                 branch = TensorReader(run.store, artifact.prefix)
                 seed = run.recipe.upcycle.mixtures[task.name].seed
-                mixture = mixture.with_branch(name, branch, Path(temporary, name), manifest, seed)
+                mixture = mixture.with_branch(name, branch, temporary / name, manifest, seed)
             except UNUSABLE as error:
                 left_out.append(BranchLeftOut(step, name, one_line(error)))
             else:

@@ -1,9 +1,7 @@
 """Corpus: the text of all domains, nearly duplicate-free, split, tokenized and packed once."""
 
-import tempfile
-from pathlib import Path
-
 from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data import build_corpus
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.tasks import Progress
@@ -22,8 +20,8 @@ def make_corpus(run: TaskRun) -> Manifest:
         run.context.report(Progress(step=steps, total_steps=2 * len(settings.domains) + 1, note=text))
         steps += 1
 
-    with tempfile.TemporaryDirectory(prefix="bam-corpus-") as folder:
-        facts = build_corpus(settings, Path(folder), note)
+    with scratch_folder("corpus") as folder:
+        facts = build_corpus(settings, folder, note)
         note("uploading")
         manifest = Manifest(
             id=run.task.id,
@@ -34,4 +32,4 @@ def make_corpus(run: TaskRun) -> Manifest:
             facts=facts,
             attempt=str(lease.number),
         )
-        return run.artifact.publish(Path(folder), manifest, lease)
+        return run.artifact.publish(folder, manifest, lease)

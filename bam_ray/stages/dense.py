@@ -1,14 +1,12 @@
 """Seed and branches: dense language models. Each is trained by one process or one process group, without any others."""
 
-import tempfile
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.model_folder import refuse_outside_link
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
@@ -112,13 +110,13 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
             "to that tokenizer, remove them or grow the seed's embeddings (resize_token_embeddings)"
         )
     keys = [key for key in source.list() if _is_model_file(key, reader)]
-    with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:
+    with scratch_folder("seed") as folder:
         for number, key in enumerate(keys):
             run.context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
             if not key.endswith(".safetensors"):
                 refuse_outside_link(source.uri, "", key)
-            (Path(folder) / key).parent.mkdir(exist_ok=True)
-            source.get_file(key, Path(folder) / key)
+            (folder / key).parent.mkdir(exist_ok=True)
+            source.get_file(key, folder / key)
         # Branches write the configuration in the layout of the installed transformers. A seed in an older layout would
         # differ from them, so its configuration is rewritten.
         AutoConfig.from_pretrained(folder).save_pretrained(folder)
@@ -132,7 +130,7 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
             facts={"imported_from": uri, "architecture": reader.config["model_type"]},
             attempt=str(lease.number),
         )
-        return run.artifact.publish(Path(folder), manifest, lease)
+        return run.artifact.publish(folder, manifest, lease)
 
 
 def _is_model_file(key: str, reader: TensorReader) -> bool:

@@ -6,11 +6,9 @@ same models reuses their scores.
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -22,6 +20,7 @@ from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest, identity
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted
 from bam_ray.evaluation.findings import make_results
@@ -66,9 +65,9 @@ def evaluate(run: TaskRun) -> Manifest:
     results = make_results(run.recipe.name, scores)
     from bam_ray.evaluation.report import write_report  # imports matplotlib, which no other stage needs
 
-    with tempfile.TemporaryDirectory(prefix="bam-report-") as folder:
+    with scratch_folder("report") as folder:
         write_report(
-            Path(folder),
+            folder,
             results,
             list(made.values()),
             {task.id: _curve(made[task.id], run.store) for task, _ in models},
@@ -91,7 +90,7 @@ def evaluate(run: TaskRun) -> Manifest:
             },
             attempt=str(lease.number),
         )
-        return run.artifact.publish(Path(folder), manifest, lease)
+        return run.artifact.publish(folder, manifest, lease)
 
 
 class Evaluator:
@@ -159,10 +158,10 @@ class Evaluator:
             metrics={f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)},
             attempt=str(self.lease.number),
         )
-        with tempfile.TemporaryDirectory(prefix="bam-evaluation-") as temporary:
-            (Path(temporary) / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
+        with scratch_folder("evaluation") as temporary:
+            (temporary / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
             self.lease.check()
-            artifact.publish(Path(temporary), manifest)
+            artifact.publish(temporary, manifest)
 
     def _score_domains(
         self, model: PreTrainedModel, progress: Progress

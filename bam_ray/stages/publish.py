@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bam_ray.checkpoint.manifest import ComputeCost, Manifest
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.training_job import TrainingJob
@@ -62,8 +62,7 @@ def publish_model(
         },
         attempt=str(run.lease.number),
     )
-    with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
-        folder = Path(temporary)
+    with scratch_folder("model") as folder:
         write_model(state, folder, job.dtype)
         shutil.copytree(job.corpus.tokenizer_folder, folder, dirs_exist_ok=True)
         for path in job.extra_files:

@@ -22,6 +22,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 from bam_ray.checkpoint.artifacts import Artifact, delete_keys
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
+from bam_ray.checkpoint.scratch import new_scratch_folder, remove_scratch_folder
 from bam_ray.errors import BlobNotFound, CheckpointError, StoreDenied, StoreUnavailable, TrainingError
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
 from bam_ray.training.state import TrainingState
@@ -207,7 +208,7 @@ class Checkpoints:
                 "repair the store and run the same command to resume from the checkpoint before"
             ) from error
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_scratch_folder(folder)
 
     def _commit(self, folder: Path, step: int, lease: Lease) -> None:
         name = f"{lease.number}-{step:08d}"
@@ -247,14 +248,14 @@ def _write_locally(state: TrainingState, trainer: dict[str, Any], extra_files: S
     """Write a checkpoint to a local folder; raises `TrainingError` if that is not possible."""
     folder = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix="bam-step-"))
+        folder = new_scratch_folder("step")
         state.write(folder)
         (folder / TRAINER).write_text(json.dumps(trainer, default=asdict))
         for path in extra_files:
             shutil.copy(path, folder)
     except Exception as error:  # an error of the operating system, sometimes wrapped in a type of safetensors
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_scratch_folder(folder)
         raise TrainingError(
             f"no checkpoint can be written to {tempfile.gettempdir()}: {error}; free space there or set TMPDIR"
         ) from error

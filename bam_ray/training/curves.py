@@ -8,7 +8,6 @@ earlier files. A curve therefore has each step once. To view the curves, `aws s3
 """
 
 import contextlib
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import AttemptNumber
+from bam_ray.checkpoint.scratch import new_scratch_folder, remove_scratch_folder
 from bam_ray.errors import SettingsError, StoreError
 from bam_ray.settings import MetricsSettings
 
@@ -82,7 +82,7 @@ class CurveWriter:
                 operation(board)
             except OSError:
                 self._board = None
-                shutil.rmtree(board.folder, ignore_errors=True)
+                remove_scratch_folder(board.folder)
 
 
 class _TensorBoard:
@@ -90,7 +90,7 @@ class _TensorBoard:
 
     def __init__(self, artifact: Artifact, attempt: AttemptNumber, step: int) -> None:
         self._store, self._prefix, self._attempt = artifact.store, f"{artifact.prefix}/tensorboard", attempt
-        self.folder = Path(tempfile.mkdtemp(prefix="bam-tensorboard-"))
+        self.folder = new_scratch_folder("tensorboard")
         self._lock = threading.Lock()
         self._part = 0
         self._uploaded = 0  # the parts before this one are complete in the store
@@ -130,7 +130,7 @@ class _TensorBoard:
     def close(self) -> None:
         self.upload()
         self._writer.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_scratch_folder(self.folder)
 
     def _new_writer(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # this import takes a second

@@ -7,14 +7,13 @@ which also converts SentencePiece's `tokenizer.model`, and compared in memory.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from bam_ray.checkpoint.model_folder import refuse_outside_link
+from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError, UpcycleError, one_line
 
@@ -130,15 +129,14 @@ def _load_with_transformers(source: TensorReader, files: Mapping[str, bytes]) ->
     from transformers import AutoTokenizer
 
     config = source.config.get("seed_config") or source.config
-    with tempfile.TemporaryDirectory(prefix="bam-tokenizer-") as temporary:
-        folder = Path(temporary)
+    with scratch_folder("tokenizer") as folder:
         # The class of the tokenizer may depend on the architecture; nothing else of the configuration matters
         (folder / "config.json").write_text(json.dumps({"model_type": config.get("model_type")}))
         for name in (*VOCABULARY_FILES, *SETTINGS_FILES):
             if name in files:
                 (folder / name).write_bytes(files[name])
         try:
-            loaded = AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False)
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # damaged files raise many types
             reason = one_line(error, all_lines=True)
             raise CheckpointError(f"transformers cannot load the tokenizer of {source.uri}: {reason}") from None

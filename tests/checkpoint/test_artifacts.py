@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.artifacts import CLAIM, Artifact
 from bam_ray.checkpoint.digests import file_entry
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
@@ -194,7 +194,7 @@ def test_the_files_of_older_attempts_are_deleted_at_the_commit(folder: Path) -> 
     newer = f"{artifact.prefix}/files/{AttemptNumber(9, 1)}-00/config.json"
     store.put(newer, b"of a newer attempt")
     written = artifact.publish(folder, manifest(), lease)
-    kept = {artifact.key(written, name) for name in FILES} | {newer}
+    kept = {artifact.key(written, name) for name in (*FILES, CLAIM)} | {newer}
     assert set(store.list(f"{artifact.prefix}/files/")) == kept
 
 
@@ -222,7 +222,7 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(folder: Path, tmp_path: 
     written = artifact.publish(folder, manifest(), next_lease(store, artifact.prefix))
     assert artifact.manifest() == written
     assert (artifact.fetch(tmp_path / "cache") / "config.json").read_bytes() == FILES["config.json"]
-    assert set(store.list(f"{artifact.prefix}/files/")) == {artifact.key(written, name) for name in FILES}
+    assert set(store.list(f"{artifact.prefix}/files/")) == {artifact.key(written, name) for name in (*FILES, CLAIM)}
 
 
 def test_a_manifest_that_was_replaced_is_not_set_aside(folder: Path) -> None:

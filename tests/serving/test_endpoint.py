@@ -187,7 +187,7 @@ def test_serving_continues_after_the_model_fails(endpoint: Endpoint, monkeypatch
     expected = endpoint.generate_alone("the", 4)
 
     def broken() -> Any:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("/home/secret/model.safetensors is broken")
 
     create = endpoint.client.completions.create
     with monkeypatch.context() as patch:
