@@ -122,7 +122,10 @@ class Controller:
             return applied + self._apply_all(decisions.shut_down(self.states, now))
         applied += self._apply_all(self._improve(nodes, now))
         applied += self._apply_all(self._leave_to_others(now))
-        return applied + self._apply_all(self._place(nodes, now))
+        applied += self._apply_all(self._place(nodes, now))
+        making = (self.tasks[id] for id, state in self.states.items() if state.is_active)
+        self._drivers.announce([f"{task.kind}/{task.id}" for task in making])
+        return applied
 
     def run(self, pause: float = 1.0, on_step: Callable[[Sequence[Transition]], None] | None = None) -> RunOutcome:
         """Step until nothing more can be done.
