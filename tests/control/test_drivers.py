@@ -101,6 +101,21 @@ def test_a_second_driver_sees_a_task_that_has_no_lease_yet(store: MemoryStore, c
     assert isinstance(second.state("a"), Placing), "the first does not make it any more"
 
 
+def test_a_task_that_another_driver_made_ready_is_looked_at(store: MemoryStore, clock: Clock) -> None:
+    first, second = (TestDriver(store, clock, make_task("a"), make_task("b", "a")) for _ in range(2))
+    first.step()
+    first.start("a")
+    second.step()
+    commit_task(store, make_task("a"))
+    first.step(a=Done(NODE, Progress(10, 10)))
+    first.registry.beat()
+    clock.now += 10.0
+    second.step()
+    assert isinstance(second.state("a"), Committed)
+    assert isinstance(second.state("b"), MadeElsewhere), "the first has begun it"
+    assert second.launcher.placed == []
+
+
 def test_a_driver_that_begins_a_task_says_so_at_once(store: MemoryStore, clock: Clock) -> None:
     first, second = (TestDriver(store, clock, make_task("a")) for _ in range(2))
     with first.registry.beating():
