@@ -53,6 +53,8 @@ def test_two_runs_share_their_branches(start: Callable[..., DisturbedRun], clust
     assert (len(logs["code"]), len(logs["law"])) == (1, 1), "each branch was made once"
     shared, others = made_by(run, run.recipe), made_by(run, other)
     assert sorted(kind for kind, _ in shared ^ others) == ["mixtures", "mixtures"], "all else is shared"
+    (upcycled,) = (id for kind, id in shared if kind == "upcycled")
+    assert len(list(run.store.list(f"upcycled/{upcycled}/leases/"))) == 1, "the mixture at step 0 was made once"
 
 
 def made_by(run: DisturbedRun, recipe: Recipe) -> set[tuple[str, str]]:
