@@ -4,7 +4,7 @@ Modules that load torch or Ray are imported inside the functions, so that import
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +12,8 @@ from bam_ray.blobs.check import open_checked_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.pipeline.run import PipelineRun
-from bam_ray.pipeline.tasks import Progress
+from bam_ray.pipeline.tasks import Progress, Task
+from bam_ray.scheduling.nodes import without_fallbacks
 from bam_ray.settings import Recipe, StoreSettings, mixture_settings
 from bam_ray.units import GIB
 
@@ -111,7 +112,8 @@ def train_branch(recipe: Recipe, domain: str, *, on_progress: Callable[[Progress
     """Train one branch in this process, without a cluster.
 
     The corpus and the seed are made first if the store does not have them. Artifacts that are committed are not made
-    again, and training that was interrupted resumes from its newest checkpoint.
+    again, and training that was interrupted resumes from its newest checkpoint. Each task computes on a GPU if its
+    `needs` request one; on a machine without GPUs, their first fallback without a GPU applies.
 
     Args:
         recipe: The recipe, from `load_recipe`.
@@ -137,7 +139,7 @@ def train_branch(recipe: Recipe, domain: str, *, on_progress: Callable[[Progress
     context = _Context(on_progress or (lambda progress: None))
     for task in run.tasks:
         if task.id == branch.id or task.id in branch.parents:
-            run_stage(TaskRun(task, run, context))
+            run_stage(TaskRun(_on_this_machine(task), run, context))
     return run.artifact(ArtifactKind.BRANCHES, domain).fetch()
 
 
@@ -161,6 +163,16 @@ def run(recipe: Recipe) -> str:
     from bam_ray.on_ray.run import run_tasks
 
     return run_tasks(recipe, engine_factory=deepspeed_engine)
+
+
+def _on_this_machine(task: Task) -> Task:
+    """Return `task` with the first of its resource requests whose GPUs this machine has; the first if there is none."""
+    import torch
+
+    if not task.needs.gpus or torch.cuda.is_available():
+        return task
+    demand = next((demand for demand in task.needs.fallback if not demand.gpus), task.needs)
+    return replace(task, needs=without_fallbacks(demand))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ BamError
 └── Interrupted            work stopped cleanly on request; the same command resumes it
 """
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 class BamError(Exception):
     """Root of all errors that a user can cause.
@@ -124,7 +129,20 @@ def one_line(error: BaseException, *, all_lines: bool = False) -> str:
         all_lines: Join all lines of the message, for libraries that put the cause below the first line.
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
-    message = " ".join(" ".join(lines if all_lines else lines[:1]).split())
+    message = printable(" ".join(" ".join(lines if all_lines else lines[:1]).split()))
     if isinstance(error, BamError):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return a text without control characters, except for line feeds and tabs.
+
+    Marks that change the direction of text are removed too. Lone surrogates, which cannot be encoded, are replaced.
+    """
+    return encodable(_CONTROL.sub("", text))
+
+
+def encodable(text: str) -> str:
+    """Return a text in which lone surrogates, which no encoding has, are replaced by U+FFFD."""
+    return _LONE_SURROGATE.sub("\ufffd", text)

@@ -96,7 +96,7 @@ def steps(rounds: int, shape: Shape, precision: Literal["fp32", "bf16"]) -> list
         precision=precision,
     )
     made = models(shape)
-    engines = {name: TorchEngine(EngineSpec(model, settings), device) for name, model in made.items()}
+    engines = {name: TorchEngine(EngineSpec(model, settings, device=device)) for name, model in made.items()}
     cases: dict[str, Callable[[], object]] = {
         name: partial(engine.step, batch, 1e-4) for name, engine in engines.items()
     }

@@ -13,6 +13,7 @@ import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.machine import HEAD_BYTES, available_memory, memory_of_nodes
 from cluster.processes import ClusterError, Process, free_ports, port_is_free, stop
 from cluster.s3_server import S3Settings
 from cluster.state import ClusterState, write_private
@@ -65,6 +66,7 @@ class RayNodes:
             client_port=client,
             dashboard_port=dashboard,
             temporary=temporary,
+            memory=available_memory(),
         )
 
     def authentication(self) -> dict[str, str]:
@@ -153,7 +155,10 @@ class RayNodes:
         if Path(state.temporary).name.startswith("bam-"):
             shutil.rmtree(state.temporary, ignore_errors=True)
 
-    def _start_node(self, node: LocalNode, state: ClusterState, environment: dict[str, str]) -> None:
+    def launch_of(
+        self, node: LocalNode, state: ClusterState, environment: dict[str, str]
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return the command and the environment that start a node."""
         number = NODES.index(node) + 1
         gpus = self._gpus_of(node)
         command = [str(Path(sysconfig.get_path("scripts")) / "ray"), "start", "--block", "--disable-usage-stats"]
@@ -168,9 +173,25 @@ class RayNodes:
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={state.temporary}/{node.name}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         command += ["--log-color=false"]
+        command += [f"--memory={self.memory_of(node, state)}"]
         # Without this variable every node would number its GPUs from 0
-        visible_gpus = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self.gpus else {}
-        self.processes[node.name].start(command, environment | visible_gpus, self._home)
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self.gpus else {}
+        if node is HEAD:
+            # Each node's memory monitor sees the memory of the whole machine, and kills processes of its own node. That
+            # of the head would kill the supervisor of the job, and so the driver, for what tasks on other nodes take.
+            own["RAY_memory_monitor_refresh_ms"] = environment.get("RAY_memory_monitor_refresh_ms", "0")
+        return command, environment | own
+
+    def memory_of(self, node: LocalNode, state: ClusterState) -> int:
+        """Return the bytes of memory that a node offers to tasks; all nodes together offer no more than there are."""
+        if node is HEAD:
+            return HEAD_BYTES
+        cpus = {each.name: each.cpus for each in NODES if each is not HEAD}
+        return memory_of_nodes(state.memory or available_memory(), cpus)[node.name]
+
+    def _start_node(self, node: LocalNode, state: ClusterState, environment: dict[str, str]) -> None:
+        command, own = self.launch_of(node, state, environment)
+        self.processes[node.name].start(command, own, self._home)
 
     def _gpus_of(self, node: LocalNode) -> list[str]:
         """Return the GPUs of a node. The workers get the GPUs of the machine in turn, and the head gets none."""

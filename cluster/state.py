@@ -19,6 +19,7 @@ class ClusterState:
     client_port: int = 0
     dashboard_port: int = 0
     temporary: str = ""  # the parent of the temporary folders of the nodes
+    memory: int = 0  # bytes that were free before the cluster started, which the nodes share
 
     @property
     def dashboard(self) -> str:

@@ -15,13 +15,14 @@ from bam_ray.blobs.store import sort_keys, validate_key
 from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable
 
 PARTIAL = ".partial-"  # prefix of files that are being written; they are never listed
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # answers of file systems such as exFAT to link(2)
 
 
 class FolderStore:
     """A `BlobStore` in a folder on a local disk or a shared file system."""
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder).expanduser().absolute()
+        self._folder = Path(os.path.expanduser(folder)).absolute()  # an unknown ~user is kept
 
     @property
     def uri(self) -> str:
@@ -216,6 +217,13 @@ def _link(partial: Path, path: Path) -> None:
             if os.path.samefile(partial, path):
                 return
         raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        raise StoreError(
+            f"the file system of {path.parent} has no hard links, which commits need ({error.strerror}): use a folder "
+            "on another file system, or S3"
+        ) from None
 
 
 def _is_file(path: Path) -> bool:

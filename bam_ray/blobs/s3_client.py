@@ -1,6 +1,7 @@
 """Clients of S3 servers: their timeouts, their search for credentials, and servers that redirect."""
 
 import functools
+import os
 from typing import Any
 
 import boto3
@@ -47,8 +48,10 @@ def new_client(endpoint: str | None, checksums: bool = True) -> Any:
     for name, value in METADATA_SETTINGS.items():
         if core.get_config_variable(name) == METADATA_DEFAULT:
             core.set_config_variable(name, value)
+    # boto3 reads AWS_DEFAULT_REGION alone; the SDKs of other languages, and users of them, set AWS_REGION
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or None
     try:
-        client = session.client("s3", endpoint_url=endpoint, config=config)
+        client = session.client("s3", region, endpoint_url=endpoint, config=config)
     except ValueError as error:  # "Invalid endpoint: ..."
         raise StoreUnavailable(f"{error}: write store.endpoint (AWS_ENDPOINT_URL) as http://HOST:PORT") from None
     client.meta.events.register_first("needs-retry.s3", _refuse_redirects)

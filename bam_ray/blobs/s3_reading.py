@@ -20,7 +20,7 @@ from bam_ray.blobs.s3_errors import BODY_ERRORS, CONDITION_FAILED, OUT_OF_RANGE,
 from bam_ray.errors import StoreError, StoreUnavailable
 
 TRIES = 5  # of a request that brings no further byte, and of a read of a blob that changes
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 RANGE_BYTES = 32 << 20  # a file is downloaded in ranges of this size
 CONCURRENT_RANGES = 4
 
@@ -54,7 +54,7 @@ class BlobReader:
         while True:
             reached = file.tell()
             try:
-                stop = self._open(start + reached - begin, stop, file)
+                stop = self._copy_body(start + reached - begin, stop, file)
                 return
             except _BodyError as error:
                 stop = error.stop
@@ -67,8 +67,8 @@ class BlobReader:
                     raise error.cause from None
             time.sleep(0.1 * failures * random.uniform(1, 2))
 
-    def _open(self, start: int, stop: int | None, file: BinaryIO) -> int | None:
-        """Append bytes [start, stop) to `file` with one request.
+    def _copy_body(self, start: int, stop: int | None, file: BinaryIO) -> int | None:
+        """Append bytes [start, stop) to `file` with one request; return where they end.
 
         Raises:
             _BodyError: The body ended early; `file` has the bytes before.
@@ -87,10 +87,10 @@ class BlobReader:
             if code_of(error) in CONDITION_FAILED:
                 raise BlobChangedError from None
             raise
-        self._check(response, None if whole else start)
         length = response.get("ContentLength")
         stop = stop if length is None else start + int(length)
         try:
+            self._check(response, None if whole else start)
             for chunk in response["Body"].iter_chunks(CHUNK):
                 file.write(chunk)
         except (*BODY_ERRORS, FlexibleChecksumError) as error:

@@ -6,16 +6,17 @@ Design choice: a safetensors file is an 8-byte length, a JSON header with the dt
 tensor, and the bytes. `TensorReader` reads only the headers and then requests byte ranges, so peak memory is the
 tensors or chunks in use, whatever the size of the model.
 
-Limits: five dtypes are supported (see `DTYPES`), and only safetensors files are read.
+Limits: only safetensors files are read. The dtypes of quantized weights are refused; those of masks and other buffers
+are read.
 """
 
-import json
 import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,14 +25,40 @@ from torch import Tensor
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.digests import stored_entry
 from bam_ray.checkpoint.manifest import Manifest, read_manifest
+from bam_ray.checkpoint.model_folder import (
+    INDEX,
+    base_prefix,
+    check_layers,
+    read_config,
+    refuse_pointer,
+    refuse_wrappers,
+    weight_files,
+)
+from bam_ray.checkpoint.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, HeaderError, parse_header
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
+
+__all__ = ["CHUNK_BYTES", "DTYPES", "DTYPE_NAMES", "INDEX", "TensorLocation", "TensorReader", "TensorSpec"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BUFFER_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+}
+"""Further dtypes, of masks and other buffers in old checkpoints."""
+READABLE = {**DTYPES, **BUFFER_DTYPES}
 CHUNK_BYTES = 2 << 20  # a few chunks in flight, and the freed ones that malloc keeps, make tens of MiB
 REMOTE_CHUNK_BYTES = 4 << 20  # larger, because each chunk costs a round trip
 REMOTE_REQUESTS = 4  # concurrent requests for one tensor
-INDEX = "model.safetensors.index.json"
+MAX_POINTER_BYTES = 200  # of Git LFS
+MAX_LISTED = 1000  # files of a folder that are looked at to say what it is
+HEADS = ("lm_head.", "embed_out.")  # tensors outside of the base model
 
 # torch.frombuffer warns about read-only buffers; nothing writes to a chunk
 warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
@@ -82,15 +109,16 @@ class TensorReader:
         self.prefix = prefix
         self._manifest = read_manifest(store, prefix) if files is None else None
         self._folder = self._manifest.folder if self._manifest else ""
-        try:
-            self.config: dict[str, Any] = json.loads(self._required_file("config.json")) if files is None else {}
-        except ValueError:
-            raise CheckpointError(f"{self.uri}/config.json is not JSON: the file is damaged") from None
+        self.config: dict[str, Any] = read_config(self) if files is None else {}
         self.specs: dict[str, TensorSpec] = {}
         self._locations: dict[str, TensorLocation] = {}
-        self.shards = tuple(self._shard_names() if files is None else files)
+        self.shards = tuple(weight_files(self, self.config) if files is None else files)
         for shard in self.shards:
             self._read_header(self._key(shard))
+        if files is None:
+            refuse_wrappers(self.specs, self.uri)
+            check_layers(self.config, self.specs, self.uri)
+            self._add_prefix(base_prefix(self.config, self.specs))
 
     @property
     def uri(self) -> str:
@@ -133,11 +161,32 @@ class TensorReader:
                 yield in_flight.popleft().result()
 
     def read_file(self, name: str) -> bytes | None:
-        """Return another file of the folder, for example a tokenizer's, or None if it does not exist."""
+        """Return another file of the folder, for example a tokenizer's, or None if it does not exist.
+
+        Raises:
+            CheckpointError: The file is a pointer of Git LFS.
+        """
         try:
-            return self.store.get(self._key(name))
+            data = self.store.get(self._key(name))
         except BlobNotFound:
             return None
+        refuse_pointer(data, f"{self.uri}/{name}")
+        return data
+
+    def has_file(self, name: str) -> bool:
+        """Return True if the folder has a file of this name."""
+        return self.store.exists(self._key(name))
+
+    def file_names(self, folder: str = "") -> list[str]:
+        """Return the names of the first files in the folder, or in one of its subfolders."""
+        root = f"{self.root}/" if self.root else ""
+        keys = self.store.list(f"{root}{folder}/" if folder else root)
+        return [key.removeprefix(root) for key in islice(keys, MAX_LISTED)]
+
+    @property
+    def root(self) -> str:
+        """The prefix in the store of the files that the manifest names; that of the folder if there is no manifest."""
+        return "/".join(part for part in (self.prefix, self._folder) if part)
 
     def manifest(self) -> Manifest | None:
         """Return the manifest of the folder, or None if bam_ray did not write the folder."""
@@ -171,46 +220,41 @@ class TensorReader:
             raise CheckpointError(_truncated(f"{self.store.uri}/{location.key}", name))
         return data
 
-    def _required_file(self, name: str) -> bytes:
-        data = self.read_file(name)
-        if data is None:
-            raise CheckpointError(f"{self.uri} is not a Hugging Face model folder: it has no {name}")
-        return data
-
-    def _shard_names(self) -> list[str]:
-        index = self.read_file(INDEX)
-        if index is None:
-            return ["model.safetensors"]
-        try:
-            return sorted(set(json.loads(index)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{self.uri}/{INDEX} is not an index of shards: the file is damaged") from None
-
     def _read_header(self, key: str) -> None:
         """Add the tensors of one safetensors file to `specs` and `_locations`."""
         uri = f"{self.store.uri}/{key}"
         try:
             size = self.store.size(key)
-            length = int.from_bytes(self.store.get_range(key, 0, 8), "little")
-            header = json.loads(self.store.get_range(key, 8, min(length, size)))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            for name, entry in entries.items():
-                if entry["dtype"] not in DTYPES:
-                    raise CheckpointError(
-                        f"{uri}: tensor {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}"
-                    )
-                self.specs[name] = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                self._locations[name] = TensorLocation(key, 8 + length + entry["data_offsets"][0])
+            length = int.from_bytes(self.store.get_range(key, 0, LENGTH_BYTES), "little")
+            if LENGTH_BYTES + length > size or length > MAX_HEADER_BYTES:
+                refuse_pointer(self.store.get_range(key, 0, MAX_POINTER_BYTES), uri)
+                raise HeaderError("is not a safetensors file, or it is truncated")
+            data_start = LENGTH_BYTES + length
+            entries = parse_header(self.store.get_range(key, LENGTH_BYTES, length), size - data_start)
         except BlobNotFound:
             raise CheckpointError(f"{uri} is missing") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{uri} is not a safetensors file, or it is truncated") from None
-        for name in entries:
-            if self._locations[name].start + self.specs[name].bytes > size:
-                raise CheckpointError(_truncated(uri, name))
+        except HeaderError as error:
+            raise CheckpointError(f"{uri} {error}") from None
+        for name, dtype, shape, start, _ in entries:
+            if dtype not in READABLE:
+                raise CheckpointError(
+                    f"{uri}: tensor {name} has dtype {dtype}, so the model is quantized; supported are "
+                    f"{', '.join(DTYPES)}: load it with transformers, call dequantize() and save it"
+                )
+            self.specs[name] = TensorSpec(name, READABLE[dtype], shape)
+            self._locations[name] = TensorLocation(key, data_start + start)
+
+    def _add_prefix(self, prefix: str) -> None:
+        """Rename all tensors except the head, as transformers does for checkpoints of the base model."""
+        if prefix:
+            names = {name: name if name.startswith(HEADS) else prefix + name for name in self.specs}
+            self.specs = {
+                names[name]: TensorSpec(names[name], spec.dtype, spec.shape) for name, spec in self.specs.items()
+            }
+            self._locations = {names[name]: location for name, location in self._locations.items()}
 
     def _key(self, name: str) -> str:
-        return "/".join(part for part in (self.prefix, self._folder, name) if part)
+        return f"{self.root}/{name}" if self.root else name
 
 
 def _truncated(uri: str, tensor: str) -> str:

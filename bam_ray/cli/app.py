@@ -4,9 +4,9 @@ import os
 import sys
 
 import typer
-from rich.console import Console
 
-from bam_ray.errors import BamError
+from bam_ray.errors import BamError, one_line
+from bam_ray.terminal import terminal_console
 
 app = typer.Typer(
     add_completion=False,
@@ -18,11 +18,12 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line. A `BamError` is printed as one line, and the exit code is 1."""
+    """Run the command line. An error of a user, a file or a server is printed as one line, and the exit code is 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except BamError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True, style="red")
+    except (BamError, OSError) as error:
+        message = f"error: {one_line(error, all_lines=True)}"
+        terminal_console(stderr=True).print(message, soft_wrap=True, style="red")
         sys.exit(1)

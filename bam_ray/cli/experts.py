@@ -114,7 +114,7 @@ def _edit(
 def _print_changed(changed: "EditedMixture") -> None:
     """Print the perplexity of a mixture before and after a change."""
     if not changed.before:
-        console.print("perplexity was not evaluated: pass --text to evaluate it", highlight=False)
+        console.print("perplexity was not evaluated: pass --text to evaluate it", soft_wrap=True)
         return
     table = Table(title="Perplexity before and after", title_justify="left")
     for column in ("text", "before", "after", "change"):

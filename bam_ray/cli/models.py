@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from bam_ray.cli.app import app
 from bam_ray.cli.console import console, print_mixture_written, progress_bar
@@ -74,12 +75,14 @@ def verify(
     from bam_ray.upcycling import verify as verify_mixture
 
     with console.status("reading") as status:
-        receipts = verify_mixture(open_model(mixture, endpoint), int(memory_gib * GIB), status.update)
+        receipts = verify_mixture(
+            open_model(mixture, endpoint), int(memory_gib * GIB), lambda text: status.update(Text(text))
+        )
     table = Table(title=f"Verification of {mixture}", title_justify="left")
     for column in ("check", "result", "largest error", "details"):
         table.add_column(column, overflow="fold")
     for receipt in receipts:
-        result = "[green]pass[/green]" if receipt.passed else "[bold red]FAIL[/bold red]"
+        result = Text("pass", "green") if receipt.passed else Text("FAIL", "bold red")
         table.add_row(receipt.name, result, "" if receipt.error is None else f"{receipt.error:.1e}", receipt.detail)
     console.print(table)
     failed = [receipt.name for receipt in receipts if not receipt.passed]
@@ -132,7 +135,7 @@ def export(
 
     with progress_bar("exporting") as progress:
         export_mixture(open_model(mixture, store.endpoint), store.target(out), progress)
-    console.print(f"written: {out} (MixtralForCausalLM)", highlight=False)
+    console.print(f"written: {out} (MixtralForCausalLM)", soft_wrap=True)
 
 
 def _print_preflight(flight: "PreflightReport") -> None:
@@ -156,6 +159,5 @@ def _print_preflight(flight: "PreflightReport") -> None:
     console.print(
         f"All checks passed. The upcycling reads {decimal(estimate.read)}, writes {decimal(estimate.written)} and "
         f"holds {decimal(estimate.memory)} of tensors in memory.{duration} Dry run: nothing was written.",
-        highlight=False,
         soft_wrap=True,
     )

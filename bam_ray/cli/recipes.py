@@ -39,4 +39,4 @@ def init(
         raise SettingsError(f"{recipe} exists: choose another name, or remove it")
     sources = named_values(text, "--text")
     recipe.write_text(recipe_for(seed, sources, str(recipe), store, general, endpoint), encoding="utf-8")
-    console.print(f"written: {recipe}; next: bam plan {recipe}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {recipe}; next: bam plan {recipe}", soft_wrap=True)

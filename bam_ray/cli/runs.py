@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
+from pydantic import ValidationError
 from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
@@ -112,9 +113,13 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    results = Results.model_validate_json((out / "results.json").read_bytes())
+    try:
+        results = Results.model_validate_json((out / "results.json").read_bytes())
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise CheckpointError(f"{out}/results.json is not the result of an evaluation: {reason}") from None
     print_results(results, console)
-    console.print(f"written: {out}/report.html and {out}/results.json", highlight=False)
+    console.print(f"written: {out}/report.html and {out}/results.json", soft_wrap=True)
 
 
 @app.command()
@@ -139,7 +144,7 @@ def export_step(
     manifest = export_checkpoint(
         open_store(run, store.endpoint), cast(ArtifactKind, kind), name, store.target(out), step
     )
-    console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", highlight=False)
+    console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", soft_wrap=True)
 
 
 def _read_status(store: BlobStore) -> run_status.Status:

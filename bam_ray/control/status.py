@@ -6,7 +6,7 @@ decided by it.
 
 from datetime import UTC, datetime, timedelta
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import ArtifactKind
@@ -25,8 +25,8 @@ class PastAttempt(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     node: str | None
-    began: datetime
-    seconds: float
+    began: AwareDatetime
+    seconds: FiniteFloat
     step: int
     cause: str  # "committed", "moved", "stopped" or an error
 
@@ -44,7 +44,7 @@ class TaskRow(BaseModel):
     total_steps: int = 0
     loss: float | None = None
     tokens_per_second: float | None = None
-    eta_seconds: float | None = None
+    eta_seconds: FiniteFloat | None = None
     checkpoint_step: int | None = None
     attempt: int = 0
     note: str = ""
@@ -57,12 +57,12 @@ class Status(BaseModel):
     """A whole run."""
 
     model_config = ConfigDict(frozen=True)
-    updated: datetime
+    updated: AwareDatetime
     run: str
     state: RunOutcome
     rows: tuple[TaskRow, ...]
     eta_kind: ArtifactKind | None = None  # the last stage whose end can be estimated
-    eta_seconds: float | None = None
+    eta_seconds: FiniteFloat | None = None
 
 
 def build(run: str, controller: Controller, previous: Status | None = None) -> Status:
@@ -144,7 +144,7 @@ def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastA
         total_steps=progress.total_steps,
         loss=progress.loss,
         tokens_per_second=progress.tokens_per_second if training else None,
-        eta_seconds=controller.eta(task.id),
+        eta_seconds=_task_eta(controller, task, progress) if state.label == "running" else None,
         checkpoint_step=progress.checkpoint_step,
         attempt=controller.attempts(task.id),
         note=_note(state, progress, history.message) or describe_branches(task, controller.states),
@@ -152,6 +152,13 @@ def _row(controller: Controller, task: Task, now: datetime, earlier: tuple[PastA
         log=state.log if isinstance(state, Failed) else (),
         past=(*earlier, *_past_attempts(history, now - timedelta(seconds=controller.now()))),
     )
+
+
+def _task_eta(controller: Controller, task: Task, progress: Progress) -> float | None:
+    """Return the seconds that a running task still takes: what its stage says, or what its speed and its steps say."""
+    if progress.eta_seconds is not None:
+        return progress.eta_seconds
+    return controller.eta(task.id) if task.total_steps else None
 
 
 def _past_attempts(history: History, clock_zero: datetime) -> list[PastAttempt]:

@@ -62,7 +62,10 @@ def headline(status: Status, now: datetime | None = None) -> str:
         line += f", {status.eta_kind} done in {format_duration(status.eta_seconds)}"
     silence = (now or datetime.now(UTC)) - status.updated
     if status.state == "running" and silence > SILENCE:
-        line += f"; no update for {format_duration(silence.total_seconds())}: submit it again to resume"
+        line += (
+            f"; no update for {format_duration(silence.total_seconds())} from its driver: if it was killed, for "
+            "example because memory ran out, submit the run again to continue it"
+        )
     return line
 
 
@@ -74,7 +77,7 @@ def render_history(status: Status) -> RenderableType:
         table.add_column(column, justify="right" if right else "left", no_wrap=column != "cause of end")
     shown = [(past.began, row, past) for row in status.rows for past in row.past if len(row.past) > 1 or row.error]
     for began, row, past in sorted(shown, key=lambda each: each[0]):
-        started = began.astimezone().strftime("%d %b %H:%M:%S")
+        started = began.astimezone().strftime("%d %b %H:%M:%S") if began.year > 1 else ""  # the first year has no zone
         task, duration = f"{row.kind}/{row.name}", format_duration(past.seconds)
         table.add_row(task, past.node or "", started, duration, str(past.step or ""), Text(past.cause))
     return table if shown else Group()

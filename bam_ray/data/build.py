@@ -40,7 +40,7 @@ from bam_ray.data.tokenizer import (
     train_tokenizer,
 )
 from bam_ray.errors import DataError
-from bam_ray.settings import DataSettings, DomainSettings
+from bam_ray.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def build_corpus(settings: DataSettings, folder: Path, report: Callable[[str], N
     Args:
         settings: The domains, the tokenizer and the sequence length.
         folder: An existing folder.
-        report: A function that is called with a short text at the start of each step.
+        report: A function that is called with a short text at the start of each step, and the skipped files so far.
 
     Returns:
         The facts that are also written to `corpus.json` (see `corpus`).
@@ -71,34 +71,42 @@ def build_corpus(settings: DataSettings, folder: Path, report: Callable[[str], N
     Raises:
         DataError: A source cannot be read or has too little text, or the tokenizer cannot be made.
     """
+    skipped: list[str] = []
+
+    def note(text: str) -> None:
+        report("; ".join([text, *skipped]))
+
     with tempfile.TemporaryDirectory(prefix="bam-corpus-") as temporary, ExitStack() as stack:
         domains: dict[str, _SplitDomain] = {}
-        for name, domain in settings.domains.items():
-            report(f"reading {name}")
+        for name in settings.domains:
+            note(f"reading {name}")
             documents = DocumentFile(Path(temporary) / name)
             stack.callback(documents.close)
-            domains[name] = _read_domain(name, domain, settings, documents)
+            domains[name] = _read_domain(name, settings, documents, skipped.append)
 
         stack.enter_context(threaded_tokenization())
-        report("making the tokenizer")
+        note("making the tokenizer")
         tokens = _make_tokenizer(settings, domains, folder / TOKENIZER)
         tokenizer = load_for_packing(folder / TOKENIZER)
         packed: dict[str, dict[str, PackedFile]] = {}
         for name, split in domains.items():
-            report(f"tokenizing {name}")
+            note(f"tokenizing {name}")
             packed[name] = _pack_domain(name, split, settings, tokenizer, tokens, folder)
-        facts = _corpus_facts(settings, tokens, domains, packed)
+        facts = _corpus_facts(settings, tokens, domains, packed) | ({"skipped": skipped} if skipped else {})
     (folder / FACTS).write_text(json.dumps(facts, indent=1))
     return facts
 
 
-def _read_domain(name: str, domain: DomainSettings, settings: DataSettings, documents: DocumentFile) -> _SplitDomain:
-    """Read a domain until `max_characters` are kept, and split it."""
+def _read_domain(
+    name: str, settings: DataSettings, documents: DocumentFile, warn: Callable[[str], object]
+) -> _SplitDomain:
+    """Read a domain until `max_characters` are kept, and split it. `warn` is called if files are skipped."""
+    domain = settings.domains[name]
     seen = NGramSet()
     ngrams: list[NGramHashes] = []
     left = domain.max_characters
     dropped = 0
-    for document in read_documents(name, domain):
+    for document in read_documents(name, domain, warn):
         text = document[:left]
         hashes = ngram_hashes(text)
         if seen.fraction(hashes) > MAX_SEEN_FRACTION:

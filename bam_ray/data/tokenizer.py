@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bam_ray.data.download import download_files
-from bam_ray.data.sources import END_OF_TEXT
+from bam_ray.checkpoint.model_folder import refuse_outside_link
+from bam_ray.data.download import remote_files
+from bam_ray.data.formats import END_OF_TEXT
 from bam_ray.errors import DataError, one_line
 
 SAMPLE_CHARACTERS = 12_000_000  # more text hardly changes the BPE merges; this much takes seconds
@@ -80,20 +81,25 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
 
     Raises:
         DataError: `source` has no tokenizer that loads, or the tokenizer is not fast or has no end-of-text token.
+        CheckpointError: A file is a link that leads out of the folder.
     """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="bam-tokenizer-") as temporary:
-        local = Path(source.removeprefix("file://")).expanduser()
+        local = Path(os.path.expanduser(source.removeprefix("file://")))
         if "://" in source and not source.startswith("file://"):
             local = Path(temporary)
-            for _ in download_files(source, local, _is_tokenizer_file):
-                pass
+            for file in remote_files(source):
+                if _is_tokenizer_file(file.key):
+                    file.download(local)
         if not local.is_dir():
             raise DataError(f"data.tokenizer.folder {source} does not exist: correct the path")
+        for path in local.iterdir():
+            if _is_tokenizer_file(path.name):
+                refuse_outside_link(str(local), "", path.name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of any type: the tokenizers library raises `Exception` for a file of a new version
             reason = one_line(error, all_lines=True)[:MAX_REASON_CHARACTERS]
             raise DataError(f"data.tokenizer.folder {source} has no tokenizer that loads: {reason}") from None
         if not tokenizer.is_fast:
@@ -103,7 +109,10 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
                 f"data.tokenizer.folder {source}: the tokenizer has no eos_token to end documents with: set one"
             )
         tokenizer.save_pretrained(folder)
-        return TokenizerInfo(len(tokenizer), tokenizer.eos_token_id)
+        vocab_size = max(
+            len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())
+        )  # ids may have gaps
+        return TokenizerInfo(vocab_size, tokenizer.eos_token_id)
 
 
 def load_for_packing(folder: Path) -> Tokenizer:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bam_ray.evaluation.results import DomainRouting, LayerRouting, MixtureRouting
-from bam_ray.model import BamCausalLMOutput, BamConfig, select_experts
+from bam_ray.model import BamConfig, RouterOutput, select_experts
 
 
 class RoutingAccumulator:
@@ -35,17 +35,19 @@ class RoutingAccumulator:
         self.gate = torch.zeros(attention_layers, experts, dtype=torch.double)
         self.attention_entropy = torch.zeros(attention_layers, dtype=torch.double)
 
-    def add(self, out: BamCausalLMOutput) -> None:
-        """Add the tokens of one forward pass, which must have been called with `output_router_logits`."""
-        assert out.router_logits is not None and out.attention_router_logits is not None
-        probability = torch.stack(out.router_logits).float().softmax(-1)  # [M, T, N]
+    def add(self, routers: Sequence[RouterOutput], attention_logits: Sequence[Tensor]) -> None:
+        """Add the tokens of one forward pass: the outputs of its FFN routers and the logits of its attention routers.
+
+        Both have one item for each layer; the logits are [T, N].
+        """
+        probability = torch.stack([router.logits for router in routers]).float().softmax(-1)  # [M, T, N]
         chosen = select_experts(probability, self.top_k, self.selection_bias)
         self.tokens += probability.shape[1]
         self.choices += F.one_hot(chosen, probability.shape[-1]).sum((1, 2)).cpu()
         self.probability += probability.sum(1, dtype=torch.double).cpu()
         self.entropy += total_entropy(probability).cpu()
-        if len(out.attention_router_logits):
-            gate = torch.stack(out.attention_router_logits).float().softmax(-1)
+        if attention_logits:
+            gate = torch.stack(list(attention_logits)).float().softmax(-1)
             self.attention_entropy += total_entropy(gate).cpu()
             if self.attention_top_k:  # the gates of all other experts are 0, and the kept gates are not renormalized
                 kept = gate.topk(self.attention_top_k, dim=-1).indices

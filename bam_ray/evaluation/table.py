@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bam_ray.evaluation.results import Finding, Results
 
@@ -21,7 +22,7 @@ def perplexity_table(results: Results) -> Table:
         cells = []
         for column in results.columns:
             text = format_perplexity(model.perplexity(column))
-            cells.append(f"[bold]{text}[/bold]" if results.best[column] == model.id else text)
+            cells.append(Text(text, "bold" if results.best[column] == model.id else ""))
         next_models = results.models[index + 1 : index + 2]
         table.add_row(model.label, *cells, end_section=any(other.kind != model.kind for other in next_models))
     return table
@@ -30,7 +31,7 @@ def perplexity_table(results: Results) -> Table:
 def print_results(results: Results, console: Console) -> None:
     """Print the table of perplexities and the findings."""
     console.print(perplexity_table(results))
-    console.print(f"\n{format_findings(results)}\n", highlight=False, soft_wrap=True)
+    console.print(Text(f"\n{format_findings(results)}\n"), soft_wrap=True)
 
 
 def format_findings(results: Results) -> str:

@@ -20,6 +20,7 @@ from bam_ray.families.names import FFN_ROLES, expert_name, plain_name, router_na
 from bam_ray.families.olmo2 import OLMO2
 from bam_ray.families.qwen2 import QWEN2
 from bam_ray.families.qwen3 import QWEN3
+from bam_ray.families.weights import check_weights
 
 __all__ = [
     "FAMILIES",
@@ -30,6 +31,7 @@ __all__ = [
     "Family",
     "ParameterTemplate",
     "Role",
+    "check_weights",
     "expert_name",
     "family_of",
     "plain_name",

@@ -6,7 +6,7 @@ This is the block of the BAM paper (arXiv 2408.08274).
 from typing import Any
 
 from bam_ray.families.family import Family
-from bam_ray.families.llama import PARALLEL_LAYOUT, ROTARY_BUFFERS
+from bam_ray.families.llama import PARALLEL_LAYOUT
 
 
 def cohere_block(config: dict[str, Any]) -> dict[str, Any]:
@@ -26,4 +26,4 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
     return {**cohere_block(config), "qk_norm": "per_head" if config["use_qk_norm"] else None}
 
 
-COHERE = Family("cohere", PARALLEL_LAYOUT, _block, ignored_tensors=ROTARY_BUFFERS)
+COHERE = Family("cohere", PARALLEL_LAYOUT, _block)

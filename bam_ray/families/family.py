@@ -126,6 +126,21 @@ SHARED_SETTINGS = (
 )
 """The settings that have the same name in every family of transformers and in the mixture."""
 
+# Settings that may differ between copies of one model, because they do not affect the meaning of its weights
+MEANINGLESS_SETTINGS = (
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+)
+EQUAL_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+ROTARY_BUFFERS = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached")
+"""Patterns of names of buffers that old checkpoints of all families may contain and that nothing reads."""
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Keys of config.json that only quantized models have; the last one is MLX's."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -136,7 +151,8 @@ class Family:
         templates: The table of parameters. Those of a layer are adjacent.
         convert_block: A function from a normalized configuration to the family's own settings of `BamConfig`.
         required_values: Settings of which only one value is supported, with that value.
-        ignored_tensors: Patterns of tensor names that old checkpoints contain and that nothing reads.
+        ignored_tensors: Patterns of names of buffers that old checkpoints of this family contain, besides those of
+            rotary embeddings.
         partial_rotary: True if the family supports rotary embeddings on a part of each head.
     """
 
@@ -159,16 +175,40 @@ class Family:
         dropout = float(config.get("attention_dropout") or 0.0)
         return {**shared, "attention_dropout": dropout, **self.convert_block(config)}
 
-    def parameters(self, config: dict[str, Any]) -> list[DenseParameter]:
-        """Return all parameters of a dense model with this configuration, in the order of its layers."""
-        config = self.normalize_config(config)
+    def meaning(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that determine the function of given weights.
+
+        Two configurations of a family have the same meaning if and only if these settings are equal.
+        """
         settings = self.convert_config(config)
-        present = [
+        heads, positions = settings["num_attention_heads"], settings["max_position_embeddings"]
+        settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // heads
+        settings["num_key_value_heads"] = settings.get("num_key_value_heads") or heads
+        settings["hidden_act"] = EQUAL_ACTIVATIONS.get(settings["hidden_act"], settings["hidden_act"])
+        rope = {"partial_rotary_factor": 1.0, **settings["rope_parameters"]}
+        rope.pop("type", None)  # an old name of rope_type
+        settings["rope_parameters"] = rope
+        window, kinds = settings.get("sliding_window"), settings.get("layer_types")
+        if window is None or window >= positions or (kinds and "sliding_attention" not in kinds):
+            settings["sliding_window"], settings["layer_types"] = None, None
+        meaningless = set(MEANINGLESS_SETTINGS)
+        if rope.get("rope_type") == "yarn":  # its frequencies may depend on the number of positions
+            meaningless.remove("max_position_embeddings")
+        return {key: value for key, value in settings.items() if key not in meaningless}
+
+    def present_templates(self, settings: dict[str, Any]) -> list[ParameterTemplate]:
+        """Return the templates of the parameters that a model has, from its converted configuration."""
+        return [
             template
             for template in self.templates
             if (template.role not in REQUIRED_SETTING or settings.get(REQUIRED_SETTING[template.role]))
             and not (template.role is Role.HEAD and settings["tie_word_embeddings"])
         ]
+
+    def parameters(self, config: dict[str, Any]) -> list[DenseParameter]:
+        """Return all parameters of a dense model with this configuration, in the order of its layers."""
+        config = self.normalize_config(config)
+        present = self.present_templates(self.convert_config(config))
         layered = [template for template in present if "{layer}" in template.name]
         first, last = present.index(layered[0]), present.index(layered[-1])
 
@@ -186,27 +226,46 @@ class Family:
         """Return the distinct names of the tensors that a dense checkpoint with this configuration must have."""
         return list(dict.fromkeys(parameter.name for parameter in self.parameters(config)))
 
-    def ignores(self, name: str, config: dict[str, Any]) -> bool:
-        """Return True if an unexpected tensor is harmless.
+    @property
+    def head_name(self) -> str:
+        """The name of the tensor of the output head."""
+        return next(template.name for template in self.templates if template.role is Role.HEAD)
 
-        It is a buffer of old versions, or an output head that is tied to the embedding and was saved nevertheless.
-        """
-        heads = [template.name for template in self.templates if template.role is Role.HEAD]
-        if name in heads:
-            return bool(self.convert_config(config)["tie_word_embeddings"])
-        return any(fnmatchcase(name, pattern) for pattern in self.ignored_tensors)
+    @property
+    def embedding_name(self) -> str:
+        """The name of the tensor of the embedding."""
+        return next(template.name for template in self.templates if template.role is Role.EMBEDDING)
+
+    def ignores(self, name: str) -> bool:
+        """Return True if a tensor is a buffer of old versions, which no version of transformers reads any more."""
+        return any(fnmatchcase(name, pattern) for pattern in (*ROTARY_BUFFERS, *self.ignored_tensors))
 
     def check(self, config: dict[str, Any], uri: str) -> None:
         """Raise a `FamilyError` that names `uri` and the setting if a setting of `config` is not supported."""
+        for key in QUANTIZATION_KEYS:
+            if config.get(key) is not None:
+                raise FamilyError(
+                    f"{uri} is quantized ({key} in its config.json): load it with transformers, call dequantize() and "
+                    "save it, or use the model that it was made from"
+                )
         try:
-            config = self.normalize_config(config)
+            normalized = self.normalize_config(config)
+            self._check_supported(normalized, uri)
+            self.meaning(config)
+        except FamilyError:
+            raise
         except Exception as error:  # the checks of transformers raise many types
             raise FamilyError(
                 f"{uri} is not a valid {self.model_type} configuration: {one_line(error, all_lines=True)}"
             ) from None
+
+    def _check_supported(self, config: dict[str, Any], uri: str) -> None:
+        for key in SIZE_SETTINGS:
+            size = config.get(key)
+            if key != "tie_word_embeddings" and size is not None and not (type(size) is int and size > 0):
+                raise FamilyError(f"{uri}: {key} is {size!r}: use the config.json that was saved with the weights")
         rope = config.get("rope_parameters") or {}
         for key, value, supported in (
-            ("quantization_config", config.get("quantization_config"), (None,)),
             *((key, config.get(key), (only, None)) for key, only in self.required_values.items()),
             ("hidden_act", config["hidden_act"], HIDDEN_ACTS),
             ("rope_type", rope.get("rope_type", "default" if "rope_theta" in rope else rope), ROPE_TYPES),

@@ -69,7 +69,6 @@ GPT_NEOX = Family(
     ignored_tensors=(
         "gpt_neox.layers.*.attention.bias",
         "gpt_neox.layers.*.attention.masked_bias",
-        "gpt_neox.layers.*.attention.rotary_emb.inv_freq",
     ),
     partial_rotary=True,
 )

@@ -36,7 +36,6 @@ PARALLEL_LAYOUT = tuple(
 )
 _POST_ATTENTION = ParameterTemplate(PLAIN_NAMES[Role.POST_ATTENTION_NORM], Role.POST_ATTENTION_NORM)
 LLAMA_LAYOUT = (*PARALLEL_LAYOUT[:-2], _POST_ATTENTION, *PARALLEL_LAYOUT[-2:])
-ROTARY_BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
 def llama_block(config: dict[str, Any]) -> dict[str, Any]:
@@ -53,4 +52,4 @@ def llama_block(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-LLAMA = Family("llama", LLAMA_LAYOUT, llama_block, ignored_tensors=ROTARY_BUFFERS)
+LLAMA = Family("llama", LLAMA_LAYOUT, llama_block)

@@ -3,11 +3,11 @@
 from typing import Any
 
 from bam_ray.families.family import Family
-from bam_ray.families.llama import LLAMA_LAYOUT, ROTARY_BUFFERS, llama_block
+from bam_ray.families.llama import LLAMA_LAYOUT, llama_block
 
 
 def _block(config: dict[str, Any]) -> dict[str, Any]:
     return {**llama_block(config), "sliding_window": config["sliding_window"]}
 
 
-MISTRAL = Family("mistral", LLAMA_LAYOUT, _block, required_values={"layer_types": None}, ignored_tensors=ROTARY_BUFFERS)
+MISTRAL = Family("mistral", LLAMA_LAYOUT, _block, required_values={"layer_types": None})

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bam_ray.families.family import Family
-from bam_ray.families.llama import LLAMA_LAYOUT, ROTARY_BUFFERS, llama_block
+from bam_ray.families.llama import LLAMA_LAYOUT, llama_block
 
 
 def qwen_block(config: dict[str, Any]) -> dict[str, Any]:
@@ -19,4 +19,4 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
     return {**qwen_block(config), "attention_bias": True}
 
 
-QWEN2 = Family("qwen2", LLAMA_LAYOUT, _block, ignored_tensors=ROTARY_BUFFERS)
+QWEN2 = Family("qwen2", LLAMA_LAYOUT, _block)

@@ -4,6 +4,8 @@
     dispatch         the two seams of the model over collectives: tokens to remote experts and back
     expert_parallel  reduces a whole mixture to this rank's experts, from outside
     engine           `training.engine.Engine` with DeepSpeed
+    process_group    DeepSpeed's process groups, with one timeout
+    adam_states      Adam's states before the first update
     norm_limit       a DeepSpeed step that updates nothing if the gradient norm is above a limit
     canonical        converts its state to and from the form that is independent of ranks
 
@@ -25,10 +27,8 @@ def deepspeed_engine(spec: "EngineSpec") -> "Engine":
     It needs an initialized process group, or the variables of torch.distributed (RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR and MASTER_PORT).
     """
-    import torch
-
-    # Must be set before deepspeed is imported: its own guess is the same, but prints a warning to stdout
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # Must be set before deepspeed is imported, because deepspeed would take the GPUs that it finds
+    os.environ["DS_ACCELERATOR"] = spec.device
     from bam_ray.on_deepspeed.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(spec)

@@ -8,6 +8,7 @@ DeepSpeed's native checkpoints are not used. They are pickles, they resume only 
 would omit experts that are not of DeepSpeed's own classes.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,50 +26,91 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from bam_ray.checkpoint.tensors import TensorSpec
 from bam_ray.errors import CheckpointError
 from bam_ray.on_deepspeed.expert_parallel import ExpertShards
 from bam_ray.training.memory import Memory
 from bam_ray.training.meta_init import NOISE_WEIGHT
-from bam_ray.training.state import ADAM_STATES, OPTIMIZER, TensorFiles, TrainingState, snapshot
+from bam_ray.training.state import ADAM_STATES, OPTIMIZER, TensorFiles, TrainingState, spill_optimizer
+from bam_ray.training.tensor_file import HostCopier
 
 
-def state(model: PreTrainedModel, zero: Any, shards: ExpertShards, host: Memory) -> TrainingState | None:
+def state(
+    model: PreTrainedModel, zero: Any, shards: ExpertShards, host: Memory, only_weights: bool = False
+) -> TrainingState | None:
     """Return the state of `model` and its ZeRO optimizer on rank 0 and None on the others. A collective.
 
-    It is a copy if `host`, rank 0's host memory, has space for one.
+    If `host`, rank 0's host memory, has space for all of it, the state is a copy. Otherwise, or with `only_weights`,
+    the state is live: rank 0 holds only what it must gather, and writes Adam's states to a file while it gathers them.
     """
     first = dist.get_rank() == 0
-    weights: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # the first name of each gathered parameter, because tied parameters have several
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not is_partitioned(tensor):
-            whole = shards.gather(name, tensor.detach())
-            if first and name in shards.names:  # rank 0's device has no space for the experts of all ranks
-                whole = whole.cpu()
-        elif id(tensor) in names:
-            whole = weights.get(names[id(tensor)], tensor)
-        else:
-            with GatheredParameters([tensor]):
-                whole = tensor.detach().to("cpu", copy=True)
-            names[id(tensor)] = name
-        if first:
-            weights[name] = whole
     step = steps(zero)
-    states = _gather_optimizer_states(model, zero, shards) if step else {}
-    return snapshot(model, weights, states, step, host.available_bytes()) if first else None
+    specs = _optimizer_specs(model, shards) if step and not only_weights else []
+    size = _weight_bytes(model, shards) + sum(spec.bytes for spec in specs)
+    is_copy = first and not only_weights and size <= host.available_bytes()
+    copier = HostCopier()
+    weights = _gather_weights(model, shards, first, copier, is_copy)
+    states = _gathered_optimizer_states(model, zero, shards) if specs else iter(())
+    if not first:
+        for _ in states:  # every rank takes part in the collectives
+            pass
+        return None
+    if is_copy or not specs:
+        optimizer = {spec.name: copier.to_host(state) for spec, state in zip(specs, states, strict=True)}
+        return TrainingState(model, weights, optimizer, step, live=not is_copy)
+    return TrainingState(model, weights, {}, step, live=True, optimizer_file=spill_optimizer(specs, states, step))
 
 
-def _gather_optimizer_states(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> dict[str, Tensor]:
-    """Return Adam's states by name on rank 0, and nothing on the others. A collective."""
-    first = dist.get_rank() == 0
-    states: dict[str, Tensor] = {}
+def _gather_weights(
+    model: PreTrainedModel, shards: ExpertShards, first: bool, copier: HostCopier, is_copy: bool
+) -> dict[str, Tensor]:
+    """Return the whole weights by name on rank 0, as copies or where they are, and nothing on the others. A collective.
+
+    Sharded experts are in host memory in any case, because rank 0's device has no space for those of all ranks. Names
+    that share a parameter (tied weights) share its copy.
+    """
+    gathered: dict[int, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            with GatheredParameters([tensor] if is_partitioned(tensor) else []):
+                whole = shards.gather(name, tensor.detach())
+                if first and is_partitioned(tensor):
+                    whole = copier.copy(whole)
+            if first and name in shards.names:
+                whole = copier.to_host(whole)  # on a CPU it is a copy already, because it was gathered
+            elif first and is_copy and not is_partitioned(tensor):
+                whole = copier.copy(whole)
+            gathered[id(tensor)] = whole if first else tensor
+        if first:
+            weights[name] = gathered[id(tensor)]
+    return weights
+
+
+def _gathered_optimizer_states(model: PreTrainedModel, zero: Any, shards: ExpertShards) -> Iterator[Tensor]:
+    """Yield Adam's states in the order of `_optimizer_specs`; each is a tensor of its own. A collective."""
     _link_states(zero)
     for name, parameter in _trained_parameters(model):
         for kind in ADAM_STATES:
-            whole = shards.gather(name, safe_get_full_optimizer_state(parameter, kind))
-            if first:
-                states[f"{name}.{kind}"] = whole.cpu()
-    return states
+            yield shards.gather(name, safe_get_full_optimizer_state(parameter, kind))
+
+
+def _optimizer_specs(model: PreTrainedModel, shards: ExpertShards) -> list[TensorSpec]:
+    """Return the names, dtypes and shapes of Adam's states of the whole model."""
+    return [
+        TensorSpec(f"{name}.{kind}", torch.float32, shards.whole_shape(name, shape_of(parameter)))
+        for name, parameter in _trained_parameters(model)
+        for kind in ADAM_STATES
+    ]
+
+
+def _weight_bytes(model: PreTrainedModel, shards: ExpertShards) -> int:
+    """Return the bytes of the whole model; tied weights count once."""
+    tensors = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return sum(
+        math.prod(shards.whole_shape(name, shape_of(tensor))) * tensor.element_size()
+        for name, tensor in tensors.values()
+    )
 
 
 def load_weights(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> None:
@@ -104,7 +146,7 @@ def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) 
     step = int(states["step"])
     if not step:
         return
-    for partition in _master_weights(zero):
+    for partition in master_weights(zero):
         zero.optimizer.state[partition] = {
             "step": torch.tensor(float(step), device=partition.device),
             **{kind: torch.zeros_like(partition) for kind in ADAM_STATES},
@@ -140,7 +182,7 @@ def _part(whole: Tensor, parameter: Any) -> Tensor:
     return padded[size * dist.get_rank() :][:size]
 
 
-def _master_weights(zero: Any) -> Iterable[Tensor]:
+def master_weights(zero: Any) -> Iterable[Tensor]:
     """Return the master weights, which ZeRO's inner optimizer updates on this rank."""
     stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     masters: Iterable[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups

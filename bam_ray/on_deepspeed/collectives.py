@@ -103,6 +103,17 @@ class EPGroup:
         """The index of this rank."""
         return self.process_group.rank()
 
+    def connect(self, device: torch.device) -> None:
+        """Make the communicators of both groups with one small collective of each kind. All ranks call this."""
+        one = torch.zeros(self.size, device=device)
+        for group in (self.process_group, self.side_group):
+            for _, work in (
+                start_all_to_all(one, [1] * self.size, [1] * self.size, group),
+                start_all_gather(one, group),
+                start_reduce_scatter(one, group),
+            ):
+                work.wait()
+
 
 class AsyncCollective:
     """A collective whose gradient is the reverse collective.

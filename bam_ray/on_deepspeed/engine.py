@@ -21,13 +21,16 @@ from torch import Tensor
 
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import canonical
+from bam_ray.on_deepspeed.adam_states import create_adam_states
 from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism, expert_marker
 from bam_ray.on_deepspeed.norm_limit import step_within_norm_limit
+from bam_ray.on_deepspeed.process_group import join_process_group
 from bam_ray.training.devices import device_name, resolve_precision
 from bam_ray.training.engine import NO_LIMITS, EngineSpec, LossLimits, StepResult
 from bam_ray.training.gradient_accumulation import GradientAccumulator
 from bam_ray.training.memory import HostMemory, memory_of
 from bam_ray.training.meta_init import materialize
+from bam_ray.training.micro_batch import updating_weights
 from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import BatchStatistics, Objective, as_mixture, objective, update_selection_biases
 from bam_ray.training.param_groups import freeze, param_groups, set_learning_rates
@@ -45,9 +48,7 @@ class DeepSpeedEngine:
         if get_accelerator().device_name() == "cpu":
             # Otherwise the first collective compiles a C++ extension for a minute, or fails without a compiler
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-        deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
-        )
+        join_process_group(get_accelerator().communication_backend_name())
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.settings, self.mixing = spec.training, spec.mixing
         self.precision = resolve_precision(get_accelerator().device_name(), self.settings.precision)
@@ -65,6 +66,9 @@ class DeepSpeedEngine:
         # With other stages, and in mixtures, ranks wait for one another within a micro batch
         independent = self.settings.zero_stage == 1 and self._mixture is None
         self._accumulator = GradientAccumulator(self, str(self.device), micro_batch, independent)
+        # Communicators and Adam's states would be made later, but memory is measured from here on
+        self._connect()
+        create_adam_states(self.deepspeed.optimizer)
 
     def _wrap(self, spec: EngineSpec) -> Any:
         """Distribute the model over the ranks and return DeepSpeed's engine."""
@@ -91,6 +95,12 @@ class DeepSpeedEngine:
     def micro_batch(self) -> int | None:
         """See `Engine`."""
         return self._accumulator.micro_batch
+
+    def _connect(self) -> None:
+        """Make the communicators of the groups that DeepSpeed has not used yet; NCCL makes each in its first use."""
+        if self.shards.ep_group is not None:
+            self.shards.ep_group.connect(self.device)
+        self.mean(0.0)
 
     def _partition_weights(self) -> None:
         """Keep only this rank's part of every parameter, on its device, which may be too small for the whole model."""
@@ -144,6 +154,8 @@ class DeepSpeedEngine:
                 "lower_precision_safe_modules": [],  # the modules whose gradients would be reduced in bf16
             },
             "steps_per_print": None,
+            # Its timer would wait for the GPU before every micro batch
+            "timers": {"throughput": {"enabled": False}},
         }
 
     def step(
@@ -163,7 +175,8 @@ class DeepSpeedEngine:
             self.drop_gradients()
             raise
         set_learning_rates(self.deepspeed.optimizer.param_groups, lr, self.mixing, self._fraction_done)
-        norm = step_within_norm_limit(self.deepspeed, limits.grad_norm, self.settings.zero_stage)
+        with updating_weights(self.memory):
+            norm = step_within_norm_limit(self.deepspeed, limits.grad_norm, self.settings.zero_stage)
         if not math.isfinite(norm):
             raise LossNotFinite(f"the gradient ({norm:.4g}) of the loss ({nll:.4g}) is not finite")
         limits.check(nll, norm)
@@ -234,11 +247,12 @@ class DeepSpeedEngine:
                 "use a batch_tokens that is a multiple of processes times sequence_length"
             )
 
-    def state(self) -> TrainingState | None:
+    def state(self, only_weights: bool = False) -> TrainingState | None:
         """See `Engine`."""
-        return canonical.state(self.model, self.deepspeed.optimizer, self.shards, self._host)
+        return canonical.state(self.model, self.deepspeed.optimizer, self.shards, self._host, only_weights)
 
     def load(self, folder: Path) -> None:
         """See `Engine`. Every rank reads the whole folder."""
         canonical.load(folder, self.model, self.deepspeed.optimizer, self.shards)
         self.updates = canonical.steps(self.deepspeed.optimizer)
+        create_adam_states(self.deepspeed.optimizer)

@@ -14,7 +14,7 @@ Shapes: E ranks of a group, N experts of a layer, n experts on each rank, B batc
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from bam_ray.model.modeling_bam import BamModel, attention_masks
 from bam_ray.on_deepspeed.collectives import EPGroup, all_gather
 from bam_ray.on_deepspeed.dispatch import AllGatherAttentionExchange, AllToAllTokenDispatcher
 from bam_ray.settings import divisors
+from bam_ray.training.devices import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class ExpertShards:
             return shard
         return all_gather(shard, self.ep_group.process_group)
 
+    def whole_shape(self, name: str, shard: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the whole of a parameter of which every rank has a shard of the shape `shard`."""
+        if self.ep_group is None or name not in self.names:
+            return tuple(shard)
+        return (shard[0] * self.ep_group.size, *shard[1:])
+
 
 def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     """Reduce a `BamForCausalLM` to this rank's experts, in groups of `size` ranks.
@@ -85,7 +92,7 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     group_name = f"ep_size_{size}"
     process_group: ProcessGroup = groups._get_expert_parallel_group(group_name)
     # In a parallel block the collectives of the attention overlap with those of the FFN.
-    side_group = dist.new_subgroups(size)[0] if config.parallel_block else process_group
+    side_group = dist.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)[0] if config.parallel_block else process_group
     ep_group = EPGroup(process_group, side_group)
     _replace_seams(model, ep_group)
     names = []

@@ -9,19 +9,22 @@ import os
 import re
 import tempfile
 import threading
+import time
 from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from bam_ray.errors import BamError, Interrupted, TrainingError, one_line
+from bam_ray.on_ray.deaths import with_memory_cause
 from bam_ray.on_ray.work import Work
-from bam_ray.on_ray.worker_env import current_node, limit_threads, silence_libraries
+from bam_ray.on_ray.worker_env import current_node, device_environment, limit_threads, silence_libraries
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.scheduling.nodes import ray_resources
+from bam_ray.training.devices import COLLECTIVE_TIMEOUT
 
 EXCHANGE_SECONDS = 1.0  # time between two exchanges of rank 0 with the driver
 PEER_LOST = re.compile(
@@ -47,7 +50,9 @@ def run_group(work: Work, host: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="bam-train-") as folder:  # Ray Train's own files, not needed afterwards
         trainer = TorchTrainer(
             train,
-            torch_config=TorchConfig(backend="nccl" if needs.gpus else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if needs.gpus else "gloo", timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())
+            ),
             scaling_config=ScalingConfig(
                 num_workers=work.task.workers,
                 use_gpu=needs.gpus > 0,
@@ -57,13 +62,15 @@ def run_group(work: Work, host: Any) -> None:
             run_config=RunConfig(
                 name=work.task.id,
                 storage_path=folder,
+                # From the start of the process, because Ray Train asks CUDA for its devices before it calls `train`
+                worker_runtime_env={"env_vars": device_environment(needs.gpus)},
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
             ),
         )
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise root_cause(error) from error
+            raise with_memory_cause(root_cause(error), work.task) from error
 
 
 def train_on_rank(work: Work, host: Any) -> None:
@@ -76,9 +83,7 @@ def train_on_rank(work: Work, host: Any) -> None:
     except Interrupted:
         # Ray Train ends the group when the first rank fails. So no rank fails here, and no rank returns early, because
         # rank 0 may still be writing the checkpoint.
-        dist.barrier()
-        if context.rank == 0:
-            ray.get(host.group_stopped.remote())
+        context.wait_for_rank_0()
     finally:
         context.close()
 
@@ -114,6 +119,18 @@ class RankContext:
         self._signs += 1
         return self._asked_to_stop
 
+    def wait_for_rank_0(self) -> None:
+        """Return when rank 0 has called this too.
+
+        Not a barrier, because rank 0 may write a large checkpoint for longer than a collective may take. If rank 0
+        dies, Ray Train stops this process.
+        """
+        if self.rank == 0:
+            ray.get(self._host.group_stopped.remote())
+            return
+        while not ray.get(self._host.has_group_stopped.remote()):
+            time.sleep(EXCHANGE_SECONDS)
+
     def close(self) -> None:
         """Pass on the last progress, and stop exchanging."""
         self._closed.set()
@@ -125,7 +142,7 @@ class RankContext:
             last = self._closed.wait(EXCHANGE_SECONDS)
             try:
                 self._asked_to_stop = ray.get(self._host.exchange.remote(self._progress, self._signs))
-            except RayActorError:
+            except RayError:  # an OutOfMemoryError is no RayActorError
                 return  # the host is gone, so Ray Train will stop this process
             if last:
                 return

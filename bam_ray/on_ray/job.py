@@ -15,12 +15,13 @@ from rich.console import Console
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.errors import BamError
+from bam_ray.errors import BamError, one_line
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
 from bam_ray.on_ray.serve_app import deploy, served_mixture
 from bam_ray.on_ray.submit import END_OF_RUN
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe, load_recipe
+from bam_ray.terminal import terminal_console
 
 if TYPE_CHECKING:
     from bam_ray.training.engine import EngineFactory
@@ -44,15 +45,15 @@ def run_job(
     parser.add_argument("--recipe", required=True, help="path of the recipe, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
     arguments = parser.parse_args()
-    console = Console(width=TABLE_WIDTH)
+    console = terminal_console(width=TABLE_WIDTH)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         outcome = run_tasks(recipe, kinds, engine_factory)
         if outcome == "finished" and show is not None:
-            console.print(END_OF_RUN, highlight=False)
+            console.print(END_OF_RUN)
             show(run_of(recipe), console)
-    except BamError as error:
-        sys.exit(f"error: {error}")
+    except (BamError, OSError) as error:
+        sys.exit(f"error: {one_line(error, all_lines=True)}")
     sys.exit(EXIT_CODES[outcome])
 
 
@@ -76,11 +77,6 @@ def serve_and_ask(run: PipelineRun, console: Console) -> None:
     mixture, name = served_mixture(run)
     url = deploy(mixture, name, run.recipe.serve)
     run_summary.stream_completions(run, url, name, console)
-    console.print(f"{name} is served at {url}. Ask it:", highlight=False)
+    console.print(f"{name} is served at {url}. Ask it:", soft_wrap=True)
     body = f'{{"model": "{name}", "prompt": "The ", "max_tokens": 40}}'
-    console.print(
-        f"  curl {url}/completions -H 'Content-Type: application/json' -d '{body}'",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(f"  curl {url}/completions -H 'Content-Type: application/json' -d '{body}'", soft_wrap=True)

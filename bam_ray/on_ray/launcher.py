@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.control.attempt import LOG_LINES
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Queued
 from bam_ray.control.transitions import PlacedTask
 from bam_ray.on_ray.cluster import free_resources, living_nodes
+from bam_ray.on_ray.deaths import describe_death
 from bam_ray.on_ray.task_actor import remote_class
 from bam_ray.on_ray.work import StageFunctions, Work
 from bam_ray.pipeline.run import PipelineRun
@@ -158,14 +159,14 @@ class RayLauncher:
             answer = ray.get(call)
         except ActorUnavailableError:
             self._mark_unreachable(placed)
-        except ActorDiedError as error:
-            placed.last = self._died(placed, error)
         except RayTaskError as error:
             # The worker cannot unpickle the work, most often because a module is missing there
             lines = str(error).strip().splitlines()
             placed.last = Crashed(
                 f"the attempt could not start: {lines[-1].strip()}", placed.node, log=tuple(lines[-LOG_LINES:])
             )
+        except RayError as error:  # not only ActorDiedError: Ray's memory monitor leaves an OutOfMemoryError
+            placed.last = self._died(placed, error)
         else:
             placed.unreachable_since = None
             if isinstance(answer, Node):
@@ -186,19 +187,14 @@ class RayLauncher:
             placed.last = Queued()
             placed.call = placed.actor.poll.remote()
 
-    def _died(self, placed: _PlacedActor, error: ActorDiedError) -> Crashed:
+    def _died(self, placed: _PlacedActor, error: RayError) -> Crashed:
         """Return the status of an attempt whose actor is known to be dead."""
         node = placed.node
-        gone = error.preempted or (node is not None and all(node.id != living.id for living in living_nodes()))
+        preempted = isinstance(error, ActorDiedError) and error.preempted
+        gone = preempted or (node is not None and all(node.id != living.id for living in living_nodes()))
         progress = placed.last.progress if isinstance(placed.last, Alive) else None
         if gone and node:
-            message = f"node {node.name} {'was preempted' if error.preempted else 'died'}"
+            message = f"node {node.name} {'was preempted' if preempted else 'died'}"
         else:
-            message = f"its process died: {_reason(error)}"
+            message = describe_death(error, placed.task, node.name if node else None)
         return Crashed(message, node, progress or Progress(0, placed.task.total_steps), node_fault=gone)
-
-
-def _reason(error: ActorDiedError) -> str:
-    """Return the informative part of Ray's message, which starts with lines of ids."""
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    return " ".join(" ".join(lines[1:] or lines).split())

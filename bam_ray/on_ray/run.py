@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import ray
-from rich.console import Console
+from ray.exceptions import RayError
 
 from bam_ray.blobs import BlobStore
 from bam_ray.blobs.check import open_checked_store
@@ -23,12 +24,16 @@ from bam_ray.control import status
 from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.drivers import DriverRegistry
 from bam_ray.control.status_table import render
-from bam_ray.errors import PlacementError, StoreError
+from bam_ray.errors import PlacementError, StoreError, one_line
+from bam_ray.on_ray.deaths import protect_driver
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
+from bam_ray.planning.memory import with_memory_requests
+from bam_ray.planning.model_size import seed_size
 from bam_ray.settings import Recipe
+from bam_ray.terminal import terminal_console
 
 if TYPE_CHECKING:
     from bam_ray.training.engine import EngineFactory
@@ -64,9 +69,11 @@ def run_tasks(
     """
     store, weaker = open_checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
     if weaker:
-        Console(width=TABLE_WIDTH).print(weaker, style="yellow", highlight=False, soft_wrap=True)
+        terminal_console(width=TABLE_WIDTH).print(weaker, style="yellow", soft_wrap=True)
     connect()
+    protect_driver()
     run = PipelineRun.of(recipe, store)
+    run = replace(run, tasks=with_memory_requests(run.tasks, recipe, seed_size(recipe)))
     drivers = DriverRegistry(store, recipe.name, take_over)
     launcher = RayLauncher(run, engine_factory, functions)
     tasks = run.tasks if kinds is None else subset(run.tasks, kinds)
@@ -90,7 +97,7 @@ class StatusReporter:
         self._run = run
         self._controller = controller
         self._store = store
-        self._console = Console(width=TABLE_WIDTH, file=sys.stdout)
+        self._console = terminal_console(width=TABLE_WIDTH, file=sys.stdout)
         self._written = self._printed = float("-inf")
         self._before = status.read_if_valid(store)
 
@@ -109,7 +116,7 @@ class StatusReporter:
         try:
             status.write(self._store, status.build(self._run, self._controller, self._before))
         except StoreError as error:  # not fatal: tasks may reach the store, and retry for themselves
-            self._console.print(f"status not written: {error}", style="yellow", highlight=False)
+            self._console.print(f"status not written: {error}", style="yellow")
 
     def _print(self) -> None:
         self._console.print(render(status.build(self._run, self._controller, self._before)), "", sep="\n")
@@ -125,8 +132,12 @@ def connect() -> None:
     try:
         # The output of workers stays in their own log files, so that the driver's output is the table alone
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
-        raise PlacementError("no Ray cluster answers here: start one, or submit this as a job to a cluster") from None
+    except (RayError, OSError, RuntimeError, ValueError) as error:  # no cluster, no token, or no address of Ray
+        address = os.environ.get("RAY_ADDRESS")
+        place = f"at RAY_ADDRESS={address!r}" if address else "here"
+        raise PlacementError(
+            f"no Ray cluster answers {place} ({one_line(error)}): start one, or submit this as a job to a cluster"
+        ) from None
 
 
 def stop_on_signals(controller: Controller) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import httpx
 from rich.console import Console
+from rich.text import Text
 from transformers import AutoTokenizer
 
 from bam_ray.checkpoint.manifest import ArtifactKind
@@ -19,12 +20,15 @@ COMPLETION_TOKENS = 48
 
 
 def show_results(run: PipelineRun, console: Console) -> None:
-    """Print the table of the run's report, its findings, and the report's location."""
+    """Print the table of the run's report, its findings, the report's location, and files of text that were skipped."""
     report = run.artifact(ArtifactKind.REPORTS, "report")
     results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
     print_results(results, console)
     location = f"report: {report.uri}/report.html (`bam report {run.store.uri}` downloads it)"
-    console.print(location, highlight=False, soft_wrap=True)
+    console.print(location, soft_wrap=True)
+    corpus = run.artifact(ArtifactKind.CORPORA, "corpus").manifest()
+    for line in corpus.facts.get("skipped", ()) if corpus else ():
+        console.print(Text(line, "yellow"), soft_wrap=True)
 
 
 def stream_completions(run: PipelineRun, url: str, model: str, console: Console) -> None:
@@ -33,9 +37,9 @@ def stream_completions(run: PipelineRun, url: str, model: str, console: Console)
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
     for domain in run.recipe.data.domains:
         prompt = tokenizer.decode(corpus.held_out(domain)[0, :PROMPT_TOKENS].astype(int), skip_special_tokens=True)
-        console.print(f"[bold]{domain}[/bold] [dim]{' '.join(prompt.split())}[/dim]", end="", highlight=False)
+        console.print(Text.assemble((domain, "bold"), " ", (" ".join(prompt.split()), "dim")), end="")
         for text in complete(url, model, prompt, COMPLETION_TOKENS):
-            console.print(text.replace("\n", " "), end="", highlight=False, markup=False)
+            console.print(Text(text.replace("\n", " ")), end="")
         console.print("\n")
 
 

@@ -15,6 +15,7 @@ Clusters that are configured by Serve configuration files (cluster/kuberay/rayse
 """
 
 import logging
+import os
 import socket
 from typing import Any
 
@@ -33,6 +34,7 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.cluster import living_nodes
+from bam_ray.on_ray.worker_env import device_environment
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.scheduling.nodes import HEAD, NodeFacts, describe_nodes, describe_request, ray_resources, worker_capacity
 from bam_ray.settings import ServeSettings, load_recipe
@@ -49,23 +51,26 @@ class Endpoint:
     """One replica: weights from the blob store, a decoding engine, and the HTTP app."""
 
     def __init__(self, artifact: Artifact, model_name: str, settings: ServeSettings) -> None:
+        os.environ.update(device_environment(settings.needs.gpus))
         # Imported here, because the driver that deploys needs no model code
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         import bam_ray.model  # noqa: F401  (registers the mixture with AutoModelForCausalLM)
         from bam_ray.serving import DecodeEngine, Scheduler, create_app
+        from bam_ray.training.devices import inference_dtype, requested_device
 
         torch.set_num_threads(max(1, int(settings.needs.cpus)))
         folder = artifact.fetch()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError):
+        except Exception:  # of any type: the tokenizers library raises `Exception` for a file of a new version
             raise ServingError(
                 f"{artifact.kind}/{artifact.id} has no tokenizer that can be loaded: text cannot be served"
             ) from None
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        model.to("cuda" if settings.needs.gpus else "cpu")
+        device = requested_device(settings.needs.gpus)
+        dtype = inference_dtype(device, settings.dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
         engine = DecodeEngine(model, tokenizer, settings.slots, settings.max_length)
         self._app = create_app(Scheduler(engine), model_name)
 

@@ -7,6 +7,7 @@ The working folder is uploaded with the job, without the files that `.gitignore`
 Python environment.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -19,23 +20,31 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
+import httpx
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.live import Live
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from bam_ray.blobs import BlobStore
 from bam_ray.control import status
 from bam_ray.control.policies import STOP_TIMEOUT
 from bam_ray.control.status import Status, TaskRow
 from bam_ray.control.status_table import headline, render
-from bam_ray.errors import PlacementError, SettingsError, StoreUnavailable, one_line
+from bam_ray.errors import PlacementError, SettingsError, StoreError, one_line, printable
+from bam_ray.on_ray.deaths import describe_driver_death
 from bam_ray.settings import load_recipe
+from bam_ray.terminal import terminal_console
 
 POLL_SECONDS = 1.0  # time between two polls of the job
 END_OF_RUN = "-- end of the run --"
 """The line after which a job prints its results."""
+DASHBOARD = "http://127.0.0.1:8265"  # of a local cluster
+ANSWER_SECONDS = 20.0  # time that a cluster has to answer the first request
+PATIENCE_SECONDS = 60.0  # time without an answer after which a job is followed no longer
 LAST_LINES = 5  # of the log of a failed job, shown if it left no status
 INTERRUPTED = 130  # the exit code of a stopped job, as a shell gives it after Ctrl-C
 
@@ -49,13 +58,15 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
     settings = load_recipe(recipe, overrides)
     root = Path.cwd()
     path = Path(recipe).absolute()
-    for needed in (path, root / entry):
-        if not (needed.is_file() and needed.is_relative_to(root)):
-            raise SettingsError(
-                f"{needed} is not below {root}, which is uploaded with the job: run this command in a folder above it"
-            )
+    if not (root / entry).is_file():
+        raise SettingsError(
+            f"{root}, which is uploaded with the job, is not the repository of bam_ray (it has no {entry}): run this "
+            "command in the root folder of the repository"
+        )
+    if not path.is_relative_to(root):
+        raise SettingsError(f"{path} is not below {root}, which is uploaded with the job: copy the recipe to it")
     if "://" not in settings.store.uri:  # relative to this folder, not to the one that the job is unpacked to
-        overrides = [*overrides, f"store.uri={Path(settings.store.uri).expanduser().absolute()}"]
+        overrides = [*overrides, f"store.uri={json.dumps(os.path.abspath(os.path.expanduser(settings.store.uri)))}"]
     entrypoint = shlex.join(["python", entry, "--recipe", str(path.relative_to(root)), *overrides])
     # By default Ray kills a job 3 s after asking it to stop. Running tasks need longer for their last checkpoint.
     stop_timeout = str(int(STOP_TIMEOUT) + 30)
@@ -65,7 +76,7 @@ def submit(recipe: str | Path, overrides: list[str], entry: str = "jobs/run_all.
             runtime_env={"working_dir": str(root), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": stop_timeout}},
             metadata={"run": settings.name},
         )
-    except RuntimeError as error:  # Ray's client raises no other type if the server answers with an error
+    except (RuntimeError, ValueError, OSError) as error:  # refused, too large, or not reachable
         raise PlacementError(f"the cluster did not accept the job: {one_line(error)}") from None
     return job_id
 
@@ -75,18 +86,51 @@ def follow(job_id: str, store: BlobStore, address: str | None = None) -> int:
 
     Ctrl-C stops the job cleanly; a second Ctrl-C ends this function and leaves the job alone. On a terminal the output
     is one live table, otherwise one line per change. After that, the job's results are shown as it prints them.
+
+    Raises `PlacementError` if the cluster does not answer for a minute. The job is left alone then.
     """
-    jobs = client(address)
-    console = Console()
-    with stop_on_interrupt(lambda: jobs.stop_job(job_id)):
-        last = _show_status(console, jobs, job_id, store)
-        details, has_results = _show_results(console, jobs, job_id)
-    if has_results and details.status == JobStatus.FAILED:  # the end of its log has been shown
-        return details.driver_exit_code or 1
-    return show_end(console, jobs, job_id, details, last)
+    jobs = PatientClient(client(address))
+    console = terminal_console()
+    try:
+        with stop_on_interrupt(lambda: jobs.stop_job(job_id)):
+            last = _show_status(console, jobs, job_id, store)
+            details, has_results = _show_results(console, jobs, job_id)
+        if has_results and details.status == JobStatus.FAILED:  # the end of its log has been shown
+            return details.driver_exit_code or 1
+        return show_end(console, jobs, job_id, details, last)
+    except (RuntimeError, OSError) as error:
+        raise PlacementError(
+            f"the cluster does not answer any more ({one_line(error)}): `bam status {store.uri}` shows whether "
+            f"{job_id} goes on"
+        ) from None
 
 
-def _show_status(console: Console, jobs: JobSubmissionClient, job_id: str, store: BlobStore) -> Status | None:
+class PatientClient:
+    """A client of a job server that repeats a request for a minute if the server does not answer."""
+
+    def __init__(self, jobs: JobSubmissionClient) -> None:
+        self._jobs = jobs
+        self._retry = Retrying(
+            retry=retry_if_exception_type((RuntimeError, OSError)),
+            stop=stop_after_delay(PATIENCE_SECONDS),
+            wait=wait_fixed(POLL_SECONDS),
+            reraise=True,
+        )
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        """Return the state of a job."""
+        return self._retry(self._jobs.get_job_info, job_id)
+
+    def get_job_logs(self, job_id: str) -> str:
+        """Return the output of a job so far."""
+        return str(self._retry(self._jobs.get_job_logs, job_id))
+
+    def stop_job(self, job_id: str) -> None:
+        """Ask a job to stop."""
+        self._retry(self._jobs.stop_job, job_id)
+
+
+def _show_status(console: Console, jobs: PatientClient, job_id: str, store: BlobStore) -> Status | None:
     """Show the status of the run until it has finished or the job has ended, and return the last status."""
     view: Live | LineOutput
     with Live(console=console, auto_refresh=False) if console.is_terminal else LineOutput(console) as view:
@@ -100,14 +144,14 @@ def _show_status(console: Console, jobs: JobSubmissionClient, job_id: str, store
             time.sleep(POLL_SECONDS)
 
 
-def _show_results(console: Console, jobs: JobSubmissionClient, job_id: str) -> tuple[JobDetails, bool]:
+def _show_results(console: Console, jobs: PatientClient, job_id: str) -> tuple[JobDetails, bool]:
     """Show what the job prints after `END_OF_RUN`; returns the job when it has ended, and True if there was output."""
     shown = 0
     while True:
         # In this order: the log of a job that has ended is complete
         details = jobs.get_job_info(job_id)
         results = jobs.get_job_logs(job_id).partition(END_OF_RUN)[2].lstrip("\n")
-        console.file.write(results[shown:])
+        console.file.write(printable(results[shown:]))
         console.file.flush()
         shown = len(results)
         if details.status.is_terminal():
@@ -115,16 +159,21 @@ def _show_results(console: Console, jobs: JobSubmissionClient, job_id: str) -> t
         time.sleep(POLL_SECONDS)
 
 
-def show_end(console: Console, jobs: JobSubmissionClient, job_id: str, details: JobDetails, last: Status | None) -> int:
+def show_end(
+    console: Console, jobs: PatientClient | JobSubmissionClient, job_id: str, details: JobDetails, last: Status | None
+) -> int:
     """Print how a job ended, and return the exit code for it."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
-        console.print(f"{job_id} was stopped: submit it again to resume", highlight=False, soft_wrap=True)
+        console.print(f"{job_id} was stopped: submit it again to resume", soft_wrap=True)
         return INTERRUPTED
-    if last is None or last.state != "failed":  # it failed outside of its tasks, so the end of its log says why
+    killed = describe_driver_death(details.message or "")
+    if killed:
+        console.print(f"{job_id}: {killed}", soft_wrap=True)
+    elif last is None or last.state != "failed":  # it failed outside of its tasks, so the end of its log says why
         for line in jobs.get_job_logs(job_id).strip().splitlines()[-LAST_LINES:] or [details.message or ""]:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     return details.driver_exit_code or 1
 
 
@@ -132,25 +181,45 @@ def client(address: str | None = None) -> JobSubmissionClient:
     """Return a client of the cluster's job server; raises `PlacementError` if it does not answer."""
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
-        raise PlacementError("no cluster is given: set RAY_ADDRESS to its dashboard, such as http://127.0.0.1:8265")
+        raise PlacementError(f"no cluster is given: set RAY_ADDRESS to its dashboard, such as {DASHBOARD}")
+    _check_url(address)
     for logger in ("ray._private.runtime_env", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(logger).setLevel(logging.ERROR)  # they log a line for every file that is not uploaded
     try:
+        httpx.get(f"{address.rstrip('/')}/api/version", timeout=ANSWER_SECONDS)  # Ray's client waits without a limit
         return JobSubmissionClient(address)
-    except ConnectionError:
+    except (ConnectionError, httpx.HTTPError, httpx.InvalidURL):
         raise PlacementError(f"no Ray cluster answers at {address}: start it or correct RAY_ADDRESS") from None
     except AuthenticationError:
         raise PlacementError(
             f"the cluster at {address} refuses this shell's token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
             "the file of the cluster's token (`. .bam/env` does this for the local cluster)"
         ) from None
+    except (RuntimeError, ValueError, LookupError, OSError) as error:  # another server, or one that answers an error
+        raise PlacementError(
+            f"{address} does not answer as the dashboard of a Ray cluster ({one_line(error)}): correct RAY_ADDRESS"
+        ) from None
+
+
+def _check_url(address: str) -> None:
+    """Raise `PlacementError` if an address is not the URL of an HTTP server."""
+    try:
+        url = urlsplit(address)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and address.isprintable()
+    except ValueError:  # the port is not a number, or the brackets of an IPv6 address do not match
+        valid = False
+    if not valid:
+        raise PlacementError(
+            f"RAY_ADDRESS is {address!r}, which is not the URL of a dashboard: set it to one such as {DASHBOARD} (the "
+            "ports of Ray itself and of Ray Client do not take jobs)"
+        )
 
 
 def last_status(store: BlobStore, details: JobDetails) -> Status | None:
     """Return the status of the run; None if it was not written since the job started."""
     try:
         now = status.read(store)
-    except StoreUnavailable:
+    except StoreError:
         return None  # if this matters, the job itself reports it
     started = datetime.fromtimestamp((details.start_time or 0) / 1000, UTC)
     return now if now and now.updated >= started else None
@@ -180,7 +249,7 @@ class LineOutput:
             self._print(headline(now))
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
 
 def line(row: TaskRow) -> str:

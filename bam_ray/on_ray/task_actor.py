@@ -5,6 +5,7 @@ starts an `Attempt`, and with `max_concurrency=2` a slow answer never delays the
 so that the driver can read them even if it cannot import their class.
 """
 
+import os
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from bam_ray.control.observations import Alive, AttemptStatus, Queued
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.gauges import Gauges
 from bam_ray.on_ray.work import Work
-from bam_ray.on_ray.worker_env import current_node, keep_log, limit_threads, silence_libraries
+from bam_ray.on_ray.worker_env import current_node, device_environment, keep_log, limit_threads, silence_libraries
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, StageContext
 
@@ -35,6 +36,8 @@ class TaskActor:
     def start(self, work: Work) -> Node:
         """Start the attempt, and return the node that it runs on."""
         run = self._run_group if work.task.is_group else self._run_stage
+        # This process has not imported torch yet. The ranks of a process group have the GPUs, not their host.
+        os.environ.update(device_environment(0.0 if work.task.is_group else work.task.needs.gpus))
         self._attempt = Attempt(lambda context: run(work, context), current_node(), self._log)
         self._gauges = Gauges(work.task.kind, work.task.name)
         self._attempt.start()
@@ -70,8 +73,12 @@ class TaskActor:
         return stop
 
     def group_stopped(self) -> None:
-        """Record that all ranks have stopped cleanly after a drain; called by rank 0."""
+        """Record that the ranks have stopped cleanly after a drain; called by rank 0 after it wrote its checkpoint."""
         self._group_stopped = True
+
+    def has_group_stopped(self) -> bool:
+        """Return True if rank 0 has stopped cleanly after a drain; called by the other ranks."""
+        return self._group_stopped
 
     def _run_stage(self, work: Work, context: StageContext) -> None:
         limit_threads(work.task.needs.cpus)

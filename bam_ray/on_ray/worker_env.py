@@ -1,4 +1,4 @@
-"""The environment of a worker process: its node, its output, its threads and its log."""
+"""The environment of a worker process: its node, its devices, its output, its threads and its log."""
 
 import logging
 import os
@@ -16,12 +16,29 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
 }
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+ALLOCATOR_SETTINGS = {ALLOCATOR, "PYTORCH_ALLOC_CONF"}  # the second is the name since torch 2.9
 
 
 def current_node() -> Node:
     """Return the node that this process runs on."""
     id = ray.get_runtime_context().get_node_id()
     return next(Node(node.id, node.name) for node in living_nodes() if node.id == id)
+
+
+def device_environment(gpus: float) -> dict[str, str]:
+    """Return the environment variables by which a worker computes on the devices that it requested.
+
+    A worker that requested no GPU must see none, because other tasks use those of the node. Ray restricts only the
+    workers that requested one. The variables have no effect once torch has asked CUDA for its devices.
+    """
+    if not gpus:
+        return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    found = {"DS_ACCELERATOR": "cuda"}
+    if not ALLOCATOR_SETTINGS & set(os.environ):
+        # The experts' numbers of tokens change with every step, which fragments memory in blocks of fixed sizes
+        found[ALLOCATOR] = "expandable_segments:True"
+    return found
 
 
 def silence_libraries() -> None:

@@ -74,6 +74,7 @@ class Progress:
     tokens_per_second: float | None = None
     checkpoint_step: int | None = None  # step of the last committed checkpoint
     note: str = ""  # current activity, such as "tokenizing law"
+    eta_seconds: float | None = None  # of the current activity, if its stage measures that itself
     load_imbalance: float | None = None  # largest over mean share of an expert, in the worst layer of a mixture
     dead_experts: int | None = None  # in all layers of a mixture
     experts: tuple[str, ...] = ()  # names of a mixture's experts

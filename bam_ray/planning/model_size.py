@@ -2,8 +2,7 @@
 
 A layer has 2dq + 2dc parameters of attention and 3df of the FFN (2df if the FFN is not gated), plus norms. Here d is
 the hidden size, q the query width, c the key/value width and f the hidden size of the FFN. Biases are left out if a
-family has only a few, which is less than one parameter in a thousand. Bytes are estimates for full training with AdamW
-in fp32: 4 for the weight, 4 for the gradient and 8 for Adam's two states of each parameter.
+family has only a few, which is less than one parameter in a thousand.
 
 `training/flops.py` computes the same operations from a transformers configuration, for models that exist. It imports
 transformers, and a plan must start without it, so the formula is repeated here. A test compares the two.
@@ -15,10 +14,9 @@ from typing import Any
 
 from bam_ray.blobs import open_store
 from bam_ray.errors import StoreError
-from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch, TrainingSettings
+from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch
 
 # Bytes per parameter
-TRAINING_BYTES = 16  # weight, gradient, and Adam's two states
 CHECKPOINT_BYTES = 12  # weight, and Adam's two states
 WEIGHT_BYTES = 4
 
@@ -86,22 +84,15 @@ class ModelSize:
         scores = self.attention * context * self.query
         return 6.0 * (self.layers * (matrices + scores) + self.vocabulary * self.hidden)
 
-    def training_bytes(self, training: TrainingSettings, context: int, expert_parallel: int = 1) -> int:
-        """Return an estimate of the memory of one process in bytes.
+    @property
+    def layer_values(self) -> int:
+        """Number of values that a layer keeps for the backward pass of one token."""
+        attention = 3 * self.attention * self.query + 3 * self.keys * self.key
+        return 2 * self.hidden + attention + self.ffn_matrices * self.ffn_active * self.ffn
 
-        It covers weights, gradients, Adam's states and the activations that one micro batch keeps for the backward
-        pass. A micro batch that is fitted to the memory counts as one sequence, the least that must fit.
-        """
-        sequences = 1 if training.micro_batch_sequences == "auto" else training.micro_batch_sequences
-        activation_bytes = 2 if training.precision == "bf16" else 4
-        layer = 2 * self.hidden + 3 * self.attention * self.query + 3 * self.keys * self.key
-        layer += self.ffn_matrices * self.ffn_active * self.ffn
-        kept = self.hidden * self.layers + layer if training.recompute else self.layers * layer
-        tokens = sequences * context
-        # Two fp32 copies of the logits of one chunk, and the gradient of the output head
-        head = self.vocabulary * (8 * min(tokens, max(CHUNK_TOKENS, self.hidden)) + 4 * self.hidden)
-        weights = TRAINING_BYTES * (self.shared_parameters + self.expert_parameters // expert_parallel)
-        return weights + tokens * activation_bytes * kept + head
+    def head_bytes(self, tokens: int) -> int:
+        """Return the bytes of two fp32 copies of the logits of one chunk, and of the gradient of the output head."""
+        return self.vocabulary * (8 * min(tokens, max(CHUNK_TOKENS, self.hidden)) + 4 * self.hidden)
 
     def mixed(self, mixture: MixtureSettings, models: int) -> "ModelSize":
         """Return the size of the mixture that a method makes from `models` models of this size.

@@ -53,12 +53,20 @@ def _cells(row: PlannedTask) -> dict[str, str]:
         "tokens": format_amount(row.tokens) if row.tokens else "",
         "workers": str(task.workers),
         "resources": " or ".join(describe_request(demand) for demand in (task.needs, *task.needs.fallback)),
-        "memory": format_bytes(row.memory_bytes) if row.memory_bytes else "",
+        "memory": _memory_cell(row),
         "stored": format_bytes(row.final_bytes) if row.final_bytes else "",
         "nodes": ", ".join(row.nodes[:NODES_SHOWN]) + more,
         "start": format_duration(row.starts),
         "end": format_duration(row.ends),
     }
+
+
+def _memory_cell(row: PlannedTask) -> str:
+    """Return the memory of a worker: its node's, and with a GPU first that of the GPU."""
+    if row.memory is None:
+        return ""
+    host = format_bytes(row.memory.host_bytes)
+    return f"{format_bytes(row.memory.device_bytes)} + {host}" if row.memory.device_bytes else host
 
 
 def _least_width(column: str, rows: Sequence[Mapping[str, str]]) -> int:
@@ -82,8 +90,9 @@ def _totals(plan: Plan) -> list[str]:
             f"{written} are written to the blob store, which holds at most {peak}, and {final} at the end"
         )
         lines.append(
-            "resources and memory are per worker; memory is an estimate: fp32 weights, gradients and AdamW states, "
-            "and activations in the recipe's precision"
+            "resources and memory are per worker; memory is an estimate of the node's memory, after that of the GPU if "
+            "there is one: weights, gradients, AdamW states, activations, and a copy of the state for checkpoints. The "
+            "alternative of a request is for nodes that have no room for that copy"
         )
     else:
         lines.append(f"{tokens} tokens in total; the size of the seed is not known before the run")
@@ -127,15 +136,14 @@ def _warnings(plan: Plan) -> list[str]:
         return []
     lines = [f"{row.task.full_name}: {error}" for row in plan.rows if (error := plan.simulated.errors.get(row.task.id))]
     for kind, group in plan.cluster.nodes.items():
-        available_gib = group.device_memory_gib if group.gpus else group.memory_gib
-        if available_gib is None:
+        if group.device_memory_gib is None:  # the memory of nodes is requested, so a task never runs on too small a one
             continue
+        available = group.device_memory_gib * GIB
         placed = [row for row in plan.rows if any(node.startswith(f"{kind}-") for node in row.nodes)]
-        too_large = [row.task.full_name for row in placed if (row.memory_bytes or 0) > available_gib * GIB]
+        too_large = [row.task.full_name for row in placed if row.memory and (row.memory.device_bytes or 0) > available]
         if too_large:
-            device = "GPU" if group.gpus else "node"
             lines.append(
-                f"a {device} of {kind} has {available_gib:g} GiB, too little for {', '.join(too_large)}: "
+                f"a GPU of {kind} has {group.device_memory_gib:g} GiB, too little for {', '.join(too_large)}: "
                 "change their resource requests"
             )
     return lines

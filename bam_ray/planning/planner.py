@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import gcd
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import SettingsError
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
+from bam_ray.planning.memory import WorkerMemory, task_memory, with_memory_requests
 from bam_ray.planning.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
 from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
 from bam_ray.planning.simulated_launcher import SpeedOf
 from bam_ray.scheduling.matching import bound
 from bam_ray.scheduling.nodes import NodeFacts, count_fitting, ray_resources, satisfiable_request, selects
-from bam_ray.settings import MixtureSettings, Recipe, TrainingSettings
+from bam_ray.settings import Recipe, TrainingSettings
 from bam_ray.units import format_duration
 
 STEPS_PER_STAGE = 150  # controller steps between events, over the shortest possible time of the longest stage
@@ -29,7 +29,7 @@ class PlannedTask:
 
     task: Task
     tokens: int
-    memory_bytes: int | None = None  # of each worker
+    memory: WorkerMemory | None = None  # of each worker, as it would be with the first resource request
     written_bytes: int | None = None  # written to the blob store, including checkpoints that are deleted later
     final_bytes: int | None = None  # in the blob store at the end
     peak_bytes: int | None = None  # in the blob store at the same time, at most
@@ -89,8 +89,8 @@ def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0)
         PlacementError: The cluster can never satisfy the resource request of a task.
         SettingsError: The cluster file gives `tflops`, but the size of the seed is not known before the run.
     """
-    tasks = task_graph(recipe)
     size = seed_size(recipe)
+    tasks = with_memory_requests(task_graph(recipe), recipe, size)
     rows = tuple(_plan_task(task, recipe, size) for task in tasks)
     if cluster is None:
         return Plan(recipe, rows, size)
@@ -131,18 +131,14 @@ def _untrained_seconds(task: Task, cluster: ClusterFile) -> float:
 
 def _plan_task(task: Task, recipe: Recipe, seed: ModelSize | None) -> PlannedTask:
     tokens = task.total_steps * task.step_tokens
+    memory = task_memory(task, recipe, seed, on_gpu=task.needs.gpus > 0)
     size = _model_size(task, recipe, seed)
     if size is None:
-        return PlannedTask(task, tokens)
+        return PlannedTask(task, tokens, memory)
     weights = WEIGHT_BYTES * size.parameters
     training = _training_settings(task, recipe)
     if training is None:
-        return PlannedTask(task, tokens, None, weights, weights, weights)
-    if task.kind == "mixtures":
-        assert seed is not None
-        memory = _mixing_memory(recipe, recipe.upcycle.mixtures[task.name], seed)
-    else:
-        memory = size.training_bytes(training, recipe.data.sequence_length)
+        return PlannedTask(task, tokens, memory, weights, weights, weights)
     return PlannedTask(task, tokens, memory, *_stored_bytes(training, weights, CHECKPOINT_BYTES * size.parameters))
 
 
@@ -167,24 +163,6 @@ def _stored_bytes(training: TrainingSettings, weights: int, checkpoint: int) -> 
     # A new checkpoint is written before the oldest is deleted. The model is written after the last of these deletions.
     peak = max(with_newest(training.keep_last + 1), with_newest(training.keep_last) + weights)
     return sum(sizes) + weights, sum(permanent) + weights, peak
-
-
-def _mixing_memory(recipe: Recipe, mixture: MixtureSettings, seed: ModelSize) -> int:
-    """Return the maximum memory of a worker that trains a mixture.
-
-    While branches are missing, the experts may be distributed over fewer processes, which then hold more of them.
-    """
-    when, processes, context = recipe.upcycle.when, recipe.mix.processes, recipe.data.sequence_length
-    training = recipe.mix.training.model_copy(update={"micro_batch_sequences": recipe.mix.micro_batch(processes)})
-    if mixture.is_dense:  # a model soup
-        return seed.training_bytes(training, context)
-    experts = recipe.experts_of(mixture)
-    late = len(recipe.branch.domains) - when.at_least if when != "all" and mixture.has_branches else 0
-    memory = []
-    for count in range(experts - late, experts + 1):
-        size = seed.mixed(mixture.model_copy(update={"num_experts": count}), count)
-        memory.append(size.training_bytes(training, context, gcd(recipe.mix.expert_parallel, count)))
-    return max(memory)
 
 
 def _with_times(row: PlannedTask, simulated: SimulationResult) -> PlannedTask:

@@ -127,4 +127,4 @@ class ClusterView:
 
 
 def _key(demand: Demand) -> _Key:
-    return demand.cpus, demand.gpus, demand.memory_gib, tuple(demand.labels.items())
+    return demand.cpus, demand.gpus, demand.memory_gib or 0.0, tuple(demand.labels.items())

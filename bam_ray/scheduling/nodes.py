@@ -52,7 +52,7 @@ class NodeFacts:
 
 def ray_resources(demand: Demand) -> dict[str, float]:
     """Return `demand` as Ray's resources, without zeros; memory is in bytes."""
-    wanted = {"CPU": demand.cpus, "GPU": demand.gpus, "memory": float(int(demand.memory_gib * GIB))}
+    wanted = {"CPU": demand.cpus, "GPU": demand.gpus, "memory": float(int((demand.memory_gib or 0.0) * GIB))}
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
@@ -111,7 +111,23 @@ def satisfiable_request(task: Task, nodes: Sequence[NodeFacts]) -> tuple[Demand,
     raise PlacementError(
         f"{'no node' if task.workers == 1 else 'no set of nodes'} can satisfy {task.full_name} ({requests}); "
         f"the cluster has {len(nodes)} living node{'' if len(nodes) == 1 else 's'} ({describe_nodes(nodes)}): "
-        f"change {task.kind.setting} or add nodes"
+        f"{_memory_shortage(task, demands, nodes)}change {task.kind.setting} or add nodes"
+    )
+
+
+def _memory_shortage(task: Task, demands: Sequence[Demand], nodes: Sequence[NodeFacts]) -> str:
+    """Return how much memory is missing and what reduces it; empty if it is not the memory that the nodes lack."""
+    without = [demand.model_copy(update={"memory_gib": 0.0}) for demand in demands]
+    if not any(worker_capacity(demand, nodes, task.workers) >= task.workers for demand in without):
+        return ""
+    least = min(demand.memory_gib or 0.0 for demand in demands)
+    sizes = sorted((node.resources.get("memory", 0.0) / GIB for node in nodes), reverse=True)
+    available = " + ".join(f"{size:.1f}" for size in sizes[: max(task.workers, 1)])
+    smaller = "use a smaller micro_batch_sequences or recompute, " if task.kind.trains else ""
+    needed = f"{task.workers} × {least:g}" if task.workers > 1 else f"{least:g}"
+    return (
+        f"{needed} GiB of memory are needed, and the largest node{'s have' if task.workers > 1 else ' has'} "
+        f"{available} GiB; {smaller}"
     )
 
 

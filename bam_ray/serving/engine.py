@@ -49,8 +49,9 @@ class Delta:
 class Generation:
     """The decoding state of one active request."""
 
-    def __init__(self, prompt: list[int], params: SamplingParams, tokenizer: Any) -> None:
+    def __init__(self, prompt: list[int], params: SamplingParams, tokenizer: Any, stop_tokens: set[int]) -> None:
         self.params = params
+        self.stop_tokens = stop_tokens  # those that end this text
         self.rng = random.Random(params.seed)
         self.length = len(prompt)  # positions in the cache
         self.token = prompt[-1]  # the newest token, which is not in the cache yet
@@ -62,8 +63,8 @@ class Generation:
 class DecodeEngine:
     """An engine that decodes up to `slots` requests together, each with a prompt and completion of `max_length` tokens.
 
-    The constructor runs one step, which allocates the memory of all slots. A machine with too little memory therefore
-    fails at start and not under load.
+    The constructor computes the longest prompt and runs one step, which allocates the memory of all slots. A machine
+    with too little memory therefore fails at start and not under load.
     """
 
     def __init__(self, model: Any, tokenizer: Any, slots: int, max_length: int) -> None:
@@ -86,11 +87,15 @@ class DecodeEngine:
         self._model = model.eval()
         self._device: torch.device = model.device
         self._end_tokens = _end_tokens(model, tokenizer)
+        self._special_tokens = {
+            added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        }
         self._cache = SlotCache(slots, max_length)
         self._active: list[Generation] = []  # the request at index i occupies slot i
-        self.add([0], SamplingParams(max_tokens=2, temperature=0))
-        self.step()
-        self.clear()
+        for length in (max_length - 1, 1):
+            self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
+            self.step()
+            self.clear()
 
     @property
     def active(self) -> int:
@@ -109,7 +114,9 @@ class DecodeEngine:
         The request takes a slot unless its first token ends it. A slot must be free.
         """
         assert self.free and 0 < len(prompt) < self.max_length
-        generation = Generation(prompt, params, self.tokenizer)
+        # Special tokens are left out of the text, so a stop string that is one must be found among the tokens
+        stop_tokens = {self._special_tokens[stop] for stop in params.stop if stop in self._special_tokens}
+        generation = Generation(prompt, params, self.tokenizer, self._end_tokens | stop_tokens)
         self._cache.prefill(len(self._active))
         input_ids = torch.tensor([prompt], device=self._device)
         logits = self._forward(input_ids, torch.arange(len(prompt), device=self._device)[None], None)
@@ -175,7 +182,7 @@ class DecodeEngine:
         generation.token = token
         generation.generated += 1
         logprobs = () if params.logprobs is None else (self._logprob(logits, token, params.logprobs),)
-        ended = token in self._end_tokens
+        ended = token in generation.stop_tokens
         # The cache holds all tokens but the newest
         full = generation.generated >= params.max_tokens or generation.length + 1 >= self.max_length
         piece = "" if ended else generation.detokenizer.feed(token)

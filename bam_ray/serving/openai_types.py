@@ -4,15 +4,17 @@ Unsupported fields that would change the output are rejected, never ignored sile
 the output (user, metadata, store) are accepted.
 """
 
+import textwrap
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bam_ray.errors import ServingError
+from bam_ray.errors import ServingError, one_line, printable
 from bam_ray.serving.engine import FinishReason
 from bam_ray.serving.sampling import SamplingParams
 
-MAX_STOPS = 4  # OpenAI's limit
+MAX_STOPS = 16  # OpenAI's limit is 4, and clients of local servers send more
+MAX_SHOWN_CHARACTERS = 80  # of a value in an error
 MAX_LOGPROBS = 20  # OpenAI's limit for chat; its limit of 5 for completions is lower
 
 
@@ -41,16 +43,18 @@ class ErrorResponse(BaseModel):
     @classmethod
     def from_error(cls, error: ServingError) -> Self:
         """Convert an error. A `RequestError` below 500 is the client's error, any other is the server's."""
+        message = one_line(error, all_lines=True)  # it may quote a part of the request that cannot be encoded
         if isinstance(error, RequestError) and error.status < 500:
             kind = "invalid_request_error"
-            return cls(error=ErrorBody(message=str(error), type=kind, param=error.param, code=error.code))
-        return cls(error=ErrorBody(message=str(error), type="server_error", code="server_error"))
+            param = error.param and printable(error.param)
+            return cls(error=ErrorBody(message=message, type=kind, param=param, code=error.code))
+        return cls(error=ErrorBody(message=message, type="server_error", code="server_error"))
 
 
 class StreamOptions(BaseModel):
     """The options of a stream."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class GenerationRequest(BaseModel):
@@ -70,7 +74,7 @@ class GenerationRequest(BaseModel):
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
@@ -78,7 +82,8 @@ class GenerationRequest(BaseModel):
         for name, neutral in self.unsupported.items():
             value = (self.model_extra or {}).get(name)
             if value not in neutral:
-                raise RequestError(400, f"{name}={value!r} is not supported: omit it", "unsupported_value", name)
+                shown = textwrap.shorten(repr(value), MAX_SHOWN_CHARACTERS)
+                raise RequestError(400, f"{name}={shown} is not supported: omit it", "unsupported_value", name)
         if len(self.stops) > MAX_STOPS or "" in self.stops:
             raise RequestError(400, f"stop accepts up to {MAX_STOPS} non-empty strings", param="stop")
         return self
@@ -91,7 +96,7 @@ class GenerationRequest(BaseModel):
     @property
     def include_usage(self) -> bool:
         """True if a stream ends with a chunk that states the token usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling_params(
         self, max_tokens: int, logprobs: int | None, more_stops: tuple[str, ...] = ()
@@ -112,14 +117,14 @@ class CompletionRequest(GenerationRequest):
 
     unsupported = {**GenerationRequest.unsupported, "best_of": (None, 1), "echo": (None, False), "suffix": (None, "")}
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[int] | list[list[int]] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each as text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
+        """The prompts, each as text or token ids. Without one, a text is generated from its beginning."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return [self.prompt or ""]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]  # the check above excludes list[int]
@@ -133,16 +138,24 @@ class TextPart(BaseModel):
 
 
 class RequestMessage(BaseModel):
-    """One turn of a chat request."""
+    """One turn of a chat request. A turn of the assistant that only called tools has no content."""
 
     model_config = ConfigDict(extra="allow")
     role: str
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"the content of a message of role {self.role!r} is missing")
+        return self
 
     @property
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(GenerationRequest):
@@ -158,7 +171,7 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[RequestMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # OpenAI's newer name of max_tokens
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 

@@ -1,9 +1,14 @@
 """Conversion of a request's text, tokens or messages to validated token ids."""
 
+import logging
+
 from jinja2.exceptions import TemplateError
 
+from bam_ray.errors import encodable
 from bam_ray.serving.engine import DecodeEngine
 from bam_ray.serving.openai_types import ChatRequest, CompletionRequest, RequestError
+
+_logger = logging.getLogger(__name__)
 
 FALLBACK_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 """The chat template for tokenizers without one. Base models have seen dialogs of this form."""
@@ -13,7 +18,7 @@ FALLBACK_STOPS = ("\nuser:",)  # the model would continue such a dialog with the
 def completion_prompts(engine: DecodeEngine, request: CompletionRequest) -> list[list[int]]:
     """Return the token ids of each prompt. Raises `RequestError` for a prompt that cannot be served."""
     prompts = [
-        list(engine.tokenizer(prompt, verbose=False).input_ids) if isinstance(prompt, str) else prompt
+        list(engine.tokenizer(encodable(prompt), verbose=False).input_ids) if isinstance(prompt, str) else prompt
         for prompt in request.prompts
     ]
     if not prompts:
@@ -35,11 +40,14 @@ def chat_prompt(engine: DecodeEngine, request: ChatRequest) -> tuple[list[int], 
         text = tokenizer.apply_chat_template(
             messages, chat_template=own_template or FALLBACK_TEMPLATE, tokenize=False, add_generation_prompt=True
         )
-    except TemplateError as error:
-        message = f"the model's chat template rejects these messages: {error}"
+    except Exception as error:  # a template is a program of the model's author, so it may fail in any way
+        _logger.info("a chat template failed", exc_info=error)
+        # A template's own message is meant for the client, and that of Python is not
+        reason = str(error) if isinstance(error, TemplateError) else f"it fails with {type(error).__name__}"
+        message = f"the model's chat template rejects these messages: {reason}"
         raise RequestError(400, message, param="messages") from None
     # The tokenizer's own template writes the special tokens itself
-    prompt = list(tokenizer(text, add_special_tokens=own_template is None, verbose=False).input_ids)
+    prompt = list(tokenizer(encodable(text), add_special_tokens=own_template is None, verbose=False).input_ids)
     max_tokens = request.max_completion_tokens or request.max_tokens
     return _validated(engine, prompt, max_tokens, "messages"), () if own_template else FALLBACK_STOPS
 

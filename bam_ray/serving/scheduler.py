@@ -8,6 +8,7 @@ next step.
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from bam_ray.errors import ServingError
 from bam_ray.serving.engine import DecodeEngine, Delta, Generation
 from bam_ray.serving.sampling import SamplingParams
+
+_logger = logging.getLogger(__name__)
 
 CHUNKS_PER_SECOND = 100
 """The number of chunks that all paced readers together receive per second. Each chunk costs the HTTP path milliseconds
@@ -164,11 +167,19 @@ class Scheduler:
         self._abandoned.clear()
 
     def _handle_failure(self, joining: _QueuedPrompt | None, error: Exception) -> None:
-        """Send an error of the model to the readers of all active prompts, and clear the engine."""
-        lost = [*self._running.values(), *([joining] if joining else [])]
-        self.engine.clear()
-        self._running.clear()
-        _fail(lost, ServingError(f"the model failed: {type(error).__name__}: {error}"))
+        """Send an error of the model to the readers that it concerns.
+
+        An error in the computation of a prompt, for which memory may be short, concerns that prompt alone. Any other
+        error concerns all active prompts, and clears the engine.
+        """
+        if joining is not None and joining.generation is None:
+            lost = [joining]
+        else:
+            lost = [*self._running.values()]
+            self.engine.clear()
+            self._running.clear()
+        _logger.error("the model failed", exc_info=error)  # its message may contain paths, which are not for clients
+        _fail(lost, ServingError("the model failed: see the log of the server"))
 
 
 def _fail(prompts: list[_QueuedPrompt], error: ServingError) -> None:

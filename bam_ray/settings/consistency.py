@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from bam_ray.settings.upcycle import QuorumSettings
 
 if TYPE_CHECKING:
+    from bam_ray.settings.dense import BranchSettings
     from bam_ray.settings.recipe import Recipe
+
+MAX_DIVISOR = 4096  # no process group is larger
 
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors of `number`, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]
+    """Return the divisors of `number` up to `MAX_DIVISOR`, ascending."""
+    return [size for size in range(1, min(number, MAX_DIVISOR) + 1) if number % size == 0]
 
 
 def with_branch_lr(plain: Any) -> Any:
@@ -41,6 +44,38 @@ def min_workers_are_fewer(recipe: "Recipe") -> None:
     ):
         if least is not None and least > most:
             raise ValueError(f"{section}.min_workers is {least}, more than {section}.workers, which is {most}")
+
+
+def gpus_are_used(recipe: "Recipe") -> None:
+    """Check that the workers of a process group do not share GPUs, and that stages on the CPU request none."""
+    for setting, needs in (
+        ("upcycle.needs", recipe.upcycle.needs),
+        *([("seed.needs", recipe.seed.needs)] if recipe.seed.folder is not None else []),
+    ):
+        if any(demand.gpus for demand in (needs, *needs.fallback)):
+            work = "an imported seed is only copied" if setting.startswith("seed") else "upcycling computes on the CPU"
+            raise ValueError(f"{setting}.gpus has no effect, because {work}: leave it out")
+    branch = recipe.branch
+    jobs = [
+        (_needs_setting(branch, domain), branch.needs_of(domain), branch.workers_of(domain))
+        for domain in branch.domains
+    ]
+    jobs += [
+        ("seed.needs", recipe.seed.needs, recipe.seed.workers),
+        ("mix.needs", recipe.mix.needs, recipe.mix.processes),
+    ]
+    for setting, needs, workers in jobs:
+        for demand in (needs, *needs.fallback):
+            if workers > 1 and 0 < demand.gpus < 1:
+                raise ValueError(
+                    f"{setting}.gpus is {demand.gpus:g}, but the {workers} workers of a process group cannot share a "
+                    "GPU: use 1 (or 0 to compute on CPUs)"
+                )
+
+
+def _needs_setting(branch: "BranchSettings", domain: str) -> str:
+    override = branch.overrides.get(domain)
+    return "branch.needs" if override is None or override.needs is None else f"branch.overrides.{domain}.needs"
 
 
 def domains_exist(recipe: "Recipe") -> None:
@@ -159,6 +194,7 @@ def dense_mixtures_are_trained(recipe: "Recipe") -> None:
 
 CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     min_workers_are_fewer,
+    gpus_are_used,
     domains_exist,
     mixtures_exist,
     processes_share_experts,

@@ -44,7 +44,7 @@ class DataSettings(Strict):
     attend_across_documents: bool = True
     """Let tokens attend to other documents of the same packed sequence. If false, attention stays within a document,
     and positions start at 0 in each."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of the train and held-out split."""
 
     @model_validator(mode="after")

@@ -99,7 +99,7 @@ class MixtureSettings(Strict):
 
     method: str
     """Upcycling method."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of all random numbers."""
 
     ffn: ClassVar[Operation] = Operation.AVERAGE

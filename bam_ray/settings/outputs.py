@@ -1,6 +1,6 @@
 """Settings of the outputs of a run: evaluation, the endpoint, and the curves of training."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,8 +13,11 @@ class EvaluateSettings(Strict):
 
     tokens_per_domain: Count = 32768
     """Number of held-out tokens per domain."""
-    batch_sequences: Annotated[Count, Identity.EXCLUDED] = 16
-    """Number of sequences per forward pass."""
+    dtype: Literal["fp32", "bf16", "auto"] = "auto"
+    """Precision of weights and computation. `auto` means bf16 on GPUs that support it, and fp32 elsewhere. With fp32,
+    matrix products on GPUs use TF32."""
+    batch_sequences: Annotated[Count, Identity.EXCLUDED] = 4
+    """Number of sequences per forward pass. It is halved each time memory runs out."""
     needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of the process that evaluates."""
 
@@ -34,6 +37,9 @@ class ServeSettings(Strict):
     """Number of requests that a replica decodes at the same time."""
     max_length: Count = 512
     """Maximum length of prompt and completion together, in tokens."""
+    dtype: Literal["fp32", "bf16", "auto"] = "auto"
+    """Precision of weights and computation. `auto` means bf16 on GPUs that support it, and fp32 elsewhere. With fp32,
+    matrix products on GPUs use TF32."""
     needs: Demand = Demand()
     """Resources of each replica."""
 

@@ -8,7 +8,7 @@ slash may precede the name of a key.
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from bam_ray.settings.strict import NotNegative, Strict
 
@@ -40,11 +40,23 @@ class Demand(Strict):
     cpus: NotNegative = 1.0
     """Number of CPUs. The worker computes with as many threads."""
     gpus: NotNegative = 0.0
-    """Number of GPUs. 0 means that the worker computes on the CPU."""
-    memory_gib: NotNegative = 0.0
-    """Host memory in GiB. 0 means that nothing is reserved: the worker takes its share of the free memory."""
+    """Number of GPUs: 0, 1, or a fraction, so that several tasks share a GPU. With 0 the worker computes on the CPU and
+    sees no GPU of its node."""
+    memory_gib: NotNegative | None = None
+    """Host memory in GiB. `null` means the estimate of `bam plan`. 0 means that nothing is reserved: the worker takes
+    its share of the free memory."""
     labels: LabelSelector = Field(default={})
     """Ray's label selector for the node, for example `{"ray.io/accelerator-type": "in(A100,H100)"}`."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _are_all_used(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError(
+                f"a worker computes on one GPU, so it would leave the others of {gpus:g} idle: use 1, and more workers "
+                "or replicas"
+            )
+        return gpus
 
 
 class Needs(Demand):

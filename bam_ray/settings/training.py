@@ -6,6 +6,10 @@ from pydantic import Field, model_validator
 
 from bam_ray.settings.strict import Count, Fraction, Identity, NotNegative, Positive, Strict
 
+MAX_STEPS = 10_000_000  # more than any model was trained for, and few enough to plan each checkpoint
+
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+
 
 class Spike(Strict):
     """The thresholds of a spike, as multiples of the median over the last steps.
@@ -36,7 +40,7 @@ class TrainingSettings(Strict):
     """Fraction of the steps with linear warm-up."""
     weight_decay: NotNegative = 0.1
     """AdamW weight decay of matrices. Norms and biases are not decayed."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """AdamW betas."""
     clip_norm: Positive = 1.0
     """Maximum norm of the gradient over all parameters."""
@@ -64,13 +68,22 @@ class TrainingSettings(Strict):
     and fp32 elsewhere."""
     zero_stage: Annotated[Literal[1, 2, 3], Identity.EXCLUDED] = 1
     """ZeRO stage with several workers: 1 shards the optimizer states, 2 also the gradients, 3 also the weights."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of initialization, data order and dropout."""
 
     @property
     def steps(self) -> int:
         """Number of optimizer steps: enough to see `tokens`, with a whole last batch."""
         return -(-self.tokens // self.batch_tokens)
+
+    @model_validator(mode="after")
+    def _steps_are_few(self) -> Self:
+        if self.steps > MAX_STEPS:
+            raise ValueError(
+                f"tokens / batch_tokens gives {self.steps:,} steps, more than {MAX_STEPS:,}: lower tokens or use a "
+                "larger batch"
+            )
+        return self
 
     @model_validator(mode="after")
     def _spike_window_fills(self) -> Self:

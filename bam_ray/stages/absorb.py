@@ -28,7 +28,8 @@ from bam_ray.training.events import BranchAbsorbed, BranchLeftOut, Event
 from bam_ray.training.state import TrainingState, read_optimizer, resize_optimizer_state
 from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.edit_experts import EditOptions, add_expert, names_of, write_edited_mixture
-from bam_ray.upcycling.write import CARRIED, LINEAGE
+from bam_ray.upcycling.tokenizers import is_carried
+from bam_ray.upcycling.write import LINEAGE
 
 LoadModel = Callable[[Path], PreTrainedModel]
 """Loads the whole model that is trained from a mixture's folder."""
@@ -158,7 +159,11 @@ class _MixtureFolder(TensorReader):
 
     def read_file(self, name: str) -> bytes | None:
         """Return the content of a file, or None if there is no such file."""
-        return self._initial.read_file(name) if name in CARRIED else super().read_file(name)
+        return self._initial.read_file(name) if is_carried(name) else super().read_file(name)
+
+    def file_names(self, folder: str = "") -> list[str]:
+        """Return the names of the files in a subfolder, which is one of the tokenizer's."""
+        return self._initial.file_names(folder)
 
     def with_branch(
         self, name: str, branch: TensorReader, folder: Path, manifest: Manifest, seed: int

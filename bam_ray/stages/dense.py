@@ -8,19 +8,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrai
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.checkpoint.model_folder import refuse_outside_link
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
-from bam_ray.families import family_of
+from bam_ray.families import check_weights, family_of
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import Blend, Scratch, TrainingSettings
+from bam_ray.stages.publish import published_dtype
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.train import make_sampler, train_to_artifact
 from bam_ray.stages.training_job import TrainingJob
+from bam_ray.training.devices import requested_device
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.engine import EngineFactory, EngineSpec
 from bam_ray.training.memory import limit_in_bytes
-from bam_ray.training.torch_engine import torch_engine
+from bam_ray.training.torch_engine import TorchEngine
+from bam_ray.upcycling.tokenizers import is_carried
 
 
 def train_seed(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
@@ -45,11 +49,13 @@ def train_branch(run: TaskRun, engine_factory: EngineFactory | None = None) -> M
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
-    model = AutoModelForCausalLM.from_pretrained(run.parent(ArtifactKind.SEEDS, "seed").fetch(), dtype=torch.float32)
+    seed = run.parent(ArtifactKind.SEEDS, "seed")
+    model = AutoModelForCausalLM.from_pretrained(seed.fetch(), dtype=torch.float32)
     settings, domain = run.recipe.branch, run.task.name
     blend = {run.recipe.data.general: settings.general_fraction}
     blend[domain] = blend.get(domain, 0.0) + 1.0 - settings.general_fraction
-    return _train_dense(run, corpus, blend, settings.training, model, engine_factory)
+    dtype = published_dtype(TensorReader(run.store, seed.prefix))
+    return _train_dense(run, corpus, blend, settings.training, model, engine_factory, dtype)
 
 
 def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
@@ -79,13 +85,18 @@ def _train_dense(
     training: TrainingSettings,
     model: PreTrainedModel,
     engine_factory: EngineFactory | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Manifest | None:
+    """Train `model` in fp32 and publish it in `dtype`."""
     if not corpus.attend_across_documents:
         mask_documents(model, corpus.end_of_text_id)
-    spec = EngineSpec(model, training, memory_limit=limit_in_bytes(run.task.needs.memory_gib))
-    job = TrainingJob(corpus, make_sampler(run, corpus, blend, training), blend, training, run.recipe.metrics)
+    needs = run.task.needs
+    memory_limit, device = limit_in_bytes(needs.memory_gib), requested_device(needs.gpus)
+    spec = EngineSpec(model, training, memory_limit=memory_limit, device=device)
+    sampler = make_sampler(run, corpus, blend, training)
+    job = TrainingJob(corpus, sampler, blend, training, run.recipe.metrics, dtype)
     with run.attempt() as attempt:
-        return train_to_artifact(attempt, job, spec, engine_factory or torch_engine)
+        return train_to_artifact(attempt, job, spec, engine_factory or TorchEngine)
 
 
 def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
@@ -93,16 +104,20 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
     lease = run.take_lease()
     source = open_store(uri, run.recipe.store.endpoint)
     reader = TensorReader(source)
-    family_of(reader.config, uri)
+    check_weights(reader, family_of(reader.config, uri))
     if corpus.vocab_size > reader.config["vocab_size"]:
         raise SettingsError(
             f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "
-            f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder"
+            f"{reader.config['vocab_size']}: set data.tokenizer.folder to the seed's folder, and if tokens were added "
+            "to that tokenizer, remove them or grow the seed's embeddings (resize_token_embeddings)"
         )
     keys = [key for key in source.list() if _is_model_file(key, reader)]
     with tempfile.TemporaryDirectory(prefix="bam-seed-") as folder:
         for number, key in enumerate(keys):
             run.context.report(Progress(step=number, total_steps=len(keys), note=f"copying {key}"))
+            if not key.endswith(".safetensors"):
+                refuse_outside_link(source.uri, "", key)
+            (Path(folder) / key).parent.mkdir(exist_ok=True)
             source.get_file(key, Path(folder) / key)
         # Branches write the configuration in the layout of the installed transformers. A seed in an older layout would
         # differ from them, so its configuration is rewritten.
@@ -128,4 +143,6 @@ def _is_model_file(key: str, reader: TensorReader) -> bool:
     """
     if key.endswith(".safetensors"):
         return key in reader.shards
+    if is_carried(key):
+        return True
     return "/" not in key and key.endswith((".json", ".jinja", ".txt", ".model"))

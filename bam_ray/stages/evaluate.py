@@ -33,6 +33,7 @@ from bam_ray.model.parameters import count_parameters
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.stages.publish import CURVE
 from bam_ray.stages.task_run import TaskRun
+from bam_ray.training.devices import inference_dtype, requested_device
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.flops import forward_flops_per_token
 
@@ -101,14 +102,14 @@ class Evaluator:
         self.corpus = Corpus(corpus.fetch())
         self._corpus_id = corpus.id
         self._settings = run.recipe.evaluate
+        self._device = requested_device(run.task.needs.gpus)
         self._store = run.store
         self.lease = lease
         self._context = run.context
 
     def id_of(self, task: Task) -> str:
         """Return the identity of the evaluation of the model that `task` makes."""
-        tokens = self._settings.tokens_per_domain
-        return identity(task.name, {"tokens_per_domain": tokens}, (task.id, self._corpus_id))
+        return identity(task.name, self._settings.identity(), (task.id, self._corpus_id))
 
     def model_score(self, task: Task, kind: ModelKind, lineage: Sequence[Manifest], progress: Progress) -> ModelScore:
         """Return the scores of the model that `task` made.
@@ -138,8 +139,9 @@ class Evaluator:
         """
         started = time.perf_counter()
         folder = Artifact(self._store, task.kind, task.id).fetch()
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = inference_dtype(self._device, self._settings.dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model.to(torch.device(self._device))
         if not self.corpus.attend_across_documents:
             mask_documents(model, self.corpus.end_of_text_id)
         domains, routings = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))

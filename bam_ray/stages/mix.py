@@ -15,15 +15,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.pipeline.tasks import BranchQuorum
 from bam_ray.settings import MixSettings
 from bam_ray.stages.absorb import StartPoint, absorb_late_branches
+from bam_ray.stages.publish import published_dtype
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.train import make_sampler, train_to_artifact
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.blending import DynamicBlendSampler, held_out_rows
+from bam_ray.training.devices import requested_device
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.engine import EngineFactory, EngineSpec
 from bam_ray.training.events import ExpertsShared
@@ -32,7 +35,7 @@ from bam_ray.training.meta_init import model_on_meta
 from bam_ray.training.state import TensorFiles
 from bam_ray.upcycling.write import LINEAGE
 
-BATCH_SEQUENCES = 8
+BATCH_SEQUENCES = 2  # beside a mixture in training
 
 
 def train_mixture(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
@@ -68,8 +71,16 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     training = mix.training.model_copy(update={"micro_batch_sequences": mix.micro_batch(world_size)})
     if not corpus.attend_across_documents:
         mask_documents(model, corpus.end_of_text_id)
-    memory_limit = limit_in_bytes(run.task.needs.memory_gib)
-    spec = EngineSpec(model, training, mix, sharing, None if is_dense else start.folder, memory_limit)
+    needs = run.task.needs
+    spec = EngineSpec(
+        model,
+        training,
+        mix,
+        sharing,
+        weights_folder=None if is_dense else start.folder,
+        memory_limit=limit_in_bytes(needs.memory_gib),
+        device=requested_device(needs.gpus),
+    )
     events = list(start.events)
     if experts and sharing < mix.expert_parallel:
         events.append(ExpertsShared(len(experts), sharing, mix.expert_parallel, world_size))
@@ -80,6 +91,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
         blend,
         mix.training,
         run.recipe.metrics,
+        dtype=published_dtype(TensorReader(run.store, initial.prefix)),
         initial_weights=TensorFiles(sorted(initial_folder.glob("model*.safetensors"))),
         extra_files=(lineage,),
         events=events,
@@ -105,7 +117,7 @@ def _dynamic_sampler(
         origin = (
             run.parent(ArtifactKind.BRANCHES, domain) if domain in branched else run.parent(ArtifactKind.SEEDS, "seed")
         )
-        return dense_nll(origin, corpus, rows)
+        return dense_nll(origin, corpus, rows, requested_device(run.task.needs.gpus))
 
     rows = {
         domain: held_out_rows(corpus, domain, settings.sequences, run.rank, world_size) for domain in sampler.weights
@@ -141,10 +153,10 @@ def gate_config(mix: MixSettings) -> dict[str, Any]:
     }
 
 
-def dense_nll(origin: Artifact, corpus: Corpus, rows: np.ndarray) -> float:
-    """Return the mean NLL in nats per token of a seed or branch on rows [S, L] of `corpus`."""
-    model = AutoModelForCausalLM.from_pretrained(origin.fetch(), dtype=torch.float32)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+def dense_nll(origin: Artifact, corpus: Corpus, rows: np.ndarray, device: str) -> float:
+    """Return the mean NLL in nats per token of a seed or branch on rows [S, L] of `corpus`, in fp32 on `device`."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(origin.fetch(), dtype=torch.float32)
+    model.to(torch.device(device))
     if not corpus.attend_across_documents:
         mask_documents(model, corpus.end_of_text_id)
     return perplexity(model, rows, BATCH_SEQUENCES).nll

@@ -3,25 +3,40 @@
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from bam_ray.checkpoint.manifest import ComputeCost, Manifest
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.checkpoints import retry_while_unavailable
 from bam_ray.training.engine import Engine
 from bam_ray.training.flops import run_flops
 from bam_ray.training.loop import FinishedTraining
+from bam_ray.training.state import TrainingState
+from bam_ray.upcycling.plan_config import checkpoint_dtype
 
 CURVE = "curve.json"
+
+
+def published_dtype(initial: TensorReader) -> torch.dtype:
+    """Return the dtype in which a model that is trained from `initial` is published: that of `initial`, or fp32.
+
+    Training computes fp32 weights, so a model of a larger dtype is published in fp32.
+    """
+    dtype = checkpoint_dtype(initial)
+    return dtype if dtype.itemsize <= torch.float32.itemsize else torch.float32
 
 
 def publish_model(
     run: TaskRun, job: TrainingJob, engine: Engine, finished: FinishedTraining, wall_seconds: float
 ) -> Manifest | None:
     """Commit the model of a finished training. Every rank calls this, and only rank 0 gets the manifest."""
-    state = engine.state()
+    state = engine.state(only_weights=True)
     if state is None or run.lease is None:
         return None
     task, settings = run.task, job.training
@@ -49,9 +64,28 @@ def publish_model(
     )
     with tempfile.TemporaryDirectory(prefix="bam-model-") as temporary:
         folder = Path(temporary)
-        state.write_model(folder)
+        write_model(state, folder, job.dtype)
         shutil.copytree(job.corpus.tokenizer_folder, folder, dirs_exist_ok=True)
         for path in job.extra_files:
             shutil.copy(path, folder)
         (folder / CURVE).write_text(json.dumps([asdict(metrics) for metrics in finished.curve]))
         return retry_while_unavailable()(run.artifact.publish, folder, manifest, run.lease)
+
+
+def write_model(state: TrainingState, folder: Path, dtype: torch.dtype) -> None:
+    """Write the Hugging Face folder of a model with its weights in `dtype`; checkpoints keep them in fp32."""
+    converted: dict[tuple[torch.device, int, torch.Size], Tensor] = {}  # names of tied weights share a tensor
+
+    def convert(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        key = (tensor.device, tensor.data_ptr(), tensor.shape)
+        if key not in converted:
+            converted[key] = tensor.detach().to(dtype)
+        return converted[key]
+
+    replace(state, weights={name: convert(tensor) for name, tensor in state.weights.items()}).write_model(folder)
+    path = folder / "config.json"  # transformers writes the dtype of the model, which is fp32
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bam_ray.data import BlendedSampler, Corpus
@@ -22,6 +23,7 @@ class TrainingJob:
     blend: Blend  # the sampler's initial weights, as the settings give them
     training: TrainingSettings
     metrics: MetricsSettings
+    dtype: torch.dtype = torch.float32  # of the published weights: that of the seed
     initial_weights: Mapping[str, Tensor] | None = None  # a mixture's weights at step 0
     extra_files: tuple[Path, ...] = ()  # copied to the folders of the artifact and its checkpoints
     extra_parents: tuple[str, ...] = ()  # ids of parents of the artifact that the task does not have

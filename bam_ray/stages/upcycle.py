@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import artifact_writer
 from bam_ray.data import Corpus
 from bam_ray.errors import BlobExists, CheckpointError, Interrupted
-from bam_ray.pipeline.tasks import Progress
+from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import BranchedMixture, MixtureSettings, RoutedMixture
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.units import MIB
-from bam_ray.upcycling import upcycle
+from bam_ray.upcycling import UpcyclingPhase, upcycle
 
 
 def upcycle_mixture(run: TaskRun) -> Manifest:
@@ -38,11 +39,6 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
         check_parent(artifact)
     sources = {source: TensorReader(run.store, artifact.prefix) for source, artifact in origins.items()}
 
-    def progress(done: int, total: int) -> None:
-        if run.context.should_stop():
-            raise Interrupted(f"upcycling {name} is not finished: run the same command again to repeat it")
-        run.context.report(Progress(step=done // MIB, total_steps=total // MIB, note="MiB written"))
-
     manifest = Manifest(
         id=run.task.id,
         kind=run.task.kind,
@@ -58,7 +54,7 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
         manifest,
         run.recipe.mix.losses,
         _texts(settings, run, branches),
-        progress,
+        UpcyclingProgress(name, run.context),
     )
     return made.manifest
 
@@ -69,6 +65,37 @@ def check_parent(artifact: Artifact) -> None:
     if manifest is None:
         raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it")
     artifact.check_files(manifest)
+
+
+class UpcyclingProgress:
+    """The progress of upcycling, of which each phase has its own unit, speed and ETA.
+
+    Args:
+        name: The name of the mixture.
+        context: Receives the progress, and may ask to stop.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(self, name: str, context: StageContext, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._context, self._clock = name, context, clock
+        self._phase: UpcyclingPhase | None = None
+        self._started = 0.0
+        self._before = 0  # what was done when the phase was first reported
+
+    def __call__(self, done: int, total: int, phase: UpcyclingPhase) -> None:
+        """Report progress. Raises `Interrupted` if the context asks to stop."""
+        if self._context.should_stop():
+            raise Interrupted(f"upcycling {self._name} is not finished: run the same command again to repeat it")
+        now = self._clock()
+        if phase != self._phase:
+            self._phase, self._started, self._before = phase, now, done
+        advanced = done - self._before
+        eta = (now - self._started) * (total - done) / advanced if advanced else None
+        if phase == "writing":
+            progress = Progress(done // MIB, total // MIB, note="MiB written", eta_seconds=eta)
+        else:
+            progress = Progress(done, total, note="layers whose routers are fitted to text", eta_seconds=eta)
+        self._context.report(progress)
 
 
 def starting_branches(run: TaskRun) -> list[str]:

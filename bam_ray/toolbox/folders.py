@@ -15,7 +15,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import SettingsError
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
-from bam_ray.model import BamConfig, is_mixture
+from bam_ray.model import is_mixture
 from bam_ray.settings import Losses, MixtureSettings, StoreSettings
 from bam_ray.toolbox.token_rows import token_rows
 from bam_ray.upcycling import (
@@ -25,6 +25,7 @@ from bam_ray.upcycling import (
     Upcycled,
     export_mixtral,
     load_model,
+    mixture_config_of,
     plan,
     write_edited_mixture,
     write_model,
@@ -111,7 +112,7 @@ def change_mixture(
         out: Location of the new folder.
         average_weight: Weight of the branch in the parameters that experts share.
         texts: Rows of tokens by name, int64 [S, L]; both mixtures are evaluated on them.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk.
     """
     sources = [mixture] if branch is None else [mixture, branch]
     check_disk_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
@@ -162,9 +163,13 @@ def tokenize_texts(sources: Mapping[str, str], model: TensorReader, sequences: i
     """
     if sources and not sequences:
         raise SettingsError("these settings use no text: leave it out, or set router.init to means or ridge")
-    config = BamConfig.from_dict(model.config) if is_mixture(model.config) else None
-    positions = config.max_position_embeddings if config else model.config.get("max_position_embeddings", length)
+    if not sources:
+        return {}
+    if is_mixture(model.config):
+        positions = mixture_config_of(model).max_position_embeddings
+    else:
+        normalized = family_of(model.config, model.uri).normalize_config(model.config)
+        positions = normalized.get("max_position_embeddings") or length
     return {
-        name: token_rows(name, source, model, sequences, min(length, int(positions)))
-        for name, source in sources.items()
+        name: token_rows(name, source, model, sequences, min(length, positions)) for name, source in sources.items()
     }

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from string import Template
 
 from bam_ray.blobs import open_store
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data.sources import read_documents
-from bam_ray.errors import BlobNotFound, FamilyError, SettingsError
-from bam_ray.families import family_of
+from bam_ray.errors import FamilyError, SettingsError
+from bam_ray.families import check_weights, family_of
 from bam_ray.settings import DomainSettings, parse_recipe
+from bam_ray.upcycling.tokenizers import has_tokenizer
 
 LONGEST_SEQUENCE = 2048
 
@@ -85,7 +87,8 @@ def recipe_for(
 
     Raises:
         SettingsError: There is no general domain, or no other one.
-        FamilyError: The seed's architecture is not supported.
+        FamilyError: The seed's architecture is not supported, or it has no tokenizer.
+        CheckpointError: The seed is not a model folder that can be read.
         DataError: A domain has no text.
     """
     branches = [domain for domain in texts if domain != general]
@@ -116,12 +119,8 @@ def recipe_for(
 
 def _positions(seed: str, endpoint: str | None) -> int:
     """Check that the folder can be a seed, and return the number of its positions."""
-    store = open_store(seed, endpoint)
-    try:
-        config = json.loads(store.get("config.json"))
-    except (BlobNotFound, ValueError):
-        raise FamilyError(f"{seed} has no readable config.json: give the folder of a Hugging Face model") from None
-    family_of(config, seed)
-    if not store.exists("tokenizer.json"):
-        raise FamilyError(f"{seed} has no tokenizer.json: save the model's fast tokenizer there")
-    return int(config.get("max_position_embeddings", LONGEST_SEQUENCE))
+    reader = TensorReader(open_store(seed, endpoint))
+    check_weights(reader, family_of(reader.config, seed))
+    if not has_tokenizer(reader):
+        raise FamilyError(f"{seed} has no tokenizer: save the model's tokenizer there")
+    return int(reader.config.get("max_position_embeddings") or LONGEST_SEQUENCE)

@@ -1,13 +1,13 @@
 """Rows of tokens from text that the user gives: for router fits, importance scores and perplexity tables."""
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data.sources import read_documents
-from bam_ray.errors import CheckpointError, DataError
+from bam_ray.errors import DataError
 from bam_ray.settings import DomainSettings
+from bam_ray.upcycling.tokenizers import load_tokenizer
 
 MIN_ROWS = 2
 
@@ -27,14 +27,9 @@ def token_rows(name: str, source: str, model: TensorReader, sequences: int, leng
 
     Raises:
         DataError: The text has less than two rows.
-        CheckpointError: The model has no fast tokenizer.
+        CheckpointError: The model has no tokenizer that can be loaded.
     """
-    data = model.read_file("tokenizer.json")
-    if data is None:
-        raise CheckpointError(f"{model.uri} has no tokenizer.json, which text needs: copy the seed's into it")
-    tokenizer = Tokenizer.from_str(data.decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = load_tokenizer(model)
     tokenizer.encode_special_tokens = True
     ends = model.config.get("eos_token_id")
     end = ends[0] if isinstance(ends, list) else ends

@@ -172,7 +172,8 @@ class Checkpoints:
         self.settle(MAX_PENDING - 1)
         # The next step would change a live state, so it is written now
         folder = _write_locally(state, trainer, self._extra_files) if state.live else None
-        self._pending.append(self._pool.submit(self._upload, state, folder, trainer, self._lease))
+        # The upload takes the state out of the list, so that its memory is free as soon as it is in a local folder
+        self._pending.append(self._pool.submit(self._upload, [state], folder, trainer, self._lease))
 
     def settle(self, pending: int = MAX_PENDING) -> None:
         """Wait until at most `pending` uploads are pending; raises the error of an upload that has failed."""
@@ -192,9 +193,10 @@ class Checkpoints:
     def _checkpoint(self, name: str) -> Artifact:
         return Artifact(self._store, self._artifact.kind, self._artifact.id, "steps", name)
 
-    def _upload(self, state: TrainingState, folder: Path | None, trainer: dict[str, Any], lease: Lease) -> None:
+    def _upload(self, states: list[TrainingState], folder: Path | None, trainer: dict[str, Any], lease: Lease) -> None:
         step = trainer["step"]
-        folder = folder or _write_locally(state, trainer, self._extra_files)
+        folder = folder or _write_locally(states[0], trainer, self._extra_files)
+        states.clear()
         try:
             self._retrying(self._commit, folder, step, lease)
             self._emit(CheckpointCommitted(step))

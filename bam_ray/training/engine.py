@@ -32,6 +32,7 @@ class EngineSpec:
     expert_parallel: int = 1  # number of processes that share the experts of a mixture
     weights_folder: Path | None = None  # the weights of a model on the meta device: each process reads its own part
     memory_limit: int | None = None  # bytes of host memory that this process may use; None: no limit
+    device: str = "cpu"  # "cuda" for a task that requested GPUs (`training.devices.requested_device`)
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,11 @@ class Engine(Protocol):
         """Return the mean of `value` over all ranks, on all ranks. A collective."""
         ...
 
-    def state(self) -> TrainingState | None:
-        """Return the canonical state on rank 0 and None on the others. A collective."""
+    def state(self, only_weights: bool = False) -> TrainingState | None:
+        """Return the canonical state on rank 0 and None on the others. A collective.
+
+        With `only_weights` the state is live and has no optimizer states, to write the model before the next step.
+        """
         ...
 
     def load(self, folder: Path) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bam_ray.errors import SettingsError
+from bam_ray.settings import TrainingSettings
 from bam_ray.training.devices import random_state, set_random_state
 from bam_ray.training.memory import Memory
 from bam_ray.training.micro_batch import find_largest_micro_batch, halve_until_it_fits, runs_out_of_memory
-from bam_ray.training.objective import Objective, single_domain
+from bam_ray.training.objective import Objective, as_mixture, single_domain
 
 
 class GradientBackend(Protocol):
@@ -22,6 +23,7 @@ class GradientBackend(Protocol):
 
     world_size: int
     model: PreTrainedModel
+    settings: TrainingSettings
     memory: Memory
 
     def forward(self, input_ids: Tensor, domains: Tensor | None = None) -> Objective:
@@ -61,6 +63,7 @@ class GradientAccumulator:
                 not fit can be halved; otherwise the other ranks would wait for the rank that ran out of memory.
         """
         self.micro_batch = None if micro_batch == "auto" else micro_batch
+        self._found_by_trial = micro_batch == "auto"
         self._backend, self._device, self._can_halve = backend, device, ranks_are_independent
 
     def accumulate(self, input_ids: Tensor, domains: Tensor | None = None) -> Tensor:
@@ -91,10 +94,7 @@ class GradientAccumulator:
         if self._can_halve:
             self.micro_batch = halve_until_it_fits(run_all, self.micro_batch, backend.memory, backend.any_rank)
         elif runs_out_of_memory(run_all, self.micro_batch):
-            raise SettingsError(
-                f"out of memory with {self.micro_batch} sequences at once on each of {backend.world_size} processes: "
-                "set a smaller micro_batch_sequences or recompute: true, or use devices with more memory"
-            )
+            raise self._does_not_fit()
         return reduce(torch.add, packed)
 
     def evaluate(self, input_ids: Tensor) -> float:
@@ -108,6 +108,20 @@ class GradientAccumulator:
         finally:
             model.train()
         return float(torch.stack(sums).sum() / len(input_ids))
+
+    def _does_not_fit(self) -> SettingsError:
+        """Return the error for a micro batch that does not fit and cannot be halved."""
+        size = self.micro_batch or 1
+        # Of a mixture, the micro batch is a part of the objective
+        adjustable = size > 1 and not self._found_by_trial and as_mixture(self._backend.model) is None
+        options = ["set a smaller micro_batch_sequences"] if adjustable else []
+        if not self._backend.settings.recompute:
+            options.append("set recompute: true")
+        return SettingsError(
+            f"out of memory with {size} {'sequences' if size > 1 else 'sequence'} at once on each of "
+            f"{self._backend.world_size} processes: {', '.join([*options, 'use more processes'])} or use devices with "
+            "more memory"
+        )
 
     def _find_micro_batch(self, input_ids: Tensor) -> int:
         """Return the micro batch for shares like `input_ids`; the gradients of the trials are dropped."""

@@ -1,7 +1,10 @@
 """The memory that a training process holds and can still take, on a CPU or a GPU."""
 
 import contextlib
+import ctypes
+import errno
 import os
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +17,11 @@ USABLE_FRACTION = 0.9  # of the free memory: allocators fragment, and a measurem
 CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 CGROUP_USAGES = ("memory.current", "memory/memory.usage_in_bytes")
 CGROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|cannot allocate memory|not enough memory|alloc_failed|failed to allocate",
+    re.IGNORECASE,
+)
+"""Matches the errors of CUDA and NCCL outside torch's allocator, of the CPU allocator, cuBLAS and cuDNN."""
 
 
 class Memory(Protocol):
@@ -90,10 +98,17 @@ class HostMemory:
 
     def available_bytes(self) -> int:
         """See `Memory`."""
+        return_freed_memory()
         free = min(psutil.virtual_memory().available, *cgroup_available_bytes())
         if self._limit is not None:
             return int(min(free, max(0, self._limit - self.used_bytes())) * USABLE_FRACTION)
         return int(free * USABLE_FRACTION * min(1.0, torch.get_num_threads() / (os.cpu_count() or 1)))
+
+
+def return_freed_memory() -> None:
+    """Return the memory that malloc keeps after it was freed to the machine, so that it does not count as used."""
+    with contextlib.suppress(AttributeError, OSError):  # not in every C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cgroup_available_bytes(folder: Path = CGROUP) -> list[int]:
@@ -110,14 +125,15 @@ def memory_of(device: str, host_limit: int | None = None) -> Memory:
     return DeviceMemory(device) if device.startswith("cuda") else HostMemory(host_limit)
 
 
-def limit_in_bytes(memory_gib: float) -> int | None:
-    """Return a task's memory request in bytes, or None if the task requested no amount (0)."""
-    return int(memory_gib * GIB) or None
+def limit_in_bytes(memory_gib: float | None) -> int | None:
+    """Return a task's memory request in bytes, or None if the task requested no amount (None or 0)."""
+    return int(memory_gib * GIB) if memory_gib else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if torch or Python raised `error` because memory ran out, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in message or "ALLOC_FAILED" in message)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

@@ -5,7 +5,8 @@ only determines memory use and speed: the losses of a dense model are the same f
 rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -66,7 +67,7 @@ def runs_out_of_memory(work: Callable[[int], None], size: int) -> bool:
     """
     try:
         work(size)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
     else:
@@ -78,7 +79,28 @@ def runs_out_of_memory(work: Callable[[int], None], size: int) -> bool:
 def single_sequence_error(memory: Memory) -> TrainingError:
     """Return the error for a device that cannot hold a step with a single sequence."""
     return TrainingError(
-        f"out of memory with a micro batch of one sequence ({memory.used_bytes() / GIB:.1f} GiB in use, "
-        f"{memory.available_bytes() / GIB:.1f} GiB free): use a device with more memory or a smaller "
-        "data.sequence_length"
+        f"out of memory with a micro batch of one sequence ({_used_and_free(memory)}): use a device with more memory "
+        "or a smaller data.sequence_length"
     )
+
+
+@contextmanager
+def updating_weights(memory: Memory) -> Iterator[None]:
+    """Raise `TrainingError` if memory runs out in the block, which updates the weights.
+
+    It cannot be repeated with a smaller micro batch: some weights may be updated already, and its memory does not
+    depend on the micro batch.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory in the update of the weights ({_used_and_free(memory)}): use devices with more memory, or "
+            "more workers with zero_stage 2 or 3"
+        ) from error
+
+
+def _used_and_free(memory: Memory) -> str:
+    return f"{memory.used_bytes() / GIB:.1f} GiB in use, {memory.available_bytes() / GIB:.1f} GiB free"

@@ -7,6 +7,7 @@ its logits are computed once (as in Liger's fused linear cross-entropy, arXiv 24
 Shapes: T tokens, d hidden, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,6 +56,20 @@ class NextTokenLoss(nn.Module):
         nll = self.head(out.last_hidden_state[:, :-1].flatten(0, 1), targets)
         return nll, getattr(out, "router_outputs", ())
 
+    def sequence_nll(self, input_ids: Tensor) -> tuple[list[float], Any]:
+        """Return the mean NLL of each row of `input_ids` [B, L], and the output of the model without its head.
+
+        The mean is over the last L - 1 tokens and in double precision. For a model without a plain head, the output is
+        that of the whole model.
+        """
+        if self.head is None:
+            out = self.model(input_ids=input_ids, use_cache=False)
+            nll = [F.cross_entropy(row.float(), ids[1:], reduction="none") for row, ids in _rows(out.logits, input_ids)]
+        else:
+            out = self.model.base_model(input_ids=input_ids, use_cache=False)
+            nll = [self.head.token_nll(row, ids[1:]) for row, ids in _rows(out.last_hidden_state, input_ids)]
+        return torch.stack([row.mean(dtype=torch.double) for row in nll]).tolist(), out
+
 
 class ChunkedHead(nn.Module):
     """The head of a model together with the loss.
@@ -75,6 +90,15 @@ class ChunkedHead(nn.Module):
         nll: Tensor = SummedNLL.apply(hidden * self.scale, weight, targets)  # type: ignore[no-untyped-call]
         return nll / len(targets)
 
+    @torch.no_grad()
+    def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the NLL of each of the `targets` [T] for the hidden states [T, d], without gradients: [T] in fp32."""
+        size = chunk_tokens(hidden)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat(
+            [F.cross_entropy((x @ self.weight.t() * self.scale).float(), ids, reduction="none") for x, ids in chunks]
+        )
+
 
 class SummedNLL(torch.autograd.Function):
     """The sum Σ -log softmax(hidden · weightᵀ)[target] in fp32, for hidden [T, d], weight [V, d] and targets [T].
@@ -92,7 +116,7 @@ class SummedNLL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float) if of_weight else None
         total = hidden.new_zeros((), dtype=torch.float)
-        size = max(MIN_CHUNK_TOKENS, hidden.shape[1])
+        size = chunk_tokens(hidden)
         with torch.autocast(device, enabled=False):
             cast = weight.to(dtype)
             for start in range(0, len(hidden), size):
@@ -121,6 +145,16 @@ class SummedNLL(torch.autograd.Function):
         if grad_weight is not None:  # in place, because it is as large as the weight
             grad_weight = grad_weight.mul_(grad).to(ctx.dtype)
         return grad_hidden, grad_weight, None
+
+
+def chunk_tokens(hidden: Tensor) -> int:
+    """Return the number of the tokens of `hidden` [T, d] whose logits are computed at once."""
+    return max(MIN_CHUNK_TOKENS, hidden.shape[1])
+
+
+def _rows(out: Tensor, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return the sequences of a batch: the outputs [L - 1, ...] that predict a token, and the token ids [L]."""
+    return zip(out[:, :-1], input_ids, strict=True)
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:

@@ -6,18 +6,23 @@
 The state contains nothing about ranks, so any number of processes can load it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bam_ray.errors import CheckpointError
+from bam_ray.checkpoint.tensors import TensorSpec
+from bam_ray.errors import CheckpointError, TrainingError
+from bam_ray.training.tensor_file import HostCopier, specs_of, write_tensors
 
 OPTIMIZER = "optimizer.safetensors"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
@@ -35,16 +40,41 @@ class TrainingState:
     optimizer: Mapping[str, Tensor]
     step: int
     live: bool
+    optimizer_file: Path | None = None  # Adam's states, in place of `optimizer`, if the host had no memory for them
 
     def write(self, folder: Path) -> None:
         """Write the state, which `read_weights` and `read_optimizer` read."""
         self.write_model(folder)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.optimizer.items()}
-        save_file({**tensors, "step": torch.tensor(self.step)}, folder / OPTIMIZER)
+        if self.optimizer_file is not None:
+            shutil.move(self.optimizer_file, folder / OPTIMIZER)
+        else:
+            write_optimizer(folder / OPTIMIZER, specs_of(self.optimizer), self.optimizer.values(), self.step)
 
     def write_model(self, folder: Path) -> None:
         """Write only the Hugging Face folder."""
         self.model.save_pretrained(folder, state_dict=dict(self.weights))
+
+
+def write_optimizer(path: Path, specs: Iterable[TensorSpec], states: Iterable[Tensor], step: int) -> None:
+    """Write Adam's states after `step` updates; only one of them is in host memory at a time."""
+    steps = torch.tensor(step)
+    write_tensors(path, [*specs_of({"step": steps}), *specs], itertools.chain([steps], states))
+
+
+def spill_optimizer(specs: Iterable[TensorSpec], states: Iterable[Tensor], step: int) -> Path:
+    """Write Adam's states to a local file, and return its path.
+
+    Raises:
+        TrainingError: The file cannot be written.
+    """
+    try:
+        path = Path(tempfile.mkstemp(prefix="bam-step-", suffix=".safetensors")[1])
+        write_optimizer(path, specs, states, step)
+    except OSError as error:
+        raise TrainingError(
+            f"no checkpoint can be written to {tempfile.gettempdir()}: {error}; free space there or set TMPDIR"
+        ) from error
+    return path
 
 
 def snapshot(
@@ -62,7 +92,8 @@ def snapshot(
     size = sum(tensor.nbytes for tensors in (weights, optimizer) for tensor in tensors.values())
     if size > available_bytes:
         return TrainingState(model, weights, optimizer, step, live=True)
-    return TrainingState(model, _copies(weights), _copies(optimizer), step, live=False)
+    copier = HostCopier()
+    return TrainingState(model, _copies(weights, copier), _copies(optimizer, copier), step, live=False)
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -111,17 +142,13 @@ def resize_optimizer_state(states: Mapping[str, Tensor], model: PreTrainedModel)
     return {name: padded(state, len(parameters[name.rpartition(".")[0]])) for name, state in states.items()}
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copies(tensors: Mapping[str, Tensor], copier: HostCopier) -> dict[str, Tensor]:
     """Return copies in host memory. Names that share a tensor (tied weights) share its copy."""
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape)
         if key not in copies:
-            copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(
-                tensor.detach(), non_blocking=True
-            )
+            copies[key] = copier.copy(tensor)
         named[name] = copies[key]
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
     return named

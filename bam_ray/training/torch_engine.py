@@ -11,15 +11,11 @@ from bam_ray.training.devices import device_name, resolve_precision
 from bam_ray.training.engine import NO_LIMITS, EngineSpec, LossLimits, StepResult
 from bam_ray.training.gradient_accumulation import GradientAccumulator
 from bam_ray.training.memory import HostMemory, memory_of
+from bam_ray.training.micro_batch import updating_weights
 from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import BatchStatistics, Objective, as_mixture, objective, update_selection_biases
 from bam_ray.training.param_groups import freeze, param_groups, set_learning_rates
 from bam_ray.training.state import ADAM_STATES, TrainingState, read_optimizer, read_weights, snapshot
-
-
-def torch_engine(spec: EngineSpec) -> "TorchEngine":
-    """Return an engine on the GPU of this process, or on the CPU if there is no GPU."""
-    return TorchEngine(spec, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 class TorchEngine:
@@ -28,8 +24,8 @@ class TorchEngine:
     rank = 0
     world_size = 1
 
-    def __init__(self, spec: EngineSpec, device: str = "cpu") -> None:
-        model, settings = spec.model, spec.training
+    def __init__(self, spec: EngineSpec) -> None:
+        model, settings, device = spec.model, spec.training, spec.device
         self.model = model.to(device).train()
         self.settings, self.mixing, self.device = settings, spec.mixing, device
         self.precision = resolve_precision(device, settings.precision)
@@ -63,7 +59,8 @@ class TorchEngine:
     ) -> StepResult:
         """See `Engine`."""
         statistics = BatchStatistics.unpack(self._accumulator.accumulate(input_ids, domains), self._mixture)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+        with updating_weights(self.memory):
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
         nll, load_balance, router_z = statistics.losses()
         try:
             if not torch.isfinite(norm + statistics.nll):
@@ -73,7 +70,8 @@ class TorchEngine:
             self.drop_gradients()
             raise
         set_learning_rates(self.optimizer.param_groups, lr, self.mixing, self._fraction_done)
-        self.optimizer.step()
+        with updating_weights(self.memory):
+            self.optimizer.step()
         self.drop_gradients()
         self.updates += 1
         update_selection_biases(self._mixture, statistics.load, self.mixing.losses.bias_rate)
@@ -114,14 +112,16 @@ class TorchEngine:
         """See `Engine`."""
         return value
 
-    def state(self) -> TrainingState:
+    def state(self, only_weights: bool = False) -> TrainingState:
         """See `Engine`."""
+        step = self.updates
         states = {
             f"{name}.{kind}": self.optimizer.state[parameter][kind]
             for name, parameter in self.parameters.items()
             for kind in ADAM_STATES
         }
-        step = self.updates
+        if only_weights:
+            return TrainingState(self.model, self.model.state_dict(), {}, step, live=True)
         available = self._host.available_bytes()
         return snapshot(self.model, self.model.state_dict(), states if step else {}, step, available)
 

@@ -29,7 +29,7 @@ from bam_ray.upcycling.export import export_mixtral
 from bam_ray.upcycling.loading import load_model
 from bam_ray.upcycling.upcycle import plan, upcycle
 from bam_ray.upcycling.verify import CheckResult, verify
-from bam_ray.upcycling.write import ProgressCallback, Upcycled, write_model
+from bam_ray.upcycling.write import ProgressCallback, Upcycled, UpcyclingPhase, write_model
 
 __all__ = [
     "CheckResult",
@@ -37,6 +37,7 @@ __all__ = [
     "ExpertEdit",
     "ProgressCallback",
     "Upcycled",
+    "UpcyclingPhase",
     "add_expert",
     "export_mixtral",
     "load_model",

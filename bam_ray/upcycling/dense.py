@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.errors import UpcycleError
+from bam_ray.errors import CheckpointError, UpcycleError, one_line
 from bam_ray.families import FFN_ROLES, DenseParameter, Role, expert_name, family_of, plain_name, shared_name
 from bam_ray.model import BamConfig, is_mixture
 from bam_ray.upcycling.methods import is_plain
@@ -28,7 +29,57 @@ def mixture_config_of(reader: TensorReader) -> BamConfig:
             f"{reader.uri} is a dense {reader.config.get('model_type')!r} model, not a mixture of bam_ray: make a "
             "mixture of it with `bam upcycle` first"
         )
-    config: BamConfig = BamConfig.from_dict(reader.config)
+    try:
+        config: BamConfig = BamConfig.from_dict(reader.config)
+    except Exception as error:  # the checks of transformers raise many types
+        raise UpcycleError(
+            f"{reader.uri}/config.json is not the configuration of a mixture: {one_line(error, all_lines=True)}"
+        ) from None
+    stacked = {spec.shape[0] for name, spec in reader.specs.items() if ".experts." in name and spec.shape}
+    if config.num_experts not in stacked:
+        raise UpcycleError(
+            f"{reader.uri}/config.json: num_experts is {config.num_experts}, but no tensor holds so many experts: use "
+            "the config.json that was saved with the weights"
+        )
+    return config
+
+
+def meta_model(config: PreTrainedConfig, uri: str) -> PreTrainedModel:
+    """Return a model without memory for its weights; `uri` is its folder for messages.
+
+    Raises:
+        CheckpointError: The configuration describes no model that can be built.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except Exception as error:  # torch and transformers raise many types
+        raise CheckpointError(f"{uri}/config.json describes a model that cannot be built: {one_line(error)}") from None
+    return model
+
+
+def tensor_mismatch(reader: TensorReader, config: BamConfig) -> str:
+    """Return the first tensor whose shape is not that of the mixture's configuration, for people; empty if all fit."""
+    model = meta_model(config, reader.uri)
+    saved = model.state_dict()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    expected = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *buffers)}  # tied parameters once
+    found = {name: spec.shape for name, spec in reader.specs.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if not wrong:
+        return ""
+    shapes = f"shape {found.get(wrong[0])}, expected {expected.get(wrong[0])}"
+    return f"{wrong[0]} has {shapes} ({len(wrong)} tensors differ)"
+
+
+def check_mixture(reader: TensorReader) -> BamConfig:
+    """Return the configuration of the mixture at `reader`; raise `UpcycleError` if its tensors are others."""
+    config = mixture_config_of(reader)
+    mismatch = tensor_mismatch(reader, config)
+    if mismatch:
+        raise UpcycleError(
+            f"{reader.uri}: {mismatch}: use a complete mixture with the config.json that was saved with it"
+        )
     return config
 
 
@@ -39,10 +90,19 @@ def is_split(config: BamConfig) -> bool:
 
 
 def seed_config(config: BamConfig) -> dict[str, Any]:
-    """Return the `config.json` of the seed that a mixture came from; raise `UpcycleError` if it is not recorded."""
-    if config.seed_config is None:
+    """Return the `config.json` of the seed that a mixture came from.
+
+    Raises:
+        UpcycleError: It is not recorded, or has another number of layers than the mixture.
+        FamilyError: It is no configuration of a supported architecture.
+    """
+    dense = config.seed_config
+    if not isinstance(dense, dict):
         raise UpcycleError("the mixture's config.json has no seed_config, the configuration of its seed: upcycle again")
-    return dict(config.seed_config)
+    if dense.get("num_hidden_layers", config.num_hidden_layers) != config.num_hidden_layers:
+        raise UpcycleError("the mixture's config.json and the seed_config in it differ in num_hidden_layers")
+    family_of(dense, "the seed_config of the mixture")
+    return dict(dense)
 
 
 def dense_tensors(config: BamConfig, read: ReadTensor, expert: int, layers: Sequence[int]) -> dict[str, Tensor]:

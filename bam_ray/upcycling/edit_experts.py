@@ -8,10 +8,8 @@ Nexus, arXiv 2408.15901), which may be 0.
     write_edited_mixture(mixture, edit, branch, writer, manifest, EditOptions(average_weight=0.0))
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
@@ -19,12 +17,13 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.families import DenseParameter, expert_name, family_of, plain_name
 from bam_ray.model import BamConfig
-from bam_ray.upcycling.dense import is_split, mixture_config_of, seed_config
+from bam_ray.upcycling.dense import check_mixture, is_split, seed_config
 from bam_ray.upcycling.expressions import Concat, Draw, Expression, Mean, Take
 from bam_ray.upcycling.methods import is_plain
 from bam_ray.upcycling.plan import PlannedTensor
-from bam_ray.upcycling.preflight import check_config, check_shape, check_tensors, check_tokenizer
-from bam_ray.upcycling.write import LINEAGE, ModelPlan, ProgressCallback, Upcycled, write_model
+from bam_ray.upcycling.preflight import check_source
+from bam_ray.upcycling.tokenizers import check_same_tokenizer
+from bam_ray.upcycling.write import ModelPlan, ProgressCallback, Upcycled, read_history, write_model
 
 MIXTURE = "mixture"
 """The name of the edited mixture among the sources."""
@@ -144,12 +143,12 @@ def write_edited_mixture(
         writer: The writer of the edited mixture's folder.
         manifest: The manifest to commit. The digests of the files are added.
         options: The options of the edit.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk.
 
     Raises:
         UpcycleError: The branch does not fit the mixture, or the mixture is a split.
     """
-    config = mixture_config_of(mixture)
+    config = check_mixture(mixture)
     options = options or EditOptions()
     if is_split(config):
         raise UpcycleError(
@@ -169,26 +168,14 @@ def write_edited_mixture(
     record = {"experts": edit.names, **asdict(options)}
     if options.step is None:
         del record["step"]
-    history = [*_history(mixture), {edit.verb: record, "of": {name: each.uri for name, each in sources.items()}}]
+    history = [*read_history(mixture), {edit.verb: record, "of": {name: each.uri for name, each in sources.items()}}]
     return write_model(ModelPlan(edited, outputs, [], history), sources, writer, manifest, progress=progress)
 
 
 def check_branch(config: BamConfig, mixture: TensorReader, branch: TensorReader, name: str) -> None:
     """Raise `UpcycleError` if `branch` does not come from the seed that `mixture` came from."""
-    dense = seed_config(config)
-    family = family_of(branch.config, branch.uri)
-    check_config(branch, name, dense, "the mixture's seed")
-    check_tensors(branch, family)
-    check_tokenizer(branch, name, mixture, "the mixture")
-    for parameter in family.parameters(dense):
-        if parameter.layer is None:
-            plain = plain_name(parameter.role, None)
-            check_shape(branch, parameter.name, mixture.specs[plain].shape, "the mixture")
-
-
-def _history(mixture: TensorReader) -> list[dict[str, Any]]:
-    lineage = mixture.read_file(LINEAGE)
-    return list(json.loads(lineage)["history"]) if lineage else []
+    check_source(branch, name, seed_config(config), "the mixture's seed")
+    check_same_tokenizer(branch, name, mixture, "the mixture")
 
 
 class _EditPlanner:

@@ -16,10 +16,11 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.families import SHARED_SETTINGS
 from bam_ray.model import BamConfig
-from bam_ray.upcycling.dense import mixture_config_of, seed_config
+from bam_ray.upcycling.dense import check_mixture, seed_config
 from bam_ray.upcycling.expressions import Expression, Scaled, Slice, Take
 from bam_ray.upcycling.plan import PlannedTensor
-from bam_ray.upcycling.write import CARRIED, ProgressCallback, with_progress
+from bam_ray.upcycling.tokenizers import carried_files
+from bam_ray.upcycling.write import ProgressCallback, with_progress
 
 MIXTURE = "mixture"
 """The name of the exported mixture among the sources."""
@@ -34,12 +35,12 @@ def export_mixtral(
         mixture: The mixture to export.
         writer: The writer of the exported folder.
         manifest: The manifest to commit. The digests of the files are added.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk.
 
     Raises:
         UpcycleError: Mixtral cannot compute the function of this mixture.
     """
-    config = mixture_config_of(mixture)
+    config = check_mixture(mixture)
     check_fits(config)
     sources = {MIXTURE: mixture}
     outputs = [output for spec in mixture.specs.values() for output in _outputs(spec, config, sources)]
@@ -48,10 +49,8 @@ def export_mixtral(
         [output.spec for output in outputs],
         with_progress(lambda spec: expressions[spec.name].pieces(sources), outputs, progress),
     )
-    for name in CARRIED:
-        data = mixture.read_file(name)
-        if data is not None:
-            writer.write_file(name, data)
+    for name, data in carried_files(mixture).items():
+        writer.write_file(name, data)
     mixtral = mixtral_config(config)
     writer.commit(mixtral.to_json_string(), manifest)
     return mixtral

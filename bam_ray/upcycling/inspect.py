@@ -1,18 +1,16 @@
 """A summary of a model folder: architecture, sizes and parameters, and the experts and the lineage of a mixture."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.families import SIZE_SETTINGS, family_of
-from bam_ray.model import BamForCausalLM, is_mixture
+from bam_ray.families import SIZE_SETTINGS, check_weights, family_of
+from bam_ray.model import is_mixture
 from bam_ray.model.parameters import count_parameters
-from bam_ray.upcycling.dense import mixture_config_of, seed_config
-from bam_ray.upcycling.write import LINEAGE
+from bam_ray.upcycling.dense import meta_model, mixture_config_of, seed_config
+from bam_ray.upcycling.write import read_history
 
 
 @dataclass(frozen=True)
@@ -56,23 +54,21 @@ MIXTURE_SETTINGS = (
 def inspect(reader: TensorReader) -> ModelSummary:
     """Summarize a dense model of a supported family, or a mixture; raise `FamilyError` for other models."""
     total = sum(spec.bytes for spec in reader.specs.values())
-    with torch.device("meta"):
-        if is_mixture(reader.config):
-            config: Any = mixture_config_of(reader)
-            architecture = f"mixture of {config.num_experts} × {seed_config(config)['model_type']}"
-            model = BamForCausalLM(config)
-        else:
-            architecture = f"{family_of(reader.config, reader.uri).model_type} (dense)"
-            config = AutoConfig.for_model(**reader.config)
-            model = AutoModelForCausalLM.from_config(config)
-    lineage = reader.read_file(LINEAGE)
+    if is_mixture(reader.config):
+        config: Any = mixture_config_of(reader)
+        architecture = f"mixture of {config.num_experts} × {seed_config(config)['model_type']}"
+    else:
+        family = family_of(reader.config, reader.uri)
+        check_weights(reader, family)
+        config = AutoConfig.for_model(**reader.config)
+        architecture = f"{family.model_type} (dense)"
     return ModelSummary(
         uri=reader.uri,
         architecture=architecture,
         sizes={key: getattr(config, key, None) for key in SIZE_SETTINGS},
-        parameters=count_parameters(model),
+        parameters=count_parameters(meta_model(config, reader.uri)),
         bytes=total,
         files=list(reader.shards),
         mixture={key: getattr(config, key) for key in MIXTURE_SETTINGS} if is_mixture(config) else {},
-        history=json.loads(lineage)["history"] if lineage else [],
+        history=read_history(reader),
     )

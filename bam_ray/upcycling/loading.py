@@ -7,9 +7,11 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError
+from bam_ray.families import check_weights, family_of
+from bam_ray.model import is_mixture
+from bam_ray.upcycling.dense import mixture_config_of
 
 
 def model_of(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -42,5 +44,17 @@ def model_of(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrai
 
 
 def load_model(reader: TensorReader) -> PreTrainedModel:
-    """Return the dense model or mixture of a folder, in evaluation mode."""
-    return model_of(AutoConfig.for_model(**reader.config), {name: reader.read(name).float() for name in reader.specs})
+    """Return the dense model or mixture of a folder, in evaluation mode.
+
+    Raises:
+        FamilyError: The architecture is not supported, or the weights are not those of the configuration.
+        CheckpointError: The weights are not those of a mixture with its configuration.
+    """
+    if is_mixture(reader.config):
+        config, names = mixture_config_of(reader), list(reader.specs)
+    else:
+        family = family_of(reader.config, reader.uri)
+        check_weights(reader, family)
+        config = AutoConfig.for_model(**reader.config)
+        names = [name for name in reader.specs if not family.ignores(name)]
+    return model_of(config, {name: reader.read(name).float() for name in names})

@@ -72,8 +72,10 @@ def mixture_config(
 
 
 def checkpoint_dtype(reader: TensorReader) -> torch.dtype:
-    """Return the dtype of a checkpoint, which is the dtype of its largest tensor."""
-    return max(reader.specs.values(), key=lambda spec: spec.elements).dtype
+    """Return the dtype of a checkpoint, which is the dtype of its largest tensor that is no mask."""
+    return max(
+        (each for each in reader.specs.values() if each.dtype.is_floating_point), key=lambda each: each.elements
+    ).dtype
 
 
 def _attention_top_k(settings: RoutedMixture) -> int:

@@ -3,7 +3,7 @@
 The error of a mismatch names the file, the key and both values.
 """
 
-import hashlib
+import logging
 import math
 import time
 from collections import defaultdict
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import UpcycleError
-from bam_ray.families import Family, Role, family_of
+from bam_ray.families import Family, Role, check_weights, family_of
 from bam_ray.upcycling.expressions import Take, aligned
+from bam_ray.upcycling.tokenizers import carried_files, check_same_tokenizer
 from bam_ray.upcycling.write import ModelPlan
 
-# Settings that may differ between copies of one model, because they do not affect the meaning of its weights
-IGNORED_SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
-TOKENIZER = "tokenizer.json"
+logger = logging.getLogger(__name__)
+
 SAMPLED = 4
 """Number of matrices that are sampled to distinguish a branch from an unrelated model."""
 SAMPLED_ELEMENTS = 1 << 18
@@ -32,61 +32,54 @@ UNRELATED = 0.1
 
 
 def check_sources(sources: Mapping[str, TensorReader]) -> Family:
-    """Return the family of the sources; raise `UpcycleError` if one of them does not fit the first one (the seed)."""
+    """Return the family of the sources; raise an error if one of them is no whole model, or does not fit the seed.
+
+    The seed is the first source.
+
+    Raises:
+        FamilyError: The architecture of a source is not supported, or its weights are not those of its configuration.
+        UpcycleError: A source has other settings or another tokenizer than the seed.
+    """
     seed_name, seed = next(iter(sources.items()))
     family = family_of(seed.config, seed.uri)
     for name, source in sources.items():
-        check_config(source, name, seed.config, seed_name)
-        check_tensors(source, family)
-        for tensor in family.tensor_names(seed.config):
-            check_shape(source, tensor, seed.specs[tensor].shape, seed_name)
-        check_tokenizer(source, name, seed, seed_name)
+        check_source(source, name, seed.config, seed_name)
+        if source is not seed:
+            check_same_tokenizer(source, name, seed, seed_name)
+    carried_files(seed)  # raises if one of them cannot be copied
     return family
 
 
-def check_config(source: TensorReader, name: str, seed: Mapping[str, Any], seed_name: str) -> None:
-    """Raise `UpcycleError` if a setting of `source` is not the seed's, as transformers reads both configurations."""
+def check_source(source: TensorReader, name: str, seed: Mapping[str, Any], seed_name: str) -> None:
+    """Raise an error if `source` is no whole model, or if its configuration means something else than the seed's.
+
+    Args:
+        source: The model.
+        name: The name of the model.
+        seed: The content of the seed's `config.json`.
+        seed_name: The name of the seed.
+
+    Raises:
+        FamilyError: The architecture is not supported, or the weights are not those of the configuration.
+        UpcycleError: A setting is not the seed's.
+    """
     theirs, ours = ({"model_type": config.get("model_type")} for config in (source.config, seed))
     if theirs == ours:
-        family = family_of(dict(seed), seed_name)
-        theirs, ours = family.normalize_config(source.config), family.normalize_config(dict(seed))
-    for key in sorted((ours.keys() | theirs.keys()) - IGNORED_SETTINGS):
+        theirs = family_of(source.config, source.uri).meaning(source.config)
+        ours = family_of(dict(seed), seed_name).meaning(dict(seed))
+    for key in sorted(ours.keys() | theirs.keys()):
         if theirs.get(key) != ours.get(key):
+            shown = next((each for each in sorted(seed) if each.endswith(key)), key)  # norm_eps is Llama's rms_norm_eps
             raise UpcycleError(
-                f"{source.uri}/config.json: {key} is {theirs.get(key)!r} in {name!r} but {ours.get(key)!r} in "
+                f"{source.uri}/config.json: {shown} is {theirs.get(key)!r} in {name!r} but {ours.get(key)!r} in "
                 f"{seed_name!r}: all branches must come from one seed"
             )
-
-
-def check_tensors(source: TensorReader, family: Family) -> None:
-    """Raise `UpcycleError` if a checkpoint lacks a tensor of its architecture, or has a tensor too many."""
-    expected = set(family.tensor_names(source.config))
-    found = {name for name in source.specs if not family.ignores(name, source.config)}
-    for problem, names in (("lacks", expected - found), ("has", found - expected)):
-        if names:
-            raise UpcycleError(
-                f"{source.uri} {problem} {min(names)}: {len(names)} tensors do not fit {family.model_type}, "
-                "use a complete checkpoint of this architecture"
-            )
-
-
-def check_shape(source: TensorReader, tensor: str, shape: tuple[int, ...], seed_name: str) -> None:
-    """Raise `UpcycleError` if a tensor does not have the seed's shape."""
-    theirs = source.specs[tensor].shape
-    if theirs != shape:
-        raise UpcycleError(
-            f"{source.uri}: {tensor} has shape {list(theirs)} but {list(shape)} in {seed_name!r}: all branches "
-            "must come from one seed"
-        )
-
-
-def check_tokenizer(source: TensorReader, name: str, seed: TensorReader, seed_name: str) -> None:
-    """Raise `UpcycleError` if a source does not have the seed's tokenizer."""
-    theirs, ours = source.read_file(TOKENIZER), seed.read_file(TOKENIZER)
-    if _digest(theirs) != _digest(ours):
-        raise UpcycleError(
-            f"{source.uri}/{TOKENIZER} of {name!r} {_describe(theirs)} but that of {seed_name!r} {_describe(ours)}: "
-            "all models must have the same tokenizer"
+    check_weights(source, family_of(source.config, source.uri))
+    if "auto_map" in source.config:
+        logger.warning(
+            "%s has model code of its own (auto_map), which is not used: its weights are read as those of a %s model",
+            source.uri,
+            source.config["model_type"],
         )
 
 
@@ -176,11 +169,3 @@ def estimate(planned: ModelPlan, sources: Mapping[str, TensorReader]) -> Estimat
         written=sum(tensor.spec.bytes for tensor in planned.tensors),
         memory=max(tensor.expression.held(sources) for tensor in planned.tensors),
     )
-
-
-def _describe(data: bytes | None) -> str:
-    return "is missing" if data is None else f"has SHA-256 {_digest(data)}"
-
-
-def _digest(data: bytes | None) -> str | None:
-    return None if data is None else hashlib.sha256(data).hexdigest()[:12]

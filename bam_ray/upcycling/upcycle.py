@@ -42,7 +42,7 @@ def upcycle(
         losses: The losses of the routers, which the mixture's configuration states.
         texts: Rows of tokens, int64 [S, L], by the name of the expert whose domain they are. The settings decide
             whether text is needed (`text_sequences`).
-        progress: Called with the number of bytes written and the total.
+        progress: Called after each chunk and each layer of routers.
 
     Raises:
         UpcycleError: The sources do not fit each other, or hold values that are not finite.
@@ -68,7 +68,8 @@ def plan(
     chosen = settings.model_dump(mode="json", exclude_defaults=True)  # config.json and manifest.json have the others
     history = [{"upcycle": chosen, "of": {name: each.uri for name, each in sources.items()}}]
     if not isinstance(settings, RoutedMixture):
-        return ModelPlan(seed.config, averaged_model(family, sources, average_of(settings)), [], history)
+        config = {key: value for key, value in seed.config.items() if key != "auto_map"}  # its code is not copied
+        return ModelPlan(config, averaged_model(family, sources, average_of(settings)), [], history)
     experts = experts_of(list(sources), settings)
     partitions = partitions_of(family, seed, settings, texts) if isinstance(settings, SplitSettings) else []
     config = mixture_config(family, seed, experts, settings, losses, partitions)

@@ -16,7 +16,6 @@ its layers and the head. Errors are the largest difference of the logits, divide
 """
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from bam_ray.checkpoint.model_folder import parse_object
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError
-from bam_ray.model import BamConfig, BamForCausalLM
-from bam_ray.upcycling.dense import dense_tensors, is_split, mixture_config_of, seed_config
+from bam_ray.model import BamConfig
+from bam_ray.upcycling.dense import dense_tensors, is_split, mixture_config_of, seed_config, tensor_mismatch
 from bam_ray.upcycling.loading import model_of
 from bam_ray.upcycling.write import LINEAGE
 
@@ -109,21 +109,13 @@ def _check_files(reader: TensorReader) -> CheckResult:
 
 
 def _check_tensors(reader: TensorReader, config: BamConfig) -> CheckResult:
-    with torch.device("meta"):
-        model = BamForCausalLM(config)
-    saved = model.state_dict()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
-    expected = {name: tuple(each.shape) for name, each in (*model.named_parameters(), *buffers)}  # tied parameters once
-    found = {name: spec.shape for name, spec in reader.specs.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        detail = f"{name} has shape {found.get(name)}, expected {expected.get(name)} ({len(wrong)} tensors differ)"
-        return CheckResult("tensors", False, detail)
-    for name in found:
+    mismatch = tensor_mismatch(reader, config)
+    if mismatch:
+        return CheckResult("tensors", False, mismatch)
+    for name in reader.specs:
         if not all(piece.isfinite().all() for piece in reader.chunks(name)):
             return CheckResult("tensors", False, f"{name} has values that are not finite")
-    return CheckResult("tensors", True, f"{len(found)} tensors, all finite")
+    return CheckResult("tensors", True, f"{len(reader.specs)} tensors, all finite")
 
 
 def _check_lineage(reader: TensorReader) -> CheckResult:
@@ -131,8 +123,10 @@ def _check_lineage(reader: TensorReader) -> CheckResult:
     if data is None:
         return CheckResult("lineage", False, f"no {LINEAGE}")
     try:
-        tensors = json.loads(data)["tensors"]
-    except (ValueError, KeyError):
+        tensors = parse_object(data, LINEAGE).get("tensors")
+    except CheckpointError:
+        tensors = None
+    if not isinstance(tensors, dict):
         return CheckResult("lineage", False, f"{LINEAGE} is damaged")
     missing = sorted(reader.specs.keys() - tensors.keys())
     if missing:

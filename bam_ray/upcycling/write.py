@@ -4,35 +4,27 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.model_folder import parse_object
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ChunkProducer, ModelWriter
+from bam_ray.errors import CheckpointError
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.card import dense_card, model_card
 from bam_ray.upcycling.expressions import Fitted
 from bam_ray.upcycling.plan import PlannedTensor
 from bam_ray.upcycling.routers.initialize import fit_routers
 from bam_ray.upcycling.routers.separation import Separation
+from bam_ray.upcycling.tokenizers import carried_files
 
 LINEAGE = "lineage.json"
 SEPARATION = "separation.json"
 PARTITION = "partition.json"
 CARD = "README.md"
-CARRIED = (  # files that are copied from the seed
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 # Copied into the folder for `trust_remote_code`, for readers that have not installed this package
 MODEL_CODE = (
     "attention_bam.py",
@@ -46,7 +38,9 @@ MODEL_CODE = (
 )
 AUTO_MAP = {"AutoConfig": "configuration_bam.BamConfig", "AutoModelForCausalLM": "modeling_bam.BamForCausalLM"}
 
-ProgressCallback = Callable[[int, int], None]
+UpcyclingPhase = Literal["writing", "fitting routers"]
+ProgressCallback = Callable[[int, int, UpcyclingPhase], None]
+"""Called with what is done and the total: bytes while tensors are written, layers while routers are fitted."""
 """A function that is called with the number of bytes written so far and the total number of bytes."""
 
 
@@ -107,7 +101,7 @@ def write_model(
         writer: The writer of the model's folder.
         manifest: The manifest to commit. The digests of the files are added.
         texts: Rows of tokens, int64 [S, L], by expert name, for routers that are fitted.
-        progress: Called with the bytes that are written and their total.
+        progress: Called after each chunk and each layer of routers.
     """
     separation = _write_tensors(planned, sources, writer, texts or {}, progress)
     lineage = {
@@ -118,11 +112,8 @@ def write_model(
     writer.write_file(LINEAGE, json.dumps(lineage, indent=1).encode())
     if separation is not None:
         writer.write_file(SEPARATION, separation.to_json().encode())
-    for name in CARRIED:
-        data = next(iter(sources.values())).read_file(name)
-        if data is not None:
-            writer.write_file(name, data)
-    for name, data in planned.extra_files.items():
+    carried = carried_files(next(iter(sources.values())))
+    for name, data in (carried | dict(planned.extra_files)).items():
         writer.write_file(name, data)
     config = planned.config
     if not isinstance(config, BamConfig):
@@ -133,6 +124,21 @@ def write_model(
         writer.write_file(name, (files("bam_ray.model") / name).read_bytes())
     config.auto_map = AUTO_MAP
     return Upcycled(tuple(config.expert_names or ()), writer.commit(config.to_json_string(), manifest), separation)
+
+
+def read_history(reader: TensorReader) -> list[dict[str, Any]]:
+    """Return the operations that made the model at `reader`, oldest first; an empty list if it has no lineage.
+
+    Raises:
+        CheckpointError: The lineage is damaged.
+    """
+    data = reader.read_file(LINEAGE)
+    if data is None:
+        return []
+    history = parse_object(data, f"{reader.uri}/{LINEAGE}").get("history")
+    if not isinstance(history, list) or not all(isinstance(step, dict) for step in history):
+        raise CheckpointError(f"{reader.uri}/{LINEAGE} has no history: the file is damaged")
+    return history
 
 
 def _write_tensors(
@@ -148,6 +154,10 @@ def _write_tensors(
     routers: dict[str, Tensor] = {}
     separation: Separation | None = None
 
+    def fitting(layers: int, total: int) -> None:
+        if progress is not None:
+            progress(layers, total, "fitting routers")
+
     def produce(spec: TensorSpec) -> Iterator[Tensor]:
         nonlocal separation
         if spec.name not in fitted:
@@ -156,7 +166,9 @@ def _write_tensors(
             reader = TensorReader(writer.store, writer.prefix, writer.shards)
             method = fitted[spec.name]
             assert isinstance(planned.config, BamConfig)
-            weights, separation = fit_routers(planned.config, reader.read, dict(texts), method, planned.seed)
+            weights, separation = fit_routers(
+                planned.config, reader.read, dict(texts), method, planned.seed, progress=fitting
+            )
             routers.update(weights)
         return iter([routers[spec.name]])
 
@@ -183,6 +195,6 @@ def with_progress(
             yield piece
             done += piece.numel() * spec.dtype.itemsize
             if progress is not None:
-                progress(done, total)
+                progress(done, total, "writing")
 
     return counted

@@ -1,5 +1,6 @@
 """Every failure of a store raises the right error, with a message of one line."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_a_store_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreUnavailable, match="folder store"):
         FolderStore(tmp_path / "file" / "store").put("key", b"")
+
+
+def test_a_file_system_without_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreError, match=r"no hard links, which commits need .*use a folder on another file system"):
+        check_put_if_absent(FolderStore(tmp_path))
 
 
 def test_an_unreachable_server_is_unavailable(tmp_path: Path, credentials: Callable[[str, str], None]) -> None:

@@ -152,6 +152,21 @@ def test_renewed_keys_are_used_after_the_old_have_expired(
     assert s3.get("key") == b""
 
 
+@pytest.mark.parametrize("names", [["AWS_REGION"], ["AWS_DEFAULT_REGION"], ["AWS_DEFAULT_REGION", "AWS_REGION"]])
+def test_requests_are_signed_for_the_region_of_the_environment(
+    fault_proxy: FlakyProxy, s3: S3Store, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    regions = iter(["ap-northeast-1", "another"])
+    for name in names:
+        monkeypatch.setenv(name, next(regions))
+    signed = "/ap-northeast-1/s3/aws4_request"
+    fault_proxy.add(Fault("answer", header=f"(?s)^(?!.*{signed})", status=400, code="AuthorizationHeaderMalformed"))
+    signed_for = fault_proxy.add(Fault("answer", header=signed, status=403, code="AccessDenied"))
+    with pytest.raises(StoreDenied, match="AccessDenied"):
+        s3.get("key")
+    assert signed_for.hits == 1
+
+
 class RedirectingServer(BaseHTTPRequestHandler):
     """A web server in front of a store, which redirects from http to https."""
 

@@ -168,5 +168,7 @@ def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
     store = memory_model(tmp_path)
     header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
     store.put("model.safetensors", len(header).to_bytes(8, "little") + header + b"\0")
-    with pytest.raises(CheckpointError, match="tensor x has dtype F8_E4M3; supported are F64"):
+    with pytest.raises(
+        CheckpointError, match="tensor x has dtype F8_E4M3, so the model is quantized; supported are F64"
+    ):
         TensorReader(store)

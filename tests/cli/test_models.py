@@ -193,7 +193,10 @@ def reconfigure(folder: Path, **changes: object) -> None:
         (lambda law: (law / "model.safetensors").write_bytes(b"no"), "is not a safetensors file"),
         (lambda law: damage(law, {"model.norm.weight": None}), "law lacks model.norm.weight"),
         (lambda law: damage(law, {"more": torch.ones(1)}), "law has more"),
-        (lambda law: damage(law, {"model.norm.weight": torch.ones(31)}), "has shape [31] but [32] in 'seed'"),
+        (
+            lambda law: damage(law, {"model.norm.weight": torch.ones(31)}),
+            "norm.weight has shape [31], but config.json describes [32]",
+        ),
         (
             lambda law: damage(law, {"model.layers.1.mlp.up_proj.weight": torch.full((48, 32), float("nan"))}),
             "law: model.layers.1.mlp.up_proj.weight of 'law' has values that are not finite",
@@ -201,7 +204,10 @@ def reconfigure(folder: Path, **changes: object) -> None:
         (lambda law: reconfigure(law, model_type="gpt2"), "model_type is 'gpt2' in 'law' but 'llama' in 'seed'"),
         (lambda law: reconfigure(law, rms_norm_eps=0.5), "rms_norm_eps is 0.5 in 'law' but 1e-06 in 'seed'"),
         (lambda law: reconfigure(law, tie_word_embeddings=True), "tie_word_embeddings is True in 'law' but False"),
-        (lambda law: (law / "tokenizer.json").write_text("{}"), "law/tokenizer.json of 'law' has SHA-256"),
+        (
+            lambda law: (law / "tokenizer.json").write_text("{}"),
+            "the tokenizer files of 'law' differ from those of 'seed'",
+        ),
         (lambda law: (law / "config.json").unlink(), "it has no config.json"),
         (lambda law: (law / "config.json").write_text("{"), "config.json is not JSON"),
     ],

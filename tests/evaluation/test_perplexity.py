@@ -1,14 +1,18 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bam_ray.errors import CheckpointError, DataError
+from bam_ray.errors import CheckpointError, DataError, TrainingError
 from bam_ray.evaluation.perplexity import perplexity, score
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.parameters import count_parameters
-from tests.support.tiny import dense, tokens
+from tests.support.tiny import SIZES, dense, tokens
 
 ROWS = tokens(batch=7, length=12).numpy().astype(np.uint16)
 
@@ -34,6 +38,71 @@ def test_the_batch_size_has_no_effect(family: str) -> None:
     model = dense(family, seed=2)
     one, all_at_once = perplexity(model, ROWS, 1), perplexity(model, ROWS, 7)
     assert one.sequence_nll == pytest.approx(all_at_once.sequence_nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["cohere", "llama"])
+def test_the_chunks_give_the_nll_of_whole_logits(family: str) -> None:
+    model = dense(family, seed=2)
+    rows = tokens(batch=3, length=600).numpy()  # three chunks
+    with torch.no_grad():
+        logits = model(torch.from_numpy(rows)).logits.float()
+    whole = [F.cross_entropy(row[:-1], ids[1:]) for row, ids in zip(logits, torch.from_numpy(rows), strict=True)]
+    assert perplexity(model, rows, 3).sequence_nll == pytest.approx([nll.item() for nll in whole], rel=1e-6)
+
+
+def test_logits_of_a_batch_are_never_whole() -> None:
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(each.numel() for each in tree_leaves(out) if isinstance(each, torch.Tensor))])
+            return out
+
+    vocabulary = 5000
+    config = {**SIZES, "vocab_size": vocabulary, "num_hidden_layers": 1}
+    with Largest():
+        perplexity(BamForCausalLM(BamConfig(**config)), tokens(batch=4, length=600).numpy(), 4)
+    assert largest <= 256 * vocabulary, "the logits of one chunk"
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved() -> None:
+    model, sizes, calls = dense("cohere", seed=1), [], []
+
+    def forward(module: object, inputs: object, named: dict[str, Any]) -> None:
+        sizes.append(len(named["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+
+    model.base_model.register_forward_pre_hook(forward, with_kwargs=True)
+    found, _ = score(model, ROWS, 7, lambda: calls.append(1))
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert len(calls) == 7
+    assert found == perplexity(model, ROWS, 1)
+    model.base_model.register_forward_pre_hook(run_out)
+    with pytest.raises(TrainingError, match="out of memory with a micro batch of one sequence"):
+        score(model, ROWS, 2)
+
+
+def run_out(module: object, inputs: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_routing_counts_a_halved_batch_once() -> None:
+    torch.manual_seed(0)
+    model = BamForCausalLM(BamConfig(**SIZES))
+    _, wanted = score(model, ROWS, 2)
+    first = [True]
+
+    def fail_once(module: object, inputs: object) -> None:
+        if first[0]:
+            first[0] = False
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.norm.register_forward_pre_hook(fail_once)
+    _, found = score(model, ROWS, 4)
+    assert found == wanted
 
 
 def test_auxiliary_losses_are_excluded() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from bam_ray.errors import PlacementError, SettingsError
 from bam_ray.model import BamConfig
 from bam_ray.planning.cluster_file import ClusterFile, load_cluster
+from bam_ray.planning.memory import activation_bytes
 from bam_ray.planning.model_size import ModelSize, seed_size
 from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import Plan, make_plan
@@ -55,6 +56,13 @@ def text(plan: Plan, width: int = 160) -> str:
     with console.capture() as capture:
         console.print(render_plan(plan, width))
     return capture.get()
+
+
+def device_bytes(recipe: Recipe, name: str) -> int:
+    """Return the planned memory of the GPU of a worker of the task `name`."""
+    memory = next(row.memory for row in make_plan(recipe).rows if row.task.full_name == name)
+    assert memory is not None and memory.device_bytes is not None
+    return memory.device_bytes
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -119,7 +127,8 @@ def test_a_mixture_has_the_operations_of_its_configuration(mixture: str) -> None
 def test_memory_is_left_out_if_the_size_is_unknown(tmp_path: Path) -> None:
     unknown = recipe(f"seed={{folder: {tmp_path}}}")
     plan = make_plan(unknown)
-    assert all(row.memory_bytes is None and row.final_bytes is None for row in plan.rows)
+    assert all(row.final_bytes is None for row in plan.rows)
+    assert {row.task.kind for row in plan.rows if row.memory} == {"corpora", "seeds"}, "those do not depend on the size"
     assert "not known before the run" in text(plan)
     with pytest.raises(SettingsError, match="give tokens_per_second"):
         make_plan(unknown, eight())
@@ -135,10 +144,12 @@ def test_memory_and_stored_bytes() -> None:
         "the start, a checkpoint every 100 steps, and the branch"
     )
     assert law.peak_bytes == 3 * 12 * size.parameters, "the third checkpoint is written before the first is deleted"
-    assert law.memory_bytes is not None and law.memory_bytes > 16 * size.parameters
-    four, eight = (make_plan(recipe(f"branch.training.micro_batch_sequences={n}")).rows[2].memory_bytes for n in (4, 8))
-    assert four is not None and eight is not None  # a fitted micro batch counts as one sequence
-    assert eight - four == 4 * (four - law.memory_bytes) / 3 > 0
+    assert law.memory is not None and law.memory.device_bytes is not None
+    assert law.memory.device_bytes > 16 * size.parameters
+    assert law.memory.host_bytes > 12 * size.parameters, "the copy of a checkpoint"
+    four, eight = (device_bytes(recipe(f"branch.training.micro_batch_sequences={n}"), "branches/law") for n in (4, 8))
+    # A fitted micro batch counts as one sequence on a GPU
+    assert eight - four == pytest.approx(4 * (four - law.memory.device_bytes) / 3) and eight > four
 
 
 def test_the_memory_of_logits_does_not_grow_with_the_micro_batch() -> None:
@@ -146,16 +157,14 @@ def test_the_memory_of_logits_does_not_grow_with_the_micro_batch() -> None:
         size = ModelSize(512, 1536, 8, 512, 256, vocabulary, tied=True, vectors=2)
         training = recipe().branch.training
         four, eight = (training.model_copy(update={"micro_batch_sequences": n}) for n in (4, 8))
-        return size.training_bytes(eight, 1024) - size.training_bytes(four, 1024)
+        return activation_bytes(size, eight, 8 * 1024) - activation_bytes(size, four, 4 * 1024)
 
     assert of_more(256_000) == of_more(32_000) > 0
 
 
 def test_memory_is_the_maximum_over_possible_expert_counts() -> None:
     def memory(*overrides: str) -> int:
-        row = next(row for row in make_plan(recipe(*overrides)).rows if row.task.full_name == "mixtures/btx")
-        assert row.memory_bytes is not None
-        return row.memory_bytes
+        return device_bytes(recipe(*overrides), "mixtures/btx")
 
     assert memory("upcycle.when={at_least: 3}") == memory()
     odd = "upcycle.when={at_least: 2}"  # two processes cannot share three experts
@@ -257,9 +266,10 @@ def test_a_simulation_that_never_finishes_is_stopped() -> None:
 
 def test_tasks_that_the_cluster_cannot_hold_are_reported() -> None:
     with pytest.raises(
-        PlacementError, match=r"no node can satisfy branches/code \(1 CPU, 8 GPU\); the cluster has 8 living nodes "
+        PlacementError,
+        match=r"no node can satisfy branches/code \(1 CPU, 1 GPU, 999 GiB\); the cluster has 8 living nodes ",
     ):
-        make_plan(recipe("branch.needs.gpus=8"), eight())
+        make_plan(recipe("branch.needs.memory_gib=999"), eight())
     plan = make_plan(recipe("branch.training.micro_batch_sequences=128"), eight())
     assert "a GPU of spot-l4 has 24 GiB, too little for branches/code" in text(plan)
 
@@ -276,8 +286,8 @@ def test_a_soup_is_planned_as_a_dense_model(tmp_path: Path, quorum: list[str]) -
     upcycled, trained, branch = rows["upcycled/soup"], rows["mixtures/soup"], rows["branches/law"]
     assert plan.size is not None and plan.failure is None
     assert upcycled.final_bytes == trained.final_bytes == 4 * plan.size.parameters
-    assert trained.memory_bytes is not None and branch.memory_bytes is not None
-    assert trained.memory_bytes > branch.memory_bytes, "a fitted micro batch counts as one sequence, here it is eight"
+    assert trained.memory is not None and branch.memory is not None
+    assert trained.memory.host_bytes > branch.memory.host_bytes, "two processes also hold ZeRO's buffers"
     ends = [rows[f"branches/{domain}"].ends or math.inf for domain in ("code", "law", "medicine")]
     assert trained.starts is not None and max(ends) <= trained.starts
     assert "soup" in text(plan)

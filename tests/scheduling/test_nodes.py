@@ -64,22 +64,22 @@ def test_nodes_of_equal_speed_have_the_same_kind() -> None:
 
 
 def test_the_first_satisfiable_request_is_chosen_with_a_message() -> None:
-    needs = Needs(gpus=2, labels={ACCELERATOR: "in(H100,A100)"}, fallback=(Demand(gpus=1), Demand(cpus=4)))
+    needs = Needs(gpus=1, labels={ACCELERATOR: "in(H100,A100)"}, fallback=(Demand(gpus=1), Demand(cpus=4)))
     assert satisfiable_request(task(needs), [PLAIN, L4, A100]) == (needs, "")
     demand, message = satisfiable_request(task(needs), [PLAIN, L4])
     assert demand == Demand(gpus=1)
     assert message == (
-        "no node can satisfy 1 CPU, 2 GPU, labels ray.io/accelerator-type=in(H100,A100): using fallback 1, 1 CPU, 1 GPU"
+        "no node can satisfy 1 CPU, 1 GPU, labels ray.io/accelerator-type=in(H100,A100): using fallback 1, 1 CPU, 1 GPU"
     )
     assert satisfiable_request(task(needs), [PLAIN])[0] == Demand(cpus=4)
 
 
 def test_an_unsatisfiable_request_is_reported_with_the_nodes() -> None:
-    needs = Needs(gpus=16, fallback=(Demand(cpus=64),))
+    needs = Needs(gpus=1, memory_gib=999, fallback=(Demand(cpus=64),))
     with pytest.raises(PlacementError) as caught:
         satisfiable_request(task(needs), [PLAIN, PLAIN, L4])
     assert str(caught.value) == (
-        "no node can satisfy branches/law (1 CPU, 16 GPU or 64 CPU); "
+        "no node can satisfy branches/law (1 CPU, 1 GPU, 999 GiB or 64 CPU); "
         "the cluster has 3 living nodes (2 × 4 CPU; 1 × 1 L4): change branch.needs (or its override) or add nodes"
     )
     with pytest.raises(PlacementError, match=r"6 × \(1 CPU, 1 GPU\)"):

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
@@ -191,12 +192,36 @@ def test_serving_continues_after_the_model_fails(endpoint: Endpoint, monkeypatch
     create = endpoint.client.completions.create
     with monkeypatch.context() as patch:
         patch.setattr(endpoint.engine, "step", broken)
-        with pytest.raises(openai.InternalServerError, match="out of memory") as raised:
+        with pytest.raises(openai.InternalServerError, match="the model failed: see the log") as raised:
             create(model=MODEL, prompt="the", max_tokens=4)
         assert raised.value.body["type"] == "server_error"
-        with pytest.raises(openai.APIError, match="out of memory"):
+        with pytest.raises(openai.APIError, match="the model failed: see the log"):
             list(create(model=MODEL, prompt="the", max_tokens=4, stream=True))
     assert create(model=MODEL, prompt="the", max_tokens=4, temperature=0).choices[0].text == expected
+
+
+def test_a_prompt_without_memory_fails_alone(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = endpoint.generate_alone("the", 40)
+    add, step = endpoint.engine.add, endpoint.engine.step
+
+    def add_short(prompt: list[int], params: SamplingParams) -> Any:
+        if len(prompt) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return add(prompt, params)
+
+    def step_slowly() -> Any:
+        time.sleep(0.05)
+        return step()
+
+    monkeypatch.setattr(endpoint.engine, "add", add_short)
+    monkeypatch.setattr(endpoint.engine, "step", step_slowly)
+    create = endpoint.client.completions.create
+    stream = create(model=MODEL, prompt="the", max_tokens=40, temperature=0, stream=True)
+    text = next(stream).choices[0].text
+    with pytest.raises(openai.InternalServerError, match="out of memory"):
+        create(model=MODEL, prompt=[5] * 30, max_tokens=4)
+    assert endpoint.scheduler.active == 1, "the other request is still being decoded"
+    assert text + "".join(chunk.choices[0].text for chunk in stream) == expected
 
 
 @pytest.mark.parametrize(
@@ -209,7 +234,7 @@ def test_serving_continues_after_the_model_fails(endpoint: Endpoint, monkeypatch
         ({"prompt": []}, 400, "empty", None, "prompt"),
         ({"n": 2}, 400, "n=2 is not supported", "unsupported_value", "n"),
         ({"echo": True}, 400, "echo=True", "unsupported_value", "echo"),
-        ({"stop": list("abcde")}, 400, "up to 4", None, "stop"),
+        ({"stop": list("abcdefghijklmnopq")}, 400, "up to 16", None, "stop"),
         ({"temperature": -1}, 400, "temperature", None, "temperature"),
         ({"max_tokens": "many"}, 400, "max_tokens", None, "max_tokens"),
     ],

@@ -99,6 +99,17 @@ def test_text_ends_at_the_last_position(engine: DecodeEngine) -> None:
     assert len(one.tokens) == 4
 
 
+def test_the_longest_prompt_is_computed_at_start(models_by_family: Any, tokenizer: Any) -> None:
+    model, lengths = models_by_family["bam"], []
+    hook = model.register_forward_pre_hook(
+        lambda module, inputs, named: lengths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    engine = DecodeEngine(model, tokenizer, slots=2, max_length=48)
+    hook.remove()
+    assert max(lengths) == 47
+    assert engine.free == 2
+
+
 def test_text_ends_before_a_stop_string(engine: DecodeEngine) -> None:
     prompt = prompts_of(1, engine.vocab_size)
     (free,) = run(engine, prompt, lambda _: SamplingParams(max_tokens=30, temperature=0))

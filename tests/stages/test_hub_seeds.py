@@ -13,13 +13,17 @@ from transformers import AutoModelForCausalLM
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.errors import CheckpointError, Interrupted, SettingsError
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
 from tests.support import tiny
 from tests.support.stage_run import (
     TRAINING,
+    RecordingContext,
     make_artifacts,
+    run_task,
     small_recipe,
 )
 
@@ -42,9 +46,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokenizer"
 
 
-def hub_folder(family: str, tokenizer: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Write a model in the format of a hub, and return its weights."""
-    config = type(tiny.CONFIGS[family]).from_dict({**tiny.CONFIGS[family].to_dict(), "vocab_size": 300})
+def hub_folder(family: str, tokenizer: Path, folder: Path, rows: int = 300) -> dict[str, torch.Tensor]:
+    """Write a model with `rows` embeddings in the format of a hub, and return its weights."""
+    config = type(tiny.CONFIGS[family]).from_dict({**tiny.CONFIGS[family].to_dict(), "vocab_size": rows})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="20KB")
@@ -76,6 +80,8 @@ def reader(store: BlobStore, run: Recipe, kind: Any, name: str) -> TensorReader:
 def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp_path: Path) -> None:
     weights = hub_folder(family, tokenizer, tmp_path / "hub")
     uri = str(tmp_path / "hub")
+    (tmp_path / "hub" / "additional_chat_templates").mkdir()
+    (tmp_path / "hub" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     run = imported_seed_recipe(tmp_path, uri, tokenizer)
     store = open_store(run.store.uri)
     make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
@@ -87,13 +93,63 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
     for name, weight in weights.items():
         assert torch.equal(seed.read(name), weight), name
         trained = branch.read(name)
-        assert trained.dtype == torch.float32
-        assert not torch.equal(trained, weight.float()), f"{name} was not trained"
-        assert (trained - weight.float()).abs().max() < 0.5
+        assert trained.dtype == torch.bfloat16, "the seed's"
+        assert not torch.equal(trained, weight), f"{name} was not trained"
+        assert (trained.float() - weight.float()).abs().max() < 0.5
+    assert seed.read_file("additional_chat_templates/tools.jinja") == b"{{ tools }}"
     copied = {key.removeprefix(f"{seed.prefix}/") for key in store.list(seed.prefix)}
     assert not [key for key in copied if "consolidated" in key or "original" in key]
     mixture = Artifact(store, "upcycled", find_task(task_graph(run), "upcycled", "bam").id).fetch()
     assert AutoModelForCausalLM.from_pretrained(mixture).config.expert_names == ["seed", "code"]
+
+
+@pytest.mark.parametrize("change", ["prefix", "link"])
+def test_a_seed_that_would_not_load_whole_is_refused(change: str, tokenizer: Path, tmp_path: Path) -> None:
+    weights = hub_folder("llama", tokenizer, tmp_path / "hub")
+    if change == "prefix":
+        save_file({f"_orig_mod.{name}": each for name, each in weights.items()}, tmp_path / "hub" / "model.safetensors")
+    else:
+        (tmp_path / "secret").write_text("key")
+        (tmp_path / "hub" / "notes.txt").symlink_to(tmp_path / "secret")
+    run = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer)
+    with pytest.raises(CheckpointError, match=r"'_orig_mod' of torch\.compile|is a link to .*secret, outside"):
+        make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
+
+
+def test_a_tokenizer_beyond_the_seed_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    hub_folder("llama", tokenizer, tmp_path / "hub", rows=290)
+    run = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer)
+    with pytest.raises(SettingsError, match=r"has 300 tokens but the seed .* only 290: .*resize_token_embeddings"):
+        make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
+
+
+def test_a_seed_with_padded_embeddings_is_branched(tokenizer: Path, tmp_path: Path) -> None:
+    hub_folder("llama", tokenizer, tmp_path / "hub", rows=320)
+    run = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer)
+    store = open_store(run.store.uri)
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    assert reader(store, run, "upcycled", "bam").config["vocab_size"] == 320
+
+
+@pytest.mark.parametrize("method", ["bam", "soup"])
+def test_models_have_the_dtype_of_the_seed(method: str, tokenizer: Path, tmp_path: Path) -> None:
+    hub_folder("llama", tokenizer, tmp_path / "hub")
+    plain = imported_seed_recipe(tmp_path, str(tmp_path / "hub"), tokenizer).model_dump()
+    run = Recipe.model_validate({**plain, "upcycle": {"mixtures": {"mixed": {"method": method}}}})
+    store = open_store(run.store.uri)
+    make_artifacts(run, store, ("corpora", "seeds", "branches", "upcycled"))
+    with pytest.raises(Interrupted):
+        run_task(run, store, ArtifactKind.MIXTURES, "mixed", RecordingContext(stop_at=6))
+    task = find_task(task_graph(run), "mixtures", "mixed")
+    prefix = f"mixtures/{task.id}/steps/0001.0001-00000006"
+    assert {spec.dtype for spec in TensorReader(store, prefix).specs.values()} == {torch.float32}, "a checkpoint"
+    run_task(run, store, ArtifactKind.MIXTURES, "mixed")
+    for kind, name in (("branches", "code"), ("mixtures", "mixed")):
+        found = reader(store, run, kind, name)
+        assert {spec.dtype for spec in found.specs.values()} == {torch.bfloat16}
+        assert found.config["dtype"] == "bfloat16"
+        folder = Artifact(store, ArtifactKind(kind), found.prefix.rpartition("/")[2]).fetch()
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
 
 class RecordingStore(MemoryStore):

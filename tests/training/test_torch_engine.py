@@ -1,9 +1,11 @@
 """One step gives the same result with any micro batch, and the memory determines the micro batch."""
 
+import errno
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from bam_ray.errors import LossNotFinite, TrainingError
@@ -56,8 +58,13 @@ def test_uneven_micro_batches_give_the_same_step(size: int) -> None:
         None,
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        dist.DistBackendError("NCCL error in: NCCLUtils.cpp:77, unhandled cuda error: 'out of memory'"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
-    ids=["device", "python", "cpu"],
+    ids=["device", "python", "cpu", "cuda", "cublas", "cudnn", "nccl", "system"],
 )
 def test_a_step_that_runs_out_of_memory_halves_the_micro_batch(error: BaseException | None) -> None:
     trainer = engine(settings=with_micro_batch(8))
@@ -101,6 +108,18 @@ def test_other_errors_are_not_taken_for_out_of_memory() -> None:
     with pytest.raises(RuntimeError, match="mat1"):
         trainer.step(tiny.tokens(8, LENGTH), 1e-3)
     assert not is_out_of_memory(ValueError("can't allocate memory"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
+
+
+def test_an_update_that_runs_out_of_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = engine(settings=with_micro_batch(4))
+
+    def update() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer.optimizer, "step", update)
+    with pytest.raises(TrainingError, match=r"out of memory in the update of the weights \(.* GiB in use, .* free\)"):
+        trainer.step(tiny.tokens(8, LENGTH), 1e-3)
 
 
 @pytest.mark.parametrize(("most", "found"), [(8, 8), (5, 4), (3, 2), (1, 1)])

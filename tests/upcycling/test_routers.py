@@ -133,7 +133,7 @@ def test_only_one_layer_is_in_memory() -> None:
 
     done: list[tuple[int, int]] = []
     fit_routers(config, read, texts(), "ridge", seed=0, progress=lambda *step: done.append(step))
-    assert done == [(1, 2), (2, 2)]
+    assert done == [(0, 2), (1, 2), (2, 2)]
     assert len(set(order)) == len(order)
     assert set(order) == tensors.keys() - {"model.norm.weight", "lm_head.weight"}
     assert order[0] == "model.embed_tokens.weight"

@@ -34,7 +34,7 @@ def anonymous():
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
 tiny, out, *uris = sys.argv[1:]
-def progress(done, total):
+def progress(done, total, phase):
     if "DIE" in os.environ and done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
 sources = {f"m{number}": open_model(uri) for number, uri in enumerate(uris)}

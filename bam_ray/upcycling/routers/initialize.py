@@ -70,6 +70,8 @@ def fit_routers(
     Raises:
         UpcycleError: Fewer than two experts have text, a text has only one row, or text has the name of no expert.
     """
+    if progress is not None:
+        progress(0, config.num_hidden_layers)
     assignment = _assignment(config.expert_names or [], texts)
     splits = {name: split_rows(name, len(rows), held_out_fraction, seed) for name, rows in texts.items()}
     ordered = {name: rows[torch.cat(splits[name])] for name, rows in texts.items()}  # held-out rows last

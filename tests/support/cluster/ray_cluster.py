@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @contextmanager
-def ray_cluster() -> Iterator[Cluster]:
+def ray_cluster(nodes: int = 3, node_environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
     """Start a cluster that this process is connected to, and shut it down at the end of the context.
 
-    Its head has no CPUs and its three nodes have two each. Its processes import the modules of this repository.
+    Its head has no CPUs and its `nodes` nodes have two each. Its processes import the modules of this repository. The
+    `node_environment` is not that of the head.
     """
     # The folder keeps other clusters of this machine apart; its name is short because it contains sockets
     with tempfile.TemporaryDirectory(prefix="bam-control-") as folder, pytest.MonkeyPatch.context() as patch:
@@ -39,7 +40,9 @@ def ray_cluster() -> Iterator[Cluster]:
                 "dashboard_agent_listen_port": 0,
             },
         )
-        for _ in range(3):
+        for name, value in (node_environment or {}).items():
+            patch.setenv(name, value)
+        for _ in range(nodes):
             add_node(running)
         ray.init(address=running.address, log_to_driver=False)
         yield running

@@ -22,6 +22,7 @@ from bam_ray.pipeline.tasks import Progress
 from bam_ray.stages.task_run import TaskRun
 
 STEP_SECONDS = 0.1
+MOST_TAKEN = 8 << 30  # bytes that `hungry_law_stage` takes at most
 RECIPE = """
 name: tiny
 store: {uri: STORE}
@@ -89,6 +90,18 @@ def failing_law_stage(run: TaskRun) -> None:
     """Do as `stub_stage` does, but fail for the branch `law`."""
     if run.task.full_name == "branches/law":
         raise ValueError("the law is an ass")
+    stub_stage(run)
+
+
+def hungry_law_stage(run: TaskRun) -> None:
+    """Do as `stub_stage` does, but take memory until Ray kills the process in the first attempt at the branch `law`."""
+    if run.task.full_name == "branches/law" and not run.store.exists("hungry"):
+        run.store.put("hungry", b"")
+        taken = []
+        for _ in range(MOST_TAKEN >> 27):
+            taken.append(b"x" * (1 << 27))
+            time.sleep(0.05)
+        raise AssertionError("nobody killed this process")
     stub_stage(run)
 
 

@@ -1,0 +1,64 @@
+"""Tensors on their way from a device to a file or to host memory, one at a time.
+
+A training state is several times as large as its model. Whatever handles it whole should hold it once.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bam_ray.checkpoint.tensors import DTYPE_NAMES, TensorSpec
+
+
+def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
+    """Write a safetensors file from `tensors`, in the order of `specs`; only one of them is in host memory at a time.
+
+    Raises `OSError` if the file cannot be written.
+    """
+    specs = list(specs)
+    header, end = {}, 0
+    for spec in specs:
+        start, end = end, end + spec.bytes
+        entry = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        header[spec.name] = entry
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), f"{spec.name} is not as announced"
+            host = tensor.detach().cpu().contiguous()
+            file.write(host.flatten().view(torch.uint8).numpy().data)
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:
+    """Return the names, dtypes and shapes of `tensors`."""
+    return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+class HostCopier:
+    """A copier of tensors to host memory. A GPU's tensors pass through one page-locked buffer.
+
+    Page-locked memory is fast to copy to, but torch rounds each block up to a power of two and never returns it.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy of `tensor` in host memory."""
+        tensor = tensor.detach()
+        if not tensor.is_cuda:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        if self._buffer is None or self._buffer.numel() < tensor.nbytes:
+            self._buffer = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+        staged = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        staged.copy_(tensor)
+        return staged.clone()
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` itself if it is in host memory already, else a copy there."""
+        return self.copy(tensor) if tensor.is_cuda else tensor
