@@ -107,7 +107,7 @@ def train(rank: int, case: "Case", port: int, folder: Path) -> None:
     started = engine(case)
     HostMemory().reset_peak()  # a stage reads the weights of a mixture part by part
     artifact = Artifact(FolderStore(str(folder / "store")), ArtifactKind.MIXTURES, "case")
-    lease = Lease.take(artifact.store, artifact.prefix) if rank == 0 else None
+    lease = Lease.take(artifact.store, artifact.prefix, AttemptNumber(1, 1)) if rank == 0 else None
     checkpoints = SlowCheckpoints(artifact, lease, Retention(2, None))
     training = Training(started, RandomTokens(), LENGTH, case.training, checkpoints, TrainingListener())
     training.run()

@@ -22,16 +22,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from torch import Tensor
 
-from bam_ray.blobs import BlobStore
+from bam_ray.blobs import BlobStore, put_once
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from bam_ray.checkpoint.tensors import CHUNK_BYTES, DTYPE_NAMES, INDEX, TensorSpec
-from bam_ray.errors import DigestMismatch
+from bam_ray.errors import DigestMismatch, StoreUnavailable
 
 MAX_SHARD_BYTES = 4 << 30
+COMMIT_TRIES = 5
 PREFETCHED_CHUNKS = 2  # chunks that are computed but not yet sent
 
 Chunk = bytes | memoryview
@@ -111,7 +113,7 @@ class ModelWriter:
             if digest.hexdigest() != entry.sha256:
                 raise DigestMismatch(f"{source.uri}/{key} does not match its manifest: it was changed or damaged")
 
-        self.store.put_stream(self._key(name), prefetch(chunks()))
+        self.store.put_stream(self._key(name), prefetch(chunks()), entry.size)
         self.entries[name] = entry
 
     def commit(self, config: str, manifest: Manifest) -> Manifest:
@@ -124,7 +126,15 @@ class ModelWriter:
         return self._commit_manifest(manifest.model_copy(update={"files": dict(sorted(self.entries.items()))}))
 
     def _write_manifest(self, manifest: Manifest) -> Manifest:
-        self.store.put_if_absent(self._key(MANIFEST), manifest.to_bytes())
+        # If the answer is lost, the manifest may be there: a repeated put succeeds if it is ours
+        for attempt in Retrying(
+            retry=retry_if_exception_type(StoreUnavailable),
+            wait=wait_random_exponential(multiplier=0.5, max=10.0),
+            stop=stop_after_attempt(COMMIT_TRIES),
+            reraise=True,
+        ):
+            with attempt:
+                put_once(self.store, self._key(MANIFEST), manifest.to_bytes())
         return manifest
 
     def _write_shard(self, name: str, specs: Sequence[TensorSpec], produce: ChunkProducer) -> None:
@@ -138,7 +148,7 @@ class ModelWriter:
                 size += len(chunk)
                 yield chunk
 
-        self.store.put_stream(self._key(name), prefetch(chunks()))
+        self.store.put_stream(self._key(name), prefetch(chunks()), len(_header(specs)) + sum(s.bytes for s in specs))
         self.entries[name] = FileEntry(size=size, sha256=digest.hexdigest())
 
     def _key(self, name: str) -> str:
@@ -169,8 +179,8 @@ def _split_into_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list
     return shards
 
 
-def _serialize(specs: Sequence[TensorSpec], produce: ChunkProducer) -> Iterator[Chunk]:
-    """Yield the bytes of a safetensors file."""
+def _header(specs: Sequence[TensorSpec]) -> bytes:
+    """Return the length and the header of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
@@ -182,7 +192,12 @@ def _serialize(specs: Sequence[TensorSpec], produce: ChunkProducer) -> Iterator[
         offset += spec.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text
+
+
+def _serialize(specs: Sequence[TensorSpec], produce: ChunkProducer) -> Iterator[Chunk]:
+    """Yield the bytes of a safetensors file."""
+    yield _header(specs)
     for spec in specs:
         written = 0
         for chunk in produce(spec):

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import TrainingError
 from bam_ray.settings import TrainingSettings
@@ -25,6 +24,7 @@ from bam_ray.training.state import TrainingState, read_optimizer, read_weights, 
 from bam_ray.training.tensor_file import HostCopier, specs_of, write_tensors
 from bam_ray.training.torch_engine import TorchEngine
 from tests.support import tiny
+from tests.support.leases import next_lease
 
 TENSORS = {
     "step": torch.tensor(7),
@@ -106,7 +106,7 @@ def test_publishing_copies_nothing(tmp_path: Path) -> None:
 def test_a_state_is_freed_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     store, uploading, done = MemoryStore(), threading.Event(), threading.Event()
     artifact = Artifact(store, ArtifactKind.BRANCHES, "law")
-    checkpoints = Checkpoints(artifact, Lease.take(store, artifact.prefix), Retention(2, None))
+    checkpoints = Checkpoints(artifact, next_lease(store, artifact.prefix), Retention(2, None))
     publish = Artifact.publish
 
     def slow(self: Artifact, *arguments: Any, **named: Any) -> Any:
