@@ -122,7 +122,10 @@ class Controller:
             return applied + self._apply_all(decisions.shut_down(self.states, now))
         applied += self._apply_all(self._improve(nodes, now))
         applied += self._apply_all(self._leave_to_others(now))
-        return applied + self._apply_all(self._place(nodes, now))
+        applied += self._apply_all(self._place(nodes, now))
+        making = (self.tasks[id] for id, state in self.states.items() if state.is_active)
+        self._drivers.announce([f"{task.kind}/{task.id}" for task in making])
+        return applied
 
     def run(self, pause: float = 1.0, on_step: Callable[[Sequence[Transition]], None] | None = None) -> RunOutcome:
         """Step until nothing more can be done.
@@ -245,13 +248,15 @@ class Controller:
         self._watch.ask(self._drivers.refresh)
         given_up = (self.tasks[id] for id, state in self.states.items() if isinstance(state, Failed | Blocked))
         self._drivers.give_up([f"{task.kind}/{task.id}" for task in given_up])
-        looked = self._watch.made_by_others(
-            self.tasks[id]
-            for id, state in self.states.items()
-            if isinstance(state, MadeElsewhere)
-            or (self._drivers.has_company and isinstance(state, Waiting) and self._can_start(self.tasks[id]))
-        )
-        for task_id, made in looked.items():
+        waiting = (self.tasks[id] for id, state in self.states.items() if isinstance(state, MadeElsewhere))
+        yield from self._look(waiting)
+        if self._drivers.has_company:  # what others have just committed may have made further tasks ready
+            ready = [self.tasks[id] for id, state in self.states.items() if isinstance(state, Waiting)]
+            yield from self._look(task for task in ready if self._can_start(task))
+
+    def _look(self, tasks: Iterable[Task]) -> Iterator[Transition]:
+        """Follow what other drivers have done with tasks."""
+        for task_id, made in self._watch.made_by_others(tasks).items():
             yield from decisions.leave_to_other(task_id, self.states[task_id], made)
 
     def _check_feasibility(self, nodes: Sequence[NodeFacts]) -> None:

@@ -4,9 +4,11 @@ Problem: a run may be submitted twice, a driver may die without a word, and two 
 store. Each artifact should be made once, and no driver should wait for another one that is gone.
 
 Design choice: every driver takes an epoch, which is the first part of the numbers of its attempts (see
-`checkpoint.leases`), and writes a heartbeat every few seconds. If another living driver has the newest lease of an
-artifact, a driver waits for the manifest. A driver counts as gone when its heartbeat has not changed for a minute of
-the observer's own clock, so clocks need not agree. On the same machine, a process that has ended is noticed at once.
+`checkpoint.leases`), and writes a heartbeat every few seconds. A heartbeat lists the artifacts that the driver makes,
+because an attempt has no lease while it waits for a node or starts. If another living driver makes an artifact, or has
+its newest lease, a driver waits for the manifest. A driver counts as gone when its heartbeat has not changed for a
+minute of the observer's own clock, so clocks need not agree. On the same machine, a process that has ended is noticed
+at once.
 
 Limits: a driver that is cut off from the store for a minute counts as gone. Its attempts then become stale, and no work
 is lost up to their last checkpoints.
@@ -48,8 +50,8 @@ class Drivers(Protocol):
         """True if another driver of the store is alive."""
         ...
 
-    def refresh(self) -> None:
-        """Look for other drivers, if it is time to."""
+    def refresh(self, now: bool = False) -> None:
+        """Look for other drivers, if it is time to or if `now` is True."""
         ...
 
     def owner_of(self, prefix: str) -> str | None:
@@ -57,6 +59,10 @@ class Drivers(Protocol):
 
         If a driver that is gone had a higher epoch than this one, this driver takes a new epoch.
         """
+        ...
+
+    def announce(self, prefixes: Collection[str]) -> None:
+        """Tell the other drivers which artifacts this one makes now."""
         ...
 
     def give_up(self, prefixes: Collection[str]) -> None:
@@ -70,11 +76,14 @@ class LoneDriver:
     epoch = 1
     has_company = False
 
-    def refresh(self) -> None:
+    def refresh(self, now: bool = False) -> None:
         """Do nothing."""
 
     def owner_of(self, prefix: str) -> None:
         """Return None."""
+
+    def announce(self, prefixes: Collection[str]) -> None:
+        """Do nothing."""
 
     def give_up(self, prefixes: Collection[str]) -> None:
         """Do nothing."""
@@ -89,6 +98,7 @@ class _OtherDriver:
     heard_at: float
     heartbeat: bytes = b""
     gone: bool = False
+    making: frozenset[str] = field(default_factory=frozenset)
     given_up: frozenset[str] = field(default_factory=frozenset)
 
     def __str__(self) -> str:
@@ -112,9 +122,11 @@ class DriverRegistry:
         self._token = secrets.token_hex(8)
         self._beats = 0
         self._others: dict[int, _OtherDriver] = {}  # by epoch
+        self._making: tuple[str, ...] = ()
         self._given_up: tuple[str, ...] = ()
         self._refreshed_at = float("-inf")
-        self._ended = threading.Event()
+        self._ended = False
+        self._wake = threading.Event()  # of the thread that writes heartbeats
         self.beat()
         self._own_epochs = [take_epoch(store, self._describe())]
         if take_over:
@@ -132,12 +144,11 @@ class DriverRegistry:
         """True if another driver of the store is alive."""
         return any(not other.gone for other in self._others.values())
 
-    def refresh(self) -> None:
-        """Read the heartbeats of the other drivers, at most every `HEARTBEAT_SECONDS`; raises `StoreError`."""
-        now = self._clock()
-        if now - self._refreshed_at < HEARTBEAT_SECONDS:
+    def refresh(self, now: bool = False) -> None:
+        """Read the heartbeats of the other drivers, every `HEARTBEAT_SECONDS` or `now`; raises `StoreError`."""
+        if not now and self._clock() - self._refreshed_at < HEARTBEAT_SECONDS:
             return
-        self._refreshed_at = now
+        self._refreshed_at = self._clock()
         self._find_others()
         living = {other.token: other for other in self._others.values() if not other.gone}
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -148,16 +159,28 @@ class DriverRegistry:
     def owner_of(self, prefix: str) -> str | None:
         """See `Drivers`; raises `StoreError`."""
         newest = newest_attempt(self._store, prefix)
-        if newest is None or newest.epoch in self._own_epochs:
+        if newest is not None and newest.epoch in self._own_epochs:
+            return None
+        for other in self._others.values():
+            if not other.gone and prefix in other.making:
+                return str(other)
+        if newest is None:
             return None
         if newest.epoch not in self._others:
             self._find_others()
-        other = self._others.get(newest.epoch)
-        if other is not None and not other.gone and prefix not in other.given_up:
-            return str(other)
+        owner = self._others.get(newest.epoch)
+        if owner is not None and not owner.gone and prefix not in owner.given_up:
+            return str(owner)
         while newest.epoch > self.epoch:
             self._own_epochs.append(take_epoch(self._store, self._describe()))
         return None
+
+    def announce(self, prefixes: Collection[str]) -> None:
+        """See `Drivers`; a heartbeat tells them at once."""
+        making = tuple(sorted(prefixes))
+        if making != self._making:
+            self._making = making
+            self._wake.set()
 
     def give_up(self, prefixes: Collection[str]) -> None:
         """See `Drivers`; the next heartbeat tells them."""
@@ -166,7 +189,7 @@ class DriverRegistry:
     def beat(self, ended: bool = False) -> None:
         """Write a heartbeat; raises `StoreError`."""
         self._beats += 1
-        content = {"beats": self._beats, "ended": ended, "given_up": self._given_up}
+        content = {"beats": self._beats, "ended": ended, "making": self._making, "given_up": self._given_up}
         self._store.put(heartbeat_key(self._token), json.dumps(content).encode())
 
     @contextlib.contextmanager
@@ -177,13 +200,16 @@ class DriverRegistry:
         try:
             yield self
         finally:
-            self._ended.set()
+            self._ended = True
+            self._wake.set()
             thread.join()
             with contextlib.suppress(StoreError):
                 self.beat(ended=True)
 
     def _beat_periodically(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
+        while not self._ended:
+            self._wake.wait(HEARTBEAT_SECONDS)
+            self._wake.clear()
             with contextlib.suppress(StoreError):
                 self.beat()
 
@@ -203,6 +229,7 @@ class DriverRegistry:
         now = self._clock()
         if heartbeat != other.heartbeat:
             other.heartbeat, other.heard_at = heartbeat, now
+            other.making = frozenset(content.get("making", ()))
             other.given_up = frozenset(content.get("given_up", ()))
         silent = now - other.heard_at > DRIVER_TIMEOUT
         other.gone = bool(content.get("ended")) or silent or _has_died_here(other.description)

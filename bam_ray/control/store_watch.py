@@ -74,6 +74,7 @@ class StoreWatch:
         due = [task for task in tasks if now - self._looked_at.get(task.id, float("-inf")) >= LOOK_SECONDS]
         if not due:
             return {}
+        self.ask(lambda: self._drivers.refresh(now=True))  # another one may have begun a task in this moment
         self._looked_at.update((task.id, now) for task in due)
         with ThreadPoolExecutor(max_workers=MAX_REQUESTS) as pool:
             answers = pool.map(lambda task: self.ask(lambda: (self._made_by_others(task),)), due)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -85,6 +86,47 @@ def test_a_second_driver_waits_for_the_task_of_the_first(store: MemoryStore, clo
     second.step()
     assert isinstance(second.state("a"), Committed)
     assert isinstance(second.state("b"), Placing), "the first has not begun it"
+
+
+def test_a_second_driver_sees_a_task_that_has_no_lease_yet(store: MemoryStore, clock: Clock) -> None:
+    first, second = (TestDriver(store, clock, make_task("a")) for _ in range(2))
+    first.step()
+    first.registry.beat()
+    second.step()
+    assert isinstance(second.state("a"), MadeElsewhere), "the first waits for a node"
+    first.step(a=Crashed("out of luck", NODE))
+    first.registry.beat()
+    clock.now += 10.0
+    second.step()
+    assert isinstance(second.state("a"), Placing), "the first does not make it any more"
+
+
+def test_a_task_that_another_driver_made_ready_is_looked_at(store: MemoryStore, clock: Clock) -> None:
+    first, second = (TestDriver(store, clock, make_task("a"), make_task("b", "a")) for _ in range(2))
+    first.step()
+    first.start("a")
+    second.step()
+    commit_task(store, make_task("a"))
+    first.step(a=Done(NODE, Progress(10, 10)))
+    first.registry.beat()
+    clock.now += 10.0
+    second.step()
+    assert isinstance(second.state("a"), Committed)
+    assert isinstance(second.state("b"), MadeElsewhere), "the first has begun it"
+    assert second.launcher.placed == []
+
+
+def test_a_driver_that_begins_a_task_says_so_at_once(store: MemoryStore, clock: Clock) -> None:
+    first, second = (TestDriver(store, clock, make_task("a")) for _ in range(2))
+    with first.registry.beating():
+        first.controller.step()
+        until = time.monotonic() + 4.0  # less than the time between two heartbeats
+        while not isinstance(second.state("a"), MadeElsewhere) and time.monotonic() < until:
+            time.sleep(0.05)
+            second.registry.refresh(now=True)
+            if second.registry.owner_of("branches/a"):
+                second.controller.step()
+    assert isinstance(second.state("a"), MadeElsewhere)
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -26,35 +26,6 @@ from tests.support.faults.small_disk import SmallDisk
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> ReferenceRun:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BAM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return ReferenceRun(tmp_path_factory.mktemp("reference"))
-
-
-@pytest.fixture(scope="module")
-def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTest]:
-    with ClusterUnderTest(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(shared_cluster: ClusterUnderTest) -> ClusterUnderTest:
-    """Return the cluster with all its nodes and its store."""
-    shared_cluster.restore()
-    return shared_cluster
-
-
-@pytest.fixture
-def run(cluster: ClusterUnderTest, reference: ReferenceRun, request: pytest.FixtureRequest) -> DisturbedRun:
-    """Return a run over the S3 server that has just started."""
-    name = request.node.name.translate(str.maketrans("_[]", "---"))
-    return DisturbedRun(
-        cluster, reference, reference.recipe(cluster.uri(name), cluster.proxy.endpoint), cluster.store(name)
-    )
-
-
 def checkpoint_manifests(run: DisturbedRun) -> list[str]:
     """Return the manifest keys of all checkpoints of the branch `code`, oldest first."""
     keys = run.store.list(f"branches/{branch_id(run.recipe, 'code')}/steps/")
@@ -277,3 +248,33 @@ def test_a_checkpoint_in_the_store_is_damaged(run: DisturbedRun) -> None:
     assert logs["code"][1].named("resumed")[0]["step"] == int(before.split("/")[-2].rpartition("-")[2])
     (reason,) = branch_manifest(run.store, run.recipe, "code").facts["refused_checkpoints"]
     assert damaged in reason and "damaged" in reason
+
+
+def test_a_worker_hangs(start: Callable[..., DisturbedRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_HANG_SECONDS", "10")
+    run = start(step_seconds=0.1)
+    hung = pid_of(run.log("code"))
+    send(signal.SIGSTOP, [hung])
+    run.log("code", attempt=2)
+    assert run.row("code").past[0].cause.startswith("no sign of progress for ")
+    wait_for("the hung process is gone", lambda: not Path(f"/proc/{hung}").exists(), 60)
+    logs = run.finish()
+    assert (len(logs["code"]), len(logs["law"])) == (2, 1)
+
+
+def test_a_committed_branch_is_damaged(run: DisturbedRun) -> None:
+    run.finish()
+    damaged = branch_manifest(run.store, run.recipe, "code")
+    key = f"branches/{damaged.id}/{damaged.folder}/model.safetensors"
+    data = bytearray(run.store.get(key))
+    data[-1] ^= 1
+    run.store.put(key, bytes(data))
+    run.driver = run.cluster.submit(run.recipe, kind="upcycled")
+    logs = run.finish()
+    again = branch_manifest(run.store, run.recipe, "code")
+    assert again.folder != damaged.folder
+    assert again.files["model.safetensors"] == damaged.files["model.safetensors"]
+    assert (len(logs["code"]), len(logs["law"])) == (2, 1), "only the damaged branch is made again"
+    mark = run.store.get(f"branches/{damaged.id}/manifest-0000.damaged.json").decode()
+    assert "model.safetensors does not match its manifest" in mark
+    assert "upcycled/bam found its files damaged" in " ".join(run.driver.output.split())

@@ -69,7 +69,8 @@ class ClusterUnderTest:
         (self.ray_folder / "ray").mkdir()
         self._stack.callback(self._end)
         self.start_s3()
-        credentials = self._settings.environment() | {"RAY_AUTH_MODE": "disabled"}
+        # Ray has read its authentication when it was imported, so it cannot be changed here
+        credentials = self._settings.environment() | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}
         credentials.pop("AWS_ENDPOINT_URL")
         self._stack.enter_context(mock.patch.dict(os.environ, credentials))
         self.restore()
@@ -160,9 +161,9 @@ class ClusterUnderTest:
         """Send SIGKILL to the S3 server."""
         stop([self._s3], timeout=0.0)
 
-    def submit(self, recipe: Recipe, step_seconds: float = 0.03) -> DriverProcess:
-        """Start a driver of `recipe`, whose training steps take at least `step_seconds`."""
-        self.drivers.append(DriverProcess(self, recipe, step_seconds))
+    def submit(self, recipe: Recipe, step_seconds: float = 0.03, kind: str = "branches") -> DriverProcess:
+        """Start a driver of `recipe` for artifacts of `kind`; training steps take at least `step_seconds`."""
+        self.drivers.append(DriverProcess(self, recipe, step_seconds, kind))
         return self.drivers[-1]
 
     def submit_job(self, recipe: Recipe) -> SubmittedJob:

@@ -23,9 +23,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class DriverProcess:
-    """The driver of a run as a separate process; training steps take at least `step_seconds`."""
+    """The driver of a run as a separate process, for artifacts of `kind` and everything that they are made from.
 
-    def __init__(self, cluster: "ClusterUnderTest", recipe: Recipe, step_seconds: float) -> None:
+    Training steps take at least `step_seconds`.
+    """
+
+    def __init__(self, cluster: "ClusterUnderTest", recipe: Recipe, step_seconds: float, kind: str) -> None:
         number = cluster.count()
         path = cluster.home / f"recipe-{number}.yaml"
         path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
@@ -35,7 +38,7 @@ class DriverProcess:
             "-m",
             "tests.support.faults.throttled_driver",
             str(path),
-            "branches",
+            kind,
             str(step_seconds),
         ]
         environment = cluster.environment() | {"RAY_ADDRESS": cluster.address}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bam_ray.stages.task_run import TaskRun
 
 LETTERS = {"general": "abcdefgh", "code": "uvwxyz", "law": "klmnop", "prose": "qrst", "verse": "ijklab"}
 BATCH_TOKENS = 128
+ATTEMPTS = re.compile("/(leases|events|steps)/")  # keys that tell of attempts, and not of what they have made
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class ReferenceRun:
     def copy_seed_to(self, store: BlobStore) -> None:
         """Copy corpus and seed to an empty store, so that a run over it starts with its branches."""
         for kind in ("corpora", "seeds"):
-            keys = [key for key in self._store.list(f"{kind}/") if key.count("/") > 1 and "/events/" not in key]
+            keys = [key for key in self._store.list(f"{kind}/") if not ATTEMPTS.search(key)]
             for key in sorted(keys, key=lambda key: key.endswith("/manifest.json")):
                 store.put(key, self._store.get(key))
 

@@ -5,14 +5,16 @@
 Runs of four branches on three nodes follow one another while faults occur one at a time. Each fault is repaired after
 the number of seconds in the schedule, and the next one follows after its pause. The branches of every run must reach
 the results of a run without faults. The schedule depends only on the seed; at which step a fault occurs depends on the
-speed of the machine.
+speed of the machine. The processes of the cluster authenticate each other with a token, as those of real clusters do.
 """
 
 import contextlib
 import os
 import random
+import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,10 +25,11 @@ from pathlib import Path
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.manifest import MANIFEST
 from bam_ray.errors import BlobNotFound
+from tests.support.faults import flaky_proxy
 from tests.support.faults.branch_checks import attempts, check_branches
 from tests.support.faults.cluster_under_test import ClusterUnderTest
 from tests.support.faults.drivers import DriverProcess
-from tests.support.faults.nodes import send
+from tests.support.faults.nodes import send, wait_for
 from tests.support.faults.reference_run import ReferenceRun, branch_id
 from tests.support.faults.small_disk import SmallDisk
 
@@ -35,6 +38,16 @@ STEPS = 400
 STEP_SECONDS = 0.1  # so that a branch spends most of its time in training, not in the start of its process
 # Faults are minutes apart here, not days: a branch may fail many times before its next checkpoint
 MAX_ATTEMPTS = 1000
+STARTED = "BAM_SOAK_STARTED"  # in the environment of a process that has a token
+HANG_SECONDS = 10.0  # a hung worker is replaced after twice this time
+CHANCE = 0.3  # of a request whose answer is lost or cut
+DURATIONS = (2.0, 5.0, 10.0)  # seconds
+OTHER_DURATIONS = {
+    "node_drained": (16.0,),
+    "worker_hung": (5.0, 45.0),  # it goes on, or is replaced
+    "second_driver": (30.0, 60.0),
+    "store_denying": (10.0, 30.0),
+}
 
 
 @dataclass(frozen=True)
@@ -100,17 +113,28 @@ class Soak:
             self.poll()
             time.sleep(min(0.5, max(0.0, until - time.monotonic())))
 
+    def _worker_pids(self, target: int) -> list[int]:
+        """Return the id of the process of a branch, in a list that is empty if it is not in training."""
+        logs = attempts(self.store, self.recipe, DOMAINS[target % len(DOMAINS)])
+        started = logs[-1].named("started") if logs else []
+        ended = logs and (logs[-1].named("finished") or logs[-1].named("failed"))
+        return [event["pid"] for event in started[:1] if not ended]
+
     # The faults; each is repaired when its context ends
 
     @contextlib.contextmanager
     def worker_killed(self, target: int) -> Iterator[None]:
         """Send SIGKILL to the process of a branch."""
-        domain = DOMAINS[target % len(DOMAINS)]
-        logs = attempts(self.store, self.recipe, domain)
-        started = logs[-1].named("started") if logs else []
-        if started and not logs[-1].named("finished"):
-            send(signal.SIGKILL, [started[0]["pid"]])
+        send(signal.SIGKILL, self._worker_pids(target))
         yield
+
+    @contextlib.contextmanager
+    def worker_hung(self, target: int) -> Iterator[None]:
+        """Suspend the process of a branch."""
+        pids = self._worker_pids(target)
+        send(signal.SIGSTOP, pids)
+        yield
+        send(signal.SIGCONT, pids)
 
     @contextlib.contextmanager
     def raylet_killed(self, target: int) -> Iterator[None]:
@@ -147,6 +171,15 @@ class Soak:
         yield
 
     @contextlib.contextmanager
+    def second_driver(self, target: int) -> Iterator[None]:
+        """Submit the run once more, and kill one of its drivers at the end."""
+        other = self.cluster.submit(self.recipe, STEP_SECONDS)
+        yield
+        if target % 2:
+            self.driver, other = other, self.driver
+        other.kill()
+
+    @contextlib.contextmanager
     def head_killed(self, target: int) -> Iterator[None]:
         """Kill the head, which ends the driver."""
         self._driver_lost = True
@@ -170,6 +203,25 @@ class Soak:
     def store_slow(self, target: int) -> Iterator[None]:
         """Make the store ten times slower."""
         self.cluster.proxy.slow_down(10.0)
+        yield
+
+    @contextlib.contextmanager
+    def store_denying(self, target: int) -> Iterator[None]:
+        """Let the store answer 403; only to a driver that has started, because others end with an error at once."""
+        wait_for("the driver has started", lambda: self.driver.output or not self.driver.is_running)
+        self.cluster.proxy.add(flaky_proxy.Fault.denied())
+        yield
+
+    @contextlib.contextmanager
+    def answers_lost(self, target: int) -> Iterator[None]:
+        """Close some connections after the store has carried out a request, instead of its answer."""
+        self.cluster.proxy.add(flaky_proxy.Fault.lost_answer(chance=CHANCE))
+        yield
+
+    @contextlib.contextmanager
+    def bodies_cut(self, target: int) -> Iterator[None]:
+        """Close some connections within the body of the store's answer."""
+        self.cluster.proxy.add(flaky_proxy.Fault.cut_body(chance=CHANCE))
         yield
 
     @contextlib.contextmanager
@@ -200,15 +252,20 @@ class Soak:
 
 WEIGHTS: dict[Callable[[Soak, int], contextlib.AbstractContextManager[None]], int] = {
     Soak.worker_killed: 3,
+    Soak.worker_hung: 2,
     Soak.raylet_killed: 2,
     Soak.raylet_terminated: 1,
     Soak.node_drained: 2,
     Soak.node_cut_off: 2,
     Soak.driver_killed: 2,
+    Soak.second_driver: 2,
     Soak.head_killed: 1,
     Soak.store_killed: 2,
     Soak.store_refusing: 2,
     Soak.store_slow: 1,
+    Soak.store_denying: 2,
+    Soak.answers_lost: 2,
+    Soak.bodies_cut: 2,
     Soak.checkpoint_damaged: 1,
     Soak.loss_not_finite: 1,
     Soak.disk_full: 1,
@@ -227,7 +284,7 @@ def schedule(seed: int, seconds: float) -> list[Fault]:
             round(draw.uniform(2.0, 12.0), 1),
             name,
             draw.randrange(3),
-            16.0 if name == "node_drained" else draw.choice((2.0, 5.0, 10.0)),
+            draw.choice(OTHER_DURATIONS.get(name, DURATIONS)),
         )
         entries.append(fault)
         total += fault.pause + fault.lasts
@@ -263,7 +320,11 @@ def main() -> None:
         print(f"  {entry}")
     home = Path(tempfile.mkdtemp(prefix="bam-soak-"))
     print(f"logs are below {home}", flush=True)
-    os.environ |= {"BAM_CACHE": str(home / "cache" / "reference"), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    os.environ |= {
+        "BAM_CACHE": str(home / "cache" / "reference"),
+        "BAM_HANG_SECONDS": str(HANG_SECONDS),
+        "OMP_NUM_THREADS": "1",
+    }
     reference = ReferenceRun(home / "reference", DOMAINS, STEPS)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(ClusterUnderTest(home))
@@ -282,5 +343,13 @@ def main() -> None:
     print(f"{soak.rounds} runs, {soak.committed} branches in {soak.attempts} attempts: all results as expected")
 
 
+def with_token() -> dict[str, str]:
+    """Return the environment for a soak test with a new token."""
+    others = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    return others | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), STARTED: "1"}
+
+
 if __name__ == "__main__":
+    if STARTED not in os.environ:  # Ray reads these variables when it is imported
+        os.execve(sys.executable, [sys.executable, "-m", "tests.support.faults.soak"], with_token())
     main()
