@@ -252,7 +252,10 @@ class Controller:
         yield from self._look(waiting)
         if self._drivers.has_company:  # what others have just committed may have made further tasks ready
             ready = [self.tasks[id] for id, state in self.states.items() if isinstance(state, Waiting)]
-            yield from self._look(task for task in ready if self._can_start(task))
+            # A suspect task is committed, but an attempt must check its files
+            yield from self._look(
+                task for task in ready if self._can_start(task) and not self._history[task.id].suspect
+            )
 
     def _look(self, tasks: Iterable[Task]) -> Iterator[Transition]:
         """Follow what other drivers have done with tasks."""

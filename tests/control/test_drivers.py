@@ -183,6 +183,18 @@ def test_a_stale_attempt_is_no_failure(store: MemoryStore, clock: Clock) -> None
     assert driver.launcher.numbers["a"] > AttemptNumber(7, 1), "the driver takes a new epoch"
 
 
+def test_a_damaged_task_is_checked_although_another_driver_lives(store: MemoryStore, clock: Clock) -> None:
+    commit_task(store, make_task("a"))
+    TestDriver(store, clock, make_task("c")).step()
+    driver = TestDriver(store, clock, make_task("a"), make_task("b", "a"))
+    driver.step()
+    clock.now += 10.0
+    driver.step(b=Crashed("a file is damaged", NODE, damaged="a"))
+    assert driver.registry.has_company
+    assert isinstance(driver.state("a"), Placing)
+    assert driver.controller.history("a").suspect
+
+
 def test_an_abandoned_task_is_made_by_another_driver(store: MemoryStore, clock: Clock) -> None:
     first, second = (TestDriver(store, clock, make_task("a", attempts=1), make_task("b")) for _ in range(2))
     first.step()
