@@ -17,7 +17,9 @@ import torch.distributed as dist
 from ray.cluster_utils import Cluster
 
 from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.control.observations import Alive, AttemptStatus, Done, Queued, Stopped
+from bam_ray.control.transitions import PlacedTask
 from bam_ray.errors import Interrupted
 from bam_ray.on_ray.launcher import RayLauncher
 from bam_ray.on_ray.work import StageFunctions
@@ -81,7 +83,7 @@ def finish(recipe: Recipe, names: list[str], functions: StageFunctions = FUNCTIO
     launcher = RayLauncher(run, stub_engine, functions)
     try:
         for task in tasks.values():
-            launcher.place(task, frozenset())
+            launcher.place(PlacedTask(task, AttemptNumber(1, 1), ("", "")), frozenset())
         until = time.monotonic() + 120
         while any(isinstance(status, Alive | Queued) for status in launcher.poll().values()):
             assert time.monotonic() < until, launcher.poll()
