@@ -44,12 +44,13 @@ def new_scratch_folder(purpose: str) -> Path:
     sweep_scratch_folders()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-"))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        _lock(descriptor, fcntl.LOCK_EX)
-        if folder.exists():  # otherwise another process swept it before it was locked
-            _held[folder] = descriptor
-            return folder
-        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # another process may sweep it before it is locked
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            _lock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                _held[folder] = descriptor
+                return folder
+            os.close(descriptor)
 
 
 def remove_scratch_folder(folder: Path) -> None:

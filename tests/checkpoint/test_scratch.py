@@ -1,9 +1,11 @@
 """Temporary folders of killed processes are deleted by the next process, and those of living ones are not."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,3 +82,29 @@ def test_other_files_and_links_are_left_alone(tmpdir: Path) -> None:
     before = sorted(tmpdir.rglob("*"))
     remove_scratch_folder(new_scratch_folder("step"))
     assert sorted(tmpdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_folder_that_is_swept_at_once_is_made_again(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, lock = tempfile.mkdtemp, fcntl.flock
+    swept: list[str] = []
+
+    def make_and_sweep(prefix: str) -> str:
+        folder = make(prefix=prefix)
+        if not swept and "opened" in moment:
+            swept.append(folder)
+            os.rmdir(folder)
+        return folder
+
+    def sweep_and_lock(descriptor: int, operation: int) -> None:
+        if not swept and "locked" in moment:
+            swept.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            os.rmdir(swept[0])
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_sweep)
+    monkeypatch.setattr(fcntl, "flock", sweep_and_lock)
+    with scratch_folder("step") as folder:
+        assert folder.is_dir()
+        assert [str(folder)] != swept
+    assert len(swept) == 1

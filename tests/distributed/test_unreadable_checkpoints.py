@@ -32,7 +32,7 @@ def test_all_ranks_record_which_rank_could_not_read_a_checkpoint(ranks: list[dic
 
 def test_rollback_uses_the_newest_checkpoint_readable_by_all(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert ("refused", "0003-00000004") in rank["events"]
+        assert ("refused", "0003.0001-00000004") in rank["events"]
         assert rank["events"][-1] == ("rolled_back", 3)
         assert rank["curve"] == rank["unbroken"]
 
