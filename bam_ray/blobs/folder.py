@@ -162,6 +162,8 @@ class FolderStore:
             raise BlobNotFound(f"{self._folder / key} does not exist") from None
         except PermissionError as error:
             raise StoreDenied(f"no permission for {error.filename or self._folder}: fix its owner or mode") from None
+        except FileExistsError as error:  # a file is where a folder must be
+            raise StoreUnavailable(f"folder store {self._folder}: Not a directory: {error.filename}") from None
         except OSError as error:
             raise StoreUnavailable(f"folder store {self._folder}: {error.strerror or error}") from None
 
