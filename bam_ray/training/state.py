@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bam_ray.checkpoint.scratch import new_scratch_folder, remove_scratch_folder
 from bam_ray.checkpoint.tensors import TensorSpec
 from bam_ray.errors import CheckpointError, TrainingError
 from bam_ray.training.tensor_file import HostCopier, specs_of, write_tensors
@@ -47,6 +48,7 @@ class TrainingState:
         self.write_model(folder)
         if self.optimizer_file is not None:
             shutil.move(self.optimizer_file, folder / OPTIMIZER)
+            remove_scratch_folder(self.optimizer_file.parent)
         else:
             write_optimizer(folder / OPTIMIZER, specs_of(self.optimizer), self.optimizer.values(), self.step)
 
@@ -62,13 +64,13 @@ def write_optimizer(path: Path, specs: Iterable[TensorSpec], states: Iterable[Te
 
 
 def spill_optimizer(specs: Iterable[TensorSpec], states: Iterable[Tensor], step: int) -> Path:
-    """Write Adam's states to a local file, and return its path.
+    """Write Adam's states to a file in a scratch folder of its own, and return its path.
 
     Raises:
         TrainingError: The file cannot be written.
     """
     try:
-        path = Path(tempfile.mkstemp(prefix="bam-step-", suffix=".safetensors")[1])
+        path = new_scratch_folder("optimizer") / OPTIMIZER
         write_optimizer(path, specs, states, step)
     except OSError as error:
         raise TrainingError(
