@@ -147,7 +147,7 @@ class FolderStore:
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
                 publish(partial, path)
-                _sync_folder(path.parent)
+                sync(path.parent)
             except FileExistsError:
                 raise BlobExists(f"{path} exists already") from None
             finally:
@@ -192,13 +192,13 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Write the names in a folder to disk. Without this, a power failure may undo a rename or a link."""
+def sync(path: Path) -> None:
+    """Write a file, or the names in a folder, to disk. Without this, a power failure may undo a rename or a link."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # files can be created in a folder that cannot be read
         return
     try:

@@ -26,14 +26,15 @@ from pathlib import Path
 
 from bam_ray.blobs import BlobStore, put_once
 from bam_ray.checkpoint.cache import cached_folder
-from bam_ray.checkpoint.digests import file_entry, stored_entry
+from bam_ray.checkpoint.digests import check_digests, file_entry, mismatch, missing
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
-from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest, ManifestGeneration, read_manifest
+from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest, ManifestGeneration, is_manifest, read_manifest
 from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch, StaleLease, StoreError
 
 FILES = "files"
 CLAIM = ".committing"  # in a folder of files: it is being committed, or it was swept
 SWEPT = b"swept"
+DAMAGED = "the blob was damaged"  # the cause of a wrong digest: nobody changes the files of a run
 
 
 class Artifact:
@@ -156,7 +157,7 @@ class Artifact:
     def set_aside(self, manifest: Manifest, reason: str) -> None:
         """Mark the files of a committed manifest as damaged, so that the artifact can be made again.
 
-        Does nothing if `manifest` is not the one that counts any more. Only attempts with a newer lease call this.
+        Does nothing if `manifest` is not the one that counts any more. The caller has found its files damaged.
         """
         generation = ManifestGeneration.find(self.store, self.prefix)
         if generation.committed and self.manifest() == manifest:
@@ -169,13 +170,7 @@ class Artifact:
         Raises:
             DigestMismatch: A file is missing or differs from what was committed.
         """
-        for name, entry in manifest.files.items():
-            try:
-                found = stored_entry(self.store, self.key(manifest, name))
-            except BlobNotFound:
-                raise self._damaged(name, "is missing, though its manifest names it") from None
-            if found != entry:
-                raise self._damaged(name, "does not match its manifest: the blob was damaged")
+        check_digests(self.store, manifest, partial(self.key, manifest), self.uri, DAMAGED)
 
     def fetch(self, cache: Path | None = None) -> Path:
         """Download and verify all files and return their folder in the local cache (see `cache.cached_folder`).
@@ -204,10 +199,10 @@ class Artifact:
             try:
                 self.store.get_file(self.key(manifest, name), path)
             except BlobNotFound:
-                raise self._damaged(name, "is missing, though its manifest names it") from None
+                raise missing(self.uri, name, manifest) from None
             if file_entry(path) == manifest.files[name]:
                 return
-        raise self._damaged(name, "does not match its manifest: the blob was damaged")
+        raise mismatch(self.uri, name, manifest, DAMAGED)
 
     def _claim(self, manifest: Manifest, lease: Lease) -> None:
         """Claim the folder of `manifest` for its commit; raise `StaleLease` if it was swept."""
@@ -218,9 +213,6 @@ class Artifact:
                 raise StaleLease(
                     f"attempt {lease.number} at {self.prefix} is stale, and its files were swept"
                 ) from None
-
-    def _damaged(self, name: str, problem: str) -> DigestMismatch:
-        return DigestMismatch(f"{self.uri}/{name} {problem}", artifact_id=self.id)
 
     def _delete_folders(self, committed: Manifest, ours: Manifest, lease: Lease | None) -> None:
         """Delete our files if another attempt won; otherwise those of older attempts and of our own earlier tries.
@@ -253,6 +245,8 @@ def folder_number(folder: str) -> AttemptNumber:
 
 
 def delete_keys(store: BlobStore, keys: Iterable[str]) -> None:
-    """Delete several keys at once."""
+    """Delete several keys at once, manifests before all others: what is half deleted is then not committed."""
+    listed = list(keys)
     with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(store.delete, list(keys)))
+        for manifests in (True, False):
+            list(pool.map(store.delete, [key for key in listed if is_manifest(key) is manifests]))

@@ -18,10 +18,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from bam_ray.blobs.folder import sync
+from bam_ray.checkpoint.locks import file_lock, lock
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import StoreError
 from bam_ray.units import GIB
@@ -71,26 +73,6 @@ def cached_folder(uri: str, manifest: Manifest, download: DownloadFile, cache: P
     return folder
 
 
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on the file `path`; the system releases it if the process dies.
-
-    Yields True. On a file system without locks nobody waits, and it yields False. The file is not removed afterwards,
-    because a new file of the same name would be a different lock.
-    """
-    with path.open("w") as file:
-        yield _lock(file, fcntl.LOCK_EX)
-
-
-def _lock(file: IO[str], operation: int) -> bool:
-    """Return whether the lock was obtained."""
-    try:
-        fcntl.flock(file, operation)
-    except OSError:
-        return False
-    return True
-
-
 def _download(folder: Path, manifest: Manifest, download: DownloadFile) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
@@ -98,15 +80,15 @@ def _download(folder: Path, manifest: Manifest, download: DownloadFile) -> None:
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             download(name, path)
-            _flush(path)
+            sync(path)
         for each in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-            _flush(each)
+            sync(each)
         mark = _beside(folder, MARK)
         mark.write_text(json.dumps(_facts(partial)))
-        _flush(mark)
+        sync(mark)
         with contextlib.suppress(OSError):  # without locks another process may be first; both copies are equal
             partial.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -150,8 +132,8 @@ def _last_use(folder: Path) -> float:
 
 def _evict(folder: Path) -> bool:
     """Delete a folder unless a process reads or downloads it; return whether it is deleted."""
-    with _beside(folder, LOCK).open("w") as lock, _beside(folder, READERS).open("w") as readers:
-        if not all(_lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) for file in (lock, readers)):
+    with _beside(folder, LOCK).open("w") as download, _beside(folder, READERS).open("w") as readers:
+        if not all(lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) for file in (download, readers)):
             return False
         shutil.rmtree(folder, ignore_errors=True)
         _beside(folder, MARK).unlink(missing_ok=True)
@@ -169,17 +151,8 @@ def _hold(folder: Path) -> None:
     """Keep a shared lock on the folder until this process ends."""
     if folder not in _held:
         _held[folder] = _beside(folder, READERS).open("w")
-        _lock(_held[folder], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock(_held[folder], fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _beside(folder: Path, ending: str) -> Path:
     return folder.with_name(f".{folder.name}{ending}")
-
-
-def _flush(path: Path) -> None:
-    """Write a file or a folder to the disk, so that it outlives a crash of the node."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,6 +26,7 @@ Limits: an identity covers settings and parents, not the version of the code. Th
     <any of these>/leases/<attempt>.json     the attempts that have started
     <any of these>/steps/<attempt>-<step>/   training checkpoints, each with its own manifest
     epochs/<epoch>.json                      the drivers that have worked on this store
+    heartbeats/<driver>.json                 what each of them makes, written again every few seconds
 """
 
 import hashlib

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bam_ray.checkpoint.locks import lock
+
 PREFIX = "bam-scratch-"
 _NAME = re.compile(rf"{PREFIX}[a-z]+-\w{{8}}")
 
@@ -46,7 +48,7 @@ def new_scratch_folder(purpose: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-"))
         with contextlib.suppress(FileNotFoundError):  # another process may sweep it before it is locked
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            _lock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, fcntl.LOCK_EX)
             if folder.exists():
                 _held[folder] = descriptor
                 return folder
@@ -69,16 +71,7 @@ def sweep_scratch_folders() -> None:
         with contextlib.suppress(OSError):  # another process may sweep at the same time
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if os.fstat(descriptor).st_uid == os.geteuid() and _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if os.fstat(descriptor).st_uid == os.geteuid() and lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
-
-
-def _lock(descriptor: int, operation: int) -> bool:
-    """Return whether the lock was obtained."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError:
-        return False
-    return True

@@ -10,10 +10,11 @@ Limits: only safetensors files are read. The dtypes of quantized weights are ref
 are read.
 """
 
+import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.digests import stored_entry
+from bam_ray.checkpoint.digests import check_digests
 from bam_ray.checkpoint.manifest import Manifest, read_manifest
 from bam_ray.checkpoint.model_folder import (
     INDEX,
@@ -34,8 +35,8 @@ from bam_ray.checkpoint.model_folder import (
     refuse_wrappers,
     weight_files,
 )
-from bam_ray.checkpoint.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, HeaderError, parse_header
-from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
+from bam_ray.checkpoint.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, HeaderError, parse_header
+from bam_ray.errors import BlobNotFound, CheckpointError
 
 __all__ = ["CHUNK_BYTES", "DTYPES", "DTYPE_NAMES", "INDEX", "TensorLocation", "TensorReader", "TensorSpec"]
 
@@ -81,6 +82,18 @@ class TensorSpec:
     def bytes(self) -> int:
         """The size in bytes."""
         return self.elements * self.dtype.itemsize
+
+
+def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the beginning of a safetensors file: the length of its header, and the header, padded to 8 bytes."""
+    header: dict[str, Any] = {METADATA: metadata} if metadata else {}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.bytes
+        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 @dataclass(frozen=True)
@@ -199,18 +212,12 @@ class TensorReader:
             The number of files that were compared, 0 if there is no manifest.
 
         Raises:
-            DigestMismatch: A file differs from the manifest.
-            CheckpointError: A file is missing.
+            DigestMismatch: A file is missing or differs from the manifest.
         """
-        manifest = self.manifest()
-        for name, entry in manifest.files.items() if manifest else ():
-            try:
-                found = stored_entry(self.store, self._key(name))
-            except BlobNotFound:
-                raise CheckpointError(f"{self.uri}/{name} is missing, though its manifest names it") from None
-            if found != entry:
-                raise DigestMismatch(f"{self.uri}/{name} does not match its manifest: the file was changed or damaged")
-        return len(manifest.files) if manifest else 0
+        if self._manifest is None:
+            return 0
+        check_digests(self.store, self._manifest, self._key, self.uri, "the file was changed or damaged")
+        return len(self._manifest.files)
 
     def _read_range(self, name: str, start: int, length: int) -> bytes:
         """Read `length` bytes of a tensor from its byte `start` on."""

@@ -19,7 +19,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import chain
 
 import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -29,7 +29,7 @@ from bam_ray.blobs import BlobStore, put_once
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest
-from bam_ray.checkpoint.tensors import CHUNK_BYTES, DTYPE_NAMES, INDEX, TensorSpec
+from bam_ray.checkpoint.tensors import CHUNK_BYTES, INDEX, TensorSpec, encode_header
 from bam_ray.errors import DigestMismatch, StoreUnavailable
 
 MAX_SHARD_BYTES = 4 << 30
@@ -139,16 +139,15 @@ class ModelWriter:
 
     def _write_shard(self, name: str, specs: Sequence[TensorSpec], produce: ChunkProducer) -> None:
         digest = hashlib.sha256()
-        size = 0
+        header = encode_header(specs, {"format": "pt"})
+        size = len(header) + sum(spec.bytes for spec in specs)
 
         def chunks() -> Iterator[Chunk]:
-            nonlocal size
-            for chunk in _serialize(specs, produce):
+            for chunk in chain([header], _serialize(specs, produce)):
                 digest.update(chunk)
-                size += len(chunk)
                 yield chunk
 
-        self.store.put_stream(self._key(name), prefetch(chunks()), len(_header(specs)) + sum(s.bytes for s in specs))
+        self.store.put_stream(self._key(name), prefetch(chunks()), size)
         self.entries[name] = FileEntry(size=size, sha256=digest.hexdigest())
 
     def _key(self, name: str) -> str:
@@ -179,25 +178,8 @@ def _split_into_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list
     return shards
 
 
-def _header(specs: Sequence[TensorSpec]) -> bytes:
-    """Return the length and the header of a safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": spec.shape,
-            "data_offsets": [offset, offset + spec.bytes],
-        }
-        offset += spec.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _serialize(specs: Sequence[TensorSpec], produce: ChunkProducer) -> Iterator[Chunk]:
-    """Yield the bytes of a safetensors file."""
-    yield _header(specs)
+    """Yield the bytes of the tensors of a safetensors file."""
     for spec in specs:
         written = 0
         for chunk in produce(spec):

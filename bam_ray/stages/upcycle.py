@@ -60,7 +60,12 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
 
 
 def check_parent(artifact: Artifact) -> None:
-    """Read all files of a parent and compare their digests; raises `CheckpointError` if it is not committed."""
+    """Read all files of a parent and compare their digests, before a damaged header could fail in another way.
+
+    Raises:
+        CheckpointError: The parent is not committed.
+        DigestMismatch: A file is damaged.
+    """
     manifest = artifact.manifest()
     if manifest is None:
         raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it")

@@ -212,10 +212,7 @@ def _remove(store: BlobStore, groups: Iterable[_Garbage], dry_run: bool) -> Iter
         if garbage.keys and (dry_run or garbage.claim()):
             size = _size(store, garbage.keys)
             if not dry_run:
-                # The manifest of a checkpoint is deleted first: a half-deleted checkpoint is then not committed
-                first = [key for key in garbage.keys if is_manifest(key)]
-                delete_keys(store, first)
-                delete_keys(store, (key for key in garbage.keys if key not in first))
+                delete_keys(store, garbage.keys)
             yield Removed(garbage.prefix.rstrip("/"), garbage.why, len(garbage.keys), size)
 
 

@@ -229,8 +229,6 @@ class Checkpoints:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        # The manifest is deleted first: a half-deleted checkpoint is then not committed
-        self._store.delete(f"{self._prefix}{name}/{MANIFEST}")
         delete_keys(self._store, self._store.list(f"{self._prefix}{name}/"))
 
     def _committed(self) -> list[str]:

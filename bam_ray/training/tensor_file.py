@@ -3,14 +3,13 @@
 A training state is several times as large as its model. Whatever handles it whole should hold it once.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bam_ray.checkpoint.tensors import DTYPE_NAMES, TensorSpec
+from bam_ray.checkpoint.tensors import TensorSpec, encode_header
 
 
 def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
@@ -19,15 +18,8 @@ def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Ten
     Raises `OSError` if the file cannot be written.
     """
     specs = list(specs)
-    header, end = {}, 0
-    for spec in specs:
-        start, end = end, end + spec.bytes
-        entry = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-        header[spec.name] = entry
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(encode_header(specs))
         for spec, tensor in zip(specs, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), f"{spec.name} is not as announced"
             host = tensor.detach().cpu().contiguous()
