@@ -121,7 +121,7 @@ class Controller:
         if self._stopping:
             return applied + self._apply_all(decisions.shut_down(self.states, now))
         applied += self._apply_all(self._improve(nodes, now))
-        applied += self._apply_all(self._leave_to_others(now))
+        applied += self._apply_all(self._leave_to_others())
         applied += self._apply_all(self._place(nodes, now))
         making = (self.tasks[id] for id, state in self.states.items() if state.is_active)
         self._drivers.announce([f"{task.kind}/{task.id}" for task in making])
@@ -243,7 +243,7 @@ class Controller:
         """The error of the store, while it does not answer the controller; empty otherwise."""
         return self._watch.warning
 
-    def _leave_to_others(self, now: float) -> Iterator[Transition]:
+    def _leave_to_others(self) -> Iterator[Transition]:
         """Leave the tasks alone that another driver makes, until it has made them or is gone."""
         self._watch.ask(self._drivers.refresh)
         given_up = (self.tasks[id] for id, state in self.states.items() if isinstance(state, Failed | Blocked))
@@ -259,8 +259,8 @@ class Controller:
 
     def _look(self, tasks: Iterable[Task]) -> Iterator[Transition]:
         """Follow what other drivers have done with tasks."""
-        for task_id, made in self._watch.made_by_others(tasks).items():
-            yield from decisions.leave_to_other(task_id, self.states[task_id], made)
+        for task_id, seen in self._watch.look_for_others(tasks).items():
+            yield from decisions.leave_to_other(task_id, self.states[task_id], seen)
 
     def _check_feasibility(self, nodes: Sequence[NodeFacts]) -> None:
         open_tasks = (task for id, task in self.tasks.items() if not isinstance(self.states[id], Committed))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.control import policies
 from bam_ray.control.observations import Crashed
+from bam_ray.control.store_watch import StoredTask
 from bam_ray.control.tracking import after_end, end_attempt
 from bam_ray.control.transitions import Drain, Free, Launch, PlacedTask, Transition
 from bam_ray.pipeline import readiness
@@ -75,25 +76,21 @@ def replace_hung(
 
 def make_again(reader: Task, crashed: Crashed, states: States, histories: Histories) -> Iterator[Transition]:
     """Let a committed task be made again, or at least checked, if `reader` found its files damaged."""
-    state = states.get(crashed.damaged or "")
-    if crashed.damaged is not None and isinstance(state, Committed):
+    if crashed.damaged is None:
+        return
+    state = states.get(crashed.damaged)
+    if isinstance(state, Committed):
         reason = f"{reader.full_name} found its files damaged; they are checked, and made again if they are"
         history = replace(histories[crashed.damaged], suspect=True, message=reason)
         yield Transition(crashed.damaged, state, Waiting(), reason, history=history)
 
 
-def leave_to_other(task_id: str, state: State, made: bool | str | None) -> Iterator[Transition]:
-    """Follow what another driver does with a task.
-
-    Args:
-        task_id: The task, of which no attempt runs here.
-        state: Its state.
-        made: True if the task is committed, or the driver that makes it, or None if no driver does.
-    """
-    if made is True:
+def leave_to_other(task_id: str, state: State, seen: StoredTask) -> Iterator[Transition]:
+    """Follow what the store shows of a task of which no attempt runs here."""
+    if seen.committed:
         yield Transition(task_id, state, Committed(state.progress), "committed by another driver")
-    elif isinstance(made, str):
-        yield Transition(task_id, state, MadeElsewhere(made, state.progress), f"{made} makes it")
+    elif seen.driver is not None:
+        yield Transition(task_id, state, MadeElsewhere(seen.driver, state.progress), f"{seen.driver} makes it")
     elif isinstance(state, MadeElsewhere):
         yield Transition(task_id, state, Waiting(state.progress), "no other driver makes it any more")
 

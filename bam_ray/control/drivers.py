@@ -21,7 +21,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -50,8 +50,8 @@ class Drivers(Protocol):
         """True if another driver of the store is alive."""
         ...
 
-    def refresh(self, now: bool = False) -> None:
-        """Look for other drivers, if it is time to or if `now` is True."""
+    def refresh(self, at_once: bool = False) -> None:
+        """Look for other drivers, if it is time to or `at_once`."""
         ...
 
     def owner_of(self, prefix: str) -> str | None:
@@ -76,7 +76,7 @@ class LoneDriver:
     epoch = 1
     has_company = False
 
-    def refresh(self, now: bool = False) -> None:
+    def refresh(self, at_once: bool = False) -> None:
         """Do nothing."""
 
     def owner_of(self, prefix: str) -> None:
@@ -144,9 +144,9 @@ class DriverRegistry:
         """True if another driver of the store is alive."""
         return any(not other.gone for other in self._others.values())
 
-    def refresh(self, now: bool = False) -> None:
-        """Read the heartbeats of the other drivers, every `HEARTBEAT_SECONDS` or `now`; raises `StoreError`."""
-        if not now and self._clock() - self._refreshed_at < HEARTBEAT_SECONDS:
+    def refresh(self, at_once: bool = False) -> None:
+        """Read the heartbeats of the other drivers, every `HEARTBEAT_SECONDS` or `at_once`; raises `StoreError`."""
+        if not at_once and self._clock() - self._refreshed_at < HEARTBEAT_SECONDS:
             return
         self._refreshed_at = self._clock()
         self._find_others()
@@ -215,10 +215,7 @@ class DriverRegistry:
 
     def _find_others(self) -> None:
         """Read the descriptions of the epochs that are new."""
-        for epoch, key in epochs(self._store):
-            if epoch in self._others:
-                continue
-            description = json.loads(self._store.get(key))
+        for epoch, description in _descriptions(self._store, self._others):
             if description["token"] != self._token:
                 self._others[epoch] = _OtherDriver(description["token"], description, self._clock())
 
@@ -275,8 +272,7 @@ def known_drivers(store: BlobStore, patience: float = 4 * HEARTBEAT_SECONDS) -> 
     `patience` seconds. Returns as soon as this is known of all drivers.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for epoch, key in epochs(store):
-        description = json.loads(store.get(key))
+    for epoch, description in _descriptions(store):
         found.setdefault(description["token"], {})[epoch] = description
     drivers = [KnownDriver(token, tuple(sorted(of)), of[max(of)], alive=False) for token, of in found.items()]
     first = {driver.token: _heartbeat(store, driver.token) for driver in drivers}
@@ -291,6 +287,13 @@ def known_drivers(store: BlobStore, patience: float = 4 * HEARTBEAT_SECONDS) -> 
         time.sleep(min(1.0, patience / 10))
         alive |= {token for token in undecided - alive if _heartbeat(store, token) != first[token]}
     return [replace(driver, alive=driver.token in alive) for driver in drivers]
+
+
+def _descriptions(store: BlobStore, known: Container[int] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each epoch that is not `known`, and the description of its driver."""
+    for epoch, key in epochs(store):
+        if epoch not in known:
+            yield epoch, json.loads(store.get(key))
 
 
 def heartbeat_key(token: str) -> str:

@@ -7,6 +7,7 @@ the run.
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from bam_ray.blobs import BlobStore
@@ -20,6 +21,14 @@ LOOK_SECONDS = 5.0  # between two looks at the leases of a task that is ready
 MAX_REQUESTS = 16
 
 Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class StoredTask:
+    """The view of a task in the store: it is committed, or another driver makes it, or neither."""
+
+    committed: bool = False
+    driver: str | None = None
 
 
 class StoreWatch:
@@ -64,8 +73,8 @@ class StoreWatch:
             answers = pool.map(lambda task: self.ask(self._artifact(task).is_committed), listed)
             return {task.id: answer for task, answer in zip(listed, answers, strict=True)}
 
-    def made_by_others(self, tasks: Iterable[Task]) -> dict[str, bool | str | None]:
-        """Return for each of `tasks` True if it is committed, or the driver that makes it, or None for neither.
+    def look_for_others(self, tasks: Iterable[Task]) -> dict[str, StoredTask]:
+        """Return what the store shows of `tasks`, by task id.
 
         A task is looked at every `LOOK_SECONDS`. The tasks that are not looked at now, and those of which the store
         does not say, are missing in the result.
@@ -74,15 +83,17 @@ class StoreWatch:
         due = [task for task in tasks if now - self._looked_at.get(task.id, float("-inf")) >= LOOK_SECONDS]
         if not due:
             return {}
-        self.ask(lambda: self._drivers.refresh(now=True))  # another one may have begun a task in this moment
+        self.ask(lambda: self._drivers.refresh(at_once=True))  # another one may have begun a task in this moment
         self._looked_at.update((task.id, now) for task in due)
         with ThreadPoolExecutor(max_workers=MAX_REQUESTS) as pool:
-            answers = pool.map(lambda task: self.ask(lambda: (self._made_by_others(task),)), due)
-            return {task.id: answer[0] for task, answer in zip(due, answers, strict=True) if answer is not None}
+            answers = pool.map(lambda task: self.ask(lambda: self._look(task)), due)
+            return {task.id: answer for task, answer in zip(due, answers, strict=True) if answer is not None}
 
-    def _made_by_others(self, task: Task) -> bool | str | None:
+    def _look(self, task: Task) -> StoredTask:
         artifact = self._artifact(task)
-        return artifact.is_committed() or self._drivers.owner_of(artifact.prefix)
+        if artifact.is_committed():
+            return StoredTask(committed=True)
+        return StoredTask(driver=self._drivers.owner_of(artifact.prefix))
 
     def _artifact(self, task: Task) -> Artifact:
         return Artifact(self._store, task.kind, task.id)

@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
 from bam_ray.checkpoint.manifest import Manifest
@@ -19,41 +18,12 @@ from bam_ray.errors import StaleLease, StoreUnavailable
 from bam_ray.pipeline.states import Node
 from bam_ray.pipeline.tasks import Progress, Task
 from tests.support.control.scripted_launcher import ScriptedLauncher, make_task
+from tests.support.failing_store import FailingStore
 from tests.support.schedules.scheduler import write_files
 
 NODE = Node("1", "one")
 NAMES = ("a", "b", "c")
 TASKS = [make_task("a", attempts=10**6), make_task("b", attempts=10**6), make_task("c", "a", "b", attempts=10**6)]
-
-
-class FailingStore(MemoryStore):
-    """A store that can be down, and that can lose the answer to the next conditional put."""
-
-    down = False
-    loses_next_answer = False
-
-    def _admit(self) -> None:
-        if self.down:
-            raise StoreUnavailable("the store is down")
-
-    def get(self, key: str) -> bytes:
-        self._admit()
-        return super().get(key)
-
-    def put(self, key: str, data: bytes) -> None:
-        self._admit()
-        super().put(key, data)
-
-    def put_if_absent(self, key: str, data: bytes) -> None:
-        self._admit()
-        super().put_if_absent(key, data)
-        if self.loses_next_answer:
-            self.loses_next_answer = False
-            raise StoreUnavailable("the answer was lost")
-
-    def list(self, prefix: str = "") -> object:  # type: ignore[override]
-        self._admit()
-        return super().list(prefix)
 
 
 @dataclass
@@ -95,7 +65,7 @@ class DriversOfAStore(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Heal everything, and check that one driver finishes the run."""
-        self.store.down = self.store.loses_next_answer = False
+        self.store.failure, self.store.loses_next_answer = None, False
         last = self._new_driver()
         for _ in range(200):
             self.now += 10.0
@@ -119,13 +89,13 @@ class DriversOfAStore(RuleBasedStateMachine):
 
     @rule(target=drivers)
     def another_driver(self) -> SimulatedDriver:
-        self.store.down = self.store.loses_next_answer = False
+        self.store.failure, self.store.loses_next_answer = None, False
         return self._new_driver()
 
     @rule(driver=drivers, seconds=st.sampled_from([1.0, 6.0, 61.0]))
     def step(self, driver: SimulatedDriver, seconds: float) -> None:
         self.now += seconds
-        if not self.store.down:
+        if self.store.failure is None:
             driver.registry.beat()
         try:
             driver.controller.step()
@@ -152,7 +122,7 @@ class DriversOfAStore(RuleBasedStateMachine):
 
     @rule(down=st.booleans())
     def outage(self, down: bool) -> None:
-        self.store.down = down
+        self.store.failure = StoreUnavailable("the store is down") if down else None
 
     @rule()
     def lose_an_answer(self) -> None:
@@ -160,12 +130,12 @@ class DriversOfAStore(RuleBasedStateMachine):
 
     @invariant()
     def nothing_committed_is_damaged(self) -> None:
-        down, self.store.down = self.store.down, False
+        failure, self.store.failure = self.store.failure, None
         for name in NAMES:
             manifest = self._artifact(name).manifest()
             if manifest is not None:
                 self._artifact(name).check_files(manifest)
-        self.store.down = down
+        self.store.failure = failure
 
     @invariant()
     def nothing_is_given_up(self) -> None:

@@ -17,6 +17,7 @@ from bam_ray.errors import StoreDenied, StoreError
 from bam_ray.pipeline.states import Committed, MadeElsewhere, Node, Placing, Running, Waiting
 from bam_ray.pipeline.tasks import Progress, Task
 from tests.support.control.scripted_launcher import ScriptedLauncher, commit_task, make_task
+from tests.support.failing_store import FailingStore
 
 NODE = Node("1", "one")
 STALE = Crashed("attempt 0001.0001 is stale", NODE, stale=True)
@@ -123,7 +124,7 @@ def test_a_driver_that_begins_a_task_says_so_at_once(store: MemoryStore, clock: 
         until = time.monotonic() + 4.0  # less than the time between two heartbeats
         while not isinstance(second.state("a"), MadeElsewhere) and time.monotonic() < until:
             time.sleep(0.05)
-            second.registry.refresh(now=True)
+            second.registry.refresh(at_once=True)
             if second.registry.owner_of("branches/a"):
                 second.controller.step()
     assert isinstance(second.state("a"), MadeElsewhere)
@@ -224,41 +225,19 @@ def test_a_process_that_died_on_this_machine_is_gone_at_once(store: MemoryStore,
     assert description["pid"] == os.getpid()
 
 
-class DenyingStore(MemoryStore):
-    """A store that can deny every request."""
-
-    denies = False
-
-    def _admit(self) -> None:
-        if self.denies:
-            raise StoreDenied("AccessDenied")
-
-    def list(self, prefix: str = "") -> object:  # type: ignore[override]
-        self._admit()
-        return super().list(prefix)
-
-    def get(self, key: str) -> bytes:
-        self._admit()
-        return super().get(key)
-
-    def put(self, key: str, data: bytes) -> None:
-        self._admit()
-        super().put(key, data)
-
-
 def test_a_store_that_fails_for_minutes_stops_nothing(clock: Clock) -> None:
-    store = DenyingStore()
+    store = FailingStore()
     driver = TestDriver(store, clock, make_task("a"), make_task("b"))
     driver.step()
     driver.start("a")
-    store.denies = True
+    store.failure = StoreDenied("AccessDenied")
     driver.launcher.statuses["a"] = Done(NODE, Progress(10, 10))
     for _ in range(9):
         clock.now += 60.0
         driver.controller.step()
         assert isinstance(driver.state("a"), Running), "its manifest could not be looked for"
         assert driver.controller.store_warning == "AccessDenied"
-    store.denies = False
+    store.failure = None
     commit_task(store, make_task("a"))
     clock.now += 10.0
     driver.controller.step()
@@ -267,10 +246,10 @@ def test_a_store_that_fails_for_minutes_stops_nothing(clock: Clock) -> None:
 
 
 def test_a_store_that_fails_for_longer_ends_the_run(clock: Clock) -> None:
-    store = DenyingStore()
+    store = FailingStore()
     driver = TestDriver(store, clock, make_task("a"))
     driver.step()
-    store.denies = True
+    store.failure = StoreDenied("AccessDenied")
     clock.now += 10.0
     driver.controller.step()
     clock.now += 601.0
@@ -279,9 +258,9 @@ def test_a_store_that_fails_for_longer_ends_the_run(clock: Clock) -> None:
 
 
 def test_a_store_that_fails_at_the_start_is_asked_later(clock: Clock) -> None:
-    store = DenyingStore()
+    store = FailingStore()
     commit_task(store, make_task("a"))
     registry = DriverRegistry(store, "demo", clock=clock)
-    store.denies = True
+    store.failure = StoreDenied("AccessDenied")
     controller = Controller([make_task("a")], store, ScriptedLauncher(), clock, drivers=registry)
     assert isinstance(controller.states["a"], Waiting)

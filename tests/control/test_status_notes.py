@@ -1,4 +1,4 @@
-"""What the status of a run says about tasks that wait for another driver, hang, or are made again; and its size."""
+"""The status of a run explains why a task waits for another driver, hangs or is made again, and stays small."""
 
 import pytest
 from rich.console import Console
