@@ -12,7 +12,7 @@ import io
 import lzma
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -184,18 +184,9 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
     try:
         # Without the buffer for whole row groups, which may be larger than memory
         with _errors_of(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK) as file:
-            schema = file.schema_arrow
-            if field not in schema.names:
-                raise _no_field(path, field, schema.names)
-            if not _holds_text(schema.field(field).type):
-                raise DataError(
-                    f"field {field!r} of {path} contains {schema.field(field).type}, not text: set the domain's "
-                    "text_field"
-                )
+            _check_column(path, field, file.schema_arrow)
             for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    if text is not None:
-                        yield text.decode() if isinstance(text, bytes) else text
+                yield from _column_texts(batch.column(0).to_pylist())
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read: {one_line(error, all_lines=True)}") from None
 
@@ -207,16 +198,26 @@ def _arrow_texts(path: Path, field: str) -> Iterator[str]:
     try:
         with _errors_of(path):
             rows = datasets.Dataset.from_file(str(path))  # mapped into memory, not read
-            if field not in rows.column_names:
-                raise _no_field(path, field, rows.column_names)
-            kind = rows.data.schema.field(field).type
-            if not _holds_text(kind):
-                raise DataError(f"field {field!r} of {path} contains {kind}, not text: set the domain's text_field")
-            for row in rows.select_columns([field]):
-                if row[field] is not None:
-                    yield row[field].decode() if isinstance(row[field], bytes) else row[field]
+            _check_column(path, field, rows.data.schema)
+            yield from _column_texts(row[field] for row in rows.select_columns([field]))
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read: {one_line(error, all_lines=True)}") from None
+
+
+def _check_column(path: Path, field: str, schema: Any) -> None:
+    """Raise `DataError` unless an Arrow schema has a column of text with the name `field`."""
+    if field not in schema.names:
+        raise _no_field(path, field, schema.names)
+    kind = schema.field(field).type
+    if not _holds_text(kind):
+        raise DataError(f"field {field!r} of {path} contains {kind}, not text: set the domain's text_field")
+
+
+def _column_texts(values: Iterable[str | bytes | None]) -> Iterator[str]:
+    """Yield the values of a column without nulls."""
+    for value in values:
+        if value is not None:
+            yield value.decode() if isinstance(value, bytes) else value
 
 
 def _holds_text(kind: Any) -> bool:

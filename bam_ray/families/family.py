@@ -226,15 +226,9 @@ class Family:
         """Return the distinct names of the tensors that a dense checkpoint with this configuration must have."""
         return list(dict.fromkeys(parameter.name for parameter in self.parameters(config)))
 
-    @property
-    def head_name(self) -> str:
-        """The name of the tensor of the output head."""
-        return next(template.name for template in self.templates if template.role is Role.HEAD)
-
-    @property
-    def embedding_name(self) -> str:
-        """The name of the tensor of the embedding."""
-        return next(template.name for template in self.templates if template.role is Role.EMBEDDING)
+    def name_of(self, role: Role) -> str:
+        """Return the name of the tensor of a role that a model has once, such as the embedding or the output head."""
+        return next(template.name for template in self.templates if template.role is role)
 
     def ignores(self, name: str) -> bool:
         """Return True if a tensor is a buffer of old versions, which no version of transformers reads any more."""

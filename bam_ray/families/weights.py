@@ -91,14 +91,14 @@ def check_weights(reader: TensorReader, family: Family) -> None:
             raise FamilyError(
                 f"{reader.uri}: {name} has shape {list(spec.shape)}, but config.json describes {list(shape)}: {remedy}"
             )
-    head = family.head_name
+    head = family.name_of(Role.HEAD)
     if head in reader.specs and head not in shapes:
-        _check_tied(reader, head, family.embedding_name)
+        _check_tied(reader, head, family.name_of(Role.EMBEDDING))
 
 
 def _check_names(reader: TensorReader, family: Family, expected: set[str]) -> None:
     """Raise `FamilyError` if a tensor is missing, or one that is no buffer is left over."""
-    found = {name for name in reader.specs if not family.ignores(name)} - {family.head_name}
+    found = {name for name in reader.specs if not family.ignores(name)} - {family.name_of(Role.HEAD)}
     quantized = [name for name in found - expected if not set(QUANTIZED_PARTS).isdisjoint(name.split("."))]
     if quantized:
         raise FamilyError(

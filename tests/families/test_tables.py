@@ -10,15 +10,6 @@ from bam_ray.families.family import HIDDEN_ACTS, ROPE_TYPES
 from bam_ray.model import BamConfig, configuration_bam
 from tests.support import tiny
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "vocab_size": 96,
-}
-
 
 def test_every_family_has_a_tiny_model() -> None:
     assert tiny.CONFIGS.keys() == FAMILIES.keys()
@@ -39,23 +30,23 @@ def test_roles_are_unique_within_a_layer(family: str) -> None:
 
 
 def test_both_layouts_of_rope_settings_are_equivalent() -> None:
-    old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    new = {**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}
+    old = {**tiny.LLAMA_CONFIG, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = {**tiny.LLAMA_CONFIG, "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}
     converted = [family_of(raw, "seed").convert_config(raw)["rope_parameters"] for raw in (old, new)]
     assert converted[0].pop("type") == "linear"
     assert converted[0] == converted[1]
-    pythia = {**LLAMA, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 7.0}
+    pythia = {**tiny.LLAMA_CONFIG, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 7.0}
     rope = BamConfig(**FAMILIES["gpt_neox"].convert_config(pythia)).rope_parameters
     assert rope == {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
 
 
 def test_omitted_settings_have_the_defaults_of_transformers() -> None:
-    mistral = {**LLAMA, "model_type": "mistral"}
+    mistral = {**tiny.LLAMA_CONFIG, "model_type": "mistral"}
     assert FAMILIES["mistral"].convert_config(mistral)["sliding_window"] == 4096
-    cohere = FAMILIES["cohere"].convert_config({**LLAMA, "model_type": "cohere"})
+    cohere = FAMILIES["cohere"].convert_config({**tiny.LLAMA_CONFIG, "model_type": "cohere"})
     assert (cohere["tie_word_embeddings"], cohere["logit_scale"]) == (True, 0.0625)
     assert Role.HEAD not in {
-        parameter.role for parameter in FAMILIES["cohere"].parameters({**LLAMA, "model_type": "cohere"})
+        parameter.role for parameter in FAMILIES["cohere"].parameters({**tiny.LLAMA_CONFIG, "model_type": "cohere"})
     }
 
 
@@ -93,6 +84,6 @@ def test_only_harmless_tensors_are_ignored() -> None:
 )
 def test_unsupported_settings_are_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(FamilyError) as caught:
-        family_of({**LLAMA, **settings}, "seed")
+        family_of({**tiny.LLAMA_CONFIG, **settings}, "seed")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)

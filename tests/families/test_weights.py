@@ -23,14 +23,6 @@ from bam_ray.families.weights import tensor_shapes
 from bam_ray.upcycling import load_model
 from tests.support import tiny
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "vocab_size": 96,
-}
 CONFIGS: dict[str, PreTrainedConfig] = {
     **tiny.CONFIGS,
     "llama, biases": LlamaConfig(**tiny.SIZES, attention_bias=True, mlp_bias=True),
@@ -161,7 +153,7 @@ def test_sizes_that_the_weights_do_not_have_are_refused(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_differences_without_meaning_are_equal(family: str, change: dict[str, Any]) -> None:
-    config = {**LLAMA, "model_type": family}
+    config = {**tiny.LLAMA_CONFIG, "model_type": family}
     assert FAMILIES[family].meaning(config) == FAMILIES[family].meaning({**config, **change})
 
 
@@ -179,7 +171,7 @@ def test_differences_without_meaning_are_equal(family: str, change: dict[str, An
     ],
 )
 def test_differences_with_meaning_are_seen(family: str, change: dict[str, Any]) -> None:
-    config = {**LLAMA, "model_type": family}
+    config = {**tiny.LLAMA_CONFIG, "model_type": family}
     assert FAMILIES[family].meaning(config) != FAMILIES[family].meaning({**config, **change})
 
 
@@ -192,7 +184,7 @@ KEYS = (*SIZE_SETTINGS, "hidden_act", "rope_theta", "rope_scaling", "rope_parame
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
 def test_random_settings_are_accepted_or_one_line(family: str, change: dict[str, Any]) -> None:
-    config = {**LLAMA, "model_type": family, **change}
+    config = {**tiny.LLAMA_CONFIG, "model_type": family, **change}
     try:
         family_of(config, "seed")
     except FamilyError as error:

@@ -34,6 +34,14 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+LLAMA_CONFIG: dict[str, Any] = {  # the content of a config.json, with few settings
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+}
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS: dict[str, Any] = {
     "cohere": CohereConfig(**SIZES, logit_scale=0.5),
