@@ -1,4 +1,4 @@
-"""What S3 servers answer: the class of the error, and a message with what the server said and what can be done."""
+"""Every refusal of an S3 server becomes an error of the right class, which quotes the server and names a remedy."""
 
 import os
 import threading

@@ -12,12 +12,10 @@ from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import CLAIM, Artifact
 from bam_ray.checkpoint.digests import file_entry
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
-from bam_ray.checkpoint.manifest import MANIFEST, Manifest
+from bam_ray.checkpoint.manifest import MANIFEST
 from bam_ray.errors import CheckpointError, DigestMismatch, StaleLease, StoreUnavailable
+from tests.support.artifact_files import FILES, ID, manifest
 from tests.support.leases import next_lease
-
-ID = "code-0123456789ab"
-FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.json": b"[1]"}
 
 
 class FailingStore(MemoryStore):
@@ -39,20 +37,6 @@ class FailingStore(MemoryStore):
     def put_if_absent(self, key: str, data: bytes) -> None:
         self._count()
         super().put_if_absent(key, data)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return a folder of files, one of them in a subfolder."""
-    folder = tmp_path / "made"
-    for name, data in FILES.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def manifest(**more: object) -> Manifest:
-    return Manifest.model_validate({"id": ID, "kind": "branches", "name": "code", **more})
 
 
 def test_fetch_returns_the_published_files(folder: Path, tmp_path: Path) -> None:

@@ -17,26 +17,10 @@ from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.cache import cache_folder
-from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, StoreError
+from tests.support.artifact_files import FILES, ID, manifest
 
-ID = "code-0123456789ab"
-FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.json": b"[1]"}
 SIZE = sum(len(data) for data in FILES.values())
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return a folder of files, one of them in a subfolder."""
-    folder = tmp_path / "made"
-    for name, data in FILES.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def manifest(**more: object) -> Manifest:
-    return Manifest.model_validate({"id": ID, "kind": "branches", "name": "code", **more})
 
 
 def test_a_second_fetch_returns_the_cached_folder(folder: Path, tmp_path: Path) -> None:

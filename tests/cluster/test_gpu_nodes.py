@@ -1,6 +1,6 @@
 """Workers on a node with two GPUs use as many as they requested, and process groups follow them.
 
-The GPUs do not exist: Ray is told that they do. So the workers are asked for their environment, and train nothing.
+The test tells Ray that the node has two GPUs, although it has none. The workers only report their environment.
 """
 
 import json
