@@ -1,6 +1,7 @@
 """A process that died of memory is reported in one line that says what died, the figures, and what to change."""
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -122,7 +123,7 @@ def test_the_driver_gets_the_score_of_an_ordinary_process() -> None:
     score = "print(open('/proc/self/oom_score_adj').read().strip())"
     raised = f"open('/proc/self/oom_score_adj', 'w').write('700'); {score}; {code}; {score}"
     before, after = subprocess.run(
-        ["python3", "-c", raised], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", raised], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     ).stdout.split()
     assert (before, after) == ("700", "0")
 
