@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
@@ -25,17 +26,27 @@ FAILED = b"<Error><Code>PreconditionFailed</Code><Message>It exists.</Message></
 
 
 @pytest.fixture(scope="session")
-def moto_endpoint() -> Iterator[str]:
-    """Start moto's S3 server, which is fast but accepts any credentials, in a thread; return its endpoint."""
+def moto_client() -> Iterator[Any]:
+    """Start moto's S3 server, which is fast but accepts any credentials, in a thread; return a client of it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    boto3.client(
-        "s3", endpoint_url=endpoint, aws_access_key_id="any", aws_secret_access_key="any", region_name="us-east-1"
-    ).create_bucket(Bucket=BUCKET)
-    yield endpoint
+    yield boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id="any",
+        aws_secret_access_key="any",
+        region_name="us-east-1",
+    )
     server.stop()
+
+
+@pytest.fixture
+def moto_endpoint(moto_client: Any) -> str:
+    """Return the endpoint of moto's S3 server, which has the bucket of the tests."""
+    moto_client.create_bucket(Bucket=BUCKET)  # `mock_aws` of another test deletes everything in the process
+    endpoint: str = moto_client.meta.endpoint_url
+    return endpoint
 
 
 @pytest.fixture
