@@ -38,7 +38,8 @@ def losses(rounds: int, width: int, vocabulary: int, bf16: bool) -> list[str | f
     """Measure one shape and return its row."""
     torch.manual_seed(0)
     model = BamForCausalLM(BamConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=1, dense_layers=[0]))
-    head, weight = ChunkedHead(model), model.lm_head.weight
+    head = ChunkedHead(model)
+    weight = head.weight
     hidden = torch.randn(TOKENS, width, requires_grad=True)
     targets = torch.randint(0, vocabulary, (TOKENS,))
 

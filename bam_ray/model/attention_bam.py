@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_exchange_bam import AttentionExchange, ComputedAttention, LocalAttentionExchange, PendingAttention
 from .configuration_bam import BamConfig
+from .prefix_bam import RoutingContext
 from .routing_bam import BamRouter
 
 FEW_TOKENS = 64  # up to this number, reading the weights dominates, and copying them for a single GEMM does not pay
@@ -285,15 +286,17 @@ class BamAttention(nn.Module):
         self.experts = BamAttentionExperts(config, layer_idx)
         self.exchange: AttentionExchange = LocalAttentionExchange()
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[PendingAttention, Tensor]:
+    def forward(
+        self, x: Tensor, routing: RoutingContext | None = None, **kwargs: Any
+    ) -> tuple[PendingAttention, Tensor]:
         """Start the attention of x [B, L, d].
 
-        `kwargs` are those of `BamAttentionBase.attention`.
+        `routing` is that of the layer, and `kwargs` are those of `BamAttentionBase.attention`.
 
         Returns:
             The pending output [B, L, d] and the router logits [T, N].
         """
-        logits = self.gate(x)  # [B, L, N]
+        logits = self.gate(x, routing)  # [B, L, N]
         gates = logits.softmax(-1)
         if self.top_k:  # the gates of other experts become 0, and the rest is not renormalized
             gates = gates * torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
@@ -328,10 +331,10 @@ class AveragedAttention(BamAttentionBase):
         out = out.unflatten(-1, (-1, self.head_dim))  # [B, L, heads, h]
         return (out if norm is None else norm(out)).transpose(1, 2)  # [B, heads, L, h]
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[PendingAttention, None]:
+    def forward(self, x: Tensor, routing: RoutingContext | None = None, **kwargs: Any) -> tuple[PendingAttention, None]:
         """Compute the attention of x [B, L, d].
 
-        `kwargs` are those of `attention`.
+        `kwargs` are those of `attention`; `routing` is not used, because there is no router.
 
         Returns:
             The output [B, L, d], complete but in the form that `BamAttention` returns, and None: it has no router.

@@ -7,6 +7,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ATTENTION_EXPERTS = ("kv_experts", "kv_shared", "averaged")
+EMBEDDINGS = ("averaged", "experts")
+ROUTER_INPUTS = ("token", "prefix")
+ROUTER_PRIORS = ("none", "bigram")
 NORM_TYPES = ("layernorm", "rmsnorm")
 NORM_PLACEMENTS = ("before", "after")
 QK_NORMS = (None, "shared", "per_head", "full")
@@ -50,6 +53,14 @@ class BamConfig(PreTrainedConfig):
         ablations: the other gates are set to 0 without renormalization.
     attention_output_scale (`float`): factor on the sum over attention experts. It is N if experts are slices of one
         attention: soft gates sum to 1, but the slices add up to the whole.
+    embeddings (`str`): "averaged" (one embedding and one output head, the average of all), or "experts" (a table for
+        each expert with soft gates, at the input and at the output).
+    router_input (`str`): all routers read "token" (the hidden state of a token) or "prefix" (its running mean over the
+        document so far).
+    router_prior (`str`): "bigram" adds to the logits of all routers how probable the text of each expert makes the
+        document so far (`prefix_bam.BigramPrior`). "none" adds nothing.
+    router_prior_scale (`float`): factor on the log-probabilities of the prior.
+    router_prior_buckets (`int`): number of counts of pairs of tokens for each expert.
     shared_expert_intermediate_size (`int`, *optional*): hidden size of an FFN that all tokens use beside the routed
         experts.
     dense_layers (`list[int]`, *optional*): layers without experts and routers. Each has one attention and one FFN, of
@@ -128,6 +139,11 @@ class BamConfig(PreTrainedConfig):
     attention_experts: str = "kv_experts"
     num_attention_experts_per_tok: int = 0
     attention_output_scale: float = 1.0
+    embeddings: str = "averaged"
+    router_input: str = "token"
+    router_prior: str = "none"
+    router_prior_scale: float = 0.25
+    router_prior_buckets: int = 1 << 20
     shared_expert_intermediate_size: int | None = None
     dense_layers: list[int] | None = None
     dense_intermediate_size: int | None = None
@@ -155,6 +171,9 @@ class BamConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         for key, allowed in (
             ("attention_experts", ATTENTION_EXPERTS),
+            ("embeddings", EMBEDDINGS),
+            ("router_input", ROUTER_INPUTS),
+            ("router_prior", ROUTER_PRIORS),
             ("norm_type", NORM_TYPES),
             ("norm_placement", NORM_PLACEMENTS),
             ("qk_norm", QK_NORMS),
@@ -186,6 +205,11 @@ class BamConfig(PreTrainedConfig):
             )
         if not set(self.dense_layers or ()) <= set(range(self.num_hidden_layers)):
             raise ValueError(f"dense_layers is {self.dense_layers}: use layers 0 to {self.num_hidden_layers - 1}")
+
+    @property
+    def routes_by_prefix(self) -> bool:
+        """True if routers depend on the earlier tokens of a document."""
+        return self.router_input == "prefix" or self.router_prior != "none"
 
     @property
     def mixture_layers(self) -> list[int]:

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_bam import AveragedAttention, BamAttention, block_norm
 from .configuration_bam import BamConfig
 from .experts_bam import BamExperts
+from .prefix_bam import RoutingContext
 from .routing_bam import BamRouter, RouterOutput, select_experts, within_capacity
 from .token_dispatch_bam import Overlap
 
@@ -29,11 +30,15 @@ class BamFFN(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
-        self, x: Tensor, non_padding: Tensor | None = None, overlap: Overlap | None = None
+        self,
+        x: Tensor,
+        non_padding: Tensor | None = None,
+        overlap: Overlap | None = None,
+        routing: RoutingContext | None = None,
     ) -> tuple[Tensor, None]:
         """Return the output [B, L, d] for x [B, L, d], and None: there is no router.
 
-        `non_padding` and `overlap` are those of `BamMoE`. Nothing is sent, so `overlap` is called first.
+        The other arguments are those of `BamMoE`. Nothing is sent, so `overlap` is called first.
         """
         if overlap is not None:
             overlap()
@@ -56,12 +61,12 @@ class BamMoE(nn.Module):
         width = config.shared_expert_intermediate_size
         self.shared_expert = BamFFN(config, width) if width else None
 
-    def router_output(self, x: Tensor) -> RouterOutput:
-        """Return the logits of tokens [T, d]; a noisy gate adds noise in training."""
-        logits = self.gate(x)  # [T, N]
+    def router_output(self, x: Tensor, routing: RoutingContext | None) -> RouterOutput:
+        """Return the logits of the T tokens of x [B, L, d]; a noisy gate adds noise in training."""
+        logits = self.gate(x, routing).flatten(0, 1)  # [T, N]
         if not self.training or self.gate.noise_weight is None:
             return RouterOutput(logits)
-        scale = self.gate.noise_scale(x)  # [T, N]
+        scale = self.gate.noise_scale(x).flatten(0, 1)  # [T, N]
         return RouterOutput(logits + torch.randn_like(logits) * scale, logits, scale)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +79,11 @@ class BamMoE(nn.Module):
         return index, weights * self.scale
 
     def forward(
-        self, x: Tensor, non_padding: Tensor | None = None, overlap: Overlap | None = None
+        self,
+        x: Tensor,
+        non_padding: Tensor | None = None,
+        overlap: Overlap | None = None,
+        routing: RoutingContext | None = None,
     ) -> tuple[Tensor, RouterOutput]:
         """Apply to each token the experts that its router selects.
 
@@ -82,12 +91,13 @@ class BamMoE(nn.Module):
             x: The hidden states [B, L, d].
             non_padding: False for padding tokens [B, L]; None: there are none.
             overlap: Called once, while tokens are in flight to their experts.
+            routing: What routers know of the documents so far; None: they read single tokens.
 
         Returns:
             The output [B, L, d] and the router's output for the T tokens.
         """
         tokens = x.reshape(-1, x.shape[-1])  # [T, d]
-        router = self.router_output(tokens)
+        router = self.router_output(x, routing)
         index, weights = self.route(router.logits)  # [T, k]
         kept = None
         if self.training and self.capacity_factor is not None:
@@ -116,7 +126,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         self.post_feedforward_layernorm = None if before else block_norm(config)
 
     def forward(
-        self, x: Tensor, non_padding: Tensor | None = None, **kwargs: Any
+        self, x: Tensor, non_padding: Tensor | None = None, routing: RoutingContext | None = None, **kwargs: Any
     ) -> tuple[Tensor, RouterOutput | None, Tensor | None]:
         """Apply the block to x [B, L, d].
 
@@ -126,6 +136,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         Args:
             x: The hidden states [B, L, d].
             non_padding: False for padding tokens [B, L]; None: there are none.
+            routing: What routers know of the documents so far; None: they read single tokens.
             kwargs: Passed to the attention.
 
         Returns:
@@ -138,18 +149,18 @@ class BamDecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm,
         )
         attention_in = x if input_norm is None else input_norm(x)
-        pending, attention_logits = self.self_attn(attention_in, **kwargs)
+        pending, attention_logits = self.self_attn(attention_in, routing, **kwargs)
         if self.parallel:
             ffn_in = attention_in if inner_norm is None else inner_norm(x)
-            ffn_out, router = self.mlp(ffn_in, non_padding, overlap=pending.compute)
+            ffn_out, router = self.mlp(ffn_in, non_padding, pending.compute, routing)
             return x + pending.wait() + ffn_out, router, attention_logits
         assert inner_norm is not None, "a sequential block has a norm between attention and FFN"
         pending.compute()
         attention_out = pending.wait()
         if output_norm is None:  # norms before attention and FFN
             x = x + attention_out
-            ffn_out, router = self.mlp(inner_norm(x), non_padding)
+            ffn_out, router = self.mlp(inner_norm(x), non_padding, routing=routing)
             return x + ffn_out, router, attention_logits
         x = x + inner_norm(attention_out)  # norms after attention and FFN
-        ffn_out, router = self.mlp(x, non_padding)
+        ffn_out, router = self.mlp(x, non_padding, routing=routing)
         return x + output_norm(ffn_out), router, attention_logits

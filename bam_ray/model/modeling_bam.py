@@ -22,8 +22,17 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_bam import BamAttentionExperts, BamNorm, BamRotaryEmbedding, block_norm
 from .configuration_bam import BamConfig
+from .embeddings_bam import BamHead, BamHeadGate, BamInputEmbeddings, BamTables
 from .experts_bam import BamExperts
 from .layers_bam import BamDecoderLayer
+from .prefix_bam import (
+    BigramCounts,
+    BigramPrior,
+    Documents,
+    RoutingContext,
+    existing_routing_state,
+    routing_state,
+)
 from .routing_bam import BamRouter, RouterOutput, RoutingLosses, routing_losses
 
 
@@ -36,6 +45,7 @@ class BamModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None  # [B, L, d] before each layer, and after the last norm
     router_outputs: tuple[RouterOutput, ...] | None = None  # one for each layer with FFN experts
     attention_router_logits: tuple[Tensor, ...] | None = None  # [T, N] for each layer with attention experts
+    head_gates: Tensor | None = None  # [B, L, N] gates of the output head, with embedding experts
 
 
 @dataclass
@@ -64,14 +74,16 @@ def attention_masks(
     config: BamConfig,
     inputs_embeds: Tensor,
     position_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | dict[str, Tensor | None] | None = None,
     cache: Cache | None = None,
 ) -> dict[str, Tensor | None]:
     """Return the attention mask of each type of layer in `config.layer_types`.
 
     Without `attention_mask` and cache, positions [B, L] that restart within a sequence divide it into documents, and
-    tokens attend only to their own document.
+    tokens attend only to their own document. Masks that exist already are returned unchanged.
     """
+    if isinstance(attention_mask, dict):
+        return attention_mask
     return {
         kind: MASKS[kind](
             config=config,
@@ -82,6 +94,12 @@ def attention_masks(
         )
         for kind in sorted(set(config.layer_types or ()))
     }
+
+
+def following_positions(given: Tensor, cache: Cache | None) -> Tensor:
+    """Return the positions [1, L] of the input [B, L, ...] after the tokens of the cache."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(given.shape[1], device=given.device) + seen).unsqueeze(0)
 
 
 def non_padding_tokens(attention_mask: Any, length: int) -> Tensor | None:
@@ -107,7 +125,7 @@ class BamPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, BamExperts | BamAttentionExperts | BamRouter):
+        if isinstance(module, BamExperts | BamAttentionExperts | BamRouter | BamTables | BigramCounts):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("_bias"):
                     init.zeros_(parameter)
@@ -132,10 +150,21 @@ class BamModel(BamPreTrainedModel):
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        with_tables = config.embeddings == "experts"
+        self.embed_tokens: nn.Embedding | BamInputEmbeddings = (
+            BamInputEmbeddings(config)
+            if with_tables
+            else nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        )
         self.layers = nn.ModuleList(BamDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = block_norm(config)
+        self.head = BamHeadGate(config) if with_tables else None
+        self.prior = BigramPrior(config) if config.router_prior == "bigram" else None
         self.rotary_emb = BamRotaryEmbedding(config)
+        routers = [module for module in self.modules() if isinstance(module, BamRouter)]
+        for number, router in enumerate(routers):
+            router.number = number
+        self.routers = len(routers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -159,20 +188,19 @@ class BamModel(BamPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        if isinstance(attention_mask, dict):
-            masks = attention_mask
-        else:
-            masks = attention_masks(self.config, inputs_embeds, position_ids, attention_mask, cache)
+            position_ids = following_positions(given, cache)
+        non_padding = non_padding_tokens(attention_mask, given.shape[1])
+        routing = self.routing_context(input_ids, given, position_ids, non_padding, cache)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, routing)
+        masks = attention_masks(self.config, inputs_embeds, position_ids, attention_mask, cache)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        non_padding = non_padding_tokens(attention_mask, inputs_embeds.shape[1])
         x = inputs_embeds
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states, routers, attention_routers = [x], [], []
@@ -180,6 +208,7 @@ class BamModel(BamPreTrainedModel):
             x, router, attention_logits = layer(
                 x,
                 non_padding=non_padding,
+                routing=routing,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
@@ -193,13 +222,47 @@ class BamModel(BamPreTrainedModel):
             if attention_logits is not None:
                 attention_routers.append(attention_logits)
         x = self.norm(x)
+        head_gates = None if self.head is None else self.head(x, routing)
+        if routing is not None and cache is not None:
+            routing_state(cache).write(routing.seen(input_ids, self.config.num_experts))
         return BamModelOutput(
             last_hidden_state=x,
             cache=cache if use_cache else None,
             hidden_states=(*states[:-1], x) if keep_states else None,
             router_outputs=tuple(routers),
             attention_router_logits=tuple(attention_routers),
+            head_gates=head_gates,
         )
+
+    def embed(self, input_ids: Tensor | None, routing: RoutingContext | None) -> Tensor:
+        """Return the embeddings [B, L, d] of `input_ids` [B, L]."""
+        with_tables = isinstance(self.embed_tokens, BamInputEmbeddings)
+        x: Tensor = self.embed_tokens(input_ids, routing) if with_tables else self.embed_tokens(input_ids)
+        return x
+
+    def routing_context(
+        self,
+        input_ids: Tensor | None,
+        given: Tensor,
+        position_ids: Tensor,
+        non_padding: Tensor | None,
+        cache: Cache | None,
+    ) -> RoutingContext | None:
+        """Return what the routers know of the documents so far, or None if they read single tokens without a prior.
+
+        `given` [B, L, ...] is the input of the model, token ids or their embeddings.
+        """
+        if not self.config.routes_by_prefix:
+            return None
+        state = None if cache is None else existing_routing_state(cache)
+        seen = None if state is None else state.read()
+        documents = Documents(position_ids, non_padding, continues=seen is not None)
+        routing = RoutingContext(documents, seen, given.shape[:2], given.device, self.routers)
+        if self.prior is not None:
+            if input_ids is None:
+                raise ValueError("the router prior is computed from token ids: give input_ids, not inputs_embeds")
+            routing.add_prior(self.prior, input_ids)
+        return routing
 
 
 class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
@@ -211,7 +274,12 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
     def __init__(self, config: BamConfig) -> None:
         super().__init__(config)
         self.model = BamModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear | BamHead
+        if config.embeddings == "experts":
+            self.lm_head = BamHead(config)
+            self._tied_weights_keys = {"lm_head.experts.weight": "model.embed_tokens.experts.weight"}
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def selection_biases(self) -> Tensor | None:
@@ -251,7 +319,8 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, positions]) * self.config.logit_scale
+        gates = () if out.head_gates is None else (out.head_gates[:, positions],)
+        logits = self.lm_head(out.last_hidden_state[:, positions], *gates) * self.config.logit_scale
         loss = nll = None
         auxiliary = None
         if labels is not None:

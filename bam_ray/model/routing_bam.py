@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_bam import BamConfig
+from .prefix_bam import RoutingContext
 
 
 class RouterOutput(NamedTuple):
@@ -178,10 +179,20 @@ class BamRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.noise_weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size)) if noisy else None
         self.register_buffer("selection_bias", torch.zeros(config.num_experts) if biased else None)
+        self.reads_prefix = config.router_input == "prefix"
+        self.number = 0  # among all routers of the model
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits [..., N] of hidden states [..., d]."""
-        return self.linear(x, self.weight)
+    def forward(self, x: Tensor, routing: RoutingContext | None = None) -> Tensor:
+        """Return the logits [B, L, N] of hidden states [B, L, d], which depend on the documents so far with `routing`.
+
+        Without `routing`, which only routers of single tokens without a prior can do, x may have any shape [..., d].
+        """
+        logits = self.linear(x, self.weight)
+        if routing is None:
+            return logits
+        if self.reads_prefix:
+            logits = routing.mean_logits(logits, self.number)
+        return logits if routing.prior is None else logits + routing.prior
 
     def noise_scale(self, x: Tensor) -> Tensor:
         """Return the standard deviation [..., N] of the noise on each logit of x [..., d] (with LLaMA-MoE's offset)."""

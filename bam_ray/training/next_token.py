@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.families import FAMILIES
 from bam_ray.model import RouterOutput
+from bam_ray.model.embeddings_bam import BamHead, stacked_head, weighted_states
 from bam_ray.training.objective import as_mixture
 
 MIN_CHUNK_TOKENS = 256  # smaller chunks are slower
@@ -53,7 +54,7 @@ class NextTokenLoss(nn.Module):
             logits = self.model(input_ids=input_ids, use_cache=False).logits
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets), ()
         out = self.model.base_model(input_ids=input_ids, use_cache=False)
-        nll = self.head(out.last_hidden_state[:, :-1].flatten(0, 1), targets)
+        nll = self.head(head_states(out)[:, :-1].flatten(0, 1), targets)
         return nll, getattr(out, "router_outputs", ())
 
     def sequence_nll(self, input_ids: Tensor) -> tuple[list[float], Any]:
@@ -67,7 +68,7 @@ class NextTokenLoss(nn.Module):
             nll = [F.cross_entropy(row.float(), ids[1:], reduction="none") for row, ids in _rows(out.logits, input_ids)]
         else:
             out = self.model.base_model(input_ids=input_ids, use_cache=False)
-            nll = [self.head.token_nll(row, ids[1:]) for row, ids in _rows(out.last_hidden_state, input_ids)]
+            nll = [self.head.token_nll(row, ids[1:]) for row, ids in _rows(head_states(out), input_ids)]
         return torch.stack([row.mean(dtype=torch.double) for row in nll]).tolist(), out
 
 
@@ -79,12 +80,13 @@ class ChunkedHead(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.weight = model.get_output_embeddings().weight
+        head = model.get_output_embeddings()
+        self.weight = head.experts.weight if isinstance(head, BamHead) else head.weight  # [V, d] or [N, V, d]
         self.scale = getattr(model.config, "logit_scale", 1.0)
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean NLL of `targets` [T] for the hidden states [T, d]."""
-        weight = self.weight
+        """Return the mean NLL of `targets` [T] for the hidden states [T, d], or [T, N·d] with embedding experts."""
+        weight = self.matrix()
         if not torch.is_grad_enabled():  # an autograd function cannot see this itself
             hidden, weight = hidden.detach(), weight.detach()
         nll: Tensor = SummedNLL.apply(hidden * self.scale, weight, targets)  # type: ignore[no-untyped-call]
@@ -92,12 +94,26 @@ class ChunkedHead(nn.Module):
 
     @torch.no_grad()
     def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the NLL of each of the `targets` [T] for the hidden states [T, d], without gradients: [T] in fp32."""
-        size = chunk_tokens(hidden)
+        """Return the NLL of each of the `targets` [T] in fp32, without gradients. `hidden` is that of `forward`."""
+        size, weight = chunk_tokens(hidden), self.matrix()
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat(
-            [F.cross_entropy((x @ self.weight.t() * self.scale).float(), ids, reduction="none") for x, ids in chunks]
+            [F.cross_entropy((x @ weight.t() * self.scale).float(), ids, reduction="none") for x, ids in chunks]
         )
+
+    def matrix(self) -> Tensor:
+        """Return the matrix [V, d] of the head, or [V, N·d] with embedding experts."""
+        return stacked_head(self.weight) if self.weight.ndim == 3 else self.weight
+
+
+def head_states(out: Any) -> Tensor:
+    """Return the hidden states that the head's matrix multiplies, from the output of a model without its head.
+
+    They are [B, L, d], or [B, L, N·d] with embedding experts: the last hidden states, weighted for each expert.
+    """
+    gates = getattr(out, "head_gates", None)
+    states: Tensor = out.last_hidden_state
+    return states if gates is None else weighted_states(states, gates)
 
 
 class SummedNLL(torch.autograd.Function):

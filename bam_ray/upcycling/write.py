@@ -29,10 +29,13 @@ CARD = "README.md"
 MODEL_CODE = (
     "attention_bam.py",
     "attention_exchange_bam.py",
+    "bigrams_bam.py",
     "configuration_bam.py",
+    "embeddings_bam.py",
     "experts_bam.py",
     "layers_bam.py",
     "modeling_bam.py",
+    "prefix_bam.py",
     "routing_bam.py",
     "token_dispatch_bam.py",
 )

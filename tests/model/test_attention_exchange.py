@@ -114,7 +114,7 @@ def test_steps_out_of_order_are_refused(calls: list[str], local: bool) -> None:
 
 def test_ffn_that_does_not_compute_the_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, positions = build()
-    monkeypatch.setattr(layer.mlp, "forward", lambda x, non_padding, overlap: (x, None))
+    monkeypatch.setattr(layer.mlp, "forward", lambda x, non_padding, overlap, routing: (x, None))
     with pytest.raises(RuntimeError, match=r"wait\(\) was called out of order \(next: compute\)"):
         layer(torch.randn(2, 9, 32), **positions)
 

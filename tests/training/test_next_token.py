@@ -21,6 +21,8 @@ MIXTURES = {
     "bam": BamConfig(**tiny.SIZES, num_experts_per_tok=2, logit_scale=0.5),
     "bam, tied": BamConfig(**tiny.SIZES, tie_word_embeddings=True),
     "btx": BamConfig(**tiny.SIZES, attention_experts="averaged", tie_word_embeddings=False),
+    "embedding experts": BamConfig(**tiny.SIZES, embeddings="experts", router_input="prefix", logit_scale=0.5),
+    "embedding experts, untied": BamConfig(**tiny.SIZES, embeddings="experts", tie_word_embeddings=False),
 }
 IDS = tiny.tokens(3, 17)  # 48 predictions
 

@@ -1,0 +1,87 @@
+"""The embedding experts of a mixture: one table for each expert, at the input and at the output.
+
+The gates are soft, as those of the attention experts: the input is the weighted mean of the rows of all tables, and the
+output head weights the hidden state for each table and multiplies by all of them at once.
+
+Shapes: B batch, L length, T = B·L tokens, d hidden size, N experts, V vocabulary size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention_bam import FEW_TOKENS
+from .configuration_bam import BamConfig
+from .prefix_bam import RoutingContext
+from .routing_bam import BamRouter
+
+
+class BamTables(nn.Module):
+    """The tables of all experts."""
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.vocab_size, config.hidden_size))
+
+
+class BamInputEmbeddings(nn.Module):
+    """The input embedding of a mixture with embedding experts."""
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = config.vocab_size, config.hidden_size
+        self.padding_idx = config.pad_token_id
+        self.experts = BamTables(config)
+        self.gate = BamRouter(config)
+
+    def forward(self, input_ids: Tensor, routing: RoutingContext | None = None) -> Tensor:
+        """Return Σ_i gate_i · table_i[input_ids]: [B, L] -> [B, L, d].
+
+        The router reads the mean of the rows of all tables, normalized without weights.
+        """
+        tables = self.experts.weight.unbind(0)
+        rows = torch.stack([F.embedding(input_ids, table, self.padding_idx) for table in tables], dim=2)  # [B, L, N, d]
+        mean = F.layer_norm(rows.mean(2).float(), rows.shape[-1:])
+        gates = self.gate(mean, routing).softmax(-1).to(rows.dtype)  # [B, L, N]
+        out: Tensor = (gates.unsqueeze(-2) @ rows).squeeze(-2)
+        return out
+
+
+class BamHeadGate(nn.Module):
+    """The router of the output head, which reads the last hidden states."""
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        self.gate = BamRouter(config)
+
+    def forward(self, x: Tensor, routing: RoutingContext | None = None) -> Tensor:
+        """Return the gates [B, L, N] of the last hidden states x [B, L, d], in fp32."""
+        gates: Tensor = self.gate(x, routing).softmax(-1)
+        return gates
+
+
+class BamHead(nn.Module):
+    """The output head of a mixture with embedding experts."""
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        self.experts = BamTables(config)
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Return the logits Σ_i gate_i · table_i · x: x [B, L, d], gates [B, L, N] -> [B, L, V]."""
+        weighted = weighted_states(x, gates)  # [B, L, N·d]
+        tables = self.experts.weight
+        if x.shape[:-1].numel() > FEW_TOKENS:
+            return F.linear(weighted, stacked_head(tables))
+        by_expert = weighted.flatten(0, 1).unflatten(-1, (len(tables), -1)).transpose(0, 1)  # [N, T, d]
+        return torch.bmm(by_expert, tables.transpose(1, 2)).sum(0).view(*x.shape[:-1], -1)
+
+
+def weighted_states(x: Tensor, gates: Tensor) -> Tensor:
+    """Return the hidden states x [..., d], weighted by the gates [..., N] of each expert: [..., N·d]."""
+    return (gates.to(x.dtype).unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+
+
+def stacked_head(tables: Tensor) -> Tensor:
+    """Return the matrix [V, N·d] whose product with weighted states sums the experts, for tables [N, V, d]."""
+    return tables.transpose(0, 1).flatten(1)
