@@ -36,6 +36,8 @@ PLAIN_NAMES = {
     Role.DOWN_BIAS: LAYER + "mlp.down_proj.bias",
 }
 STACKED_NAMES = {
+    Role.EMBEDDING: "model.embed_tokens.experts.weight",
+    Role.HEAD: "lm_head.experts.weight",
     Role.QUERY: LAYER + "self_attn.experts.q_proj",
     Role.KEY: LAYER + "self_attn.experts.k_proj",
     Role.VALUE: LAYER + "self_attn.experts.v_proj",
@@ -55,6 +57,8 @@ STACKED_NAMES = {
 }
 FFN_ROUTER = LAYER + "mlp.gate.weight"
 ATTENTION_ROUTER = LAYER + "self_attn.gate.weight"
+EMBEDDING_ROUTERS = ("model.embed_tokens.gate.weight", "model.head.gate.weight")
+"""The names of the routers, [N, d], of embedding experts at the input and at the output."""
 FFN_ROLES = (Role.GATE, Role.UP, Role.DOWN, Role.GATE_BIAS, Role.UP_BIAS, Role.DOWN_BIAS)
 
 
@@ -63,7 +67,7 @@ def plain_name(role: Role, layer: int | None) -> str:
     return PLAIN_NAMES[role].format(layer=layer)
 
 
-def expert_name(role: Role, layer: int, gated: bool = True) -> str:
+def expert_name(role: Role, layer: int | None, gated: bool = True) -> str:
     """Return the name of the stacked parameter, [N or 1, ...], that holds a role of all experts.
 
     Gate and up share one parameter, in which the rows of the gate come first. If the FFN is not `gated`, the parameter

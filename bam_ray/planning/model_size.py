@@ -43,6 +43,7 @@ class ModelSize:
     attention: int = 1  # number of attention experts
     keys: int = 1  # number of attention experts with their own keys and values
     routers: int = 0  # routers in a layer
+    tables: int = 1  # number of embedding experts
 
     @property
     def parameters(self) -> int:
@@ -70,8 +71,9 @@ class ModelSize:
             layer += 2 * self.hidden * self.query
         if self.keys == 1:
             layer += 2 * self.hidden * self.key
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * layer + embeddings + self.hidden
+        embeddings = self.tables * self.vocabulary * self.hidden * (1 if self.tied else 2)
+        gates = 2 * self.tables * self.hidden if self.tables > 1 else 0
+        return self.layers * layer + embeddings + gates + self.hidden
 
     def training_flops(self, context: int) -> float:
         """Return the operations of training per token in sequences of `context` tokens: three times a forward pass."""
@@ -82,7 +84,9 @@ class ModelSize:
             + self.routers * self.experts * self.hidden
         )
         scores = self.attention * context * self.query
-        return 6.0 * (self.layers * (matrices + scores) + self.vocabulary * self.hidden)
+        head = self.tables * self.vocabulary * self.hidden
+        head += 2 * self.tables * self.hidden if self.tables > 1 else 0
+        return 6.0 * (self.layers * (matrices + scores) + head)
 
     @property
     def layer_values(self) -> int:
@@ -92,7 +96,8 @@ class ModelSize:
 
     def head_bytes(self, tokens: int) -> int:
         """Return the bytes of two fp32 copies of the logits of one chunk, and of the gradient of the output head."""
-        return self.vocabulary * (8 * min(tokens, max(CHUNK_TOKENS, self.hidden)) + 4 * self.hidden)
+        width = self.tables * self.hidden
+        return self.vocabulary * (8 * min(tokens, max(CHUNK_TOKENS, width)) + 4 * width)
 
     def mixed(self, mixture: MixtureSettings, models: int) -> "ModelSize":
         """Return the size of the mixture that a method makes from `models` models of this size.
@@ -114,6 +119,7 @@ class ModelSize:
             attention=experts if has_attention_experts else 1,
             keys=experts if mixture.attention == "kv_experts" else 1,
             routers=2 if has_attention_experts else 1,
+            tables=experts if mixture.embedding is Operation.STACK else 1,
         )
 
 

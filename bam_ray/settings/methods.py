@@ -61,11 +61,27 @@ class RouterSettings(Strict):
     domains without training, by class means or by ridge regression on hidden states."""
     sequences: Count = 64
     """Sequences of text per domain for `means` and `ridge`. A quarter of them is held out for the report."""
+    input: Literal["token", "prefix"] = "token"
+    """Routers read the hidden state of a `token`, or its running mean over the document so far (`prefix`)."""
+    prior: Literal["none", "bigram"] = "none"
+    """`bigram` adds to the logits of all routers how probable the counts of token pairs in each domain's text make the
+    document so far. It needs text of all domains. The routers themselves should begin with `init: zero`."""
+    prior_scale: Positive = 0.25
+    """Factor on the log-probabilities of the prior."""
 
     @property
     def needs_text(self) -> bool:
-        """True if text of the domains is needed."""
+        """True if sequences of text are needed to fit the routers."""
         return self.init in ("means", "ridge")
+
+    @model_validator(mode="after")
+    def _prior_replaces_a_fit(self) -> Self:
+        if self.prior != "none" and self.needs_text:
+            raise ValueError(
+                f"router.init {self.init} fits routers to text that router.prior {self.prior} tells apart already: "
+                "use init: zero"
+            )
+        return self
 
 
 class PartitionSettings(Strict):
@@ -113,6 +129,11 @@ class MixtureSettings(Strict):
     @property
     def key(self) -> Operation:
         """The operation on the key and value projections of attention."""
+        return Operation.AVERAGE
+
+    @property
+    def embedding(self) -> Operation:
+        """The operation on the input embedding and the output head."""
         return Operation.AVERAGE
 
     @property
@@ -186,6 +207,11 @@ class RoutedMixture(MixtureSettings):
             raise ValueError(
                 f"router.init {self.router.init} separates domains, which method {self.method} does not have: "
                 "use random or zero"
+            )
+        if self.router.prior != "none":
+            raise ValueError(
+                f"router.prior {self.router.prior} separates domains, which method {self.method} does not have: "
+                "leave it out"
             )
         return self
 

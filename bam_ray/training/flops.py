@@ -24,6 +24,8 @@ def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
     layers = range(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     flops: float = 2.0 * config.vocab_size * config.hidden_size
+    if is_mixture(config) and config.embeddings == "experts":
+        flops = config.num_experts * (flops + 4.0 * config.hidden_size)  # the head, and its router and the input's
     for layer, kind in zip(layers, kinds, strict=True):
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
         reach = min(context, window or context)

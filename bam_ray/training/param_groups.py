@@ -12,21 +12,28 @@ from transformers import PreTrainedModel
 
 from bam_ray.settings import Mixing
 
-ParameterKind = Literal["expert", "router", "shared"]
+ParameterKind = Literal["expert", "table", "router", "shared"]
+TABLES = ("embed_tokens.experts.weight", "lm_head.experts.weight")
 TRAINED_KINDS: dict[str, tuple[ParameterKind, ...]] = {
-    "all": ("expert", "router", "shared"),
+    "all": ("expert", "table", "router", "shared"),
     "routers_and_shared": ("router", "shared"),
     "routers": ("router",),
 }
 
 
 def parameter_kinds(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, ParameterKind]]:
-    """Yield every parameter, and whether it belongs to the experts (stacked), to a router, or to all experts."""
+    """Yield every parameter and its kind.
+
+    It belongs to the experts (stacked), to the embedding experts (a "table" each), to a router, or to all experts.
+    Tables are a kind of their own because expert parallelism does not distribute them.
+    """
     # Keys and values that all experts share are stored beside the stacked parameters
     shared = ("k_", "v_") if getattr(model.config, "attention_experts", None) == "kv_shared" else ()
     for name, parameter in model.named_parameters():  # yields tied weights once
         if ".gate." in name:
             yield name, parameter, "router"
+        elif name.endswith(TABLES):
+            yield name, parameter, "table"
         elif ".experts." in name and not name.rpartition(".")[2].startswith(shared):
             yield name, parameter, "expert"
         else:
@@ -59,6 +66,7 @@ def param_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, 
 def set_learning_rates(groups: list[dict[str, Any]], lr: float, mixing: Mixing, fraction_done: float) -> None:
     """Set the learning rate of every parameter group for the step after `fraction_done` of all steps."""
     waiting = fraction_done < mixing.router_warmup_fraction
-    factors = {"router": 1.0, "shared": 0.0 if waiting else 1.0, "expert": 0.0 if waiting else mixing.expert_lr_factor}
+    own = 0.0 if waiting else mixing.expert_lr_factor
+    factors = {"router": 1.0, "shared": 0.0 if waiting else 1.0, "expert": own, "table": own}
     for group in groups:
         group["lr"] = lr * factors[group["kind"]]

@@ -15,7 +15,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError, UpcycleError, one_line
 from bam_ray.families import FFN_ROLES, DenseParameter, Role, expert_name, family_of, plain_name, shared_name
 from bam_ray.model import BamConfig, is_mixture
-from bam_ray.upcycling.methods import is_plain
+from bam_ray.upcycling.methods import EMBEDDING_ROLES, is_plain
 from bam_ray.upcycling.plan import COLUMNS
 
 ReadTensor = Callable[[str], Tensor]
@@ -145,10 +145,12 @@ def _parameter_tensor(config: BamConfig, read: ReadTensor, parameter: DenseParam
     role, layer = parameter.role, parameter.layer
     if is_plain(config, role, layer):
         return read(plain_name(role, layer)).float()
-    assert layer is not None
     if role in FFN_ROLES:
+        assert layer is not None
         return _ffn(config, read, role, layer, expert)
     stacked = read(expert_name(role, layer)).float()
+    if role in EMBEDDING_ROLES:
+        return stacked[expert]
     if config.dense_num_attention_heads not in (None, config.num_attention_heads):
         return _joined(role, stacked)
     return stacked[expert if stacked.shape[0] > 1 else 0]

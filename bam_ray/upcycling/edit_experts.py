@@ -193,7 +193,6 @@ class _EditPlanner:
             if is_plain(config, role, layer):
                 name = plain_name(role, layer)
             else:
-                assert layer is not None
                 name = expert_name(role, layer, config.mlp_gated)
             self.dense_parameters.setdefault(name, []).append(parameter)
 

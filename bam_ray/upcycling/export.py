@@ -63,6 +63,9 @@ def check_fits(config: BamConfig) -> None:
     )  # then the softmax over all experts sums to 1 without normalization
     for unsupported, what in (
         (config.attention_experts != "averaged", f"attention experts ({config.attention_experts})"),
+        (config.embeddings == "experts", "embedding experts"),
+        (config.router_input == "prefix", "routers that read the prefix"),
+        (config.router_prior != "none", f"a router prior ({config.router_prior})"),
         (bool(config.shared_expert_intermediate_size), "a shared expert"),
         (config.selection_bias, "selection biases"),
         (bool(config.dense_layers), f"dense layers {config.dense_layers}"),

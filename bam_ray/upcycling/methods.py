@@ -12,6 +12,7 @@ from bam_ray.model import BamConfig
 from bam_ray.settings import AverageSettings, BranchedMixture, MixtureSettings, Operation, RoutedMixture
 
 QUERY_SIDE = frozenset({Role.QUERY, Role.QUERY_BIAS, Role.QUERY_NORM, Role.OUTPUT, Role.OUTPUT_BIAS})
+EMBEDDING_ROLES = frozenset({Role.EMBEDDING, Role.HEAD})
 KEY_SIDE = frozenset({Role.KEY, Role.KEY_BIAS, Role.KEY_NORM, Role.VALUE, Role.VALUE_BIAS})
 
 
@@ -48,6 +49,8 @@ def operation_on(role: Role, settings: MixtureSettings) -> Operation:
     """Return what becomes of a role's tensors in a mixture layer."""
     if role in FFN_ROLES:
         return settings.ffn
+    if role in EMBEDDING_ROLES:
+        return settings.embedding
     if role in QUERY_SIDE:
         return settings.query
     return settings.key if role in KEY_SIDE else Operation.AVERAGE
@@ -63,6 +66,8 @@ def is_plain(config: BamConfig, role: Role, layer: int | None) -> bool:
 
     Keys and values that attention experts share are stored with the stacked tensors, with a first dimension of 1.
     """
+    if role in EMBEDDING_ROLES:
+        return config.embeddings == "averaged"
     if layer is None or layer not in config.mixture_layers:
         return True
     if role in FFN_ROLES:

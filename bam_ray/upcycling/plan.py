@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
-from bam_ray.families import FFN_ROLES, DenseParameter, Family, Role, expert_name, plain_name, router_names, shared_name
+from bam_ray.families import (
+    EMBEDDING_ROUTERS,
+    FFN_ROLES,
+    DenseParameter,
+    Family,
+    Role,
+    expert_name,
+    plain_name,
+    router_names,
+    shared_name,
+)
 from bam_ray.model import BamConfig
 from bam_ray.settings import AverageSettings, Operation, RoutedMixture, StackedMixture
 from bam_ray.upcycling.expressions import (
@@ -94,7 +104,6 @@ class Planner:
                 if is_plain(self.config, role, layer):
                     outputs.append(self._output(plain_name(role, layer), parameter, self._average(parameter)))
                 else:
-                    assert layer is not None
                     stacked[expert_name(role, layer, self.config.mlp_gated)].append(parameter)
             order = list(Role)
             for name, parts in stacked.items():
@@ -113,6 +122,8 @@ class Planner:
             for layer in self.config.mixture_layers
             for name in router_names(layer)[: 1 if self.settings.attention == "averaged" else 2]
         ]
+        if self.config.embeddings == "experts":
+            names += EMBEDDING_ROUTERS
         return [PlannedTensor(TensorSpec(name, dtype, shape), self._router(name, shape)) for name in names]
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Expression:

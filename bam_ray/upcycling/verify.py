@@ -161,7 +161,7 @@ def _layer_of(name: str) -> int | None:
 def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -> Iterator[tuple[str, float]]:
     """Yield the name and the error of each check on one window."""
     weights = {
-        _renumbered(name, layers): reader.read(name).float()
+        _renumbered(name, layers): _widened(reader.read(name))
         for name in reader.specs
         if _layer_of(name) is None or _layer_of(name) in layers
     }
@@ -252,6 +252,11 @@ def _one_hot_logits(logits: Tensor, expert: int) -> Tensor:
     result = torch.full_like(logits, EXCLUDED)
     result[..., expert] = 0.0
     return result
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return weights in fp32, and counts as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _is_stacked(name: str) -> bool:

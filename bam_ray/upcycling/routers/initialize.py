@@ -10,6 +10,9 @@ all routers before it.
     tensors, separation = fit_routers(config, reader.read, {"code": rows, "law": rows}, "ridge", seed=0)
     rich.print(separation_table(separation))
 
+Routers that read the prefix are fitted to the running means of their inputs over each row of text. Embedding experts
+have routers before the first layer and after the last, which are fitted in the same way.
+
 Limits: the weights of one layer are in memory at a time, and the hidden states of all text twice (as the inputs of a
 layer and of a router): 4 GiB for a hidden size of 4096 and 262144 tokens in bfloat16. The layers run in the dtype of
 their tensors.
@@ -17,10 +20,10 @@ their tensors.
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +31,21 @@ from torch import Tensor, nn
 from bam_ray.errors import UpcycleError
 from bam_ray.model import BamConfig
 from bam_ray.model.attention_bam import BamRotaryEmbedding
-from bam_ray.model.modeling_bam import BamModel
+from bam_ray.model.modeling_bam import BamModel, following_positions
+from bam_ray.model.prefix_bam import RoutingContext
 from bam_ray.model.routing_bam import BamRouter
 from bam_ray.upcycling.routers.rows import Assignment, fit_router, generator, router_logits
 from bam_ray.upcycling.routers.separation import RouterKind, RouterSeparation, Separation
 
 BATCH_TOKENS = 8192
 """Number of tokens that run through a layer at the same time."""
+
+KINDS: dict[str, RouterKind] = {
+    "self_attn.": "attention",
+    "embed_tokens.": "embedding",
+    "head.": "head",
+}
+"""The kind of a router by a part of its name; all others are those of FFN experts."""
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -70,8 +81,6 @@ def fit_routers(
     Raises:
         UpcycleError: Fewer than two experts have text, a text has only one row, or text has the name of no expert.
     """
-    if progress is not None:
-        progress(0, config.num_hidden_layers)
     assignment = _assignment(config.expert_names or [], texts)
     splits = {name: split_rows(name, len(rows), held_out_fraction, seed) for name, rows in texts.items()}
     ordered = {name: rows[torch.cat(splits[name])] for name, rows in texts.items()}  # held-out rows last
@@ -79,12 +88,14 @@ def fit_routers(
     stream = _Stream(config, read, ordered)
     tensors: dict[str, Tensor] = {}
     separations: list[RouterSeparation] = []
-    for index in range(config.num_hidden_layers):
-        for name, router in stream.load(index):
+    for number, (prefix, routers) in enumerate(stream.parts()):
+        if progress is not None:
+            progress(number, stream.count)
+        for name, router in routers:
             inputs = stream.inputs_of(router)
             fit = [inputs[domain][: fit_rows[domain]].flatten(0, 1) for domain in texts]
             held_out = [inputs[domain][fit_rows[domain] :].flatten(0, 1) for domain in texts]
-            full_name = f"model.layers.{index}.{name}.weight"
+            full_name = f"{prefix}{name}.weight"
             noise = partial(generator, seed, "copies", full_name)
             weights = {"random": draw_router(full_name, config, seed), **fit_router(assignment, fit, noise)}
             weights = {kind: weight.to(stream.dtype) for kind, weight in weights.items()}
@@ -94,12 +105,10 @@ def fit_routers(
             }
             router.weight = nn.Parameter(weights[how], requires_grad=False)
             tensors[full_name] = weights[how]
-            separations.append(RouterSeparation(layer=index, kind=_kind(name), scores=scores))
+            separations.append(RouterSeparation(layer=_layer(prefix), kind=_kind(full_name), scores=scores))
             del inputs, fit, held_out  # free them before the inputs of the next router are collected
-        if index + 1 < config.num_hidden_layers:
-            stream.advance()
-        if progress is not None:
-            progress(index + 1, config.num_hidden_layers)
+    if progress is not None:
+        progress(stream.count, stream.count)
     return tensors, Separation(
         how=how,
         domains=assignment.domains,
@@ -145,7 +154,11 @@ def _assignment(names: list[str], texts: dict[str, Tensor]) -> Assignment:
 
 
 def _kind(router: str) -> RouterKind:
-    return "attention" if router.startswith("self_attn.") else "ffn"
+    return next((kind for part, kind in KINDS.items() if part in router), "ffn")
+
+
+def _layer(prefix: str) -> int | None:
+    return int(prefix.split(".")[2]) if prefix.startswith("model.layers.") else None
 
 
 class _InputReached(Exception):
@@ -160,7 +173,7 @@ class _IdentityLayer(nn.Module):
 
 
 class _Stream:
-    """The hidden states of all rows, which are advanced through the mixture layer by layer.
+    """The text of all domains, which is advanced through the mixture: embedding, layer by layer, head.
 
     `BamModel` itself runs, so masks, positions and blocks are exactly its own. It is created on the meta device and
     has the weights of one layer at a time; all other layers are replaced by the identity.
@@ -172,53 +185,79 @@ class _Stream:
         with torch.device("meta"):
             self._model = BamModel(config).eval().requires_grad_(False)
         self._layers = list(self._model.layers)
+        self._norm, self._model.norm = self._model.norm, nn.Identity()
         self._model.layers = nn.ModuleList(_IdentityLayer() for _ in self._layers)
         self._model.rotary_emb = BamRotaryEmbedding(config)
-        self._model.norm = nn.Identity()  # its output is the input of no router
-        embedding = self._model.embed_tokens
-        self._fill(embedding, "model.embed_tokens.")
-        self.dtype = embedding.weight.dtype
-        self._states = {name: embedding(part) for name, part in rows.items()}  # [S, L, d] each
-        embedding.to("meta")
+        self._reads_prefix = config.router_input == "prefix"
+        self._states = rows  # token ids [S, L], then hidden states [S, L, d]
+        self._run: Callable[[Tensor], Any] = self._run_layers
+        self.dtype = torch.float32
+        self.count = len(self._layers)
 
-    def load(self, index: int) -> list[tuple[str, BamRouter]]:
-        """Load this layer, and return its routers by name in the order in which they run.
+    def parts(self) -> Iterator[tuple[str, list[tuple[str, BamRouter]]]]:
+        """Yield the prefix of the names of each part, and its routers by name in the order in which they run.
 
-        The routers are not set yet. A dense layer has none.
+        The routers are not set yet, and must be before the next part. A dense layer has none.
         """
-        self._index, layer = index, self._layers[index]
-        self._fill(layer, f"model.layers.{index}.")
-        self._model.layers[index] = layer
-        routers = [(name, module) for name, module in layer.named_modules() if isinstance(module, BamRouter)]
-        return sorted(routers, key=lambda router: _kind(router[0]))  # attention first
+        embedding, head = self._model.embed_tokens, self._model.head
+        routers = self._load(embedding, "model.embed_tokens.")
+        self.dtype = next(embedding.parameters()).dtype
+        self._run = lambda ids: self._model.embed(ids, self._context(ids))
+        if routers:
+            yield "model.embed_tokens.", routers
+        self._states = {
+            name: torch.cat([self._run(part) for part in _batches(rows)]) for name, rows in self._states.items()
+        }
+        embedding.to("meta")
+        self._run = self._run_layers
+        for index, layer in enumerate(self._layers):
+            prefix = f"model.layers.{index}."
+            routers = self._load(layer, prefix)
+            self._model.layers[index] = layer
+            yield prefix, routers
+            if index + 1 < len(self._layers) or head is not None:
+                self._advance()
+            self._model.layers[index] = _IdentityLayer()
+            layer.to("meta")
+        if head is not None:
+            self._load(self._norm, "model.norm.")
+            self._run = lambda states: head(self._norm(states), self._context(states))
+            yield "model.head.", self._load(head, "model.head.")
 
     def inputs_of(self, router: BamRouter) -> dict[str, Tensor]:
-        """Return the inputs of a router of the layer by domain, [S, L, d] each. Routers before it must be set."""
-        inputs = {name: torch.empty_like(states) for name, states in self._states.items()}
+        """Return the inputs of a router of the part by domain, [S, L, d] each. Routers before it must be set."""
+        inputs = {}
         for name, states in self._states.items():
-            for part, into in zip(_batches(states), _batches(inputs[name]), strict=True):
-                handle = router.register_forward_pre_hook(partial(_keep_input, into))
+            found: list[Tensor] = []
+            for part in _batches(states):
+                handle = router.register_forward_pre_hook(partial(_keep_input, found))
                 with handle, suppress(_InputReached):
                     self._run(part)
-        return inputs
+                found[-1] = found[-1].to(self.dtype).view(*part.shape[:2], -1)
+            inputs[name] = torch.cat(found)
+        return {name: _running_mean(part) if self._reads_prefix else part for name, part in inputs.items()}
 
-    def advance(self) -> None:
-        """Run all rows through the layer, and free its weights."""
+    def _advance(self) -> None:
+        """Run all rows through the layer."""
         for states in self._states.values():
             for part in _batches(states):
                 part.copy_(self._run(part))
-        self._model.layers[self._index] = _IdentityLayer()
-        self._layers[self._index].to("meta")
 
-    def _run(self, states: Tensor) -> Tensor:
+    def _context(self, given: Tensor) -> RoutingContext | None:
+        model: BamModel = self._model
+        return model.routing_context(None, given, following_positions(given, None), None, None)
+
+    def _run_layers(self, states: Tensor) -> Tensor:
         out: Tensor = self._model(inputs_embeds=states, use_cache=False).last_hidden_state
         return out
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Read all tensors of `module` except the weights of its routers."""
-        routers = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, BamRouter)}
-        names = [name for name in module.state_dict() if name not in routers]
+    def _load(self, module: nn.Module, prefix: str) -> list[tuple[str, BamRouter]]:
+        """Read all tensors of `module` except the weights of its routers, and return these in their order."""
+        routers = [(name, child) for name, child in module.named_modules() if isinstance(child, BamRouter)]
+        left_out = {f"{name}.weight" for name, _ in routers}
+        names = [name for name in module.state_dict() if name not in left_out]
         module.load_state_dict({name: self._read(prefix + name) for name in names}, strict=False, assign=True)
+        return sorted(routers, key=lambda router: _kind(router[0]))  # attention first
 
 
 def _batches(states: Tensor) -> tuple[Tensor, ...]:
@@ -227,6 +266,12 @@ def _batches(states: Tensor) -> tuple[Tensor, ...]:
     return views
 
 
-def _keep_input(into: Tensor, _: nn.Module, args: tuple[Tensor]) -> None:
-    into.copy_(args[0].view_as(into))
+def _running_mean(inputs: Tensor) -> Tensor:
+    """Return the mean over the tokens of each row up to each token: [S, L, d] -> [S, L, d]."""
+    count = torch.arange(1, inputs.shape[1] + 1, dtype=torch.double).unsqueeze(1)
+    return torch.stack([(row.double().cumsum(0) / count).to(inputs.dtype) for row in inputs])
+
+
+def _keep_input(found: list[Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    found.append(args[0])
     raise _InputReached

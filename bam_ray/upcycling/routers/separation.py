@@ -8,7 +8,7 @@ from rich.table import Table
 from bam_ray.settings import Strict
 
 Initialization = Literal["random", "means", "ridge"]
-RouterKind = Literal["attention", "ffn"]
+RouterKind = Literal["attention", "ffn", "embedding", "head"]
 INITIALIZATIONS: tuple[Initialization, ...] = ("random", "means", "ridge")
 
 
@@ -29,7 +29,8 @@ class RouterScore(Strict):
 class RouterSeparation(Strict):
     """One router of the mixture, scored with every initialization on the same inputs."""
 
-    layer: int
+    layer: int | None
+    """None for the routers of embedding experts."""
     kind: RouterKind
     scores: dict[Initialization, RouterScore]
 
@@ -65,7 +66,7 @@ def separation_table(separation: Separation) -> Table:
     for index, router in enumerate(separation.routers):
         following = separation.routers[index + 1 : index + 2]
         table.add_row(
-            str(router.layer),
+            "" if router.layer is None else str(router.layer),
             router.kind,
             *(_cell(router.scores[initialization]) for initialization in INITIALIZATIONS),
             end_section=any(other.layer != router.layer for other in following),
