@@ -21,7 +21,7 @@ Limits: an identity covers settings and parents, not the version of the code. Th
     upcycled/<id>/                           a mixture at step 0, as a Hugging Face folder
     upcycled/<id>/quorum/                    since when branches were awaited, and the branches that were used
     mixtures/<id>/                           a trained mixture
-    evaluations/<id>/                        the perplexities and the routing of one model
+    evaluations/<id>/                        the perplexities, the NLL of each token and the routing of one model
     reports/<id>/                            results.json and report.html
     <any of these>/leases/<attempt>.json     the attempts that have started
     <any of these>/steps/<attempt>-<step>/   training checkpoints, each with its own manifest

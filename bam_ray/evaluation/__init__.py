@@ -2,6 +2,7 @@
 
     perplexity.py      score one model on one domain: NLL, confidence interval, and routing from the same forward passes
     routing.py         which experts process a mixture's tokens, by layer
+    ensemble.py        output ensembles of the seed and the branches, from the NLL that each gives to each token
     results.py         the results as data: scores, means, the best model of each column, findings with their support
     findings.py        comparisons of models, and how firmly the held-out text supports them
     bootstrap.py       bootstrap resamples and 95 % intervals

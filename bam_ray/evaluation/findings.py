@@ -1,4 +1,4 @@
-"""Findings: comparisons of models that check the claims of the paper on the models of a run.
+"""Findings: comparisons that check the claims of the paper on the models of a run, and how much mixing has gained.
 
 A finding states an order of perplexities. `holds` is True if the measured perplexities are in this order. `support` is
 the share of bootstrap resamples that are in this order, so a finding that holds with a support of 0.6 is weak. Two
@@ -29,10 +29,13 @@ def make_results(run: str, models: Sequence[ModelScore]) -> Results:
 
 
 def findings(models: Sequence[ModelScore]) -> Iterator[Finding]:
-    """Yield the claims of the paper, checked on `models`. Claims about models that are absent are omitted."""
+    """Yield all claims, checked on `models`. Claims about models that are absent are omitted."""
     for seed in _of_kind(models, "seeds"):
         yield from _against_seed(models, seed)
     mixtures = _of_kind(models, "mixtures")
+    for ensemble in _of_kind(models, "ensembles"):
+        if ensemble.name == "posterior":
+            yield from _against_ensemble(mixtures, ensemble)
     for bam in (mixture for mixture in mixtures if mixture.attention_experts == "kv_experts"):
         for baseline in (mixture for mixture in mixtures if mixture.is_btx):
             yield from _against_btx(mixtures, bam, baseline)
@@ -46,6 +49,12 @@ def _against_seed(models: Sequence[ModelScore], seed: ModelScore) -> Iterator[Fi
     for mixture in _of_kind(models, "mixtures"):
         claim = f"{mixture.label} beats the seed in mean perplexity"
         yield _finding("mixture_beats_seed", claim, MEAN, mixture, seed)
+
+
+def _against_ensemble(mixtures: Sequence[ModelScore], ensemble: ModelScore) -> Iterator[Finding]:
+    for mixture in mixtures:
+        claim = f"{mixture.label} beats {ensemble.label} in mean perplexity"
+        yield _finding("mixture_beats_ensemble", claim, MEAN, mixture, ensemble)
 
 
 def _against_btx(mixtures: Sequence[ModelScore], bam: ModelScore, baseline: ModelScore) -> Iterator[Finding]:

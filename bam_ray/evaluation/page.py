@@ -94,6 +94,12 @@ model.interval(column)[1] | perplexity }}</span></td>
 perplexities. Each interval is a 95 % bootstrap interval over the held-out sequences of this run; the variation between
 training seeds may be larger. Tokens and FLOPs include the training of all models that a model was made from; its own
 training is shown below.</p>
+{% if results.models | selectattr("kind", "equalto", "ensembles") | list %}
+<p class="note">The ensembles average the probabilities of the seed and all branches, without upcycling and mixing. All
+these models compute every token. In the posterior ensemble, the weights follow from how well each model predicted the
+earlier tokens of the document; in the uniform ensemble, they are equal. If a mixture does not beat the posterior
+ensemble, mixing has gained nothing over it.</p>
+{% endif %}
 {{ figure(bars, "100%") }}
 </section>
 

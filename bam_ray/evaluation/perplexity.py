@@ -6,7 +6,7 @@ a sequence at a time, and are converted to fp32 before the softmax. The caller c
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,17 @@ from bam_ray.training.micro_batch import halve_until_it_fits
 from bam_ray.training.next_token import NextTokenLoss
 
 
+class DomainEvaluation(NamedTuple):
+    """The score of one model on the sequences of one domain, its routing, and the NLL of each token."""
+
+    score: DomainScore
+    routing: DomainRouting | None  # None: the model is not a mixture
+    token_nll: np.ndarray  # NLL of each predicted token in nats, float32 [S, L - 1]
+
+
 def perplexity(model: PreTrainedModel, sequences: np.ndarray, batch_sequences: int) -> DomainScore:
     """Return the score of token ids `sequences` [S, L]. It does not depend on `batch_sequences`."""
-    return score(model, sequences, batch_sequences)[0]
+    return score(model, sequences, batch_sequences).score
 
 
 @torch.inference_mode()
@@ -33,8 +41,8 @@ def score(
     sequences: np.ndarray,
     batch_sequences: int,
     after_batch: Callable[[], None] | None = None,
-) -> tuple[DomainScore, DomainRouting | None]:
-    """Return the score of a model on token ids, and its routing if the model is a mixture.
+) -> DomainEvaluation:
+    """Return the score of a model on token ids, the NLL of each token, and the routing if the model is a mixture.
 
     Args:
         model: The model, on its device. Its training mode is restored afterwards.
@@ -54,13 +62,13 @@ def score(
     next_token, memory = NextTokenLoss(model), memory_of(str(model.device))
     was_training = model.training
     model.eval()
-    nll_of: list[list[float]] = []  # of each batch
+    batches: list[Tensor] = []  # NLL of each token of a batch
     start, size = 0, batch_sequences
     try:
         while start < len(sequences):
             batch = _Batch(next_token, sequences[start : start + size])
             size = halve_until_it_fits(batch.compute, size, memory)
-            nll_of.append(batch.nll)
+            batches.append(batch.nll)
             start += len(batch.nll)
             if routing is not None:
                 routing.add(batch.router_outputs, batch.attention_router_logits)
@@ -68,14 +76,19 @@ def score(
                 after_batch()
     finally:
         model.train(was_training)
-    sequence_nll = list(chain.from_iterable(nll_of))
+    token_nll = torch.cat(batches)
+    sequence_nll = [row.mean(dtype=torch.double).item() for row in token_nll]
     if not np.isfinite(sequence_nll).all():
         raise CheckpointError(
             "the model's NLL is not finite, so its weights are damaged or its training diverged: restore an earlier "
             "checkpoint"
         )
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)
-    return DomainScore.from_sequence_nll(sequence_nll, tokens), None if routing is None else routing.routing()
+    return DomainEvaluation(
+        score=DomainScore.from_sequence_nll(sequence_nll, tokens),
+        routing=None if routing is None else routing.routing(),
+        token_nll=token_nll.numpy(),
+    )
 
 
 class _Batch:
@@ -86,13 +99,14 @@ class _Batch:
 
     def __init__(self, next_token: NextTokenLoss, sequences: np.ndarray) -> None:
         self._next_token, self._sequences = next_token, sequences
-        self.nll: list[float] = []
+        self.nll = torch.empty(0, 0)  # of each token, fp32 [S, L - 1] on the CPU
         self.router_outputs: Sequence[RouterOutput] = ()
         self.attention_router_logits: Sequence[Tensor] = ()
 
     def compute(self, count: int) -> None:
         """Compute the first `count` sequences."""
         ids = torch.from_numpy(np.asarray(self._sequences[:count]).astype(np.int64))
-        self.nll, out = self._next_token.sequence_nll(ids.to(self._next_token.model.device))
+        nll, out = self._next_token.token_nll(ids.to(self._next_token.model.device))
+        self.nll = nll.cpu()
         self.router_outputs = getattr(out, "router_outputs", ())
         self.attention_router_logits = getattr(out, "attention_router_logits", ())

@@ -24,7 +24,7 @@ LOG_SCALE_RATIO = 12.0  # a panel has a logarithmic axis if its largest perplexi
 
 BACKGROUND, TEXT, MUTED, LINE = "#ffffff", "#1f2328", "#59636e", "#d8dee4"
 HEATMAP_MAXIMUM = "#0b4f9e"
-BAR_COLORS = {"seeds": "#8c959f", "branches": "#6aa3e0", "mixtures": "#e0823d"}
+BAR_COLORS = {"seeds": "#8c959f", "branches": "#6aa3e0", "mixtures": "#e0823d", "ensembles": "#3fa66b"}
 CURVE_COLORS = ("#4f8fd6", "#e0823d", "#3fa66b", "#b679d8", "#d35f72", "#2fa8b5", "#b08a2e", "#8b949e")
 
 

@@ -17,8 +17,14 @@ from bam_ray.settings import Strict
 
 MEAN = "mean"  # the column of means, after the columns of the domains
 
-ModelKind = Literal["seeds", "branches", "mixtures"]
-FindingKind = Literal["branch_beats_seed", "mixture_beats_seed", "kv_experts_beats_btx", "kv_shared_between"]
+ModelKind = Literal["seeds", "branches", "mixtures", "ensembles"]
+FindingKind = Literal[
+    "branch_beats_seed",
+    "mixture_beats_seed",
+    "mixture_beats_ensemble",
+    "kv_experts_beats_btx",
+    "kv_shared_between",
+]
 
 
 class DomainScore(Strict):
@@ -147,5 +153,5 @@ class Results(Strict):
 
 
 def model_label(kind: ModelKind, name: str) -> str:
-    """Return the name of a model in tables and figures: "seed", "branch code", "mixture bam"."""
-    return {"seeds": "", "branches": "branch ", "mixtures": "mixture "}[kind] + name
+    """Return the name of a model in tables and figures: "seed", "branch code", "mixture bam", "ensemble uniform"."""
+    return {"seeds": "", "branches": "branch ", "mixtures": "mixture ", "ensembles": "ensemble "}[kind] + name

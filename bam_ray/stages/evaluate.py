@@ -1,8 +1,9 @@
 """Evaluate every model of a run on every domain, and write the report.
 
-The scores of each model are an artifact of their own (`evaluations/<id>`). Its identity depends on the model, the
-corpus and the number of tokens. So an interrupted evaluation resumes with the next model, and another report on the
-same models reuses their scores.
+The scores of each model are an artifact of their own (`evaluations/<id>`), with the NLL of each token. Its identity
+depends on the model, the corpus and the number of tokens. So an interrupted evaluation resumes with the next model, and
+another report on the same models reuses their scores. The scores of the output ensembles follow from those of their
+members and are a part of the report alone.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bam_ray.model  # noqa: F401  registers the mixture with AutoModelForCausalLM
@@ -23,9 +25,10 @@ from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest, ide
 from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted
+from bam_ray.evaluation.ensemble import MEMBER_KINDS, document_starts, ensemble_scores
 from bam_ray.evaluation.findings import make_results
-from bam_ray.evaluation.perplexity import score
-from bam_ray.evaluation.results import MEAN, DomainRouting, DomainScore, ModelKind, ModelScore, model_label
+from bam_ray.evaluation.perplexity import DomainEvaluation, score
+from bam_ray.evaluation.results import MEAN, ModelKind, ModelScore, model_label
 from bam_ray.evaluation.routing import combine_domains
 from bam_ray.model import is_mixture
 from bam_ray.model.parameters import count_parameters
@@ -38,6 +41,7 @@ from bam_ray.training.flops import forward_flops_per_token
 
 MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SCORE = "score.json"
+TOKEN_NLL = "token_nll.safetensors"  # by domain: the NLL of each predicted token in nats, float32 [S, L - 1]
 
 
 def evaluate(run: TaskRun) -> Manifest:
@@ -62,6 +66,7 @@ def evaluate(run: TaskRun) -> Manifest:
         lineage = [made[id] for id in ancestors(task.id, made)]
         scores.append(evaluator.model_score(task, kind, lineage, Progress(step, len(models))))
     run.context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
+    scores += evaluator.ensembles([task for task, kind in models if kind in MEMBER_KINDS], scores, made)
     results = make_results(run.recipe.name, scores)
     from bam_ray.evaluation.report import write_report  # imports matplotlib, which no other stage needs
 
@@ -108,7 +113,8 @@ class Evaluator:
 
     def id_of(self, task: Task) -> str:
         """Return the identity of the evaluation of the model that `task` makes."""
-        return identity(task.name, self._settings.identity(), (task.id, self._corpus_id))
+        content = {**self._settings.identity(), "files": [SCORE, TOKEN_NLL]}
+        return identity(task.name, content, (task.id, self._corpus_id))
 
     def model_score(self, task: Task, kind: ModelKind, lineage: Sequence[Manifest], progress: Progress) -> ModelScore:
         """Return the scores of the model that `task` made.
@@ -129,6 +135,32 @@ class Evaluator:
         self._publish_score(artifact, task, kind, lineage, progress)
         return _read_score(artifact)
 
+    def ensembles(
+        self, tasks: Sequence[Task], scores: Sequence[ModelScore], made: Mapping[str, Manifest]
+    ) -> list[ModelScore]:
+        """Return the scores of the output ensembles of the models that `tasks` made; empty if none is a branch.
+
+        Args:
+            tasks: The tasks of the members. Their models are scored.
+            scores: The scores of all models.
+            made: The manifests of all artifacts, by id.
+        """
+        of = {score.id: score for score in scores}
+        lineage = [made[id] for id in dict.fromkeys(id for task in tasks for id in ancestors(task.id, made))]
+        end_of_text_id = None if self.corpus.attend_across_documents else self.corpus.end_of_text_id
+        tokens, flops = _training_cost(lineage)
+        return ensemble_scores(
+            [of[task.id] for task in tasks],
+            [self._token_nll(task) for task in tasks],
+            {domain: document_starts(self._held_out(domain), end_of_text_id) for domain in self.corpus.domains},
+            lineage_tokens=tokens,
+            lineage_flops=flops,
+        )
+
+    def _token_nll(self, task: Task) -> dict[str, np.ndarray]:
+        """Return the NLL of each token by domain, [S, L - 1], of the model that `task` made."""
+        return load_file(Artifact(self._store, ArtifactKind.EVALUATIONS, self.id_of(task)).fetch() / TOKEN_NLL)
+
     def _publish_score(
         self, artifact: Artifact, task: Task, kind: ModelKind, lineage: Sequence[Manifest], progress: Progress
     ) -> None:
@@ -143,10 +175,10 @@ class Evaluator:
         model.to(torch.device(self._device))
         if not self.corpus.attend_across_documents:
             mask_documents(model, self.corpus.end_of_text_id)
-        domains, routings = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))
-        result = describe(task, kind, lineage, model, domains, routings)
+        domains = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))
+        result = describe(task, kind, lineage, model, domains)
         wall = time.perf_counter() - started
-        tokens = sum(len(each.sequence_nll) for each in domains.values()) * self.corpus.sequence_length
+        tokens = sum(len(each.token_nll) for each in domains.values()) * self.corpus.sequence_length
         flops = forward_flops_per_token(model.config, self.corpus.sequence_length) * tokens
         manifest = Manifest(
             id=artifact.id,
@@ -160,13 +192,12 @@ class Evaluator:
         )
         with scratch_folder("evaluation") as temporary:
             (temporary / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
+            save_file({domain: each.token_nll for domain, each in domains.items()}, temporary / TOKEN_NLL)
             self.lease.check()
             artifact.publish(temporary, manifest)
 
-    def _score_domains(
-        self, model: PreTrainedModel, progress: Progress
-    ) -> tuple[dict[str, DomainScore], dict[str, DomainRouting]]:
-        """Return the scores by domain, and for a mixture also the routing by domain."""
+    def _score_domains(self, model: PreTrainedModel, progress: Progress) -> dict[str, DomainEvaluation]:
+        """Return the scores, the NLLs of the tokens and the routing by domain."""
 
         def stop_if_asked() -> None:
             if self._context.should_stop():
@@ -175,16 +206,17 @@ class Evaluator:
                     "run the same command again to resume"
                 )
 
-        domains: dict[str, DomainScore] = {}
-        routings: dict[str, DomainRouting] = {}
+        domains: dict[str, DomainEvaluation] = {}
         for domain in self.corpus.domains:
             self._context.report(replace(progress, note=f"{progress.note} on {domain}"))
             stop_if_asked()
-            rows = held_out_rows(self.corpus.held_out(domain), self._settings.tokens_per_domain)
-            domains[domain], routing = score(model, rows, self._settings.batch_sequences, stop_if_asked)
-            if routing is not None:
-                routings[domain] = routing
-        return domains, routings
+            rows = self._held_out(domain)
+            domains[domain] = score(model, rows, self._settings.batch_sequences, stop_if_asked)
+        return domains
+
+    def _held_out(self, domain: str) -> np.ndarray:
+        """Return the sequences that every model is scored on, [S, L]."""
+        return held_out_rows(self.corpus.held_out(domain), self._settings.tokens_per_domain)
 
 
 def _read_score(artifact: Artifact) -> ModelScore:
@@ -196,12 +228,13 @@ def describe(
     kind: ModelKind,
     lineage: Sequence[Manifest],
     model: PreTrainedModel,
-    domains: dict[str, DomainScore],
-    routings: dict[str, DomainRouting],
+    domains: Mapping[str, DomainEvaluation],
 ) -> ModelScore:
     """Return the scores of a model together with its size, lineage and cost."""
     total, active = count_parameters(model)
     mixture = is_mixture(model.config)
+    routings = {domain: each.routing for domain, each in domains.items() if each.routing is not None}
+    lineage_tokens, lineage_flops = _training_cost(lineage)
     return ModelScore(
         id=task.id,
         name=task.name,
@@ -212,12 +245,18 @@ def describe(
         parameters=total,
         active_parameters=active,
         tokens=lineage[0].tokens,
-        lineage_tokens=sum(manifest.tokens for manifest in lineage if manifest.kind in MODEL_KINDS),
+        lineage_tokens=lineage_tokens,
         flops=lineage[0].compute.flops,
-        lineage_flops=sum(manifest.compute.flops for manifest in lineage),
-        domains=domains,
+        lineage_flops=lineage_flops,
+        domains={domain: each.score for domain, each in domains.items()},
         routing=combine_domains(model.config, routings) if mixture else None,
     )
+
+
+def _training_cost(lineage: Sequence[Manifest]) -> tuple[int, float]:
+    """Return the training tokens of all models in `lineage`, and the FLOPs of everything in it."""
+    tokens = sum(manifest.tokens for manifest in lineage if manifest.kind in MODEL_KINDS)
+    return tokens, sum(manifest.compute.flops for manifest in lineage)
 
 
 def held_out_rows(rows: np.ndarray, tokens: int) -> np.ndarray:

@@ -57,11 +57,10 @@ class NextTokenLoss(nn.Module):
         nll = self.head(head_states(out)[:, :-1].flatten(0, 1), targets)
         return nll, getattr(out, "router_outputs", ())
 
-    def sequence_nll(self, input_ids: Tensor) -> tuple[list[float], Any]:
-        """Return the mean NLL of each row of `input_ids` [B, L], and the output of the model without its head.
+    def token_nll(self, input_ids: Tensor) -> tuple[Tensor, Any]:
+        """Return the NLL of each predicted token of `input_ids` [B, L], and the output of the model without its head.
 
-        The mean is over the last L - 1 tokens and in double precision. For a model without a plain head, the output is
-        that of the whole model.
+        The NLLs are fp32 [B, L - 1]. For a model without a plain head, the output is that of the whole model.
         """
         if self.head is None:
             out = self.model(input_ids=input_ids, use_cache=False)
@@ -69,7 +68,7 @@ class NextTokenLoss(nn.Module):
         else:
             out = self.model.base_model(input_ids=input_ids, use_cache=False)
             nll = [self.head.token_nll(row, ids[1:]) for row, ids in _rows(head_states(out), input_ids)]
-        return torch.stack([row.mean(dtype=torch.double) for row in nll]).tolist(), out
+        return torch.stack(nll), out
 
 
 class ChunkedHead(nn.Module):

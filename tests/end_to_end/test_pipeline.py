@@ -147,7 +147,7 @@ def test_a_pipeline_survives_a_stop_and_a_lost_node(environment: dict[str, str],
     report = bam(environment, "report", "s3://bam/test", "--out", str(tmp_path / "report"))
     assert report.returncode == 0, report.stderr
     results = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert {model["name"] for model in results["models"]} == {"seed", "code", "bam", "btx"}
+    assert {model["name"] for model in results["models"]} == {"seed", "code", "bam", "btx", "posterior", "uniform"}
     assert "<html" in (tmp_path / "report" / "report.html").read_text()
 
     # The trained mixture is a Hugging Face folder, which loads in a process that cannot import this package

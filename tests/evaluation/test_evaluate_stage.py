@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest
 from bam_ray.errors import CheckpointError, Interrupted
+from bam_ray.evaluation.ensemble import ensemble_nll
 from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.evaluation.results import Results
 from bam_ray.evaluation.table import format_perplexity
@@ -25,6 +27,7 @@ from tests.support.stage_run import task_run
 from tests.support.tiny import SIZES, dense
 
 LENGTH = 16
+END, END_OF_DOCUMENT = 1, 6  # the end-of-text token and its place in every row
 DOMAINS = ("general", "code")
 MIXTURES = {"bam": "kv_experts", "btx": "averaged"}
 
@@ -61,34 +64,39 @@ def make_recipe(store: Path, batch_sequences: int = 4, dtype: str = "auto") -> R
     )
 
 
-def write_corpus(folder: Path) -> None:
+def write_corpus(folder: Path, attend_across_documents: bool) -> None:
     rng = np.random.default_rng(0)
     facts = {
         "sequence_length": LENGTH,
         "vocab_size": 96,
-        "end_of_text_id": 1,
+        "end_of_text_id": END,
         "dtype": "<u2",
-        "attend_across_documents": True,
+        "attend_across_documents": attend_across_documents,
     }
     (folder / "corpus.json").write_text(
         json.dumps({**facts, "domains": {name: {"held_out_tokens": 30 * LENGTH, "leak": 0.0} for name in DOMAINS}})
     )
     for name in DOMAINS:
         (folder / name).mkdir(parents=True)
-        rng.integers(2, 96, size=(30, LENGTH)).astype("<u2").tofile(folder / name / "held_out.bin")
+        rows = rng.integers(2, 96, size=(30, LENGTH)).astype("<u2")
+        rows[:, END_OF_DOCUMENT] = END
+        rows.tofile(folder / name / "held_out.bin")
 
 
 def tiny_model(task: Task) -> PreTrainedModel:
     if task.kind != "mixtures":
-        return dense("cohere", seed=len(task.name))
+        return dense("cohere", seed=4 if task.kind == "branches" else 5)
     torch.manual_seed(0)
     config = BamConfig(**{**SIZES, "num_experts": 2}, attention_experts=MIXTURES[task.name])
     return BamForCausalLM(config)
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobStore]:
-    """Return a recipe, and a store in which everything but the report is committed."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[Recipe, BlobStore]:
+    """Return a recipe, and a store in which everything but the report is committed.
+
+    The parameter says whether documents attend to each other; they do by default.
+    """
     monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
     recipe = make_recipe(tmp_path / "store")
     store = open_store(recipe.store.uri)
@@ -99,7 +107,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, BlobSt
         folder.mkdir(parents=True)
         trained = task.kind in ("seeds", "branches", "mixtures")
         if task.kind == "corpora":
-            write_corpus(folder)
+            write_corpus(folder, getattr(request, "param", True))
         elif trained:
             tiny_model(task).save_pretrained(folder)
             (folder / "curve.json").write_text(json.dumps([{"step": step, "nll": 5.0 - step} for step in range(3)]))
@@ -129,14 +137,24 @@ def test_every_model_is_scored_on_every_domain(run: tuple[Recipe, BlobStore]) ->
 
     folder = Artifact(store, "reports", manifest.id).fetch()
     results = Results.model_validate_json((folder / "results.json").read_bytes())
-    assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam", "mixture btx"]
-    seed, code, bam, btx = results.models
+    assert [model.label for model in results.models] == [
+        "seed",
+        "branch code",
+        "mixture bam",
+        "mixture btx",
+        "ensemble posterior",
+        "ensemble uniform",
+    ]
+    seed, code, bam, btx, posterior, _ = results.models
     assert (bam.attention_experts, btx.attention_experts, seed.attention_experts) == ("kv_experts", "averaged", None)
     assert bam.routing is not None and len(bam.routing.domains["code"].layers) == 2
     assert seed.routing is None
-    # A corpus has no training tokens. The lineage of a mixture has those of the seed, the branch and the mixture itself
-    assert [model.lineage_tokens for model in results.models] == [640, 1280, 1920, 1920]
+    # A corpus has no training tokens. The lineage of a mixture has those of the seed, the branch and itself. That
+    # of an ensemble has those of the seed and the branch, each once
+    assert [model.lineage_tokens for model in results.models] == [640, 1280, 1920, 1920, 1280, 1280]
     assert (bam.tokens, bam.flops, bam.lineage_flops) == (640, 1e6, 3e6)
+    assert (posterior.tokens, posterior.flops, posterior.lineage_flops) == (0, 0.0, 2e6)
+    assert posterior.parameters == posterior.active_parameters == seed.parameters + code.parameters
     assert bam.active_parameters < bam.parameters
 
     corpus = Artifact(store, "corpora", graph[0].id).fetch()
@@ -150,12 +168,41 @@ def test_every_model_is_scored_on_every_domain(run: tuple[Recipe, BlobStore]) ->
     assert ">Training<" in html
     assert manifest.facts["findings"].keys() == {finding.claim for finding in results.findings}
     assert manifest.metrics["perplexity/mean/seed"] == results.means[seed.id]
+    assert manifest.metrics["perplexity/mean/ensemble posterior"] == results.means[posterior.id]
+    assert ">ensemble uniform</td>" in html and "The ensembles average" in html
+    assert "mixture bam beats ensemble posterior in mean perplexity" in manifest.facts["findings"]
     assert listener.received[0] == Progress(step=0, total_steps=4, note="seed on general")
     assert listener.received[-1] == Progress(step=4, total_steps=4, note="writing the report")
 
     silent = Listener()
     assert run_stage(task_run(recipe, store, ArtifactKind.REPORTS, "report", silent)) == manifest
     assert silent.received == [], "a finished report is not computed again"
+
+
+@pytest.mark.parametrize("run", [True, False], indirect=True)
+def test_ensembles_follow_from_the_stored_token_nlls(
+    run: tuple[Recipe, BlobStore], request: pytest.FixtureRequest
+) -> None:
+    recipe, store = run
+    report = evaluate(task_run(recipe, store, "reports", "report"))
+    results = Results.model_validate_json(Artifact(store, "reports", report.id).read_file("results.json"))
+    evaluations = [Artifact(store, "evaluations", id) for id in report.facts["evaluations"]]
+    stored = [load(evaluation.read_file("token_nll.safetensors")) for evaluation in evaluations]
+    for model, nll in zip(results.models[:4], stored, strict=True):
+        assert {domain: (each.dtype, each.shape) for domain, each in nll.items()} == dict.fromkeys(
+            DOMAINS, (np.float32, (10, LENGTH - 1))
+        )
+        for domain, each in nll.items():
+            assert model.domains[domain].sequence_nll == pytest.approx(each.mean(axis=1, dtype=float), rel=1e-14)
+
+    starts = np.zeros((10, LENGTH - 1), dtype=bool)
+    starts[:, END_OF_DOCUMENT] = not request.node.callspec.params["run"]  # the prediction after the end-of-text token
+    for weights, model in zip(("posterior", "uniform"), results.models[4:], strict=True):
+        for domain in DOMAINS:
+            members = np.stack([nll[domain] for nll in stored[:2]])
+            expected = ensemble_nll(members, starts, weights).mean(axis=1)
+            assert model.domains[domain].sequence_nll == pytest.approx(expected, rel=1e-12)
+            assert model.domains[domain].tokens == 10 * (LENGTH - 1)
 
 
 def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> None:

@@ -25,7 +25,10 @@ def test_perplexity_is_the_exponential_of_the_mean_nll() -> None:
         [-log_probabilities[row, position, int(ROWS[row, position + 1])].item() for position in range(11)]
         for row in range(7)
     ]
-    result = perplexity(model, ROWS, batch_sequences=3)
+    result, _, token_nll = score(model, ROWS, batch_sequences=3)
+    assert token_nll.dtype == np.float32
+    assert token_nll == pytest.approx(np.array(picked), rel=1e-4)
+    assert result.sequence_nll == pytest.approx(token_nll.mean(axis=1, dtype=np.float64).tolist(), rel=1e-14)
     assert result.perplexity == pytest.approx(math.exp(np.mean(picked)), rel=1e-5)
     assert result.sequence_nll == pytest.approx(np.mean(picked, axis=1), rel=1e-5)
     assert result.tokens == 7 * 11
@@ -76,7 +79,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved() -> None:
             raise torch.AcceleratorError("CUDA error: out of memory")
 
     model.base_model.register_forward_pre_hook(forward, with_kwargs=True)
-    found, _ = score(model, ROWS, 7, lambda: calls.append(1))
+    found = score(model, ROWS, 7, lambda: calls.append(1)).score
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert len(calls) == 7
     assert found == perplexity(model, ROWS, 1)
@@ -92,7 +95,7 @@ def run_out(module: object, inputs: object) -> None:
 def test_routing_counts_a_halved_batch_once() -> None:
     torch.manual_seed(0)
     model = BamForCausalLM(BamConfig(**SIZES))
-    _, wanted = score(model, ROWS, 2)
+    wanted = score(model, ROWS, 2).routing
     first = [True]
 
     def fail_once(module: object, inputs: object) -> None:
@@ -101,7 +104,7 @@ def test_routing_counts_a_halved_batch_once() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     model.model.norm.register_forward_pre_hook(fail_once)
-    _, found = score(model, ROWS, 4)
+    found = score(model, ROWS, 4).routing
     assert found == wanted
 
 

@@ -77,6 +77,7 @@ def test_the_page_contains_all_numbers(page: Page, paper: Results) -> None:
         assert shown in text
     assert "–" in page.texts, "the corpus has no FLOPs"
     assert page.values("class").count("best") == 5
+    assert "ensembles" not in text, "there are none"
 
 
 def test_the_page_is_self_contained_and_its_links_are_valid(page: Page) -> None:

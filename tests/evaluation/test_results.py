@@ -59,6 +59,27 @@ def test_refuted_claims_are_reported(paper: Results) -> None:
     assert lines[1] == "no   branch law beats the seed on law: 8.92 against 8.92 (in 0% of resamples)"
 
 
+def test_each_mixture_is_compared_with_the_posterior() -> None:
+    ensembles = [
+        model_score(name, tuple(factor * value for value in PAPER["btx"])).model_copy(
+            update={"name": name, "kind": "ensembles", "attention_experts": None, "routing": None}
+        )
+        for name, factor in (("posterior", 0.99), ("uniform", 0.5))
+    ]
+    results = make_results(
+        "ensembles", [*(model_score(name, PAPER[name]) for name in ("seed", "btx", "bam")), *ensembles]
+    )
+    compared = [each for each in results.findings if each.about == "mixture_beats_ensemble"]
+    assert [(each.claim, each.holds, each.column) for each in compared] == [
+        ("mixture btx beats ensemble posterior in mean perplexity", False, MEAN),
+        ("mixture bam beats ensemble posterior in mean perplexity", True, MEAN),
+    ]
+    assert "no   mixture btx beats ensemble posterior in mean perplexity: 10.73 against 10.62" in format_findings(
+        results
+    )
+    assert "ensemble posterior" in [str(cell) for cell in perplexity_table(results).columns[0].cells]
+
+
 def test_a_difference_within_the_noise_has_medium_support() -> None:
     rng = np.random.default_rng(0)
 

@@ -16,7 +16,7 @@ Mixture = Callable[..., BamForCausalLM]
 
 
 def routing_on(model: BamForCausalLM, rows: np.ndarray = ROWS, batch: int = 4) -> DomainRouting:
-    routing = score(model, rows, batch)[1]
+    routing = score(model, rows, batch).routing
     assert routing is not None
     return routing
 
@@ -94,4 +94,4 @@ def test_overall_routing_weights_domains_by_their_tokens(mixture: Mixture) -> No
 
 
 def test_dense_models_have_no_routing() -> None:
-    assert score(dense("llama", seed=0), ROWS, 4)[1] is None
+    assert score(dense("llama", seed=0), ROWS, 4).routing is None

@@ -174,7 +174,9 @@ def test_a_report_leaves_out_a_branch_that_is_never_committed(tmp_path: Path) ->
     run.mix()
     report = run_task(run.recipe, run.store, "reports", "report")
     results = Results.model_validate_json(Artifact(run.store, "reports", report.id).read_file("results.json"))
-    assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
+    labels = [model.label for model in results.models]
+    assert labels == ["seed", "branch code", "mixture bam", "ensemble posterior", "ensemble uniform"]
+    assert results.models[3].lineage_tokens == 2 * 1280, "of the seed and one branch"
     assert run.task(ArtifactKind.BRANCHES, "general").id not in report.parents
 
 

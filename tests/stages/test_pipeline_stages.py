@@ -76,6 +76,8 @@ def test_a_model_soup_is_averaged_trained_and_evaluated(tmp_path: Path) -> None:
         ("seeds", "seed"),
         ("branches", "code"),
         ("mixtures", "soup"),
+        ("ensembles", "posterior"),
+        ("ensembles", "uniform"),
     ]
 
 

@@ -181,4 +181,6 @@ def test_a_run_drains_its_mixture_once_for_a_damaged_branch(tmp_path: Path) -> N
     assert expert_names(Artifact(run.store, "mixtures", run.mixture.id).fetch()) == ["seed", "code"]
     report = run.task(ArtifactKind.REPORTS, "report")
     results = Results.model_validate_json(Artifact(run.store, "reports", report.id).read_file("results.json"))
-    assert [model.label for model in results.models] == ["seed", "branch code", "mixture bam"]
+    assert [model.label for model in results.models][:3] == ["seed", "branch code", "mixture bam"]
+    assert {model.kind for model in results.models[3:]} == {"ensembles"}, "of the seed and code"
+    assert results.models[3].lineage_tokens == 2 * 1280
