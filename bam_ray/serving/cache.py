@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from bam_ray.model.prefix_bam import RoutingState, SeenTokens
+
 
 @dataclass
 class _CacheWrite:
@@ -79,12 +81,47 @@ class _SlotLayer(CacheLayerMixin):
         return self._max_length
 
 
+class _SlotRoutingState(RoutingState):
+    """The state of routers that read the prefix: one row for each slot."""
+
+    def __init__(self, slots: int, write: _CacheWrite) -> None:
+        super().__init__()
+        self._slots, self._write = slots, write
+
+    def read(self) -> SeenTokens | None:
+        """Return the state of the active slots; None: a prompt begins."""
+        if self.seen is None or self._write.rows is None or self._write.slot is not None:
+            return None
+        batch = len(self._write.rows)
+        return SeenTokens(*(each[:batch] for each in self.seen))
+
+    def write(self, seen: SeenTokens) -> None:
+        """Store the state of a prompt's slot, or of all active slots."""
+        if self.seen is None:
+            self.seen = SeenTokens(*(each.new_zeros(self._slots, *each.shape[1:]) for each in seen))
+        for stored, new in zip(self.seen, seen, strict=True):
+            if self._write.slot is not None:
+                stored[self._write.slot] = new[0]
+            else:
+                stored[: len(new)] = new
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the state of one slot to another."""
+        for stored in self.seen or ():
+            stored[target] = stored[source]
+
+
 class SlotCache(Cache):
     """A `transformers` cache made of slots. Call `prefill` or `decode` before each forward pass."""
 
     def __init__(self, slots: int, max_length: int) -> None:
         self._write = _CacheWrite()
+        self._slots = slots
         super().__init__(layer_class_to_replicate=lambda: _SlotLayer(slots, max_length, self._write))
+
+    def new_routing_state(self) -> RoutingState:
+        """Return the state of routers that read the prefix, which the model adds to the layers."""
+        return _SlotRoutingState(self._slots, self._write)
 
     def prefill(self, slot: int) -> None:
         """Make the next forward pass write one prompt into `slot`."""

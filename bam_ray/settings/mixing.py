@@ -59,12 +59,14 @@ class Mixing(Strict):
     """Parameters that are trained. `routers_and_shared` freezes the experts; `routers` freezes everything else."""
     router_warmup_fraction: Fraction = 0.0
     """Fraction of the steps in which only the routers are trained."""
-    expert_lr_factor: Positive = 1.0
-    """Factor on the learning rate of the experts' own parameters."""
+    expert_lr_factor: Positive | None = None
+    """Factor on the learning rate of the experts' own parameters. `null` means 0.1 for a mixture in which only norms
+    are averaged (attention experts with keys and values of their own, and embedding experts), and 1 for all others:
+    their training has to repair what was averaged."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.train != "all" and self.expert_lr_factor != 1.0:
+        if self.train != "all" and self.expert_lr_factor is not None:
             raise ValueError(
                 f"expert_lr_factor has no effect with train: {self.train}, which freezes the experts: leave it out"
             )

@@ -14,6 +14,8 @@ from bam_ray.settings import Mixing
 
 ParameterKind = Literal["expert", "table", "router", "shared"]
 TABLES = ("embed_tokens.experts.weight", "lm_head.experts.weight")
+GENTLE = 0.1
+"""The factor for experts that are whole. Measured: at the full rate they lose what they learned on their domains."""
 TRAINED_KINDS: dict[str, tuple[ParameterKind, ...]] = {
     "all": ("expert", "table", "router", "shared"),
     "routers_and_shared": ("router", "shared"),
@@ -52,13 +54,22 @@ def freeze(model: PreTrainedModel, mixing: Mixing) -> None:
 
 
 def param_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups of all trained parameters, with their `kind`, in a fixed order."""
+    """Return the optimizer's parameter groups of all trained parameters, in a fixed order.
+
+    Each has its `kind`, and the `expert_lr_factor` of the model if the settings state none.
+    """
     found: dict[tuple[ParameterKind, bool], list[nn.Parameter]] = {}
+    factor = default_expert_lr_factor(model.config)
     for name, parameter, kind in parameter_kinds(model):
         if parameter.requires_grad:
             found.setdefault((kind, has_weight_decay(name, parameter)), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "kind": kind}
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "kind": kind,
+            "expert_lr_factor": factor,
+        }
         for (kind, decays), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
 
@@ -66,7 +77,20 @@ def param_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, 
 def set_learning_rates(groups: list[dict[str, Any]], lr: float, mixing: Mixing, fraction_done: float) -> None:
     """Set the learning rate of every parameter group for the step after `fraction_done` of all steps."""
     waiting = fraction_done < mixing.router_warmup_fraction
-    own = 0.0 if waiting else mixing.expert_lr_factor
-    factors = {"router": 1.0, "shared": 0.0 if waiting else 1.0, "expert": own, "table": own}
     for group in groups:
-        group["lr"] = lr * factors[group["kind"]]
+        kind = group["kind"]
+        if kind == "router":
+            factor = 1.0
+        elif waiting:
+            factor = 0.0
+        elif kind == "shared":
+            factor = 1.0
+        else:
+            factor = group["expert_lr_factor"] if mixing.expert_lr_factor is None else mixing.expert_lr_factor
+        group["lr"] = lr * factor
+
+
+def default_expert_lr_factor(config: Any) -> float:
+    """Return the factor on the learning rate of the experts' own parameters that suits a model."""
+    with_tables = getattr(config, "embeddings", "averaged") == "experts"
+    return GENTLE if with_tables and config.attention_experts == "kv_experts" else 1.0

@@ -29,10 +29,7 @@ def build(changes: dict[str, Any], seed: int = 0) -> BamForCausalLM:
     torch.manual_seed(seed)
     settings = {**tiny.SIZES, "num_experts_per_tok": 2, "router_prior_buckets": 1000, "eos_token_id": None, **changes}
     model = BamForCausalLM(BamConfig(**settings)).eval()
-    if model.model.prior is not None:
-        counts = model.model.prior.experts
-        counts.tokens.random_(0, 500)
-        counts.pairs.random_(0, 20)
+    tiny.with_random_counts(model)
     return model
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, PreTra
 
 from bam_ray.model import BamConfig
 from bam_ray.serving import DecodeEngine
-from tests.support.tiny import SIZES
+from tests.support.tiny import SIZES, with_random_counts
 
 LINES = ["the cat sat on the mat", "user: what is a mixture?", "assistant: many experts in one model", "naïve café ☕"]
 END = "<|end|>"
@@ -35,12 +35,21 @@ def models_by_family(tokenizer: PreTrainedTokenizerFast) -> dict[str, PreTrained
         "cohere": CohereConfig(**sizes, logit_scale=0.5),
         "llama": LlamaConfig(**sizes, tie_word_embeddings=False),
         "bam": BamConfig(**sizes, num_experts=3, attention_experts="kv_experts"),
+        "bam-prefix": BamConfig(
+            **sizes,
+            num_experts=3,
+            embeddings="experts",
+            router_input="prefix",
+            router_prior="bigram",
+            router_prior_buckets=1000,
+        ),
         "bam-shared": BamConfig(**sizes, num_experts=3, attention_experts="kv_shared", num_experts_per_tok=2),
     }
     models_by_name = {}
     for name, config in configs.items():
         torch.manual_seed(1)
         models_by_name[name] = AutoModelForCausalLM.from_config(config).eval()
+    with_random_counts(models_by_name["bam-prefix"])
     return models_by_name
 
 

@@ -34,7 +34,7 @@ def prompts_of(count: int, vocabulary: int) -> list[list[int]]:
     return [[rng.randrange(1, vocabulary) for _ in range(1 + 5 * (i % 4) + i % 3)] for i in range(count)]
 
 
-@pytest.mark.parametrize("family", ["cohere", "llama", "bam", "bam-shared"])
+@pytest.mark.parametrize("family", ["cohere", "llama", "bam", "bam-prefix", "bam-shared"])
 def test_batched_decoding_equals_generate(family: str, models_by_family: Any, tokenizer: Any) -> None:
     model = models_by_family[family]
     engine = DecodeEngine(model, tokenizer, slots=3, max_length=64)

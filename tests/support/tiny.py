@@ -73,6 +73,15 @@ def dense(family: str | PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
+def with_random_counts(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the router prior of a mixture, if it has one, random counts; return the mixture."""
+    prior: Any = model.model.prior
+    if prior is not None:
+        prior.experts.tokens.random_(0, 500)
+        prior.experts.pairs.random_(0, 20)
+    return model
+
+
 def sources(folder: Path, models: dict[str, PreTrainedModel]) -> dict[str, TensorReader]:
     """Save each model in a folder of its name below `folder`; return a reader of each, by name."""
     for name, model in models.items():

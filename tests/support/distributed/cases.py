@@ -14,6 +14,7 @@ from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Losses, Mixing, Ramp, TrainingSettings
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.engine import Engine, EngineSpec, StepResult
+from tests.support.tiny import with_random_counts
 
 SHARE, LENGTH, VOCABULARY = 4, 12, 64  # sequences per rank and step, tokens per sequence, tokens of the vocabulary
 STEPS, LR = 3, 5e-5
@@ -56,6 +57,7 @@ class Case:
         if self.dense is not None:
             return AutoModelForCausalLM.from_config(self.dense)
         model = BamForCausalLM(BamConfig(**{**DENSE, "num_experts": 4, **self.config}))
+        with_random_counts(model)
         if self.apart:
             mask_documents(model, END_OF_TEXT)
         if self.idle:  # logits v·u, -v·u, 0, 0: one of the first two is always the highest
@@ -88,6 +90,8 @@ class Case:
 
 
 RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+BY_PREFIX = {"embeddings": "experts", "router_input": "prefix", "router_prior": "bigram"}
+OWN_RATE = Mixing(losses=LOSSES.losses, expert_lr_factor=0.5)
 BIASED = {
     **RENORMALISED,
     "attention_bias": True,
@@ -133,6 +137,14 @@ TWO = {
     ),
     "documents apart": Case(2, micro=1, config={"sliding_window": 5, "nope_layers": [0]}, apart=True),
     "kv_shared, documents apart": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}, apart=True),
+    "embedding experts": Case(2, micro=3, config={"embeddings": "experts", **RENORMALISED}, mixing=OWN_RATE),
+    "by prefix": Case(2, micro=1, config={**BY_PREFIX, **RENORMALISED}, mixing=OWN_RATE, apart=True),
+    "by prefix, recomputed, ZeRO-2": Case(
+        2,
+        config={**BY_PREFIX, "attention_experts": "averaged", "parallel_block": False, **RENORMALISED},
+        recompute=True,
+        zero_stage=2,
+    ),
     "idle rank": Case(2, idle=True),
     "limited capacity": Case(2, micro=3, config={**BIASED, "capacity_factor": 0.5}),
     "idle rank, limited capacity": Case(2, micro=1, idle=True, config={"capacity_factor": 0.75}),
@@ -164,6 +176,9 @@ FOUR = {
     "kv_experts on 4": Case(4),
     "kv_shared on 2": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}),
     "kv_shared on 4": Case(4, micro=2, config={"attention_experts": "kv_shared"}),
+    "by prefix on 1": Case(1, config=BY_PREFIX),
+    "by prefix on 2": Case(2, micro=3, config=BY_PREFIX, mixing=OWN_RATE),
+    "by prefix on 4": Case(4, config={**BY_PREFIX, "tie_word_embeddings": False}),
     "averaged on 4": Case(4, config={"attention_experts": "averaged", **RENORMALISED}),
     "idle ranks on 4": Case(4, idle=True),
     "limited capacity on 1": Case(1, micro=2, config=LIMITED),
