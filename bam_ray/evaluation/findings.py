@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bam_ray.evaluation.results import MEAN, Finding, FindingKind, ModelKind, ModelScore, Results
+from bam_ray.settings import control_name
 
 
 def make_results(run: str, models: Sequence[ModelScore]) -> Results:
@@ -29,10 +30,16 @@ def make_results(run: str, models: Sequence[ModelScore]) -> Results:
 
 
 def findings(models: Sequence[ModelScore]) -> Iterator[Finding]:
-    """Yield the claims of the paper, checked on `models`. Claims about models that are absent are omitted."""
+    """Yield the claims of the paper and the comparisons with controls, checked on `models`.
+
+    Claims about models that are absent are omitted.
+    """
     for seed in _of_kind(models, "seeds"):
         yield from _against_seed(models, seed)
     mixtures = _of_kind(models, "mixtures")
+    for control in _of_kind(models, "controls"):
+        if control.name == control_name(1.0):
+            yield from _against_dense(mixtures, control)
     for bam in (mixture for mixture in mixtures if mixture.attention_experts == "kv_experts"):
         for baseline in (mixture for mixture in mixtures if mixture.is_btx):
             yield from _against_btx(mixtures, bam, baseline)
@@ -46,6 +53,12 @@ def _against_seed(models: Sequence[ModelScore], seed: ModelScore) -> Iterator[Fi
     for mixture in _of_kind(models, "mixtures"):
         claim = f"{mixture.label} beats the seed in mean perplexity"
         yield _finding("mixture_beats_seed", claim, MEAN, mixture, seed)
+
+
+def _against_dense(mixtures: Sequence[ModelScore], control: ModelScore) -> Iterator[Finding]:
+    for mixture in mixtures:
+        claim = f"{mixture.label} beats the dense control in mean perplexity"
+        yield _finding("mixture_beats_dense", claim, MEAN, mixture, control)
 
 
 def _against_btx(mixtures: Sequence[ModelScore], bam: ModelScore, baseline: ModelScore) -> Iterator[Finding]:

@@ -17,8 +17,10 @@ from bam_ray.settings import Strict
 
 MEAN = "mean"  # the column of means, after the columns of the domains
 
-ModelKind = Literal["seeds", "branches", "mixtures"]
-FindingKind = Literal["branch_beats_seed", "mixture_beats_seed", "kv_experts_beats_btx", "kv_shared_between"]
+ModelKind = Literal["seeds", "branches", "controls", "mixtures"]
+FindingKind = Literal[
+    "branch_beats_seed", "mixture_beats_seed", "mixture_beats_dense", "kv_experts_beats_btx", "kv_shared_between"
+]
 
 
 class DomainScore(Strict):
@@ -147,5 +149,5 @@ class Results(Strict):
 
 
 def model_label(kind: ModelKind, name: str) -> str:
-    """Return the name of a model in tables and figures: "seed", "branch code", "mixture bam"."""
-    return {"seeds": "", "branches": "branch ", "mixtures": "mixture "}[kind] + name
+    """Return the name of a model in tables and figures: "seed", "branch code", "dense-2x", "mixture bam"."""
+    return {"seeds": "", "branches": "branch ", "controls": "", "mixtures": "mixture "}[kind] + name
