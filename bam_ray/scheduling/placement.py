@@ -201,8 +201,8 @@ def _make_way(running: Iterable[ActiveTask], withheld: Mapping[str, Task]) -> It
 def choose_queued(ready: Iterable[ReadyTask], active: Iterable[ActiveTask]) -> list[ReadyTask]:
     """Return the ready tasks to hand to the launcher now, the longest first, while its queue is short.
 
-    Tasks that give way come after all others.
-    `Task.at_once` limits how many tasks of one kind are active at the same time.
+    Tasks that give way come after all others. `Task.at_once` limits how many tasks of one kind are active at the same
+    time.
     """
     together: Counter[str] = Counter()
     pending = 0

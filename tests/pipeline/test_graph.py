@@ -119,7 +119,7 @@ def test_subset_includes_the_ancestors_of_its_kinds() -> None:
 CONTROLS = "compare={dense: [0.25, 1, 2]}"
 
 
-def test_controls_start_from_the_seed_and_only_the_report_needs_them() -> None:
+def test_controls_follow_the_seed_and_precede_the_report() -> None:
     tasks, without = task_graph(sample_recipe(CONTROLS)), task_graph(sample_recipe())
     seed, corpus = find_task(tasks, ArtifactKind.SEEDS, "seed"), find_task(tasks, ArtifactKind.CORPORA, "corpus")
     controls = [task for task in tasks if task.kind == ArtifactKind.CONTROLS]

@@ -175,7 +175,7 @@ def test_a_control_continues_after_it_has_made_way() -> None:
     )
 
 
-def test_a_control_that_a_waiting_task_cannot_replace_keeps_its_node() -> None:
+def test_a_control_on_a_node_that_nobody_waits_for_stays() -> None:
     needs = "{cpus: 1, labels: {speed: fast}}"
     tasks = task_graph(sample_recipe(*LONG, "compare={needs: {labels: {speed: slow}}}", f"mix.needs={needs}"))
     control = find_task(tasks, ArtifactKind.CONTROLS, "dense")

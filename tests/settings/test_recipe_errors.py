@@ -242,7 +242,7 @@ def test_a_missing_setting_is_named() -> None:
     assert error_of(yaml.safe_dump(recipe)) == "recipe here.yaml: branch.training: Field required"
 
 
-def test_a_control_that_cannot_be_trained_as_mixtures_is_refused() -> None:
+def test_a_control_that_cannot_be_trained_is_refused() -> None:
     recipe = plain() | {"compare": {"dense": [1, 0.01]}}
     recipe["mix"] = {"training": {**TRAINING, "batch_tokens": 512, "on_spike": "skip", "spike": {"window": 1}}}
     words = "compare.dense: a control is trained as mix.training says, but on_spike skip has no effect"
