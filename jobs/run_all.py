@@ -1,4 +1,4 @@
-"""Run all stages of a recipe: corpus, seed, branches, upcycling, mixing, evaluation and the endpoint.
+"""Run all stages of a recipe: corpus, seed, branches, controls, upcycling, mixing, evaluation and the endpoint.
 
 A job that is submitted again resumes the run.
 """

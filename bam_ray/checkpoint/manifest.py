@@ -18,6 +18,7 @@ Limits: an identity covers settings and parents, not the version of the code. Th
     corpora/<id>/files/<attempt>-<random>/   packed tokens and the tokenizer
     seeds/<id>/                              the same, with a Hugging Face folder
     branches/<id>/                           a Hugging Face folder per domain
+    controls/<id>/                           a dense model that mixtures are compared with
     upcycled/<id>/                           a mixture at step 0, as a Hugging Face folder
     upcycled/<id>/quorum/                    since when branches were awaited, and the branches that were used
     mixtures/<id>/                           a trained mixture
@@ -52,6 +53,7 @@ class ArtifactKind(StrEnum):
     CORPORA = "corpora"
     SEEDS = "seeds"
     BRANCHES = "branches"
+    CONTROLS = "controls"
     UPCYCLED = "upcycled"
     MIXTURES = "mixtures"
     EVALUATIONS = "evaluations"
@@ -70,13 +72,19 @@ class ArtifactKind(StrEnum):
     @property
     def trains(self) -> bool:
         """True if a task that makes this kind trains a model."""
-        return self in (ArtifactKind.SEEDS, ArtifactKind.BRANCHES, ArtifactKind.MIXTURES)
+        return self in (
+            ArtifactKind.SEEDS,
+            ArtifactKind.BRANCHES,
+            ArtifactKind.CONTROLS,
+            ArtifactKind.MIXTURES,
+        )
 
 
 _LABELS = {
     ArtifactKind.CORPORA: "corpus",
     ArtifactKind.SEEDS: "seed",
     ArtifactKind.BRANCHES: "branch",
+    ArtifactKind.CONTROLS: "control",
     ArtifactKind.UPCYCLED: "upcycled mixture",
     ArtifactKind.MIXTURES: "mixture",
     ArtifactKind.EVALUATIONS: "evaluation",
@@ -86,6 +94,7 @@ _SETTINGS = {
     ArtifactKind.CORPORA: "the recipe",  # a fixed request, which no setting changes
     ArtifactKind.SEEDS: "seed.needs",
     ArtifactKind.BRANCHES: "branch.needs (or its override)",
+    ArtifactKind.CONTROLS: "compare.needs",
     ArtifactKind.UPCYCLED: "upcycle.needs",
     ArtifactKind.MIXTURES: "mix.needs",
     ArtifactKind.EVALUATIONS: "evaluate.needs",

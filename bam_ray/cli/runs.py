@@ -35,7 +35,7 @@ TakeOverOption = Annotated[
     ),
 ]
 REFRESH_SECONDS = 2.0
-TRAINED_KINDS = ("seeds", "branches", "mixtures")
+TRAINED_KINDS = ("seeds", "branches", "controls", "mixtures")
 
 
 @app.command()
@@ -167,7 +167,10 @@ def report(
 def export_step(
     run: RunArgument,
     model: Annotated[
-        str, typer.Argument(metavar="KIND/NAME", help="The model: seeds/seed, branches/DOMAIN or mixtures/NAME.")
+        str,
+        typer.Argument(
+            metavar="KIND/NAME", help="The model: seeds/seed, branches/DOMAIN, controls/NAME or mixtures/NAME."
+        ),
     ],
     out: OutputOption,
     store: StoreOptions,

@@ -164,10 +164,10 @@ def after_placement(
     match decision:
         case Start():
             return _launch(decision, states[decision.task.id], histories[decision.task.id], epoch, now)
-        case Move(task_id):
+        case Move(task_id, reason):
             state = states[task_id]
             assert isinstance(state, Running), state
-            return drain_to_move(task_id, state, "moved", now)
+            return drain_to_move(task_id, state, reason, now)
         case NoCapacity(task_id, error, since):
             history = replace(histories[task_id], no_capacity_since=since)
             retrying = policies.after_no_capacity(error, now)

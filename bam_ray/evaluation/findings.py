@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bam_ray.evaluation.results import MEAN, Finding, FindingKind, ModelKind, ModelScore, Results
+from bam_ray.settings import control_name
 
 
 def make_results(run: str, models: Sequence[ModelScore]) -> Results:
@@ -29,13 +30,19 @@ def make_results(run: str, models: Sequence[ModelScore]) -> Results:
 
 
 def findings(models: Sequence[ModelScore]) -> Iterator[Finding]:
-    """Yield all claims, checked on `models`. Claims about models that are absent are omitted."""
+    """Yield the claims of the paper and the comparisons with baselines, checked on `models`.
+
+    Claims about models that are absent are omitted.
+    """
     for seed in _of_kind(models, "seeds"):
         yield from _against_seed(models, seed)
     mixtures = _of_kind(models, "mixtures")
+    for control in _of_kind(models, "controls"):
+        if control.name == control_name(1.0):
+            yield from _against_baseline(mixtures, control, "mixture_beats_dense", "the dense control")
     for ensemble in _of_kind(models, "ensembles"):
         if ensemble.name == "posterior":
-            yield from _against_ensemble(mixtures, ensemble)
+            yield from _against_baseline(mixtures, ensemble, "mixture_beats_ensemble", ensemble.label)
     for bam in (mixture for mixture in mixtures if mixture.attention_experts == "kv_experts"):
         for baseline in (mixture for mixture in mixtures if mixture.is_btx):
             yield from _against_btx(mixtures, bam, baseline)
@@ -51,10 +58,11 @@ def _against_seed(models: Sequence[ModelScore], seed: ModelScore) -> Iterator[Fi
         yield _finding("mixture_beats_seed", claim, MEAN, mixture, seed)
 
 
-def _against_ensemble(mixtures: Sequence[ModelScore], ensemble: ModelScore) -> Iterator[Finding]:
+def _against_baseline(
+    mixtures: Sequence[ModelScore], baseline: ModelScore, about: FindingKind, name: str
+) -> Iterator[Finding]:
     for mixture in mixtures:
-        claim = f"{mixture.label} beats {ensemble.label} in mean perplexity"
-        yield _finding("mixture_beats_ensemble", claim, MEAN, mixture, ensemble)
+        yield _finding(about, f"{mixture.label} beats {name} in mean perplexity", MEAN, mixture, baseline)
 
 
 def _against_btx(mixtures: Sequence[ModelScore], bam: ModelScore, baseline: ModelScore) -> Iterator[Finding]:

@@ -24,7 +24,13 @@ LOG_SCALE_RATIO = 12.0  # a panel has a logarithmic axis if its largest perplexi
 
 BACKGROUND, TEXT, MUTED, LINE = "#ffffff", "#1f2328", "#59636e", "#d8dee4"
 HEATMAP_MAXIMUM = "#0b4f9e"
-BAR_COLORS = {"seeds": "#8c959f", "branches": "#6aa3e0", "mixtures": "#e0823d", "ensembles": "#3fa66b"}
+BAR_COLORS = {
+    "seeds": "#8c959f",
+    "branches": "#6aa3e0",
+    "controls": "#b679d8",
+    "mixtures": "#e0823d",
+    "ensembles": "#3fa66b",
+}
 CURVE_COLORS = ("#4f8fd6", "#e0823d", "#3fa66b", "#b679d8", "#d35f72", "#2fa8b5", "#b08a2e", "#8b949e")
 
 
@@ -97,9 +103,7 @@ def training_curves(results: Results, curves: dict[str, Curve]) -> Picture:
         ax.grid(axis="y", color=LINE, linewidth=0.6)
         ax.legend(fontsize=8, frameon=False, labelcolor=TEXT)
     axes[0].set_ylabel("training NLL (nats per token)", fontsize=8, color=MUTED)
-    return _picture(
-        figure, "Training loss against step, with one panel each for the seed, the branches and the mixtures"
-    )
+    return _picture(figure, "Training loss against step, with one panel for each kind of model")
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:

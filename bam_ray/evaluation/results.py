@@ -17,10 +17,11 @@ from bam_ray.settings import Strict
 
 MEAN = "mean"  # the column of means, after the columns of the domains
 
-ModelKind = Literal["seeds", "branches", "mixtures", "ensembles"]
+ModelKind = Literal["seeds", "branches", "controls", "mixtures", "ensembles"]
 FindingKind = Literal[
     "branch_beats_seed",
     "mixture_beats_seed",
+    "mixture_beats_dense",
     "mixture_beats_ensemble",
     "kv_experts_beats_btx",
     "kv_shared_between",
@@ -153,5 +154,6 @@ class Results(Strict):
 
 
 def model_label(kind: ModelKind, name: str) -> str:
-    """Return the name of a model in tables and figures: "seed", "branch code", "mixture bam", "ensemble uniform"."""
-    return {"seeds": "", "branches": "branch ", "mixtures": "mixture ", "ensembles": "ensemble "}[kind] + name
+    """Return the name of a model in tables and figures: "seed", "branch code", "dense-2x", "mixture bam"."""
+    words = {"seeds": "", "branches": "branch ", "controls": "", "mixtures": "mixture ", "ensembles": "ensemble "}
+    return words[kind] + name

@@ -1,6 +1,7 @@
 """The tasks of a recipe, parents first.
 
     corpora/corpus ─▶ seeds/seed ─▶ branches/<domain> … ─▶ upcycled/<mixture> ─▶ mixtures/<mixture> ─▶ reports/report
+                          └───────▶ controls/<dense model> … ─────────────────────────────────────────────┘
 
 The id of a task is a pure function of the settings that determine its artifact's content and of its parents' ids, so
 all ids are known before anything runs. Settings that only control how or where the work is done (micro batch,
@@ -17,7 +18,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
 from bam_ray.settings import MixtureSettings, Needs, Recipe, TrainingSettings
 
-DENSE = "dense"  # `Task.model` of the seed and of all branches
+DENSE = "dense"  # `Task.model` of the seed, the branches and the controls
 
 
 def task_graph(recipe: Recipe) -> list[Task]:
@@ -25,10 +26,11 @@ def task_graph(recipe: Recipe) -> list[Task]:
     corpus = _corpus_task(recipe)
     seed = _seed_task(recipe, corpus)
     branches = [_branch_task(recipe, domain, seed, corpus) for domain in recipe.branch.domains]
+    controls = [_control_task(recipe, name, seed, corpus) for name in recipe.controls]
     upcycled = [_upcycled_task(recipe, name, seed, branches) for name in recipe.upcycle.mixtures]
     mixtures = [_mixture_task(recipe, start, corpus) for start in upcycled]
-    report = _report_task(recipe, [corpus, seed, *branches, *mixtures], branches)
-    return [corpus, seed, *branches, *upcycled, *mixtures, report]
+    report = _report_task(recipe, [corpus, seed, *branches, *controls, *mixtures], branches)
+    return [corpus, seed, *branches, *controls, *upcycled, *mixtures, report]
 
 
 def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
@@ -78,6 +80,24 @@ def _branch_task(recipe: Recipe, domain: str, seed: Task, corpus: Task) -> Task:
         max_attempts=branch.max_attempts,
     )
     return _with_training(task, branch.training, branch.min_workers, recipe.data.sequence_length)
+
+
+def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
+    compare, training = recipe.compare, recipe.controls[name]
+    assert compare is not None
+    content = {"blend": recipe.mix.blend, "training": training.identity()}
+    parents = (seed.id, corpus.id)
+    task = Task(
+        ArtifactKind.CONTROLS,
+        name,
+        identity(name, content, parents),
+        parents,
+        compare.needs,
+        compare.workers,
+        max_attempts=compare.max_attempts,
+        gives_way=True,
+    )
+    return _with_training(task, training, compare.min_workers, recipe.data.sequence_length)
 
 
 def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Task]) -> Task:

@@ -27,7 +27,7 @@ class Task:
     """One artifact to make."""
 
     kind: ArtifactKind
-    name: str  # "corpus", "seed", a domain, a mixture, "report"
+    name: str  # "corpus", "seed", a domain, a control, a mixture, "report"
     id: str
     parents: tuple[str, ...]  # ids of the tasks that must be committed first
     needs: Needs  # of each worker; for a placed task, the resource request that was chosen
@@ -39,6 +39,7 @@ class Task:
     model: str = ""  # tasks with equal models and resource requests train equally fast on nodes of one kind
     step_tokens: int = 0  # tokens of a step; 0: the steps do not measure the work
     quorum: BranchQuorum | None = None  # None: all parents must be committed first
+    gives_way: bool = False  # True: the other tasks do not wait for nodes that this task could leave to them
 
     @property
     def full_name(self) -> str:

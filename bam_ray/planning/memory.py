@@ -97,6 +97,8 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
         work = _upcycling_bytes(task, recipe, seed) if upcycled else _evaluation_bytes(recipe, seed)
         return WorkerMemory(process + work, process + work)
     training = recipe.seed.training if task.kind == ArtifactKind.SEEDS else recipe.branch.training
+    if task.kind == ArtifactKind.CONTROLS:
+        training = recipe.controls[task.name]
     assert training is not None
     return training_memory(seed, training, context, WorkerShare(task.workers, 1, task.is_group, on_gpu))
 

@@ -182,6 +182,8 @@ def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
             return recipe.seed.training if recipe.seed.scratch else None
         case "branches":
             return recipe.branch.training
+        case "controls":
+            return recipe.controls[task.name]
         case "mixtures":
             return recipe.mix.training
         case _:
@@ -192,7 +194,7 @@ def _model_size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize
     """Return the size of the model that `task` makes; None if it makes none or the size is unknown."""
     if seed is None or task.kind in ("corpora", "reports"):
         return None
-    if task.kind in ("seeds", "branches"):
+    if task.kind in ("seeds", "branches", "controls"):
         return seed
     return seed.mixed(recipe.upcycle.mixtures[task.name], 1 + len(recipe.branch.domains))
 

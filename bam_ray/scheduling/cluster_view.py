@@ -1,6 +1,6 @@
 """The nodes of the cluster during one controller step, and the capacity that the step assigns."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from bam_ray.errors import PlacementError
@@ -34,8 +34,8 @@ class ChosenRequest:
 class ClusterView:
     """The nodes of a cluster and their free capacity, counted in workers for each resource request.
 
-    The `reserve` methods take capacity from this view; all other methods only answer questions. The launcher and the
-    cluster do not see the reservations.
+    `reserve`, `reserve_any` and `withhold` take capacity from this view; all other methods only answer questions. The
+    launcher and the cluster do not see the reservations.
     """
 
     def __init__(self, nodes: Sequence[NodeFacts]) -> None:
@@ -105,6 +105,14 @@ class ClusterView:
         for wanted, capacities in self._capacities.values():
             if wanted and node_id in capacities:
                 capacities[node_id] = count_fitting(wanted, free)
+
+    def withhold(self, node_ids: Iterable[str]) -> None:
+        """Reserve all free capacity of the nodes."""
+        for node_id in node_ids:
+            self._free[node_id] = {}
+            for _, capacities in self._capacities.values():
+                if node_id in capacities:
+                    capacities[node_id] = 0
 
     def reserve_any(self, needs: Needs, avoid: Collection[str] = ()) -> bool:
         """Reserve capacity for one worker on the emptiest node outside `avoid`; return False if there is none."""

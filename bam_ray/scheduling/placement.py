@@ -3,15 +3,18 @@
 Tasks that train alone are placed by speed (`speed_placement`). All others, groups among them, start in the order of
 their remaining steps while the launcher's queue is short. If the launcher chooses nodes itself, there is no cluster
 view, and every task goes to the launcher's queue.
+
+Tasks that give way are placed after all others. If another task waits for nodes, they do not start there, and those
+that run there are drained.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bam_ray.errors import PlacementError
-from bam_ray.pipeline.states import Active, History, Placing
+from bam_ray.pipeline.states import Active, Draining, History, Placing, Running
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.scheduling import elastic
 from bam_ray.scheduling.cluster_view import ClusterView
@@ -60,9 +63,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Move:
-    """Drain a running task, so that it continues on another node."""
+    """Drain a running task, so that it continues on another node, or later."""
 
     task_id: str
+    reason: str = "moved"  # the cause in the record of the attempt
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,39 @@ def plan_placement(
         for each in choose_queued(ready, active):
             yield Start(each.task, (each.task.model, ""), each.history.avoid)
         return
+    first = [each for each in ready if not each.task.gives_way]
+    placed = [each for each in active if not each.task.gives_way]
+    started: dict[str, Task] = {}
+    moving = {each.task.id for each in placed if isinstance(each.state, Draining)}
+    for decision in _place(first, placed, view, throughput, kinds, now):
+        match decision:
+            case Start(task):
+                started[task.id] = task
+            case Move(task_id):
+                moving.add(task_id)
+        yield decision
+    later = [each for each in ready if each.task.gives_way]
+    running = [each for each in active if each.task.gives_way]
+    if later or running:
+        waiting = _waiting(first, placed, started, view)
+        _withhold_soon_taken(placed, moving, view)
+        withheld = {node.id: task for task in waiting for node in view.fitting_nodes(view.choose_request(task).needs)}
+        view.withhold(withheld)
+        for move in _make_way(running, withheld):
+            running = [each for each in running if each.task.id != move.task_id]
+            yield move
+        yield from _place(later, running, view, throughput, kinds, now)
+
+
+def _place(
+    ready: Sequence[ReadyTask],
+    active: Sequence[ActiveTask],
+    view: ClusterView,
+    throughput: ThroughputTracker,
+    kinds: Mapping[str, str],
+    now: float,
+) -> Iterator[PlacementDecision]:
+    """Place tasks of equal priority. The arguments are those of `plan_placement`."""
     for each in choose_queued([each for each in ready if not each.task.trains_alone], active):
         avoid = _nodes_to_avoid(each, view)
         if _reserve_group(each.task, view, avoid):
@@ -108,10 +145,64 @@ def plan_placement(
     yield from _plan_by_speed(alone, training, view, SpeedPlacement(view, throughput, now, kinds), now)
 
 
+def _waiting(
+    ready: Sequence[ReadyTask], active: Sequence[ActiveTask], started: Mapping[str, Task], view: ClusterView
+) -> list[Task]:
+    """Return the tasks that wait for nodes, although the cluster could hold them.
+
+    Args:
+        ready: The tasks that can start.
+        active: The tasks that have an attempt.
+        started: Those of `ready` that start now, by id, with the chosen resource requests and numbers of workers.
+        view: The cluster after these starts; capacity is reserved in it for tasks that start in the launcher's queue.
+    """
+    waiting = []
+    queued = choose_queued([each for each in ready if not each.task.trains_alone], active)
+    for task in (each.task for each in (*queued, *(each for each in ready if each.task.trains_alone))):
+        placed = started.get(task.id)
+        if placed is None and view.can_hold(task):
+            waiting.append(task)
+        elif placed is not None and not _has_room(task, placed, view):
+            waiting.append(placed)
+    return waiting
+
+
+def _has_room(task: Task, placed: Task, view: ClusterView) -> bool:
+    """Return True if the nodes have room for a task that was just placed; reserve the room if that was not done yet."""
+    if task.trains_alone or (task.is_group and view.can_hold(task)):
+        return True
+    return all([view.reserve_any(placed.needs) for _ in range(placed.workers)])
+
+
+def _withhold_soon_taken(active: Iterable[ActiveTask], moving: Collection[str], view: ClusterView) -> None:
+    """Withhold the nodes that tasks in the launcher's queue, or tasks that move, will start on.
+
+    Args:
+        active: The tasks that have an attempt.
+        moving: The ids of those that leave their nodes.
+        view: The cluster.
+    """
+    for task, _, state in active:
+        is_queued = isinstance(state, Placing) and state.node_id is None and not task.trains_alone
+        lacks_room = is_queued and not all([view.reserve_any(task.needs) for _ in range(task.workers)])
+        if lacks_room or task.id in moving:
+            view.withhold(node.id for node in view.fitting_nodes(task.needs))
+
+
+def _make_way(running: Iterable[ActiveTask], withheld: Mapping[str, Task]) -> Iterator[Move]:
+    """Drain the running tasks on nodes that other tasks wait for; `withheld` has such a task by node id."""
+    for each in running:
+        if isinstance(each.state, Running):
+            others = [withheld[id] for id in (each.state.node.id, *each.state.nodes) if id in withheld]
+            if others:
+                yield Move(each.task.id, f"made way for {others[0].full_name}")
+
+
 def choose_queued(ready: Iterable[ReadyTask], active: Iterable[ActiveTask]) -> list[ReadyTask]:
     """Return the ready tasks to hand to the launcher now, the longest first, while its queue is short.
 
-    `Task.at_once` limits how many tasks of one kind are active at the same time.
+    Tasks that give way come after all others. `Task.at_once` limits how many tasks of one kind are active at the same
+    time.
     """
     together: Counter[str] = Counter()
     pending = 0
@@ -119,7 +210,7 @@ def choose_queued(ready: Iterable[ReadyTask], active: Iterable[ActiveTask]) -> l
         together[placed.task.kind] += 1
         pending += isinstance(placed.state, Placing) and placed.state.node_id is None
     chosen: list[ReadyTask] = []
-    for each in sorted(ready, key=lambda each: each.task.remaining_steps(each.progress), reverse=True):
+    for each in sorted(ready, key=_order):
         task = each.task
         if pending + len(chosen) >= MAX_PENDING:
             break
@@ -127,6 +218,10 @@ def choose_queued(ready: Iterable[ReadyTask], active: Iterable[ActiveTask]) -> l
             chosen.append(each)
             together[task.kind] += 1
     return chosen
+
+
+def _order(ready: ReadyTask) -> tuple[bool, int]:
+    return ready.task.gives_way, -ready.task.remaining_steps(ready.progress)
 
 
 def is_stranded(task: Task, waited: float, view: ClusterView) -> bool:

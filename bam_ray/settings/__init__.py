@@ -1,6 +1,7 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
 from bam_ray.settings.blends import PRESETS, DynamicBlend
+from bam_ray.settings.compare import CompareSettings, control_name
 from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
@@ -40,6 +41,7 @@ __all__ = [
     "BranchSettings",
     "BranchedMixture",
     "BtxSettings",
+    "CompareSettings",
     "Count",
     "DataSettings",
     "Demand",
@@ -76,6 +78,7 @@ __all__ = [
     "TrainingSettings",
     "UpcycleSettings",
     "apply_override",
+    "control_name",
     "divisors",
     "load_as",
     "load_recipe",

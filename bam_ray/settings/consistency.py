@@ -4,6 +4,8 @@ from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from bam_ray.settings.upcycle import QuorumSettings
 
 if TYPE_CHECKING:
@@ -36,11 +38,12 @@ def with_branch_lr(plain: Any) -> Any:
 
 def min_workers_are_fewer(recipe: "Recipe") -> None:
     """Check that `min_workers` never exceeds the number of workers."""
-    mix, branch = recipe.mix, recipe.branch
+    mix, branch, compare = recipe.mix, recipe.branch, recipe.compare
     for section, least, most in (
         ("seed", recipe.seed.min_workers, recipe.seed.workers),
         ("branch", branch.min_workers, max(map(branch.workers_of, branch.domains), default=branch.workers)),
         ("mix", mix.min_workers, mix.processes),
+        *([("compare", compare.min_workers, compare.workers)] if compare else []),
     ):
         if least is not None and least > most:
             raise ValueError(f"{section}.min_workers is {least}, more than {section}.workers, which is {most}")
@@ -64,6 +67,8 @@ def gpus_are_used(recipe: "Recipe") -> None:
         ("seed.needs", recipe.seed.needs, recipe.seed.workers),
         ("mix.needs", recipe.mix.needs, recipe.mix.processes),
     ]
+    if recipe.compare is not None:
+        jobs.append(("compare.needs", recipe.compare.needs, recipe.compare.workers))
     for setting, needs, workers in jobs:
         for demand in (needs, *needs.fallback):
             if workers > 1 and 0 < demand.gpus < 1:
@@ -140,15 +145,18 @@ def workers_share_batches(recipe: "Recipe") -> None:
     jobs.append(("mix", mix.training, mix.processes))
     if recipe.seed.training is not None:
         jobs.append(("seed", recipe.seed.training, recipe.seed.workers))
+    if recipe.compare is not None:
+        jobs.append(("compare", mix.training, recipe.compare.workers))
     for section, training, workers in jobs:
-        sequences = _sequences(section, training.batch_tokens, recipe.data.sequence_length)
+        trained = "mix" if section == "compare" else section  # controls have the batches of mixtures
+        sequences = _sequences(trained, training.batch_tokens, recipe.data.sequence_length)
         if sequences % workers:
             shared = mix.expert_parallel if section == "mix" else 1
             choices = [number for number in divisors(sequences) if number % shared == 0]
             choice = f"use one of {choices} or" if choices else "use"
             raise ValueError(
                 f"{section}.workers is {workers}, which does not divide a batch of {sequences} sequences: "
-                f"{choice} another {section}.training.batch_tokens"
+                f"{choice} another {trained}.training.batch_tokens"
             )
 
 
@@ -192,6 +200,18 @@ def dense_mixtures_are_trained(recipe: "Recipe") -> None:
         )
 
 
+def controls_can_be_trained(recipe: "Recipe") -> None:
+    """Check that the settings of `mix.training` are valid with the tokens of each control."""
+    try:
+        _ = recipe.controls
+    except ValidationError as error:
+        raise ValueError(f"compare.dense: a control is trained as mix.training says, but {_reason(error)}") from None
+
+
+def _reason(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
+
+
 CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     min_workers_are_fewer,
     gpus_are_used,
@@ -201,4 +221,5 @@ CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     workers_share_batches,
     quorum_is_enough,
     dense_mixtures_are_trained,
+    controls_can_be_trained,
 )

@@ -1,4 +1,4 @@
-"""Settings of one training job. Seeds, branches and mixtures use the same ones."""
+"""Settings of one training job. Seeds, branches, controls and mixtures use the same ones."""
 
 from typing import Annotated, Literal, Self
 

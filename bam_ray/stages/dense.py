@@ -1,4 +1,7 @@
-"""Seed and branches: dense language models. Each is trained by one process or one process group, without any others."""
+"""Seed, branches and controls: dense language models.
+
+Each is trained by one process or one process group, without any others.
+"""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
@@ -46,14 +49,19 @@ def train_branch(run: TaskRun, engine_factory: EngineFactory | None = None) -> M
 
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
-    seed = run.parent(ArtifactKind.SEEDS, "seed")
-    model = AutoModelForCausalLM.from_pretrained(seed.fetch(), dtype=torch.float32)
     settings, domain = run.recipe.branch, run.task.name
     blend = {run.recipe.data.general: settings.general_fraction}
     blend[domain] = blend.get(domain, 0.0) + 1.0 - settings.general_fraction
-    dtype = published_dtype(TensorReader(run.store, seed.prefix))
-    return _train_dense(run, corpus, blend, settings.training, model, engine_factory, dtype)
+    return _train_seed_further(run, blend, settings.training, engine_factory)
+
+
+def train_control(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
+    """Train the seed on the blend of the mixing phase, as one dense model.
+
+    With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
+    """
+    blend = run.recipe.mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
+    return _train_seed_further(run, blend, run.recipe.controls[run.task.name], engine_factory)
 
 
 def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
@@ -74,6 +82,17 @@ def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
         eos_token_id=corpus.end_of_text_id,
         pad_token_id=None,
     )
+
+
+def _train_seed_further(
+    run: TaskRun, blend: Blend, training: TrainingSettings, engine_factory: EngineFactory | None
+) -> Manifest | None:
+    """Train a copy of the seed in fp32 and publish it in the dtype of the seed."""
+    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
+    seed = run.parent(ArtifactKind.SEEDS, "seed")
+    model = AutoModelForCausalLM.from_pretrained(seed.fetch(), dtype=torch.float32)
+    dtype = published_dtype(TensorReader(run.store, seed.prefix))
+    return _train_dense(run, corpus, blend, training, model, engine_factory, dtype)
 
 
 def _train_dense(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.stages.corpus import make_corpus
-from bam_ray.stages.dense import train_branch, train_seed
+from bam_ray.stages.dense import train_branch, train_control, train_seed
 from bam_ray.stages.evaluate import evaluate
 from bam_ray.stages.mix import train_mixture
 from bam_ray.stages.task_run import TaskRun
@@ -15,12 +15,14 @@ STAGES: dict[ArtifactKind, Callable[[TaskRun], Manifest | None]] = {
     ArtifactKind.CORPORA: make_corpus,
     ArtifactKind.SEEDS: train_seed,
     ArtifactKind.BRANCHES: train_branch,
+    ArtifactKind.CONTROLS: train_control,
     ArtifactKind.UPCYCLED: upcycle_mixture,
     ArtifactKind.REPORTS: evaluate,
 }
 GROUP_STAGES: dict[ArtifactKind, Callable[[TaskRun, EngineFactory], Manifest | None]] = {
     ArtifactKind.SEEDS: train_seed,
     ArtifactKind.BRANCHES: train_branch,
+    ArtifactKind.CONTROLS: train_control,
     ArtifactKind.MIXTURES: train_mixture,
 }
 

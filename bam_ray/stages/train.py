@@ -1,4 +1,4 @@
-"""Train a model and publish it: the part that seeds, branches and mixtures share."""
+"""Train a model and publish it: the part that seeds, branches, controls and mixtures share."""
 
 import time
 import zlib

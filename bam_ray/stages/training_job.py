@@ -1,4 +1,4 @@
-"""The description of one training, which the stages of seeds, branches and mixtures pass to `train_to_artifact`."""
+"""The description of one training, which the stages that train pass to `train_to_artifact`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

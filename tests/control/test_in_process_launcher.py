@@ -8,15 +8,19 @@ from typing import cast
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import policies
 from bam_ray.control.controller import Controller
 from bam_ray.control.launcher import InProcessLauncher
 from bam_ray.errors import DataError, Interrupted, StoreUnavailable
+from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.states import (
+    Blocked,
     Committed,
     Failed,
 )
 from bam_ray.pipeline.tasks import Progress, StageContext, Task
+from tests.support.control.sample_recipe import sample_recipe
 from tests.support.control.scripted_launcher import (
     commit_task,
     make_task,
@@ -65,6 +69,29 @@ def test_slots_limit_the_running_threads() -> None:
 
     assert in_threads([make_task(f"t{i}") for i in range(6)], store, work, slots=2).run(pause=0.001) == "finished"
     assert most == 2
+
+
+def test_a_failed_control_blocks_the_report_but_no_mixture() -> None:
+    store = MemoryStore()
+    tasks = task_graph(sample_recipe("compare={}"))
+    order: list[str] = []
+
+    def work(task: Task, context: StageContext) -> None:
+        order.append(task.full_name)
+        if task.kind == ArtifactKind.CONTROLS:
+            raise DataError("no tokens")
+        commit_task(store, task)
+
+    controller = in_threads(tasks, store, work, slots=1)
+    assert controller.run(pause=0.001) == "failed"
+    states = {controller.tasks[id].full_name: state for id, state in controller.states.items()}
+    assert {name for name, state in states.items() if not isinstance(state, Committed)} == {
+        "controls/dense",
+        "reports/report",
+    }
+    assert states["reports/report"] == Blocked("controls/dense")
+    branches = ["branches/code", "branches/law", "branches/general"]
+    assert order[2:6] == [*branches, "controls/dense"], "the control is the longest, but it gives way"
 
 
 def test_errors_of_threads_have_a_type_and_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

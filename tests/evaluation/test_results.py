@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from bam_ray.evaluation.findings import make_results
-from bam_ray.evaluation.results import MEAN, DomainScore, Finding, Results
+from bam_ray.evaluation.results import MEAN, DomainScore, Finding, ModelScore, Results
 from bam_ray.evaluation.table import format_findings, format_perplexity, perplexity_table
 from tests.support.paper_table import DOMAINS, PAPER, model_score
 
@@ -78,6 +78,27 @@ def test_each_mixture_is_compared_with_the_posterior() -> None:
         results
     )
     assert "ensemble posterior" in [str(cell) for cell in perplexity_table(results).columns[0].cells]
+
+
+def test_every_mixture_is_compared_with_the_dense_control() -> None:
+    def control(name: str, row: tuple[float, ...]) -> ModelScore:
+        return model_score(name, row).model_copy(update={"kind": "controls"})
+
+    rows = [model_score(name, PAPER[name]) for name in ("seed", "bam", "btx")]
+    rows += [control("dense-2x", PAPER["bam"]), control("dense", PAPER["shared"])]
+    results = make_results("controls", rows)
+    claims = [each for each in results.findings if each.about == "mixture_beats_dense"]
+    assert [(each.claim, each.holds, each.support) for each in claims] == [
+        ("mixture bam beats the dense control in mean perplexity", True, 1.0),
+        ("mixture btx beats the dense control in mean perplexity", False, 0.0),
+    ]
+    assert list(claims[0].values) == ["mixture bam", "dense"], "only the control on the same tokens counts"
+    assert "no   mixture btx beats the dense control in mean perplexity: 10.73 against 10.32" in format_findings(
+        results
+    )
+    out = io.StringIO()
+    Console(file=out, width=120).print(perplexity_table(results))
+    assert "dense-2x" in out.getvalue()
 
 
 def test_a_difference_within_the_noise_has_medium_support() -> None:

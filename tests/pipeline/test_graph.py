@@ -116,6 +116,63 @@ def test_subset_includes_the_ancestors_of_its_kinds() -> None:
     assert subset(tasks, ["reports"]) == tasks
 
 
+CONTROLS = "compare={dense: [0.25, 1, 2]}"
+
+
+def test_controls_follow_the_seed_and_precede_the_report() -> None:
+    tasks, without = task_graph(sample_recipe(CONTROLS)), task_graph(sample_recipe())
+    seed, corpus = find_task(tasks, ArtifactKind.SEEDS, "seed"), find_task(tasks, ArtifactKind.CORPORA, "corpus")
+    controls = [task for task in tasks if task.kind == ArtifactKind.CONTROLS]
+    assert [task.name for task in controls] == ["dense-0.25x", "dense", "dense-2x"]
+    assert all(task.parents == (seed.id, corpus.id) and task.gives_way for task in controls)
+    others = [task for task in tasks if task not in controls]
+    assert others[:-1] == without[:-1]
+    assert set(others[-1].parents) - set(without[-1].parents) == {task.id for task in controls}
+    assert subset(tasks, ["mixtures"]) == subset(without, ["mixtures"])
+    assert subset(tasks, ["controls"]) == [corpus, seed, *controls]
+
+
+def test_controls_train_on_the_tokens_of_branches_and_mixing() -> None:
+    tasks = task_graph(sample_recipe(CONTROLS))
+    total = 3 * 2 * 256 + 3 * 1024  # three branches of two batches, and three batches of mixing
+    steps = {name: find_task(tasks, ArtifactKind.CONTROLS, name).total_steps for name in ("dense", "dense-0.25x")}
+    assert steps == {"dense": -(-total // 1024), "dense-0.25x": 2}  # ceil(1152 / 1024)
+    assert find_task(tasks, ArtifactKind.CONTROLS, "dense-2x").step_tokens == 1024
+    assert find_task(tasks, ArtifactKind.CONTROLS, "dense-2x").model == "dense"
+
+
+@pytest.mark.parametrize(
+    ("override", "changes"),
+    [
+        ("compare.peak_lr=0.005", True),
+        ("mix.training.weight_decay=0.2", True),
+        ("mix.blend={code: 1.0, law: 2.0}", True),
+        ("branch.training.tokens=1024", True),
+        ("seed.training.seed=1", True),
+        ("mix.losses.load_balance=0.1", False),
+        ("branch.training.peak_lr=0.02", False),
+        ("compare.needs.gpus=1", False),
+        ("compare.workers=2", False),
+        ("compare.max_attempts=1", False),
+        ("compare.dense=[1, 3]", False),
+        ("mix.training.recompute=true", False),
+    ],
+)
+def test_the_id_of_a_control_depends_on_what_it_learns(override: str, changes: bool) -> None:
+    before, after = (
+        find_task(task_graph(sample_recipe("compare={dense: [1]}", *more)), ArtifactKind.CONTROLS, "dense")
+        for more in ([], [override])
+    )
+    assert (before.id != after.id) == changes
+
+
+def test_controls_have_their_own_resources_and_workers() -> None:
+    tasks = task_graph(sample_recipe("compare={workers: 4, min_workers: 1, needs: {cpus: 3}, max_attempts: 2}"))
+    control = find_task(tasks, ArtifactKind.CONTROLS, "dense")
+    assert (control.needs, control.workers, control.fewer_workers) == (Needs(cpus=3), 4, (2, 1))
+    assert control.max_attempts == 2 and control.is_group
+
+
 SOUP = "upcycle.mixtures.soup={method: soup}"
 
 

@@ -212,6 +212,19 @@ def test_a_simulated_plan_shows_all_tasks_with_their_times() -> None:
         assert words in " ".join(shown.split())
 
 
+def test_controls_are_planned_like_branches() -> None:
+    plan = make_plan(recipe("compare={dense: [1, 0.5], needs: {gpus: 1}}"), eight())
+    rows = {row.task.full_name: row for row in plan.rows}
+    branch, dense, half = (rows[name] for name in ("branches/code", "controls/dense", "controls/dense-0.5x"))
+    assert dense.tokens == 3 * branch.tokens + rows["mixtures/bam"].tokens
+    assert half.tokens == pytest.approx(dense.tokens / 2, abs=131072)
+    assert dense.memory == branch.memory
+    assert dense.final_bytes == branch.final_bytes
+    assert dense.nodes and dense.ends is not None
+    assert "controls" in [stage.kind for stage in plan.stages]
+    assert "controls: " in text(plan) and "dense-0.5x" in text(plan)
+
+
 def test_eighty_columns_show_nodes_and_times_uncut() -> None:
     plan = make_plan(recipe(), eight())
     shown = text(plan, 80)

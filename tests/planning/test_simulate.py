@@ -1,5 +1,6 @@
 """Simulated runs: the real controller over simulated nodes and time."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -11,11 +12,13 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, AttemptStatus, Crashed
 from bam_ray.errors import PlacementError, SettingsError
+from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import load_cluster
 from bam_ray.planning.simulated_launcher import SimulatedLauncher
 from bam_ray.scheduling.matching import bound
 from bam_ray.settings import Needs
+from tests.support.control.sample_recipe import sample_recipe
 from tests.support.planning.simulated_run import make_cluster, simulate_tasks
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "recipes" / "clusters").glob("*.yaml"))
@@ -124,6 +127,62 @@ def test_a_group_is_as_fast_as_its_slowest_worker() -> None:
     )
     result = simulate_tasks([task], make_cluster({"fast": (3, 2000.0), "slow": (1, 500.0)}))
     assert result.seconds == pytest.approx(30 + 4_000_000 / (4 * 500) + 15, abs=2)
+
+
+LONG = ["branch.training.tokens=1_000_000", "mix.training.tokens=500_000"]
+START_AND_CHECKPOINT = 45.0  # of `make_cluster`
+
+
+@pytest.mark.parametrize("compare", ["{}", "{dense: [1, 0.25], workers: 2}"])
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        {"a": (2, 1000.0)},
+        {"a": (3, 1000.0)},
+        {"a": (4, 1000.0)},
+        {"a": (1, 2000.0), "b": (3, 500.0)},
+    ],
+    ids=["two", "three", "four", "one-fast"],
+)
+def test_controls_do_not_delay_mixtures(nodes: dict[str, tuple[int, float]], compare: str) -> None:
+    cluster = make_cluster(nodes)
+    ends = []
+    for more in ([], [f"compare={compare}"]):
+        tasks = task_graph(sample_recipe(*LONG, *more))
+        result = simulate_tasks(tasks, cluster)
+        assert result.outcome == "finished"
+        ends.append(result.span([task.id for task in tasks if task.kind == ArtifactKind.MIXTURES])[1])
+    assert ends[1] <= ends[0] + START_AND_CHECKPOINT, "a control may still have to write its checkpoint"
+
+
+def test_a_control_uses_a_node_that_nothing_else_needs() -> None:
+    tasks = task_graph(sample_recipe(*LONG, "compare={}"))
+    result = simulate_tasks(tasks, make_cluster({"a": (6, 1000.0)}))
+    branch, control = (find_task(tasks, *each) for each in [("branches", "code"), ("controls", "dense")])
+    (only,) = result.attempts[control.id]
+    assert only.cause == "committed"
+    assert only.placed == result.attempts[branch.id][0].placed
+
+
+def test_a_control_continues_after_it_has_made_way() -> None:
+    tasks = task_graph(sample_recipe(*LONG, "compare={}"))
+    control = find_task(tasks, ArtifactKind.CONTROLS, "dense")
+    first, last = simulate_tasks(tasks, make_cluster({"a": (4, 1000.0)})).attempts[control.id]
+    assert (first.cause, last.cause) == ("made way for mixtures/btx", "committed")
+    seconds = control.total_steps * control.step_tokens / 1000.0
+    assert first.ended - first.placed + last.ended - last.placed == pytest.approx(
+        seconds + 2 * START_AND_CHECKPOINT, abs=1
+    )
+
+
+def test_a_control_on_a_node_that_nobody_waits_for_stays() -> None:
+    needs = "{cpus: 1, labels: {speed: fast}}"
+    tasks = task_graph(sample_recipe(*LONG, "compare={needs: {labels: {speed: slow}}}", f"mix.needs={needs}"))
+    control = find_task(tasks, ArtifactKind.CONTROLS, "dense")
+    for kind in ("corpora", "seeds", "branches", "upcycled"):
+        tasks = [replace(task, needs=Needs(labels={"speed": "fast"})) if task.kind == kind else task for task in tasks]
+    result = simulate_tasks(tasks, make_cluster({"fast": (2, 1000.0), "slow": (1, 1000.0)}))
+    assert [attempt.cause for attempt in result.attempts[control.id]] == ["committed"]
 
 
 def test_a_node_has_exactly_one_speed(tmp_path: Path) -> None:

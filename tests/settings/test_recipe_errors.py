@@ -114,6 +114,27 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             "branch.training: on_spike skip has no effect: spikes are detected only after spike.window 4 steps, and "
             "training has 4: use a smaller window or on_spike: ignore",
         ),
+        ("compare.dens", [1], "compare.dens: unknown key"),
+        ("compare", {"dense": []}, "compare.dense: List should have at least 1 item"),
+        ("compare", {"dense": [0]}, "compare.dense.0: Input should be greater than 0"),
+        ("compare", {"dense": [1.0, 2000.0]}, "compare.dense.1: Input should be less than or equal to 1000"),
+        (
+            "compare",
+            {"dense": [0.5, 1, 1.0]},
+            "compare: compare.dense has two controls named dense: give each multiple once",
+        ),
+        (
+            "compare",
+            {"workers": 3},
+            "compare.workers is 3, which does not divide a batch of 32 sequences: use one of [1, 2, 4, 8, 16, 32] or "
+            "another mix.training.batch_tokens",
+        ),
+        ("compare", {"min_workers": 2}, "compare.min_workers is 2, more than compare.workers, which is 1"),
+        (
+            "compare",
+            {"workers": 2, "needs": {"gpus": 0.5}},
+            "compare.needs.gpus is 0.5, but the 2 workers of a process group cannot share a GPU",
+        ),
         ("mix.training.zero_stage", 0, "mix.training.zero_stage: Input should be 1, 2 or 3"),
         (
             "branch.workers",
@@ -219,6 +240,15 @@ def test_a_missing_setting_is_named() -> None:
     recipe = plain()
     del recipe["branch"]["training"]
     assert error_of(yaml.safe_dump(recipe)) == "recipe here.yaml: branch.training: Field required"
+
+
+def test_a_control_that_cannot_be_trained_is_refused() -> None:
+    recipe = plain() | {"compare": {"dense": [1, 0.01]}}
+    recipe["mix"] = {"training": {**TRAINING, "batch_tokens": 512, "on_spike": "skip", "spike": {"window": 1}}}
+    words = "compare.dense: a control is trained as mix.training says, but on_spike skip has no effect"
+    with pytest.raises(SettingsError, match=words):
+        parse_recipe(yaml.safe_dump(recipe), "here.yaml")
+    parse_recipe(yaml.safe_dump(recipe | {"compare": {"dense": [1]}}), "here.yaml")
 
 
 def test_further_errors_are_counted() -> None:

@@ -81,6 +81,46 @@ def test_a_model_soup_is_averaged_trained_and_evaluated(tmp_path: Path) -> None:
     ]
 
 
+def test_a_control_is_the_seed_trained_on_the_blend_of_mixing(tmp_path: Path) -> None:
+    run = small_recipe(tmp_path, compare={"dense": [1, 0.5], "peak_lr": 0.01})
+    store = open_store(run.store.uri)
+    made = ("corpora", "seeds", "branches", "controls", "upcycled", "mixtures", "reports")
+    make_artifacts(run, store, made)
+    manifests = {(task.kind, task.name): Artifact(store, task.kind, task.id).manifest() for task in task_graph(run)}
+    dense, half, mixture = (
+        manifests[key] for key in [("controls", "dense"), ("controls", "dense-0.5x"), ("mixtures", "bam")]
+    )
+    branch, report = manifests["branches", "code"], manifests["reports", "report"]
+    assert dense is not None and half is not None and mixture is not None and branch is not None and report is not None
+    assert dense.tokens == 2 * half.tokens == branch.tokens + mixture.tokens
+    assert dense.settings["blend"] == {"general": 1.0, "code": 1.0}
+    assert dense.settings["training"]["peak_lr"] == 0.01
+    assert dense.metrics["loss/nll"] < half.metrics["loss/nll"]
+    models = json.loads((Artifact(store, "reports", report.id).fetch() / "results.json").read_text())["models"]
+    tokens = {model["name"]: model["lineage_tokens"] for model in models if model["kind"] != "branches"}
+    assert list(tokens) == ["seed", "dense", "dense-0.5x", "bam", "btx", "posterior", "uniform"]
+    assert tokens["dense"] == tokens["bam"]
+    assert [claim for claim in report.facts["findings"] if "dense control" in claim] == [
+        f"mixture {name} beats the dense control in mean perplexity" for name in ("bam", "btx")
+    ]
+
+
+def test_a_stopped_control_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    run = small_recipe(tmp_path, compare={"dense": [0.5]})
+    weights = []
+    for number, stop_at in enumerate((None, 6)):
+        store = open_store(str(tmp_path / f"store-{number}"))
+        make_artifacts(run, store, ("corpora", "seeds"))
+        if stop_at is not None:
+            with pytest.raises(Interrupted, match="step 6 of 10"):
+                run_task(run, store, "controls", "dense-0.5x", RecordingContext(stop_at))
+        context = RecordingContext()
+        manifest = run_task(run, store, "controls", "dense-0.5x", context)
+        assert context.reports[0].step == (1 if stop_at is None else 7)
+        weights.append((Artifact(store, "controls", manifest.id).fetch() / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 def test_a_committed_artifact_is_not_made_again(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)

@@ -1,0 +1,47 @@
+"""Settings of the controls: dense models that a mixture is compared with."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from bam_ray.settings.resources import Needs
+from bam_ray.settings.strict import Count, Identity, Positive, Strict
+
+MAX_MULTIPLE = 1000.0
+
+Multiple = Annotated[float, Field(gt=0.0, le=MAX_MULTIPLE)]
+
+
+def control_name(multiple: float) -> str:
+    """Return the name of the control that trains on `multiple` times the tokens: `dense`, `dense-0.25x`, `dense-2x`."""
+    return "dense" if multiple == 1.0 else f"dense-{multiple:g}x"
+
+
+class CompareSettings(Strict):
+    """Controls: the seed, trained further as one dense model on the blend of the mixing phase.
+
+    The settings of their training are those of `mix.training`. Only the number of tokens differs, and the learning rate
+    if `peak_lr` is given. The blend is `mix.blend`, which stays constant.
+    """
+
+    dense: Annotated[list[Multiple], Identity.EXCLUDED] = Field(default=[1.0], min_length=1)
+    """One control for each number, which is a multiple of the tokens that all branches and the mixing phase of one
+    mixture train on together. (The identity of a control contains its own number of tokens only.)"""
+    peak_lr: Positive | None = None
+    """Learning rate of the controls after warm-up. `null` means that of `mix.training`."""
+    workers: Annotated[Count, Identity.EXCLUDED] = 1
+    """Number of processes that train each control together."""
+    min_workers: Annotated[Count | None, Identity.EXCLUDED] = None
+    """If nodes are lost for good, continue with at least this many workers. `null` means to wait for all."""
+    needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
+    """Resources of each worker."""
+    max_attempts: Annotated[Count, Identity.EXCLUDED] = 4
+    """Number of attempts in a row without a new checkpoint after which a control fails."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [control_name(multiple) for multiple in self.dense]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"compare.dense has two controls named {twice}: give each multiple once")
+        return self
