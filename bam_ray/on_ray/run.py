@@ -32,6 +32,7 @@ from bam_ray.on_ray.work import StageFunctions
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.pipeline.states import MadeElsewhere
+from bam_ray.planning.maturity import maturity_warning
 from bam_ray.planning.memory import with_memory_requests
 from bam_ray.planning.model_size import seed_size
 from bam_ray.settings import Recipe
@@ -71,12 +72,14 @@ def run_tasks(
         PlacementError: There is no cluster.
     """
     store, weaker = open_checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
-    if weaker:
-        terminal_console(width=TABLE_WIDTH).print(weaker, style="yellow", soft_wrap=True)
+    size = seed_size(recipe)
+    for warning in (weaker, maturity_warning(recipe, size)):
+        if warning:
+            terminal_console(width=TABLE_WIDTH).print(warning, style="yellow", soft_wrap=True)
     connect()
     protect_driver()
     run = PipelineRun.of(recipe, store)
-    run = replace(run, tasks=with_memory_requests(run.tasks, recipe, seed_size(recipe)))
+    run = replace(run, tasks=with_memory_requests(run.tasks, recipe, size))
     drivers = DriverRegistry(store, recipe.name, take_over)
     launcher = RayLauncher(run, engine_factory, functions)
     tasks = run.tasks if kinds is None else subset(run.tasks, kinds)

@@ -184,7 +184,8 @@ def _expert_counts(recipe: Recipe, mixture: MixtureSettings) -> range:
 def _upcycling_bytes(task: Task, recipe: Recipe, seed: ModelSize) -> int:
     """Return the bytes that upcycling holds: chunks of tensors, and for fitted routers one layer and all text."""
     mixture = recipe.upcycle.mixtures[task.name]
-    rows = mixture.text_sequences * (1 + len(recipe.branch.domains))
+    texts = len(recipe.branch.domains) + (1 if mixture.includes_seed else 0)
+    rows = mixture.text_sequences * texts
     if not rows:
         return TEXT_BYTES
     size = seed.mixed(mixture, 1 + len(recipe.branch.domains))

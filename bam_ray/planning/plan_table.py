@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bam_ray.planning.maturity import maturity_warning
 from bam_ray.planning.planner import Plan, PlannedTask
 from bam_ray.scheduling.nodes import describe_request
 from bam_ray.units import GIB, format_amount, format_bytes, format_duration
@@ -38,7 +39,13 @@ def render_plan(plan: Plan, width: int) -> RenderableType:
         )
     for row in rows:
         table.add_row(*(row[column] for column in columns))
-    return Group(table, *(Text(line) for line in _totals(plan)), *(Text(line, "red") for line in _warnings(plan)))
+    warning = maturity_warning(recipe, plan.size)
+    return Group(
+        table,
+        *(Text(line) for line in _totals(plan)),
+        *([Text(warning, "yellow")] if warning else []),
+        *(Text(line, "red") for line in _warnings(plan)),
+    )
 
 
 def _cells(row: PlannedTask) -> dict[str, str]:

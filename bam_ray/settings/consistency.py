@@ -10,6 +10,7 @@ from bam_ray.settings.upcycle import QuorumSettings
 
 if TYPE_CHECKING:
     from bam_ray.settings.dense import BranchSettings
+    from bam_ray.settings.methods import MixtureSettings
     from bam_ray.settings.recipe import Recipe
 
 MAX_DIVISOR = 4096  # no process group is larger
@@ -84,8 +85,10 @@ def _needs_setting(branch: "BranchSettings", domain: str) -> str:
 
 
 def domains_exist(recipe: "Recipe") -> None:
-    """Check that every domain that a setting names is in `data.domains`."""
+    """Check that every domain that a setting names is in `data.domains`, and that no branch has the seed's name."""
     known = set(recipe.data.domains)
+    if "seed" in recipe.branch.domains:
+        raise ValueError("branch.domains names 'seed', which is the name of the seed itself: rename this domain")
     for setting, names in (
         ("branch.domains", recipe.branch.domains),
         ("seed.blend", recipe.seed.blend or {}),
@@ -112,11 +115,27 @@ def mixtures_exist(recipe: "Recipe") -> None:
         )
     for name, mixture in mixtures.items():
         experts = recipe.experts_of(mixture)
-        if mixture.has_branches and not mixture.is_dense and experts < 1 + branches:
+        if not mixture.includes_seed:
+            _branches_are_enough(name, mixture, experts, branches)
+        elif mixture.has_branches and not mixture.is_dense and experts < 1 + branches:
             raise ValueError(
                 f"upcycle.mixtures.{name}.num_experts is {experts}, fewer than the seed and its {branches} branches: "
                 f"leave it out or make it at least {1 + branches}"
             )
+
+
+def _branches_are_enough(name: str, mixture: "MixtureSettings", experts: int, branches: int) -> None:
+    """Check that a mixture without the seed has at least two branches, and exactly one expert for each."""
+    if branches < 2:
+        raise ValueError(
+            f"upcycle.mixtures.{name} has seed_expert: false, so it needs two branches or more: name another domain in "
+            "branch.domains, or leave out seed_expert"
+        )
+    if not mixture.is_dense and experts != branches:
+        raise ValueError(
+            f"upcycle.mixtures.{name}.num_experts is {experts}, but with seed_expert: false each of the {branches} "
+            "branches is one expert: leave out num_experts"
+        )
 
 
 def processes_share_experts(recipe: "Recipe") -> None:
@@ -182,6 +201,11 @@ def quorum_is_enough(recipe: "Recipe") -> None:
     for name, mixture in recipe.upcycle.mixtures.items():
         if mixture.is_dense or not mixture.has_branches:  # it cannot start without a branch
             continue
+        if not mixture.includes_seed and when.at_least < 2:
+            raise ValueError(
+                f"upcycle.when.at_least is {when.at_least}, but mixture {name} has seed_expert: false, so it needs two "
+                "branches to start: set at_least to 2 or more, or leave out seed_expert"
+            )
         experts = recipe.experts_of(mixture) - branches + when.at_least
         for key in ("num_experts_per_tok", "num_attention_experts_per_tok"):
             if getattr(mixture, key, 0) > experts:

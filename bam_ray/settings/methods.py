@@ -37,8 +37,8 @@ class AverageSettings(Strict):
     """Merging of the parameters that all experts share."""
 
     how: Literal["mean", "ties"] = "mean"
-    """`mean`: weighted mean of seed and branches. `ties`: TIES-merging of the branches' changes to the seed
-    (arXiv 2306.01708)."""
+    """`mean`: weighted mean of seed and branches; of the branches alone with `seed_expert: false`. `ties`: TIES-merging
+    of the branches' changes to the seed (arXiv 2306.01708)."""
     weights: Blend = Field(default={})
     """Weights of single models in the mean, by name. All others have weight 1."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
@@ -149,6 +149,11 @@ class MixtureSettings(Strict):
         return isinstance(self, BranchedMixture)
 
     @property
+    def includes_seed(self) -> bool:
+        """True if the seed is one of the models that become experts or that are averaged."""
+        return not isinstance(self, BranchedMixture) or self.seed_expert
+
+    @property
     def is_dense(self) -> bool:
         """True if the result is a dense model without experts and routers."""
         return self.ffn is Operation.AVERAGE
@@ -159,24 +164,43 @@ class MixtureSettings(Strict):
         return 0
 
     def expert_count(self, models: int) -> int:
-        """Return the number of experts of a mixture of `models` models; 1 if it is dense."""
+        """Return the number of experts of a mixture that is made with `models` models; 1 if it is dense.
+
+        The seed counts as a model even if no expert is made of it.
+        """
         return 1
 
 
 class BranchedMixture(MixtureSettings):
     """A mixture of the seed and its branches."""
 
+    seed_expert: bool = True
+    """Make an expert of the seed too. With false, the branches alone are the experts, for example when one of them is
+    trained on the general domain."""
     same_seed: bool = True
     """Refuse branches whose weights do not descend from the seed."""
     average: AverageSettings = AverageSettings()
     """Merging of the shared parameters."""
+
+    def expert_count(self, models: int) -> int:
+        """Return the number of experts of a mixture that is made with `models` models, one of which is the seed."""
+        return super().expert_count(models if self.seed_expert else models - 1)
+
+    @model_validator(mode="after")
+    def _weights_apply_to_averaged_models(self) -> Self:
+        if not self.seed_expert and "seed" in self.average.weights:
+            raise ValueError(
+                "average.weights gives the seed a weight, but with seed_expert: false it is not averaged: leave it out"
+            )
+        return self
 
 
 class RoutedMixture(MixtureSettings):
     """A mixture with experts and routers."""
 
     num_experts: Count | None = None
-    """Number of experts. `null` means one per model. Additional experts are copies of the seed."""
+    """Number of experts. `null` means one per model. Additional experts are copies of the seed, which a mixture with
+    `seed_expert: false` cannot have."""
     num_experts_per_tok: Count = 1
     """Number of FFN experts per token (top-k)."""
     norm_topk_prob: bool = False
@@ -194,7 +218,7 @@ class RoutedMixture(MixtureSettings):
         return self.router.sequences if self.router.needs_text else 0
 
     def expert_count(self, models: int) -> int:
-        """Return the number of experts of a mixture of `models` models."""
+        """Return the number of experts of a mixture that is made with `models` models."""
         return self.num_experts or models
 
     @model_validator(mode="after")
@@ -290,7 +314,10 @@ class SplitSettings(RoutedMixture):
 
 
 class SoupSettings(BranchedMixture):
-    """Model soup: the weight average of seed and branches, one dense model (arXiv 2203.05482)."""
+    """Model soup: the weight average of seed and branches, one dense model (arXiv 2203.05482).
+
+    With `seed_expert: false`, it is the average of the branches alone.
+    """
 
     method: Literal["soup"]
     """Model soup."""

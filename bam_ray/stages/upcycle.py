@@ -139,12 +139,14 @@ def without_missing_branches(settings: BranchedMixture, missing: int, models: Co
 def _texts(settings: MixtureSettings, run: TaskRun, branches: Sequence[str]) -> dict[str, Tensor]:
     """Return rows of tokens by expert, int64 [S, L], spread evenly over each domain's training text.
 
-    The seed gets general text.
+    The expert of the seed, if there is one, gets general text.
     """
     if not settings.text_sequences:
         return {}
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
-    domains = {"seed": run.recipe.data.general, **{name: name for name in branches}}
+    domains = {name: name for name in branches}
+    if settings.includes_seed:
+        domains = {"seed": run.recipe.data.general, **domains}
     count = settings.text_sequences
 
     def rows(domain: str) -> Tensor:

@@ -38,7 +38,7 @@ pipeline_tag: text-generation
 tags: [merge, bam_ray]
 ---
 
-# A weight average of {{ lineage.sources | join(", ") }}
+# A weight average of {{ (lineage.sources | list)[first:] | join(", ") }}
 
 One dense {{ config.model_type }} model.
 """
@@ -82,7 +82,9 @@ def model_card(config: BamConfig, lineage: Mapping[str, Any]) -> str:
 
 def dense_card(config: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
     """Return the README.md of the folder of a dense model that was averaged."""
-    return _render(DENSE_CARD, config=config, lineage=lineage, remote="")
+    # Only the settings that differ from their defaults are in the lineage. The seed is the first source.
+    first = 0 if lineage["history"][-1]["upcycle"].get("seed_expert", True) else 1
+    return _render(DENSE_CARD, config=config, lineage=lineage, remote="", first=first)
 
 
 def _render(card: str, **values: Any) -> str:

@@ -24,25 +24,36 @@ class Expert:
     source: str
 
 
+def models_of(sources: Sequence[str], settings: MixtureSettings) -> list[str]:
+    """Return the sources that become experts or are averaged: all of them, or all but the first, which is the seed."""
+    return list(sources if settings.includes_seed else sources[1:])
+
+
 def experts_of(sources: Sequence[str], settings: RoutedMixture) -> list[Expert]:
     """Return the experts of a mixture.
 
-    There is one expert per source, followed by copies of the first source (the seed) up to `num_experts`. A split has
-    `num_experts` slices of the seed instead.
+    There is one expert per model, followed by copies of the first source (the seed) up to `num_experts`. A mixture
+    without an expert of the seed has no copies. A split has `num_experts` slices of the seed instead.
 
     Raises:
-        UpcycleError: `num_experts` is smaller than the number of sources.
+        UpcycleError: `num_experts` is smaller than the number of models, or differs from it without the seed.
     """
     seed, *_ = sources
+    models = models_of(sources, settings)
     count = settings.expert_count(len(sources))
-    if count < len(sources):
+    if not settings.includes_seed and count != len(models):
         raise UpcycleError(
-            f"num_experts is {count}, fewer than the {len(sources)} models: leave out models or increase num_experts"
+            f"num_experts is {count}, but with seed_expert=false each of the {len(models)} branches is one expert: "
+            "leave out num_experts"
+        )
+    if count < len(models):
+        raise UpcycleError(
+            f"num_experts is {count}, fewer than the {len(models)} models: leave out models or increase num_experts"
         )
     if settings.ffn is Operation.PARTITION:
         return [Expert(f"slice-{number}", seed) for number in range(1, count + 1)]
-    copies = [Expert(f"{seed}-{number}", seed) for number in range(2, count - len(sources) + 2)]
-    return [*(Expert(name, name) for name in sources), *copies]
+    copies = [Expert(f"{seed}-{number}", seed) for number in range(2, count - len(models) + 2)]
+    return [*(Expert(name, name) for name in models), *copies]
 
 
 def operation_on(role: Role, settings: MixtureSettings) -> Operation:

@@ -19,7 +19,7 @@ from bam_ray.families import (
     shared_name,
 )
 from bam_ray.model import BamConfig
-from bam_ray.settings import AverageSettings, Operation, RoutedMixture, StackedMixture
+from bam_ray.settings import MixtureSettings, Operation, RoutedMixture, StackedMixture
 from bam_ray.upcycling.expressions import (
     Concat,
     Draw,
@@ -33,7 +33,7 @@ from bam_ray.upcycling.expressions import (
     Take,
     Ties,
 )
-from bam_ray.upcycling.methods import Expert, average_of, is_plain, operation_on
+from bam_ray.upcycling.methods import Expert, average_of, is_plain, models_of, operation_on
 from bam_ray.upcycling.plan_config import checkpoint_dtype
 from bam_ray.upcycling.routers.rows import generator
 from bam_ray.upcycling.split.partition import Partition
@@ -50,25 +50,26 @@ class PlannedTensor:
     expression: Expression
 
 
-def averaged(takes: Mapping[str, Take], average: AverageSettings) -> Expression:
-    """Return one tensor for all models, from the same tensor of each (by name, the seed first)."""
+def averaged(takes: Mapping[str, Take], settings: MixtureSettings) -> Expression:
+    """Return one tensor for all models, from the same tensor of each source (by name, the seed first)."""
+    average = average_of(settings)
     seed, *branches = takes.values()
     if not branches:
         return seed
-    if average.how == "ties":
+    if average.how == "ties":  # the seed is what the branches' changes are added to, also if it is no expert
         return Ties(seed, tuple(branches), average.density, average.scale)
-    if not average.weights:
-        return Mean(tuple(takes.values()))
-    return Mean(tuple(takes.values()), tuple(average.weights.get(name, 1.0) for name in takes))
+    models = models_of(list(takes), settings)
+    weights = tuple(average.weights.get(name, 1.0) for name in models) if average.weights else None
+    return Mean(tuple(takes[name] for name in models), weights)
 
 
 def averaged_model(
-    family: Family, sources: Mapping[str, TensorReader], average: AverageSettings
+    family: Family, sources: Mapping[str, TensorReader], settings: MixtureSettings
 ) -> list[PlannedTensor]:
     """Return the tensors of the dense model that is the average of all models, in the seed's dtypes."""
     seed = next(iter(sources.values()))
     return [
-        PlannedTensor(seed.specs[name], averaged({source: Take(source, name) for source in sources}, average))
+        PlannedTensor(seed.specs[name], averaged({source: Take(source, name) for source in sources}, settings))
         for name in family.tensor_names(seed.config)
     ]
 
@@ -143,7 +144,7 @@ class Planner:
     def _average(self, parameter: DenseParameter) -> Expression:
         """Return one tensor for all experts."""
         takes = {source: self._take(parameter, source) for source in self.sources}
-        return averaged(takes, average_of(self.settings))
+        return averaged(takes, self.settings)
 
     def _experts(self, parts: Sequence[DenseParameter]) -> Expression:
         """Return one slice per expert. A slice is one parameter, or gate and up joined along the rows."""

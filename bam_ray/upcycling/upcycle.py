@@ -15,7 +15,7 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.families import Family
 from bam_ray.settings import BranchedMixture, Losses, MixtureSettings, RoutedMixture, SplitSettings
-from bam_ray.upcycling.methods import average_of, experts_of
+from bam_ray.upcycling.methods import experts_of, models_of
 from bam_ray.upcycling.plan import Planner, averaged_model
 from bam_ray.upcycling.plan_config import mixture_config
 from bam_ray.upcycling.preflight import check_seed, check_sources
@@ -69,7 +69,7 @@ def plan(
     history = [{"upcycle": chosen, "of": {name: each.uri for name, each in sources.items()}}]
     if not isinstance(settings, RoutedMixture):
         config = {key: value for key, value in seed.config.items() if key != "auto_map"}  # its code is not copied
-        return ModelPlan(config, averaged_model(family, sources, average_of(settings)), [], history)
+        return ModelPlan(config, averaged_model(family, sources, settings), [], history)
     experts = experts_of(list(sources), settings)
     partitions = partitions_of(family, seed, settings, texts) if isinstance(settings, SplitSettings) else []
     config = mixture_config(family, seed, experts, settings, losses, partitions)
@@ -80,7 +80,7 @@ def plan(
 
 
 def check_branches(sources: Mapping[str, TensorReader], settings: MixtureSettings, family: Family) -> None:
-    """Check that there are branches if and only if the method uses them, and that they descend from the seed.
+    """Check that there are enough branches, or none if the method uses none, and that they descend from the seed.
 
     Raises:
         UpcycleError: They do not.
@@ -93,9 +93,15 @@ def check_branches(sources: Mapping[str, TensorReader], settings: MixtureSetting
         check_seed(sources, family)
     if len(sources) < 2:
         raise UpcycleError(f"method {settings.method} needs branches: name some, or use method sparse or split")
+    models = models_of(list(sources), settings)
+    if len(models) < 2:
+        raise UpcycleError(
+            f"with seed_expert=false, method {settings.method} needs two branches or more: name another one, or leave "
+            "out seed_expert"
+        )
     weights = settings.average.weights
-    unknown = sorted(set(weights) - set(sources))
+    unknown = sorted(set(weights) - set(models))
     if unknown:
-        raise UpcycleError(f"average.weights names {unknown}, which are not among the models {list(sources)}")
-    if weights and not any(weights.get(name, 1.0) for name in sources):
+        raise UpcycleError(f"average.weights names {unknown}, which are not among the models {models}")
+    if weights and not any(weights.get(name, 1.0) for name in models):
         raise UpcycleError("average.weights are all 0: give at least one model a weight")

@@ -169,6 +169,22 @@ def test_fitted_routers_hold_the_text() -> None:
     assert larger is not None and larger.host_bytes - ridge.host_bytes == rows * 2 * 4 * 1024 * 576
 
 
+def test_a_mixture_without_the_seed_has_less_text_and_experts() -> None:
+    def host_bytes(task: str, *overrides: str) -> int:
+        settings = recipe(*overrides)
+        found = next(each for each in task_graph(settings) if each.full_name == task)
+        memory = task_memory(found, settings, seed_size(settings), False)
+        assert memory is not None
+        return memory.host_bytes
+
+    alone = ("mix.expert_parallel=1", "upcycle.mixtures.btx.seed_expert=false")
+    text, expert, router_row = 64 * 2 * 1024 * 576, 3 * 576 * 1536, 576  # of the seed; values of 4 bytes
+    fewer = host_bytes("upcycled/btx") - host_bytes("upcycled/btx", *alone)
+    assert fewer == 4 * (text + expert + router_row), "one layer is in memory while routers are fitted"
+    fewer = host_bytes("mixtures/btx", "mix.expert_parallel=1") - host_bytes("mixtures/btx", *alone)
+    assert fewer > 12 * 30 * expert
+
+
 def test_the_report_holds_the_largest_model() -> None:
     settings, size = recipe(), seed_size(recipe())
     assert size is not None

@@ -81,6 +81,7 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             {"reference": {"code": 1.0}},
             "mix.dynamic_blend.reference names ['code'], but the domains of the blend are ['code', 'general']",
         ),
+        ("branch.domains", ["seed"], "branch.domains names 'seed', which is the name of the seed itself"),
         ("mix.train", "experts", "mix.train: Input should be 'all', 'routers_and_shared' or 'routers'"),
         ("mix.losses.load_balance", {"start": 1.0}, "mix.losses.load_balance"),
         (
@@ -234,6 +235,28 @@ def test_a_quorum_must_be_enough_for_every_mixture() -> None:
     )
     recipe["upcycle"]["when"]["at_least"] = 2
     parse_recipe(yaml.safe_dump(recipe), "here.yaml")
+
+
+def test_a_mixture_of_branches_alone_has_one_expert_each() -> None:
+    recipe = plain()
+    recipe["upcycle"] = {"mixtures": {"bam": {"method": "bam", "seed_expert": False}}}
+    recipe["mix"] |= {"expert_parallel": 1, "workers": 1}
+    for method in ("bam", "soup"):
+        recipe["upcycle"]["mixtures"]["bam"]["method"] = method
+        assert "mixtures.bam has seed_expert: false, so it needs two branches" in error_of(yaml.safe_dump(recipe))
+    recipe["upcycle"]["mixtures"]["bam"]["method"] = "bam"
+    recipe["branch"]["domains"] = ["code", "general"]
+    text = yaml.safe_dump(recipe)
+    loaded = parse_recipe(text, "here.yaml")
+    assert loaded.experts_of(loaded.upcycle.mixtures["bam"]) == 2
+    for count in (1, 3):
+        message = error_of(text, [f"upcycle.mixtures.bam.num_experts={count}"])
+        assert f"mixtures.bam.num_experts is {count}, but with seed_expert: false each of the 2 branches" in message
+    parse_recipe(text, "here.yaml", ["upcycle.mixtures.bam.num_experts=2"])
+    assert "which does not divide the 2 experts of mixture bam" in error_of(text, ["mix.expert_parallel=3"])
+    assert "when.at_least is 1, but mixture bam has seed_expert: false" in error_of(text, ["upcycle.when.at_least=1"])
+    parse_recipe(text, "here.yaml", ["upcycle.when.at_least=2"])
+    parse_recipe(text, "here.yaml", ["upcycle.when.at_least=1", "upcycle.mixtures.bam.seed_expert=true"])
 
 
 def test_a_missing_setting_is_named() -> None:
