@@ -29,6 +29,7 @@ CARD = "README.md"
 MODEL_CODE = (
     "attention_bam.py",
     "attention_exchange_bam.py",
+    "bigrams_bam.py",
     "configuration_bam.py",
     "experts_bam.py",
     "layers_bam.py",
