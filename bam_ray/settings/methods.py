@@ -10,8 +10,9 @@
 | split, groups | seed | partitioned | partitioned | partitioned | LLaMA-MoE v2, arXiv 2411.15708 |
 | soup | seed and branches | averaged | averaged | averaged | model soups, arXiv 2203.05482 |
 
-Norms, embeddings and the output head are always averaged (the average of one model is the model itself). To add a
-method, write its class here and add it to `AnyMixture`.
+Norms, embeddings and the output head are always averaged (the average of one model is the model itself). The setting
+`embeddings` says how the rows of embeddings and output head are weighted. To add a method, write its class here and add
+it to `AnyMixture`.
 """
 
 from enum import StrEnum
@@ -137,6 +138,11 @@ class MixtureSettings(Strict):
         """Number of sequences of each domain's text that upcycling needs; 0 if it needs none."""
         return 0
 
+    @property
+    def needs_token_counts(self) -> bool:
+        """True if upcycling needs the counts of the tokens in each model's text."""
+        return False
+
     def expert_count(self, models: int) -> int:
         """Return the number of experts of a mixture of `models` models; 1 if it is dense."""
         return 1
@@ -149,6 +155,15 @@ class BranchedMixture(MixtureSettings):
     """Refuse branches whose weights do not descend from the seed."""
     average: AverageSettings = AverageSettings()
     """Merging of the shared parameters."""
+    embeddings: Literal["averaged", "counts"] = "averaged"
+    """Merging of the input embedding and the output head. `averaged`: as `average` says. `counts`: a mean in which each
+    model's weight in the row of a token depends on how often the model's own text has the token; `average` then applies
+    to all other shared parameters."""
+
+    @property
+    def needs_token_counts(self) -> bool:
+        """True if upcycling needs the counts of the tokens in each model's text."""
+        return self.embeddings == "counts"
 
 
 class RoutedMixture(MixtureSettings):

@@ -12,6 +12,7 @@ from bam_ray.model import BamConfig
 from bam_ray.settings import AverageSettings, BranchedMixture, MixtureSettings, Operation, RoutedMixture
 
 QUERY_SIDE = frozenset({Role.QUERY, Role.QUERY_BIAS, Role.QUERY_NORM, Role.OUTPUT, Role.OUTPUT_BIAS})
+EMBEDDINGS = frozenset({Role.EMBEDDING, Role.HEAD})
 KEY_SIDE = frozenset({Role.KEY, Role.KEY_BIAS, Role.KEY_NORM, Role.VALUE, Role.VALUE_BIAS})
 
 
@@ -56,6 +57,11 @@ def operation_on(role: Role, settings: MixtureSettings) -> Operation:
 def average_of(settings: MixtureSettings) -> AverageSettings:
     """Return how shared parameters are merged. A method without branches has one model and nothing to merge."""
     return settings.average if isinstance(settings, BranchedMixture) else AverageSettings()
+
+
+def weights_embedding_rows(settings: MixtureSettings) -> bool:
+    """Return True if the rows of embedding and output head are weighted by the token counts of each model's text."""
+    return isinstance(settings, BranchedMixture) and settings.embeddings == "counts"
 
 
 def is_plain(config: BamConfig, role: Role, layer: int | None) -> bool:

@@ -18,13 +18,15 @@ from bam_ray.upcycling.expressions import (
     Mean,
     Pick,
     Redrawn,
+    RowMean,
     RowSpans,
     Scaled,
     Take,
     Ties,
 )
-from bam_ray.upcycling.methods import Expert, average_of, is_plain, operation_on
+from bam_ray.upcycling.methods import EMBEDDINGS, Expert, average_of, is_plain, operation_on
 from bam_ray.upcycling.plan_config import checkpoint_dtype
+from bam_ray.upcycling.routers.counts import TokenCounts, row_weights
 from bam_ray.upcycling.routers.rows import generator
 from bam_ray.upcycling.split.partition import Partition
 
@@ -52,15 +54,38 @@ def averaged(takes: Mapping[str, Take], average: AverageSettings) -> Expression:
     return Mean(tuple(takes.values()), tuple(average.weights.get(name, 1.0) for name in takes))
 
 
+def row_averaged(takes: Mapping[str, Take], counts: Mapping[str, TokenCounts], rows: int) -> Expression:
+    """Return one embedding of `rows` rows for all models, weighted by the counts of each model's text."""
+    ordered = [counts[name] for name in takes]
+    return RowMean(tuple(takes.values()), row_weights(ordered, rows), tuple(each.total for each in ordered))
+
+
 def averaged_model(
-    family: Family, sources: Mapping[str, TensorReader], average: AverageSettings
+    family: Family,
+    sources: Mapping[str, TensorReader],
+    average: AverageSettings,
+    embedding_counts: Mapping[str, TokenCounts],
 ) -> list[PlannedTensor]:
-    """Return the tensors of the dense model that is the average of all models, in the seed's dtypes."""
+    """Return the tensors of the dense model that is the average of all models, in the seed's dtypes.
+
+    Args:
+        family: The family of all models.
+        sources: The models by name, the seed first.
+        average: How the parameters are merged.
+        embedding_counts: The counts of each model's text, which weight the rows of embedding and output head. Without
+            them, `average` applies to these too.
+    """
     seed = next(iter(sources.values()))
-    return [
-        PlannedTensor(seed.specs[name], averaged({source: Take(source, name) for source in sources}, average))
-        for name in family.tensor_names(seed.config)
-    ]
+    embeddings = {family.name_of(role) for role in EMBEDDINGS} if embedding_counts else set()
+    outputs = []
+    for name in family.tensor_names(seed.config):
+        spec = seed.specs[name]
+        takes = {source: Take(source, name) for source in sources}
+        merged = (
+            row_averaged(takes, embedding_counts, spec.shape[0]) if name in embeddings else averaged(takes, average)
+        )
+        outputs.append(PlannedTensor(spec, merged))
+    return outputs
 
 
 class Planner:
@@ -74,12 +99,14 @@ class Planner:
         config: BamConfig,
         settings: RoutedMixture,
         partitions: Sequence[Partition] = (),
+        embedding_counts: Mapping[str, TokenCounts] | None = None,
     ) -> None:
         self.sources = sources
         self.experts = experts
         self.config = config
         self.settings = settings
         self.partitions = partitions
+        self.embedding_counts = embedding_counts  # None or empty: embedding and head are merged like other parameters
         self.seed, *self.branches = sources
         self._parameters: dict[int | None, dict[Role, DenseParameter]] = defaultdict(dict)
         for parameter in family.parameters(sources[self.seed].config):
@@ -132,6 +159,8 @@ class Planner:
     def _average(self, parameter: DenseParameter) -> Expression:
         """Return one tensor for all experts."""
         takes = {source: self._take(parameter, source) for source in self.sources}
+        if self.embedding_counts and parameter.role in EMBEDDINGS:
+            return row_averaged(takes, self.embedding_counts, takes[self.seed].shape(self.sources)[0])
         return averaged(takes, average_of(self.settings))
 
     def _experts(self, parts: Sequence[DenseParameter]) -> Expression:
