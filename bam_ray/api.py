@@ -43,8 +43,8 @@ def upcycle(
         out: The folder of the mixture. It must not exist yet.
         settings: The settings of the mixture, as under `upcycle.mixtures` of a recipe, for example
             `{"method": "btx", "num_experts_per_tok": 2}`. The default is the method `bam`.
-        texts: Text to fit routers or splits to, by the name of an expert; `seed` names the seed's expert. Each is a
-            path, glob or URI of text, JSONL or Parquet files. Only some settings need it.
+        texts: Text to fit routers or splits to, or to count the tokens of, by the name of an expert; `seed` names the
+            seed's expert. Each is a path, glob or URI of text, JSONL or Parquet files. Only some settings need it.
         text_length: The number of tokens in a sequence of `texts`.
         endpoint: The URL of an S3 server other than AWS.
 
@@ -55,14 +55,14 @@ def upcycle(
         SettingsError: If `settings` are invalid.
         UpcycleError: If the models do not fit each other or contain values that are not finite.
     """
-    from bam_ray.toolbox.folders import make_mixture, open_model, tokenize_texts
+    from bam_ray.toolbox.folders import make_mixture, open_model, read_domain_text
 
     chosen = mixture_settings({"method": "bam", **(settings or {})})
     if "seed" in branches:
         raise SettingsError("the name 'seed' is reserved for the seed: give the branch another name")
     sources = {name: open_model(uri, endpoint) for name, uri in {"seed": seed, **branches}.items()}
-    rows = tokenize_texts(texts or {}, sources["seed"], chosen.text_sequences, text_length)
-    return make_mixture(sources, chosen, StoreSettings(uri=out, endpoint=endpoint), rows)
+    text = read_domain_text(texts or {}, sources["seed"], chosen, text_length)
+    return make_mixture(sources, chosen, StoreSettings(uri=out, endpoint=endpoint), text)
 
 
 def verify(folder: str, *, memory_gib: float = 4.0, endpoint: str | None = None) -> "list[CheckResult]":

@@ -53,12 +53,12 @@ def upcycle(
     from bam_ray.upcycling.routers.separation import separation_table
 
     sources = {name: open_model(uri, store.endpoint) for name, uri in uris.items()}
-    rows = texts.token_rows(sources["seed"], settings.text_sequences)
+    text = texts.domain_text(sources["seed"], settings)
     if dry_run:
-        _print_preflight(preflight(sources, settings, rows))
+        _print_preflight(preflight(sources, settings, text))
         return
     with progress_bar("upcycling") as progress:
-        upcycled = make_mixture(sources, settings, store.target(out), rows, progress)
+        upcycled = make_mixture(sources, settings, store.target(out), text, progress)
     if upcycled.separation is not None:
         console.print(separation_table(upcycled.separation))
     print_mixture_written(out, list(upcycled.experts))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bam_ray.checkpoint.tensors import TensorReader
+    from bam_ray.upcycling import DomainText
 
 MixtureArgument = Annotated[str, typer.Argument(help="The folder of the mixture: a path or an s3:// URI.")]
 RunArgument = Annotated[str, typer.Argument(help="The location of the run: the store.uri of its recipe.")]
@@ -69,6 +70,12 @@ class TextOptions:
         from bam_ray.toolbox.folders import tokenize_texts  # loads torch
 
         return tokenize_texts(named_values(self.text or [], "--text"), model, sequences, self.length)
+
+    def domain_text(self, seed: "TensorReader", settings: MixtureSettings) -> "DomainText":
+        """Return what an upcycling with `settings` needs of each text. Raises `SettingsError` if it needs none."""
+        from bam_ray.toolbox.folders import read_domain_text  # loads torch
+
+        return read_domain_text(named_values(self.text or [], "--text"), seed, settings, self.length)
 
 
 @dataclass(frozen=True)

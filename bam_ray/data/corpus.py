@@ -4,6 +4,7 @@ corpus.json              facts: the sequence length, the vocabulary size, and co
 tokenizer/               a Hugging Face tokenizer folder
 <domain>/train.bin       rows of tokens, little-endian (see `packing`)
 <domain>/held_out.bin
+counts.safetensors       how often each token occurs in the training rows of each domain; the corpus stage writes it
 """
 
 import json

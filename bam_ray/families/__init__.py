@@ -16,7 +16,16 @@ from bam_ray.families.family import (
 from bam_ray.families.gpt_neox import GPT_NEOX
 from bam_ray.families.llama import LLAMA
 from bam_ray.families.mistral import MISTRAL
-from bam_ray.families.names import EMBEDDING_ROUTERS, FFN_ROLES, expert_name, plain_name, router_names, shared_name
+from bam_ray.families.names import (
+    EMBEDDING_ROUTERS,
+    FFN_ROLES,
+    PRIOR_PAIRS,
+    PRIOR_TOKENS,
+    expert_name,
+    plain_name,
+    router_names,
+    shared_name,
+)
 from bam_ray.families.olmo2 import OLMO2
 from bam_ray.families.qwen2 import QWEN2
 from bam_ray.families.qwen3 import QWEN3
@@ -26,6 +35,8 @@ __all__ = [
     "EMBEDDING_ROUTERS",
     "FAMILIES",
     "FFN_ROLES",
+    "PRIOR_PAIRS",
+    "PRIOR_TOKENS",
     "SHARED_SETTINGS",
     "SIZE_SETTINGS",
     "DenseParameter",

@@ -57,6 +57,8 @@ STACKED_NAMES = {
 }
 FFN_ROUTER = LAYER + "mlp.gate.weight"
 ATTENTION_ROUTER = LAYER + "self_attn.gate.weight"
+PRIOR_TOKENS, PRIOR_PAIRS = "model.prior.experts.tokens", "model.prior.experts.pairs"
+"""The names of the counts of a router prior, [N, tokens] and [N, buckets]."""
 EMBEDDING_ROUTERS = ("model.embed_tokens.gate.weight", "model.head.gate.weight")
 """The names of the routers, [N, d], of embedding experts at the input and at the output."""
 FFN_ROLES = (Role.GATE, Role.UP, Role.DOWN, Role.GATE_BIAS, Role.UP_BIAS, Role.DOWN_BIAS)

@@ -61,6 +61,7 @@ class BamConfig(PreTrainedConfig):
         document so far (`prefix_bam.BigramPrior`). "none" adds nothing.
     router_prior_scale (`float`): factor on the log-probabilities of the prior.
     router_prior_buckets (`int`): number of counts of pairs of tokens for each expert.
+    router_prior_vocab_size (`int`, *optional*): number of tokens that were counted, if it is below `vocab_size`.
     shared_expert_intermediate_size (`int`, *optional*): hidden size of an FFN that all tokens use beside the routed
         experts.
     dense_layers (`list[int]`, *optional*): layers without experts and routers. Each has one attention and one FFN, of
@@ -144,6 +145,7 @@ class BamConfig(PreTrainedConfig):
     router_prior: str = "none"
     router_prior_scale: float = 0.25
     router_prior_buckets: int = 1 << 20
+    router_prior_vocab_size: int | None = None
     shared_expert_intermediate_size: int | None = None
     dense_layers: list[int] | None = None
     dense_intermediate_size: int | None = None

@@ -230,7 +230,8 @@ class BigramCounts(nn.Module):
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__()
-        self.register_buffer("tokens", torch.zeros(config.num_experts, config.vocab_size, dtype=torch.long))
+        counted = config.router_prior_vocab_size or config.vocab_size
+        self.register_buffer("tokens", torch.zeros(config.num_experts, counted, dtype=torch.long))
         self.register_buffer("pairs", torch.zeros(config.num_experts, config.router_prior_buckets, dtype=torch.int))
 
 
@@ -252,6 +253,8 @@ class BigramPrior(nn.Module):
         """Return log p_i(current | previous) for each expert, double [B, L, N], for tokens [B, L]."""
         tokens, pairs = self.experts.tokens, self.experts.pairs  # [N, V], [N, buckets]
         vocabulary = tokens.shape[1]
+        # A model may have more rows than its tokenizer has tokens, and may generate them
+        previous, current = previous.clamp_max(vocabulary - 1), current.clamp_max(vocabulary - 1)
         total = tokens.sum(1).double()  # [N]
         share = (counts_at(tokens, current) + 0.5) / (total + 0.5 * vocabulary)
         after = counts_at(tokens, previous)

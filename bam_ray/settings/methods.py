@@ -10,8 +10,9 @@
 | split, groups | seed | partitioned | partitioned | partitioned | LLaMA-MoE v2, arXiv 2411.15708 |
 | soup | seed and branches | averaged | averaged | averaged | model soups, arXiv 2203.05482 |
 
-Norms, embeddings and the output head are always averaged (the average of one model is the model itself). To add a
-method, write its class here and add it to `AnyMixture`.
+Norms, embeddings and the output head are always averaged (the average of one model is the model itself). The setting
+`embeddings` says how the rows of embeddings and output head are weighted. To add a method, write its class here and add
+it to `AnyMixture`.
 """
 
 from enum import StrEnum
@@ -163,6 +164,11 @@ class MixtureSettings(Strict):
         """Number of sequences of each domain's text that upcycling needs; 0 if it needs none."""
         return 0
 
+    @property
+    def needs_token_counts(self) -> bool:
+        """True if upcycling needs the counts of the tokens in each model's text."""
+        return False
+
     def expert_count(self, models: int) -> int:
         """Return the number of experts of a mixture that is made with `models` models; 1 if it is dense.
 
@@ -181,6 +187,21 @@ class BranchedMixture(MixtureSettings):
     """Refuse branches whose weights do not descend from the seed."""
     average: AverageSettings = AverageSettings()
     """Merging of the shared parameters."""
+    embeddings: Literal["averaged", "counts", "experts"] = "averaged"
+    """Input embedding and output head. `averaged`: merged as `average` says. `counts`: a mean in which each model's
+    weight in the row of a token depends on how often the model's own text has the token; `average` then applies to all
+    other shared parameters. `experts`: each expert keeps its own, with soft gates; the head then takes as many times
+    the operations as there are experts."""
+
+    @property
+    def needs_token_counts(self) -> bool:
+        """True if upcycling needs the counts of the tokens in each model's text."""
+        return self.embeddings == "counts" or super().needs_token_counts
+
+    @property
+    def embedding(self) -> Operation:
+        """The operation on the input embedding and the output head."""
+        return Operation.STACK if self.embeddings == "experts" else Operation.AVERAGE
 
     def expert_count(self, models: int) -> int:
         """Return the number of experts of a mixture that is made with `models` models, one of which is the seed."""
@@ -216,6 +237,11 @@ class RoutedMixture(MixtureSettings):
     def text_sequences(self) -> int:
         """Number of sequences of each domain's text that upcycling needs; 0 if it needs none."""
         return self.router.sequences if self.router.needs_text else 0
+
+    @property
+    def needs_token_counts(self) -> bool:
+        """True if upcycling needs the counts of the tokens in each model's text."""
+        return self.router.prior == "bigram"
 
     def expert_count(self, models: int) -> int:
         """Return the number of experts of a mixture that is made with `models` models."""
@@ -321,6 +347,12 @@ class SoupSettings(BranchedMixture):
 
     method: Literal["soup"]
     """Model soup."""
+
+    @model_validator(mode="after")
+    def _has_no_experts(self) -> Self:
+        if self.embeddings == "experts":
+            raise ValueError("embeddings: experts needs experts, which a soup does not have: use averaged or counts")
+        return self
 
 
 AnyMixture = Annotated[

@@ -1,4 +1,4 @@
-"""Corpus: the text of all domains, nearly duplicate-free, split, tokenized and packed once."""
+"""Corpus: the text of all domains, nearly duplicate-free, split, tokenized, packed and counted once."""
 
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.scratch import scratch_folder
@@ -6,6 +6,7 @@ from bam_ray.data import build_corpus
 from bam_ray.errors import Interrupted
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.stages.task_run import TaskRun
+from bam_ray.stages.token_counts import write_token_counts
 
 
 def make_corpus(run: TaskRun) -> Manifest:
@@ -17,11 +18,12 @@ def make_corpus(run: TaskRun) -> Manifest:
         nonlocal steps
         if run.context.should_stop():
             raise Interrupted("the corpus is not finished: run the same command again to build it from the start")
-        run.context.report(Progress(step=steps, total_steps=2 * len(settings.domains) + 1, note=text))
+        run.context.report(Progress(step=steps, total_steps=3 * len(settings.domains) + 1, note=text))
         steps += 1
 
     with scratch_folder("corpus") as folder:
         facts = build_corpus(settings, folder, note)
+        write_token_counts(folder, note)
         note("uploading")
         manifest = Manifest(
             id=run.task.id,

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
@@ -19,8 +18,9 @@ from bam_ray.errors import BlobExists, CheckpointError, Interrupted
 from bam_ray.pipeline.tasks import Progress, StageContext
 from bam_ray.settings import BranchedMixture, MixtureSettings, RoutedMixture
 from bam_ray.stages.task_run import TaskRun
+from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.units import MIB
-from bam_ray.upcycling import UpcyclingPhase, upcycle
+from bam_ray.upcycling import DomainText, UpcyclingPhase, upcycle
 
 
 def upcycle_mixture(run: TaskRun) -> Manifest:
@@ -53,7 +53,7 @@ def upcycle_mixture(run: TaskRun) -> Manifest:
         artifact_writer(run.artifact, lease),
         manifest,
         run.recipe.mix.losses,
-        _texts(settings, run, branches),
+        _domain_text(settings, run, branches),
         UpcyclingProgress(name, run.context),
     )
     return made.manifest
@@ -136,22 +136,27 @@ def without_missing_branches(settings: BranchedMixture, missing: int, models: Co
     return settings.model_copy(update=update)
 
 
-def _texts(settings: MixtureSettings, run: TaskRun, branches: Sequence[str]) -> dict[str, Tensor]:
-    """Return rows of tokens by expert, int64 [S, L], spread evenly over each domain's training text.
+def _domain_text(settings: MixtureSettings, run: TaskRun, branches: Sequence[str]) -> DomainText:
+    """Return the text that the settings need, from each domain's training text; the seed gets general text.
 
-    The expert of the seed, if there is one, gets general text.
+    Rows are spread evenly over the text, and all of it is counted. Without an expert of the seed, there is no text for
+    the seed.
     """
-    if not settings.text_sequences:
-        return {}
-    corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
+    if not settings.text_sequences and not settings.needs_token_counts:
+        return DomainText()
+    folder = run.parent(ArtifactKind.CORPORA, "corpus").fetch()
     domains = {name: name for name in branches}
     if settings.includes_seed:
         domains = {"seed": run.recipe.data.general, **domains}
-    count = settings.text_sequences
-
-    def rows(domain: str) -> Tensor:
-        train = corpus.train(domain)
-        chosen = np.arange(min(count, len(train))) * len(train) // min(count, len(train))
-        return torch.from_numpy(train[chosen].astype(np.int64))
-
-    return {expert: rows(domain) for expert, domain in domains.items()}
+    rows = {}
+    if settings.text_sequences:
+        corpus = Corpus(folder)
+        for expert, domain in domains.items():
+            train = corpus.train(domain)
+            count = min(settings.text_sequences, len(train))
+            rows[expert] = torch.from_numpy(train[np.arange(count) * len(train) // count].astype(np.int64))
+    counts = {}
+    if settings.needs_token_counts:
+        counted = read_token_counts(folder, set(domains.values()))
+        counts = {expert: counted[domain] for expert, domain in domains.items()}
+    return DomainText(rows, counts)

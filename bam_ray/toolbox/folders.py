@@ -17,8 +17,9 @@ from bam_ray.evaluation.perplexity import perplexity
 from bam_ray.families import family_of
 from bam_ray.model import is_mixture
 from bam_ray.settings import Losses, MixtureSettings, StoreSettings
-from bam_ray.toolbox.token_rows import token_rows
+from bam_ray.toolbox.token_rows import text_counts, token_rows
 from bam_ray.upcycling import (
+    DomainText,
     EditOptions,
     ExpertEdit,
     ProgressCallback,
@@ -48,11 +49,9 @@ class PreflightReport:
     estimate: Estimate
 
 
-def preflight(
-    sources: Mapping[str, TensorReader], settings: MixtureSettings, texts: Mapping[str, Tensor]
-) -> PreflightReport:
+def preflight(sources: Mapping[str, TensorReader], settings: MixtureSettings, text: DomainText) -> PreflightReport:
     """Run all checks of an upcycle and read all weights once, without writing anything."""
-    planned = plan(sources, settings, Losses(), texts)
+    planned = plan(sources, settings, Losses(), text)
     seed, *branches = sources
     family = family_of(sources[seed].config, sources[seed].uri)
     for source in sources.values():
@@ -65,11 +64,12 @@ def make_mixture(
     sources: Mapping[str, TensorReader],
     settings: MixtureSettings,
     out: StoreSettings,
-    texts: Mapping[str, Tensor] | None = None,
+    text: DomainText | None = None,
     progress: ProgressCallback | None = None,
 ) -> Upcycled:
     """Upcycle `sources`, whose first is the seed, to a new folder at `out`."""
-    planned = plan(sources, settings, Losses(), texts or {})
+    text = text or DomainText()
+    planned = plan(sources, settings, Losses(), text)
     check_disk_space(out.uri, estimate(planned, sources).written)
     uris = tuple(source.uri for source in sources.values())
     manifest = Manifest(
@@ -82,7 +82,7 @@ def make_mixture(
     with new_model_folder(out) as writer:
         for source in sources.values():
             source.check_digests()
-        return write_model(planned, sources, writer, manifest, texts, progress)
+        return write_model(planned, sources, writer, manifest, text.rows, progress)
 
 
 @dataclass(frozen=True)
@@ -153,17 +153,37 @@ def export(mixture: TensorReader, out: StoreSettings, progress: ProgressCallback
         export_mixtral(mixture, writer, manifest, progress)
 
 
-def tokenize_texts(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
-    """Return rows of tokens of each named text, int64 [S, L], by the tokenizer of `model`.
+def read_domain_text(
+    texts: Mapping[str, str], model: TensorReader, settings: MixtureSettings, length: int
+) -> DomainText:
+    """Read what an upcycling with `settings` needs of each named text, with the tokenizer of `model`.
 
-    Rows are no longer than the model has positions.
+    Args:
+        texts: The sources of text, by the name of the expert.
+        model: The seed.
+        settings: The settings of the mixture. They decide whether the first rows or the counts of all text are needed.
+        length: Tokens per row.
 
     Raises:
-        SettingsError: There is text, but no sequences of it are needed.
+        SettingsError: There is text, but the settings need none.
     """
-    if sources and not sequences:
-        raise SettingsError("these settings use no text: leave it out, or set router.init to means or ridge")
-    if not sources:
+    if texts and not settings.text_sequences and not settings.needs_token_counts:
+        raise SettingsError(
+            "these settings use no text: leave it out, or set router.init to means or ridge, or embeddings to counts"
+        )
+    counted = texts if settings.needs_token_counts else {}
+    return DomainText(
+        rows=tokenize_texts(texts, model, settings.text_sequences, length),
+        counts={name: text_counts(name, source, model) for name, source in counted.items()},
+    )
+
+
+def tokenize_texts(sources: Mapping[str, str], model: TensorReader, sequences: int, length: int) -> dict[str, Tensor]:
+    """Return up to `sequences` rows of tokens of each named text, int64 [S, L], by the tokenizer of `model`.
+
+    Rows are no longer than the model has positions.
+    """
+    if not sources or not sequences:
         return {}
     if is_mixture(model.config):
         positions = mixture_config_of(model).max_position_embeddings

@@ -27,12 +27,13 @@ from bam_ray.upcycling.edit_experts import (
 )
 from bam_ray.upcycling.export import export_mixtral
 from bam_ray.upcycling.loading import load_model
-from bam_ray.upcycling.upcycle import plan, upcycle
+from bam_ray.upcycling.upcycle import DomainText, plan, upcycle
 from bam_ray.upcycling.verify import CheckResult, verify
 from bam_ray.upcycling.write import ProgressCallback, Upcycled, UpcyclingPhase, write_model
 
 __all__ = [
     "CheckResult",
+    "DomainText",
     "EditOptions",
     "ExpertEdit",
     "ProgressCallback",

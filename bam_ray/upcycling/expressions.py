@@ -189,6 +189,47 @@ class Mean:
         return {"mean": [part.origin() for part in self.parts], **weights}
 
 
+@dataclass(frozen=True, eq=False)
+class RowMean:
+    """A mean with weights of its own for each row, computed in fp32.
+
+    `weights` is fp32 [parts, rows], and the weights of a row sum to 1. `tokens` is the number of tokens of each part's
+    text, from which the weights come. Where all parts are equal, the mean has exactly their values.
+    """
+
+    parts: tuple[Expression, ...]
+    weights: Tensor
+    tokens: tuple[int, ...]
+
+    def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
+        return self.parts[0].shape(sources)
+
+    def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
+        width = math.prod(self.shape(sources)[1:])
+        start = 0
+        for first, *others in aligned([part.pieces(sources) for part in self.parts]):
+            stop = start + first.numel()
+            row = start // width
+            rows = slice(row, -(-stop // width))
+            values = slice(start - row * width, stop - row * width)
+            origin = first.float()
+            mean = origin.clone()
+            for other, weights in zip(others, self.weights[1:], strict=True):
+                mean.addcmul_(other.float() - origin, weights[rows].repeat_interleave(width)[values])
+            yield mean
+            start = stop
+
+    def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
+        return self.weights.nbytes + sum(part.held(sources) for part in self.parts)
+
+    def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
+        return {"row_mean": [part.origin() for part in self.parts], "token_counts": self.tokens}
+
+
 def aligned(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
     """Yield pieces of several tensors of equal size, cut at the same places, however each stream is cut."""
     rest = [next(stream, None) for stream in streams]
@@ -357,6 +398,30 @@ class Draw:
         return (
             {"new": "normal", "std": self.std, "seed": self.seed, "label": self.label} if self.std else {"new": "zeros"}
         )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The counts of the text of all experts."""
+
+    counts: Tensor
+    models: tuple[str, ...]
+
+    def shape(self, sources: Sources) -> tuple[int, ...]:
+        """Return the shape of the tensor."""
+        return tuple(self.counts.shape)
+
+    def pieces(self, sources: Sources) -> Iterator[Tensor]:
+        """Yield the values in row-major order, as flat pieces."""
+        yield from self.counts
+
+    def held(self, sources: Sources) -> int:
+        """Return the bytes of whole tensors in memory during evaluation."""
+        return self.counts.nbytes
+
+    def origin(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
+        return {"new": "counted", "text_of": self.models}
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ def average_of(settings: MixtureSettings) -> AverageSettings:
     return settings.average if isinstance(settings, BranchedMixture) else AverageSettings()
 
 
+def weights_embedding_rows(settings: MixtureSettings) -> bool:
+    """Return True if the rows of embedding and output head are weighted by the token counts of each model's text."""
+    return isinstance(settings, BranchedMixture) and settings.embeddings == "counts"
+
+
 def is_plain(config: BamConfig, role: Role, layer: int | None) -> bool:
     """Return True if a mixture stores a role as one tensor under its plain name, not as one slice per expert.
 

@@ -10,6 +10,8 @@ from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.families import (
     EMBEDDING_ROUTERS,
     FFN_ROLES,
+    PRIOR_PAIRS,
+    PRIOR_TOKENS,
     DenseParameter,
     Family,
     Role,
@@ -22,19 +24,30 @@ from bam_ray.model import BamConfig
 from bam_ray.settings import MixtureSettings, Operation, RoutedMixture, StackedMixture
 from bam_ray.upcycling.expressions import (
     Concat,
+    Counted,
     Draw,
     Expression,
     Fitted,
     Mean,
     Pick,
     Redrawn,
+    RowMean,
     RowSpans,
     Scaled,
     Take,
     Ties,
 )
-from bam_ray.upcycling.methods import Expert, average_of, is_plain, models_of, operation_on
+from bam_ray.upcycling.methods import (
+    EMBEDDING_ROLES,
+    Expert,
+    average_of,
+    is_plain,
+    models_of,
+    operation_on,
+    weights_embedding_rows,
+)
 from bam_ray.upcycling.plan_config import checkpoint_dtype
+from bam_ray.upcycling.routers.counts import TokenCounts, row_weights
 from bam_ray.upcycling.routers.rows import generator
 from bam_ray.upcycling.split.partition import Partition
 
@@ -63,15 +76,40 @@ def averaged(takes: Mapping[str, Take], settings: MixtureSettings) -> Expression
     return Mean(tuple(takes[name] for name in models), weights)
 
 
+def row_averaged(takes: Mapping[str, Take], counts: Mapping[str, TokenCounts], rows: int) -> Expression:
+    """Return one embedding of `rows` rows for all models, weighted by the counts of each model's text."""
+    ordered = list(counts.values())
+    return RowMean(
+        tuple(takes[name] for name in counts), row_weights(ordered, rows), tuple(each.total for each in ordered)
+    )
+
+
 def averaged_model(
-    family: Family, sources: Mapping[str, TensorReader], settings: MixtureSettings
+    family: Family,
+    sources: Mapping[str, TensorReader],
+    settings: MixtureSettings,
+    embedding_counts: Mapping[str, TokenCounts],
 ) -> list[PlannedTensor]:
-    """Return the tensors of the dense model that is the average of all models, in the seed's dtypes."""
+    """Return the tensors of the dense model that is the average of all models, in the seed's dtypes.
+
+    Args:
+        family: The family of all models.
+        sources: The models by name, the seed first.
+        settings: The method, which states how the parameters are merged.
+        embedding_counts: The counts of each model's text, which weight the rows of embedding and output head. Without
+            them, `average` applies to these too.
+    """
     seed = next(iter(sources.values()))
-    return [
-        PlannedTensor(seed.specs[name], averaged({source: Take(source, name) for source in sources}, settings))
-        for name in family.tensor_names(seed.config)
-    ]
+    embeddings = {family.name_of(role) for role in EMBEDDING_ROLES} if embedding_counts else set()
+    outputs = []
+    for name in family.tensor_names(seed.config):
+        spec = seed.specs[name]
+        takes = {source: Take(source, name) for source in sources}
+        merged = (
+            row_averaged(takes, embedding_counts, spec.shape[0]) if name in embeddings else averaged(takes, settings)
+        )
+        outputs.append(PlannedTensor(spec, merged))
+    return outputs
 
 
 class Planner:
@@ -85,12 +123,15 @@ class Planner:
         config: BamConfig,
         settings: RoutedMixture,
         partitions: Sequence[Partition] = (),
+        counts: Mapping[str, TokenCounts] | None = None,
     ) -> None:
         self.sources = sources
         self.experts = experts
         self.config = config
         self.settings = settings
         self.partitions = partitions
+        self.counts = counts or {}
+        self.embedding_counts = self.counts if weights_embedding_rows(settings) else {}
         self.seed, *self.branches = sources
         self._parameters: dict[int | None, dict[Role, DenseParameter]] = defaultdict(dict)
         for parameter in family.parameters(sources[self.seed].config):
@@ -112,7 +153,22 @@ class Planner:
                 outputs.append(self._output(name, parts[0], self._experts(parts)))
             if layer in self.config.mixture_layers and self.settings.ffn is Operation.PARTITION:
                 outputs += self._shared_expert(parameters, layer)
-        return outputs
+        return outputs + self.prior()
+
+    def prior(self) -> list[PlannedTensor]:
+        """Return the counts of a router prior; an empty list if it has none."""
+        if self.config.router_prior == "none":
+            return []
+        counts = [self.counts[expert.source] for expert in self.experts]
+        stacked = {
+            PRIOR_TOKENS: torch.stack([each.tokens for each in counts]),
+            PRIOR_PAIRS: torch.stack([each.pairs for each in counts]).int(),
+        }
+        models = tuple(expert.source for expert in self.experts)
+        return [
+            PlannedTensor(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), Counted(tensor, models))
+            for name, tensor in stacked.items()
+        ]
 
     def routers(self) -> list[PlannedTensor]:
         """Return the routers of all layers."""
@@ -144,6 +200,8 @@ class Planner:
     def _average(self, parameter: DenseParameter) -> Expression:
         """Return one tensor for all experts."""
         takes = {source: self._take(parameter, source) for source in self.sources}
+        if self.embedding_counts and parameter.role in EMBEDDING_ROLES:
+            return row_averaged(takes, self.embedding_counts, takes[self.seed].shape(self.sources)[0])
         return averaged(takes, self.settings)
 
     def _experts(self, parts: Sequence[DenseParameter]) -> Expression:

@@ -11,6 +11,7 @@ from bam_ray.families import Family
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, Operation, RoutedMixture, divisors
 from bam_ray.upcycling.methods import Expert
+from bam_ray.upcycling.routers.counts import TokenCounts
 from bam_ray.upcycling.split.partition import Partition
 
 
@@ -21,6 +22,7 @@ def mixture_config(
     settings: RoutedMixture,
     losses: Losses,
     partitions: Sequence[Partition] = (),
+    counts: TokenCounts | None = None,
 ) -> BamConfig:
     """Return the configuration of a mixture.
 
@@ -31,6 +33,7 @@ def mixture_config(
         settings: The method and its settings.
         losses: The losses of the routers. The configuration states their coefficients at the end of training.
         partitions: The partition of each layer, for a split.
+        counts: The counts of any expert's text, for a router prior.
 
     Raises:
         UpcycleError: The settings do not fit the seed.
@@ -50,6 +53,11 @@ def mixture_config(
         if settings.attention != "averaged":
             sliced |= _sliced_attention(dense, count)
     final = losses.at(1.0)
+    counted = (
+        {}
+        if counts is None
+        else {"router_prior_vocab_size": len(counts.tokens), "router_prior_buckets": len(counts.pairs)}
+    )
     return BamConfig(
         **dense
         | sliced
@@ -66,6 +74,7 @@ def mixture_config(
             "router_input": settings.router.input,
             "router_prior": settings.router.prior,
             "router_prior_scale": settings.router.prior_scale,
+            **counted,
             "dense_layers": sorted(set(settings.dense_layers)) or None,
             "router_aux_loss_coef": final.load_balance,
             "router_z_loss_coef": final.router_z,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralForCausalLM
 
 from bam_ray.blobs import open_store
 from bam_ray.blobs.memory import MemoryStore
@@ -101,6 +101,31 @@ def test_routers_are_fitted_to_text(run: Run, folder: Path) -> None:
     assert "ridge *" in out
     separation = json.loads((folder / "mixture" / "separation.json").read_text())
     assert separation["domains"] == ["seed", "code"]
+
+
+def test_embedding_rows_are_weighted_by_all_text(run: Run, folder: Path) -> None:
+    texts = ("--text=seed=prose.txt", "--text=code=code.txt", "--text=law=law.txt")
+    (folder / "law.txt").write_text("Whereas the party of the first part. " * 50)
+    run(*UPCYCLE, "--method=btx", "--set=embeddings=counts", *texts)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "seed")
+    counts = torch.ones(3, 300)
+    for number, name in enumerate(("prose", "code", "law")):
+        ids = tokenizer((folder / f"{name}.txt").read_text())["input_ids"]
+        counts[number] += torch.bincount(torch.tensor([*ids, CONFIG.eos_token_id]), minlength=300)
+    totals = counts.sum(1, keepdim=True) - 300
+    counts = (counts - 1) * totals.mean() / totals + 1
+    models = torch.stack([load_file(folder / name / "model.safetensors")["lm_head.weight"] for name in NAMES])
+    expected = (models * (counts / counts.sum(0))[:, :, None]).sum(0)
+    written = load_file(folder / "mixture" / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(written, expected)
+
+
+def test_text_that_is_missing_or_unused_is_an_error(refused: Run) -> None:
+    error = refused(*UPCYCLE, "--set=embeddings=counts", "--text=code=code.txt")
+    assert "there is none of ['seed', 'law']: give it (--text NAME=SOURCE)" in error
+    assert "or embeddings to counts" in refused(*UPCYCLE, "--text=code=code.txt")
+    assert "embeddings" in refused(*UPCYCLE, "--set=embeddings=mean")
+    assert "embeddings: unknown key" in refused(*UPCYCLE[:2], "--out=x", "--method=sparse", "--set=embeddings=counts")
 
 
 def test_a_dry_run_measures_and_writes_nothing(run: Run, folder: Path) -> None:

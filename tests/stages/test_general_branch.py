@@ -65,6 +65,8 @@ def test_a_general_branch_takes_the_place_of_the_seed(tmp_path: Path) -> None:
         "branch code",
         "mixture bam",
         "mixture soup",
+        "ensemble posterior",
+        "ensemble uniform",
     ]
 
 

@@ -12,7 +12,8 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.model import BamForCausalLM
 from bam_ray.settings import BranchedMixture, MixtureSettings, RoutedMixture, mixture_settings
-from bam_ray.upcycling import Upcycled, upcycle
+from bam_ray.upcycling import DomainText, Upcycled, upcycle
+from bam_ray.upcycling.routers.counts import TokenCounts
 from tests.support import tiny
 
 NAMES = ["seed", "code", "law", "medicine"]
@@ -56,10 +57,15 @@ def settings(case: str = "bam kv_experts", **more: Any) -> MixtureSettings:
 
 
 def upcycle_into(
-    folder: Path, sources: dict[str, TensorReader], settings: MixtureSettings, texts: dict[str, Tensor] | None = None
+    folder: Path,
+    sources: dict[str, TensorReader],
+    settings: MixtureSettings,
+    texts: dict[str, Tensor] | None = None,
+    counts: dict[str, TokenCounts] | None = None,
 ) -> Upcycled:
     """Upcycle `sources` and write the mixture to `folder`."""
-    return upcycle(sources, settings, ModelWriter(FolderStore(folder)), MANIFEST, texts=texts)
+    text = DomainText(texts or {}, counts or {})
+    return upcycle(sources, settings, ModelWriter(FolderStore(folder)), MANIFEST, text=text)
 
 
 def reader(folder: Path) -> TensorReader:
@@ -81,9 +87,10 @@ def mixture(
     models: dict[str, PreTrainedModel],
     settings: MixtureSettings,
     texts: dict[str, Tensor] | None = None,
+    counts: dict[str, TokenCounts] | None = None,
 ) -> BamForCausalLM:
     """Return the mixture of `models`, which is written to `folder`/mixture."""
-    upcycle_into(folder / "mixture", tiny.sources(folder, models), settings, texts)
+    upcycle_into(folder / "mixture", tiny.sources(folder, models), settings, texts, counts)
     return load(folder / "mixture")
 
 

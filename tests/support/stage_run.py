@@ -39,7 +39,7 @@ class RecordingContext:
 
     def should_stop(self) -> bool:
         """Return True if the last report was of step `stop_at` or a later one."""
-        return self.stop_at is not None and self.reports[-1].step >= self.stop_at
+        return self.stop_at is not None and bool(self.reports) and self.reports[-1].step >= self.stop_at
 
 
 def small_recipe(folder: Path, **changes: object) -> Recipe:

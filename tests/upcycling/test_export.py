@@ -10,6 +10,7 @@ from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
 from bam_ray.upcycling import export_mixtral
+from bam_ray.upcycling.routers.counts import count_tokens
 from tests.support import tiny
 from tests.support.mixture_folders import (
     CASES,
@@ -26,16 +27,21 @@ from tests.support.mixture_folders import (
 def exported(folder: Path, family: str, case: str, **more: object) -> Path:
     """Export a mixture of a case, and return the folder of the export."""
     models = branches(family, 3 if case in CASES else 1)
-    upcycle_into(folder / "mixture", tiny.sources(folder, models), settings(case, **more))
+    counts = {name: count_tokens(tiny.tokens(8, 20, seed).numpy(), 96, 1) for seed, name in enumerate(models)}
+    upcycle_into(folder / "mixture", tiny.sources(folder, models), settings(case, **more), counts=counts)
     export_mixtral(reader(folder / "mixture"), ModelWriter(FolderStore(folder / "mixtral")), MANIFEST)
     return folder / "mixtral"
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("case", ["btx", "sparse", "split"])
+@pytest.mark.parametrize(
+    ("case", "more"), [("btx", {}), ("btx", {"embeddings": "counts"}), ("sparse", {}), ("split", {})]
+)
 @torch.no_grad()
-def test_an_export_has_the_logits_of_the_mixture(tmp_path: Path, family: str, case: str) -> None:
-    folder = exported(tmp_path, family, case)
+def test_an_export_has_the_logits_of_the_mixture(
+    tmp_path: Path, family: str, case: str, more: dict[str, object]
+) -> None:
+    folder = exported(tmp_path, family, case, **more)
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert isinstance(loaded, MixtralForCausalLM)
     assert not info["missing_keys"]

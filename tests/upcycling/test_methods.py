@@ -11,7 +11,7 @@ from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.families import FAMILIES
 from bam_ray.model import BamConfig
 from bam_ray.settings import Losses, Ramp, RoutedMixture, RouterSettings, mixture_settings
-from bam_ray.upcycling import plan
+from bam_ray.upcycling import DomainText, plan
 from bam_ray.upcycling.methods import experts_of
 from tests.support import tiny
 from tests.support.mixture_folders import CASES, NAMES, SEED_ONLY_CASES, branches, load, mixture, settings, upcycle_into
@@ -69,7 +69,7 @@ def test_a_split_with_a_shared_expert(tmp_path: Path) -> None:
 
 def test_the_configuration_has_the_final_loss_coefficients(tmp_path: Path) -> None:
     falling = Losses(load_balance=Ramp(start=0.1, end=0.02), router_z=Ramp(start=0.01, end=0.002))
-    config = plan(tiny.sources(tmp_path, branches()), settings(), falling, {}).config
+    config = plan(tiny.sources(tmp_path, branches()), settings(), falling, DomainText()).config
     assert isinstance(config, BamConfig)
     assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (0.02, 0.002)
 
