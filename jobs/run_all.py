@@ -11,7 +11,7 @@ from bam_ray.pipeline.run import PipelineRun
 
 
 def show_results_and_serve(run: PipelineRun, console: Console) -> None:
-    """Print the results of a finished run, serve its mixture and print sample completions."""
+    """Print the results of a finished run, serve what it made and print sample completions."""
     show_results(run, console)
     serve_and_ask(run, console)
 

@@ -67,6 +67,12 @@ class Artifact:
         """Return True if the artifact has a manifest; cheaper than `manifest`."""
         return ManifestGeneration.find(self.store, self.prefix).committed
 
+    def has_all_files(self) -> bool:
+        """Return True if the artifact is committed and no file of its manifest is missing, without reading them."""
+        manifest = self.manifest()
+        stored = set(self.store.list(f"{self.prefix}/"))
+        return manifest is not None and all(self.key(manifest, name) in stored for name in manifest.files)
+
     def key(self, manifest: Manifest, name: str) -> str:
         """Return the key of the file `name` of `manifest`, which is or will be committed here."""
         return "/".join(part for part in (self.prefix, manifest.folder, name) if part)

@@ -52,7 +52,7 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, take_o
 
 @app.command()
 def serve(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
-    """Run the missing stages of a recipe up to the mixture that it serves, and serve it."""
+    """Run the missing stages of a recipe up to the models that it serves, and serve them."""
     _submit(recipe, overrides, "jobs/serve.py", take_over)
 
 

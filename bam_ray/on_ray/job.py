@@ -17,7 +17,7 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import BamError, one_line
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
-from bam_ray.on_ray.serve_app import deploy, served_mixture
+from bam_ray.on_ray.serve_app import deploy, served_models
 from bam_ray.on_ray.submit import END_OF_RUN, TAKE_OVER
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe, load_recipe
@@ -30,14 +30,15 @@ EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
 def run_job(
-    kinds: Collection[ArtifactKind] | None,
+    kinds: Collection[ArtifactKind] | Callable[[Recipe], Collection[ArtifactKind]] | None,
     engine_factory: "EngineFactory | None" = None,
     show: Callable[[PipelineRun, Console], None] | None = None,
 ) -> None:
     """Make all artifacts of `kinds` with the recipe on the command line, call `show`, and exit.
 
     Args:
-        kinds: Kinds of artifacts to make, together with everything that they are made from. None stands for all.
+        kinds: Kinds of artifacts to make, together with everything that they are made from, or a function that returns
+            them. None stands for all.
         engine_factory: Makes the engines of process groups.
         show: Called at the end of a run that finished. Its output is what `bam run` prints last.
     """
@@ -49,7 +50,8 @@ def run_job(
     console = terminal_console(width=TABLE_WIDTH)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        outcome = run_tasks(recipe, kinds, engine_factory, take_over=arguments.take_over)
+        wanted = kinds(recipe) if callable(kinds) else kinds
+        outcome = run_tasks(recipe, wanted, engine_factory, take_over=arguments.take_over)
         if outcome == "finished" and show is not None:
             console.print(END_OF_RUN)
             show(run_of(recipe), console)
@@ -71,12 +73,15 @@ def show_results(run: PipelineRun, console: Console) -> None:
 
 
 def serve_and_ask(run: PipelineRun, console: Console) -> None:
-    """Serve the mixture, print its continuation of one text per domain, and print how to send a request."""
+    """Serve the model, print its continuation of one text per domain, and print how to send a request."""
     from bam_ray.on_ray import run_summary
 
     connect()
-    mixture, name = served_mixture(run)
-    url = deploy(mixture, name, run.recipe.serve)
+    models, name = served_models(run)
+    url = deploy(models, name, run.recipe.serve)
+    if len(models) > 1:
+        members = ", ".join(f"{model.kind}/{model.id}" for model in models)
+        console.print(f"{name} is the ensemble of {members}", soft_wrap=True)
     run_summary.stream_completions(run, url, name, console)
     console.print(f"{name} is served at {url}. Ask it:", soft_wrap=True)
     body = f'{{"model": "{name}", "prompt": "The ", "max_tokens": 40}}'

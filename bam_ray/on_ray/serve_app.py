@@ -1,7 +1,7 @@
 """The OpenAI-compatible endpoint on Ray Serve: replicas of `serving.create_app` behind one HTTP proxy.
 
-    mixture, name = served_mixture(run)
-    url = deploy(mixture, name, recipe.serve)      # http://127.0.0.1:8000/v1
+    models, name = served_models(run)
+    url = deploy(models, name, recipe.serve)       # http://127.0.0.1:8000/v1
     shutdown()
 
 Both need a driver that is connected to the cluster (`ray.init`). The endpoint outlives that driver. Deploying again
@@ -17,6 +17,7 @@ Clusters that are configured by Serve configuration files (cluster/kuberay/rayse
 import logging
 import os
 import socket
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -37,9 +38,10 @@ from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.worker_env import device_environment
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.scheduling.nodes import HEAD, NodeFacts, describe_nodes, describe_request, ray_resources, worker_capacity
-from bam_ray.settings import ServeSettings, load_recipe
+from bam_ray.settings import Recipe, ServeSettings, load_recipe
 
 APP = "bam"
+POSTERIOR = "posterior"  # the name of the posterior ensemble, at the endpoint as in the report
 ANY_HOST = {"0.0.0.0", "::"}
 ONGOING_PER_REPLICA = 1024
 """Requests that a replica holds. Those beyond its slots wait inside it, so that /health and /metrics still answer."""
@@ -50,27 +52,28 @@ DRAIN_SECONDS = 60.0  # time that a replica has to finish its requests when it i
 class Endpoint:
     """One replica: weights from the blob store, a decoding engine, and the HTTP app."""
 
-    def __init__(self, artifact: Artifact, model_name: str, settings: ServeSettings) -> None:
+    def __init__(self, artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings) -> None:
         os.environ.update(device_environment(settings.needs.gpus))
         # Imported here, because the driver that deploys needs no model code
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         import bam_ray.model  # noqa: F401  (registers the mixture with AutoModelForCausalLM)
-        from bam_ray.serving import DecodeEngine, Scheduler, create_app
+        from bam_ray.serving import DecodeEngine, PosteriorEnsemble, Scheduler, create_app
         from bam_ray.training.devices import inference_dtype, requested_device
 
         torch.set_num_threads(max(1, int(settings.needs.cpus)))
-        folder = artifact.fetch()
+        folders = [artifact.fetch() for artifact in artifacts]
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folders[0])
         except Exception:  # of any type: the tokenizers library raises `Exception` for a file of a new version
             raise ServingError(
-                f"{artifact.kind}/{artifact.id} has no tokenizer that can be loaded: text cannot be served"
+                f"{artifacts[0].kind}/{artifacts[0].id} has no tokenizer that can be loaded: text cannot be served"
             ) from None
         device = requested_device(settings.needs.gpus)
         dtype = inference_dtype(device, settings.dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device) for folder in folders]
+        model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
         engine = DecodeEngine(model, tokenizer, settings.slots, settings.max_length)
         self._app = create_app(Scheduler(engine), model_name)
 
@@ -89,32 +92,58 @@ class ApplicationArguments(BaseModel):
 
 
 def application(arguments: ApplicationArguments) -> Application:
-    """Return the recipe's mixture as a Serve application, with the replicas and resources of `serve` in the recipe.
+    """Return what the recipe serves as a Serve application, with the replicas and resources of `serve` in the recipe.
 
-    Raises `SettingsError` if the recipe is wrong, and `CheckpointError` if the mixture is not committed.
+    Raises `SettingsError` if the recipe is wrong, and `CheckpointError` if the models are not committed.
     """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run = PipelineRun.of(recipe, open_store(recipe.store.uri, recipe.store.endpoint))
-    mixture, name = served_mixture(run)
-    return _application(mixture, name, recipe.serve, surge=False)
+    models, name = served_models(run)
+    return _application(models, name, recipe.serve, surge=False)
 
 
-def served_mixture(run: PipelineRun) -> tuple[Artifact, str]:
-    """Return the artifact and the name of the mixture that the recipe serves."""
-    name = run.recipe.serve.mixture or next(iter(run.recipe.upcycle.mixtures))
-    return run.artifact(ArtifactKind.MIXTURES, name), name
+def served_kinds(recipe: Recipe) -> Collection[ArtifactKind]:
+    """Return the kinds of artifacts that must be made before the recipe can be served."""
+    return [ArtifactKind.BRANCHES if recipe.serve.mode == "posterior" else ArtifactKind.MIXTURES]
 
 
-def deploy(artifact: Artifact, model_name: str, settings: ServeSettings) -> str:
-    """Serve an artifact, and return the base URL for OpenAI clients when all replicas answer.
+def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
+    """Return the artifacts that the recipe serves, and the name of the model that they are together.
 
-    Raises `CheckpointError` if the artifact is not committed, `PlacementError` if the nodes can never hold the
-    replicas, and `ServingError` if the port is taken or a replica does not start.
+    They are one mixture, or with `serve.mode` posterior the seed and all branches that are committed and have all
+    their files.
+
+    Raises:
+        CheckpointError: The ensemble would have no branch.
+    """
+    recipe = run.recipe
+    if recipe.serve.mode == "mixture":
+        name = recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
+        return [run.artifact(ArtifactKind.MIXTURES, name)], name
+    branches = [run.artifact(ArtifactKind.BRANCHES, domain) for domain in recipe.branch.domains]
+    whole = [branch for branch in branches if branch.has_all_files()]
+    if not whole:
+        raise CheckpointError(f"no branch of {run.store.uri} is committed: run the stage that makes them, then serve")
+    return [run.artifact(ArtifactKind.SEEDS, "seed"), *whole], POSTERIOR
+
+
+def deploy(artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings) -> str:
+    """Serve a model, and return the base URL for OpenAI clients when all replicas answer.
+
+    Args:
+        artifacts: The model, or the members of a posterior ensemble with the seed first.
+        model_name: The name of the model in requests.
+        settings: The settings of the endpoint.
+
+    Raises:
+        CheckpointError: An artifact is not committed.
+        PlacementError: The nodes can never hold the replicas.
+        ServingError: The port is taken, or a replica does not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     nodes = living_nodes()
     surge = _has_spare_capacity(settings, nodes)
-    app = _application(artifact, model_name, settings, surge)
+    app = _application(artifacts, model_name, settings, surge)
     head = next(node for node in nodes if HEAD in node.resources)
     _start_serve(settings, head)
     try:
@@ -125,10 +154,11 @@ def deploy(artifact: Artifact, model_name: str, settings: ServeSettings) -> str:
     return f"http://{host}:{settings.port}/v1"
 
 
-def _application(artifact: Artifact, model_name: str, settings: ServeSettings, surge: bool) -> Application:
+def _application(artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, surge: bool) -> Application:
     """Return the endpoint as Serve runs it. With `surge`, one more replica may run while replicas are replaced."""
-    if artifact.manifest() is None:
-        raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
+    for artifact in artifacts:
+        if not artifact.is_committed():
+            raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
     resources = ray_resources(settings.needs)
     deployment = serve.deployment(Endpoint, name="endpoint").options(
         num_replicas=settings.replicas,
@@ -142,7 +172,7 @@ def _application(artifact: Artifact, model_name: str, settings: ServeSettings, s
             "label_selector": settings.needs.labels,
         },
     )
-    return deployment.bind(artifact, model_name, settings)
+    return deployment.bind(artifacts, model_name, settings)
 
 
 def shutdown() -> None:

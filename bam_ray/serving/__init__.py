@@ -8,7 +8,8 @@ This package does not depend on Ray. `bam_ray.on_ray.serve_app` deploys the app 
 
 from bam_ray.serving.app import create_app
 from bam_ray.serving.engine import DecodeEngine
+from bam_ray.serving.ensemble import PosteriorEnsemble
 from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler
 
-__all__ = ["DecodeEngine", "SamplingParams", "Scheduler", "create_app"]
+__all__ = ["DecodeEngine", "PosteriorEnsemble", "SamplingParams", "Scheduler", "create_app"]

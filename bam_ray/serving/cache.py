@@ -5,8 +5,12 @@ rows and computes nothing for free slots. When a request leaves, the last reques
 
 Each layer takes the shape of its keys and values from its first update, because a mixture with one set of key/value
 heads per expert stores more heads than its configuration states.
+
+A model may keep more than keys and values: `SlotCache.rows` has one row of any tensors for each slot. A model that
+consists of several models has one cache for each of them (`SlotCache.part`), whose slots move together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,47 +85,86 @@ class _SlotLayer(CacheLayerMixin):
         return self._max_length
 
 
-class _SlotRoutingState(RoutingState):
-    """The state of routers that read the prefix: one row for each slot."""
+class SlotRows:
+    """Tensors with one row for each slot, which are allocated by the first write."""
 
     def __init__(self, slots: int, write: _CacheWrite) -> None:
-        super().__init__()
         self._slots, self._write = slots, write
+        self._stored: tuple[Tensor, ...] = ()  # [slots, ...] each
 
-    def read(self) -> SeenTokens | None:
-        """Return the state of the active slots; None: a prompt begins."""
-        if self.seen is None or self._write.rows is None or self._write.slot is not None:
+    def read(self) -> tuple[Tensor, ...] | None:
+        """Return the rows of the active slots, [B, ...] each; None: a prompt begins."""
+        if not self._stored or self._write.rows is None or self._write.slot is not None:
             return None
         batch = len(self._write.rows)
-        return SeenTokens(*(each[:batch] for each in self.seen))
+        return tuple(each[:batch] for each in self._stored)
 
-    def write(self, seen: SeenTokens) -> None:
-        """Store the state of a prompt's slot, or of all active slots."""
-        if self.seen is None:
-            self.seen = SeenTokens(*(each.new_zeros(self._slots, *each.shape[1:]) for each in seen))
-        for stored, new in zip(self.seen, seen, strict=True):
+    def write(self, rows: Sequence[Tensor]) -> None:
+        """Store the row of a prompt's slot, [1, ...] each, or those of all active slots, [B, ...] each."""
+        if not self._stored:
+            self._stored = tuple(each.new_zeros(self._slots, *each.shape[1:]) for each in rows)
+        for stored, new in zip(self._stored, rows, strict=True):
             if self._write.slot is not None:
                 stored[self._write.slot] = new[0]
             else:
                 stored[: len(new)] = new
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Copy the state of one slot to another."""
-        for stored in self.seen or ():
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the row of one slot to another."""
+        for stored in self._stored:
             stored[target] = stored[source]
 
 
-class SlotCache(Cache):
-    """A `transformers` cache made of slots. Call `prefill` or `decode` before each forward pass."""
+class _SlotRoutingState(RoutingState):
+    """The state of routers that read the prefix, in the rows of a cache."""
 
-    def __init__(self, slots: int, max_length: int) -> None:
-        self._write = _CacheWrite()
-        self._slots = slots
+    def __init__(self, rows: SlotRows) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def read(self) -> SeenTokens | None:
+        """Return the state of the active slots; None: a prompt begins."""
+        rows = self._rows.read()
+        return None if rows is None else SeenTokens(*rows)
+
+    def write(self, seen: SeenTokens) -> None:
+        """Store the state of a prompt's slot, or of all active slots."""
+        self._rows.write(seen)
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Do nothing: the cache copies its rows."""
+
+
+class SlotCache(Cache):
+    """A `transformers` cache made of slots. Call `prefill` or `decode` before each forward pass.
+
+    Attributes:
+        rows: What the model keeps for each slot besides keys and values.
+    """
+
+    def __init__(self, slots: int, max_length: int, write: _CacheWrite | None = None) -> None:
+        """Create a cache whose memory is allocated by the first forward pass.
+
+        Args:
+            slots: The number of slots.
+            max_length: The number of positions in a slot.
+            write: The target of forward passes, for a part of another cache. None: a new one.
+        """
+        self._write = write or _CacheWrite()
+        self._slots, self._max_length = slots, max_length
+        self._parts: list[SlotCache] = []
+        self.rows = SlotRows(slots, self._write)
         super().__init__(layer_class_to_replicate=lambda: _SlotLayer(slots, max_length, self._write))
+
+    def part(self, index: int) -> "SlotCache":
+        """Return the cache of one model of several, which has the same slots."""
+        while len(self._parts) <= index:
+            self._parts.append(SlotCache(self._slots, self._max_length, self._write))
+        return self._parts[index]
 
     def new_routing_state(self) -> RoutingState:
         """Return the state of routers that read the prefix, which the model adds to the layers."""
-        return _SlotRoutingState(self._slots, self._write)
+        return _SlotRoutingState(self.rows)
 
     def prefill(self, slot: int) -> None:
         """Make the next forward pass write one prompt into `slot`."""
@@ -139,6 +182,7 @@ class SlotCache(Cache):
         self._write.positions, self._write.length = positions, length
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a request's keys and values to another slot."""
-        for layer in self.layers:
-            layer.copy_slot(source, target, length)
+        """Copy a request to another slot: its rows, and the first `length` positions of its keys and values."""
+        self.rows.copy_slot(source, target)
+        for each in (*self.layers, *self._parts):
+            each.copy_slot(source, target, length)

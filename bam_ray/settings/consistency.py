@@ -138,6 +138,22 @@ def _branches_are_enough(name: str, mixture: "MixtureSettings", experts: int, br
         )
 
 
+def posterior_has_members(recipe: "Recipe") -> None:
+    """Check that a posterior ensemble has a branch, and that no mixture is to be served beside it."""
+    if recipe.serve.mode != "posterior":
+        return
+    if recipe.serve.mixture is not None:
+        raise ValueError(
+            f"serve.mixture is {recipe.serve.mixture!r}, but serve.mode posterior serves the seed and the branches: "
+            "set serve.mixture to null, or serve.mode to mixture"
+        )
+    if not recipe.branch.domains:
+        raise ValueError(
+            "serve.mode posterior serves the seed and the branches, but branch.domains is empty: add a domain, or set "
+            "serve.mode to mixture"
+        )
+
+
 def processes_share_experts(recipe: "Recipe") -> None:
     """Check that experts and workers are multiples of `mix.expert_parallel`."""
     size, workers = recipe.mix.expert_parallel, recipe.mix.workers or 0  # 0: as many as `size`, whatever it is
@@ -241,6 +257,7 @@ CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     gpus_are_used,
     domains_exist,
     mixtures_exist,
+    posterior_has_members,
     processes_share_experts,
     workers_share_batches,
     quorum_is_enough,

@@ -25,8 +25,13 @@ class EvaluateSettings(Strict):
 class ServeSettings(Strict):
     """The OpenAI-compatible endpoint."""
 
+    mode: Literal["mixture", "posterior"] = "mixture"
+    """The model to serve. `mixture` means a mixture. `posterior` means the posterior ensemble of the seed and all
+    committed branches (see [Serve the branches without mixing](recipes.md#serve-the-branches-without-mixing)). It
+    needs no upcycling and no mixing, and is served under the name `posterior`."""
     mixture: Name | None = None
-    """Name of the mixture to serve. `null` means the first of `upcycle.mixtures`."""
+    """Name of the mixture to serve. `null` means the first of `upcycle.mixtures`. It must be `null` with `mode`
+    `posterior`."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000

@@ -20,7 +20,7 @@ from ray.util.accelerators import accelerators
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.on_ray.job import run_of
-from bam_ray.on_ray.serve_app import served_mixture
+from bam_ray.on_ray.serve_app import served_models
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Recipe, load_recipe
 from tests.support.cluster.manifests import ROOT, crd_validator, errors, facts, gib, load_manifest, unmet
@@ -177,7 +177,7 @@ def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="not committed: run the stage that makes it"):
         build()
-    mixture, name = served_mixture(run_of(load_recipe(recipe, overrides)))
+    (mixture,), name = served_models(run_of(load_recipe(recipe, overrides)))
     (tmp_path / "empty").mkdir()
     mixture.publish(tmp_path / "empty", Manifest(id=mixture.id, kind="mixtures", name=name))
     assert isinstance(build(), Application)

@@ -22,15 +22,17 @@ from ray.serve.schema import ServeDeploySchema
 
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
-from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
 from bam_ray.on_ray.job import run_of
-from bam_ray.on_ray.serve_app import deploy, served_mixture, shutdown
-from bam_ray.serving import DecodeEngine, SamplingParams
+from bam_ray.on_ray.serve_app import deploy, served_models, shutdown
+from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
 from bam_ray.settings import Needs, ServeSettings, load_recipe
+from tests.serving.test_ensemble import members_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 DRIVER = """
 import json, sys
 import ray
@@ -41,7 +43,7 @@ from bam_ray.settings import ServeSettings
 address, store, port = sys.argv[1:]
 ray.init(address=address)
 settings = ServeSettings(port=int(port), slots=4, max_length=64)
-print(json.dumps(deploy(Artifact(open_store(store), "mixtures", "bam"), "demo", settings)))
+print(json.dumps(deploy([Artifact(open_store(store), "mixtures", "bam")], "demo", settings)))
 """
 
 
@@ -94,10 +96,18 @@ def url(cluster: Cluster, store: FolderStore, port: int) -> str:
         squatter.listen()
         ray.init(address=cluster.address, log_to_driver=False)
         with pytest.raises(ServingError, match=r"Address already in use.*serve\.port"):
-            deploy(Artifact(store, "mixtures", "bam"), "demo", ServeSettings(port=port))
+            deploy([Artifact(store, "mixtures", "bam")], "demo", ServeSettings(port=port))
     arguments = [sys.executable, "-c", DRIVER, cluster.address, store.uri, str(port)]
     driver = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     return str(json.loads(driver.stdout.splitlines()[-1]))
+
+
+def generate_alone(engine: DecodeEngine, prompt: str, max_tokens: int) -> str:
+    """Return the greedy completion of one prompt by the engine, without the server."""
+    _, delta = engine.add(engine.tokenizer(prompt).input_ids, SamplingParams(max_tokens=max_tokens, temperature=0))
+    while engine.active:
+        delta += engine.step()[0][1]
+    return delta.text
 
 
 def test_streams_equal_the_engine_alone(url: str, models_by_family: Any, tokenizer: Any) -> None:
@@ -105,18 +115,12 @@ def test_streams_equal_the_engine_alone(url: str, models_by_family: Any, tokeniz
     engine = DecodeEngine(models_by_family["bam"], tokenizer, slots=1, max_length=64)
     prompts = [f"the cat sat {word}" for word in ("on", "under", "by the mat", "☕", "in", "so")]
 
-    def generate_alone(prompt: str) -> str:
-        _, delta = engine.add(tokenizer(prompt).input_ids, SamplingParams(max_tokens=30, temperature=0))
-        while engine.active:
-            delta += engine.step()[0][1]
-        return delta.text
-
     def stream(prompt: str) -> str:
         chunks = client.completions.create(model="demo", prompt=prompt, max_tokens=30, temperature=0, stream=True)
         return "".join(chunk.choices[0].text for chunk in chunks)
 
     with ThreadPoolExecutor(len(prompts)) as pool:
-        assert list(pool.map(stream, prompts)) == [generate_alone(prompt) for prompt in prompts]
+        assert list(pool.map(stream, prompts)) == [generate_alone(engine, prompt, 30) for prompt in prompts]
 
     request: dict[str, Any] = {"model": "demo", "max_tokens": 9, "temperature": 0}
     messages: Any = [{"role": "user", "content": "what is a mixture?"}]
@@ -152,7 +156,7 @@ def test_a_disconnected_client_frees_its_slot(url: str) -> None:
 
 def test_deployments_that_cannot_succeed_are_rejected(url: str, store: FolderStore, port: int) -> None:
     def serve(id: str = "bam", **settings: Any) -> None:
-        deploy(Artifact(store, "mixtures", id), "demo", ServeSettings(port=port, **settings))
+        deploy([Artifact(store, "mixtures", id)], "demo", ServeSettings(port=port, **settings))
 
     with pytest.raises(CheckpointError, match="not committed"):
         serve("nothing")
@@ -161,7 +165,7 @@ def test_deployments_that_cannot_succeed_are_rejected(url: str, store: FolderSto
     with pytest.raises(PlacementError, match="5 replica"):
         serve(replicas=5)
     with pytest.raises(ServingError, match=rf"already listens on 127.0.0.1:{port}"):
-        deploy(Artifact(store, "mixtures", "bam"), "demo", ServeSettings(port=port + 1))
+        deploy([Artifact(store, "mixtures", "bam")], "demo", ServeSettings(port=port + 1))
     with pytest.raises(ServingError, match=r"lower serve\.max_length"):
         serve(max_length=1 << 20)
     # The previous replica keeps serving
@@ -170,9 +174,8 @@ def test_deployments_that_cannot_succeed_are_rejected(url: str, store: FolderSto
 
 
 def test_a_serve_configuration_file_serves_a_recipe(url: str, store: FolderStore, port: int, tmp_path: Path) -> None:
-    recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
     overrides = [f"store.uri={store.uri}", "serve.slots=4", "serve.max_length=64", "serve.needs.cpus=0.5"]
-    mixture, name = served_mixture(run_of(load_recipe(recipe, overrides)))
+    (mixture,), name = served_models(run_of(load_recipe(RECIPE, overrides)))
     mixture.publish(
         Artifact(store, "mixtures", "bam").fetch(tmp_path), Manifest(id=mixture.id, kind="mixtures", name=name)
     )
@@ -180,7 +183,7 @@ def test_a_serve_configuration_file_serves_a_recipe(url: str, store: FolderStore
         "name": "bam",
         "route_prefix": "/",
         "import_path": "bam_ray.on_ray.serve_app:application",
-        "args": {"recipe": str(recipe), "overrides": overrides},
+        "args": {"recipe": str(RECIPE), "overrides": overrides},
     }
     http = {"host": "127.0.0.1", "port": port}
     schema = ServeDeploySchema(applications=[application], http_options=http)
@@ -190,9 +193,37 @@ def test_a_serve_configuration_file_serves_a_recipe(url: str, store: FolderStore
     assert client.completions.create(model=name, prompt="the", max_tokens=4).usage.completion_tokens == 4
 
 
+def test_the_branches_are_served_without_a_mixture(
+    url: str, tokenizer: Any, port: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    own = FolderStore(tmp_path_factory.mktemp("branches"))
+    overrides = ["serve.mode=posterior", "serve.mixture=null", "serve.max_length=64", f"serve.port={port}"]
+    run = run_of(load_recipe(RECIPE, [f"store.uri={own.uri}", *overrides]))
+    tasks = [task for task in run.tasks if task.kind in (ArtifactKind.SEEDS, ArtifactKind.BRANCHES)]
+    members = members_of("llama", len(tasks), tokenizer)
+    for task, member in zip(tasks, members, strict=True):
+        member.save_pretrained(tmp_path / task.name)
+        tokenizer.save_pretrained(tmp_path / task.name)
+        Artifact(own, task.kind, task.id).publish(
+            tmp_path / task.name, Manifest(id=task.id, kind=task.kind, name=task.name)
+        )
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    prompts = ["the cat sat on", "user: what is a mixture?", "☕"]
+    for count in (len(tasks), len(tasks) - 1):  # the last branch is withdrawn
+        if count < len(tasks):
+            shutil.rmtree(Path(own.uri) / "branches" / tasks[-1].id)
+        models, name = served_models(run)
+        assert deploy(models, name, run.recipe.serve) == url
+        assert [model.id for model in client.models.list()] == ["posterior"]
+        engine = DecodeEngine(PosteriorEnsemble(members[:count]), tokenizer, slots=1, max_length=64)
+        request: dict[str, Any] = {"model": "posterior", "prompt": prompts, "max_tokens": 20, "temperature": 0}
+        texts = [choice.text for choice in client.completions.create(**request).choices]
+        assert texts == [generate_alone(engine, prompt, 20) for prompt in prompts]
+
+
 def test_redeployment_and_shutdown(url: str, store: FolderStore, port: int) -> None:
     settings = ServeSettings(port=port, slots=2, max_length=32, replicas=2, needs=Needs(cpus=0.5))
-    assert deploy(Artifact(store, "mixtures", "bam"), "second", settings) == url
+    assert deploy([Artifact(store, "mixtures", "bam")], "second", settings) == url
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["second"]
     shutdown()

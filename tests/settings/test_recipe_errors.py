@@ -98,6 +98,12 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("mix.capacity_factor", 0.0, "mix.capacity_factor: Input should be greater than 0"),
         ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which are not in data.domains"),
         ("serve.mixture", "btx", "serve.mixture is 'btx', which is not in upcycle.mixtures ['bam']"),
+        (
+            "serve",
+            {"mode": "posterior", "mixture": "bam"},
+            "serve.mixture is 'bam', but serve.mode posterior serves the seed and the branches: set serve.mixture to n",
+        ),
+        ("serve.mode", "uniform", "serve.mode: Input should be 'mixture' or 'posterior'"),
         ("mix.expert_parallel", 3, "does not divide the 2 experts of mixture"),
         (
             "mix.workers",

@@ -1,0 +1,138 @@
+"""The posterior ensemble of several models, as one model for the decode engine.
+
+The probability of a token is the weighted mean of the probabilities that the N members give it:
+
+    p(x_t | x_<t) = Σ_i w_i,t p_i(x_t | x_<t)        log w_t = log_softmax_i(Σ_{s<t} log p_i(x_s | x_<s))
+
+The weights of the members are their probabilities after the earlier tokens of the same request, with a uniform prior
+(DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306). Nothing is trained or merged, so a member that is left
+out leaves nothing behind. `bam_ray.evaluation.ensemble` scores the same ensemble on held-out text.
+
+Each member keeps its keys and values in a part of the engine's cache. The rows of the cache hold the N sums of each
+slot, and what each member predicts next, because the token that the engine selects is known only at the next step.
+
+Shapes: N members, B batch, L length, d hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from bam_ray.errors import ServingError
+from bam_ray.families import FAMILIES
+from bam_ray.serving.cache import SlotCache
+
+CHUNK_TOKENS = 256
+"""Number of tokens of a prompt whose logits exist at the same time. With a large vocabulary, those of a whole prompt
+would need more memory than its keys and values."""
+
+
+class PosteriorEnsemble(nn.Module):
+    """The posterior ensemble of causal language models that share one tokenizer.
+
+    `DecodeEngine` uses it like a single model. Its logits are the logarithms of the probabilities of the ensemble.
+    """
+
+    def __init__(self, members: Sequence[PreTrainedModel]) -> None:
+        """Create the ensemble of `members`, which are on one device. The first one gives the configuration.
+
+        Raises:
+            ServingError: The members are not dense models of one supported architecture and vocabulary.
+        """
+        super().__init__()
+        self.members = tuple(members)
+        self._submodules = nn.ModuleList(members)  # the same, so that `eval` reaches them
+        first = members[0]
+        self.config = first.config
+        self.generation_config = first.generation_config
+        kinds = {(each.config.model_type, _vocabulary(each)) for each in members}
+        if len(kinds) > 1 or self.config.model_type not in FAMILIES:
+            found = ", ".join(f"{kind} with {tokens} tokens" for kind, tokens in sorted(kinds))
+            raise ServingError(
+                f"a posterior ensemble cannot be made of {found}: use dense models of one architecture "
+                f"({', '.join(FAMILIES)}) and one vocabulary"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the members."""
+        device: torch.device = self.members[0].device
+        return device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the input embeddings of the first member, for the size of the vocabulary."""
+        embeddings: nn.Module = self.members[0].get_input_embeddings()
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: SlotCache,
+        use_cache: bool = True,
+        logits_to_keep: int = 1,
+    ) -> CausalLMOutput:
+        """Compute the next token of one prompt, or of the active slots.
+
+        Args:
+            input_ids: A prompt [1, L], or the newest token of each active slot [B, 1].
+            position_ids: The positions of the tokens, [1, L] or [B, 1].
+            attention_mask: The keys that each row attends to, bool [B, 1, 1, K]; None: a prompt attends to itself.
+            cache: The cache of the engine.
+            use_cache: Has no effect, because the ensemble always uses its cache.
+            logits_to_keep: Has no effect, because only the logits of the last token are computed.
+
+        Returns:
+            An output whose `logits` are the log-probabilities of the next token, double [B, 1, V].
+        """
+        del use_cache, logits_to_keep
+        earlier = cache.rows.read()
+        seen, last = [], []
+        for index, member in enumerate(self.members):
+            hidden = member.base_model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                cache=cache.part(index),
+                use_cache=True,
+            ).last_hidden_state
+            log_p, following = _score(member, hidden, input_ids[:, 1:])
+            seen.append(log_p)
+            last.append(following)
+        sums, predicted = torch.stack(seen, dim=1), torch.stack(last, dim=1)  # double [B, N], fp32 [B, N, V]
+        if earlier is not None:
+            sums_before, predicted_before = earlier
+            newest = input_ids[:, :1, None].expand(-1, len(self.members), 1)  # [B, N, 1]
+            sums = sums + sums_before + predicted_before.gather(2, newest).squeeze(2)
+        cache.rows.write((sums, predicted))
+        log_weights = sums.log_softmax(1)  # [B, N]
+        logits = torch.logsumexp(log_weights.unsqueeze(2) + predicted, dim=1)
+        return CausalLMOutput(logits=logits.unsqueeze(1))
+
+
+def _score(member: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of the `targets` [B, L - 1], and those of the token after the last one.
+
+    They are the sum over the targets, double [B], and all tokens of the vocabulary, fp32 [B, V]. `hidden` [B, L, d] are
+    the last hidden states.
+    """
+    head, scale = member.get_output_embeddings(), getattr(member.config, "logit_scale", 1.0)
+    total = hidden.new_zeros(len(hidden), dtype=torch.double)
+    log_p = hidden.new_zeros(0)
+    for start in range(0, hidden.shape[1], CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        log_p = (head(hidden[:, chunk]) * scale).float().log_softmax(-1)
+        target = targets[:, chunk].unsqueeze(-1)
+        total += log_p[:, : target.shape[1]].gather(2, target).double().sum((1, 2))
+    return total, log_p[:, -1].clone()  # a view would keep the whole chunk
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of tokens in the vocabulary of a model."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
