@@ -287,7 +287,7 @@ def test_tasks_that_the_cluster_cannot_hold_are_reported() -> None:
     assert "a GPU of spot-l4 has 24 GiB, too little for branches/code" in text(plan)
 
 
-@pytest.mark.parametrize("quorum", [[], ["upcycle.when={at_least: 1}"]], ids=["all", "quorum"])
+@pytest.mark.parametrize("quorum", [[], ["upcycle.when={at_least: 2}"]], ids=["all", "quorum"])
 def test_a_soup_is_planned_as_a_dense_model(tmp_path: Path, quorum: list[str]) -> None:
     demo = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
     demo["upcycle"]["mixtures"]["soup"] = {"method": "soup"}

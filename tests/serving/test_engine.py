@@ -1,7 +1,5 @@
 """The output of a request does not depend on the requests that are decoded with it."""
 
-import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,29 +7,7 @@ import torch
 
 from bam_ray.errors import ServingError
 from bam_ray.serving import DecodeEngine, SamplingParams
-from bam_ray.serving.engine import Delta, Generation
-
-
-def run(engine: DecodeEngine, prompts: list[list[int]], params: Callable[[int], SamplingParams]) -> list[Delta]:
-    """Decode all prompts, each as soon as a slot is free, and return the concatenated deltas of each."""
-    waiting = list(enumerate(prompts))
-    owners: dict[Generation, int] = {}
-    outputs = [Delta() for _ in prompts]
-    while waiting or engine.active:
-        while waiting and engine.free:
-            index, prompt = waiting.pop(0)
-            generation, delta = engine.add(prompt, params(index))
-            owners[generation] = index
-            outputs[index] += delta
-        for generation, delta in engine.step():
-            outputs[owners[generation]] += delta
-    return outputs
-
-
-def prompts_of(count: int, vocabulary: int) -> list[list[int]]:
-    """Return `count` random prompts of different lengths, including a single token."""
-    rng = random.Random(3)
-    return [[rng.randrange(1, vocabulary) for _ in range(1 + 5 * (i % 4) + i % 3)] for i in range(count)]
+from tests.support.decoding import prompts_of, run
 
 
 @pytest.mark.parametrize("family", ["cohere", "llama", "bam", "bam-prefix", "bam-shared"])

@@ -12,19 +12,8 @@ from bam_ray.errors import ServingError
 from bam_ray.evaluation.ensemble import ensemble_nll
 from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams, ensemble
 from bam_ray.serving.cache import SlotCache
-from tests.serving.test_engine import prompts_of, run
+from tests.support.decoding import members_of, prompts_of, run
 from tests.support.tiny import dense
-
-
-def members_of(family: str, count: int, tokenizer: Any) -> list[PreTrainedModel]:
-    """Return different random models with the vocabulary of the tokenizer."""
-    models = []
-    for seed in range(count):
-        model = dense(family, seed).eval()
-        model.resize_token_embeddings(len(tokenizer))
-        model.generation_config.eos_token_id = 0
-        models.append(model)
-    return models
 
 
 @pytest.fixture(scope="module", params=["cohere", "llama"])

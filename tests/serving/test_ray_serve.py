@@ -28,7 +28,7 @@ from bam_ray.on_ray.job import run_of
 from bam_ray.on_ray.serve_app import deploy, served_models, shutdown
 from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
 from bam_ray.settings import Needs, ServeSettings, load_recipe
-from tests.serving.test_ensemble import members_of
+from tests.support.decoding import members_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

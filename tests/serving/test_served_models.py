@@ -35,7 +35,7 @@ def commit(run: PipelineRun, kind: ArtifactKind, name: str, folder: Path) -> Art
 
 
 def test_members_are_the_seed_and_the_whole_branches(run: PipelineRun, tmp_path: Path) -> None:
-    first, second, third = run.recipe.branch.domains
+    first, second, third, _ = run.recipe.branch.domains
     with pytest.raises(CheckpointError, match=r"no branch of .* is committed: run the stage that makes them"):
         served_models(run)
     seed = commit(run, ArtifactKind.SEEDS, "seed", tmp_path / "folder")

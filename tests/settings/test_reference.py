@@ -57,7 +57,7 @@ def test_identity_leaves_out_nested_settings() -> None:
     seed = recipe.seed.identity()
     assert set(seed) == {"scratch", "folder", "training", "blend"}
     assert "recompute" not in seed["training"]
-    assert seed["training"]["tokens"] == 800_000
+    assert seed["training"]["tokens"] == 6_000_000
     faster = TrainingSettings(tokens=1, peak_lr=1.0, recompute=True, zero_stage=3)
     assert faster.identity() == TrainingSettings(tokens=1, peak_lr=1.0).identity()
     assert faster.identity() != TrainingSettings(tokens=2, peak_lr=1.0).identity()
