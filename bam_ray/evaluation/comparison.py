@@ -287,16 +287,15 @@ def statement(
 
 
 def _gap_parts(gaps: Sequence[SpecialistGap]) -> Iterator[str]:
-    close = [gap.domain for gap in gaps if gap.close]
-    if close:
-        yield f"within {CLOSE_PERCENT:g} % of the specialist on {', '.join(close)}"
-    for gap in gaps:
-        if not gap.close:
-            behind = gap.percent.interval[0] > 0
-            words = (
-                "behind the specialist" if behind else f"not shown to be within {CLOSE_PERCENT:g} % of the specialist"
-            )
-            yield f"{words} on {gap.domain} ({format_percent(gap.percent)})"
+    """Yield the domains on which a model is close to the specialist, behind it, and neither of them for sure."""
+    behind = [gap for gap in gaps if not gap.close and gap.percent.interval[0] > 0]
+    unclear = [gap for gap in gaps if not gap.close and gap not in behind]
+    within = f"within {CLOSE_PERCENT:g} % of the specialist on"
+    if close := [gap.domain for gap in gaps if gap.close]:
+        yield f"{within} {', '.join(close)}"
+    for words, group in (("behind the specialist on", behind), (f"not shown to be {within}", unclear)):
+        if group:
+            yield f"{words} {', '.join(f'{gap.domain} ({gap.percent.value:+.1f} %)' for gap in group)}"
 
 
 def format_difference(difference: Difference) -> str:
