@@ -1,8 +1,10 @@
-"""Train the controls of a recipe, dense models to compare mixtures with, and the seed if it is missing."""
+"""Run a recipe up to its report for each training seed of `compare.seeds`, and compare its models over the seeds.
 
-from bam_ray.checkpoint.manifest import ArtifactKind
+A job that is submitted again continues where the last one stopped. Models that are committed are used again.
+"""
+
 from bam_ray.on_deepspeed import deepspeed_engine
-from bam_ray.on_ray.job import run_job
+from bam_ray.on_ray.job import compare_job
 
 if __name__ == "__main__":
-    run_job([ArtifactKind.CONTROLS], deepspeed_engine)
+    compare_job(deepspeed_engine)

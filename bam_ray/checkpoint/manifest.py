@@ -24,6 +24,7 @@ Limits: an identity covers settings and parents, not the version of the code. Th
     mixtures/<id>/                           a trained mixture
     evaluations/<id>/                        the perplexities, the NLL of each token and the routing of one model
     reports/<id>/                            results.json and report.html
+    comparisons/<id>/                        comparison.json and index.html, from the reports of several training seeds
     <any of these>/leases/<attempt>.json     the attempts that have started
     <any of these>/steps/<attempt>-<step>/   training checkpoints, each with its own manifest
     epochs/<epoch>.json                      the drivers that have worked on this store
@@ -58,6 +59,7 @@ class ArtifactKind(StrEnum):
     MIXTURES = "mixtures"
     EVALUATIONS = "evaluations"
     REPORTS = "reports"
+    COMPARISONS = "comparisons"
 
     @property
     def label(self) -> str:
@@ -89,6 +91,7 @@ _LABELS = {
     ArtifactKind.MIXTURES: "mixture",
     ArtifactKind.EVALUATIONS: "evaluation",
     ArtifactKind.REPORTS: "report",
+    ArtifactKind.COMPARISONS: "comparison",
 }
 _SETTINGS = {
     ArtifactKind.CORPORA: "the recipe",  # a fixed request, which no setting changes
@@ -99,6 +102,7 @@ _SETTINGS = {
     ArtifactKind.MIXTURES: "mix.needs",
     ArtifactKind.EVALUATIONS: "evaluate.needs",
     ArtifactKind.REPORTS: "evaluate.needs",
+    ArtifactKind.COMPARISONS: "the recipe",  # made by the job itself, without a request
 }
 
 

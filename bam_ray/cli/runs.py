@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from pydantic import ValidationError
@@ -21,6 +21,9 @@ from bam_ray.control.storage import stored_bytes
 from bam_ray.errors import CheckpointError, PlacementError, SettingsError
 from bam_ray.settings import load_recipe
 from bam_ray.units import format_bytes
+
+if TYPE_CHECKING:
+    from bam_ray.checkpoint.artifacts import Artifact
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The path of the recipe, a YAML file.")]
 OverridesArgument = Annotated[
@@ -48,6 +51,15 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: 
 def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
     """Run the missing stages of a recipe up to the report, and print the table of perplexities."""
     _submit(recipe, overrides, "jobs/evaluate.py", take_over)
+
+
+@app.command()
+def compare(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
+    """Make all models of a recipe with several training seeds (compare.seeds), and compare them.
+
+    Models that exist already are used again. Ctrl-C stops the run cleanly.
+    """
+    _submit(recipe, overrides, "jobs/compare.py", take_over)
 
 
 @app.command()
@@ -134,25 +146,21 @@ def report(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("report"),
     endpoint: EndpointOption = None,
 ) -> None:
-    """Download the newest report of a run, and print its table of perplexities."""
-    from bam_ray.checkpoint.artifacts import Artifact
+    """Download the newest report of a run, and print its table of perplexities.
+
+    If the run has a comparison over training seeds, the newest one is downloaded and printed too.
+    """
     from bam_ray.evaluation.results import Results
-    from bam_ray.evaluation.table import print_results
+    from bam_ray.evaluation.table import print_comparison, print_results
+    from bam_ray.stages.compare import read_comparison
 
     store = open_store(run, endpoint)
-    reports = sorted(
-        (manifest.created, manifest.id)
-        for id in {key.split("/")[1] for key in store.list("reports/")}
-        if (manifest := Artifact(store, ArtifactKind.REPORTS, id).manifest()) is not None
-    )
-    if not reports:
+    newest = _newest(store, ArtifactKind.REPORTS)
+    if newest is None:
         raise CheckpointError(
             f"{run} has no report yet: run `bam evaluate RECIPE` to make one, or `bam status {run}` to see the run"
         )
-    folder = Artifact(store, ArtifactKind.REPORTS, reports[-1][1]).fetch()
-    out.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
+    _download(newest, out)
     try:
         results = Results.model_validate_json((out / "results.json").read_bytes())
     except ValidationError as error:
@@ -160,6 +168,11 @@ def report(
         raise CheckpointError(f"{out}/results.json is not the result of an evaluation: {reason}") from None
     print_results(results, console)
     console.print(f"written: {out}/report.html and {out}/results.json", soft_wrap=True)
+    comparison = _newest(store, ArtifactKind.COMPARISONS)
+    if comparison is not None:
+        _download(comparison, out / "comparison")
+        print_comparison(read_comparison(comparison), console)
+        console.print(f"written: {out}/comparison/index.html and {out}/comparison/comparison.json", soft_wrap=True)
 
 
 @app.command()
@@ -188,6 +201,23 @@ def export_step(
         open_store(run, store.endpoint), cast(ArtifactKind, kind), name, store.target(out), step
     )
     console.print(f"written: {out} ({model} at step {manifest.step}, attempt {manifest.attempt})", soft_wrap=True)
+
+
+def _newest(store: BlobStore, kind: ArtifactKind) -> "Artifact | None":
+    """Return the committed artifact of a kind that was created last; None if there is none."""
+    from bam_ray.checkpoint.artifacts import Artifact
+
+    found = [Artifact(store, kind, id) for id in {key.split("/")[1] for key in store.list(f"{kind}/")}]
+    committed = [(manifest.created, each.id, each) for each in found if (manifest := each.manifest()) is not None]
+    return max(committed, key=lambda entry: entry[:2])[-1] if committed else None
+
+
+def _download(artifact: "Artifact", out: Path) -> None:
+    """Copy the files of an artifact to the folder `out`."""
+    folder = artifact.fetch()
+    out.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
 
 
 def _read_status(store: BlobStore) -> run_status.Status:

@@ -1,16 +1,18 @@
 """The HTML page of the report: a jinja2 template without external resources, for light and dark screens.
 
+`HEAD` is the part that all pages share: the style, and the macro `figure`. It needs the variable `title`.
+
 The template is a Python string instead of a data file, so it is also available on nodes that received the package as
 plain modules.
 """
 
-PAGE = """\
+HEAD = """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ results.run }}: report</title>
+<title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; --page: #f6f8fa; --card: #ffffff; --ink: #1f2328; --muted: #59636e; --line: #d8dee4;
   --accent: #0969da; --yes: #1a7f37; --no: #b35900; --best: #ddf4e4; }
@@ -50,7 +52,11 @@ summary { cursor: pointer; font-weight: 600; }
 {% macro figure(picture, scale) %}
 <figure><img src="data:image/png;base64,{{ picture.png }}" alt="{{ picture.alt }}" style="width: {{ scale }}"></figure>
 {% endmacro %}
+"""
 
+PAGE = (
+    HEAD
+    + """
 <header>
 <h1>{{ results.run }}</h1>
 <p>{{ results.models | length }} models on {{ results.domains | length }} domains
@@ -184,3 +190,4 @@ steps.</p>
 </body>
 </html>
 """
+)

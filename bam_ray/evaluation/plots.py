@@ -1,6 +1,7 @@
-"""The figures of the report, as PNG with a transparent background. The page inverts them on dark screens.
+"""The figures of the report and of the comparison, as PNG with a transparent background.
 
-They are drawn on matplotlib `Figure` objects, without pyplot, so there is no global state and nothing to close.
+The pages invert them on dark screens. They are drawn on matplotlib `Figure` objects, without pyplot, so there is no
+global state and nothing to close.
 """
 
 import base64
@@ -14,7 +15,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from bam_ray.evaluation.results import MixtureRouting, Results
+from bam_ray.evaluation.comparison import Comparison
+from bam_ray.evaluation.results import MEAN, MixtureRouting, ModelKind, Results
 from bam_ray.evaluation.table import format_perplexity
 
 Curve = Sequence[tuple[int, float]]
@@ -31,6 +33,7 @@ BAR_COLORS = {
     "mixtures": "#e0823d",
     "ensembles": "#3fa66b",
 }
+MARKERS: dict[ModelKind, str] = {"seeds": "X", "branches": "v", "controls": "s", "mixtures": "o", "ensembles": "D"}
 CURVE_COLORS = ("#4f8fd6", "#e0823d", "#3fa66b", "#b679d8", "#d35f72", "#2fa8b5", "#b08a2e", "#8b949e")
 
 
@@ -114,6 +117,35 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     radii = np.minimum(np.minimum(index, index[::-1]), radius)  # symmetric, so the average does not lag
     starts, ends = index - radii, index + radii + 1
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
+def cost_scatter(comparison: Comparison) -> Picture:
+    """Draw mean perplexity against training FLOPs and against tokens, one point per model and training seed."""
+    quantities = {"lineage_flops": "training FLOPs", "lineage_tokens": "training tokens"}
+    figure, axes = _panels(len(quantities), len(quantities), width=11.0, height=4.2)
+    values = [each.perplexity[MEAN] for model in comparison.models for each in model.trained]
+    for ax, (quantity, name) in zip(axes, quantities.items(), strict=True):
+        for index, model in enumerate(comparison.models):
+            costs = [getattr(each, quantity) for each in model.trained]
+            ax.plot(
+                costs,
+                [each.perplexity[MEAN] for each in model.trained],
+                linestyle="",
+                marker=MARKERS[model.kind],
+                markersize=5.5,
+                color=CURVE_COLORS[index % len(CURVE_COLORS)],
+                label=model.label,
+            )
+        if all(getattr(each, quantity) for model in comparison.models for each in model.trained):
+            ax.set_xscale("log")  # an imported seed has cost nothing here, which this scale cannot show
+        if max(values) > LOG_SCALE_RATIO * min(values):
+            ax.set_yscale("log")
+        ax.set_xlabel(name, fontsize=8, color=MUTED)
+        ax.tick_params(which="both", labelsize=8, colors=MUTED)
+        ax.grid(color=LINE, linewidth=0.6)
+    axes[0].set_ylabel("mean perplexity", fontsize=8, color=MUTED)
+    axes[-1].legend(fontsize=8, frameon=False, labelcolor=TEXT, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _picture(figure, "Mean perplexity against training FLOPs and training tokens, one point per model and seed")
 
 
 def routing_heatmaps(routing: MixtureRouting, router: str) -> Picture:

@@ -52,18 +52,9 @@ def render_report(
         corpus_facts: The facts of the corpus, `Corpus.facts`.
         settings: The recipe as plain data.
     """
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(
-        perplexity=format_perplexity,
-        number=_dash_if_zero(format_count),
-        flops=_dash_if_zero(format_flops),
-        duration=_dash_if_zero(format_duration),
-        value=format_value,
-        timestamp=format_timestamp,
-        words=format_name,
-    )
     tokens = [score.tokens for score in results.models[0].domains.values()]
-    return environment.from_string(PAGE).render(
+    return page_template(PAGE).render(
+        title=f"{results.run}: report",
         results=results,
         token_counts=" to ".join(f"{count:,}" for count in dict.fromkeys((min(tokens), max(tokens)))),
         last_created=max(manifest.created for manifest in lineage),
@@ -76,6 +67,22 @@ def render_report(
         corpus=CorpusSummary.from_facts(corpus_facts),
         settings=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True),
     )
+
+
+def page_template(source: str, filters: Mapping[str, Callable[..., str]] | None = None) -> jinja2.Template:
+    """Return the template of a page with the filters that format numbers, and with `filters`."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(
+        perplexity=format_perplexity,
+        number=_dash_if_zero(format_count),
+        flops=_dash_if_zero(format_flops),
+        duration=_dash_if_zero(format_duration),
+        value=format_value,
+        timestamp=format_timestamp,
+        words=format_name,
+        **(filters or {}),
+    )
+    return environment.from_string(source)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""The results for a terminal: a table of perplexities, and one line per finding."""
+"""The results for a terminal: a table of perplexities, and one line per finding or per compared model."""
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bam_ray.evaluation.comparison import Comparison
 from bam_ray.evaluation.results import Finding, Results
 
 
@@ -32,6 +33,31 @@ def print_results(results: Results, console: Console) -> None:
     """Print the table of perplexities and the findings."""
     console.print(perplexity_table(results))
     console.print(Text(f"\n{format_findings(results)}\n"), soft_wrap=True)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the table of models × columns: the mean over training seeds above its 95 % interval."""
+    seeds = ", ".join(map(str, comparison.training_seeds))
+    table = Table(title=f"Held-out perplexity of {comparison.run}, training seeds {seeds}", caption="lower is better")
+    table.add_column("model", no_wrap=True)
+    for column in comparison.columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for model in comparison.models:
+        cells = []
+        for column in comparison.columns:
+            estimate = model.perplexity[column]
+            low, high = map(format_perplexity, estimate.interval)
+            cells.append(Text.assemble(format_perplexity(estimate.value), "\n", (f"{low} – {high}", "dim")))
+        table.add_row(model.label, *cells)
+    return table
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the table of a comparison, and what it shows about each model."""
+    console.print(comparison_table(comparison))
+    for line in (*comparison.statements, *comparison.limits):
+        console.print(Text(f"\n{line}"), soft_wrap=True)
+    console.print()
 
 
 def format_findings(results: Results) -> str:

@@ -9,12 +9,13 @@ command resumes a stopped job.
 import argparse
 import sys
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.control.controller import RunOutcome
 from bam_ray.errors import BamError, one_line
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
 from bam_ray.on_ray.serve_app import deploy, served_models
@@ -42,6 +43,41 @@ def run_job(
         engine_factory: Makes the engines of process groups.
         show: Called at the end of a run that finished. Its output is what `bam run` prints last.
     """
+
+    def work(recipe: Recipe, take_over: bool, console: Console) -> RunOutcome:
+        wanted = kinds(recipe) if callable(kinds) else kinds
+        outcome = run_tasks(recipe, wanted, engine_factory, take_over=take_over)
+        if outcome == "finished" and show is not None:
+            console.print(END_OF_RUN)
+            show(run_of(recipe), console)
+        return outcome
+
+    exit_after(work)
+
+
+def compare_job(engine_factory: "EngineFactory | None" = None) -> None:
+    """Make the report of the recipe on the command line for each training seed, compare the reports, and exit.
+
+    Args:
+        engine_factory: Makes the engines of process groups.
+    """
+    from bam_ray.on_ray.comparison import compare_seeds
+
+    def work(recipe: Recipe, take_over: bool, console: Console) -> RunOutcome:
+        def make_report(seeded: Recipe) -> RunOutcome:
+            return run_tasks(seeded, [ArtifactKind.REPORTS], engine_factory, take_over=take_over)
+
+        return compare_seeds(recipe, make_report, console)
+
+    exit_after(work)
+
+
+def exit_after(work: Callable[[Recipe, bool, Console], RunOutcome]) -> NoReturn:
+    """Call `work` with the recipe on the command line, and exit with the code of its outcome.
+
+    Args:
+        work: Receives the recipe, True if other drivers are to be replaced, and the console for its output.
+    """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--recipe", required=True, help="path of the recipe, a YAML file")
     parser.add_argument(TAKE_OVER, action="store_true", help="replace other drivers that work on the same store")
@@ -50,11 +86,7 @@ def run_job(
     console = terminal_console(width=TABLE_WIDTH)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        wanted = kinds(recipe) if callable(kinds) else kinds
-        outcome = run_tasks(recipe, wanted, engine_factory, take_over=arguments.take_over)
-        if outcome == "finished" and show is not None:
-            console.print(END_OF_RUN)
-            show(run_of(recipe), console)
+        outcome = work(recipe, arguments.take_over, console)
     except (BamError, OSError) as error:
         sys.exit(f"error: {one_line(error, all_lines=True)}")
     sys.exit(EXIT_CODES[outcome])

@@ -147,7 +147,7 @@ class PatientClient:
 
 
 def _show_status(console: Console, jobs: PatientClient, job_id: str, store: BlobStore) -> Status | None:
-    """Show the status of the run until it has finished or the job has ended, and return the last status."""
+    """Show the status until the last run of the job has finished or the job has ended, and return the last status."""
     view: Live | LineOutput
     with Live(console=console, auto_refresh=False) if console.is_terminal else LineOutput(console) as view:
         while True:
@@ -155,7 +155,10 @@ def _show_status(console: Console, jobs: PatientClient, job_id: str, store: Blob
             now = last_status(store, details)
             if now:
                 view.update(render(now), refresh=True) if isinstance(view, Live) else view.update(now)
-            if details.status.is_terminal() or (now and now.state == "finished"):
+            if details.status.is_terminal():
+                return now
+            # A comparison makes several runs, one after the other
+            if now and now.state == "finished" and END_OF_RUN in jobs.get_job_logs(job_id):
                 return now
             time.sleep(POLL_SECONDS)
 

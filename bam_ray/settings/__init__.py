@@ -27,6 +27,7 @@ from bam_ray.settings.mixing import Losses, Mixing, Ramp
 from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingSettings, ServeSettings
 from bam_ray.settings.recipe import Recipe, StoreSettings
 from bam_ray.settings.resources import Demand, Needs
+from bam_ray.settings.seeds import with_training_seed
 from bam_ray.settings.strict import Blend, Count, Identity, Name, Strict
 from bam_ray.settings.training import Spike, TrainingSettings
 from bam_ray.settings.upcycle import QuorumSettings, UpcycleSettings
@@ -85,4 +86,5 @@ __all__ = [
     "mixture_settings",
     "parse_recipe",
     "validated",
+    "with_training_seed",
 ]

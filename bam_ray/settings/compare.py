@@ -27,6 +27,11 @@ class CompareSettings(Strict):
     dense: Annotated[list[Multiple], Identity.EXCLUDED] = Field(default=[1.0], min_length=1)
     """One control for each number, which is a multiple of the tokens that all branches and the mixing phase of one
     mixture train on together. (The identity of a control contains its own number of tokens only.)"""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Identity.EXCLUDED] = Field(
+        default=(0, 1, 2), min_length=1
+    )
+    """Training seeds of `bam compare`, which makes the models of the recipe once for each of them. Other commands use
+    the seeds of the recipe."""
     peak_lr: Positive | None = None
     """Learning rate of the controls after warm-up. `null` means that of `mix.training`."""
     workers: Annotated[Count, Identity.EXCLUDED] = 1
@@ -44,4 +49,11 @@ class CompareSettings(Strict):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"compare.dense has two controls named {twice}: give each multiple once")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise ValueError(f"compare.seeds contains {twice} twice: give each training seed once")
         return self

@@ -12,6 +12,7 @@ upcycle.py      mixtures at step 0
 mix.py          trained mixtures
 absorb.py       adds branches that were committed after their mixture had started
 evaluate.py     reports
+compare.py      comparisons of the reports of several training seeds
 training_job.py the data and settings that a stage hands to train.py
 train.py        the training that seeds, branches, controls and mixtures share
 publish.py      commits the trained model

@@ -32,7 +32,8 @@ class JobServer:
 
 
 @pytest.mark.parametrize(
-    ("command", "script"), [("run", "run_all.py"), ("evaluate", "evaluate.py"), ("serve", "serve.py")]
+    ("command", "script"),
+    [("run", "run_all.py"), ("evaluate", "evaluate.py"), ("compare", "compare.py"), ("serve", "serve.py")],
 )
 def test_the_commands_pass_it_to_the_job(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, script: str

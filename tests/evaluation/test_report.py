@@ -1,4 +1,3 @@
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -8,36 +7,10 @@ from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.evaluation.plots import smoothed
 from bam_ray.evaluation.report import format_flops, format_timestamp, format_value, render_report, write_report
 from bam_ray.evaluation.results import Results
+from tests.support.html_page import Page
 
-VOID = {"meta", "img", "br"}
 FACTS = {"vocab_size": 8192, "domains": {"general": {"train_tokens": 1234567, "leak": 0.0123}, "code": {"leak": 0.5}}}
 CURVE = [(step, 5.0 / step) for step in range(1, 30)]
-
-
-class Page(HTMLParser):
-    """A parser that checks that tags are balanced, and collects texts and attributes."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data.strip())
-
-    def values(self, attribute: str) -> list[str]:
-        return [value for name, value in self.attributes if name == attribute]
 
 
 def lineage(results: Results) -> list[Manifest]:

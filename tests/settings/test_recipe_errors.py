@@ -130,6 +130,13 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             {"dense": [0.5, 1, 1.0]},
             "compare: compare.dense has two controls named dense: give each multiple once",
         ),
+        ("compare", {"seeds": []}, "compare.seeds: Tuple should have at least 1 item"),
+        ("compare", {"seeds": [0, -1]}, "compare.seeds.1: Input should be greater than or equal to 0"),
+        (
+            "compare",
+            {"seeds": [1, 0, 1]},
+            "compare: compare.seeds contains 1 twice: give each training seed once",
+        ),
         (
             "compare",
             {"workers": 3},
