@@ -50,6 +50,8 @@ GATES_SUM_TO_ONE: dict[str, Any] = {
     "ffn_output_scale": 1.0,
     "num_attention_experts_per_tok": 0,
 }
+NOISE = 0.02
+"""Standard deviation of the noise on router rows in the check of the order."""
 COUNTS = (PRIOR_TOKENS, PRIOR_PAIRS)
 EXCLUDED = -1e4
 """A logit with which an expert gets probability 0."""
@@ -204,11 +206,16 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
         for expert in range(config.num_experts):
             yield "one expert alone", _error(mixture(weights, only=expert, **GATES_SUM_TO_ONE), dense(expert))
     order = torch.randperm(config.num_experts, generator=generator)
-    permuted = {
-        name: each[order] if _is_router(name) or (_is_stacked(name) and each.shape[0] > 1) else each
+    # Experts with equal scores, such as those of zero routers, are chosen by their numbers: noise makes them unequal
+    unequal = {
+        name: each + NOISE * torch.randn(each.shape, generator=generator) if name.endswith(".gate.weight") else each
         for name, each in weights.items()
     }
-    yield "order", _error(mixture(permuted), mixture(weights))
+    permuted = {
+        name: each[order] if _is_router(name) or (_is_stacked(name) and each.shape[0] > 1) else each
+        for name, each in unequal.items()
+    }
+    yield "order", _error(mixture(permuted), mixture(unequal))
 
 
 def window_config(config: BamConfig, layers: Sequence[int]) -> BamConfig:

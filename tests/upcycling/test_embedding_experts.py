@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from bam_ray.errors import SettingsError, UpcycleError
 from bam_ray.families import EMBEDDING_ROUTERS, FAMILIES, PRIOR_PAIRS, PRIOR_TOKENS, Role
 from bam_ray.model import BamForCausalLM
 from bam_ray.model.bigrams_bam import pair_bucket
+from bam_ray.model.embeddings_bam import BamInputEmbeddings
 from bam_ray.model.routing_bam import BamRouter
 from bam_ray.settings import mixture_settings
+from bam_ray.upcycling import load_model
 from tests.support import tiny
 from tests.support.mixture_folders import (
     BUCKETS,
@@ -210,6 +212,35 @@ def test_the_lineage_has_an_origin_for_every_tensor(tmp_path: Path, family: str)
     assert lineage["history"][0]["upcycle"]["router"] == {"input": "prefix", "prior": "bigram"}
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
+@pytest.mark.parametrize("how", ["means", "ridge"])
+@torch.no_grad()
+def test_fitted_routers_separate_domains(tmp_path: Path, family: str, how: Literal["means", "ridge"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = {
+        name: torch.randint(2 + 4 * number, 8 + 4 * number, (8, 16), generator=generator)  # neighbors share tokens
+        for number, name in enumerate(MODELS)
+    }
+    chosen = settings(embeddings="experts", router={"init": how, "input": "prefix"})
+    upcycled = upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, branches(family)), chosen, texts)
+    assert upcycled.separation is not None
+    routers = upcycled.separation.routers
+    assert [(each.layer, each.kind) for each in routers][0::5] == [(None, "embedding"), (None, "head")]
+    for router in routers:
+        score, random = router.scores[how], router.scores["random"]
+        assert score.accuracy > 0.6 and score.accuracy > random.accuracy
+        assert score.cross_entropy < min(random.cross_entropy, upcycled.separation.chance.cross_entropy) - 0.2
+    model = load(tmp_path / "mixture")
+    found: list[Tensor] = []
+    assert isinstance(model.model.embed_tokens, BamInputEmbeddings) and model.model.head is not None
+    for router in (model.model.embed_tokens.gate, model.model.head.gate):
+        router.register_forward_hook(lambda _, __, logits: found.append(logits))
+    model(torch.cat(list(texts.values())))
+    expected = torch.arange(3).repeat_interleave(8)
+    for logits in found:
+        assert (logits[:, -1].argmax(-1) == expected).float().mean() > 0.9  # after 16 tokens
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -222,6 +253,18 @@ def test_the_lineage_has_an_origin_for_every_tensor(tmp_path: Path, family: str)
 def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         mixture_settings(given)
+
+
+@torch.no_grad()
+def test_a_loaded_model_has_the_exact_counts(tmp_path: Path) -> None:
+    texts = domain_counts(*MODELS)
+    large = (1 << 40) + 1  # not a value of fp32
+    texts["law"].tokens[7] = large
+    chosen = settings("btx", router=ROUTERS["prior"])
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, branches()), chosen, counts=texts)
+    for model in (load(tmp_path / "mixture"), load_model(reader(tmp_path / "mixture"))):
+        state = model.state_dict()
+        assert state[PRIOR_TOKENS][2, 7] == large and state[PRIOR_PAIRS].dtype == torch.int32
 
 
 @pytest.mark.slow

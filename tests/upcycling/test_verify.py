@@ -60,6 +60,14 @@ def test_embedding_experts_of_every_family_pass(tmp_path: Path, family: str) -> 
                 assert error < 1e-5
 
 
+@pytest.mark.parametrize("prior", ["none", "bigram"])
+def test_zero_routers_that_choose_by_number_pass(tmp_path: Path, prior: str) -> None:
+    """The first token of a document has equal scores, also with a prior."""
+    chosen = settings("btx", num_experts_per_tok=1, router={"init": "zero", "prior": prior})
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, branches()), chosen, counts=COUNTS)
+    assert failed(tmp_path / "mixture") == {}
+
+
 @pytest.mark.parametrize("case", ["btx", *SEED_ONLY_CASES])
 def test_mixtures_of_every_method_pass(tmp_path: Path, case: str) -> None:
     models = branches() if case in CASES else branches(count=1)
