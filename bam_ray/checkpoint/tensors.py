@@ -40,7 +40,14 @@ from bam_ray.errors import BlobNotFound, CheckpointError
 
 __all__ = ["CHUNK_BYTES", "DTYPES", "DTYPE_NAMES", "INDEX", "TensorLocation", "TensorReader", "TensorSpec"]
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BUFFER_DTYPES = {
     "BOOL": torch.bool,
@@ -49,7 +56,6 @@ BUFFER_DTYPES = {
     "U16": torch.uint16,
     "I16": torch.int16,
     "U32": torch.uint32,
-    "I32": torch.int32,
     "U64": torch.uint64,
 }
 """Further dtypes, of masks and other buffers in old checkpoints."""

@@ -45,7 +45,10 @@ def absorb(
     store: StoreOptions,
     average_weight: WeightOption = None,
 ) -> None:
-    """Add a branch to a mixture as a new expert. The existing experts do not change."""
+    """Add a branch to a mixture as a new expert. The existing experts do not change.
+
+    If the mixture has a router prior, pass text of the branch: --text NAME=SOURCE with the name of the branch.
+    """
     from bam_ray.upcycling import add_expert
 
     ((name, uri),) = named_values([branch], "--branch").items()
@@ -78,7 +81,10 @@ def replace(
     store: StoreOptions,
     average_weight: WeightOption = None,
 ) -> None:
-    """Replace an expert of a mixture by a branch, which takes over the router rows of the expert."""
+    """Replace an expert of a mixture by a branch, which takes over the router rows of the expert.
+
+    If the mixture has a router prior, pass text of the branch: --text NAME=SOURCE with the name of the branch.
+    """
     from bam_ray.upcycling import replace_expert
 
     ((name, uri),) = named_values([branch], "--branch").items()
@@ -99,14 +105,15 @@ def _edit(
     `branch` is the URI of the branch that the change adds, if it adds one.
     """
     from bam_ray.toolbox.folders import change_mixture, open_model
-    from bam_ray.upcycling import mixture_config_of
+    from bam_ray.upcycling import EditOptions, mixture_config_of
 
     reader = open_model(mixture, store.endpoint)
     change = make_change(mixture_config_of(reader))
     source = None if branch is None else open_model(branch, store.endpoint)
     rows = evaluation.token_rows(reader, evaluation.sequences)
+    options = EditOptions(average_weight=average_weight, counts=evaluation.counts_of_branch(reader, change))
     with progress_bar(change.verb) as progress:
-        changed = change_mixture(reader, change, source, store.target(out), average_weight, rows, progress)
+        changed = change_mixture(reader, change, source, store.target(out), options, rows, progress)
     _print_changed(changed)
     print_mixture_written(out, change.names)
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bam_ray.checkpoint.tensors import TensorReader
-    from bam_ray.upcycling import DomainText
+    from bam_ray.upcycling import DomainText, ExpertEdit
+    from bam_ray.upcycling.routers.counts import TokenCounts
 
 MixtureArgument = Annotated[str, typer.Argument(help="The folder of the mixture: a path or an s3:// URI.")]
 RunArgument = Annotated[str, typer.Argument(help="The location of the run: the store.uri of its recipe.")]
@@ -83,6 +84,12 @@ class EvaluationOptions(TextOptions):
     """The options of a command that evaluates a mixture before and after a change."""
 
     sequences: Annotated[int, typer.Option(help="The number of sequences to evaluate per text.", min=2)] = 16
+
+    def counts_of_branch(self, mixture: "TensorReader", edit: "ExpertEdit") -> "TokenCounts | None":
+        """Return the counts of the text of a new expert; None if the mixture needs none or there is no such text."""
+        from bam_ray.toolbox.folders import counts_of_branch  # loads torch
+
+        return counts_of_branch(edit, mixture, named_values(self.text or [], "--text"))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@
 | split, groups | seed | partitioned | partitioned | partitioned | LLaMA-MoE v2, arXiv 2411.15708 |
 | soup | seed and branches | averaged | averaged | averaged | model soups, arXiv 2203.05482 |
 
-Norms, embeddings and the output head are always averaged (the average of one model is the model itself). The setting
-`embeddings` says how the rows of embeddings and output head are weighted. To add a method, write its class here and add
-it to `AnyMixture`.
+Norms are always averaged (the average of one model is the model itself). Embeddings and the output head are averaged
+too, with the weights that the setting `embeddings` says, or stacked with `embeddings: experts`. To add a method, write
+its class here and add it to `AnyMixture`.
 """
 
 from enum import StrEnum

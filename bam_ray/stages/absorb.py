@@ -2,8 +2,10 @@
 
 Rank 0 does this before an attempt trains, under the attempt's lease. It writes a checkpoint of the same step, which is
 committed like any other, and all ranks resume from that. The experts that existed keep their weights and Adam states. A
-new expert gets the branch's weights, newly drawn router rows, and Adam states of zero. The parameters that all experts
-share have been trained since the branch started, and are not changed.
+new expert gets the branch's weights, newly drawn router rows, and Adam states of zero. With embedding experts, the
+branch's embedding and head are among its weights. If the mixture has a router prior, the expert gets the counts of its
+domain's text, and router rows of zero. The parameters that all experts share have been trained since the branch
+started, and are not changed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +24,15 @@ from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
+from bam_ray.model import BamConfig
 from bam_ray.stages.task_run import TaskRun
+from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.training.checkpoints import Gather
 from bam_ray.training.events import BranchAbsorbed, BranchLeftOut, Event
 from bam_ray.training.state import TrainingState, read_optimizer, resize_optimizer_state
 from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.edit_experts import EditOptions, add_expert, names_of, write_edited_mixture
+from bam_ray.upcycling.routers.counts import TokenCounts
 from bam_ray.upcycling.tokenizers import is_carried
 from bam_ray.upcycling.write import LINEAGE
 
@@ -106,17 +111,20 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
     )
     manifest = Manifest(id=task.id, kind=task.kind, name=task.name, step=step)
     present = names_of(mixture_config_of(mixture))
+    late = [name for _, name in task.quorum.branches if name not in present]
+    counts = _counts(run, mixture_config_of(mixture), late)
+    seed = run.recipe.upcycle.mixtures[task.name].seed
     added: list[Event] = []
     left_out: list[Event] = []
     with scratch_folder("absorb") as temporary:
-        for name in (name for _, name in task.quorum.branches if name not in present):
+        for name in late:
             artifact = run.parent(ArtifactKind.BRANCHES, name)
             try:
                 if not artifact.is_committed():
                     continue
                 branch = TensorReader(run.store, artifact.prefix)
-                seed = run.recipe.upcycle.mixtures[task.name].seed
-                mixture = mixture.with_branch(name, branch, temporary / name, manifest, seed)
+                options = EditOptions(average_weight=0.0, seed=seed, step=step, counts=counts.get(name))
+                mixture = mixture.with_branch(name, branch, temporary / name, manifest, options)
             except UNUSABLE as error:
                 left_out.append(BranchLeftOut(step, name, one_line(error)))
             else:
@@ -135,6 +143,13 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
         writing.save(TrainingState(model, model.state_dict(), optimizer, step, live=True), trainer)
         writing.wait()
     return [*refused, *added, *left_out]
+
+
+def _counts(run: TaskRun, config: BamConfig, branches: Sequence[str]) -> dict[str, TokenCounts]:
+    """Return the counts of the text of each branch, if the mixture has a router prior."""
+    if config.router_prior == "none" or not branches:
+        return {}
+    return read_token_counts(run.parent(ArtifactKind.CORPORA, "corpus").fetch(), branches)
 
 
 def _trainer_at_step_0(sampler_state: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +181,7 @@ class _MixtureFolder(TensorReader):
         return self._initial.file_names(folder)
 
     def with_branch(
-        self, name: str, branch: TensorReader, folder: Path, manifest: Manifest, seed: int
+        self, name: str, branch: TensorReader, folder: Path, manifest: Manifest, options: EditOptions
     ) -> "_MixtureFolder":
         """Write this mixture with one more expert to `folder`, and return it; raises one of `UNUSABLE`."""
         branch.check_digests()
@@ -176,6 +191,6 @@ class _MixtureFolder(TensorReader):
             branch,
             ModelWriter(open_store(str(folder))),
             manifest,
-            EditOptions(average_weight=0.0, seed=seed, step=manifest.step),
+            options,
         )
         return _MixtureFolder(folder, self._uri, self._initial)

@@ -5,6 +5,7 @@ Each function that writes makes one new folder. If it fails, it leaves nothing b
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from bam_ray.upcycling import (
     write_model,
 )
 from bam_ray.upcycling.preflight import Drift, Estimate, drift, estimate
+from bam_ray.upcycling.routers.counts import TokenCounts
 
 BATCH_SEQUENCES = 8
 
@@ -99,7 +101,7 @@ def change_mixture(
     edit: ExpertEdit,
     branch: TensorReader | None,
     out: StoreSettings,
-    average_weight: float | None = None,
+    options: EditOptions | None = None,
     texts: Mapping[str, Tensor] | None = None,
     progress: ProgressCallback | None = None,
 ) -> EditedMixture:
@@ -110,14 +112,21 @@ def change_mixture(
         edit: The edit.
         branch: The branch that becomes an expert; None to remove one.
         out: Location of the new folder.
-        average_weight: Weight of the branch in the parameters that experts share.
+        options: The options of the edit.
         texts: Rows of tokens by name, int64 [S, L]; both mixtures are evaluated on them.
         progress: Called after each chunk.
     """
     sources = [mixture] if branch is None else [mixture, branch]
     check_disk_space(out.uri, sum(spec.bytes for source in sources for spec in source.specs.values()))
     uris = tuple(source.uri for source in sources)
-    settings = {"verb": edit.verb, "experts": edit.names, "average_weight": average_weight}
+    options = options or EditOptions()
+    settings: dict[str, Any] = {
+        "verb": edit.verb,
+        "experts": edit.names,
+        "average_weight": options.average_weight,
+    }
+    if options.counts is not None:
+        settings["counted_tokens"] = options.counts.total
     manifest = Manifest(
         id=identity(edit.verb, settings, uris),
         kind=ArtifactKind.UPCYCLED,
@@ -128,10 +137,21 @@ def change_mixture(
     with new_model_folder(out) as writer:
         for source in sources:
             source.check_digests()
-        options = EditOptions(average_weight=average_weight)
         upcycled = write_edited_mixture(mixture, edit, branch, writer, manifest, options, progress)
     before = perplexities(mixture, texts or {})
     return EditedMixture(upcycled, before, perplexities(open_model(out.uri, out.endpoint), texts or {}))
+
+
+def counts_of_branch(edit: ExpertEdit, mixture: TensorReader, texts: Mapping[str, str]) -> TokenCounts | None:
+    """Return the counts of the text of the branch that `edit` adds, as the router prior of `mixture` needs them.
+
+    `texts` are sources by name. Returns None if the mixture has no prior, or there is no text of the branch.
+    """
+    config, name = mixture_config_of(mixture), edit.branch
+    if config.router_prior == "none" or name is None or name not in texts:
+        return None
+    vocab_size = config.router_prior_vocab_size or config.vocab_size
+    return text_counts(name, texts[name], mixture, vocab_size, config.router_prior_buckets)
 
 
 def perplexities(model: TensorReader, texts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -169,7 +189,8 @@ def read_domain_text(
     """
     if texts and not settings.text_sequences and not settings.needs_token_counts:
         raise SettingsError(
-            "these settings use no text: leave it out, or set router.init to means or ridge, or embeddings to counts"
+            "these settings use no text: leave it out, or set router.init to means or ridge, router.prior to "
+            "bigram, or embeddings to counts"
         )
     counted = texts if settings.needs_token_counts else {}
     return DomainText(

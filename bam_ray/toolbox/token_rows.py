@@ -11,7 +11,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data.sources import read_documents
 from bam_ray.errors import DataError
 from bam_ray.settings import DomainSettings
-from bam_ray.upcycling.routers.counts import CHUNK_TOKENS, TokenCounts, count_stream
+from bam_ray.upcycling.routers.counts import BUCKETS, CHUNK_TOKENS, TokenCounts, count_stream
 from bam_ray.upcycling.tokenizers import load_tokenizer
 
 MIN_ROWS = 2
@@ -45,13 +45,17 @@ def token_rows(name: str, source: str, model: TensorReader, sequences: int, leng
     return torch.tensor(tokens[: rows * length]).view(rows, length)
 
 
-def text_counts(name: str, source: str, model: TensorReader) -> TokenCounts:
+def text_counts(
+    name: str, source: str, model: TensorReader, vocab_size: int | None = None, buckets: int = BUCKETS
+) -> TokenCounts:
     """Count all tokens of a text, and its pairs, with the tokenizer of `model`. The text is not held in memory.
 
     Args:
         name: Name of the text, for error messages.
         source: A source as in a recipe's domains (see `token_rows`).
-        model: The model whose tokenizer and vocabulary size are used.
+        model: The model whose tokenizer is used.
+        vocab_size: The number of tokens that are counted; None: the vocabulary size of the model.
+        buckets: The number of buckets of pairs.
 
     Raises:
         DataError: The source cannot be read, or the tokenizer has more tokens than the model.
@@ -67,7 +71,7 @@ def text_counts(name: str, source: str, model: TensorReader) -> TokenCounts:
                 tokens = []
         yield np.array(tokens, np.int64)
 
-    return count_stream(chunks(), model.config["vocab_size"], _end_of_text(model))
+    return count_stream(chunks(), vocab_size or model.config["vocab_size"], _end_of_text(model), buckets)
 
 
 def _documents(name: str, source: str, model: TensorReader) -> Iterator[list[int]]:

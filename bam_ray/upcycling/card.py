@@ -27,6 +27,12 @@ tags: [moe, merge, bam_ray]
 ({{ "normalized" if config.norm_topk_prob else "softmax over all" }}, scale {{ config.ffn_output_scale }})\
 {% if config.shared_expert_intermediate_size %}, and one always on{% endif %} |
 | attention | {{ attention }} |
+| embeddings | {{ "embedding experts, each with its own embedding and head" if config.embeddings == "experts" \
+else "one embedding and one head, shared by all experts" }} |
+| routers | {{ "read the running mean of the document so far" if config.router_input == "prefix" \
+else "read single tokens" }}\
+{% if config.router_prior != "none" %}, with a {{ config.router_prior }} prior (scale {{ config.router_prior_scale }})\
+{% endif %} |
 | parameters | {{ "{:,}".format(total) }}, of which {{ "{:,}".format(active) }} process each token |
 
 """

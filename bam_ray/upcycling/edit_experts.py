@@ -2,26 +2,29 @@
 
 The mixture may have been trained since it was upcycled. Experts that stay are copied bit by bit with their router rows,
 and nothing is trained. The parameters that all experts share are moved towards a new branch by a weight (1/(n + 1) in
-Nexus, arXiv 2408.15901), which may be 0.
+Nexus, arXiv 2408.15901), which may be 0. With embedding experts, the embedding and the head of the branch become tables
+of the new expert. If the mixture has a router prior, the counts of the branch's text are needed too.
 
     edit = add_expert(config, "math")
     write_edited_mixture(mixture, edit, branch, writer, manifest, EditOptions(average_weight=0.0))
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
-from bam_ray.families import DenseParameter, expert_name, family_of, plain_name
+from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS, DenseParameter, expert_name, family_of, plain_name
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import check_mixture, is_split, seed_config
-from bam_ray.upcycling.expressions import Concat, Draw, Expression, Mean, Take
+from bam_ray.upcycling.expressions import Concat, Counted, Draw, Expression, Mean, Take
 from bam_ray.upcycling.methods import is_plain
 from bam_ray.upcycling.plan import PlannedTensor
 from bam_ray.upcycling.preflight import check_source
+from bam_ray.upcycling.routers.counts import TokenCounts
 from bam_ray.upcycling.tokenizers import check_same_tokenizer
 from bam_ray.upcycling.write import ModelPlan, ProgressCallback, Upcycled, read_history, write_model
 
@@ -60,11 +63,18 @@ class EditOptions:
             then has n experts, or 0 if the branch replaces an expert.
         seed: The random seed of new router rows.
         step: The step up to which the mixture was trained, for the lineage.
+        counts: The counts of the branch's text, which only a router prior needs.
     """
 
     average_weight: float | None = None
     seed: int = 0
     step: int | None = None
+    counts: TokenCounts | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the entry of the lineage."""
+        record = {"average_weight": self.average_weight, "seed": self.seed}
+        return record if self.step is None else {**record, "step": self.step}
 
 
 def add_expert(config: BamConfig, name: str) -> ExpertEdit:
@@ -134,7 +144,10 @@ def write_edited_mixture(
     options: EditOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> Upcycled:
-    """Write an edited mixture and commit it. New router rows are drawn with the model's `initializer_range`.
+    """Write an edited mixture and commit it.
+
+    New router rows are drawn with the model's `initializer_range`. If the mixture has a router prior, they are zeros:
+    the prior tells the new expert from the others already, and random rows would be noise on it.
 
     Args:
         mixture: The mixture to edit, which is not changed itself.
@@ -146,7 +159,8 @@ def write_edited_mixture(
         progress: Called after each chunk.
 
     Raises:
-        UpcycleError: The branch does not fit the mixture, or the mixture is a split.
+        UpcycleError: The branch does not fit the mixture, the mixture is a split, or its router prior needs counts of
+            the branch's text that are missing or do not fit.
     """
     config = check_mixture(mixture)
     options = options or EditOptions()
@@ -160,14 +174,14 @@ def write_edited_mixture(
         assert edit.branch is not None
         check_branch(config, mixture, branch, edit.branch)
         sources[edit.branch] = branch
+        if config.router_prior != "none":
+            _check_counts(config, edit.branch, options.counts)
         if options.average_weight is None:
             weight = 1.0 / len(edit.slots) if edit.router_row is None else 0.0
             options = replace(options, average_weight=weight)
     outputs = _EditPlanner(config, sources, edit, options).outputs()
     edited = BamConfig.from_dict({**mixture.config, "num_experts": len(edit.slots), "expert_names": list(edit.names)})
-    record = {"experts": edit.names, **asdict(options)}
-    if options.step is None:
-        del record["step"]
+    record = {"experts": edit.names, **options.record()}
     history = [*read_history(mixture), {edit.verb: record, "of": {name: each.uri for name, each in sources.items()}}]
     return write_model(ModelPlan(edited, outputs, [], history), sources, writer, manifest, progress=progress)
 
@@ -176,6 +190,22 @@ def check_branch(config: BamConfig, mixture: TensorReader, branch: TensorReader,
     """Raise `UpcycleError` if `branch` does not come from the seed that `mixture` came from."""
     check_source(branch, name, seed_config(config), "the mixture's seed")
     check_same_tokenizer(branch, name, mixture, "the mixture")
+
+
+def _check_counts(config: BamConfig, name: str, counts: TokenCounts | None) -> None:
+    """Raise `UpcycleError` if `counts` are not those of a text of the branch `name` in the shapes of the mixture."""
+    if counts is None or not counts.total:
+        raise UpcycleError(
+            f"the mixture has a router prior ({config.router_prior}), which needs text of the new expert {name!r}: "
+            f"give it (--text {name}=SOURCE)"
+        )
+    want = (config.router_prior_vocab_size or config.vocab_size, config.router_prior_buckets)
+    found = (len(counts.tokens), len(counts.pairs))
+    if found != want:
+        raise UpcycleError(
+            f"the text of {name!r} was counted with {found[0]} tokens and {found[1]} buckets of pairs, but the counts "
+            f"of the mixture have {want[0]} and {want[1]}: count it with the tokenizer of the mixture"
+        )
 
 
 class _EditPlanner:
@@ -207,6 +237,8 @@ class _EditPlanner:
     def _expression(self, spec: TensorSpec) -> Expression:
         if ".gate." in spec.name:
             return self._slots(spec, self._router_row(spec))
+        if spec.name in (PRIOR_TOKENS, PRIOR_PAIRS):
+            return self._slots(spec, self._counts(spec.name) if self.branch else None)
         if ".experts." in spec.name and spec.shape[0] == self.config.num_experts:
             return self._slots(spec, self._branch_part(self.branch, spec, stacked=True) if self.branch else None)
         kept = Take(MIXTURE, spec.name)
@@ -220,8 +252,15 @@ class _EditPlanner:
         row = self.edit.router_row
         if row is not None:
             return Take(MIXTURE, spec.name, ((row, row + 1),))
-        std = self.config.initializer_range if spec.name.endswith(".weight") else 0.0  # noise and bias begin at zero
+        drawn = spec.name.endswith(".weight") and self.config.router_prior == "none"  # noise and bias begin at zero
+        std = self.config.initializer_range if drawn else 0.0
         return Draw((1, *spec.shape[1:]), std, self.options.seed, f"{spec.name}/{self.branch or ''}")
+
+    def _counts(self, name: str) -> Expression:
+        """Return the counts of the branch's text for one tensor of the prior, [1, ...]."""
+        counts, branch = self.options.counts, self.branch
+        assert counts is not None and branch is not None
+        return Counted((counts.tokens if name == PRIOR_TOKENS else counts.pairs).unsqueeze(0), (branch,))
 
     def _branch_part(self, branch: str, spec: TensorSpec, stacked: bool) -> Expression:
         """Return the branch's part of a tensor, [1, ...] if the tensor is stacked.

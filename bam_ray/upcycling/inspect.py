@@ -47,6 +47,10 @@ MIXTURE_SETTINGS = (
     "attention_experts",
     "num_attention_experts_per_tok",
     "attention_output_scale",
+    "embeddings",
+    "router_input",
+    "router_prior",
+    "router_prior_scale",
     "dense_layers",
 )
 

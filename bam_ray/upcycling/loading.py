@@ -57,4 +57,9 @@ def load_model(reader: TensorReader) -> PreTrainedModel:
         check_weights(reader, family)
         config = AutoConfig.for_model(**reader.config)
         names = [name for name in reader.specs if not family.ignores(name)]
-    return model_of(config, {name: reader.read(name).float() for name in names})
+    return model_of(config, {name: widened(reader.read(name)) for name in names})
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return weights in fp32, and the counts of a router prior as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor

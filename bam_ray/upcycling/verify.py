@@ -10,9 +10,14 @@
 | order | permuting the experts together with their router rows changes nothing |
 | all slices | for a split: with all slices active, the logits are those of the model that was split |
 
-The dense models are transformers' own classes, rebuilt from the mixture's tensors (`upcycling.dense`). Both sides run
-in fp32 on random tokens, on a window of as many layers as fit in the given memory: a window consists of the embeddings,
-its layers and the head. Errors are the largest difference of the logits, divided by their largest magnitude.
+The dense models are transformers' own classes, rebuilt from the mixture's tensors (`upcycling.dense`). With embedding
+experts, the dense model of an expert has the expert's own embedding and head, and the norms that all experts share.
+Both sides run in fp32 on random tokens, on a window of as many layers as fit in the given memory: a window consists of
+the embeddings (all tables of embedding experts), its layers and the head. Errors are the largest difference of the
+logits, divided by their largest magnitude.
+
+All checks read the mixture alone. A tensor that was replaced by another one of the same shape, such as two tables that
+were swapped, is found by the digests, and not by the logits.
 """
 
 import copy
@@ -28,9 +33,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from bam_ray.checkpoint.model_folder import parse_object
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError
+from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import dense_tensors, is_split, mixture_config_of, seed_config, tensor_mismatch
-from bam_ray.upcycling.loading import model_of
+from bam_ray.upcycling.loading import model_of, widened
 from bam_ray.upcycling.write import LINEAGE
 
 LIMIT = 1e-4
@@ -44,6 +50,9 @@ GATES_SUM_TO_ONE: dict[str, Any] = {
     "ffn_output_scale": 1.0,
     "num_attention_experts_per_tok": 0,
 }
+NOISE = 0.02
+"""Standard deviation of the noise on router rows in the check of the order."""
+COUNTS = (PRIOR_TOKENS, PRIOR_PAIRS)
 EXCLUDED = -1e4
 """A logit with which an expert gets probability 0."""
 
@@ -115,6 +124,8 @@ def _check_tensors(reader: TensorReader, config: BamConfig) -> CheckResult:
     for name in reader.specs:
         if not all(piece.isfinite().all() for piece in reader.chunks(name)):
             return CheckResult("tensors", False, f"{name} has values that are not finite")
+        if name in COUNTS and not all((piece >= 0).all() for piece in reader.chunks(name)):
+            return CheckResult("tensors", False, f"{name} has counts below 0")
     return CheckResult("tensors", True, f"{len(reader.specs)} tensors, all finite")
 
 
@@ -140,10 +151,11 @@ def _windows(config: BamConfig, reader: TensorReader, memory: int) -> Iterator[l
     rest = 0
     for spec in reader.specs.values():
         layer = _layer_of(spec.name)
-        if layer is None:
-            rest += 4 * spec.elements
+        size = 4 * spec.elements if spec.dtype.is_floating_point else spec.bytes
+        if layer is None:  # the tables of embedding experts too, which are in every window
+            rest += size
         else:
-            sizes[layer] += 4 * spec.elements
+            sizes[layer] += size
     window: list[int] = []
     for layer, size in enumerate(sizes):
         # The mixture, the dense model, which is no larger, and the tensors that are read before they are copied
@@ -161,7 +173,7 @@ def _layer_of(name: str) -> int | None:
 def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -> Iterator[tuple[str, float]]:
     """Yield the name and the error of each check on one window."""
     weights = {
-        _renumbered(name, layers): _widened(reader.read(name))
+        _renumbered(name, layers): widened(reader.read(name))
         for name in reader.specs
         if _layer_of(name) is None or _layer_of(name) in layers
     }
@@ -194,11 +206,16 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
         for expert in range(config.num_experts):
             yield "one expert alone", _error(mixture(weights, only=expert, **GATES_SUM_TO_ONE), dense(expert))
     order = torch.randperm(config.num_experts, generator=generator)
-    permuted = {
-        name: each[order] if _is_router(name) or (_is_stacked(name) and each.shape[0] > 1) else each
+    # Experts with equal scores, such as those of zero routers, are chosen by their numbers: noise makes them unequal
+    unequal = {
+        name: each + NOISE * torch.randn(each.shape, generator=generator) if name.endswith(".gate.weight") else each
         for name, each in weights.items()
     }
-    yield "order", _error(mixture(permuted), mixture(weights))
+    permuted = {
+        name: each[order] if _is_router(name) or (_is_stacked(name) and each.shape[0] > 1) else each
+        for name, each in unequal.items()
+    }
+    yield "order", _error(mixture(permuted), mixture(unequal))
 
 
 def window_config(config: BamConfig, layers: Sequence[int]) -> BamConfig:
@@ -252,11 +269,6 @@ def _one_hot_logits(logits: Tensor, expert: int) -> Tensor:
     result = torch.full_like(logits, EXCLUDED)
     result[..., expert] = 0.0
     return result
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    """Return weights in fp32, and counts as they are."""
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _is_stacked(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,33 @@ def test_text_that_is_missing_or_unused_is_an_error(refused: Run) -> None:
     assert "or embeddings to counts" in refused(*UPCYCLE, "--text=code=code.txt")
     assert "embeddings" in refused(*UPCYCLE, "--set=embeddings=mean")
     assert "embeddings: unknown key" in refused(*UPCYCLE[:2], "--out=x", "--method=sparse", "--set=embeddings=counts")
+
+
+def test_experts_are_added_to_a_mixture_with_a_prior(run: Run, refused: Run, folder: Path) -> None:
+    settings = ("--set=embeddings=experts", "--set=router.init=zero", "--set=router.prior=bigram")
+    texts = ("--text=seed=prose.txt", "--text=code=code.txt")
+    run(*UPCYCLE[:3], "--out=mixture", *settings, "--set=router.input=prefix", *texts)
+    shown = run("inspect", "mixture")
+    for key, value in (("embeddings", "experts"), ("router_input", "prefix"), ("router_prior", "bigram")):
+        assert re.search(rf"{key} +{value}", shown)
+    card = (folder / "mixture" / "README.md").read_text()
+    assert "| embeddings | embedding experts, each with its own embedding and head |" in card
+    assert "| routers | read the running mean of the document so far, with a bigram prior (scale 0.25) |" in card
+    absorb = ("absorb", "mixture", "--branch=law=law", "--out=more", "--length=32")
+    for text in ((), ("--text=code=code.txt",)):
+        assert "needs text of the new expert 'law': give it (--text law=SOURCE)" in refused(*absorb, *text)
+    out = run(*absorb, "--text=law=prose.txt")
+    assert "Perplexity before and after" in out
+    assert "FAIL" not in run("verify", "more")
+    old, new = (load_file(folder / name / "model.safetensors") for name in ("mixture", "more"))
+    for name in ("model.prior.experts.tokens", "model.prior.experts.pairs"):
+        assert torch.equal(new[name][:2], old[name])
+        assert torch.equal(new[name][2], old[name][0])  # prose.txt is the text of the seed too
+    run("replace", "more", "--expert=code", "--branch=other=law", "--out=other", "--text=other=code.txt")
+    replaced = load_file(folder / "other" / "model.safetensors")["model.prior.experts.tokens"]
+    assert torch.equal(replaced, new["model.prior.experts.tokens"])  # code.txt is the text of the replaced expert
+    run("remove", "other", "--expert=law", "--out=fewer")
+    assert "FAIL" not in run("verify", "fewer")
 
 
 def test_a_dry_run_measures_and_writes_nothing(run: Run, folder: Path) -> None:

@@ -13,8 +13,10 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.results import Results
+from bam_ray.families import EMBEDDING_ROUTERS, PRIOR_PAIRS, PRIOR_TOKENS
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import StoreSettings
+from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.toolbox.step_export import export_step
 from bam_ray.training.flops import training_flops
 from tests.support.late_branch_run import MIX, ControlledRun, LateBranchRun, expert_names
@@ -113,6 +115,49 @@ def test_a_late_branch_becomes_an_expert_of_a_checkpoint(tmp_path: Path, zero: s
     assert two < three
     export_step(run.store, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "eight")), step=8)
     assert history_of(tmp_path / "eight") == [upcycled, absorb]
+
+
+def test_a_late_branch_brings_its_tables_and_counts(tmp_path: Path) -> None:
+    router = {"init": "zero", "input": "prefix", "prior": "bigram"}
+    mixture = {"method": "bam", "embeddings": "experts", "router": router}
+    losses = []
+    for number, stop in enumerate((3, None)):  # once with a stop after the absorption
+        upcycle = {"mixtures": {"bam": mixture}, "when": {"at_least": 1}}
+        run = LateBranchRun(tmp_path, f"store-{number}", upcycle=upcycle)
+        run.start()
+        assert run.mix(stop_at=3) is None
+        late = run.branch("general")
+        if stop is not None:
+            assert run.mix(stop_at=stop) is None
+        manifest = run.mix()
+        assert manifest is not None
+        losses.append(run.losses())
+    assert losses[0] == losses[1] and len(losses[0]) == 10 and losses[0][-1] < losses[0][0]
+
+    before, after = run.step("0001.0001-00000003"), run.step("0001.0002-00000003")
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    branch = load_file(Artifact(run.store, "branches", late.id).fetch() / "model.safetensors")
+    counts = read_token_counts(run.corpus(), ["general", "code"])
+    tables = {"model.embed_tokens.experts.weight": "model.embed_tokens.weight"}
+    if "lm_head.weight" in branch:
+        tables["lm_head.experts.weight"] = "lm_head.weight"
+    for name, dense in tables.items():
+        assert torch.equal(new[name][:2], old[name]) and torch.equal(new[name][2], branch[dense])
+    for name, domains in ((PRIOR_TOKENS, "tokens"), (PRIOR_PAIRS, "pairs")):
+        expected = torch.stack([getattr(counts[each], domains) for each in ("general", "code", "general")])
+        assert torch.equal(new[name], expected.to(new[name].dtype)) and new[name].dtype == old[name].dtype
+    for name in EMBEDDING_ROUTERS:
+        assert torch.equal(new[name][:2], old[name]) and old[name].any() and not new[name][2].any()
+    states = load_file(after / "optimizer.safetensors")
+    assert not {name for name in states if ".prior." in name}
+    for name, state in load_file(before / "optimizer.safetensors").items():
+        if name.startswith((*tables, *EMBEDDING_ROUTERS)):
+            assert torch.equal(states[name][:2], state) and state.any()
+            assert len(states[name]) == 3 and not states[name][2].any()
+    made = load_file(Artifact(run.store, "mixtures", run.mixture.id).fetch() / "model.safetensors")
+    for name in (PRIOR_TOKENS, PRIOR_PAIRS):
+        assert torch.equal(made[name], new[name]), "training does not change counts"
+    assert not torch.equal(made["model.embed_tokens.experts.weight"][2], branch["model.embed_tokens.weight"])
 
 
 def test_training_resumes_exactly_after_a_branch_is_absorbed(tmp_path: Path) -> None:

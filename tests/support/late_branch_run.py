@@ -64,6 +64,10 @@ class LateBranchRun:
         """Return a folder with the mixture's training checkpoint `name`."""
         return Artifact(self.store, ArtifactKind.MIXTURES, self.mixture.id, "steps", name).fetch()
 
+    def corpus(self) -> Path:
+        """Return a folder with the corpus."""
+        return Artifact(self.store, ArtifactKind.CORPORA, self.task(ArtifactKind.CORPORA, "corpus").id).fetch()
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events called `name` of all attempts at the mixture."""
         logs = [self.store.get(key).decode() for key in self.store.list(f"mixtures/{self.mixture.id}/events/")]

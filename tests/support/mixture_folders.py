@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -13,12 +14,18 @@ from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.model import BamForCausalLM
 from bam_ray.settings import BranchedMixture, MixtureSettings, RoutedMixture, mixture_settings
 from bam_ray.upcycling import DomainText, Upcycled, upcycle
-from bam_ray.upcycling.routers.counts import TokenCounts
+from bam_ray.upcycling.routers.counts import TokenCounts, count_tokens
 from tests.support import tiny
 
 NAMES = ["seed", "code", "law", "medicine"]
 MANIFEST = Manifest(id="mixture-0", kind=ArtifactKind.UPCYCLED, name="mixture")
 
+BUCKETS = 1000  # of pairs; so few that several pairs of the tiny vocabulary share one
+# Embedding experts, and routers that read the prefix and have a prior
+PREFIX: dict[str, Any] = {
+    "embeddings": "experts",
+    "router": {"init": "random", "input": "prefix", "prior": "bigram"},
+}
 # Methods that mix a seed and branches
 CASES: dict[str, dict[str, Any]] = {
     "bam kv_experts": {"method": "bam", "attention_experts": "kv_experts"},
@@ -97,3 +104,15 @@ def mixture(
 def branches(family: str = "llama", count: int = 3) -> dict[str, PreTrainedModel]:
     """Return a seed and branches, `count` models in all, that differ in every weight."""
     return {name: tiny.dense(family, seed) for seed, name in enumerate(NAMES[:count])}
+
+
+def domain_rows(name: str, tokens: int = 90) -> Tensor:
+    """Return rows of random tokens int64 [12, 16] below `tokens`, most of which belong to the model `name`."""
+    number = NAMES.index(name)
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(15 * number, 15 * number + tokens - 50, (12, 16), generator=generator)
+
+
+def domain_counts(*names: str, vocab_size: int = 96) -> dict[str, TokenCounts]:
+    """Return the counts of the `domain_rows` of each model."""
+    return {name: count_tokens(domain_rows(name).numpy(), vocab_size, 1, BUCKETS) for name in names}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
+from bam_ray.families import EMBEDDING_ROUTERS, PRIOR_PAIRS, PRIOR_TOKENS
 from bam_ray.model import BamForCausalLM
+from bam_ray.model.routing_bam import BamRouter
 from bam_ray.upcycling import (
     EditOptions,
     ExpertEdit,
@@ -21,20 +24,38 @@ from bam_ray.upcycling import (
     verify,
     write_edited_mixture,
 )
+from bam_ray.upcycling.routers.counts import TokenCounts
 from tests.support import tiny
-from tests.support.mixture_folders import MANIFEST, branches, load, reader, settings, upcycle_into
+from tests.support.mixture_folders import (
+    MANIFEST,
+    PREFIX,
+    branches,
+    domain_counts,
+    load,
+    reader,
+    settings,
+    upcycle_into,
+)
+
+CASES: dict[str, dict[str, Any]] = {
+    "bam kv_experts": {},
+    "bam kv_shared": {},
+    "btx": {},
+    "embedding experts": PREFIX,
+}
 
 
-@pytest.fixture(params=["bam kv_experts", "bam kv_shared", "btx"])
+@pytest.fixture(params=CASES)
 def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TensorReader, dict[str, TensorReader]]:
     """Return a mixture whose weights have changed since it was upcycled, and its sources with one more branch."""
-    models = branches(request.param and "qwen2", count=4)
+    models = branches("qwen2", count=4)
     sources = tiny.sources(tmp_path, models)
     first = {name: sources[name] for name in ("seed", "code", "law")}
-    upcycle_into(tmp_path / "start", first, settings(request.param))
+    case = "bam kv_experts" if CASES[request.param] else request.param
+    upcycle_into(tmp_path / "start", first, settings(case, **CASES[request.param]), counts=domain_counts(*first))
     model = BamForCausalLM.from_pretrained(tmp_path / "start", noisy_gate=True, selection_bias=True)
     with torch.no_grad():
-        for tensor in model.state_dict().values():
+        for tensor in (each for each in model.state_dict().values() if each.is_floating_point()):
             tensor.add_(0.01 * torch.randn_like(tensor))
     model.save_pretrained(tmp_path / "trained")
     (tmp_path / "trained" / "lineage.json").write_bytes((tmp_path / "start" / "lineage.json").read_bytes())
@@ -46,7 +67,8 @@ def written(
 ) -> BamForCausalLM:
     """Write an edited mixture, verify it and load it."""
     writer = ModelWriter(FolderStore(folder))
-    write_edited_mixture(mixture, edit, branch, writer, MANIFEST, EditOptions(average_weight=weight))
+    counts = None if edit.branch is None else domain_counts(edit.branch)[edit.branch]
+    write_edited_mixture(mixture, edit, branch, writer, MANIFEST, EditOptions(average_weight=weight, counts=counts))
     assert all(result.passed for result in verify(reader(folder)))
     return load(folder)
 
@@ -81,10 +103,11 @@ def test_adding_does_not_change_the_other_experts(
     assert torch.equal(after.model.layers[1].mlp.experts.down_proj[3], down)
     # If no router chooses it, the new expert does not change the logits
     with torch.no_grad():
-        for layer in after.model.layers:
-            layer.mlp.gate.register_forward_hook(exclude_the_last)
-            if hasattr(layer.self_attn, "gate"):
-                layer.self_attn.gate.register_forward_hook(exclude_the_last)
+        for model in (before, after) if after.config.embeddings == "experts" else ():
+            model.model.embed_tokens.gate.weight.zero_()  # it reads the mean of all tables, which changes
+        for module in after.modules():
+            if isinstance(module, BamRouter):
+                module.register_forward_hook(exclude_the_last)
         ids = tiny.tokens()
         torch.testing.assert_close(after(ids).logits, before(ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -148,6 +171,67 @@ def test_replacing_keeps_the_slot_and_the_router_row(
         assert torch.equal(new[1], old[1]) == (".gate." in name), name
     gate = sources["medicine"].read("model.layers.0.mlp.gate_proj.weight")
     assert torch.equal(after.model.layers[0].mlp.experts.gate_up_proj[1, :48], gate)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # untied and tied
+@pytest.mark.parametrize("prior", ["none", "bigram"])
+def test_a_new_expert_has_its_tables_and_counts(tmp_path: Path, family: str, prior: str) -> None:
+    sources = tiny.sources(tmp_path, branches(family, count=4))
+    branch = sources.pop("medicine")
+    router = {"input": "prefix", "prior": prior}
+    upcycle_into(
+        tmp_path / "start",
+        sources,
+        settings(embeddings="experts", router=router),
+        counts=domain_counts(*sources) if prior != "none" else None,
+    )
+    start = reader(tmp_path / "start")
+    added = written(start, add_expert(mixture_config_of(start), "medicine"), branch, tmp_path / "more").state_dict()
+    tables = {"model.embed_tokens.experts.weight": "model.embed_tokens.weight"}
+    if family == "llama":
+        tables["lm_head.experts.weight"] = "lm_head.weight"
+    for name, dense in tables.items():
+        assert torch.equal(added[name][:3], start.read(name))
+        assert torch.equal(added[name][3], branch.read(dense))
+    for name in (*EMBEDDING_ROUTERS, "model.layers.1.mlp.gate.weight", "model.layers.0.self_attn.gate.weight"):
+        assert torch.equal(added[name][:3], start.read(name))
+        row = added[name][3]
+        assert not row.any() if prior != "none" else 0.1 < row.std() < 0.3  # the initializer range is 0.2
+    origins = json.loads((tmp_path / "more" / "lineage.json").read_text())["tensors"]
+    if prior == "none":
+        assert PRIOR_TOKENS not in added
+        return
+    counts = domain_counts("medicine")["medicine"]
+    for name, counted in ((PRIOR_TOKENS, counts.tokens), (PRIOR_PAIRS, counts.pairs)):
+        assert torch.equal(added[name][3], counted)
+        assert torch.equal(added[name][:3], start.read(name)) and added[name].dtype == start.specs[name].dtype
+        assert origins[name]["concat"][1] == {"new": "counted", "text_of": ["medicine"]}
+
+
+def test_a_prior_needs_text_of_the_new_expert(tmp_path: Path) -> None:
+    sources = tiny.sources(tmp_path, branches(count=4))
+    branch = sources.pop("medicine")
+    chosen = settings("btx", router={"init": "zero", "prior": "bigram"})
+    upcycle_into(tmp_path / "start", sources, chosen, counts=domain_counts(*sources))
+    start = reader(tmp_path / "start")
+    config = mixture_config_of(start)
+    empty = TokenCounts(torch.zeros(96, dtype=torch.int64), torch.zeros(1000, dtype=torch.int64))
+    other = domain_counts("medicine", vocab_size=91)["medicine"]
+    missing = r"which needs text of the new expert 'medicine': give it \(--text medicine=SOURCE\)"
+    for counts, message in (
+        (None, missing),
+        (empty, missing),
+        (
+            other,
+            "counted with 91 tokens and 1000 buckets of pairs, but .* have 96 and 1000: count it with the tokenizer",
+        ),
+    ):
+        for edit in (add_expert(config, "medicine"), replace_expert(config, "law", "medicine")):
+            with pytest.raises(UpcycleError, match=message):
+                write_edited_mixture(
+                    start, edit, branch, ModelWriter(FolderStore(tmp_path / "x")), MANIFEST, EditOptions(counts=counts)
+                )
+    assert not (tmp_path / "x").exists()
 
 
 def test_impossible_edits_are_refused(tmp_path: Path) -> None:

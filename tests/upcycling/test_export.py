@@ -59,6 +59,9 @@ def test_an_export_has_the_logits_of_the_mixture(
         ("llama", "btx", {"dense_layers": [0]}, "dense layers \\[0\\]"),
         ("qwen2", "btx", {}, "a qwen2 block"),
         ("cohere", "btx", {}, "a cohere block"),
+        ("llama", "btx", {"embeddings": "experts"}, "embedding experts"),
+        ("llama", "btx", {"router": {"input": "prefix"}}, "routers that read the prefix"),
+        ("llama", "btx", {"router": {"init": "zero", "prior": "bigram"}}, "a router prior \\(bigram\\)"),
     ],
 )
 def test_unsupported_features_are_refused(

@@ -3,6 +3,7 @@
 import gc
 import io
 from collections import Counter
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from bam_ray.errors import UpcycleError
 from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.model.routing_bam import BamRouter
 from bam_ray.upcycling.routers.initialize import draw_router, fit_routers, split_rows
 from bam_ray.upcycling.routers.rows import (
     RIDGES,
@@ -32,6 +34,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "sequential kv_shared": {"parallel_block": False, "attention_experts": "kv_shared"},
     "sequential averaged": {"parallel_block": False, "norm_type": "rmsnorm", "attention_experts": "averaged"},
     "a dense layer": {"dense_layers": [0], "parallel_block": False},
+    "prefix": {"router_input": "prefix"},
+    "embedding experts": {"embeddings": "experts"},
+    "both, untied": {"embeddings": "experts", "router_input": "prefix", "tie_word_embeddings": False},
 }
 
 
@@ -64,8 +69,21 @@ def whole_model(config: BamConfig, tensors: dict[str, Tensor]) -> BamForCausalLM
     model = BamForCausalLM(config).eval()
     problems = model.load_state_dict(tensors, strict=False)
     assert not problems.unexpected_keys
-    assert set(problems.missing_keys) <= {"lm_head.weight"}
+    assert set(problems.missing_keys) <= {"lm_head.weight", "lm_head.experts.weight"}
     return model
+
+
+def router_key(name: str) -> tuple[int | None, str]:
+    """Return the layer and the kind of the router module `name`."""
+    if name in ("model.embed_tokens.gate", "model.head.gate"):
+        return None, "embedding" if "embed" in name else "head"
+    return int(name.split(".")[2]), "attention" if "self_attn" in name else "ffn"
+
+
+def keep_logits(
+    found: dict[tuple[int | None, str], Tensor], key: tuple[int | None, str], _: nn.Module, __: Any, logits: Tensor
+) -> None:
+    found[key] = logits
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -77,21 +95,27 @@ def test_reported_scores_are_those_of_the_whole_model(name: str, how: Literal["m
     routers, separation = fit_routers(config, tensors.__getitem__, text, how, seed=3)
     model = whole_model(config, tensors | routers)
     assert tensors.keys() | routers.keys() == model.state_dict().keys()
+    logits: dict[tuple[int | None, str], Tensor] = {}
+    for full_name, module in model.named_modules():
+        if isinstance(module, BamRouter):
+            module.register_forward_hook(partial(keep_logits, logits, router_key(full_name)))
 
     kinds = ("attention", "ffn") if config.attention_experts != "averaged" else ("ffn",)
     reported = {(router.layer, router.kind): router.scores for router in separation.routers}
     dense = getattr(config, "dense_layers", None) or ()
     layers = [layer for layer in range(config.num_hidden_layers) if layer not in dense]
-    assert list(reported) == [(layer, kind) for layer in layers for kind in kinds]
-    accuracy: Counter[tuple[int, str]] = Counter()
-    cross_entropy: Counter[tuple[int, str]] = Counter()
+    order: list[tuple[int | None, str]] = [(layer, kind) for layer in layers for kind in kinds]
+    if config.embeddings == "experts":
+        order = [(None, "embedding"), *order, (None, "head")]
+    assert list(reported) == order
+    accuracy: Counter[tuple[int | None, str]] = Counter()
+    cross_entropy: Counter[tuple[int | None, str]] = Counter()
     for expert, domain in enumerate(NAMES):
         _, held_out = split_rows(domain, len(text[domain]), 0.25, seed=3)
-        out = model(text[domain][held_out], output_router_logits=True)
-        for kind, logits in (("attention", out.attention_router_logits), ("ffn", out.router_logits)):
-            for layer, part in zip(layers, logits, strict=True) if logits else ():
-                accuracy[layer, kind] += (part.argmax(-1) == expert).double().mean().item() / 3
-                cross_entropy[layer, kind] -= part.log_softmax(-1)[:, expert].double().mean().item() / 3
+        model(text[domain][held_out])
+        for key, part in logits.items():
+            accuracy[key] += (part.argmax(-1) == expert).double().mean().item() / 3
+            cross_entropy[key] -= part.log_softmax(-1)[..., expert].double().mean().item() / 3
     for key, scores in reported.items():
         assert scores[how].accuracy == pytest.approx(accuracy[key], abs=1e-9)
         assert scores[how].cross_entropy == pytest.approx(cross_entropy[key], abs=1e-4)
@@ -139,6 +163,13 @@ def test_only_one_layer_is_in_memory() -> None:
     assert order[0] == "model.embed_tokens.weight"
     layers = [int(name.split(".")[2]) for name in order[1:]]
     assert layers == sorted(layers)
+
+
+def test_progress_counts_the_routers_of_embedding_experts() -> None:
+    config, tensors = mixture(embeddings="experts")
+    done: list[tuple[int, int]] = []
+    fit_routers(config, tensors.__getitem__, texts(), "means", seed=0, progress=lambda *step: done.append(step))
+    assert done == [(number, 4) for number in range(5)]
 
 
 def test_the_seed_determines_the_routers() -> None:

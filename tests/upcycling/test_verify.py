@@ -2,16 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from bam_ray.errors import UpcycleError
+from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS
 from bam_ray.upcycling import CheckResult, mixture_config_of, verify
 from tests.support import tiny
-from tests.support.mixture_folders import CASES, SEED_ONLY_CASES, branches, reader, settings, upcycle_into
+from tests.support.mixture_folders import (
+    CASES,
+    NAMES,
+    PREFIX,
+    SEED_ONLY_CASES,
+    branches,
+    domain_counts,
+    reader,
+    settings,
+    upcycle_into,
+)
 
+COUNTS = domain_counts(*NAMES[:3])
 TEXTS = {"general": tiny.tokens(16, 20, seed=1)}
 
 
@@ -30,6 +43,29 @@ def test_mixtures_of_every_family_pass(tmp_path: Path, family: str, case: str) -
             error = found[name].error
             assert error is not None
             assert error < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+def test_embedding_experts_of_every_family_pass(tmp_path: Path, family: str) -> None:
+    sources = tiny.sources(tmp_path, branches(family))
+    for case in ("bam kv_experts", "btx"):
+        folder = tmp_path / case
+        upcycle_into(folder, sources, settings(case, num_experts_per_tok=1, **PREFIX), counts=COUNTS)
+        for memory in (1, 1 << 30):
+            found = results(folder, memory)
+            assert all(result.passed for result in found.values()), found
+            for name in ("identical experts", "one expert alone", "order"):
+                error = found[name].error
+                assert error is not None
+                assert error < 1e-5
+
+
+@pytest.mark.parametrize("prior", ["none", "bigram"])
+def test_zero_routers_that_choose_by_number_pass(tmp_path: Path, prior: str) -> None:
+    """The first token of a document has equal scores, also with a prior."""
+    chosen = settings("btx", num_experts_per_tok=1, router={"init": "zero", "prior": prior})
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, branches()), chosen, counts=COUNTS)
+    assert failed(tmp_path / "mixture") == {}
 
 
 @pytest.mark.parametrize("case", ["btx", *SEED_ONLY_CASES])
@@ -66,6 +102,47 @@ def test_a_changed_file_fails(folder: Path) -> None:
     assert failed(folder) == {
         "files": f"{folder}/model.safetensors does not match its manifest: the file was changed or damaged"
     }
+
+
+@pytest.fixture
+def with_tables(tmp_path: Path) -> Path:
+    """Return the folder of a mixture with embedding experts and a prior."""
+    upcycle_into(tmp_path / "tables", tiny.sources(tmp_path, branches()), settings(**PREFIX), counts=COUNTS)
+    return tmp_path / "tables"
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.experts.weight", "lm_head.experts.weight", PRIOR_PAIRS])
+@pytest.mark.parametrize("damage", ["tables", "rows"])
+def test_swapped_tables_and_rows_fail(with_tables: Path, name: str, damage: str) -> None:
+    tensor = load_file(with_tables / "model.safetensors")[name]
+    changed = tensor[[1, 0, 2]] if damage == "tables" else tensor.roll(1, dims=1)
+    assert not torch.equal(changed, tensor)
+    change_tensor(with_tables, name, changed.contiguous())
+    assert failed(with_tables).keys() == {"files"}
+
+
+def test_a_missing_table_or_row_fails(with_tables: Path) -> None:
+    tables = load_file(with_tables / "model.safetensors")["lm_head.experts.weight"]
+    for changed, shape in ((tables[:2], r"(2, 96, 32)"), (tables[:, :95], r"(3, 95, 32)")):
+        change_tensor(with_tables, "lm_head.experts.weight", changed.contiguous())
+        assert f"lm_head.experts.weight has shape {shape}, expected (3, 96, 32)" in failed(with_tables)["tensors"]
+
+
+def test_counts_below_zero_fail(with_tables: Path) -> None:
+    counts = load_file(with_tables / "model.safetensors")[PRIOR_TOKENS]
+    counts[1, 7] = -3
+    change_tensor(with_tables, PRIOR_TOKENS, counts)
+    assert failed(with_tables)["tensors"] == f"{PRIOR_TOKENS} has counts below 0"
+
+
+@pytest.mark.parametrize("extra", [PREFIX, {"router": PREFIX["router"]}])
+def test_windows_leave_room_for_tables_and_counts(tmp_path: Path, extra: dict[str, Any]) -> None:
+    """All layers are one window in twice the bytes of the mixture, and not in fewer."""
+    upcycle_into(tmp_path / "mixture", tiny.sources(tmp_path, branches()), settings(**extra), counts=COUNTS)
+    specs = reader(tmp_path / "mixture").specs.values()
+    size = sum(spec.bytes for spec in specs)
+    for memory, extent in ((2 * size, "whole model"), (2 * size - 1, "2 windows of layers")):
+        assert results(tmp_path / "mixture", memory)["order"].detail == extent
 
 
 def test_an_infinite_value_fails(folder: Path) -> None:

@@ -73,7 +73,8 @@ def fit_routers(
         how: The method of the fit.
         seed: The random seed.
         held_out_fraction: The fraction of the rows of each text that is used only for scores.
-        progress: Called with the number of layers that are done and the number of all layers.
+        progress: Called with the number of layers that are done and the number of all layers. The input and the output
+            of embedding experts count as layers.
 
     Returns:
         The routers [N, d] in the mixture's dtype by the names of their tensors, and how well they separate the domains.
@@ -192,7 +193,7 @@ class _Stream:
         self._states = rows  # token ids [S, L], then hidden states [S, L, d]
         self._run: Callable[[Tensor], Any] = self._run_layers
         self.dtype = torch.float32
-        self.count = len(self._layers)
+        self.count = len(self._layers) + (2 if config.embeddings == "experts" else 0)  # the number of `parts`
 
     def parts(self) -> Iterator[tuple[str, list[tuple[str, BamRouter]]]]:
         """Yield the prefix of the names of each part, and its routers by name in the order in which they run.
