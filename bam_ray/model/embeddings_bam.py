@@ -70,7 +70,7 @@ class BamHead(nn.Module):
         """Return the logits Σ_i gate_i · table_i · x: x [B, L, d], gates [B, L, N] -> [B, L, V]."""
         states = weighted_states(x, gates).flatten(0, -2).split(x.shape[-1], -1)  # N of [T, d]
         tables = self.experts.weight.unbind(0)
-        out = states[0] @ tables[0].t()
+        out: Tensor = states[0] @ tables[0].t()
         # One product over all tables would need a copy of them as [V, N·d]
         for each, table in zip(states[1:], tables[1:], strict=True):
             out = torch.addmm(out, each, table.t())

@@ -187,7 +187,7 @@ def tables_of(weight: Tensor) -> tuple[Tensor, ...]:
 def summed_logits(x: Tensor, tables: Sequence[Tensor]) -> Tensor:
     """Return the sum over N tables [V, d] of their products with x [T, N·d]: [T, V] in fp32."""
     parts = x.split(tables[0].shape[1], -1)
-    logits = (parts[0] @ tables[0].t()).float()
+    logits: Tensor = (parts[0] @ tables[0].t()).float()
     # One product over all tables would need a copy of them as [V, N·d]
     for part, table in zip(parts[1:], tables[1:], strict=True):
         _add_product(logits, part, table.t())
