@@ -16,7 +16,7 @@ from typing import Any
 
 from bam_ray.planning.memory import WorkerShare, training_memory
 from bam_ray.planning.model_size import ModelSize
-from bam_ray.settings import BamSettings, TrainingSettings
+from bam_ray.settings import BamSettings, RouterSettings, TrainingSettings
 
 TARGET = 0.2  # deviation of the ratio from 1
 VOCABULARY, LENGTH, SEQUENCES, STEPS = 8192, 256, 4, 4
@@ -37,6 +37,7 @@ class Case:
     share: WorkerShare = ONE
     recompute: bool = False
     zero_stage: int = 1
+    tables: bool = False  # embedding experts, and a router prior
 
     @property
     def size(self) -> ModelSize:
@@ -51,7 +52,9 @@ class Case:
             tied=True,
             vectors=2,
         )
-        return dense.mixed(BamSettings(method="bam"), self.experts) if self.experts > 1 else dense
+        router = RouterSettings(init="zero", prior="bigram" if self.tables else "none")
+        settings = BamSettings(method="bam", router=router, embeddings="experts" if self.tables else "averaged")
+        return dense.mixed(settings, self.experts) if self.experts > 1 else dense
 
     @property
     def training(self) -> TrainingSettings:
@@ -81,6 +84,8 @@ CASES = (
     Case("dense, 2 processes, ZeRO-3", 512, 8, share=TWO, zero_stage=3),
     Case("4 experts, 2 processes", 320, 6, experts=4, share=TWO_WITH_EXPERTS),
     Case("4 experts, 2 processes, recompute", 320, 6, experts=4, share=TWO_WITH_EXPERTS, recompute=True),
+    Case("4 experts with tables, 1 process", 320, 6, experts=4, tables=True),
+    Case("4 experts with tables, 2 processes", 320, 6, experts=4, share=TWO_WITH_EXPERTS, tables=True),
 )
 
 

@@ -64,6 +64,8 @@ def model(case: "Case") -> PreTrainedModel:
     if case.experts == 1:
         built: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
         return built
+    if case.tables:
+        shape |= {"embeddings": "experts", "router_input": "prefix", "router_prior": "bigram"}
     return BamForCausalLM(BamConfig(**shape, num_experts=case.experts, attention_experts="kv_experts"))
 
 

@@ -1,7 +1,7 @@
 """The embedding experts of a mixture: one table for each expert, at the input and at the output.
 
 The gates are soft, as those of the attention experts: the input is the weighted mean of the rows of all tables, and the
-output head weights the hidden state for each table and multiplies by all of them at once.
+output head weights the hidden state for each table, and adds the products with all of them.
 
 Shapes: B batch, L length, T = B·L tokens, d hidden size, N experts, V vocabulary size.
 """
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_bam import FEW_TOKENS
 from .configuration_bam import BamConfig
 from .prefix_bam import RoutingContext
 from .routing_bam import BamRouter
@@ -69,19 +68,15 @@ class BamHead(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """Return the logits Σ_i gate_i · table_i · x: x [B, L, d], gates [B, L, N] -> [B, L, V]."""
-        weighted = weighted_states(x, gates)  # [B, L, N·d]
-        tables = self.experts.weight
-        if x.shape[:-1].numel() > FEW_TOKENS:
-            return F.linear(weighted, stacked_head(tables))
-        by_expert = weighted.flatten(0, 1).unflatten(-1, (len(tables), -1)).transpose(0, 1)  # [N, T, d]
-        return torch.bmm(by_expert, tables.transpose(1, 2)).sum(0).view(*x.shape[:-1], -1)
+        states = weighted_states(x, gates).flatten(0, -2).split(x.shape[-1], -1)  # N of [T, d]
+        tables = self.experts.weight.unbind(0)
+        out: Tensor = states[0] @ tables[0].t()
+        # One product over all tables would need a copy of them as [V, N·d]
+        for each, table in zip(states[1:], tables[1:], strict=True):
+            out = torch.addmm(out, each, table.t())
+        return out.view(*x.shape[:-1], -1)
 
 
 def weighted_states(x: Tensor, gates: Tensor) -> Tensor:
     """Return the hidden states x [..., d], weighted by the gates [..., N] of each expert: [..., N·d]."""
     return (gates.to(x.dtype).unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
-
-
-def stacked_head(tables: Tensor) -> Tensor:
-    """Return the matrix [V, N·d] whose product with weighted states sums the experts, for tables [N, V, d]."""
-    return tables.transpose(0, 1).flatten(1)

@@ -62,11 +62,11 @@ class BamMoE(nn.Module):
         self.shared_expert = BamFFN(config, width) if width else None
 
     def router_output(self, x: Tensor, routing: RoutingContext | None) -> RouterOutput:
-        """Return the logits of the T tokens of x [B, L, d]; a noisy gate adds noise in training."""
-        logits = self.gate(x, routing).flatten(0, 1)  # [T, N]
+        """Return the logits of tokens [T, d]; a noisy gate adds noise in training."""
+        logits = self.gate(x, routing)  # [T, N]
         if not self.training or self.gate.noise_weight is None:
             return RouterOutput(logits)
-        scale = self.gate.noise_scale(x).flatten(0, 1)  # [T, N]
+        scale = self.gate.noise_scale(x)  # [T, N]
         return RouterOutput(logits + torch.randn_like(logits) * scale, logits, scale)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class BamMoE(nn.Module):
             The output [B, L, d] and the router's output for the T tokens.
         """
         tokens = x.reshape(-1, x.shape[-1])  # [T, d]
-        router = self.router_output(x, routing)
+        router = self.router_output(tokens, routing)
         index, weights = self.route(router.logits)  # [T, k]
         kept = None
         if self.training and self.capacity_factor is not None:

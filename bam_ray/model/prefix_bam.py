@@ -174,6 +174,7 @@ class RoutingContext:
     """The knowledge that the routers of one forward pass have of the documents so far.
 
     Attributes:
+        shape: B and L.
         prior: The logarithm of the prior probability of each expert [B, L, N]; None: there is no prior.
     """
 
@@ -187,6 +188,7 @@ class RoutingContext:
         device: torch.device,
         routers: int,
     ) -> None:
+        self.shape = tuple(shape)
         self._documents, self._seen = documents, seen
         ones = torch.ones(*shape, 1, device=device)
         before = None if seen is None else seen.length.unsqueeze(1)

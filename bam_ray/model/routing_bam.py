@@ -183,16 +183,20 @@ class BamRouter(nn.Module):
         self.number = 0  # among all routers of the model
 
     def forward(self, x: Tensor, routing: RoutingContext | None = None) -> Tensor:
-        """Return the logits [B, L, N] of hidden states [B, L, d], which depend on the documents so far with `routing`.
+        """Return the logits [..., N] of hidden states [..., d], which depend on the documents so far with `routing`.
 
-        Without `routing`, which only routers of single tokens without a prior can do, x may have any shape [..., d].
+        Only routers of single tokens without a prior work without `routing`. With it, x has the B·L tokens of a forward
+        pass, as [B, L, d] or [T, d].
         """
         logits = self.linear(x, self.weight)
         if routing is None:
             return logits
+        by_document = logits.view(*routing.shape, -1)  # [B, L, N]
         if self.reads_prefix:
-            logits = routing.mean_logits(logits, self.number)
-        return logits if routing.prior is None else logits + routing.prior
+            by_document = routing.mean_logits(by_document, self.number)
+        if routing.prior is not None:
+            by_document = by_document + routing.prior
+        return by_document.reshape(logits.shape)
 
     def noise_scale(self, x: Tensor) -> Tensor:
         """Return the standard deviation [..., N] of the noise on each logit of x [..., d] (with LLaMA-MoE's offset)."""

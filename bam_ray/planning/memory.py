@@ -13,7 +13,7 @@ from math import gcd
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import Task
-from bam_ray.planning.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize
+from bam_ray.planning.model_size import PAIR_BUCKETS, WEIGHT_BYTES, ModelSize
 from bam_ray.settings import Demand, MixtureSettings, Needs, Recipe, TrainingSettings
 from bam_ray.units import GIB, MIB
 
@@ -86,7 +86,8 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
     """Return the memory of each worker of `task`; None if the size of the seed is not known before the run."""
     process = GPU_PROCESS_BYTES if on_gpu else PROCESS_BYTES
     if task.kind == ArtifactKind.CORPORA or (task.kind == ArtifactKind.SEEDS and not task.total_steps):
-        return WorkerMemory(process + TEXT_BYTES, process + TEXT_BYTES)
+        work = TEXT_BYTES + (_corpus_count_bytes(recipe, seed) if task.kind == ArtifactKind.CORPORA else 0)
+        return WorkerMemory(process + work, process + work)
     if seed is None:
         return None
     context = recipe.data.sequence_length
@@ -117,11 +118,11 @@ def training_memory(size: ModelSize, training: TrainingSettings, context: int, s
     sequences = training.micro_batch_sequences
     least = 1 if sequences == "auto" else sequences
     fitted = max(1, AUTO_TOKENS // context) if sequences == "auto" and not share.on_gpu else least
-    copy = CHECKPOINT_BYTES * size.parameters
+    copy = size.checkpoint_bytes
     gathered = WEIGHT_BYTES * (size.expert_parameters - size.expert_parameters // share.expert_parallel)
     process = (GPU_PROCESS_BYTES if share.on_gpu else PROCESS_BYTES) + (GROUP_BYTES if share.is_group else 0)
     if share.on_gpu:
-        loading = WEIGHT_BYTES * size.parameters
+        loading = size.weight_bytes
         device = states + activation_bytes(size, training, least * context)
         return WorkerMemory(process + max(loading, copy), process + loading, device)
     return WorkerMemory(
@@ -131,25 +132,26 @@ def training_memory(size: ModelSize, training: TrainingSettings, context: int, s
 
 
 def state_bytes(size: ModelSize, training: TrainingSettings, share: WorkerShare) -> int:
-    """Return the bytes of weights, gradients, Adam's states and ZeRO's buffers of one worker."""
+    """Return the bytes of weights, gradients, Adam's states, counts and ZeRO's buffers of one worker."""
     local = size.shared_parameters + size.expert_parameters // share.expert_parallel
     if not share.is_group:
-        return 16 * local
+        return 16 * local + size.count_bytes
     part = size.parameters // share.workers  # ZeRO partitions parameters over the ranks that hold the same ones
     bucket = 4 * min(BUCKET_PARAMETERS, local)
     optimizer = 16 * part  # master weights, Adam's two states, and their gradient
     live = min(LIVE_PARAMETERS, local)  # whole weights and gradients that stage 3 holds at a time
     whole = {1: 8 * local, 2: 4 * local, 3: 4 * part + 8 * live}  # weights, and with stage 1 their gradients
-    return whole[training.zero_stage] + optimizer + bucket
+    return whole[training.zero_stage] + optimizer + bucket + size.count_bytes
 
 
 def activation_bytes(size: ModelSize, training: TrainingSettings, tokens: int) -> int:
     """Return the bytes that a micro batch of `tokens` keeps for the backward pass, and those of its loss."""
     value_bytes = 2 if training.precision == "bf16" else 4
     kept = size.hidden * size.layers + size.layer_values if training.recompute else size.layers * size.layer_values
+    kept += size.embedding_values
     copies = 0
     if training.precision == "bf16" and not training.recompute:
-        copies = BF16_COPY_BYTES * (size.parameters - size.vocabulary * size.hidden)
+        copies = BF16_COPY_BYTES * (size.parameters - size.table_parameters)
     return int(ACTIVATION_FACTOR * tokens * value_bytes * kept) + size.head_bytes(tokens) + copies
 
 
@@ -181,25 +183,41 @@ def _expert_counts(recipe: Recipe, mixture: MixtureSettings) -> range:
     return range(experts - late, experts + 1)
 
 
+def _corpus_count_bytes(recipe: Recipe, seed: ModelSize | None) -> int:
+    """Return the bytes of the counts of all domains, which the corpus task holds until it writes them."""
+    vocabulary = recipe.data.tokenizer.vocab_size if seed is None else seed.vocabulary
+    return len(recipe.data.domains) * _text_count_bytes(vocabulary)
+
+
+def _text_count_bytes(vocabulary: int) -> int:
+    """Return the bytes of the counts of one text: int64 for each token and each bucket of pairs."""
+    return 8 * (vocabulary + PAIR_BUCKETS)
+
+
 def _upcycling_bytes(task: Task, recipe: Recipe, seed: ModelSize) -> int:
-    """Return the bytes that upcycling holds: chunks of tensors, and for fitted routers one layer and all text."""
+    """Return the bytes that upcycling holds: chunks of tensors, the counts, and for fitted routers a layer and text."""
     mixture = recipe.upcycle.mixtures[task.name]
     texts = len(recipe.branch.domains) + (1 if mixture.includes_seed else 0)
+    size = seed.mixed(mixture, 1 + len(recipe.branch.domains))
+    needed = TEXT_BYTES + size.count_bytes
+    if mixture.needs_token_counts:
+        needed += texts * _text_count_bytes(seed.vocabulary)
+        needed += 2 * texts * 8 * seed.vocabulary  # weights of the rows, while they are computed in double precision
     rows = mixture.text_sequences * texts
     if not rows:
-        return TEXT_BYTES
-    size = seed.mixed(mixture, 1 + len(recipe.branch.domains))
+        return needed
     hidden_states = 2 * WEIGHT_BYTES * rows * recipe.data.sequence_length * size.hidden
     moments = 8 * 8 * size.hidden**2  # of the inputs of a router, and their factors, in double precision
     layer = WEIGHT_BYTES * size.parameters // size.layers + WEIGHT_BYTES * FIT_TOKENS * size.layer_values
-    embedding = WEIGHT_BYTES * size.vocabulary * size.hidden
-    return TEXT_BYTES + hidden_states + moments + max(layer, embedding)
+    embedding = WEIGHT_BYTES * (size.table_parameters + FIT_TOKENS * size.embedding_values)
+    return needed + hidden_states + moments + max(layer, embedding)
 
 
 def _evaluation_bytes(recipe: Recipe, seed: ModelSize) -> int:
     """Return the bytes of the largest model that the report is about, and of one batch through it."""
     models = [seed.mixed(mixture, 1 + len(recipe.branch.domains)) for mixture in recipe.upcycle.mixtures.values()]
     tokens = recipe.evaluate.batch_sequences * recipe.data.sequence_length
-    largest = max([seed, *models], key=lambda size: size.parameters)
+    largest = max([seed, *models], key=lambda size: size.weight_bytes)
     layer = WEIGHT_BYTES * tokens * max(size.layer_values for size in [seed, *models])
-    return WEIGHT_BYTES * largest.parameters + layer + largest.head_bytes(tokens)
+    head = WEIGHT_BYTES * tokens * largest.embedding_values + largest.head_bytes(tokens)
+    return largest.weight_bytes + layer + head

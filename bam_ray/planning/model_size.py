@@ -20,6 +20,9 @@ from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, 
 CHECKPOINT_BYTES = 12  # weight, and Adam's two states
 WEIGHT_BYTES = 4
 
+# `upcycling.routers.counts.BUCKETS`, the counts of pairs of tokens in one text; a test compares the two
+PAIR_BUCKETS = 1 << 20
+
 # `next_token.MIN_CHUNK_TOKENS`, repeated because that module imports torch; a test compares the two. The loss is
 # computed in chunks of this number of tokens, or of the hidden size if that is larger.
 CHUNK_TOKENS = 256
@@ -44,6 +47,9 @@ class ModelSize:
     keys: int = 1  # number of attention experts with their own keys and values
     routers: int = 0  # routers in a layer
     tables: int = 1  # number of embedding experts
+    prior: bool = False  # the routers have a prior, which is computed from counts of tokens
+    dense_layers: int = 0  # layers without experts, among all layers
+    dense: "ModelSize | None" = None  # the model that dense layers have the sizes of
 
     @property
     def parameters(self) -> int:
@@ -59,11 +65,29 @@ class ModelSize:
         if self.attention > 1:
             layer += self.attention * 2 * self.hidden * self.query
             layer += self.keys * 2 * self.hidden * self.key if self.keys > 1 else 0
-        return self.layers * layer
+        return (self.layers - self.dense_layers) * layer
 
     @property
     def shared_parameters(self) -> int:
-        """Number of parameters that every process holds."""
+        """Number of parameters that every process holds: those of the embedding experts, too."""
+        layers = (self.layers - self.dense_layers) * self._shared_layer_parameters
+        if self.dense is not None:
+            layers += self.dense_layers * self.dense._shared_layer_parameters
+        embeddings = self.table_parameters * (1 if self.tied else 2)
+        return layers + embeddings + self._table_router_parameters + self.hidden
+
+    @property
+    def table_parameters(self) -> int:
+        """Number of parameters of the input embedding, or of all its tables; the output head has as many."""
+        return self.tables * self.vocabulary * self.hidden
+
+    @property
+    def _table_router_parameters(self) -> int:
+        """Number of parameters of the routers of the input embedding and of the output head."""
+        return 2 * self.tables * self.hidden if self.tables > 1 else 0
+
+    @property
+    def _shared_layer_parameters(self) -> int:
         layer = self.vectors * self.hidden + self.routers * self.experts * self.hidden
         if self.experts == 1:
             layer += self.ffn_matrices * self.hidden * self.ffn
@@ -71,28 +95,53 @@ class ModelSize:
             layer += 2 * self.hidden * self.query
         if self.keys == 1:
             layer += 2 * self.hidden * self.key
-        embeddings = self.tables * self.vocabulary * self.hidden * (1 if self.tied else 2)
-        gates = 2 * self.tables * self.hidden if self.tables > 1 else 0
-        return self.layers * layer + embeddings + gates + self.hidden
+        return layer
+
+    @property
+    def count_bytes(self) -> int:
+        """Bytes of the counts that the prior of the routers is computed from. Every process holds them."""
+        return self.experts * (8 * self.vocabulary + 4 * PAIR_BUCKETS) if self.prior else 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's files: the weights, and the counts of a prior."""
+        return WEIGHT_BYTES * self.parameters + self.count_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint."""
+        return CHECKPOINT_BYTES * self.parameters + self.count_bytes
 
     def training_flops(self, context: int) -> float:
         """Return the operations of training per token in sequences of `context` tokens: three times a forward pass."""
+        layers = (self.layers - self.dense_layers) * self._layer_products(context)
+        if self.dense is not None:
+            layers += self.dense_layers * self.dense._layer_products(context)
+        return 6.0 * (layers + self.table_parameters + self._table_router_parameters)
+
+    def _layer_products(self, context: int) -> int:
+        """Return the multiply-adds of the forward pass of one token through one layer."""
         matrices = (
             self.attention * 2 * self.hidden * self.query
             + self.keys * 2 * self.hidden * self.key
             + self.ffn_active * self.ffn_matrices * self.hidden * self.ffn
             + self.routers * self.experts * self.hidden
         )
-        scores = self.attention * context * self.query
-        head = self.tables * self.vocabulary * self.hidden
-        head += 2 * self.tables * self.hidden if self.tables > 1 else 0
-        return 6.0 * (self.layers * (matrices + scores) + head)
+        return matrices + self.attention * context * self.query
 
     @property
     def layer_values(self) -> int:
         """Number of values that a layer keeps for the backward pass of one token."""
         attention = 3 * self.attention * self.query + 3 * self.keys * self.key
         return 2 * self.hidden + attention + self.ffn_matrices * self.ffn_active * self.ffn
+
+    @property
+    def embedding_values(self) -> int:
+        """Number of values of one token that are weighted by the gates of the embedding experts, and their copies.
+
+        They are the rows of all input tables, and the hidden states for the head with their gradient.
+        """
+        return 3 * self.tables * self.hidden if self.tables > 1 else 0
 
     def head_bytes(self, tokens: int) -> int:
         """Return the bytes of two fp32 copies of the logits of one chunk, and of the gradient of the output head."""
@@ -120,6 +169,9 @@ class ModelSize:
             keys=experts if mixture.attention == "kv_experts" else 1,
             routers=2 if has_attention_experts else 1,
             tables=experts if mixture.embedding is Operation.STACK else 1,
+            prior=mixture.router.prior != "none",
+            dense_layers=len(set(mixture.dense_layers)),
+            dense=self if mixture.dense_layers else None,
         )
 
 

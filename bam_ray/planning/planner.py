@@ -9,7 +9,7 @@ from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
 from bam_ray.planning.memory import WorkerMemory, task_memory, with_memory_requests
-from bam_ray.planning.model_size import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelSize, seed_size
+from bam_ray.planning.model_size import ModelSize, seed_size
 from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
 from bam_ray.planning.simulated_launcher import SpeedOf
 from bam_ray.scheduling.matching import bound
@@ -135,11 +135,10 @@ def _plan_task(task: Task, recipe: Recipe, seed: ModelSize | None) -> PlannedTas
     size = _model_size(task, recipe, seed)
     if size is None:
         return PlannedTask(task, tokens, memory)
-    weights = WEIGHT_BYTES * size.parameters
     training = _training_settings(task, recipe)
     if training is None:
-        return PlannedTask(task, tokens, memory, weights, weights, weights)
-    return PlannedTask(task, tokens, memory, *_stored_bytes(training, weights, CHECKPOINT_BYTES * size.parameters))
+        return PlannedTask(task, tokens, memory, size.weight_bytes, size.weight_bytes, size.weight_bytes)
+    return PlannedTask(task, tokens, memory, *_stored_bytes(training, size.weight_bytes, size.checkpoint_bytes))
 
 
 def _stored_bytes(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:

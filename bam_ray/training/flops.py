@@ -5,7 +5,8 @@ Here d is the hidden size, q the query width, c the key/value width, f the hidde
 FFN matrices (3 if the FFN is gated, else 2), K the mean number of keys that a query attends to, k the number of FFN
 experts per token, s the hidden size of the shared expert, A the number of attention experts, and C the number of
 attention experts with their own keys and values. Causal attention over a context of L tokens attends to L/2 keys on
-average, and to w - w²/2L keys through a window of w < L tokens. Training takes three times the operations of the
+average, and to w - w²/2L keys through a window of w < L tokens. The output head takes 2Vd operations; with N embedding
+experts, it takes N times as many, and two routers take 2Nd each. Training takes three times the operations of the
 forward pass. Choices that exceed an expert's capacity are counted too.
 """
 

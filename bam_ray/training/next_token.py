@@ -4,10 +4,10 @@ With a large vocabulary the logits of a micro batch and their gradient would be 
 they exist only for one chunk of tokens at a time. The gradients of a chunk are computed together with its NLL, so that
 its logits are computed once (as in Liger's fused linear cross-entropy, arXiv 2410.10989).
 
-Shapes: T tokens, d hidden, V vocabulary.
+Shapes: T tokens, d hidden, V vocabulary, N embedding experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from bam_ray.families import FAMILIES
 from bam_ray.model import RouterOutput
-from bam_ray.model.embeddings_bam import BamHead, stacked_head, weighted_states
+from bam_ray.model.embeddings_bam import BamHead, weighted_states
 from bam_ray.training.objective import as_mixture
 
 MIN_CHUNK_TOKENS = 256  # smaller chunks are slower
@@ -85,7 +85,7 @@ class ChunkedHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the mean NLL of `targets` [T] for the hidden states [T, d], or [T, N·d] with embedding experts."""
-        weight = self.matrix()
+        weight = self.weight
         if not torch.is_grad_enabled():  # an autograd function cannot see this itself
             hidden, weight = hidden.detach(), weight.detach()
         nll: Tensor = SummedNLL.apply(hidden * self.scale, weight, targets)  # type: ignore[no-untyped-call]
@@ -94,19 +94,21 @@ class ChunkedHead(nn.Module):
     @torch.no_grad()
     def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the NLL of each of the `targets` [T] in fp32, without gradients. `hidden` is that of `forward`."""
-        size, weight = chunk_tokens(hidden), self.matrix()
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat(
-            [F.cross_entropy((x @ weight.t() * self.scale).float(), ids, reduction="none") for x, ids in chunks]
-        )
-
-    def matrix(self) -> Tensor:
-        """Return the matrix [V, d] of the head, or [V, N·d] with embedding experts."""
-        return stacked_head(self.weight) if self.weight.ndim == 3 else self.weight
+        size, device = chunk_tokens(hidden), hidden.device.type
+        dtype = product_dtype(self.weight)
+        with torch.autocast(device, enabled=False):
+            tables = tables_of(self.weight.to(dtype))
+            chunks = zip(hidden.split(size), targets.split(size), strict=True)
+            return torch.cat(
+                [
+                    F.cross_entropy(summed_logits(x.to(dtype), tables) * self.scale, ids, reduction="none")
+                    for x, ids in chunks
+                ]
+            )
 
 
 def head_states(out: Any) -> Tensor:
-    """Return the hidden states that the head's matrix multiplies, from the output of a model without its head.
+    """Return the hidden states that the head's tables multiply, from the output of a model without its head.
 
     They are [B, L, d], or [B, L, N·d] with embedding experts: the last hidden states, weighted for each expert.
     """
@@ -118,33 +120,37 @@ def head_states(out: Any) -> Tensor:
 class SummedNLL(torch.autograd.Function):
     """The sum Σ -log softmax(hidden · weightᵀ)[target] in fp32, for hidden [T, d], weight [V, d] and targets [T].
 
-    Matrix products use the precision of autocast if it is enabled. The softmax and the sums over chunks are fp32. The
-    logits of a chunk are about as large as the weight.
+    With N tables, hidden is [T, N·d] and weight [N, V, d], and the logits are the sum of the N products. Matrix
+    products use the precision of autocast if it is enabled. The softmax and the sums over tables and chunks are fp32.
+    The logits of a chunk are about as large as the weight.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Compute the sum, and the gradients for a loss gradient of 1."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        device, dtype = hidden.device.type, product_dtype(weight)
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float) if of_weight else None
         total = hidden.new_zeros((), dtype=torch.float)
         size = chunk_tokens(hidden)
         with torch.autocast(device, enabled=False):
-            cast = weight.to(dtype)
+            tables = tables_of(weight.to(dtype))
+            width = weight.shape[-1]
             for start in range(0, len(hidden), size):
                 x, target = hidden[start : start + size].to(dtype), targets[start : start + size, None]
-                log_p = (x @ cast.t()).float().log_softmax(-1)
+                log_p = summed_logits(x, tables).log_softmax(-1)
                 total -= log_p.gather(1, target).sum()
                 if not (of_hidden or of_weight):
                     continue
                 grad = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + size] = grad @ cast
+                    parts = grad_hidden[start : start + size].split(width, -1)
+                    for part, table in zip(parts, tables, strict=True):
+                        part.copy_(grad @ table)
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad.t(), x)
+                    for into, part in zip(tables_of(grad_weight), x.split(width, -1), strict=True):
+                        _add_product(into, grad.t(), part)
                 del log_p, grad  # frees them before the next chunk allocates its own
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
@@ -165,6 +171,27 @@ class SummedNLL(torch.autograd.Function):
 def chunk_tokens(hidden: Tensor) -> int:
     """Return the number of the tokens of `hidden` [T, d] whose logits are computed at once."""
     return max(MIN_CHUNK_TOKENS, hidden.shape[1])
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the products with `weight`: that of autocast if it is enabled."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def tables_of(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return the tables [V, d] of the weight of a head, which is [V, d] or [N, V, d]."""
+    return weight.unbind(0) if weight.ndim == 3 else (weight,)
+
+
+def summed_logits(x: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """Return the sum over N tables [V, d] of their products with x [T, N·d]: [T, V] in fp32."""
+    parts = x.split(tables[0].shape[1], -1)
+    logits: Tensor = (parts[0] @ tables[0].t()).float()
+    # One product over all tables would need a copy of them as [V, N·d]
+    for part, table in zip(parts[1:], tables[1:], strict=True):
+        _add_product(logits, part, table.t())
+    return logits
 
 
 def _rows(out: Tensor, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

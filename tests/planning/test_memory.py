@@ -51,6 +51,15 @@ def nodes(*gib: float) -> list[NodeFacts]:
     return [NodeFacts(f"{n}", f"{n}", "", {"CPU": 2, "memory": size * GIB}) for n, size in enumerate(gib)]
 
 
+def host_bytes(task: str, *overrides: str) -> int:
+    """Return the estimate for a worker of a task of the recipe."""
+    settings = recipe(*overrides)
+    found = next(each for each in task_graph(settings) if each.full_name == task)
+    memory = task_memory(found, settings, seed_size(settings), False)
+    assert memory is not None
+    return memory.host_bytes
+
+
 def test_every_task_requests_memory() -> None:
     tasks = requested()
     assert all(task.needs.memory_gib and task.needs.memory_gib > 0.4 for task in tasks.values())
@@ -170,19 +179,32 @@ def test_fitted_routers_hold_the_text() -> None:
 
 
 def test_a_mixture_without_the_seed_has_less_text_and_experts() -> None:
-    def host_bytes(task: str, *overrides: str) -> int:
-        settings = recipe(*overrides)
-        found = next(each for each in task_graph(settings) if each.full_name == task)
-        memory = task_memory(found, settings, seed_size(settings), False)
-        assert memory is not None
-        return memory.host_bytes
-
     alone = ("mix.expert_parallel=1", "upcycle.mixtures.btx.seed_expert=false")
     text, expert, router_row = 64 * 2 * 1024 * 576, 3 * 576 * 1536, 576  # of the seed; values of 4 bytes
     fewer = host_bytes("upcycled/btx") - host_bytes("upcycled/btx", *alone)
     assert fewer == 4 * (text + expert + router_row), "one layer is in memory while routers are fitted"
     fewer = host_bytes("mixtures/btx", "mix.expert_parallel=1") - host_bytes("mixtures/btx", *alone)
     assert fewer > 12 * 30 * expert
+
+
+def test_every_process_holds_all_tables_and_counts() -> None:
+    tables = "upcycle.mixtures.bam.embeddings=experts"
+    prior = "upcycle.mixtures.bam.router={init: zero, prior: bigram}"
+    more = host_bytes("mixtures/bam", tables) - host_bytes("mixtures/bam")
+    three = 3 * 49152 * 576  # additional tables
+    # Weights, gradients and half of Adam's states, as there are two processes; rank 0 also has the checkpoint's copy
+    assert more > (4 + 4 + 16 / 2 + 12) * three
+    counts = 4 * (8 * 49152 + 4 * 2**20)
+    assert host_bytes("mixtures/bam", prior) - host_bytes("mixtures/bam") == 2 * counts, "the model's, and the copy's"
+
+
+def test_upcycling_and_the_corpus_hold_the_counts_of_all_text() -> None:
+    text = 8 * (49152 + 2**20)  # 8 MiB of pairs, and the tokens
+    weights = 4 * 2 * 8 * 49152
+    by_counts = host_bytes("upcycled/bam", "upcycle.mixtures.bam.embeddings=counts")
+    assert by_counts - host_bytes("upcycled/bam") == 4 * text + weights
+    another = host_bytes("corpora/corpus", "data.domains.physics={source: x}")
+    assert another - host_bytes("corpora/corpus") == text
 
 
 def test_the_report_holds_the_largest_model() -> None:

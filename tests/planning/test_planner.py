@@ -12,13 +12,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from bam_ray.errors import PlacementError, SettingsError
-from bam_ray.model import BamConfig
 from bam_ray.planning.cluster_file import ClusterFile, load_cluster
 from bam_ray.planning.memory import activation_bytes
 from bam_ray.planning.model_size import ModelSize, seed_size
 from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import Plan, make_plan
-from bam_ray.settings import Recipe, RoutedMixture, load_recipe, parse_recipe
+from bam_ray.settings import Recipe, load_recipe, parse_recipe
 from bam_ray.training.flops import training_flops
 from tests.support import tiny
 
@@ -101,29 +100,6 @@ def test_mixtures_have_the_sizes_of_the_paper() -> None:
     assert [round(size.parameters / 1e6, 1) for size in sizes] == [587.2, 700.5, 738.3, 776.0]
 
 
-@pytest.mark.parametrize(
-    "mixture", ["{method: bam}", "{method: bam, attention_experts: kv_shared}", "{method: btx, num_experts_per_tok: 2}"]
-)
-def test_a_mixture_has_the_operations_of_its_configuration(mixture: str) -> None:
-    """The formula for plans, which import no transformers, agrees with that of `training.flops`."""
-    settings = recipe(f"upcycle.mixtures={{one: {mixture}}}").upcycle.mixtures["one"]
-    assert isinstance(settings, RoutedMixture)
-    config = BamConfig(
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        num_experts=4,
-        num_experts_per_tok=settings.num_experts_per_tok,
-        attention_experts=settings.attention,
-    )
-    seed = seed_size(recipe())
-    assert seed is not None
-    assert seed.mixed(settings, 4).training_flops(1024) == pytest.approx(training_flops(config, 1024, 1))
-
-
 def test_memory_is_left_out_if_the_size_is_unknown(tmp_path: Path) -> None:
     unknown = recipe(f"seed={{folder: {tmp_path}}}")
     plan = make_plan(unknown)
@@ -150,6 +126,16 @@ def test_memory_and_stored_bytes() -> None:
     four, eight = (device_bytes(recipe(f"branch.training.micro_batch_sequences={n}"), "branches/law") for n in (4, 8))
     # A fitted micro batch counts as one sequence on a GPU
     assert eight - four == pytest.approx(4 * (four - law.memory.device_bytes) / 3) and eight > four
+
+
+def test_the_counts_of_a_prior_are_stored_with_each_model() -> None:
+    prior = recipe("upcycle.mixtures.bam.router={init: zero, prior: bigram}")
+    plain, with_counts = (
+        {row.task.full_name: row.final_bytes or 0 for row in make_plan(each).rows} for each in (recipe(), prior)
+    )
+    counts = 4 * (8 * 32000 + 4 * 2**20)
+    for name in ("upcycled/bam", "mixtures/bam"):
+        assert with_counts[name] - plain[name] == counts
 
 
 def test_the_memory_of_logits_does_not_grow_with_the_micro_batch() -> None:

@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.model.embeddings_bam import BamInputEmbeddings
 from bam_ray.model.parameters import count_parameters
 from bam_ray.training.flops import forward_flops_per_token, training_flops
 from tests.support import tiny
@@ -15,6 +16,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "bam": {"num_experts_per_tok": 2},
     "shared keys, shared expert": {"attention_experts": "kv_shared", "shared_expert_intermediate_size": 24},
     "averaged, plain FFN": {"attention_experts": "averaged", "mlp_gated": False},
+    "embedding experts": {"embeddings": "experts", "router_input": "prefix"},
+    "embedding experts, untied": {
+        "embeddings": "experts",
+        "attention_experts": "averaged",
+        "tie_word_embeddings": False,
+    },
     "dense layer of other sizes": {
         "dense_layers": [1],
         "dense_intermediate_size": 96,
@@ -38,7 +45,9 @@ def test_each_matrix_element_that_a_token_uses_costs_two_operations(name: str) -
         if parameter.ndim == 1 or "norm" in parameter_name:
             matrices -= parameter.numel()
     if not model.config.tie_word_embeddings:
-        matrices -= model.get_input_embeddings().weight.numel()  # looked up, not multiplied
+        embedding = model.get_input_embeddings()
+        table = embedding.experts if isinstance(embedding, BamInputEmbeddings) else embedding
+        matrices -= table.weight.numel()  # looked up, not multiplied
     config = copy.deepcopy(model.config)
     config.sliding_window = config.layer_types = None
     one_token = forward_flops_per_token(config, 2) - forward_flops_per_token(config, 1)

@@ -76,7 +76,7 @@ def test_chunks_have_the_loss_and_gradients_of_all_logits(name: str) -> None:
         torch.testing.assert_close(found[each], wanted[each], rtol=1e-5, atol=1e-5, msg=each)
 
 
-@pytest.mark.parametrize("name", ["cohere", "gpt_neox", "bam"])
+@pytest.mark.parametrize("name", ["cohere", "gpt_neox", "bam", "embedding experts"])
 def test_bf16_chunks_are_as_close_to_fp32_as_all_logits(name: str) -> None:
     model = model_of(name)
     exact_loss, exact = gradients(model, whole_logits(model))
@@ -105,14 +105,15 @@ def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """A recorder of the size of the largest tensor that is created."""
+    """A recorder of the size of the largest tensor that is created, without views."""
 
     numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
+        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
         for each in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(each, Tensor):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in known:
                 self.numbers = max(self.numbers, each.numel())
         return out
 
@@ -128,6 +129,23 @@ def test_no_tensor_is_larger_than_the_logits_of_one_chunk(graded: bool) -> None:
         if graded:
             loss.backward()
     assert seen.numbers == hidden * vocabulary
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_the_tables_of_all_experts_are_not_copied(graded: bool) -> None:
+    tokens, hidden, vocabulary, experts = 5, 8, 999, 4
+    sizes = {**tiny.SIZES, "hidden_size": hidden, "vocab_size": vocabulary, "num_experts": experts}
+    model = BamForCausalLM(BamConfig(**sizes, embeddings="experts"))
+    head = NextTokenLoss(model).head
+    assert head is not None
+    x = torch.randn(tokens, experts * hidden, requires_grad=graded)
+    head.weight.requires_grad_(False)
+    with LargestTensor() as seen:
+        loss = head(x, torch.randint(0, vocabulary, (tokens,)))
+        if graded:
+            loss.backward()
+        model.lm_head(torch.randn(2, tokens, hidden), torch.rand(2, tokens, experts))
+    assert seen.numbers == 2 * tokens * vocabulary, "the logits of both sequences"
 
 
 def test_an_unknown_head_computes_all_logits_at_once() -> None:
