@@ -171,7 +171,7 @@ class Documents:
 
 
 class RoutingContext:
-    """What the routers of one forward pass know of the documents so far.
+    """The knowledge that the routers of one forward pass have of the documents so far.
 
     Attributes:
         prior: The logarithm of the prior probability of each expert [B, L, N]; None: there is no prior.
