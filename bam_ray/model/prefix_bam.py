@@ -171,7 +171,7 @@ class Documents:
 
 
 class RoutingContext:
-    """What the routers of one forward pass know of the documents so far.
+    """The state of the documents so far, which the routers of one forward pass read.
 
     Attributes:
         shape: B and L.
