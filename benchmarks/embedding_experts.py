@@ -1,13 +1,14 @@
 """Training steps and decode steps of BAM with embedding experts, over those of the plain mixture.
 
-    python -m benchmarks.embedding_experts [--rounds 7] [--width 256] [--layers 4]
+    python -m benchmarks.embedding_experts [--rounds 7] [--width 128] [--layers 4]
 
 A training step is forward, backward, clipping and update by the engine that trains mixtures, on the same random tokens.
 A decode step is one token of one sequence after a prompt. The times are medians of the CPU time of one thread.
 
-`operations` is the ratio of counted operations (`bam_ray.training.flops`). In training, it is the lower bound of the
-ratio of times; the count does not include the update, whose cost grows with all parameters. A decode step reads each
-weight that it uses once, so its lower bound is the ratio of the numbers of parameters that a token uses.
+`operations` is the ratio of counted operations (`bam_ray.training.flops`), which predicts the ratio of the times of
+training. The count does not include the update, whose cost grows with all parameters. A decode step reads each weight
+that it uses once, so the number of parameters that a token uses (`used parameters`) predicts its time if reading them
+dominates.
 """
 
 from collections.abc import Callable
@@ -97,7 +98,7 @@ def measure(rounds: int, vocabulary: int, width: int, layers: int) -> list[list[
 
 def main(
     rounds: Annotated[int, typer.Option(help="Training steps of each case; 20 times as many decode steps.")] = 7,
-    width: Annotated[int, typer.Option(help="Hidden size.")] = 256,
+    width: Annotated[int, typer.Option(help="Hidden size.")] = 128,
     layers: Annotated[int, typer.Option(help="Layers.")] = 4,
 ) -> None:
     """Measure, print a table and write `benchmarks/results/embedding_experts.json`."""

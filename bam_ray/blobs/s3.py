@@ -39,7 +39,7 @@ from bam_ray.units import MIB
 CONFLICT_TRIES = 6
 TOKEN = "bam-put"  # name of the metadata that identifies the call which wrote a blob
 TRANSFER = TransferConfig(multipart_threshold=64 * MIB, multipart_chunksize=32 * MIB, max_concurrency=4)
-CONCURRENT_PARTS = 4
+CONCURRENT_PARTS = 3
 
 
 class S3Store:
@@ -144,7 +144,7 @@ class S3Store:
                     raise
 
     def put_stream(self, key: str, chunks: Iterator[bytes | memoryview], size: int | None = None) -> None:
-        """Upload a stream in parts, of which at most four are in flight.
+        """Upload a stream in parts, of which at most three are in flight.
 
         A part has 8 MiB, or more if `size` bytes would be too many parts. A stream shorter than one part is a single
         put. A multipart upload becomes visible when it is completed; it is aborted if anything fails.
@@ -252,7 +252,8 @@ class S3Store:
             )
             for page in pages:
                 date = page["ResponseMetadata"]["HTTPHeaders"].get("date")
-                now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+                # The date has whole seconds, and uploads may have begun later in the same second
+                now = parsedate_to_datetime(date) + timedelta(seconds=1) if date else datetime.now(UTC)
                 for upload in page.get("Uploads", []):
                     if now - upload["Initiated"] < older_than:
                         continue
