@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from bam_ray.checkpoint.malloc import large_buffers_returned
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.model_folder import parse_object
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
@@ -106,7 +107,8 @@ def write_model(
         texts: Rows of tokens, int64 [S, L], by expert name, for routers that are fitted.
         progress: Called after each chunk and each layer of routers.
     """
-    separation = _write_tensors(planned, sources, writer, texts or {}, progress)
+    with large_buffers_returned():
+        separation = _write_tensors(planned, sources, writer, texts or {}, progress)
     lineage = {
         "sources": {name: source.uri for name, source in sources.items()},
         "history": planned.history,
