@@ -31,7 +31,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Start a Ray node, and return the URL of its metrics."""
     (port,) = free_ports(1)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers unpickle the stubs
-    with tempfile.TemporaryDirectory(prefix="bam-gauges-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bam-gauges-", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
             num_cpus=1,

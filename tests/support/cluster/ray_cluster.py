@@ -22,7 +22,9 @@ def ray_cluster(nodes: int = 3, node_environment: Mapping[str, str] | None = Non
     `node_environment` is not that of the head.
     """
     # The folder keeps other clusters of this machine apart; its name is short because it contains sockets
-    with tempfile.TemporaryDirectory(prefix="bam-control-") as folder, pytest.MonkeyPatch.context() as patch:
+    # A process of Ray that is still ending may write a log while the folder is removed
+    temporary = tempfile.TemporaryDirectory(prefix="bam-control-", ignore_cleanup_errors=True)
+    with temporary as folder, pytest.MonkeyPatch.context() as patch:
         (Path(folder) / "ray").mkdir()
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_AUTH_MODE", "disabled")

@@ -65,7 +65,11 @@ class ClusterUnderTest:
 
     def _start(self) -> "ClusterUnderTest":
         # the paths of Ray's sockets must be short
-        self.ray_folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bam-f-", dir="/tmp")))
+        self.ray_folder = Path(
+            self._stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="bam-f-", dir="/tmp", ignore_cleanup_errors=True)
+            )
+        )
         (self.ray_folder / "ray").mkdir()
         self._stack.callback(self._end)
         self.start_s3()
