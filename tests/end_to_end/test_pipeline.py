@@ -31,6 +31,7 @@ SMALL = [
     "branch.training={tokens: 1228800, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 20}",
     "branch.needs.labels={bam/kind: 'in(small,spot)'}",
     "upcycle.mixtures={bam: {method: bam}, btx: {method: btx}}",
+    "compare=null",
     "mix.training={tokens: 20480, batch_tokens: 2048, peak_lr: 0.002, checkpoint_every: 5}",
     "evaluate.tokens_per_domain=2048",
     "serve.max_length=128",
