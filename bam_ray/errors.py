@@ -11,6 +11,7 @@ BamError
 │   ├── NoConditionalPut   the store does not support conditional puts
 │   ├── StoreDenied        the credentials are wrong or a permission is missing
 │   └── StoreUnavailable   the endpoint is down, the bucket is missing or the disk is full
+│       └── StoreBusy      the server answers that it cannot serve a request now
 ├── CheckpointError        a checkpoint cannot be used
 │   ├── DigestMismatch     a file differs from its manifest
 │   └── StaleLease         a newer attempt owns this artifact, so this writer must stop
@@ -67,6 +68,10 @@ class StoreDenied(StoreError):
 
 class StoreUnavailable(StoreError):
     """The endpoint is down, the bucket is missing or the disk is full."""
+
+
+class StoreBusy(StoreUnavailable):
+    """The server answers that it cannot serve a request now."""
 
 
 class CheckpointError(BamError):

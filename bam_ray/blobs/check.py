@@ -10,20 +10,32 @@ Two writers that do so at the same moment both believe that they were first.
 import contextlib
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from bam_ray.blobs import open_store
 from bam_ray.blobs.store import BlobStore, put_once
-from bam_ray.errors import BlobExists, NoConditionalPut, StoreError
+from bam_ray.errors import BlobExists, NoConditionalPut, StoreBusy, StoreError
 from bam_ray.settings import StoreSettings
 
+PATIENCE = 120.0  # seconds
 RACERS = 8
 RACES = 4
 
 
-def open_checked_store(settings: StoreSettings) -> tuple[BlobStore, str | None]:
+def open_checked_store(
+    settings: StoreSettings, report: Callable[[str], None] | None = None
+) -> tuple[BlobStore, str | None]:
     """Open the store of `settings` and check that its conditional puts work.
+
+    A server that answers that it is busy is asked again for `PATIENCE` seconds. All other errors are raised at once.
+
+    Args:
+        settings: The store.
+        report: Called with one line before each further attempt.
 
     Returns:
         The store, and a one-line warning if it gives only the weak promise.
@@ -34,7 +46,15 @@ def open_checked_store(settings: StoreSettings) -> tuple[BlobStore, str | None]:
     """
     store = open_store(settings.uri, settings.endpoint)
     try:
-        check_put_if_absent(store)
+        for attempt in Retrying(
+            retry=retry_if_exception_type(StoreBusy),
+            stop=stop_after_delay(PATIENCE),
+            wait=wait_random_exponential(max=15),
+            before_sleep=partial(_report_attempt, report),
+            reraise=True,
+        ):
+            with attempt:
+                check_put_if_absent(store)
     except NoConditionalPut as error:
         if settings.promise == "strict":
             raise NoConditionalPut(
@@ -48,6 +68,11 @@ def open_checked_store(settings: StoreSettings) -> tuple[BlobStore, str | None]:
         )
         return open_store(settings.uri, settings.endpoint, settings.promise), warning
     return store, None
+
+
+def _report_attempt(report: Callable[[str], None] | None, state: RetryCallState) -> None:
+    if report is not None and state.outcome is not None and state.next_action is not None:
+        report(f"{state.outcome.exception()}: trying again in {state.next_action.sleep:.0f} s")
 
 
 def check_put_if_absent(store: BlobStore) -> None:

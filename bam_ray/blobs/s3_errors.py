@@ -32,12 +32,14 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from bam_ray.errors import BlobExists, BlobNotFound, StoreDenied, StoreError, StoreUnavailable, one_line
+from bam_ray.errors import BlobExists, BlobNotFound, StoreBusy, StoreDenied, StoreError, StoreUnavailable, one_line
 
 # Error codes of S3 servers, by meaning. The answer to a HEAD request has no body, so its code is the HTTP status.
 MISSING = {"NoSuchKey", "404", "NotFound", "Not Found"}
 CONDITION_FAILED = {"PreconditionFailed", "412"}
 CONFLICT = {"ConditionalRequestConflict", "409"}  # another put of the same key is in progress, with unknown outcome
+BUSY_STATUS = {429, 500, 502, 503, 504}
+BUSY_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestLimitExceeded", "503"}
 NOT_IMPLEMENTED = {"NotImplemented", "501"}
 OUT_OF_RANGE = {"InvalidRange", "416"}
 PERMISSION = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled", "AccountProblem", "AccessForbidden"}
@@ -170,7 +172,8 @@ def _answered(error: ClientError, uri: str) -> StoreError:
         )
     if may_reject_checksums(error):
         said += f"; if it rejects checksums: {CHECKSUM_ADVICE}"
-    return StoreUnavailable(f"{uri}: the S3 server answered {said}")
+    kind = StoreBusy if status_of(error) in BUSY_STATUS or code in BUSY_CODES else StoreUnavailable
+    return kind(f"{uri}: the S3 server answered {said}")
 
 
 DENIALS = (

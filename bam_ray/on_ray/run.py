@@ -71,11 +71,15 @@ def run_tasks(
         StoreError: The blob store cannot be used.
         PlacementError: There is no cluster.
     """
-    store, weaker = open_checked_store(recipe.store)  # reports wrong credentials and a missing bucket at once
+
+    def warn(text: str) -> None:
+        terminal_console(width=TABLE_WIDTH).print(text, style="yellow", soft_wrap=True)
+
+    store, weaker = open_checked_store(recipe.store, warn)  # reports wrong credentials and a missing bucket at once
     size = seed_size(recipe)
     for warning in (weaker, maturity_warning(recipe, size)):
         if warning:
-            terminal_console(width=TABLE_WIDTH).print(warning, style="yellow", soft_wrap=True)
+            warn(warning)
     connect()
     protect_driver()
     run = PipelineRun.of(recipe, store)

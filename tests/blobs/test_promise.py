@@ -1,17 +1,19 @@
 """Servers without conditional puts: refused by default, or used with the weak promise and a warning."""
 
 import pickle
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bam_ray.blobs import open_store
+from bam_ray.blobs import check, open_store
 from bam_ray.blobs.check import open_checked_store
-from bam_ray.errors import BlobExists, NoConditionalPut
+from bam_ray.errors import BlobExists, NoConditionalPut, StoreBusy
 from bam_ray.settings import StoreSettings
 from cluster.s3_server import BUCKET
+from tests.support.faults.flaky_proxy import FlakyProxy
 
 
 def settings(endpoint: str, promise: str) -> StoreSettings:
@@ -69,3 +71,25 @@ def test_a_server_with_conditional_puts_keeps_the_strict_promise(
     store, warning = open_checked_store(settings(moto_endpoint, "weak"))
     assert warning is None
     assert pickle.dumps(store) == pickle.dumps(open_store(f"s3://{BUCKET}/weak", moto_endpoint))
+
+
+def test_a_busy_server_is_asked_again(fault_proxy: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "PATIENCE", 30.0)
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        fault_proxy.recover()
+
+    fault_proxy.refuse()
+    store, _ = open_checked_store(settings(fault_proxy.endpoint, "strict"), report)
+    assert list(store.list("probes/")) == []
+    (line,) = lines
+    assert re.search(r"the S3 server answered .*: trying again in \d+ s$", line)
+
+
+def test_a_server_that_stays_busy_is_refused(fault_proxy: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "PATIENCE", 0.0)
+    fault_proxy.refuse()
+    with pytest.raises(StoreBusy, match="the S3 server answered"):
+        open_checked_store(settings(fault_proxy.endpoint, "strict"))
