@@ -113,6 +113,10 @@ class Soak:
             self.poll()
             time.sleep(min(0.5, max(0.0, until - time.monotonic())))
 
+    def _wait_for_driver(self) -> None:
+        """Wait until the driver has opened the store: one that cannot open it ends with an error at once."""
+        wait_for("the driver has started", lambda: self.driver.output or not self.driver.is_running)
+
     def _worker_pids(self, target: int) -> list[int]:
         """Return the id of the process of a branch, in a list that is empty if it is not in training."""
         logs = attempts(self.store, self.recipe, DOMAINS[target % len(DOMAINS)])
@@ -190,6 +194,7 @@ class Soak:
     @contextlib.contextmanager
     def store_killed(self, target: int) -> Iterator[None]:
         """Send SIGKILL to the S3 server."""
+        self._wait_for_driver()
         self.cluster.kill_s3()
         yield
 
@@ -207,8 +212,8 @@ class Soak:
 
     @contextlib.contextmanager
     def store_denying(self, target: int) -> Iterator[None]:
-        """Let the store answer 403; only to a driver that has started, because others end with an error at once."""
-        wait_for("the driver has started", lambda: self.driver.output or not self.driver.is_running)
+        """Let the store answer 403."""
+        self._wait_for_driver()
         self.cluster.proxy.add(flaky_proxy.Fault.denied())
         yield
 
