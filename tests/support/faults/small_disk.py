@@ -11,7 +11,7 @@ class SmallDisk:
     Entering the context raises `OSError` if this process is not permitted to mount file systems.
     """
 
-    def __init__(self, folder: Path, size: int = 16 << 20) -> None:
+    def __init__(self, folder: Path, size: int = 48 << 20) -> None:
         self._folder, self._size = folder, size
         self._filler = folder / "filler"
 
