@@ -45,16 +45,15 @@ def open_checked_store(
         StoreError: Any error of the store itself.
     """
     store = open_store(settings.uri, settings.endpoint)
+    patiently = Retrying(
+        retry=retry_if_exception_type(StoreBusy),
+        stop=stop_after_delay(PATIENCE),
+        wait=wait_random_exponential(max=15),
+        before_sleep=partial(_report_attempt, report),
+        reraise=True,
+    )
     try:
-        for attempt in Retrying(
-            retry=retry_if_exception_type(StoreBusy),
-            stop=stop_after_delay(PATIENCE),
-            wait=wait_random_exponential(max=15),
-            before_sleep=partial(_report_attempt, report),
-            reraise=True,
-        ):
-            with attempt:
-                check_put_if_absent(store)
+        patiently(check_put_if_absent, store)
     except NoConditionalPut as error:
         if settings.promise == "strict":
             raise NoConditionalPut(

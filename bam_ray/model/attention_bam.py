@@ -291,7 +291,8 @@ class BamAttention(nn.Module):
     ) -> tuple[PendingAttention, Tensor]:
         """Start the attention of x [B, L, d].
 
-        `routing` is that of the layer, and `kwargs` are those of `BamAttentionBase.attention`.
+        `routing` is what the router knows of the documents so far, and `kwargs` are those of
+        `BamAttentionBase.attention`.
 
         Returns:
             The pending output [B, L, d] and the router logits [T, N].

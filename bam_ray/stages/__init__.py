@@ -6,8 +6,8 @@ corpora ─▶ seeds ─▶ branches × N ─▶ upcycled ─▶ mixtures ─▶
 task_run.py     `TaskRun`, the one value that every stage receives; imports no torch
 run.py          `run_stage` and `run_rank`, which look up a task's stage and run it
 corpus.py       corpora
- token_counts.py the counts of tokens that a corpus contains
- dense.py        seeds, branches and controls
+token_counts.py the counts of tokens that a corpus contains
+dense.py        seeds, branches and controls
 upcycle.py      mixtures at step 0
 mix.py          trained mixtures
 absorb.py       adds branches that were committed after their mixture had started

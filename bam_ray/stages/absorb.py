@@ -110,9 +110,10 @@ def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> lis
         TensorReader(run.store, start.prefix),
     )
     manifest = Manifest(id=task.id, kind=task.kind, name=task.name, step=step)
-    present = names_of(mixture_config_of(mixture))
+    config = mixture_config_of(mixture)
+    present = names_of(config)
     late = [name for _, name in task.quorum.branches if name not in present]
-    counts = _counts(run, mixture_config_of(mixture), late)
+    counts = _counts(run, config, late)
     seed = run.recipe.upcycle.mixtures[task.name].seed
     added: list[Event] = []
     left_out: list[Event] = []

@@ -126,16 +126,7 @@ def test_dropping_depends_on_earlier_tokens_of_the_sequence_only() -> None:
 
 
 def test_gradient_checkpointing_keeps_gradients_with_a_capacity() -> None:
-    model, ids = build(0.5), tiny.tokens()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+    tiny.assert_recomputation_keeps_gradients(build(0.5), tiny.tokens())
 
 
 def test_balance_loss_includes_dropped_choices() -> None:

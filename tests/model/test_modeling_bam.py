@@ -43,18 +43,7 @@ def test_cache_padding_and_backends_give_the_same_logits(attention: str, paralle
 
 @pytest.mark.parametrize("attention", ATTENTION_EXPERTS)
 def test_gradient_checkpointing_keeps_gradients(attention: str) -> None:
-    model = build(attention).train()
-    ids = tiny.tokens()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    assert len(gradients[0]) == len(list(model.parameters()))
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+    tiny.assert_recomputation_keeps_gradients(build(attention).train(), tiny.tokens())
 
 
 @pytest.mark.parametrize("attention", ["kv_experts", "kv_shared"])

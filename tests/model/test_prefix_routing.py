@@ -187,15 +187,4 @@ def test_the_prior_needs_token_ids() -> None:
 
 @pytest.mark.parametrize("name", ["all", "untied"])
 def test_every_parameter_has_a_gradient(name: str) -> None:
-    model = build(SETTINGS[name]).train()
-    ids = tiny.tokens()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert plain is not None and recomputed is not None
-        torch.testing.assert_close(plain, recomputed)
+    tiny.assert_recomputation_keeps_gradients(build(SETTINGS[name]).train(), tiny.tokens())

@@ -105,22 +105,6 @@ def test_a_control_is_the_seed_trained_on_the_blend_of_mixing(tmp_path: Path) ->
     ]
 
 
-def test_a_stopped_control_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    run = small_recipe(tmp_path, compare={"dense": [0.5]})
-    weights = []
-    for number, stop_at in enumerate((None, 6)):
-        store = open_store(str(tmp_path / f"store-{number}"))
-        make_artifacts(run, store, ("corpora", "seeds"))
-        if stop_at is not None:
-            with pytest.raises(Interrupted, match="step 6 of 10"):
-                run_task(run, store, "controls", "dense-0.5x", RecordingContext(stop_at))
-        context = RecordingContext()
-        manifest = run_task(run, store, "controls", "dense-0.5x", context)
-        assert context.reports[0].step == (1 if stop_at is None else 7)
-        weights.append((Artifact(store, "controls", manifest.id).fetch() / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
-
-
 def test_a_committed_artifact_is_not_made_again(tmp_path: Path) -> None:
     run = small_recipe(tmp_path)
     store = open_store(run.store.uri)
@@ -131,19 +115,20 @@ def test_a_committed_artifact_is_not_made_again(tmp_path: Path) -> None:
     assert not context.reports
 
 
-def test_a_stopped_branch_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    run = small_recipe(tmp_path)
+@pytest.mark.parametrize(("kind", "name"), [("branches", "code"), ("controls", "dense-0.5x")])
+def test_a_stopped_model_resumes_to_the_same_weights(tmp_path: Path, kind: str, name: str) -> None:
+    run = small_recipe(tmp_path, compare={"dense": [0.5]})
     weights = []
     for number, stop_at in enumerate((None, 6)):
         store = open_store(str(tmp_path / f"store-{number}"))
         make_artifacts(run, store, ("corpora", "seeds"))
         if stop_at is not None:
             with pytest.raises(Interrupted, match="step 6 of 10"):
-                run_task(run, store, "branches", "code", RecordingContext(stop_at))
+                run_task(run, store, kind, name, RecordingContext(stop_at))
         context = RecordingContext()
-        manifest = run_task(run, store, "branches", "code", context)
+        manifest = run_task(run, store, kind, name, context)
         assert context.reports[0].step == (1 if stop_at is None else 7)
-        weights.append((Artifact(store, "branches", manifest.id).fetch() / "model.safetensors").read_bytes())
+        weights.append((Artifact(store, kind, manifest.id).fetch() / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 

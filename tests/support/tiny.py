@@ -73,6 +73,20 @@ def dense(family: str | PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
+def assert_recomputation_keeps_gradients(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Assert that every parameter has a gradient, and the same one if activations are recomputed."""
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and recomputed is not None
+        torch.testing.assert_close(plain, recomputed)
+
+
 def with_random_counts(model: PreTrainedModel) -> PreTrainedModel:
     """Give the router prior of a mixture, if it has one, random counts; return the mixture."""
     prior: Any = model.model.prior
