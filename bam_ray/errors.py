@@ -22,6 +22,7 @@ BamError
 │   ├── LossNotFinite      the loss or its gradient is NaN or infinite
 │   └── LossSpiked         the loss or its gradient is far above its recent values
 ├── ServingError           the server cannot start or a request cannot be served
+│   └── Overloaded         the queue of the server is full
 └── Interrupted            work stopped cleanly on request; the same command resumes it
 """
 
@@ -116,6 +117,18 @@ class LossSpiked(TrainingError):
 
 class ServingError(BamError):
     """The server cannot start or a request cannot be served."""
+
+
+class Overloaded(ServingError):
+    """The queue of the server is full.
+
+    Attributes:
+        retry_after: The number of seconds after which the client should try again.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Interrupted(BamError):
