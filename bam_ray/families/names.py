@@ -38,16 +38,16 @@ PLAIN_NAMES = {
 STACKED_NAMES = {
     Role.EMBEDDING: "model.embed_tokens.experts.weight",
     Role.HEAD: "lm_head.experts.weight",
-    Role.QUERY: LAYER + "self_attn.experts.q_proj",
-    Role.KEY: LAYER + "self_attn.experts.k_proj",
-    Role.VALUE: LAYER + "self_attn.experts.v_proj",
-    Role.OUTPUT: LAYER + "self_attn.experts.o_proj",
-    Role.QUERY_BIAS: LAYER + "self_attn.experts.q_bias",
-    Role.KEY_BIAS: LAYER + "self_attn.experts.k_bias",
-    Role.VALUE_BIAS: LAYER + "self_attn.experts.v_bias",
-    Role.OUTPUT_BIAS: LAYER + "self_attn.experts.o_bias",
-    Role.QUERY_NORM: LAYER + "self_attn.experts.q_norm",
-    Role.KEY_NORM: LAYER + "self_attn.experts.k_norm",
+    Role.QUERY: LAYER + "self_attn.attention_experts.q_proj",
+    Role.KEY: LAYER + "self_attn.attention_experts.k_proj",
+    Role.VALUE: LAYER + "self_attn.attention_experts.v_proj",
+    Role.OUTPUT: LAYER + "self_attn.attention_experts.o_proj",
+    Role.QUERY_BIAS: LAYER + "self_attn.attention_experts.q_bias",
+    Role.KEY_BIAS: LAYER + "self_attn.attention_experts.k_bias",
+    Role.VALUE_BIAS: LAYER + "self_attn.attention_experts.v_bias",
+    Role.OUTPUT_BIAS: LAYER + "self_attn.attention_experts.o_bias",
+    Role.QUERY_NORM: LAYER + "self_attn.attention_experts.q_norm",
+    Role.KEY_NORM: LAYER + "self_attn.attention_experts.k_norm",
     Role.GATE: LAYER + "mlp.experts.gate_up_proj",
     Role.UP: LAYER + "mlp.experts.gate_up_proj",
     Role.DOWN: LAYER + "mlp.experts.down_proj",
@@ -62,6 +62,11 @@ PRIOR_TOKENS, PRIOR_PAIRS = "model.prior.experts.tokens", "model.prior.experts.p
 EMBEDDING_ROUTERS = ("model.embed_tokens.gate.weight", "model.head.gate.weight")
 """The names of the routers, [N, d], of embedding experts at the input and at the output."""
 FFN_ROLES = (Role.GATE, Role.UP, Role.DOWN, Role.GATE_BIAS, Role.UP_BIAS, Role.DOWN_BIAS)
+
+
+def is_stacked(name: str) -> bool:
+    """Return True if the parameter `name` of a mixture belongs to a module that holds experts."""
+    return not {"experts", "attention_experts"}.isdisjoint(name.split("."))
 
 
 def plain_name(role: Role, layer: int | None) -> str:

@@ -4,16 +4,17 @@ The files `*_bam.py` are also copied into every saved mixture, so that it can be
 on machines without this package.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bam_ray.model.configuration_bam import BamConfig, is_mixture
-from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM
+from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM, BamModel
 from bam_ray.model.routing_bam import RouterOutput, RoutingLosses, dropped_share, routing_losses, select_experts
 
 __all__ = [
     "BamCausalLMOutput",
     "BamConfig",
     "BamForCausalLM",
+    "BamModel",
     "RouterOutput",
     "RoutingLosses",
     "dropped_share",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 AutoConfig.register("bam", BamConfig, exist_ok=True)
+AutoModel.register(BamConfig, BamModel, exist_ok=True)
 AutoModelForCausalLM.register(BamConfig, BamForCausalLM, exist_ok=True)
 BamConfig.register_for_auto_class()
+BamModel.register_for_auto_class("AutoModel")
 BamForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -128,19 +128,55 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class BamAttentionBase(nn.Module):
-    """The common part of all attentions: rotary positions, the cache and the call of an attention backend."""
+class BamAttentionCall(nn.Module):
+    """The call of an attention backend.
+
+    It is a module of its own for vLLM's Transformers backend, which finds the attention of a layer by this call in a
+    `forward` and stores its own attention in the attribute `attn`.
+    """
 
     def __init__(self, config: BamConfig, layer_idx: int, query_heads_per_key: int) -> None:
         super().__init__()
         assert config.head_dim is not None and config.layer_types is not None
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
         self.num_key_value_groups = query_heads_per_key  # attention backends read this attribute and is_causal
         self.is_causal = True
         self.scaling = config.head_dim**-0.5
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Return the output of all heads [B, L, heads, h].
+
+        `query` is [B, heads, L, h]; `key` and `value` are [B, kv heads, S, h]. `kwargs` are passed to the backend.
+        """
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        heads: Tensor = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )[0]
+        batch, count, length, head_dim = query.shape
+        return heads.view(batch, length, count, head_dim)  # backends may return it with fewer dimensions
+
+
+class BamAttentionBase(nn.Module):
+    """The common part of all attentions: rotary positions, the cache and the call of an attention backend."""
+
+    def __init__(self, config: BamConfig, layer_idx: int, query_heads_per_key: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.backend = BamAttentionCall(config, layer_idx, query_heads_per_key)
         self.rotary = layer_idx not in (config.nope_layers or ())
 
     def attention(
@@ -167,18 +203,7 @@ class BamAttentionBase(nn.Module):
             key = apply_rotary(key, cos, sin, interleaved)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        heads: Tensor = interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )[0]
+        heads: Tensor = self.backend(query, key, value, attention_mask, **kwargs)
         return heads
 
     def norm_shape(self, heads: int) -> tuple[int, ...]:
@@ -199,7 +224,8 @@ class BamAttentionExperts(BamAttentionBase):
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         d, num_experts = config.hidden_size, config.num_experts
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads, kv_heads = config.expert_num_attention_heads, config.expert_num_key_value_heads
+        head_dim = config.head_dim
         assert kv_heads is not None and head_dim is not None
         self.kv_shared = config.attention_experts == "kv_shared"
         kv_experts = 1 if self.kv_shared else num_experts
@@ -283,7 +309,7 @@ class BamAttention(nn.Module):
         self.top_k = config.num_attention_experts_per_tok
         self.scale = config.attention_output_scale
         self.gate = BamRouter(config)
-        self.experts = BamAttentionExperts(config, layer_idx)
+        self.attention_experts = BamAttentionExperts(config, layer_idx)
         self.exchange: AttentionExchange = LocalAttentionExchange()
 
     def forward(
@@ -301,7 +327,7 @@ class BamAttention(nn.Module):
         gates = logits.softmax(-1)
         if self.top_k:  # the gates of other experts become 0, and the rest is not renormalized
             gates = gates * torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
-        pending = self.exchange.start(x, gates * self.scale, partial(self.experts, **kwargs))
+        pending = self.exchange.start(x, gates * self.scale, partial(self.attention_experts, **kwargs))
         return pending, logits.flatten(0, 1)
 
 
@@ -310,7 +336,7 @@ class AveragedAttention(BamAttentionBase):
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         d, head_dim = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.expert_num_attention_heads, config.expert_num_key_value_heads
         if layer_idx in (config.dense_layers or ()):
             heads = config.dense_num_attention_heads or heads
             kv_heads = config.dense_num_key_value_heads or kv_heads

@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 class PendingAttention(ABC):
     """The attention output of one layer in one forward pass, which may still be in flight.
 
-    `compute` and then `wait` must be called, once each. Work that runs between the steps overlaps with the
+    `compute` and then `wait` must be called, once each, or `result`. Work that runs between the steps overlaps with the
     communication that the step before has started.
     """
 
@@ -48,8 +48,9 @@ class PendingAttention(ABC):
         return self._wait()
 
     def result(self) -> Tensor:
-        """Compute and wait, with nothing between the two: [B, L, d]."""
-        self.compute()
+        """Compute, unless that has been done, and wait: [B, L, d]."""
+        if self._next == "compute":
+            self.compute()
         return self.wait()
 
     def _advance(self, call: str, following: str | None) -> None:

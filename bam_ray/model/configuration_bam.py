@@ -30,8 +30,14 @@ ACTIVATIONS = {
 class BamConfig(PreTrainedConfig):
     """The configuration of a mixture.
 
-    Sizes such as `num_attention_heads` and `intermediate_size` are those of one expert, which are those of one dense
-    model unless experts are slices of it.
+    Sizes such as `intermediate_size` are those of one expert, which are those of one dense model unless experts are
+    slices of it. Heads are counted twice, because other libraries size caches and kernels by `num_attention_heads` and
+    `num_key_value_heads`:
+
+    num_attention_heads, num_key_value_heads (`int`): the heads of all attention experts of a layer together, which is
+        how many an attention backend and a cache see. They are computed from the next two. If those are not given,
+        they are the heads of one expert.
+    expert_num_attention_heads, expert_num_key_value_heads (`int`): H and G, the heads of one expert.
 
     The mixture:
 
@@ -103,6 +109,8 @@ class BamConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
+    expert_num_attention_heads: int | None = None
+    expert_num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
     mlp_gated: bool = True
@@ -158,10 +166,7 @@ class BamConfig(PreTrainedConfig):
     seed_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._count_heads()
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
@@ -169,6 +174,20 @@ class BamConfig(PreTrainedConfig):
         self._check_choices()
         self._check_block()
         self._check_mixture()
+
+    def _count_heads(self) -> None:
+        """Set the heads of one expert, unless they are given, and compute those of a layer from them."""
+        if self.expert_num_attention_heads is None:
+            self.expert_num_attention_heads = self.num_attention_heads
+            self.expert_num_key_value_heads = self.num_key_value_heads
+        if self.expert_num_key_value_heads is None:
+            self.expert_num_key_value_heads = self.expert_num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.expert_num_attention_heads
+        attentions = 1 if self.attention_experts == "averaged" else self.num_experts
+        keys = attentions if self.attention_experts == "kv_experts" else 1
+        self.num_attention_heads = attentions * self.expert_num_attention_heads
+        self.num_key_value_heads = keys * self.expert_num_key_value_heads
 
     def _check_choices(self) -> None:
         for key, allowed in (

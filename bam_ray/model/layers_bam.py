@@ -104,7 +104,7 @@ class BamMoE(nn.Module):
             by_sequence = index.view(*x.shape[:-1], -1)  # [B, L, k]
             experts = router.logits.shape[-1]
             kept = within_capacity(by_sequence, experts, self.capacity_factor, non_padding).view_as(index)
-        out = self.experts(tokens, index, weights, kept, overlap).view_as(x)  # [T, d] -> [B, L, d]
+        out = self.experts(tokens, index, weights, kept=kept, overlap=overlap).view_as(x)  # [T, d] -> [B, L, d]
         return out if self.shared_expert is None else out + self.shared_expert(x)[0], router
 
 
@@ -153,10 +153,9 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         if self.parallel:
             ffn_in = attention_in if inner_norm is None else inner_norm(x)
             ffn_out, router = self.mlp(ffn_in, non_padding, pending.compute, routing)
-            return x + pending.wait() + ffn_out, router, attention_logits
+            return x + pending.result() + ffn_out, router, attention_logits  # other engines' experts do not overlap
         assert inner_norm is not None, "a sequential block has a norm between attention and FFN"
-        pending.compute()
-        attention_out = pending.wait()
+        attention_out = pending.result()
         if output_norm is None:  # norms before attention and FFN
             x = x + attention_out
             ffn_out, router = self.mlp(inner_norm(x), non_padding, routing=routing)

@@ -85,13 +85,8 @@ def attention_masks(
     if isinstance(attention_mask, dict):
         return attention_mask
     return {
-        kind: MASKS[kind](
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
+        # By position, because the fourth parameter has another name in earlier versions of transformers
+        kind: MASKS[kind](config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
         for kind in sorted(set(config.layer_types or ()))
     }
 

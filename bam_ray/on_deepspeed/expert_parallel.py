@@ -116,8 +116,8 @@ def _replace_seams(model: nn.Module, ep_group: EPGroup) -> None:
         elif isinstance(module, BamAttention):
             module.exchange = exchange
             module.register_forward_pre_hook(gather_positions, with_kwargs=True)
-            if module.experts.kv_shared:  # the query heads of fewer experts share each key/value head
-                module.experts.num_key_value_groups //= ep_group.size
+            if module.attention_experts.kv_shared:  # the query heads of fewer experts share each key/value head
+                module.attention_experts.backend.num_key_value_groups //= ep_group.size
 
 
 def _sharded_parameters(module: nn.Module) -> list[str]:
@@ -169,7 +169,7 @@ class _GatherPositions:
             gathered = all_gather(positions, self._process_group)  # [B, L] -> [E·B, L]
             self._embeddings = self._rotary(kwargs["position_embeddings"][0], gathered)
             self._masks = attention_masks(self._config, x.new_empty(*gathered.shape, 0), gathered)
-        kind = self._config.layer_types[module.experts.layer_idx]
+        kind = self._config.layer_types[module.attention_experts.layer_idx]
         return args, {
             **kwargs,
             "position_embeddings": self._embeddings,

@@ -35,9 +35,11 @@ def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
 
 
 def _layer(config: PreTrainedConfig, layer: int, keys: float) -> float:
-    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    d, f = config.hidden_size, config.intermediate_size
+    of_expert = "expert_" if is_mixture(config) else ""
+    heads = getattr(config, f"{of_expert}num_attention_heads")
     head_dim = getattr(config, "head_dim", None) or d // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = getattr(config, f"{of_expert}num_key_value_heads", None) or heads
     matrices = 3 if getattr(config, "mlp_gated", config.model_type != "gpt_neox") else 2
     attention, own_keys, routed, routers = 1, 1, f, 0
     if is_mixture(config) and layer in (config.dense_layers or ()):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bam_ray.families import is_stacked
 from bam_ray.settings import Mixing
 
 ParameterKind = Literal["expert", "table", "router", "shared"]
@@ -36,7 +37,7 @@ def parameter_kinds(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter,
             yield name, parameter, "router"
         elif name.endswith(TABLES):
             yield name, parameter, "table"
-        elif ".experts." in name and not name.rpartition(".")[2].startswith(shared):
+        elif is_stacked(name) and not name.rpartition(".")[2].startswith(shared):
             yield name, parameter, "expert"
         else:
             yield name, parameter, "shared"

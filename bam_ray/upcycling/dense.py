@@ -13,7 +13,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError, UpcycleError, one_line
-from bam_ray.families import FFN_ROLES, DenseParameter, Role, expert_name, family_of, plain_name, shared_name
+from bam_ray.families import (
+    FFN_ROLES,
+    DenseParameter,
+    Role,
+    expert_name,
+    family_of,
+    is_stacked,
+    plain_name,
+    shared_name,
+)
 from bam_ray.model import BamConfig, is_mixture
 from bam_ray.upcycling.methods import EMBEDDING_ROLES, is_plain
 from bam_ray.upcycling.plan import COLUMNS
@@ -35,7 +44,7 @@ def mixture_config_of(reader: TensorReader) -> BamConfig:
         raise UpcycleError(
             f"{reader.uri}/config.json is not the configuration of a mixture: {one_line(error, all_lines=True)}"
         ) from None
-    stacked = {spec.shape[0] for name, spec in reader.specs.items() if ".experts." in name and spec.shape}
+    stacked = {spec.shape[0] for name, spec in reader.specs.items() if is_stacked(name) and spec.shape}
     if config.num_experts not in stacked:
         raise UpcycleError(
             f"{reader.uri}/config.json: num_experts is {config.num_experts}, but no tensor holds so many experts: use "
@@ -151,7 +160,7 @@ def _parameter_tensor(config: BamConfig, read: ReadTensor, parameter: DenseParam
     stacked = read(expert_name(role, layer)).float()
     if role in EMBEDDING_ROLES:
         return stacked[expert]
-    if config.dense_num_attention_heads not in (None, config.num_attention_heads):
+    if config.dense_num_attention_heads not in (None, config.expert_num_attention_heads):
         return _joined(role, stacked)
     return stacked[expert if stacked.shape[0] > 1 else 0]
 

@@ -17,7 +17,7 @@ from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import UpcycleError
-from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS, DenseParameter, expert_name, family_of, plain_name
+from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS, DenseParameter, expert_name, family_of, is_stacked, plain_name
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import check_mixture, is_split, seed_config
 from bam_ray.upcycling.expressions import Concat, Counted, Draw, Expression, Mean, Take
@@ -239,13 +239,13 @@ class _EditPlanner:
             return self._slots(spec, self._router_row(spec))
         if spec.name in (PRIOR_TOKENS, PRIOR_PAIRS):
             return self._slots(spec, self._counts(spec.name) if self.branch else None)
-        if ".experts." in spec.name and spec.shape[0] == self.config.num_experts:
+        if is_stacked(spec.name) and spec.shape[0] == self.config.num_experts:
             return self._slots(spec, self._branch_part(self.branch, spec, stacked=True) if self.branch else None)
         kept = Take(MIXTURE, spec.name)
         weight = self.options.average_weight
         if not self.branch or not weight:
             return kept
-        added = self._branch_part(self.branch, spec, stacked=".experts." in spec.name)
+        added = self._branch_part(self.branch, spec, stacked=is_stacked(spec.name))
         return Mean((kept, added), (1.0 - weight, weight))
 
     def _router_row(self, spec: TensorSpec) -> Expression:

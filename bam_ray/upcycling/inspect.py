@@ -69,7 +69,7 @@ def inspect(reader: TensorReader) -> ModelSummary:
     return ModelSummary(
         uri=reader.uri,
         architecture=architecture,
-        sizes={key: getattr(config, key, None) for key in SIZE_SETTINGS},
+        sizes={key: getattr(config, f"expert_{key}", getattr(config, key, None)) for key in SIZE_SETTINGS},
         parameters=count_parameters(meta_model(config, reader.uri)),
         bytes=total,
         files=list(reader.shards),

@@ -33,7 +33,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from bam_ray.checkpoint.model_folder import parse_object
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError
-from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS
+from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS, is_stacked
 from bam_ray.model import BamConfig
 from bam_ray.upcycling.dense import dense_tensors, is_split, mixture_config_of, seed_config, tensor_mismatch
 from bam_ray.upcycling.loading import model_of, widened
@@ -201,7 +201,7 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
         )
         yield "all slices", _error(together, dense(0))
     else:
-        first = {name: _first_for_all(each) if _is_stacked(name) else each for name, each in weights.items()}
+        first = {name: _first_for_all(each) if is_stacked(name) else each for name, each in weights.items()}
         yield "identical experts", _error(mixture(first, **GATES_SUM_TO_ONE), dense(0))
         for expert in range(config.num_experts):
             yield "one expert alone", _error(mixture(weights, only=expert, **GATES_SUM_TO_ONE), dense(expert))
@@ -212,7 +212,7 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
         for name, each in weights.items()
     }
     permuted = {
-        name: each[order] if _is_router(name) or (_is_stacked(name) and each.shape[0] > 1) else each
+        name: each[order] if _is_router(name) or (is_stacked(name) and each.shape[0] > 1) else each
         for name, each in unequal.items()
     }
     yield "order", _error(mixture(permuted), mixture(unequal))
@@ -269,10 +269,6 @@ def _one_hot_logits(logits: Tensor, expert: int) -> Tensor:
     result = torch.full_like(logits, EXCLUDED)
     result[..., expert] = 0.0
     return result
-
-
-def _is_stacked(name: str) -> bool:
-    return ".experts." in name
 
 
 def _is_router(name: str) -> bool:

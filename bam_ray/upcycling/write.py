@@ -40,7 +40,11 @@ MODEL_CODE = (
     "routing_bam.py",
     "token_dispatch_bam.py",
 )
-AUTO_MAP = {"AutoConfig": "configuration_bam.BamConfig", "AutoModelForCausalLM": "modeling_bam.BamForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_bam.BamConfig",
+    "AutoModel": "modeling_bam.BamModel",
+    "AutoModelForCausalLM": "modeling_bam.BamForCausalLM",
+}
 
 UpcyclingPhase = Literal["writing", "fitting routers"]
 ProgressCallback = Callable[[int, int, UpcyclingPhase], None]

@@ -56,7 +56,7 @@ def test_all_ranks_refuse_the_folder_of_another_model(folder: Path) -> None:
     assert first == second
     assert first == [
         f"{layer}.mlp.experts.gate_up_proj is [4, 48, 32]: this is the checkpoint of another model",
-        f"{layer}.self_attn.experts.q_bias is missing: this is the checkpoint of another model",
+        f"{layer}.self_attn.attention_experts.q_bias is missing: this is the checkpoint of another model",
     ]
 
 

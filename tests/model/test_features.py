@@ -70,7 +70,7 @@ def test_attention_experts_equal_a_weighted_sum_of_attentions(attention: str, qk
     x = torch.randn(2, 9, 32)
     pending, logits = layer(x, **positions(model, x))
     gates = 3.0 * logits.view(2, 9, 4).softmax(-1)
-    experts = [dense_attention(layer.experts, expert, model.config) for expert in range(4)]
+    experts = [dense_attention(layer.attention_experts, expert, model.config) for expert in range(4)]
     outputs = [expert(x, **positions(model, x))[0].result() for expert in experts]
     want = sum(gates[..., expert, None] * out for expert, out in enumerate(outputs))
     torch.testing.assert_close(pending.result(), want, atol=1e-5, rtol=1e-5)
@@ -84,8 +84,8 @@ def test_scaled_slices_of_an_attention_equal_the_whole() -> None:
     slices.gate.weight.zero_()
     for part, width in (("q", 16), ("k", 8), ("v", 8)):
         weight = getattr(dense, f"{part}_proj").weight
-        getattr(slices.experts, f"{part}_proj").copy_(torch.stack(weight.split(width)))
-    slices.experts.o_proj.copy_(torch.stack(dense.o_proj.weight.split(16, dim=1)))
+        getattr(slices.attention_experts, f"{part}_proj").copy_(torch.stack(weight.split(width)))
+    slices.attention_experts.o_proj.copy_(torch.stack(dense.o_proj.weight.split(16, dim=1)))
     x = torch.randn(2, 9, 32)
     want = dense(x, **positions(whole, x))[0].result()
     torch.testing.assert_close(slices(x, **positions(split, x))[0].result(), want, atol=1e-5, rtol=1e-5)
@@ -106,7 +106,7 @@ def test_dense_layers_have_no_experts_and_their_own_sizes() -> None:
     settings: dict[str, Any] = {"num_hidden_layers": 3, "dense_layers": [0, 2], "head_dim": 8}
     model = build(**settings, dense_intermediate_size=96, dense_num_attention_heads=8, dense_num_key_value_heads=4)
     names = {name for name, _ in model.named_parameters()}
-    assert {name.split(".")[2] for name in names if ".gate." in name or ".experts." in name} == {"1"}
+    assert {name.split(".")[2] for name in names if ".gate." in name or "experts." in name} == {"1"}
     dense = model.model.layers[0]
     assert dense.mlp.up_proj.weight.shape == (96, 32)
     assert (dense.self_attn.q_proj.out_features, dense.self_attn.k_proj.out_features) == (64, 32)

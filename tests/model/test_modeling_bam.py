@@ -52,7 +52,7 @@ def test_attention_equals_a_loop_over_experts_and_heads(attention: str) -> None:
     """The loop computes Σ g_i · W_o,i · softmax(q_i k_i / √h) v_i."""
     model = build(attention)
     layer = model.model.layers[0].self_attn
-    experts = layer.experts
+    experts = layer.attention_experts
     x = torch.randn(2, 9, 32)
     positions = torch.arange(9)[None]
     embeddings = model.model.rotary_emb(x, positions)

@@ -73,7 +73,7 @@ def test_a_late_branch_becomes_an_expert_of_a_checkpoint(tmp_path: Path, zero: s
     assert set(old) == set(new)
     for name, weight in old.items():
         assert torch.equal(new[name][: len(weight)], weight), f"{name}: the existing part is unchanged"
-        assert (len(new[name]) == 3) == (len(weight) == 2 and (".gate." in name or ".experts." in name)), name
+        assert (len(new[name]) == 3) == (len(weight) == 2 and (".gate." in name or "experts." in name)), name
     assert torch.equal(new["model.layers.0.mlp.experts.down_proj"][2], branch["model.layers.0.mlp.down_proj.weight"])
     assert new["model.layers.0.mlp.gate.weight"][2].std() == pytest.approx(0.02, rel=0.5)
     assert not new[f"model.layers.0.mlp.gate.{zero}"][2].any()

@@ -78,7 +78,7 @@ def stacked(model: BamForCausalLM) -> dict[str, torch.Tensor]:
     return {
         name: each
         for name, each in model.state_dict().items()
-        if ".gate." in name or (".experts." in name and each.shape[0] == model.config.num_experts)
+        if ".gate." in name or ("experts." in name and each.shape[0] == model.config.num_experts)
     }
 
 
@@ -127,8 +127,8 @@ def test_adding_moves_shared_parameters_by_the_weight(
     torch.testing.assert_close(after.model.norm.weight, want)
     if before.config.attention_experts == "kv_shared":
         key = sources["medicine"].read("model.layers.0.self_attn.k_proj.weight")
-        want = 0.75 * before.model.layers[0].self_attn.experts.k_proj[0] + 0.25 * key
-        torch.testing.assert_close(after.model.layers[0].self_attn.experts.k_proj[0], want)
+        want = 0.75 * before.model.layers[0].self_attn.attention_experts.k_proj[0] + 0.25 * key
+        torch.testing.assert_close(after.model.layers[0].self_attn.attention_experts.k_proj[0], want)
 
 
 def test_removing_an_added_expert_restores_all_bits(

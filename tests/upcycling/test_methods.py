@@ -210,11 +210,11 @@ def test_the_lineage_has_an_origin_for_every_tensor(tmp_path: Path) -> None:
     assert set(lineage["tensors"]) == {name for name, _ in model.named_parameters()}
     assert list(lineage["sources"]) == NAMES
     assert model.config.expert_names == NAMES
-    key = lineage["tensors"]["model.layers.0.self_attn.experts.k_proj"]
+    key = lineage["tensors"]["model.layers.0.self_attn.attention_experts.k_proj"]
     takes = [{"take": f"{name}:model.layers.0.self_attn.k_proj.weight"} for name in NAMES]
     assert key == {"stack": [{"mean": takes}]}
     mean = sum(each.model.layers[0].self_attn.k_proj.weight for each in models.values()) / 4
-    torch.testing.assert_close(model.model.layers[0].self_attn.experts.k_proj[0], mean)
+    torch.testing.assert_close(model.model.layers[0].self_attn.attention_experts.k_proj[0], mean)
 
 
 @torch.no_grad()

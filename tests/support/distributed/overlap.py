@@ -108,7 +108,9 @@ def attend_two_layers(interleaved: bool) -> dict[str, Tensor]:
     assert x.grad is not None
     found = {f"out {number}": out.detach() for number, out in enumerate(outputs)} | {"x": x.grad}
     for number, attention in enumerate((first, second)):
-        found |= {f"{name} {number}": parameter.grad for name, parameter in attention.experts.named_parameters()}
+        found |= {
+            f"{name} {number}": parameter.grad for name, parameter in attention.attention_experts.named_parameters()
+        }
     return found
 
 
