@@ -34,6 +34,8 @@ from bam_ray.settings.api_keys import ApiKey
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; chat has no limit but the model's
 MAX_NESTING = 64  # of lists and objects in a request
+CONTAINERS = (dict, list)
+MAX_CONTAINERS = 100_000  # lists and objects in a request; the garbage collector makes millions of them slow to read
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,13 @@ class _JsonRequest(Request):
     """A request whose body is read as JSON in the strict sense, and only to a limited depth."""
 
     async def json(self) -> Any:
+        body = await self.body()
+        if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+            raise HTTPException(
+                400, f"the body is nested too deeply, or has more than {MAX_CONTAINERS} lists and objects"
+            )
         try:
-            value = json.loads(await self.body(), parse_constant=_reject_constant)
+            value = json.loads(body, parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise HTTPException(400, f"the body is not JSON that can be read: {reason}") from None
@@ -113,7 +120,7 @@ def _is_deeper_than(value: Any, levels: int) -> bool:
     containers: list[Any] = [[value]]
     for _ in range(levels + 1):
         children = (child.values() if isinstance(child, dict) else child for child in containers)
-        containers = [child for each in children for child in each if isinstance(child, dict | list)]
+        containers = [child for each in children for child in each if isinstance(child, CONTAINERS)]
     return bool(containers)
 
 

@@ -63,7 +63,7 @@ class RequestIds:
 class Gate:
     """Middleware that admits requests by the name of the server, the API key, and the limits of the key.
 
-    Routes find the admission of their request as `request.state.admission`.
+    Routes find the admission of their request as `request.scope["admission"]`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Gate:
             admission = tenant.admit()
         except RequestError as error:
             return await self._errors.response(error)(scope, receive, send_with_limits)
-        scope.setdefault("state", {})["admission"] = admission
+        scope["admission"] = admission
         try:
             await self._app(scope, receive, send_with_limits)
         finally:

@@ -31,6 +31,7 @@ HARMLESS_FIELDS = {
 }
 """OpenAI's fields that have no effect on the output, and their meaning. They are accepted with any value."""
 
+Prompt = str | list[str] | list[int] | list[list[int]] | None
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -176,10 +177,10 @@ class CompletionRequest(GenerationRequest):
 
     unsupported = {**GenerationRequest.unsupported, "echo": (None, False), "suffix": (None, "")}
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: Prompt = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    @field_validator("prompt", mode="plain")
+    @field_validator("prompt", mode="plain", json_schema_input_type=Prompt)
     @classmethod
     def _is_text_or_tokens(cls, prompt: Any) -> Any:
         """Check the type of the prompt. Pydantic's own check would list each wrong element in every way."""

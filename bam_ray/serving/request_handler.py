@@ -65,7 +65,7 @@ class RequestHandler:
             Overloaded: The queue is full.
             ServingError: The model failed.
         """
-        admission: Admission = request.state.admission
+        admission: Admission = request.scope["admission"]
         admission.reserve(job.most_tokens(self._scheduler.engine.max_length))
         try:
             if not job.stream:

@@ -79,7 +79,7 @@ def tokenized(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-def error_of(response: httpx.Response) -> Any:
+def error_of(response: Any) -> Any:
     """Return an error, which must be one line."""
     error = response.json()["error"]
     assert len(error["message"].splitlines()) == 1
@@ -142,7 +142,7 @@ def test_too_many_tokens_of_all_prompts_are_refused(served: Served) -> None:
 def test_long_texts_are_refused_without_tokenization(served: Served, tokenized: list[str]) -> None:
     longest = max(map(len, served.engine.tokenizer.get_vocab()))
     limit = served.engine.max_length * longest
-    bodies = [
+    bodies: list[tuple[str, dict[str, Any]]] = [
         (served.completions, {"prompt": "x" * (limit + 1)}),
         (served.completions, {"prompt": ["the", "x" * (limit + 1)]}),
         (served.completions, {"prompt": [5] * 65}),
@@ -261,7 +261,7 @@ def test_a_full_queue_is_an_error_before_the_answer(
     served: Served, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     slow_down(monkeypatch, served.engine, 0.05)
-    body = {"model": MODEL, "prompt": ["a"] * 8, "max_tokens": 40, "temperature": 0, "stream": streamed}
+    body: dict[str, Any] = {"model": MODEL, "prompt": ["a"] * 8, "max_tokens": 40, "temperature": 0, "stream": streamed}
     with (
         ThreadPoolExecutor(2) as pool,
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
@@ -324,7 +324,9 @@ def bodies() -> dict[str, str | bytes]:
         "fields": {f"field{i}": i for i in range(20_000)},
         "surrogate": {"prompt": "\ud83d", "\ud83d": "\ud83d"},
     }
-    texts = {name: json.dumps({"model": MODEL, "prompt": "the", **fields}) for name, fields in odd.items()}
+    texts: dict[str, str | bytes] = {
+        name: json.dumps({"model": MODEL, "prompt": "the", **fields}) for name, fields in odd.items()
+    }
     numbers = ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "-1e400", "0x1", "1.5.2")
     fields = ("temperature", "max_tokens", "user", "n")
     texts |= {
@@ -332,7 +334,7 @@ def bodies() -> dict[str, str | bytes]:
         for n in numbers
         for field in fields
     }
-    return texts | {
+    rest: dict[str, str | bytes] = {
         "no JSON": "hello",
         "nothing": "",
         "null": "null",
@@ -342,6 +344,7 @@ def bodies() -> dict[str, str | bytes]:
         "UTF-16": json.dumps({"model": MODEL, "prompt": "the", "max_tokens": 1}).encode("utf-16"),
         "twice": '{"model": "tiny", "model": "tiny", "prompt": {}}',
     }
+    return texts | rest
 
 
 @pytest.mark.parametrize("name", bodies())
