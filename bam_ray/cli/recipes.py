@@ -1,4 +1,4 @@
-"""Commands that help to write a recipe."""
+"""Commands that help to write a recipe and the list of API keys of its endpoint."""
 
 import json
 from pathlib import Path
@@ -40,3 +40,24 @@ def init(
     sources = named_values(text, "--text")
     recipe.write_text(recipe_for(seed, sources, str(recipe), store, general, endpoint), encoding="utf-8")
     console.print(f"written: {recipe}; next: bam plan {recipe}", soft_wrap=True)
+
+
+@app.command()
+def serve_key(
+    name: Annotated[str, typer.Argument(help="The name of the client: letters, digits and the characters . _ @ -")],
+) -> None:
+    """Make an API key for the endpoint, and print it with its line for the list in serve.api_keys.
+
+    The key is shown only once. The list has its hash, from which the key cannot be found.
+    """
+    from pydantic import ValidationError
+
+    from bam_ray.settings.api_keys import ApiKey, hash_api_key, new_api_key
+
+    key = new_api_key()
+    try:
+        entry = ApiKey(sha256=hash_api_key(key.encode()), name=name)
+    except ValidationError:
+        raise SettingsError(f"{name!r} cannot be the name of a client: use 1 to 64 letters, digits, . _ @ -") from None
+    print(f"key, for the client:      {key}")
+    print(f"line, for serve.api_keys: {entry.sha256} name={entry.name}")

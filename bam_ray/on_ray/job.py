@@ -105,7 +105,10 @@ def show_results(run: PipelineRun, console: Console) -> None:
 
 
 def serve_and_ask(run: PipelineRun, console: Console) -> None:
-    """Serve the model, print its continuation of one text per domain, and print how to send a request."""
+    """Serve the model, print its continuation of one text per domain, and print how to send a request.
+
+    An endpoint with API keys is not asked, because only its clients know the keys.
+    """
     from bam_ray.on_ray import run_summary
 
     connect()
@@ -114,7 +117,10 @@ def serve_and_ask(run: PipelineRun, console: Console) -> None:
     if len(models) > 1:
         members = ", ".join(f"{model.kind}/{model.id}" for model in models)
         console.print(f"{name} is the ensemble of {members}", soft_wrap=True)
-    run_summary.stream_completions(run, url, name, console)
+    header = " -H 'Authorization: Bearer API-KEY'"
+    if run.recipe.serve.api_keys is None:
+        run_summary.stream_completions(run, url, name, console)
+        header = ""
     console.print(f"{name} is served at {url}. Ask it:", soft_wrap=True)
     body = f'{{"model": "{name}", "prompt": "The ", "max_tokens": 40}}'
-    console.print(f"  curl {url}/completions -H 'Content-Type: application/json' -d '{body}'", soft_wrap=True)
+    console.print(f"  curl {url}/completions -H 'Content-Type: application/json'{header} -d '{body}'", soft_wrap=True)

@@ -11,6 +11,9 @@ running Ray Serve cannot be changed.
 
 The proxy runs on the head node alone, because nodes may share one machine and therefore one port.
 
+The driver reads the list of API keys, and passes the hashes to the replicas. A replica whose engine is dead fails its
+health check, and Serve replaces it.
+
 Clusters that are configured by Serve configuration files (cluster/kuberay/rayservice.yaml) import `application`.
 """
 
@@ -18,7 +21,8 @@ import logging
 import os
 import socket
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import ray
 from pydantic import BaseModel, ConfigDict
@@ -33,18 +37,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.errors import CheckpointError, PlacementError, ServingError
+from bam_ray.errors import CheckpointError, PlacementError, ServingError, SettingsError
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.worker_env import device_environment
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.scheduling.nodes import HEAD, NodeFacts, describe_nodes, describe_request, ray_resources, worker_capacity
 from bam_ray.settings import Recipe, ServeSettings, load_recipe
+from bam_ray.settings.api_keys import ApiKey, read_api_keys
 
 APP = "bam"
 POSTERIOR = "posterior"  # the name of the posterior ensemble, at the endpoint as in the report
 ANY_HOST = {"0.0.0.0", "::"}
+LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}  # of this machine, in the Host header
 ONGOING_PER_REPLICA = 1024
 """Requests that a replica holds. Those beyond its slots wait inside it, so that /health and /metrics still answer."""
+QUEUED_PER_PROXY = 1024  # requests that wait in the proxy for a replica; it refuses more with status 503
 DRAIN_SECONDS = 60.0  # time that a replica has to finish its requests when it is replaced or stopped
 
 
@@ -52,14 +59,16 @@ DRAIN_SECONDS = 60.0  # time that a replica has to finish its requests when it i
 class Endpoint:
     """One replica: weights from the blob store, a decoding engine, and the HTTP app."""
 
-    def __init__(self, artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings) -> None:
+    def __init__(
+        self, artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: "EndpointAccess"
+    ) -> None:
         os.environ.update(device_environment(settings.needs.gpus))
         # Imported here, because the driver that deploys needs no model code
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         import bam_ray.model  # noqa: F401  (registers the mixture with AutoModelForCausalLM)
-        from bam_ray.serving import DecodeEngine, PosteriorEnsemble, Scheduler, create_app
+        from bam_ray.serving import AppOptions, DecodeEngine, PosteriorEnsemble, Scheduler, create_app
         from bam_ray.training.devices import inference_dtype, requested_device
 
         torch.set_num_threads(max(1, int(settings.needs.cpus)))
@@ -75,11 +84,46 @@ class Endpoint:
         models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device) for folder in folders]
         model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
         engine = DecodeEngine(model, tokenizer, settings.slots, settings.max_length)
-        self._app = create_app(Scheduler(engine), model_name)
+        self._scheduler = Scheduler(
+            engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
+        )
+        options = AppOptions(
+            api_keys=access.keys,
+            allowed_hosts=access.hosts,
+            max_body_bytes=settings.max_body_bytes,
+            max_prompts=settings.max_prompts,
+            max_prompt_tokens=settings.max_queued_tokens,
+            add_request_id=False,
+        )
+        self._app = create_app(self._scheduler, model_name, options)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP app. Ray Serve calls this after the constructor."""
         return self._app
+
+    def check_health(self) -> None:
+        """Raise `ServingError` if the engine is dead. Ray Serve calls this, and then replaces the replica."""
+        if self._scheduler.failure is not None:
+            raise self._scheduler.failure
+
+
+@dataclass(frozen=True)
+class EndpointAccess:
+    """The clients that an endpoint serves."""
+
+    keys: Sequence[ApiKey]  # empty: everybody who can connect
+    hosts: Collection[str] | None  # names of the server in the Host header; None: any
+
+    @classmethod
+    def of(cls, settings: ServeSettings, is_local: bool) -> Self:
+        """Return the access that the settings give. `is_local`: only clients on the machine of the proxy can connect.
+
+        Web pages may send requests from a browser on this machine (DNS rebinding). An API key keeps them out, and
+        without one the name of the server does.
+        """
+        if settings.api_keys is not None:
+            return cls(read_api_keys(settings.api_keys), None)
+        return cls((), None if settings.open or not is_local else LOCAL_NAMES | {settings.host})
 
 
 class ApplicationArguments(BaseModel):
@@ -94,12 +138,19 @@ class ApplicationArguments(BaseModel):
 def application(arguments: ApplicationArguments) -> Application:
     """Return what the recipe serves as a Serve application, with the replicas and resources of `serve` in the recipe.
 
+    The configuration file sets the address, and `serve.host` has no effect.
+
     Raises `SettingsError` if the recipe is wrong, and `CheckpointError` if the models are not committed.
     """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.serve.api_keys is None and not recipe.serve.open:
+        raise SettingsError(
+            "an endpoint of a Serve configuration file needs API keys, because the file decides who can connect: add "
+            "the override serve.api_keys (`bam serve-key` makes a key), or serve.open=true for everybody"
+        )
     run = PipelineRun.of(recipe, open_store(recipe.store.uri, recipe.store.endpoint))
     models, name = served_models(run)
-    return _application(models, name, recipe.serve, surge=False)
+    return _application(models, name, recipe.serve, EndpointAccess.of(recipe.serve, is_local=False), surge=False)
 
 
 def served_kinds(recipe: Recipe) -> Collection[ArtifactKind]:
@@ -136,14 +187,16 @@ def deploy(artifacts: Sequence[Artifact], model_name: str, settings: ServeSettin
         settings: The settings of the endpoint.
 
     Raises:
+        SettingsError: The list of API keys is missing or wrong.
         CheckpointError: An artifact is not committed.
         PlacementError: The nodes can never hold the replicas.
         ServingError: The port is taken, or a replica does not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    access = EndpointAccess.of(settings, settings.is_local)
     nodes = living_nodes()
     surge = _has_spare_capacity(settings, nodes)
-    app = _application(artifacts, model_name, settings, surge)
+    app = _application(artifacts, model_name, settings, access, surge)
     head = next(node for node in nodes if HEAD in node.resources)
     _start_serve(settings, head)
     try:
@@ -154,7 +207,9 @@ def deploy(artifacts: Sequence[Artifact], model_name: str, settings: ServeSettin
     return f"http://{host}:{settings.port}/v1"
 
 
-def _application(artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, surge: bool) -> Application:
+def _application(
+    artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: EndpointAccess, surge: bool
+) -> Application:
     """Return the endpoint as Serve runs it. With `surge`, one more replica may run while replicas are replaced."""
     for artifact in artifacts:
         if not artifact.is_committed():
@@ -164,6 +219,7 @@ def _application(artifacts: Sequence[Artifact], model_name: str, settings: Serve
         num_replicas=settings.replicas,
         max_surge_percent=1 if surge else 0,  # Serve rounds up to a whole replica
         max_ongoing_requests=ONGOING_PER_REPLICA,
+        max_queued_requests=QUEUED_PER_PROXY,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         ray_actor_options={
             "num_cpus": resources.get("CPU", 0.0),
@@ -172,7 +228,7 @@ def _application(artifacts: Sequence[Artifact], model_name: str, settings: Serve
             "label_selector": settings.needs.labels,
         },
     )
-    return deployment.bind(artifacts, model_name, settings)
+    return deployment.bind(artifacts, model_name, settings, access)
 
 
 def shutdown() -> None:

@@ -5,81 +5,152 @@
 Streams are server-sent events that end with `data: [DONE]`. When a client disconnects, its slots are freed.
 """
 
+import json
+import reprlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from bam_ray.errors import ServingError
+from bam_ray.serving.error_responses import ErrorResponder
 from bam_ray.serving.metrics import ServerMetrics
-from bam_ray.serving.openai_types import (
-    ChatRequest,
-    CompletionRequest,
-    ErrorResponse,
-    ModelCard,
-    ModelList,
-    RequestError,
-)
-from bam_ray.serving.prompts import chat_prompt, completion_prompts
-from bam_ray.serving.request_handler import RequestHandler
+from bam_ray.serving.middleware import BodyLimit, Gate, RequestIds
+from bam_ray.serving.openai_types import MAX_SHOWN, ChatRequest, CompletionRequest, ModelCard, ModelList, RequestError
+from bam_ray.serving.prompts import PromptReader
+from bam_ray.serving.request_handler import GenerationJob, RequestHandler
 from bam_ray.serving.responses import ChatBuilder, CompletionBuilder
 from bam_ray.serving.scheduler import Scheduler
+from bam_ray.serving.tenants import Tenants
+from bam_ray.settings.api_keys import ApiKey
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; chat has no limit but the model's
+MAX_NESTING = 64  # of lists and objects in a request
+CONTAINERS = (dict, list)
+MAX_CONTAINERS = 100_000  # lists and objects in a request; the garbage collector makes millions of them slow to read
 
 
-def create_app(scheduler: Scheduler, model_name: str) -> FastAPI:
+@dataclass(frozen=True)
+class AppOptions:
+    """The limits of requests, and who may send them."""
+
+    api_keys: Sequence[ApiKey] = ()  # empty: everybody who can connect may send requests
+    allowed_hosts: Collection[str] | None = None  # names of this server in the Host header; None: any
+    max_body_bytes: int = 4 << 20
+    max_body_seconds: float = 60.0  # the time in which a client must have sent the body
+    max_prompts: int = 64  # of a request
+    max_prompt_tokens: int = 1 << 20  # of all prompts of a request
+    add_request_id: bool = True  # False behind Ray Serve, whose proxy adds the header x-request-id
+
+
+def create_app(scheduler: Scheduler, model_name: str, options: AppOptions | None = None) -> FastAPI:
     """Return an app that serves the scheduler's model under the name `model_name`."""
+    options = options or AppOptions()
+    prompts = PromptReader(scheduler.engine, options.max_prompts, options.max_prompt_tokens)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
+        prompts.close()
         await scheduler.close()
 
     app = FastAPI(title=f"{model_name} (bam-ray)", lifespan=lifespan)
     metrics = ServerMetrics(scheduler)
-    card = ModelCard(id=model_name, created=int(time.time()), max_model_len=scheduler.engine.max_length)
-    app.include_router(_generation_routes(RequestHandler(scheduler, metrics), card))
-    app.include_router(_information_routes(metrics, card))
-    _add_error_handlers(app, metrics)
+    errors = ErrorResponder(metrics)
+    created, length = int(time.time()), scheduler.engine.max_length
+    card = ModelCard(id=model_name, root=model_name, created=created, max_model_len=length)
+    app.include_router(_generation_routes(RequestHandler(scheduler, metrics), prompts, card))
+    app.include_router(_information_routes(scheduler, metrics, errors, card))
+    _add_error_handlers(app, errors)
+    # The last one added is the first one to see a request
+    app.add_middleware(BodyLimit, options.max_body_bytes, options.max_body_seconds)
+    app.add_middleware(Gate, errors, Tenants(options.api_keys), options.allowed_hosts)
+    app.add_middleware(RequestIds, errors, options.add_request_id)
     return app
 
 
-def _generation_routes(handler: RequestHandler, card: ModelCard) -> APIRouter:
+class _JsonRequest(Request):
+    """A request whose body is read as JSON in the strict sense, and only to a limited depth."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+            raise HTTPException(
+                400, f"the body is nested too deeply, or has more than {MAX_CONTAINERS} lists and objects"
+            )
+        try:
+            value = json.loads(body, parse_constant=_reject_constant)
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise HTTPException(400, f"the body is not JSON that can be read: {reason}") from None
+        if _is_deeper_than(value, MAX_NESTING):
+            raise HTTPException(400, f"the body is nested too deeply: {MAX_NESTING} levels are the most")
+        return value
+
+
+class _JsonRoute(APIRoute):
+    """A route whose request has a JSON body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":  # web pages of other sites cannot send this type unasked
+                raise HTTPException(415, "the body must be JSON: send the header Content-Type: application/json")
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _is_deeper_than(value: Any, levels: int) -> bool:
+    """Return True if lists and objects are nested in more than `levels` levels."""
+    containers: list[Any] = [[value]]
+    for _ in range(levels + 1):
+        children = (child.values() if isinstance(child, dict) else child for child in containers)
+        containers = [child for each in children for child in each if isinstance(child, CONTAINERS)]
+    return bool(containers)
+
+
+def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: ModelCard) -> APIRouter:
     """Return the routes that generate text."""
-    router = APIRouter()
-    engine = handler.engine
+    router = APIRouter(route_class=_JsonRoute)
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check_model(body.model, card)
-        prompts = completion_prompts(engine, body)
+        tokens = await prompts.completion_prompts(body)
         params = body.sampling_params(body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs)
-        builder = CompletionBuilder(card.id)
-        if body.stream:
-            return handler.stream(prompts, params, builder, body.include_usage)
-        return await handler.respond(prompts, params, builder, request)
+        job = GenerationJob(tokens, params, CompletionBuilder(card.id), bool(body.stream), body.include_usage)
+        return await handler.respond(job, request)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         _check_model(body.model, card)
-        prompt, stops = chat_prompt(engine, body)
-        max_tokens = body.max_completion_tokens or body.max_tokens or engine.max_length
+        prompt, stops = await prompts.chat_prompt(body)
+        max_tokens = body.max_completion_tokens or body.max_tokens or card.max_model_len
         params = body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None, stops)
-        builder = ChatBuilder(card.id)
-        if body.stream:
-            return handler.stream([prompt], params, builder, body.include_usage)
-        return await handler.respond([prompt], params, builder, request)
+        job = GenerationJob([prompt], params, ChatBuilder(card.id), bool(body.stream), body.include_usage)
+        return await handler.respond(job, request)
 
     return router
 
 
-def _information_routes(metrics: ServerMetrics, card: ModelCard) -> APIRouter:
+def _information_routes(
+    scheduler: Scheduler, metrics: ServerMetrics, errors: ErrorResponder, card: ModelCard
+) -> APIRouter:
     """Return the routes that describe the model and the state of the server."""
     router = APIRouter()
 
@@ -93,8 +164,10 @@ def _information_routes(metrics: ServerMetrics, card: ModelCard) -> APIRouter:
         return card
 
     @router.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        if scheduler.failure is not None:
+            return errors.response(scheduler.failure, 503)
+        return JSONResponse({"status": "ok"})
 
     @router.get("/metrics")
     async def prometheus() -> Response:
@@ -105,34 +178,26 @@ def _information_routes(metrics: ServerMetrics, card: ModelCard) -> APIRouter:
 
 def _check_model(name: str, card: ModelCard) -> None:
     if name != card.id:
-        message = f"model {name!r} is not served here: use {card.id!r}"
+        message = f"model {reprlib.repr(name)} is not served here: use {card.id!r}"
         raise RequestError(404, message, code="model_not_found", param="model")
 
 
-def _add_error_handlers(app: FastAPI, metrics: ServerMetrics) -> None:
+def _add_error_handlers(app: FastAPI, errors: ErrorResponder) -> None:
     """Make the app respond to every error in OpenAI's format."""
-
-    def respond(error: ServingError, status: int) -> JSONResponse:
-        return JSONResponse(ErrorResponse.from_error(error).model_dump(), status)
 
     @app.exception_handler(ServingError)
     async def serving(request: Request, error: ServingError) -> JSONResponse:
-        if isinstance(error, RequestError):
-            metrics.count_request("refused")
-            return respond(error, error.status)
-        return respond(error, 500)
+        return errors.response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if part != "body")
-        return await serving(request, RequestError(400, f"{field or 'body'}: {first['msg']}", param=field or None))
+        return errors.response(RequestError(400, f"{field or 'body'}: {first['msg']}", param=field or None))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return await serving(request, RequestError(error.status_code, f"{request.url.path}: {error.detail}"))
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        metrics.count_request("failed")  # the traceback is in the server's log
-        return respond(ServingError(f"internal error: {type(error).__name__}: see the log of the server"), 500)
+        path = request.url.path[:MAX_SHOWN]
+        response = errors.response(RequestError(error.status_code, f"{path}: {error.detail}"))
+        response.headers.update(error.headers or {})
+        return response

@@ -1,21 +1,38 @@
 """The request and response types of the endpoint: the supported part of OpenAI's completions and chat API.
 
-Unsupported fields that would change the output are rejected, never ignored silently. Unknown fields that do not affect
-the output (user, metadata, store) are accepted.
+No field of a request is ignored silently. Unsupported fields are accepted with values that have no effect, and unknown
+fields are rejected. The other fields of a message are passed to the chat template.
 """
 
-import textwrap
+import reprlib
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from bam_ray.errors import ServingError, one_line, printable
+from bam_ray.errors import Overloaded, ServingError, one_line, printable
 from bam_ray.serving.engine import FinishReason
 from bam_ray.serving.sampling import SamplingParams
 
 MAX_STOPS = 16  # OpenAI's limit is 4, and clients of local servers send more
-MAX_SHOWN_CHARACTERS = 80  # of a value in an error
+MAX_STOP_CHARACTERS = 256
+MAX_MESSAGES = 1024
+MAX_PARTS = 1024  # of a message
+MAX_SHOWN = 80  # characters of a name in an error
 MAX_LOGPROBS = 20  # OpenAI's limit for chat; its limit of 5 for completions is lower
+
+HARMLESS_FIELDS = {
+    "user": "identifies the client's own user, for statistics of the provider",
+    "safety_identifier": "the new name of user",
+    "prompt_cache_key": "a hint for the provider's cache",
+    "prompt_cache_retention": "a hint for the provider's cache",
+    "metadata": "labels for the provider's dashboard",
+    "store": "keep the response in the provider's dashboard",
+    "service_tier": "the provider's price and priority",
+}
+"""OpenAI's fields that have no effect on the output, and their meaning. They are accepted with any value."""
+
+Prompt = str | list[str] | list[int] | list[list[int]] | None
+TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class RequestError(ServingError):
@@ -24,6 +41,19 @@ class RequestError(ServingError):
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class RateLimited(RequestError):
+    """A request that exceeds a limit of its API key.
+
+    Attributes:
+        kind: The unit of the limit.
+        retry_after: The number of seconds after which the client should try again.
+    """
+
+    def __init__(self, message: str, kind: Literal["requests", "tokens"], retry_after: float) -> None:
+        super().__init__(429, message, code="rate_limit_exceeded")
+        self.kind, self.retry_after = kind, retry_after
 
 
 class ErrorBody(BaseModel):
@@ -45,47 +75,77 @@ class ErrorResponse(BaseModel):
         """Convert an error. A `RequestError` below 500 is the client's error, any other is the server's."""
         message = one_line(error, all_lines=True)  # it may quote a part of the request that cannot be encoded
         if isinstance(error, RequestError) and error.status < 500:
-            kind = "invalid_request_error"
+            kind = error.kind if isinstance(error, RateLimited) else "invalid_request_error"
             param = error.param and printable(error.param)
             return cls(error=ErrorBody(message=message, type=kind, param=param, code=error.code))
-        return cls(error=ErrorBody(message=message, type="server_error", code="server_error"))
+        code = "server_overloaded" if isinstance(error, Overloaded) else "server_error"
+        return cls(error=ErrorBody(message=message, type="server_error", code=code))
 
 
-class StreamOptions(BaseModel):
+class StrictRequest(BaseModel):
+    """A part of a request. JSON values are not converted: `"1"` and `true` are no numbers."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}  # field -> the values that have no effect
+    harmless: ClassVar[set[str]] = set()
+
+    @model_validator(mode="after")
+    def _reject_other_fields(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if name not in self.unsupported and name not in self.harmless:
+                shown = reprlib.repr(name)
+                raise RequestError(400, f"unknown field {shown}: omit it", "unknown_parameter", name[:MAX_SHOWN])
+            if name in self.unsupported and value not in self.unsupported[name]:
+                shown = reprlib.repr(value)
+                raise RequestError(400, f"{name}={shown} is not supported: omit it", "unsupported_value", name)
+        return self
+
+
+class StreamOptions(StrictRequest):
     """The options of a stream."""
+
+    unsupported = {"continuous_usage_stats": (None, False)}
+    harmless = {"include_obfuscation"}  # padding against observers of encrypted connections
 
     include_usage: bool | None = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(StrictRequest):
     """The fields that completion and chat requests share."""
 
-    model_config = ConfigDict(extra="allow")
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {  # field -> the values that have no effect
+    unsupported = {
         "n": (None, 1),
         "frequency_penalty": (None, 0),
         "presence_penalty": (None, 0),
         "logit_bias": (None, {}),
+        # Fields of vLLM and SGLang
+        "best_of": (None, 1),
+        "top_k": (None, -1, 0),
+        "min_p": (None, 0),
+        "repetition_penalty": (None, 1),
+        "min_tokens": (None, 0),
+        "ignore_eos": (None, False),
+        "stop_token_ids": (None, []),
+        "skip_special_tokens": (None, True),
     }
+    harmless = set(HARMLESS_FIELDS)
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _reject_unsupported(self) -> Self:
-        for name, neutral in self.unsupported.items():
-            value = (self.model_extra or {}).get(name)
-            if value not in neutral:
-                shown = textwrap.shorten(repr(value), MAX_SHOWN_CHARACTERS)
-                raise RequestError(400, f"{name}={shown} is not supported: omit it", "unsupported_value", name)
-        if len(self.stops) > MAX_STOPS or "" in self.stops:
-            raise RequestError(400, f"stop accepts up to {MAX_STOPS} non-empty strings", param="stop")
+    def _fields_fit_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError(400, "stream_options needs stream=true: set it, or omit stream_options", param="stream")
+        if len(self.stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in self.stops):
+            message = f"stop accepts up to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
+            raise RequestError(400, message, param="stop")
         return self
 
     @property
@@ -115,10 +175,19 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    unsupported = {**GenerationRequest.unsupported, "best_of": (None, 1), "echo": (None, False), "suffix": (None, "")}
+    unsupported = {**GenerationRequest.unsupported, "echo": (None, False), "suffix": (None, "")}
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: Prompt = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @field_validator("prompt", mode="plain", json_schema_input_type=Prompt)
+    @classmethod
+    def _is_text_or_tokens(cls, prompt: Any) -> Any:
+        """Check the type of the prompt. Pydantic's own check would list each wrong element in every way."""
+        if prompt is None or isinstance(prompt, str) or (isinstance(prompt, list) and _is_prompt_list(prompt)):
+            return prompt
+        message = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+        raise RequestError(400, message, param="prompt")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -130,8 +199,21 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)  # type: ignore[arg-type]  # the check above excludes list[int]
 
 
-class TextPart(BaseModel):
+def _is_prompt_list(prompt: list[Any]) -> bool:
+    """Return True for a list of strings, of token ids, or of lists of token ids."""
+    if all(isinstance(part, str) for part in prompt) or _are_tokens(prompt):
+        return True
+    return all(isinstance(part, list) and _are_tokens(part) for part in prompt)
+
+
+def _are_tokens(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)  # a bool is an int, too
+
+
+class TextPart(StrictRequest):
     """A part of a message. Only text is supported."""
+
+    harmless = {"cache_control", "prompt_cache_breakpoint"}  # hints for the provider's cache
 
     type: Literal["text"]
     text: str
@@ -140,9 +222,9 @@ class TextPart(BaseModel):
 class RequestMessage(BaseModel):
     """One turn of a chat request. A turn of the assistant that only called tools has no content."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -164,15 +246,34 @@ class ChatRequest(GenerationRequest):
     unsupported = {
         **GenerationRequest.unsupported,
         "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),  # without tools, there is nothing to choose
+        "parallel_tool_calls": (None, True, False),
         "functions": (None, []),
+        "function_call": (None, "none", "auto"),
         "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
+        "audio": (None,),
+        "prediction": (None,),
+        "reasoning_effort": (None, "none"),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+        # Fields of vLLM and SGLang
+        "add_generation_prompt": (None, True),
+        "continue_final_message": (None, False),
+        "chat_template_kwargs": (None, {}),
     }
 
-    messages: Annotated[list[RequestMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # OpenAI's newer name of max_tokens
+    messages: Annotated[list[RequestMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_completion_tokens: TokenCount | None = None  # OpenAI's newer name of max_tokens
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_are_wanted(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "top_logprobs needs logprobs=true: set it, or omit top_logprobs"
+            raise RequestError(400, message, param="top_logprobs")
+        return self
 
 
 class Usage(BaseModel):
@@ -270,7 +371,7 @@ class ChatCompletion(GenerationResponse):
 class ChatChunkChoice(ChatResult):
     """A piece of a chat response."""
 
-    delta: dict[str, str]  # the content; the first piece also states the role
+    delta: dict[str, str]  # the first piece has the role, the last one nothing, and the others content
 
 
 class ChatChunk(GenerationResponse):
@@ -288,6 +389,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "bam-ray"
+    root: str  # the model that an adapter changes; the model itself if it is no adapter
+    parent: str | None = None  # the model that was fine-tuned to this one
     max_model_len: int  # prompt and completion together, in tokens
 
 

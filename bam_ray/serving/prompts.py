@@ -1,55 +1,148 @@
 """Conversion of a request's text, tokens or messages to validated token ids."""
 
+import asyncio
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from jinja2.exceptions import TemplateError
 
-from bam_ray.errors import encodable
+from bam_ray.errors import Overloaded, encodable
 from bam_ray.serving.engine import DecodeEngine
 from bam_ray.serving.openai_types import ChatRequest, CompletionRequest, RequestError
 
 _logger = logging.getLogger(__name__)
+
+Request = TypeVar("Request", CompletionRequest, ChatRequest)
+Result = TypeVar("Result")
+
+MAX_PENDING = 256  # requests that wait to be tokenized
+PENDING_RETRY_SECONDS = 1.0  # after which a client should try again if there are more
 
 FALLBACK_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 """The chat template for tokenizers without one. Base models have seen dialogs of this form."""
 FALLBACK_STOPS = ("\nuser:",)  # the model would continue such a dialog with the user's next turn
 
 
-def completion_prompts(engine: DecodeEngine, request: CompletionRequest) -> list[list[int]]:
-    """Return the token ids of each prompt. Raises `RequestError` for a prompt that cannot be served."""
-    prompts = [
-        list(engine.tokenizer(encodable(prompt), verbose=False).input_ids) if isinstance(prompt, str) else prompt
-        for prompt in request.prompts
-    ]
-    if not prompts:
-        raise RequestError(400, "prompt is an empty list: pass at least one prompt", param="prompt")
-    return [_validated(engine, prompt, request.max_tokens, "prompt") for prompt in prompts]
+class PromptReader:
+    """A reader of the prompts of requests.
 
-
-def chat_prompt(engine: DecodeEngine, request: ChatRequest) -> tuple[list[int], tuple[str, ...]]:
-    """Return the token ids of a dialog and the stop strings that its template needs.
-
-    Raises `RequestError` for a dialog that cannot be served.
+    Templates and tokenizers run on one thread, in the order of the requests, so that the event loop stays free.
     """
-    tokenizer = engine.tokenizer
-    own_template = getattr(tokenizer, "chat_template", None)
-    messages = [
-        {**(message.model_extra or {}), "role": message.role, "content": message.text} for message in request.messages
-    ]
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=own_template or FALLBACK_TEMPLATE, tokenize=False, add_generation_prompt=True
+
+    def __init__(self, engine: DecodeEngine, max_prompts: int, max_tokens: int) -> None:
+        """Create a reader.
+
+        Args:
+            engine: The engine that the prompts are for.
+            max_prompts: The maximum number of prompts in a request.
+            max_tokens: The maximum number of tokens of all prompts of a request.
+        """
+        self._engine = engine
+        self._max_prompts, self._max_tokens = max_prompts, max_tokens
+        # No text of more characters fits, because a token has at least as many as it stands for
+        self._max_characters = engine.max_length * max(map(len, engine.tokenizer.get_vocab()))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        self._pending = 0
+
+    async def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        """Return the token ids of each prompt.
+
+        Raises:
+            RequestError: A prompt cannot be served.
+            Overloaded: Too many requests wait to be tokenized.
+        """
+        if not request.prompts:
+            raise RequestError(400, "prompt is an empty list: pass at least one prompt", param="prompt")
+        if len(request.prompts) > self._max_prompts:
+            message = (
+                f"prompt has {len(request.prompts)} prompts, but a request may have {self._max_prompts}: send less"
+            )
+            raise RequestError(400, message, param="prompt")
+        for prompt in request.prompts:
+            self._check_size(prompt, "prompt")
+        prompts = await self._on_thread(self._tokenize_all, request)
+        tokens = sum(map(len, prompts))
+        if tokens > self._max_tokens:
+            message = f"the prompts have {tokens} tokens, but those of a request may have {self._max_tokens}: send less"
+            raise RequestError(400, message, param="prompt")
+        return prompts
+
+    async def chat_prompt(self, request: ChatRequest) -> tuple[list[int], tuple[str, ...]]:
+        """Return the token ids of a dialog and the stop strings that its template needs.
+
+        Raises:
+            RequestError: The dialog cannot be served.
+            Overloaded: Too many requests wait to be tokenized.
+        """
+        return await self._on_thread(self._read_chat, request)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _on_thread(self, function: Callable[[Request], Result], request: Request) -> Result:
+        if self._pending >= MAX_PENDING:
+            raise Overloaded("too many requests wait to be tokenized: retry later", PENDING_RETRY_SECONDS)
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, request)
+        finally:
+            self._pending -= 1
+
+    def _tokenize_all(self, request: CompletionRequest) -> list[list[int]]:
+        """Return the token ids of each prompt. Stops at the first one that cannot be served."""
+        return [
+            _validated(
+                self._engine,
+                self._tokenize(prompt, special=True) if isinstance(prompt, str) else prompt,
+                request.max_tokens,
+                "prompt",
+            )
+            for prompt in request.prompts
+        ]
+
+    def _read_chat(self, request: ChatRequest) -> tuple[list[int], tuple[str, ...]]:
+        own_template = getattr(self._engine.tokenizer, "chat_template", None)
+        text = self._apply_template(own_template or FALLBACK_TEMPLATE, request)
+        self._check_size(text, "messages")
+        # The tokenizer's own template writes the special tokens itself
+        prompt = self._tokenize(text, special=own_template is None)
+        max_tokens = request.max_completion_tokens or request.max_tokens
+        return _validated(self._engine, prompt, max_tokens, "messages"), () if own_template else FALLBACK_STOPS
+
+    def _apply_template(self, template: str, request: ChatRequest) -> str:
+        messages = [
+            {**(message.model_extra or {}), "role": message.role, "content": message.text}
+            for message in request.messages
+        ]
+        try:
+            return str(
+                self._engine.tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # a template is a program of the model's author, so it may fail in any way
+            _logger.info("a chat template failed", exc_info=error)
+            # A template's own message is meant for the client, and that of Python is not
+            reason = str(error) if isinstance(error, TemplateError) else f"it fails with {type(error).__name__}"
+            message = f"the model's chat template rejects these messages: {reason}"
+            raise RequestError(400, message, param="messages") from None
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        return list(self._engine.tokenizer(encodable(text), add_special_tokens=special, verbose=False).input_ids)
+
+    def _check_size(self, prompt: str | list[int], param: str) -> None:
+        """Raise `RequestError` for a prompt that cannot fit, before it is tokenized."""
+        unit, limit = (
+            ("characters", self._max_characters) if isinstance(prompt, str) else ("tokens", self._engine.max_length)
         )
-    except Exception as error:  # a template is a program of the model's author, so it may fail in any way
-        _logger.info("a chat template failed", exc_info=error)
-        # A template's own message is meant for the client, and that of Python is not
-        reason = str(error) if isinstance(error, TemplateError) else f"it fails with {type(error).__name__}"
-        message = f"the model's chat template rejects these messages: {reason}"
-        raise RequestError(400, message, param="messages") from None
-    # The tokenizer's own template writes the special tokens itself
-    prompt = list(tokenizer(encodable(text), add_special_tokens=own_template is None, verbose=False).input_ids)
-    max_tokens = request.max_completion_tokens or request.max_tokens
-    return _validated(engine, prompt, max_tokens, "messages"), () if own_template else FALLBACK_STOPS
+        if len(prompt) > limit:
+            message = (
+                f"a prompt has {len(prompt)} {unit}, but {self._engine.max_length} tokens are the most: shorten it"
+            )
+            raise RequestError(400, message, code="context_length_exceeded", param=param)
 
 
 def _validated(engine: DecodeEngine, prompt: list[int], max_tokens: int | None, param: str) -> list[int]:

@@ -1,22 +1,51 @@
 """The request handler: passes prompts to the scheduler and returns the response, streamed or whole."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from bam_ray.errors import ServingError
-from bam_ray.serving.engine import DecodeEngine, Delta
+from bam_ray.errors import Overloaded, ServingError
+from bam_ray.serving.engine import Delta
 from bam_ray.serving.metrics import RequestOutcome, ServerMetrics
 from bam_ray.serving.openai_types import ErrorResponse, Usage
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler
+from bam_ray.serving.tenants import Admission
+
+Result = TypeVar("Result")
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer events
 CLIENT_CLOSED_REQUEST = 499  # nginx's status code; no client receives it
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """One admitted request: the prompts to continue, and the builder of the response."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    builder: ResponseBuilder
+    stream: bool
+    include_usage: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The number of tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+    def most_tokens(self, max_length: int) -> int:
+        """Return the number of tokens that the request uses at most, prompts and completions together."""
+        return sum(min(len(prompt) + self.params.max_tokens, max_length) for prompt in self.prompts)
 
 
 class RequestHandler:
@@ -26,70 +55,136 @@ class RequestHandler:
         self._scheduler = scheduler
         self._metrics = metrics
 
-    @property
-    def engine(self) -> DecodeEngine:
-        """The decode engine of the scheduler."""
-        return self._scheduler.engine
+    async def respond(self, job: GenerationJob, request: Request) -> Response:
+        """Return the response: one JSON body, or a stream of server-sent events once its first event is known.
 
-    def stream(
-        self, prompts: list[list[int]], params: SamplingParams, builder: ResponseBuilder, include_usage: bool
-    ) -> StreamingResponse:
-        """Return the response as a stream of server-sent events."""
-        events = self._events(prompts, params, builder, include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        When the client disconnects, the request leaves the scheduler at once, also while it is queued.
 
-    async def respond(
-        self, prompts: list[list[int]], params: SamplingParams, builder: ResponseBuilder, request: Request
-    ) -> Response:
-        """Return the response as one JSON body. Raises `ServingError` if the model fails."""
-        outputs = [Delta()] * len(prompts)
-        async with aclosing(self._deltas(prompts, params, paced=False)) as batches:
+        Raises:
+            RateLimited: The API key has too few tokens left.
+            Overloaded: The queue is full.
+            ServingError: The model failed.
+        """
+        admission: Admission = request.scope["admission"]
+        admission.reserve(job.most_tokens(self._scheduler.engine.max_length))
+        try:
+            if not job.stream:
+                body = await _while_connected(request.receive, self._whole(job, admission))
+                return Response(body.model_dump_json(), media_type="application/json")
+            events = self._events(job, admission)
+            try:
+                first = await _while_connected(request.receive, _next(events))
+            except BaseException:
+                await events.aclose()
+                raise
+            return _EventStream(first, events)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    async def _whole(self, job: GenerationJob, admission: Admission) -> BaseModel:
+        outputs = [Delta()] * len(job.prompts)
+        async with aclosing(self._deltas(job, admission)) as batches:
             async for batch in batches:
                 for index, delta in batch:
                     outputs[index] = outputs[index] + delta
-                if await request.is_disconnected():
-                    return Response(status_code=CLIENT_CLOSED_REQUEST)
-        response = builder.response(outputs, _usage(prompts, sum(len(output.tokens) for output in outputs)))
-        return Response(response.model_dump_json(), media_type="application/json")
+        return job.builder.response(outputs, _usage(job, sum(len(output.tokens) for output in outputs)))
 
-    async def _events(
-        self, prompts: list[list[int]], params: SamplingParams, builder: ResponseBuilder, include_usage: bool
-    ) -> AsyncGenerator[str, None]:
-        generated = 0
+    async def _events(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[str, None]:
+        """Yield the events of a stream. An error ends it: it is raised before the first event, and an event later."""
+        generated, started = 0, False
         try:
-            async with aclosing(self._deltas(prompts, params, paced=True)) as batches:
+            async with aclosing(self._deltas(job, admission)) as batches:
                 async for batch in batches:
                     generated += sum(len(delta.tokens) for _, delta in batch)
-                    # A delta has no text if a character is incomplete or a stop string may have started
-                    visible = [pair for pair in batch if pair[1] != Delta(tokens=pair[1].tokens)]
-                    if visible:
-                        yield "".join(_event(builder.chunk(index, delta)) for index, delta in visible)
-            if include_usage:
-                yield _event(builder.usage_chunk(_usage(prompts, generated)))
-        except ServingError as error:  # the HTTP status has been sent: the error becomes an event
+                    chunks = [chunk for index, delta in batch for chunk in job.builder.chunks(index, delta)]
+                    if chunks:
+                        started = True
+                        yield "".join(map(_event, chunks))
+        except ServingError as error:
+            if not started:
+                raise
             yield _event(ErrorResponse.from_error(error))
+            return
+        if job.include_usage:
+            yield _event(job.builder.usage_chunk(_usage(job, generated)))
         yield "data: [DONE]\n\n"
 
-    async def _deltas(
-        self, prompts: list[list[int]], params: SamplingParams, paced: bool
-    ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """Yield the deltas of the scheduler, and count the outcome of the request."""
-        outcome: RequestOutcome = "left"
+    async def _deltas(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """Yield the deltas of the scheduler, and count the outcome of the request and its tokens."""
+        outcome: RequestOutcome | None = "left"
+        tenant = admission.tenant.name
         try:
-            async with aclosing(self._scheduler.generate(prompts, params, paced)) as batches:
+            async with aclosing(
+                self._scheduler.generate(job.prompts, job.params, paced=job.stream, tenant=tenant)
+            ) as batches:
                 async for batch in batches:
+                    admission.used_tokens = admission.used_tokens or job.prompt_tokens
+                    admission.used_tokens += sum(len(delta.tokens) for _, delta in batch)
                     yield batch
             outcome = "finished"
+        except Overloaded:
+            outcome = None  # the error handler counts what is refused
+            raise
         except ServingError:
             outcome = "failed"
             raise
         finally:
-            self._metrics.count_request(outcome)
+            if outcome is not None:
+                self._metrics.count_request(outcome)
 
 
-def _usage(prompts: list[list[int]], generated: int) -> Usage:
-    prompt_tokens = sum(len(prompt) for prompt in prompts)
-    return Usage(prompt_tokens=prompt_tokens, completion_tokens=generated, total_tokens=prompt_tokens + generated)
+class _EventStream(StreamingResponse):
+    """A stream of events that is closed as soon as the client disconnects, also if no event is being sent."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
+        super().__init__(_chain(first, rest), headers=STREAM_HEADERS)
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            with contextlib.suppress(ClientDisconnect, OSError):  # OSError: sending to a client that has left
+                await _while_connected(receive, self.stream_response(send))
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of `work`. If the client disconnects first, cancel it and raise `ClientDisconnect`."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected. The body of the request must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _next(events: AsyncGenerator[str, None]) -> str:
+    return await anext(events)
+
+
+async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+def _usage(job: GenerationJob, generated: int) -> Usage:
+    return Usage(
+        prompt_tokens=job.prompt_tokens,
+        completion_tokens=generated,
+        total_tokens=job.prompt_tokens + generated,
+    )
 
 
 def _event(body: BaseModel) -> str:

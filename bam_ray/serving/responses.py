@@ -2,6 +2,8 @@
 
 import time
 import uuid
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from pydantic import BaseModel
@@ -28,8 +30,11 @@ from bam_ray.serving.sampling import TokenLogprob
 class ResponseBuilder(Protocol):
     """A builder of the response to one request."""
 
-    def chunk(self, index: int, delta: Delta) -> BaseModel:
-        """Return one chunk of a stream. `index` is the index of the prompt."""
+    def chunks(self, index: int, delta: Delta) -> Iterator[BaseModel]:
+        """Yield the chunks of a stream for what a prompt adds to the output. `index` is the index of the prompt.
+
+        The last chunk of each prompt has the finish reason and no content.
+        """
         ...
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
@@ -48,9 +53,10 @@ class CompletionBuilder:
         self._id, self._created, self._model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
         self._offsets: dict[int, int] = {}  # index of the prompt -> characters emitted so far
 
-    def chunk(self, index: int, delta: Delta) -> Completion:
-        """Return one chunk of a stream."""
-        return self._completion([self._choice(index, delta)], None)
+    def chunks(self, index: int, delta: Delta) -> Iterator[Completion]:
+        """Yield the chunks of a stream: the text, and the finish reason with an empty text."""
+        for part in _parts(delta):
+            yield self._completion([self._choice(index, part)], None)
 
     def usage_chunk(self, usage: Usage) -> Completion:
         """Return the last chunk of a stream that reports usage."""
@@ -88,20 +94,27 @@ class ChatBuilder:
 
     def __init__(self, model: str) -> None:
         self._id, self._created, self._model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
-        self._role_sent = False
+        self._begun: set[int] = set()  # indices of the choices whose role was sent
 
-    def chunk(self, index: int, delta: Delta) -> ChatChunk:
-        """Return one chunk of a stream. The first chunk states the role."""
-        content = {"content": delta.text} if self._role_sent else {"role": "assistant", "content": delta.text}
-        self._role_sent = True
-        choice = ChatChunkChoice(
-            index=index, delta=content, logprobs=_chat_logprobs(delta), finish_reason=delta.finish_reason
-        )
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[choice])
+    def chunks(self, index: int, delta: Delta) -> Iterator[ChatChunk]:
+        """Yield the chunks of a stream: the role, the content, and the finish reason with an empty delta."""
+        if index not in self._begun:
+            self._begun.add(index)
+            yield self._chunk(ChatChunkChoice(index=index, delta={"role": "assistant", "content": ""}))
+        for part in _parts(delta):
+            content = {} if part.finish_reason is not None else {"content": part.text}
+            yield self._chunk(
+                ChatChunkChoice(
+                    index=index, delta=content, logprobs=_chat_logprobs(part), finish_reason=part.finish_reason
+                )
+            )
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         """Return the last chunk of a stream that reports usage."""
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
+
+    def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
+        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[choice])
 
     def response(self, deltas: list[Delta], usage: Usage) -> ChatCompletion:
         """Return the whole response."""
@@ -115,6 +128,17 @@ class ChatBuilder:
             for index, delta in enumerate(deltas)
         ]
         return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+
+
+def _parts(delta: Delta) -> Iterator[Delta]:
+    """Yield the content of a delta and its finish reason as two deltas, without empty ones.
+
+    A delta has no text if a character is incomplete or a stop string may have started.
+    """
+    if delta.text or delta.logprobs:
+        yield replace(delta, finish_reason=None)
+    if delta.finish_reason is not None:
+        yield Delta(finish_reason=delta.finish_reason)
 
 
 def _chat_logprobs(delta: Delta) -> ChatLogprobs | None:

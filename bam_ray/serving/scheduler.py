@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from bam_ray.errors import ServingError
+from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import DecodeEngine, Delta, Generation
 from bam_ray.serving.sampling import SamplingParams
 
@@ -48,10 +48,19 @@ class SchedulerTotals:
 
 
 class Scheduler:
-    """A scheduler that shares one `DecodeEngine` among concurrent readers; all calls must come from one event loop."""
+    """A scheduler that shares one `DecodeEngine` among concurrent readers; all calls must come from one event loop.
 
-    def __init__(self, engine: DecodeEngine) -> None:
+    Attributes:
+        failure: The reason why the engine cannot serve any request; None while it can.
+    """
+
+    def __init__(
+        self, engine: DecodeEngine, *, max_queued_prompts: int = 1024, max_queued_tokens: int = 1_000_000
+    ) -> None:
         self.engine = engine
+        self.failure: ServingError | None = None
+        self._max_queued_prompts = max_queued_prompts
+        self._max_queued_tokens = max_queued_tokens
         self.totals = SchedulerTotals()
         self._waiting: deque[_QueuedPrompt] = deque()
         self._running: dict[Generation, _QueuedPrompt] = {}
@@ -72,7 +81,7 @@ class Scheduler:
         return len(self._waiting)
 
     async def generate(
-        self, prompts: list[list[int]], params: SamplingParams, paced: bool = False
+        self, prompts: list[list[int]], params: SamplingParams, paced: bool = False, tenant: str = ""
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Continue each prompt, and yield the new output as (index of the prompt, delta) pairs.
 
@@ -82,10 +91,17 @@ class Scheduler:
             prompts: The token ids of each prompt.
             params: The sampling parameters of all prompts.
             paced: Wait between yields if there are many readers, so that each yield carries more output.
+            tenant: The name of the client.
 
         Raises:
+            Overloaded: The queue is full.
             ServingError: The model failed, or the server is shutting down.
         """
+        if self.failure is not None:
+            raise self.failure
+        queued_tokens = sum(len(queued.prompt) for queued in self._waiting) + sum(map(len, prompts))
+        if len(self._waiting) + len(prompts) > self._max_queued_prompts or queued_tokens > self._max_queued_tokens:
+            raise Overloaded("the queue of the server is full: retry later", 1.0)
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         output: asyncio.Queue[tuple[int, Delta | ServingError]] = asyncio.Queue()

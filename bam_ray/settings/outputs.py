@@ -1,8 +1,9 @@
 """Settings of the outputs of a run: evaluation, the endpoint, and the curves of training."""
 
-from typing import Annotated, Literal
+import ipaddress
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bam_ray.settings.resources import Demand, Needs
 from bam_ray.settings.strict import Count, Identity, Name, Positive, Strict
@@ -33,7 +34,7 @@ class ServeSettings(Strict):
     """Name of the mixture to serve. `null` means the first of `upcycle.mixtures`. It must be `null` with `mode`
     `posterior`."""
     host: str = "127.0.0.1"
-    """Address to listen on."""
+    """Address to listen on. Addresses that other machines can reach need `api_keys`, or `open: true`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     replicas: Count = 1
@@ -47,6 +48,47 @@ class ServeSettings(Strict):
     matrix products on GPUs use TF32."""
     needs: Demand = Demand()
     """Resources of each replica."""
+    api_keys: str | None = None
+    """List of the API keys that clients may use, as hashes: `env:NAME` for an environment variable, or the path of a
+    file. It is read where the endpoint is deployed from, which is the head node for `bam serve`. `null` means that
+    clients need no key (see [API keys](serving.md#api-keys))."""
+    open: bool = False
+    """Serve everybody who can connect, without a key, also on addresses that other machines can reach."""
+    max_body_bytes: Count = 4 << 20
+    """Maximum size of the body of a request, in bytes. Larger ones are refused with status 413."""
+    max_prompts: Count = 64
+    """Maximum number of prompts in a request."""
+    max_queued_prompts: Count = 1024
+    """Maximum number of prompts that wait for a slot in a replica. More are refused with status 429."""
+    max_queued_tokens: Count = 1 << 20
+    """Maximum number of tokens of all prompts that wait for a slot in a replica. More are refused with status 429."""
+
+    @property
+    def is_local(self) -> bool:
+        """True if only clients on the same machine can connect."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # another name
+            return False
+
+    @model_validator(mode="after")
+    def _is_protected(self) -> Self:
+        if not self.is_local and not self.open and self.api_keys is None:
+            raise ValueError(
+                f"serve.host is {self.host}, which other machines can reach: set serve.api_keys (`bam serve-key` makes "
+                "a key), or serve.open to true if everybody who can connect may send requests"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _queue_holds_a_request(self) -> Self:
+        for queue, one in (("max_queued_prompts", "max_prompts"), ("max_queued_tokens", "max_length")):
+            if getattr(self, queue) < getattr(self, one):
+                raise ValueError(
+                    f"serve.{queue} is {getattr(self, queue)}, less than serve.{one}, which is {getattr(self, one)}: "
+                    "raise it, because a request has to fit into the queue"
+                )
+        return self
 
 
 class RoutingSettings(Strict):

@@ -1,10 +1,11 @@
-"""`bam init` writes recipes that `bam plan` accepts, and `bam schema` prints their schema."""
+"""`bam init` writes recipes that `bam plan` accepts, `bam schema` prints their schema, `bam serve-key` makes keys."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from bam_ray.settings.api_keys import hash_api_key, read_api_keys
 from tests.support import tiny
 from tests.support.command_line import bam, refusal
 
@@ -71,3 +72,15 @@ def test_wrong_seeds_and_texts_are_refused(
 def test_the_schema_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert bam(monkeypatch, "schema") == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Recipe"
+
+
+def test_serve_key_prints_a_key_and_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert bam(monkeypatch, "serve-key", "alice") == 0
+    printed = capsys.readouterr().out
+    key, line = (each.split(": ", 1)[1].strip() for each in printed.splitlines())
+    (tmp_path / "keys").write_text(line)
+    (entry,) = read_api_keys(str(tmp_path / "keys"))
+    assert (entry.name, entry.sha256) == ("alice", hash_api_key(key.encode()))
+    assert "cannot be the name of a client" in refusal(monkeypatch, capsys, "serve-key", "a b")

@@ -83,7 +83,8 @@ def test_a_token_protects_the_cluster(kind: str) -> None:
     assert cluster["authOptions"] == {"mode": "token"}
     for container in containers(kind):
         assert container["envFrom"] == [{"secretRef": {"name": "bam-s3"}}]
-        assert "env" not in container
+        variables = [each["name"] for each in container.get("env", [])]
+        assert variables == (["BAM_API_KEYS"] if kind == "RayService" else [])
     host = cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"]
     # The operator must reach the dashboard of a cluster that it submits or deploys to. No Service exposes it
     assert host == ("127.0.0.1" if kind == "RayCluster" else "0.0.0.0")
@@ -162,7 +163,13 @@ def test_the_smallest_cluster_can_run_its_recipe(kind: str) -> None:
     assert unmet(task_graph(recipe), nodes) == []
 
 
-def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
+def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pod in ("headGroupSpec", "workerGroupSpecs"):
+        groups = cluster_of("RayService")[pod]
+        for group in groups if isinstance(groups, list) else [groups]:
+            (variable,) = group["template"]["spec"]["containers"][0]["env"]
+            assert variable["valueFrom"] == {"secretKeyRef": {"name": "bam-api-keys", "key": "keys"}}
+            monkeypatch.setenv(variable["name"], f"{'0' * 64} name=alice")
     schema = ServeDeploySchema.model_validate(serve_config())
     assert schema.http_options.host == "0.0.0.0"  # the address of the pod: a Kubernetes Service forwards to it
     (application,) = schema.applications
@@ -183,5 +190,11 @@ def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path) -> None:
     assert isinstance(build(), Application)
     with pytest.raises(SettingsError, match="serve"):
         build(overrides=[*overrides, "serve.port=zero"])
+    with pytest.raises(SettingsError, match="needs API keys"):
+        build(overrides=[*overrides, "serve.api_keys=null"])
+    assert isinstance(build(overrides=[*overrides, "serve.api_keys=null", "serve.open=true"]), Application)
+    monkeypatch.setenv("BAM_API_KEYS", "")
+    with pytest.raises(SettingsError, match="has no key"):
+        build()
     with pytest.raises(ValueError, match="override"):
         build(override=[])

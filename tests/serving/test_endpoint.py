@@ -1,9 +1,8 @@
 """The HTTP endpoint, called with the `openai` client."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,9 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
+from tests.support.http_server import running_server, wait_until
 
 MODEL = "tiny"
 
@@ -42,24 +41,11 @@ class Endpoint:
 def endpoint(engine: DecodeEngine) -> Iterator[Endpoint]:
     """Run the app on uvicorn in a thread."""
     scheduler = Scheduler(engine)
-    config = uvicorn.Config(create_app(scheduler, MODEL), port=0, log_level="warning", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    with (
+        running_server(create_app(scheduler, MODEL)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         yield Endpoint(engine, scheduler, client, url)
-    server.should_exit = True
-    thread.join()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition` returns True."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def metric(endpoint: Endpoint, name: str) -> float:
@@ -252,7 +238,8 @@ def test_invalid_requests_are_rejected(
 
 def test_all_errors_have_the_openai_format(endpoint: Endpoint) -> None:
     assert httpx.get(f"{endpoint.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    response = httpx.post(f"{endpoint.url}/v1/completions", content=b"{")
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{endpoint.url}/v1/completions", content=b"{", headers=headers)
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
     tools = [{"type": "function", "function": {"name": "f"}}]
     body = {"model": MODEL, "messages": [{"role": "user", "content": "the"}], "tools": tools}

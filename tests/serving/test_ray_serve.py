@@ -28,6 +28,7 @@ from bam_ray.on_ray.job import run_of
 from bam_ray.on_ray.serve_app import deploy, served_models, shutdown
 from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
 from bam_ray.settings import Needs, ServeSettings, load_recipe
+from bam_ray.settings.api_keys import hash_api_key
 from tests.support.decoding import members_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -138,6 +139,12 @@ def test_errors_and_metrics_pass_the_proxy(url: str) -> None:
     with pytest.raises(openai.BadRequestError, match="at most 64 tokens"):
         client.completions.create(model="demo", prompt=[1] * 64)
     assert "bam_slots 4.0" in httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+    for headers in ({}, {"x-request-id": "mine"}):
+        (request_id,) = httpx.get(f"{url}/models", headers=headers).headers.get_list("x-request-id")
+        assert request_id == headers.get("x-request-id", request_id)
+    body = {"model": "demo", "prompt": "the", "max_tokens": 2}
+    assert httpx.post(f"{url}/completions", json=body, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.post(f"{url}/completions", json={**body, "user": "x" * (5 << 20)}).status_code == 413
 
 
 def test_a_disconnected_client_frees_its_slot(url: str) -> None:
@@ -179,16 +186,19 @@ def test_a_serve_configuration_file_serves_a_recipe(url: str, store: FolderStore
     mixture.publish(
         Artifact(store, "mixtures", "bam").fetch(tmp_path), Manifest(id=mixture.id, kind="mixtures", name=name)
     )
+    (tmp_path / "keys").write_text(f"{hash_api_key(b'bam-alice')} name=alice\n")
     application = {
         "name": "bam",
         "route_prefix": "/",
         "import_path": "bam_ray.on_ray.serve_app:application",
-        "args": {"recipe": str(RECIPE), "overrides": overrides},
+        "args": {"recipe": str(RECIPE), "overrides": [*overrides, f"serve.api_keys={tmp_path / 'keys'}"]},
     }
     http = {"host": "127.0.0.1", "port": port}
     schema = ServeDeploySchema(applications=[application], http_options=http)
     _get_global_client().deploy_apps(schema, _blocking=True)
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="not valid"):
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0).models.list()
+    client = openai.OpenAI(base_url=url, api_key="bam-alice", max_retries=0)
     assert [model.id for model in client.models.list()] == [name]
     assert client.completions.create(model=name, prompt="the", max_tokens=4).usage.completion_tokens == 4
 

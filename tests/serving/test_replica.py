@@ -1,0 +1,63 @@
+"""A replica of the endpoint, in the test's own process."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.errors import ServingError
+from bam_ray.on_ray.serve_app import Endpoint, EndpointAccess
+from bam_ray.serving import Scheduler
+from bam_ray.settings import ServeSettings
+from bam_ray.settings.api_keys import hash_api_key
+
+
+def test_a_replica_with_a_dead_engine_is_unhealthy(
+    models_by_family: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedulers = []
+
+    class KnownScheduler(Scheduler):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            schedulers.append((self, settings))
+
+    models_by_family["bam"].save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    artifact = Artifact(FolderStore(tmp_path / "store"), ArtifactKind.MIXTURES, "bam")
+    artifact.publish(tmp_path / "model", Manifest(id="bam", kind=ArtifactKind.MIXTURES, name="bam"))
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("bam_ray.serving.Scheduler", KnownScheduler)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    settings = ServeSettings(slots=1, max_length=32, max_queued_prompts=70, max_queued_tokens=80)
+    replica = Endpoint.__new__(Endpoint)
+    start: Any = Endpoint.__init__  # which Serve makes a coroutine
+    asyncio.run(start(replica, [artifact], "bam", settings, EndpointAccess((), None)))
+    ((scheduler, limits),) = schedulers
+    assert limits == {"max_queued_prompts": 70, "max_queued_tokens": 80}
+    replica.check_health()
+    scheduler.failure = ServingError("the engine has stopped")
+    with pytest.raises(ServingError, match="the engine has stopped"):
+        replica.check_health()
+
+
+def test_access_is_by_key_or_by_the_name_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"{hash_api_key(b'key')} name=alice")
+    local = EndpointAccess.of(ServeSettings(), is_local=True)
+    assert (local.keys, local.hosts) == ((), {"localhost", "127.0.0.1", "[::1]"})
+    assert EndpointAccess.of(ServeSettings(host="127.0.0.2"), is_local=True).hosts == {
+        "localhost",
+        "127.0.0.1",
+        "[::1]",
+        "127.0.0.2",
+    }
+    assert EndpointAccess.of(ServeSettings(open=True), is_local=True) == EndpointAccess((), None)
+    with_keys = EndpointAccess.of(ServeSettings(api_keys=str(tmp_path / "keys")), is_local=True)
+    assert ([key.name for key in with_keys.keys], with_keys.hosts) == (["alice"], None)
