@@ -23,7 +23,7 @@ from bam_ray.checkpoint.artifacts import Artifact, delete_keys
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
 from bam_ray.checkpoint.scratch import new_scratch_folder, remove_scratch_folder
-from bam_ray.errors import BlobNotFound, CheckpointError, StoreDenied, StoreUnavailable, TrainingError
+from bam_ray.errors import BlobNotFound, CheckpointError, StoreDenied, StoreError, StoreUnavailable, TrainingError
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
 from bam_ray.training.state import TrainingState
 
@@ -167,7 +167,7 @@ class Checkpoints:
 
         Raises:
             StaleLease: If an earlier upload found that a newer attempt took over.
-            StoreUnavailable: If the store was down for too long during an earlier upload.
+            StoreError: If an earlier upload failed, for example because the store was down for too long.
         """
         assert self._lease is not None
         self.settle(MAX_PENDING - 1)
@@ -202,8 +202,8 @@ class Checkpoints:
             self._retrying(self._commit, folder, step, lease)
             self._emit(CheckpointCommitted(step))
             self._retrying(self._prune, lease)
-        except StoreUnavailable as error:
-            raise StoreUnavailable(
+        except StoreError as error:
+            raise type(error)(
                 f"the checkpoint of step {step} could not be written to {self._store.uri}: {error}; "
                 "repair the store and run the same command to resume from the checkpoint before"
             ) from error

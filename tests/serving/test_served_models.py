@@ -72,7 +72,7 @@ def test_a_busy_store_is_asked_for_members_again(tmp_path: Path, monkeypatch: py
     assert [model.id for model in models[1:]] == [branch.id]
     store.failure = StoreBusy("SlowDown")
     monkeypatch.setattr(serve_app, "open_store", lambda *arguments: store)
-    with pytest.raises(CheckpointError, match="mixtures/.* is not committed"):
+    with pytest.raises(CheckpointError, match=r"mixtures/.* is not committed"):
         application(ApplicationArguments(recipe=str(RECIPE)))
 
 
