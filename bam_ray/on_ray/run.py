@@ -72,7 +72,7 @@ def run_tasks(
         PlacementError: There is no cluster.
     """
     store, weaker = open_checked_store(recipe.store, warn)  # reports wrong credentials and a missing bucket at once
-    size = seed_size(recipe)
+    size = seed_size(recipe, warn)
     for warning in (weaker, maturity_warning(recipe, size)):
         if warning:
             warn(warning)
