@@ -116,7 +116,7 @@ class Checkpoints:
         self._retrying = retrying or retry_while_unavailable()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._pending: deque[Future[None]] = deque()
-        self.refused: list[str] = []  # errors of the checkpoints that are newer than the one found
+        self.refused: list[CheckpointRefused] = []  # those that are newer than the one found
 
     def latest(self, gather: Gather = lambda mine: [mine]) -> FoundCheckpoint | None:
         """Return the newest intact checkpoint, or None; damaged ones are skipped, emitted, and added to `refused`.
@@ -140,8 +140,8 @@ class Checkpoints:
                 faulty_ranks.update(failed)
                 where = f" (only on ranks {failed}: check their nodes)"
             for error in dict.fromkeys(errors[rank] for rank in failed):
-                self.refused.append(f"{error}{where}")
-                self._emit(CheckpointRefused(name, self.refused[-1]))
+                self.refused.append(CheckpointRefused(name, f"{error}{where}"))
+                self._emit(self.refused[-1])
         if faulty_ranks:
             raise CheckpointError(
                 f"no checkpoint under {self._store.uri}/{self._prefix} can be read on all {len(errors)} processes, "

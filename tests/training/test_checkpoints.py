@@ -190,7 +190,7 @@ def test_a_damaged_or_truncated_checkpoint_is_skipped_and_reported() -> None:
         event = events.pop()
         assert isinstance(event, CheckpointRefused) and event.checkpoint == "0001.0001-00000009"
         assert "0001.0001-00000009/optimizer.safetensors does not match its manifest" in event.error
-        assert checkpoints.refused == [event.error]
+        assert checkpoints.refused == [event]
     store.delete(newest)
     assert run(store, events=events) == unbroken
     (refused,) = (event for event in events if isinstance(event, CheckpointRefused))
