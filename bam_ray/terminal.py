@@ -21,6 +21,11 @@ def terminal_console(**options: Any) -> Console:
     return _TerminalConsole(markup=False, emoji=False, highlight=False, **options)
 
 
+def warn(text: str) -> None:
+    """Print a warning, on one line of any length."""
+    terminal_console().print(text, style="yellow", soft_wrap=True)
+
+
 class _TerminalConsole(Console):
     """A console that removes control characters from all text. Its own control codes are kept."""
 

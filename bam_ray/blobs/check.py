@@ -10,28 +10,23 @@ Two writers that do so at the same moment both believe that they were first.
 import contextlib
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
-
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from bam_ray.blobs import open_store
+from bam_ray.blobs.patience import Report, retry_on
 from bam_ray.blobs.store import BlobStore, put_once
 from bam_ray.errors import BlobExists, NoConditionalPut, StoreBusy, StoreError
 from bam_ray.settings import StoreSettings
 
-PATIENCE = 120.0  # seconds
 RACERS = 8
 RACES = 4
 
 
-def open_checked_store(
-    settings: StoreSettings, report: Callable[[str], None] | None = None
-) -> tuple[BlobStore, str | None]:
+def open_checked_store(settings: StoreSettings, report: Report | None = None) -> tuple[BlobStore, str | None]:
     """Open the store of `settings` and check that its conditional puts work.
 
-    A server that answers that it is busy is asked again for `PATIENCE` seconds. All other errors are raised at once.
+    A server that answers that it is busy is asked again, see `retry_on`. All other errors are raised at once.
 
     Args:
         settings: The store.
@@ -45,15 +40,8 @@ def open_checked_store(
         StoreError: Any error of the store itself.
     """
     store = open_store(settings.uri, settings.endpoint)
-    patiently = Retrying(
-        retry=retry_if_exception_type(StoreBusy),
-        stop=stop_after_delay(PATIENCE),
-        wait=wait_random_exponential(max=15),
-        before_sleep=partial(_report_attempt, report),
-        reraise=True,
-    )
     try:
-        patiently(check_put_if_absent, store)
+        retry_on(StoreBusy, report)(check_put_if_absent, store)
     except NoConditionalPut as error:
         if settings.promise == "strict":
             raise NoConditionalPut(
@@ -67,11 +55,6 @@ def open_checked_store(
         )
         return open_store(settings.uri, settings.endpoint, settings.promise), warning
     return store, None
-
-
-def _report_attempt(report: Callable[[str], None] | None, state: RetryCallState) -> None:
-    if report is not None and state.outcome is not None and state.next_action is not None:
-        report(f"{state.outcome.exception()}: trying again in {state.next_action.sleep:.0f} s")
 
 
 def check_put_if_absent(store: BlobStore) -> None:

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.digests import check_digests
-from bam_ray.checkpoint.manifest import Manifest, read_manifest
+from bam_ray.checkpoint.folder_reader import FolderReader
 from bam_ray.checkpoint.model_folder import (
     INDEX,
     base_prefix,
@@ -64,7 +63,6 @@ CHUNK_BYTES = 2 << 20  # a few chunks in flight, and the freed ones that malloc 
 REMOTE_CHUNK_BYTES = 4 << 20  # larger, because each chunk costs a round trip
 REMOTE_REQUESTS = 2  # concurrent requests for one tensor of each source
 MAX_POINTER_BYTES = 200  # of Git LFS
-MAX_LISTED = 1000  # files of a folder that are looked at to say what it is
 HEADS = ("lm_head.", "embed_out.")  # tensors outside of the base model
 
 # torch.frombuffer warns about read-only buffers; nothing writes to a chunk
@@ -110,7 +108,7 @@ class TensorLocation:
     start: int
 
 
-class TensorReader:
+class TensorReader(FolderReader):
     """The tensors of a Hugging Face folder in a store; the constructor reads all headers and no data.
 
     Args:
@@ -124,10 +122,7 @@ class TensorReader:
     """
 
     def __init__(self, store: BlobStore, prefix: str = "", files: Sequence[str] | None = None) -> None:
-        self.store = store
-        self.prefix = prefix
-        self._manifest = read_manifest(store, prefix) if files is None else None
-        self._folder = self._manifest.folder if self._manifest else ""
+        super().__init__(store, prefix, has_manifest=files is None)
         self.config: dict[str, Any] = read_config(self) if files is None else {}
         self.specs: dict[str, TensorSpec] = {}
         self._locations: dict[str, TensorLocation] = {}
@@ -138,11 +133,6 @@ class TensorReader:
             refuse_wrappers(self.specs, self.uri)
             check_layers(self.config, self.specs, self.uri)
             self._add_prefix(base_prefix(self.config, self.specs))
-
-    @property
-    def uri(self) -> str:
-        """The URI of the folder, for messages."""
-        return f"{self.store.uri}/{self.prefix}".rstrip("/")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, in its stored dtype."""
@@ -178,38 +168,6 @@ class TensorReader:
                     yield in_flight.popleft().result()
             while in_flight:
                 yield in_flight.popleft().result()
-
-    def read_file(self, name: str) -> bytes | None:
-        """Return another file of the folder, for example a tokenizer's, or None if it does not exist.
-
-        Raises:
-            CheckpointError: The file is a pointer of Git LFS.
-        """
-        try:
-            data = self.store.get(self._key(name))
-        except BlobNotFound:
-            return None
-        refuse_pointer(data, f"{self.uri}/{name}")
-        return data
-
-    def has_file(self, name: str) -> bool:
-        """Return True if the folder has a file of this name."""
-        return self.store.exists(self._key(name))
-
-    def file_names(self, folder: str = "") -> list[str]:
-        """Return the names of the first files in the folder, or in one of its subfolders."""
-        root = f"{self.root}/" if self.root else ""
-        keys = self.store.list(f"{root}{folder}/" if folder else root)
-        return [key.removeprefix(root) for key in islice(keys, MAX_LISTED)]
-
-    @property
-    def root(self) -> str:
-        """The prefix in the store of the files that the manifest names; that of the folder if there is no manifest."""
-        return "/".join(part for part in (self.prefix, self._folder) if part)
-
-    def manifest(self) -> Manifest | None:
-        """Return the manifest of the folder, or None if bam_ray did not write the folder."""
-        return self._manifest
 
     def check_digests(self) -> int:
         """Read every file that the manifest names and compare its digest.
@@ -265,9 +223,6 @@ class TensorReader:
                 names[name]: TensorSpec(names[name], spec.dtype, spec.shape) for name, spec in self.specs.items()
             }
             self._locations = {names[name]: location for name, location in self._locations.items()}
-
-    def _key(self, name: str) -> str:
-        return f"{self.root}/{name}" if self.root else name
 
 
 def _truncated(uri: str, tensor: str) -> str:

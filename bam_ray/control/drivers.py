@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bam_ray.blobs import BlobStore
+from bam_ray.blobs.patience import Report, retry_on
 from bam_ray.checkpoint.leases import epochs, newest_attempt, take_epoch
-from bam_ray.errors import BlobNotFound, StoreError
+from bam_ray.errors import BlobNotFound, StoreError, StoreUnavailable
 
 HEARTBEATS = "heartbeats/"
 HEARTBEAT_SECONDS = 5.0
@@ -108,15 +109,27 @@ class _OtherDriver:
 class DriverRegistry:
     """This driver among those of a store.
 
+    The store has answered before, so one that is unavailable now is asked again, see `retry_on`. All attempts write the
+    same heartbeat.
+
     Args:
         store: The store of the run.
         run: The name of the run, for messages of other drivers.
         take_over: Treat all drivers that have been here before as gone.
         clock: Returns the time in seconds, from any origin.
+        report: Called with one line before the store is asked again.
+
+    Raises:
+        StoreError: The store cannot be used.
     """
 
     def __init__(
-        self, store: BlobStore, run: str, take_over: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        store: BlobStore,
+        run: str,
+        take_over: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        report: Report | None = None,
     ) -> None:
         self._store, self._run, self._clock = store, run, clock
         self._token = secrets.token_hex(8)
@@ -127,10 +140,11 @@ class DriverRegistry:
         self._refreshed_at = float("-inf")
         self._ended = False
         self._wake = threading.Event()  # of the thread that writes heartbeats
-        self.beat()
-        self._own_epochs = [take_epoch(store, self._describe())]
+        patiently = retry_on(StoreUnavailable, report)
+        patiently(self.beat)
+        self._own_epochs: list[int] = [patiently(take_epoch, store, self._describe())]
         if take_over:
-            self._find_others()
+            patiently(self._find_others)
             for other in self._others.values():
                 other.gone = True
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -16,6 +17,9 @@ from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data.download import remote_files
 from bam_ray.data.formats import END_OF_TEXT
 from bam_ray.errors import DataError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SAMPLE_CHARACTERS = 12_000_000  # more text hardly changes the BPE merges; this much takes seconds
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # environment variable that the library reads at every call
@@ -80,11 +84,9 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
     """Save the tokenizer of the Hugging Face folder at `source`, a path or a URI, to `folder`.
 
     Raises:
-        DataError: `source` has no tokenizer that loads, or the tokenizer is not fast or has no end-of-text token.
+        DataError: `source` has no tokenizer that loads and can be saved, or it is not fast or has no end-of-text token.
         CheckpointError: A file is a link that leads out of the folder.
     """
-    from transformers import AutoTokenizer
-
     with scratch_folder("tokenizer") as temporary:
         local = Path(os.path.expanduser(source.removeprefix("file://")))
         if "://" in source and not source.startswith("file://"):
@@ -97,22 +99,7 @@ def copy_tokenizer(source: str, folder: Path) -> TokenizerInfo:
         for path in local.iterdir():
             if _is_tokenizer_file(path.name):
                 refuse_outside_link(str(local), "", path.name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of any type: the tokenizers library raises `Exception` for a file of a new version
-            reason = one_line(error, all_lines=True)[:MAX_REASON_CHARACTERS]
-            raise DataError(f"data.tokenizer.folder {source} has no tokenizer that loads: {reason}") from None
-        if not tokenizer.is_fast:
-            raise DataError(f"data.tokenizer.folder {source} has no fast tokenizer (tokenizer.json): convert it")
-        if tokenizer.eos_token_id is None:
-            raise DataError(
-                f"data.tokenizer.folder {source}: the tokenizer has no eos_token to end documents with: set one"
-            )
-        tokenizer.save_pretrained(folder)
-        vocab_size = max(
-            len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())
-        )  # ids may have gaps
-        return TokenizerInfo(vocab_size, tokenizer.eos_token_id)
+        return _save(_load_fast(local, source), folder, source)
 
 
 def load_for_packing(folder: Path) -> Tokenizer:
@@ -139,6 +126,45 @@ def threaded_tokenization() -> Iterator[None]:
         yield
     finally:
         os.environ[PARALLELISM] = "false"
+
+
+def _load_fast(local: Path, source: str) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer in a local folder, which is a copy of `source`; raises `DataError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+            str(local), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any type: the tokenizers library raises `Exception` for a file of a new version
+        raise DataError(f"data.tokenizer.folder {source} has no tokenizer that loads: {_reason(error)}") from None
+    if not tokenizer.is_fast:
+        raise DataError(f"data.tokenizer.folder {source} has no fast tokenizer (tokenizer.json): convert it")
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"data.tokenizer.folder {source}: the tokenizer has no eos_token to end documents with: set one"
+        )
+    return tokenizer
+
+
+def _save(tokenizer: "PreTrainedTokenizerFast", folder: Path, source: str) -> TokenizerInfo:
+    """Save a tokenizer that was loaded from `source`; raises `DataError` if its files are damaged."""
+    try:
+        tokenizer.save_pretrained(folder)
+        vocabulary = tokenizer.get_vocab()
+    except OSError:  # of the disk
+        raise
+    except Exception as error:  # of any type, as above
+        raise DataError(
+            f"data.tokenizer.folder {source} has a tokenizer that cannot be saved: {_reason(error)}: a file of it is "
+            "damaged, so copy it again"
+        ) from None
+    vocab_size = max(len(tokenizer), *(number + 1 for number in vocabulary.values()))  # ids may have gaps
+    return TokenizerInfo(vocab_size, tokenizer.eos_token_id)
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error, all_lines=True)[:MAX_REASON_CHARACTERS]
 
 
 def _is_tokenizer_file(key: str) -> bool:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from rich.console import Console
 
 from bam_ray.blobs import open_store
+from bam_ray.blobs.patience import retry_on
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import RunOutcome
-from bam_ray.errors import TrainingError
+from bam_ray.errors import StoreUnavailable, TrainingError
 from bam_ray.on_ray.submit import END_OF_RUN
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import CompareSettings, Recipe, with_training_seed
+from bam_ray.terminal import warn
 
 
 def compare_seeds(recipe: Recipe, make_report: Callable[[Recipe], RunOutcome], console: Console) -> RunOutcome:
@@ -47,7 +49,7 @@ def compare_seeds(recipe: Recipe, make_report: Callable[[Recipe], RunOutcome], c
     from bam_ray.evaluation.table import print_comparison  # numpy: not imported before it is needed
     from bam_ray.stages.compare import compare_reports
 
-    artifact, comparison = compare_reports(store, reports)
+    artifact, comparison = retry_on(StoreUnavailable, warn)(compare_reports, store, reports)
     print_comparison(comparison, console)
     location = f"comparison: {artifact.uri}/index.html (`bam report {store.uri}` downloads it)"
     console.print(location, soft_wrap=True)

@@ -36,7 +36,7 @@ from bam_ray.planning.maturity import maturity_warning
 from bam_ray.planning.memory import with_memory_requests
 from bam_ray.planning.model_size import seed_size
 from bam_ray.settings import Recipe
-from bam_ray.terminal import terminal_console
+from bam_ray.terminal import terminal_console, warn
 
 if TYPE_CHECKING:
     from bam_ray.training.engine import EngineFactory
@@ -71,12 +71,8 @@ def run_tasks(
         StoreError: The blob store cannot be used.
         PlacementError: There is no cluster.
     """
-
-    def warn(text: str) -> None:
-        terminal_console(width=TABLE_WIDTH).print(text, style="yellow", soft_wrap=True)
-
     store, weaker = open_checked_store(recipe.store, warn)  # reports wrong credentials and a missing bucket at once
-    size = seed_size(recipe)
+    size = seed_size(recipe, warn)
     for warning in (weaker, maturity_warning(recipe, size)):
         if warning:
             warn(warning)
@@ -84,7 +80,7 @@ def run_tasks(
     protect_driver()
     run = PipelineRun.of(recipe, store)
     run = replace(run, tasks=with_memory_requests(run.tasks, recipe, size))
-    drivers = DriverRegistry(store, recipe.name, take_over)
+    drivers = DriverRegistry(store, recipe.name, take_over, report=warn)
     launcher = RayLauncher(run, engine_factory, functions)
     tasks = run.tasks if kinds is None else subset(run.tasks, kinds)
     controller = Controller(tasks, store, launcher, drivers=drivers)

@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
+from bam_ray.blobs.patience import retry_on
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.data import Corpus
-from bam_ray.errors import ServingError
+from bam_ray.errors import ServingError, StoreUnavailable
 from bam_ray.evaluation.results import Results
 from bam_ray.evaluation.table import print_results
 from bam_ray.pipeline.run import PipelineRun
+from bam_ray.terminal import warn
 
 PROMPT_TOKENS = 24
 COMPLETION_TOKENS = 48
@@ -22,18 +24,19 @@ COMPLETION_TOKENS = 48
 def show_results(run: PipelineRun, console: Console) -> None:
     """Print the table of the run's report, its findings, the report's location, and files of text that were skipped."""
     report = run.artifact(ArtifactKind.REPORTS, "report")
-    results = Results.model_validate_json((report.fetch() / "results.json").read_bytes())
+    patiently = retry_on(StoreUnavailable, warn)
+    results = Results.model_validate_json((patiently(report.fetch) / "results.json").read_bytes())
     print_results(results, console)
     location = f"report: {report.uri}/report.html (`bam report {run.store.uri}` downloads it)"
     console.print(location, soft_wrap=True)
-    corpus = run.artifact(ArtifactKind.CORPORA, "corpus").manifest()
+    corpus = patiently(run.artifact(ArtifactKind.CORPORA, "corpus").manifest)
     for line in corpus.facts.get("skipped", ()) if corpus else ():
         console.print(Text(line, "yellow"), soft_wrap=True)
 
 
 def stream_completions(run: PipelineRun, url: str, model: str, console: Console) -> None:
     """Ask the endpoint at `url` to continue one held-out text per domain, and print the words as they arrive."""
-    corpus = Corpus(run.artifact(ArtifactKind.CORPORA, "corpus").fetch())
+    corpus = Corpus(retry_on(StoreUnavailable, warn)(run.artifact(ArtifactKind.CORPORA, "corpus").fetch))
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
     for domain in run.recipe.data.domains:
         prompt = tokenizer.decode(corpus.held_out(domain)[0, :PROMPT_TOKENS].astype(int), skip_special_tokens=True)

@@ -35,15 +35,17 @@ from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.blobs import open_store
+from bam_ray.blobs.patience import retry_on
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.errors import CheckpointError, PlacementError, ServingError, SettingsError
+from bam_ray.errors import CheckpointError, PlacementError, ServingError, SettingsError, StoreUnavailable
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.worker_env import device_environment
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.scheduling.nodes import HEAD, NodeFacts, describe_nodes, describe_request, ray_resources, worker_capacity
 from bam_ray.settings import Recipe, ServeSettings, load_recipe
 from bam_ray.settings.api_keys import ApiKey, read_api_keys
+from bam_ray.terminal import warn
 
 APP = "bam"
 POSTERIOR = "posterior"  # the name of the posterior ensemble, at the endpoint as in the report
@@ -172,7 +174,8 @@ def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
         name = recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
         return [run.artifact(ArtifactKind.MIXTURES, name)], name
     branches = [run.artifact(ArtifactKind.BRANCHES, domain) for domain in recipe.branch.domains]
-    whole = [branch for branch in branches if branch.has_all_files()]
+    patiently = retry_on(StoreUnavailable, warn)
+    whole = [branch for branch in branches if patiently(branch.has_all_files)]
     if not whole:
         raise CheckpointError(f"no branch of {run.store.uri} is committed: run the stage that makes them, then serve")
     return [run.artifact(ArtifactKind.SEEDS, "seed"), *whole], POSTERIOR
@@ -212,7 +215,7 @@ def _application(
 ) -> Application:
     """Return the endpoint as Serve runs it. With `surge`, one more replica may run while replicas are replaced."""
     for artifact in artifacts:
-        if not artifact.is_committed():
+        if not retry_on(StoreUnavailable, warn)(artifact.is_committed):
             raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
     resources = ray_resources(settings.needs)
     deployment = serve.deployment(Endpoint, name="endpoint").options(

@@ -8,12 +8,15 @@ family has only a few, which is less than one parameter in a thousand.
 transformers, and a plan must start without it, so the formula is repeated here. A test compares the two.
 """
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bam_ray.blobs import open_store
-from bam_ray.errors import StoreError
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.blobs.patience import Report, retry_on
+from bam_ray.checkpoint.folder_reader import FolderReader
+from bam_ray.checkpoint.model_folder import ADAPTER, parse_object, read_config
+from bam_ray.errors import CheckpointError, StoreBusy, StoreError
 from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch
 
 # Bytes per parameter
@@ -26,6 +29,17 @@ PAIR_BUCKETS = 1 << 20
 # `next_token.MIN_CHUNK_TOKENS`, repeated because that module imports torch; a test compares the two. The loss is
 # computed in chunks of this number of tokens, or of the hidden size if that is larger.
 CHUNK_TOKENS = 256
+
+# `families.SIZE_SETTINGS` without `tie_word_embeddings`, repeated because that package imports transformers
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -175,23 +189,58 @@ class ModelSize:
         )
 
 
-def seed_size(recipe: Recipe) -> ModelSize | None:
-    """Return the size of the seed and of each branch, or None if it is not known before the run."""
+def seed_size(recipe: Recipe, report: Report | None = None) -> ModelSize | None:
+    """Return the size of the seed and of each branch, or None if it is not known before the run.
+
+    It is not known if the folder that says it does not exist yet or cannot be read from here.
+
+    Args:
+        recipe: The recipe.
+        report: Called with one line before a store that is busy is asked again.
+
+    Raises:
+        CheckpointError: The `config.json` of the seed or of the tokenizer is damaged, or the seed is an adapter.
+    """
+
+    def config_of(folder: str, read: Callable[[BlobStore], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            config = retry_on(StoreBusy, report)(read, open_store(folder, recipe.store.endpoint))
+        except StoreError:
+            return {}
+        return _with_checked_sizes(config, folder)
+
     if recipe.seed.scratch is not None:
         tokenizer = recipe.data.tokenizer
-        config = _config_of(tokenizer.folder, recipe) if tokenizer.folder else {"vocab_size": tokenizer.vocab_size}
-        return _size_of_scratch(recipe.seed.scratch, config["vocab_size"]) if "vocab_size" in config else None
+        vocab_size: int | None = tokenizer.vocab_size
+        if tokenizer.folder:
+            vocab_size = config_of(tokenizer.folder, _tokenizer_config).get("vocab_size")
+        return _size_of_scratch(recipe.seed.scratch, vocab_size) if vocab_size else None
     assert recipe.seed.folder is not None
-    return _size_of_config(_config_of(recipe.seed.folder, recipe))
+    return _size_of_config(config_of(recipe.seed.folder, _model_config))
 
 
-def _config_of(folder: str, recipe: Recipe) -> dict[str, Any]:
-    """Return the `config.json` of a folder, or {} if it cannot be read."""
-    try:
-        plain = json.loads(open_store(folder, recipe.store.endpoint).get("config.json"))
-    except (StoreError, ValueError):
-        return {}
-    return plain if isinstance(plain, dict) else {}
+def _model_config(store: BlobStore) -> dict[str, Any]:
+    """Return the `config.json` of the model in a folder, or {} if there is no model yet."""
+    files = FolderReader(store)
+    return read_config(files) if files.has_file("config.json") or files.has_file(ADAPTER) else {}
+
+
+def _tokenizer_config(store: BlobStore) -> dict[str, Any]:
+    """Return the `config.json` beside the tokenizer in a folder, or {} if there is none."""
+    files = FolderReader(store, has_manifest=False)
+    data = files.read_file("config.json")
+    return {} if data is None else parse_object(data, f"{files.uri}/config.json")
+
+
+def _with_checked_sizes(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return the settings of `config` that have a value; raise `CheckpointError` if a size is no positive number."""
+    for key in SIZES:
+        size = config.get(key)
+        if size is not None and not (type(size) is int and size > 0):
+            raise CheckpointError(
+                f"{folder}/config.json: {key} is {size!r}: use the config.json that was saved with the weights"
+            )
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _size_of_scratch(scratch: Scratch, vocabulary: int) -> ModelSize:

@@ -8,26 +8,27 @@ domain's text, and router rows of zero. The parameters that all experts share ha
 started, and are not changed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
-from bam_ray.model import BamConfig
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.token_counts import read_token_counts
-from bam_ray.training.checkpoints import Gather
+from bam_ray.training.checkpoints import FoundCheckpoint, Gather
 from bam_ray.training.events import BranchAbsorbed, BranchLeftOut, Event
 from bam_ray.training.state import TrainingState, read_optimizer, resize_optimizer_state
 from bam_ray.upcycling.dense import mixture_config_of
@@ -35,9 +36,6 @@ from bam_ray.upcycling.edit_experts import EditOptions, add_expert, names_of, wr
 from bam_ray.upcycling.routers.counts import TokenCounts
 from bam_ray.upcycling.tokenizers import is_carried
 from bam_ray.upcycling.write import LINEAGE
-
-LoadModel = Callable[[Path], PreTrainedModel]
-"""Loads the whole model that is trained from a mixture's folder."""
 
 ABSORB_TIMEOUT = timedelta(hours=12)
 """Time that rank 0 has to read branches and write a checkpoint. If rank 0 dies, the other ranks notice at once."""
@@ -53,18 +51,18 @@ class StartPoint:
     events: Sequence[Event] = ()
 
 
-def absorb_late_branches(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> StartPoint:
+def absorb_late_branches(run: TaskRun, changes: Mapping[str, Any], sampler_state: dict[str, Any]) -> StartPoint:
     """Add the late branches on rank 0, and return what all ranks start from. Every rank calls this.
 
     Args:
         run: The open attempt at a mixture that need not wait for all its branches.
-        load: Loads the model whose state is written to the new checkpoint.
+        changes: The changes that the settings make to the configuration of the mixture.
         sampler_state: The sampler's state at step 0, for a mixture that has no checkpoint yet.
     """
     events: list[Event] = []
     with rank_zero_first() as gather:
         if run.lease is not None:
-            events = _absorb(run, load, sampler_state)
+            events = _absorb(run, changes, sampler_state)
         newest = run.checkpoints(run.recipe.mix.training).latest(gather)
     return StartPoint(newest.folder if newest else run.parent(ArtifactKind.UPCYCLED, run.task.name).fetch(), events)
 
@@ -92,70 +90,81 @@ def rank_zero_first() -> Iterator[Gather]:
     dist.destroy_process_group(waiting)
 
 
-def _absorb(run: TaskRun, load: LoadModel, sampler_state: dict[str, Any]) -> list[Event]:
-    """Add every committed branch of the task's quorum that is no expert yet, and return the events of doing so.
-
-    A branch that cannot be used is reported as `left_out`, and does not affect the mixture.
-    """
-    task, mix = run.task, run.recipe.mix
-    assert task.quorum is not None
-    refused: list[Event] = []
-    checkpoints = run.checkpoints(mix.training, refused.append)
+def _absorb(run: TaskRun, changes: Mapping[str, Any], sampler_state: dict[str, Any]) -> list[Event]:
+    """Write the newest checkpoint again with the late branches as experts, and return the events of doing so."""
+    mix = run.recipe.mix
+    checkpoints = run.checkpoints(mix.training)
     newest = checkpoints.latest()
     step = newest.step if newest else 0
-    start = run.parent(ArtifactKind.UPCYCLED, task.name)
-    mixture = _MixtureFolder(
-        newest.folder if newest else start.fetch(),
-        newest.uri if newest else start.uri,
-        TensorReader(run.store, start.prefix),
-    )
-    manifest = Manifest(id=task.id, kind=task.kind, name=task.name, step=step)
-    config = mixture_config_of(mixture)
-    present = names_of(config)
-    late = [name for _, name in task.quorum.branches if name not in present]
-    counts = _counts(run, config, late)
-    seed = run.recipe.upcycle.mixtures[task.name].seed
-    added: list[Event] = []
-    left_out: list[Event] = []
     with scratch_folder("absorb") as temporary:
-        for name in late:
-            artifact = run.parent(ArtifactKind.BRANCHES, name)
-            try:
-                if not artifact.is_committed():
-                    continue
-                branch = TensorReader(run.store, artifact.prefix)
-                options = EditOptions(average_weight=0.0, seed=seed, step=step, counts=counts.get(name))
-                mixture = mixture.with_branch(name, branch, temporary / name, manifest, options)
-            except UNUSABLE as error:
-                left_out.append(BranchLeftOut(step, name, one_line(error)))
-            else:
-                added.append(BranchAbsorbed(step, name))
+        folder, added, left_out = _add_experts(run, newest, temporary)
         if not added:
-            return left_out
-        trainer = newest.trainer if newest else _trainer_at_step_0(sampler_state)
-        trainer["refused"] += checkpoints.refused
+            return [*left_out]
+        if newest:
+            trainer = newest.trainer
+        else:  # what the training loop would write to trainer.json before its first step
+            trainer = {"step": 0, "sampler": sampler_state, "curve": [], "legs": [], "refused": []}
+        trainer["refused"] += [refused.error for refused in checkpoints.refused]
         trainer["changed"] = step
         if mix.dynamic_blend is not None:  # the domain of a new expert is compared with its branch from now on
             trainer["sampler"]["reference"] = mix.dynamic_blend.reference
         # The whole model on rank 0 alone, as always when rank 0 writes a checkpoint
-        model = load(mixture.folder)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
         optimizer = resize_optimizer_state(read_optimizer(newest.folder)[0], model) if newest else {}
-        writing = run.checkpoints(mix.training, extra_files=(mixture.folder / LINEAGE,))
+        writing = run.checkpoints(mix.training, extra_files=(folder / LINEAGE,))
         writing.save(TrainingState(model, model.state_dict(), optimizer, step, live=True), trainer)
         writing.wait()
-    return [*refused, *added, *left_out]
+    return [*checkpoints.refused, *added, *left_out]
 
 
-def _counts(run: TaskRun, config: BamConfig, branches: Sequence[str]) -> dict[str, TokenCounts]:
-    """Return the counts of the text of each branch, if the mixture has a router prior."""
-    if config.router_prior == "none" or not branches:
-        return {}
-    return read_token_counts(run.parent(ArtifactKind.CORPORA, "corpus").fetch(), branches)
+def _add_experts(
+    run: TaskRun, newest: FoundCheckpoint | None, temporary: Path
+) -> tuple[Path, list[BranchAbsorbed], list[BranchLeftOut]]:
+    """Add every committed branch of the task's quorum that is no expert yet.
 
+    A branch that cannot be used is left out, and does not affect the mixture.
 
-def _trainer_at_step_0(sampler_state: dict[str, Any]) -> dict[str, Any]:
-    """Return what the training loop would write to trainer.json before its first step."""
-    return {"step": 0, "sampler": sampler_state, "curve": [], "legs": [], "refused": []}
+    Args:
+        run: The open attempt.
+        newest: The checkpoint to start from; None for the mixture at step 0.
+        temporary: The folder in which a mixture is written for each branch that is added.
+
+    Returns:
+        The folder of the mixture with all new experts, and what happened to each branch.
+    """
+    task = run.task
+    assert task.quorum is not None
+    start = run.parent(ArtifactKind.UPCYCLED, task.name)
+    initial = TensorReader(run.store, start.prefix)
+    if newest:
+        mixture = _MixtureFolder(newest.folder, newest.uri, initial)
+    else:
+        mixture = _MixtureFolder(start.fetch(), start.uri, initial)
+    config = mixture_config_of(mixture)
+    late = [name for _, name in task.quorum.branches if name not in names_of(config)]
+    counts: Mapping[str, TokenCounts] = {}
+    if late and config.router_prior != "none":
+        counts = read_token_counts(run.parent(ArtifactKind.CORPORA, "corpus").fetch(), late)
+    step, seed = newest.step if newest else 0, run.recipe.upcycle.mixtures[task.name].seed
+    manifest = Manifest(id=task.id, kind=task.kind, name=task.name, step=step)
+    added, left_out = [], []
+    for name in late:
+        artifact = run.parent(ArtifactKind.BRANCHES, name)
+        try:
+            if not artifact.is_committed():
+                continue
+            branch = TensorReader(run.store, artifact.prefix)
+            branch.check_digests()
+            edit = add_expert(mixture_config_of(mixture), name)
+            writer = ModelWriter(open_store(str(temporary / name)))
+            options = EditOptions(average_weight=0.0, seed=seed, step=step, counts=counts.get(name))
+            write_edited_mixture(mixture, edit, branch, writer, manifest, options)
+        except UNUSABLE as error:
+            left_out.append(BranchLeftOut(step, name, one_line(error)))
+        else:
+            mixture = _MixtureFolder(temporary / name, mixture.uri, initial)
+            added.append(BranchAbsorbed(step, name))
+    return mixture.folder, added, left_out
 
 
 class _MixtureFolder(TensorReader):
@@ -180,18 +189,3 @@ class _MixtureFolder(TensorReader):
     def file_names(self, folder: str = "") -> list[str]:
         """Return the names of the files in a subfolder, which is one of the tokenizer's."""
         return self._initial.file_names(folder)
-
-    def with_branch(
-        self, name: str, branch: TensorReader, folder: Path, manifest: Manifest, options: EditOptions
-    ) -> "_MixtureFolder":
-        """Write this mixture with one more expert to `folder`, and return it; raises one of `UNUSABLE`."""
-        branch.check_digests()
-        write_edited_mixture(
-            self,
-            add_expert(mixture_config_of(self), name),
-            branch,
-            ModelWriter(open_store(str(folder))),
-            manifest,
-            options,
-        )
-        return _MixtureFolder(folder, self._uri, self._initial)

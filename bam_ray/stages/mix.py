@@ -51,18 +51,17 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     is_dense = run.recipe.upcycle.mixtures[run.task.name].is_dense  # a model soup
     blend = mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
 
-    changes = {} if is_dense else gate_config(mix)
-
-    def load_whole(folder: Path) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
-        return model
-
+    changes = gate_config(mix)
     initial_folder = initial.fetch()
     sampler = make_sampler(run, corpus, blend, mix.training)
     start = StartPoint(initial_folder)
     if run.task.quorum is not None:
-        start = absorb_late_branches(run, load_whole, sampler.state_dict())
-    model = load_whole(start.folder) if is_dense else model_on_meta(start.folder, **changes)
+        start = absorb_late_branches(run, changes, sampler.state_dict())
+    model: PreTrainedModel
+    if is_dense:
+        model = AutoModelForCausalLM.from_pretrained(start.folder, dtype=torch.float32)
+    else:
+        model = model_on_meta(start.folder, **changes)
     experts: list[str] = [] if is_dense else model.config.expert_names
     # The experts must be shared equally. A process group that lost nodes may be too small for the setting, and so may
     # the number of experts while branches are missing.

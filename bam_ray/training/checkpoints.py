@@ -23,7 +23,7 @@ from bam_ray.checkpoint.artifacts import Artifact, delete_keys
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.manifest import MANIFEST, Manifest
 from bam_ray.checkpoint.scratch import new_scratch_folder, remove_scratch_folder
-from bam_ray.errors import BlobNotFound, CheckpointError, StoreDenied, StoreUnavailable, TrainingError
+from bam_ray.errors import BlobNotFound, CheckpointError, StoreDenied, StoreError, StoreUnavailable, TrainingError
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Emit, ignore_event
 from bam_ray.training.state import TrainingState
 
@@ -116,7 +116,7 @@ class Checkpoints:
         self._retrying = retrying or retry_while_unavailable()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._pending: deque[Future[None]] = deque()
-        self.refused: list[str] = []  # errors of the checkpoints that are newer than the one found
+        self.refused: list[CheckpointRefused] = []  # those that are newer than the one found
 
     def latest(self, gather: Gather = lambda mine: [mine]) -> FoundCheckpoint | None:
         """Return the newest intact checkpoint, or None; damaged ones are skipped, emitted, and added to `refused`.
@@ -140,8 +140,8 @@ class Checkpoints:
                 faulty_ranks.update(failed)
                 where = f" (only on ranks {failed}: check their nodes)"
             for error in dict.fromkeys(errors[rank] for rank in failed):
-                self.refused.append(f"{error}{where}")
-                self._emit(CheckpointRefused(name, self.refused[-1]))
+                self.refused.append(CheckpointRefused(name, f"{error}{where}"))
+                self._emit(self.refused[-1])
         if faulty_ranks:
             raise CheckpointError(
                 f"no checkpoint under {self._store.uri}/{self._prefix} can be read on all {len(errors)} processes, "
@@ -167,7 +167,7 @@ class Checkpoints:
 
         Raises:
             StaleLease: If an earlier upload found that a newer attempt took over.
-            StoreUnavailable: If the store was down for too long during an earlier upload.
+            StoreError: If an earlier upload failed, for example because the store was down for too long.
         """
         assert self._lease is not None
         self.settle(MAX_PENDING - 1)
@@ -202,8 +202,8 @@ class Checkpoints:
             self._retrying(self._commit, folder, step, lease)
             self._emit(CheckpointCommitted(step))
             self._retrying(self._prune, lease)
-        except StoreUnavailable as error:
-            raise StoreUnavailable(
+        except StoreError as error:
+            raise type(error)(
                 f"the checkpoint of step {step} could not be written to {self._store.uri}: {error}; "
                 "repair the store and run the same command to resume from the checkpoint before"
             ) from error

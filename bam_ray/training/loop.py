@@ -259,7 +259,7 @@ class Training:
     def _load_latest_checkpoint(self) -> bool:
         """Load the newest checkpoint that all ranks can read; returns False if there is none."""
         found = self._checkpoints.latest(self._engine.gather)
-        self.refused += self._checkpoints.refused
+        self.refused += [checkpoint.error for checkpoint in self._checkpoints.refused]
         self._checkpoints.refused.clear()
         if found is None:
             return False

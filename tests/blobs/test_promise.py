@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bam_ray.blobs import check, open_store
+from bam_ray.blobs import open_store, patience
 from bam_ray.blobs.check import open_checked_store
 from bam_ray.errors import BlobExists, NoConditionalPut, StoreBusy
 from bam_ray.settings import StoreSettings
@@ -74,7 +74,7 @@ def test_a_server_with_conditional_puts_keeps_the_strict_promise(
 
 
 def test_a_busy_server_is_asked_again(fault_proxy: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "PATIENCE", 30.0)
+    monkeypatch.setattr(patience, "PATIENCE", 30.0)
     lines: list[str] = []
 
     def report(line: str) -> None:
@@ -89,7 +89,7 @@ def test_a_busy_server_is_asked_again(fault_proxy: FlakyProxy, monkeypatch: pyte
 
 
 def test_a_server_that_stays_busy_is_refused(fault_proxy: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "PATIENCE", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     fault_proxy.refuse()
     with pytest.raises(StoreBusy, match="the S3 server answered"):
         open_checked_store(settings(fault_proxy.endpoint, "strict"))

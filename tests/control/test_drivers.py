@@ -8,12 +8,13 @@ import time
 
 import pytest
 
+from bam_ray.blobs import patience
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.leases import AttemptNumber, Lease, epoch_key
 from bam_ray.control.controller import Controller
-from bam_ray.control.drivers import DRIVER_TIMEOUT, DriverRegistry
+from bam_ray.control.drivers import DRIVER_TIMEOUT, HEARTBEATS, DriverRegistry
 from bam_ray.control.observations import Alive, Crashed, Done
-from bam_ray.errors import StoreDenied, StoreError
+from bam_ray.errors import StoreBusy, StoreDenied, StoreError
 from bam_ray.pipeline.states import Committed, MadeElsewhere, Node, Placing, Running, Waiting
 from bam_ray.pipeline.tasks import Progress, Task
 from tests.support.control.scripted_launcher import ScriptedLauncher, commit_task, make_task
@@ -264,3 +265,33 @@ def test_a_store_that_fails_at_the_start_is_asked_later(clock: Clock) -> None:
     store.failure = StoreDenied("AccessDenied")
     controller = Controller([make_task("a")], store, ScriptedLauncher(), clock, drivers=registry)
     assert isinstance(controller.states["a"], Waiting)
+
+
+def test_a_driver_that_starts_asks_a_busy_store_again(clock: Clock) -> None:
+    store = FailingStore()
+    store.failure = StoreBusy("SlowDown")
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        store.loses_next_answer = store.failure is not None  # of the put that takes the epoch
+        store.failure = None
+
+    registry = DriverRegistry(store, "demo", take_over=True, clock=clock, report=report)
+    assert [line.partition(":")[0] for line in lines] == ["SlowDown", "the answer was lost"]
+    assert registry.epoch == 2, "the put whose answer was lost has taken epoch 1"
+    other = DriverRegistry(store, "demo", clock=clock)
+    assert len(list(store.list(HEARTBEATS))) == 2, "one of each driver"
+    other.refresh(at_once=True)
+    assert other.has_company
+    registry.beat(ended=True)
+    other.refresh(at_once=True)
+    assert not other.has_company, "nothing of the driver is left to wait for"
+
+
+def test_a_store_that_stays_busy_ends_the_start(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
+    store = FailingStore()
+    store.failure = StoreBusy("SlowDown")
+    with pytest.raises(StoreBusy, match="SlowDown"):
+        DriverRegistry(store, "demo", clock=clock)

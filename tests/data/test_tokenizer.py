@@ -43,6 +43,16 @@ def test_tokenizers_of_other_versions_are_refused(
     assert len(str(raised.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["model_max_length", "clean_up_tokenization_spaces"])
+def test_settings_that_cannot_be_saved_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    edit(folder / "tokenizer_config.json", lambda plain: plain.update({name: "\ud800"}))
+    with pytest.raises(
+        DataError, match=r"cannot be saved: UnicodeEncodeError: .* is damaged, so copy it again$"
+    ) as raised:
+        copy_tokenizer(str(folder), tmp_path / "copy")
+    assert len(str(raised.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "absent", "s3://", "file://absent"])
 def test_missing_tokenizer_folders_are_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(BamError):

@@ -4,6 +4,7 @@ import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.job_submission import JobStatus
@@ -15,14 +16,14 @@ from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.control import status
 from bam_ray.control.controller import Controller, RunOutcome
 from bam_ray.control.launcher import InProcessLauncher, PlacedTask
-from bam_ray.errors import TrainingError
+from bam_ray.errors import StoreBusy, TrainingError
 from bam_ray.on_ray import job, submit
 from bam_ray.on_ray.comparison import compare_seeds
 from bam_ray.on_ray.submit import END_OF_RUN
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import StageContext
 from bam_ray.settings import Recipe
-from bam_ray.stages.compare import read_comparison
+from bam_ray.stages.compare import compare_reports, read_comparison
 from bam_ray.terminal import terminal_console
 from tests.support.command_line import bam
 from tests.support.stage_run import run_task, small_recipe
@@ -142,6 +143,23 @@ def test_a_damaged_comparison_is_made_again(tmp_path: Path, monkeypatch: pytest.
     assert "There is only one training seed." in output(shown)
     assert read_comparison(artifact).training_seeds == (3,)
     assert artifact.manifest() != first
+
+
+def test_a_busy_store_is_asked_again_for_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe(tmp_path, compare={"seeds": [3]}, upcycle={"mixtures": {"btx": {"method": "btx"}}})
+    asked = []
+
+    def busy_once(*arguments: Any) -> object:
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise StoreBusy("SlowDown")
+        return compare_reports(*arguments)
+
+    monkeypatch.setattr("bam_ray.stages.compare.compare_reports", busy_once)
+    shown = console()
+    assert compare_seeds(recipe, made_here, shown) == "finished"
+    assert len(asked) == 2
+    assert "There is only one training seed." in output(shown)
 
 
 def test_the_job_makes_reports_and_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

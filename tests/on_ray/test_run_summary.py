@@ -8,11 +8,13 @@ import pytest
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.data import build_corpus
+from bam_ray.errors import StoreBusy
 from bam_ray.evaluation.findings import make_results
 from bam_ray.on_ray import run_summary
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import DataSettings
 from bam_ray.terminal import terminal_console
+from tests.support.failing_store import FailingStore
 from tests.support.paper_table import PAPER, model_score
 from tests.support.stage_run import small_recipe
 
@@ -41,6 +43,28 @@ def test_the_results_name_skipped_files(tmp_path: Path, monkeypatch: pytest.Monk
     run_summary.show_results(run, terminal_console(file=out, width=200))
     assert "Held-out perplexity of [/paper]" in out.getvalue()
     assert out.getvalue().endswith(f"{SKIPPED}\n")
+
+
+def test_a_busy_store_is_asked_for_the_results_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+    store = FailingStore()
+    run = PipelineRun.of(small_recipe(tmp_path), store)
+    results = make_results("paper", [model_score(name, row) for name, row in PAPER.items()])
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "results.json").write_text(results.model_dump_json())
+    publish(run, ArtifactKind.REPORTS, "report", tmp_path / "report")
+    lines: list[str] = []
+
+    def warn(line: str) -> None:
+        lines.append(line)
+        store.failure = None
+
+    monkeypatch.setattr(run_summary, "warn", warn)
+    store.failure = StoreBusy("SlowDown")
+    out = io.StringIO()
+    run_summary.show_results(run, terminal_console(file=out, width=200))
+    assert "Held-out perplexity of paper" in out.getvalue()
+    assert [line.partition(":")[0] for line in lines] == ["SlowDown"]
 
 
 def test_completions_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

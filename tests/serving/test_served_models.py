@@ -8,12 +8,13 @@ import pytest
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
-from bam_ray.errors import CheckpointError, SettingsError
-from bam_ray.on_ray import job
+from bam_ray.errors import CheckpointError, SettingsError, StoreBusy
+from bam_ray.on_ray import job, serve_app
 from bam_ray.on_ray.serve_app import ApplicationArguments, application, served_kinds, served_models
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import load_recipe
+from tests.support.failing_store import FailingStore
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 POSTERIOR = ["serve.mode=posterior", "serve.mixture=null"]
@@ -55,6 +56,24 @@ def test_members_are_the_seed_and_the_whole_branches(run: PipelineRun, tmp_path:
     assert manifest is not None
     run.store.delete(branches[1].key(manifest, "model.safetensors"))
     assert members() == [seed.id, branches[2].id]
+
+
+def test_a_busy_store_is_asked_for_members_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FailingStore()
+    run = PipelineRun.of(load_recipe(RECIPE, POSTERIOR), store)
+    branch = commit(run, ArtifactKind.BRANCHES, run.recipe.branch.domains[0], tmp_path / "folder")
+
+    def warn(line: str) -> None:
+        store.failure = None
+
+    monkeypatch.setattr(serve_app, "warn", warn)
+    store.failure = StoreBusy("SlowDown")
+    models, _ = served_models(run)
+    assert [model.id for model in models[1:]] == [branch.id]
+    store.failure = StoreBusy("SlowDown")
+    monkeypatch.setattr(serve_app, "open_store", lambda *arguments: store)
+    with pytest.raises(CheckpointError, match=r"mixtures/.* is not committed"):
+        application(ApplicationArguments(recipe=str(RECIPE)))
 
 
 def test_a_withdrawn_branch_changes_no_other_branch(run: PipelineRun) -> None:

@@ -11,7 +11,15 @@ import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from bam_ray.blobs.memory import MemoryStore
-from bam_ray.errors import Interrupted, StaleLease, StoreUnavailable, TrainingError
+from bam_ray.errors import (
+    Interrupted,
+    StaleLease,
+    StoreBusy,
+    StoreDenied,
+    StoreError,
+    StoreUnavailable,
+    TrainingError,
+)
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.events import CheckpointCommitted, CheckpointRefused, Event
 from bam_ray.training.state import TrainingState
@@ -21,16 +29,17 @@ from tests.support.training_run import LENGTH, RETENTION, SETTINGS, checkpoints_
 
 
 class FlakyStore(MemoryStore):
-    """A store that is down for the next `down` writes."""
+    """A store that fails at the next `down` writes."""
 
     down = 0
     refused = 0
+    failure: type[StoreError] = StoreUnavailable
 
     def put_file(self, key: str, path: Path) -> None:
         if self.down > 0:
             self.down -= 1
             self.refused += 1
-            raise StoreUnavailable("no S3 server answers at http://127.0.0.1:1")
+            raise self.failure("no S3 server answers at http://127.0.0.1:1")
         super().put_file(key, path)
 
 
@@ -82,16 +91,19 @@ def test_an_upload_is_retried_until_the_store_is_back() -> None:
     assert found is not None and found.step == 4
 
 
-def test_a_store_that_stays_down_fails_the_run_and_is_named() -> None:
+@pytest.mark.parametrize("failure", [StoreUnavailable, StoreBusy, StoreDenied, StoreError])
+def test_a_store_that_stays_down_fails_the_run_and_is_named(failure: type[StoreError]) -> None:
     store = FlakyStore()
+    store.failure = failure
     events: list[Event] = []
     checkpoints = open_checkpoints(store, emit=events.append)
     store.down = 1000
     checkpoints.save(state(), trainer(4))
     with pytest.raises(
-        StoreUnavailable, match=r"step 4 could not be written to memory://anonymous: no S3 server answers"
-    ):
+        failure, match=r"step 4 could not be written to memory://anonymous: no S3 server answers"
+    ) as caught:
         checkpoints.wait()
+    assert caught.type is failure, "its kind decides about further attempts"
     assert events == []
     assert committed_steps(store) == []
 
@@ -178,7 +190,7 @@ def test_a_damaged_or_truncated_checkpoint_is_skipped_and_reported() -> None:
         event = events.pop()
         assert isinstance(event, CheckpointRefused) and event.checkpoint == "0001.0001-00000009"
         assert "0001.0001-00000009/optimizer.safetensors does not match its manifest" in event.error
-        assert checkpoints.refused == [event.error]
+        assert checkpoints.refused == [event]
     store.delete(newest)
     assert run(store, events=events) == unbroken
     (refused,) = (event for event in events if isinstance(event, CheckpointRefused))

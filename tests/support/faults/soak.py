@@ -115,7 +115,8 @@ class Soak:
 
     def _wait_for_driver(self) -> None:
         """Wait until the driver has opened the store: one that cannot open it ends with an error at once."""
-        wait_for("the driver has started", lambda: "seeds/" in self.driver.output or not self.driver.is_running)
+        first = f"{self.recipe.name}: running"  # the first line of the table, which comes after all warnings
+        wait_for("the driver has started", lambda: first in self.driver.output or not self.driver.is_running)
 
     def _worker_pids(self, target: int) -> list[int]:
         """Return the id of the process of a branch, in a list that is empty if it is not in training."""
