@@ -50,6 +50,26 @@ class DomainScore(Strict):
         )
 
 
+class OracleScore(Strict):
+    """The scores of a mixture on one domain whose tokens are all routed to the domain's expert."""
+
+    expert: str  # "seed" or the name of the branch
+    unmixed: DomainScore  # before the mixing phase
+    mixed: DomainScore  # after it
+
+
+class GapParts(Strict):
+    """The gap in NLL between a mixture and a specialist, in nats per token; see `decomposition`."""
+
+    model: str
+    domain: str
+    specialist: str  # label of the model that the domain's expert was made from
+    averaging: FiniteFloat
+    drift: FiniteFloat
+    routing: FiniteFloat
+    total: FiniteFloat  # the sum of the three
+
+
 class LayerRouting(Strict):
     """The routing of one layer. Tuples have one number per expert; those of attention are empty if it is averaged."""
 
@@ -98,6 +118,7 @@ class ModelScore(Strict):
     lineage_flops: float = 0.0
     domains: dict[str, DomainScore]
     routing: MixtureRouting | None = None
+    oracle: dict[str, OracleScore] = Field(default={})  # by domain: of a mixture with an expert of the domain
 
     @property
     def label(self) -> str:
@@ -146,6 +167,7 @@ class Results(Strict):
     means: dict[str, FiniteFloat]  # model id -> mean perplexity over domains
     best: dict[str, str]  # column -> id of the model with the lowest perplexity
     findings: tuple[Finding, ...]
+    gap_parts: tuple[GapParts, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:

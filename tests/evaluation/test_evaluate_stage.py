@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest
+from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.ensemble import ensemble_nll
 from bam_ray.evaluation.perplexity import perplexity
@@ -84,11 +85,17 @@ def write_corpus(folder: Path, attend_across_documents: bool) -> None:
 
 
 def tiny_model(task: Task) -> PreTrainedModel:
-    if task.kind != "mixtures":
+    if task.kind not in ("upcycled", "mixtures"):
         return dense("cohere", seed=4 if task.kind == "branches" else 5)
-    torch.manual_seed(0)
-    config = BamConfig(**{**SIZES, "num_experts": 2}, attention_experts=MIXTURES[task.name])
+    torch.manual_seed(0 if task.kind == "mixtures" else 1)
+    attention = MIXTURES[task.name]
+    config = BamConfig(**SIZES, num_experts=2, attention_experts=attention, expert_names=["seed", "code"])
     return BamForCausalLM(config)
+
+
+def evaluations(store: BlobStore) -> list[str]:
+    """Return the keys of the manifests of all evaluations."""
+    return [key for key in store.list("evaluations/") if key.endswith("manifest.json")]
 
 
 @pytest.fixture
@@ -108,8 +115,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
         trained = task.kind in ("seeds", "branches", "mixtures")
         if task.kind == "corpora":
             write_corpus(folder, getattr(request, "param", True))
-        elif trained:
+        else:
             tiny_model(task).save_pretrained(folder)
+        if trained:
             (folder / "curve.json").write_text(json.dumps([{"step": step, "nll": 5.0 - step} for step in range(3)]))
         Artifact(store, task.kind, task.id).publish(
             folder,
@@ -211,7 +219,7 @@ def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> Non
         evaluate(task_run(recipe, store, "reports", "report", Listener(stop_at="mixture bam on code")))
     report = find_task(task_graph(recipe), "reports", "report")
     assert Artifact(store, "reports", report.id).manifest() is None
-    assert len([key for key in store.list("evaluations/") if key.endswith("manifest.json")]) == 2
+    assert len(evaluations(store)) == 2
 
     other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # not a part of the identity of an evaluation
     listener = Listener(stop_at="mixture btx on general")
@@ -219,6 +227,44 @@ def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> Non
         evaluate(task_run(other_batch, store, ArtifactKind.REPORTS, "report", listener))
     notes = [progress.note for progress in listener.received]
     assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
+
+
+def test_oracle_routing_uses_the_expert_of_each_domain(run: tuple[Recipe, BlobStore]) -> None:
+    """The oracle scores are those of a model whose routers always choose the domain's expert."""
+    recipe, store = run
+    listener = Listener()
+    report = evaluate(task_run(recipe, store, "reports", "report", listener))
+    results = Results.model_validate_json(Artifact(store, "reports", report.id).read_file("results.json"))
+    bam = next(model for model in results.models if model.label == "mixture bam")
+    assert {domain: each.expert for domain, each in bam.oracle.items()} == {"general": "seed", "code": "code"}
+    rows = Corpus(task_run(recipe, store, "reports", "report").parent("corpora", "corpus").fetch()).held_out("code")
+    for kind, score in (("upcycled", bam.oracle["code"].unmixed), ("mixtures", bam.oracle["code"].mixed)):
+        model = tiny_model(find_task(task_graph(recipe), ArtifactKind(kind), "bam"))
+        for name, module in model.named_modules():
+            if name.endswith(".gate"):
+                module.register_forward_hook(lambda _, __, logits: 1e4 * torch.tensor([0.0, 1.0]).expand_as(logits))
+        assert score.nll == pytest.approx(perplexity(model, held_out_rows(rows, 10 * LENGTH), 10).nll, rel=1e-6)
+    assert bam.oracle["code"].mixed.nll != pytest.approx(bam.domains["code"].nll, rel=1e-4)
+    assert len(evaluations(store)) == 4 + 2 * 2, "oracle scores are committed, before and after mixing"
+    notes = {progress.note for progress in listener.received}
+    assert "oracle routing of mixture btx before mixing on code" in notes
+
+
+def test_the_parts_of_the_gap_sum_to_the_gap(run: tuple[Recipe, BlobStore]) -> None:
+    recipe, store = run
+    report = evaluate(task_run(recipe, store, "reports", "report"))
+    results = Results.model_validate_json(Artifact(store, "reports", report.id).read_file("results.json"))
+    nll = {model.label: {domain: each.nll for domain, each in model.domains.items()} for model in results.models}
+    pairs = [(each.model, each.domain, each.specialist) for each in results.gap_parts]
+    specialists = {"general": "seed", "code": "branch code"}
+    assert pairs == [(f"mixture {name}", domain, specialists[domain]) for name in MIXTURES for domain in DOMAINS]
+    for each in results.gap_parts:
+        gap = nll[each.model][each.domain] - nll[each.specialist][each.domain]
+        assert each.averaging + each.drift + each.routing == pytest.approx(gap, abs=1e-12)
+        assert each.total == pytest.approx(gap, abs=1e-12)
+        assert min(abs(each.averaging), abs(each.drift), abs(each.routing)) > 1e-6, "the random models all differ"
+    html = Artifact(store, "reports", report.id).read_file("report.html").decode()
+    assert "Gap to the specialists" in html and f"{results.gap_parts[0].drift:+.4f}" in html
 
 
 def test_models_are_evaluated_in_the_dtype_of_the_recipe(run: tuple[Recipe, BlobStore]) -> None:
