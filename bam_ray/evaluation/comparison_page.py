@@ -4,17 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bam_ray.checkpoint.manifest import code_version
-from bam_ray.evaluation.comparison import (
-    CLOSE_PERCENT,
-    COMPARISON,
-    PAGE,
-    Comparison,
-    format_equivalent,
-    format_percent,
-)
+from bam_ray.evaluation.comparison import CLOSE_PERCENT, COMPARISON, PAGE, Comparison
 from bam_ray.evaluation.page import HEAD
 from bam_ray.evaluation.plots import cost_scatter
 from bam_ray.evaluation.report import page_template
+from bam_ray.evaluation.statements import format_equivalent, format_percent
 
 TEMPLATE = (
     HEAD

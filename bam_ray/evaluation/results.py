@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from bam_ray.evaluation.bootstrap import bootstrap_perplexity, interval_95
+from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.settings import Strict
 
 MEAN = "mean"  # the column of means, after the columns of the domains
@@ -100,8 +101,8 @@ class MixtureRouting(Strict):
 class ModelScore(Strict):
     """The scores of one model on all domains, with its size and its cost.
 
-    `tokens` and `flops` cover the training of the model itself. The `lineage_` fields include the models that it was
-    made from.
+    `tokens`, `steps`, `flops` and `worker_seconds` cover the training of the model itself. The `lineage_` fields
+    include the models that it was made from.
     """
 
     id: str
@@ -116,8 +117,13 @@ class ModelScore(Strict):
     lineage_tokens: int = 0
     flops: float = 0.0
     lineage_flops: float = 0.0
+    steps: int = 0
+    processes: int = 1  # that trained the model at the end
+    worker_seconds: float = 0.0  # duration of all steps, summed over the processes; 0: not known
+    branches: tuple[str, ...] = ()  # names of the branches that a mixture or an ensemble was made from
     domains: dict[str, DomainScore]
     routing: MixtureRouting | None = None
+    serving: ServingCost | None = None
     oracle: dict[str, OracleScore] = Field(default={})  # by domain: of a mixture with an expert of the domain
 
     @property

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import bam_ray.model  # noqa: F401  registers the mixture with AutoModelForCausalLM
 from bam_ray.blobs import BlobStore
@@ -36,6 +36,7 @@ from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.perplexity import DomainEvaluation, score
 from bam_ray.evaluation.results import MEAN, DomainScore, ModelKind, ModelScore, OracleScore, model_label
 from bam_ray.evaluation.routing import combine_domains
+from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.model import is_mixture
 from bam_ray.model.one_expert import routed_to
 from bam_ray.model.parameters import count_parameters
@@ -77,10 +78,11 @@ def evaluate(run: TaskRun) -> Manifest:
         lineage = [made[id] for id in ancestors(task.id, made)]
         progress = Progress(step, len(models))
         model_score = evaluator.model_score(task, kind, lineage, progress)
+        update: dict[str, Any] = {**training_record(lineage), "serving": evaluator.serving_cost(task, model_score)}
         if kind == "mixtures" and run.recipe.upcycle.mixtures[task.name].has_branch_experts:
             upcycled = run.pipeline.task(ArtifactKind.UPCYCLED, task.name)
-            model_score = model_score.model_copy(update={"oracle": evaluator.oracle(upcycled, task, progress)})
-        scores.append(model_score)
+            update["oracle"] = evaluator.oracle(upcycled, task, progress)
+        scores.append(model_score.model_copy(update=update))
     run.context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
     scores += evaluator.ensembles([task for task, kind in models if kind in MEMBER_KINDS], scores, made)
     results = make_results(run.recipe.name, scores)
@@ -176,6 +178,12 @@ class Evaluator:
             lambda: ORACLE_SCORES.validate_json((artifact.fetch() / ORACLE).read_bytes()),
             lambda: self._publish_oracle_scores(artifact, task, progress),
         )
+
+    def serving_cost(self, task: Task, model_score: ModelScore) -> ServingCost:
+        """Return the cost of serving a token with the model that `task` made."""
+        plain = json.loads(Artifact(self._store, task.kind, task.id).read_file("config.json"))
+        config = AutoConfig.for_model(**plain)
+        return ServingCost.of(config, model_score.active_parameters, self.corpus.sequence_length)
 
     def ensembles(
         self, tasks: Sequence[Task], scores: Sequence[ModelScore], made: Mapping[str, Manifest]
@@ -343,6 +351,18 @@ def describe(
         domains={domain: each.score for domain, each in domains.items()},
         routing=combine_domains(model.config, routings) if mixture else None,
     )
+
+
+def training_record(lineage: Sequence[Manifest]) -> dict[str, Any]:
+    """Return the fields of a `ModelScore` that describe the training of the first model in `lineage`."""
+    model, *parents = lineage
+    segments = model.facts.get("computed_on", [])
+    return {
+        "steps": model.step,
+        "processes": segments[-1]["processes"] if segments else 1,
+        "worker_seconds": model.compute.device_seconds,
+        "branches": tuple(parent.name for parent in parents if parent.kind == ArtifactKind.BRANCHES),
+    }
 
 
 def _training_cost(lineage: Sequence[Manifest]) -> tuple[int, float]:

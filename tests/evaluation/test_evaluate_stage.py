@@ -128,7 +128,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
                 parents=task.parents,
                 step=10 * trained,
                 tokens=640 if trained else 10**6,
-                compute=ComputeCost(flops=1e6 * trained),
+                compute=ComputeCost(flops=1e6 * trained, device_seconds=3.0 * trained),
+                facts={"computed_on": [{"step": 0, "processes": 1}, {"step": 5, "processes": 2}]} if trained else {},
             ),
         )
     return recipe, store
@@ -162,6 +163,13 @@ def test_every_model_is_scored_on_every_domain(run: tuple[Recipe, BlobStore]) ->
     assert [model.lineage_tokens for model in results.models] == [640, 1280, 1920, 1920, 1280, 1280]
     assert (bam.tokens, bam.flops, bam.lineage_flops) == (640, 1e6, 3e6)
     assert (posterior.tokens, posterior.flops, posterior.lineage_flops) == (0, 0.0, 2e6)
+    assert (bam.steps, bam.worker_seconds, bam.processes, bam.branches) == (10, 3.0, 2, ("code",))
+    assert (code.branches, posterior.branches) == ((), ("code",))
+    assert code.serving is not None and bam.serving is not None and posterior.serving is not None
+    assert code.serving.cache_bytes == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their size, fp32
+    assert bam.serving.cache_bytes == posterior.serving.cache_bytes == 2 * code.serving.cache_bytes
+    assert posterior.serving.flops == 2 * code.serving.flops > bam.serving.flops > code.serving.flops
+    assert bam.serving.parameters == bam.active_parameters
     assert posterior.parameters == posterior.active_parameters == seed.parameters + code.parameters
     assert bam.active_parameters < bam.parameters
 
