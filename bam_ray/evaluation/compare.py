@@ -69,6 +69,7 @@ def compare(results: Mapping[int, Results], cluster: Cluster, reports: Sequence[
                 kind=each[0].kind,
                 perplexity={column: samples.perplexity(label, column) for column in first.columns},
                 trained=tuple(_trained(seed, score) for seed, score in zip(seeds, each, strict=True)),
+                serving=each[0].serving,
             )
             for label, each in scores.items()
         ),

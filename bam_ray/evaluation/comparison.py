@@ -15,6 +15,7 @@ from pydantic import FiniteFloat
 from bam_ray.evaluation.dense_curve import DenseEquivalent, DenseMatch
 from bam_ray.evaluation.results import MEAN, ModelKind
 from bam_ray.evaluation.samples import IntervalEstimate, Verdict
+from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.evaluation.wall_clock import WallClock
 from bam_ray.settings import Strict, control_name
 
@@ -46,6 +47,7 @@ class ComparedModel(Strict):
     kind: ModelKind
     perplexity: dict[str, IntervalEstimate]  # by column
     trained: tuple[TrainedModel, ...]  # one for each training seed
+    serving: ServingCost | None = None
 
 
 class Difference(Strict):

@@ -177,7 +177,7 @@ def test_the_page_and_the_data_have_all_numbers(three: Comparison, tmp_path: Pat
     assert set(three.statements) <= set(page.texts)
     assert {"reports/report-0", "reports/report-1", "reports/report-2"} <= set(page.texts)
     assert all(source.startswith("data:image/png;base64,") for source in page.values("src"))
-    assert len(page.values("src")) == 1 and not page.values("href")
+    assert len(page.values("src")) == 1 and not page.values("href"), "there are no times and no parts of gaps"
     assert Comparison.model_validate_json((tmp_path / "comparison.json").read_bytes()) == three
     data = json.loads((tmp_path / "comparison.json").read_text())
     points = [(each["lineage_flops"], each["lineage_tokens"]) for model in data["models"] for each in model["trained"]]

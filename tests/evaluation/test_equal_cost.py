@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 
 from bam_ray.evaluation.bootstrap import Resamples, interval_95
 from bam_ray.evaluation.comparison import Comparison
+from bam_ray.evaluation.comparison_page import render_comparison
+from bam_ray.evaluation.comparison_plots import pareto_front
+from bam_ray.evaluation.decomposition import PARTS
 from bam_ray.evaluation.dense_curve import DenseCurve, DenseMatch, crossing, two_digits
 from bam_ray.evaluation.results import DomainScore, OracleScore, Results
 from bam_ray.evaluation.samples import Sampled, Samples
+from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.evaluation.wall_clock import Cluster, dense_speed, longest_path
 from bam_ray.settings import control_name, dense_multiple
 from tests.support.compared import LEVEL, compare, results, score, shifted
+from tests.support.html_page import Page
 
 SPEED = 10.0  # tokens per second of a worker in dense training
 
@@ -263,3 +268,29 @@ def test_intervals_of_interpolated_levels_are_those_of_the_resamples() -> None:
     assert found.nll is not None
     assert found.nll.interval == pytest.approx(interval_95(draws.seed_means(draws.text_means(0, combined))))
     assert found.nll.value == pytest.approx(combined.mean())
+
+
+def test_the_page_shows_costs_parts_and_losses() -> None:
+    serving = ServingCost(parameters=1234, flops=5.6e3, cache_bytes=789)
+    runs = {
+        k: changed(timed(with_oracle(results(shifted(0.3 * k)), 0.3, 0.1)), bam={"serving": serving}) for k in (0, 1)
+    }
+    compared = compare(runs, ["report-0", "report-1"])
+    html = render_comparison(compared)
+    shown = Page(html)
+    texts = " ".join(" ".join(shown.texts).split())
+    (gap,) = compared.gap_parts
+    assert all(f"{getattr(gap, part).value:+.4f}" in texts for part in PARTS)
+    for each in compared.matches:
+        assert each.condition in texts and f"{each.tokens:,.0f}" in texts
+    assert "below the measured range: add" in texts and "mixture btx has no such parts" in texts
+    assert "Time on 4 nodes with 10 Gbit/s" in texts and "These times were not measured." in texts
+    assert "789 B" in texts and "5.6e03" in texts
+    assert "mixture btx is behind dense; " in texts and "; dense at equal tokens" in texts
+    assert len(shown.values("src")) == 3
+    assert html == render_comparison(Comparison.model_validate_json(compared.model_dump_json()))
+
+
+def test_the_pareto_front_has_the_best_of_each_cost() -> None:
+    points = [(3.0, 5.0), (1.0, 9.0), (2.0, 7.0), (2.0, 8.0), (2.5, 7.0), (4.0, 6.0)]
+    assert pareto_front(points) == [(1.0, 9.0), (2.0, 7.0), (3.0, 5.0)]
