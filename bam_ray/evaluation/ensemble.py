@@ -21,6 +21,7 @@ import numpy as np
 
 from bam_ray.checkpoint.manifest import identity
 from bam_ray.evaluation.results import DomainScore, ModelKind, ModelScore
+from bam_ray.evaluation.serving_cost import ServingCost
 
 Weights = Literal["posterior", "uniform"]
 
@@ -77,6 +78,7 @@ def ensemble_scores(
     """
     if not any(member.kind == "branches" for member in members):
         return []
+    costs = [member.serving for member in members if member.serving is not None]
     stacked = {domain: np.stack([each[domain] for each in token_nll]) for domain in starts}
 
     def score(weights: Weights) -> ModelScore:
@@ -89,6 +91,8 @@ def ensemble_scores(
             active_parameters=sum(member.parameters for member in members),
             lineage_tokens=lineage_tokens,
             lineage_flops=lineage_flops,
+            serving=ServingCost.of_all(costs) if len(costs) == len(members) else None,
+            branches=tuple(member.name for member in members if member.kind == "branches"),
             domains={
                 d: DomainScore.from_sequence_nll(each.mean(axis=1).tolist(), each.size) for d, each in nll.items()
             },

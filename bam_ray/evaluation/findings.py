@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bam_ray.evaluation.decomposition import gap_parts
 from bam_ray.evaluation.results import MEAN, Finding, FindingKind, ModelKind, ModelScore, Results
 from bam_ray.settings import control_name
 
@@ -26,6 +27,7 @@ def make_results(run: str, models: Sequence[ModelScore]) -> Results:
         means={model.id: model.perplexity(MEAN) for model in models},
         best={column: _best(models, column).id for column in (*domains, MEAN)},
         findings=tuple(findings(models)),
+        gap_parts=tuple(gap_parts(models)),
     )
 
 

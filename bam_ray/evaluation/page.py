@@ -1,6 +1,7 @@
 """The HTML page of the report: a jinja2 template without external resources, for light and dark screens.
 
-`HEAD` is the part that all pages share: the style, and the macro `figure`. It needs the variable `title`.
+`HEAD` is the part that all pages share: the style, and the macros `figure` and `gap_note`. It needs the variable
+`title`.
 
 The template is a Python string instead of a data file, so it is also available on nodes that received the package as
 plain modules.
@@ -51,6 +52,12 @@ summary { cursor: pointer; font-weight: 600; }
 <body>
 {% macro figure(picture, scale) %}
 <figure><img src="data:image/png;base64,{{ picture.png }}" alt="{{ picture.alt }}" style="width: {{ scale }}"></figure>
+{% endmacro %}
+{% macro gap_note() %}
+<p class="note">Differences in NLL on the domain, in nats per token. The gap between a mixture and the model that the
+domain's expert was made from is the sum of three parts. With oracle routing, all tokens go to the domain's expert.
+Averaging: oracle routing before mixing, minus the specialist. Drift: oracle routing after mixing, minus that before.
+Routing: the mixture with its own routers, minus oracle routing. A negative part is a gain.</p>
 {% endmacro %}
 """
 
@@ -108,6 +115,30 @@ ensemble, mixing has gained nothing over it.</p>
 {% endif %}
 {{ figure(bars, "100%") }}
 </section>
+
+{% if results.gap_parts or undecomposed %}
+<section id="gap">
+<h2>Gap to the specialists</h2>
+{% if results.gap_parts %}
+<div class="wide"><table>
+<thead><tr><th class="text">mixture</th><th class="text">domain</th><th class="text">specialist</th><th>averaging</th>
+<th>drift</th><th>routing</th><th>gap</th></tr></thead>
+<tbody>
+{% for each in results.gap_parts %}
+<tr{{ ' class="group"' | safe if loop.changed(each.model) and not loop.first }}><td class="text">{{ each.model }}</td>
+<td class="text">{{ each.domain }}</td><td class="text">{{ each.specialist }}</td>
+{% for part in (each.averaging, each.drift, each.routing, each.total) %}<td>{{ "%+.4f" | format(part) }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{{ gap_note() }}
+{% endif %}
+{% for label in undecomposed %}
+<p class="note">{{ label }} has no such parts: it has no expert for each domain.</p>
+{% endfor %}
+</section>
+{% endif %}
 
 {% if curves %}
 <section id="curves">

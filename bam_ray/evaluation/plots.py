@@ -1,4 +1,4 @@
-"""The figures of the report and of the comparison, as PNG with a transparent background.
+"""The figures of the report, as PNG with a transparent background.
 
 The pages invert them on dark screens. They are drawn on matplotlib `Figure` objects, without pyplot, so there is no
 global state and nothing to close.
@@ -15,8 +15,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from bam_ray.evaluation.comparison import Comparison
-from bam_ray.evaluation.results import MEAN, MixtureRouting, ModelKind, Results
+from bam_ray.evaluation.results import MixtureRouting, Results
 from bam_ray.evaluation.table import format_perplexity
 
 Curve = Sequence[tuple[int, float]]
@@ -33,7 +32,6 @@ BAR_COLORS = {
     "mixtures": "#e0823d",
     "ensembles": "#3fa66b",
 }
-MARKERS: dict[ModelKind, str] = {"seeds": "X", "branches": "v", "controls": "s", "mixtures": "o", "ensembles": "D"}
 CURVE_COLORS = ("#4f8fd6", "#e0823d", "#3fa66b", "#b679d8", "#d35f72", "#2fa8b5", "#b08a2e", "#8b949e")
 
 
@@ -49,7 +47,7 @@ def perplexity_bars(results: Results) -> Picture:
     """Draw one panel per domain and one for the mean, with one bar per model and its 95 % interval."""
     columns, models = results.columns, results.models
     per_row = min(len(columns), PANELS_PER_ROW)
-    figure, axes = _panels(len(columns), per_row, width=1.5 + 1.75 * per_row, height=0.75 + 0.3 * len(models))
+    figure, axes = panels(len(columns), per_row, width=1.5 + 1.75 * per_row, height=0.75 + 0.3 * len(models))
     for index, (ax, column) in enumerate(zip(axes, columns, strict=True)):
         is_log = _draw_bars(ax, results, column)
         ax.set_title(f"{column} (log)" if is_log else column, fontsize=10, color=TEXT, loc="left")
@@ -58,7 +56,7 @@ def perplexity_bars(results: Results) -> Picture:
         ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=TEXT)
         ax.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
         ax.spines["bottom"].set_visible(False)
-    return _picture(figure, "Bar charts of the held-out perplexity of every model on every domain; see the table above")
+    return picture(figure, "Bar charts of the held-out perplexity of every model on every domain; see the table above")
 
 
 def _draw_bars(ax: Any, results: Results, column: str) -> bool:
@@ -93,7 +91,7 @@ def training_curves(results: Results, curves: dict[str, Curve]) -> Picture:
     """Draw NLL against step, one panel per kind of model. `curves` is keyed by model id."""
     models = [model for model in results.models if curves.get(model.id)]
     kinds = list(dict.fromkeys(model.kind for model in models))
-    figure, axes = _panels(len(kinds), len(kinds), width=max(5.0, 3.7 * len(kinds)), height=3.0)
+    figure, axes = panels(len(kinds), len(kinds), width=max(5.0, 3.7 * len(kinds)), height=3.0)
     for ax, kind in zip(axes, kinds, strict=True):
         for index, model in enumerate(model for model in models if model.kind == kind):
             steps, losses = np.array(curves[model.id], dtype=float).T
@@ -106,7 +104,7 @@ def training_curves(results: Results, curves: dict[str, Curve]) -> Picture:
         ax.grid(axis="y", color=LINE, linewidth=0.6)
         ax.legend(fontsize=8, frameon=False, labelcolor=TEXT)
     axes[0].set_ylabel("training NLL (nats per token)", fontsize=8, color=MUTED)
-    return _picture(figure, "Training loss against step, with one panel for each kind of model")
+    return picture(figure, "Training loss against step, with one panel for each kind of model")
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
@@ -119,35 +117,6 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
 
 
-def cost_scatter(comparison: Comparison) -> Picture:
-    """Draw mean perplexity against training FLOPs and against tokens, one point per model and training seed."""
-    quantities = {"lineage_flops": "training FLOPs", "lineage_tokens": "training tokens"}
-    figure, axes = _panels(len(quantities), len(quantities), width=11.0, height=4.2)
-    values = [each.perplexity[MEAN] for model in comparison.models for each in model.trained]
-    for ax, (quantity, name) in zip(axes, quantities.items(), strict=True):
-        for index, model in enumerate(comparison.models):
-            costs = [getattr(each, quantity) for each in model.trained]
-            ax.plot(
-                costs,
-                [each.perplexity[MEAN] for each in model.trained],
-                linestyle="",
-                marker=MARKERS[model.kind],
-                markersize=5.5,
-                color=CURVE_COLORS[index % len(CURVE_COLORS)],
-                label=model.label,
-            )
-        if all(getattr(each, quantity) for model in comparison.models for each in model.trained):
-            ax.set_xscale("log")  # an imported seed has cost nothing here, which this scale cannot show
-        if max(values) > LOG_SCALE_RATIO * min(values):
-            ax.set_yscale("log")
-        ax.set_xlabel(name, fontsize=8, color=MUTED)
-        ax.tick_params(which="both", labelsize=8, colors=MUTED)
-        ax.grid(color=LINE, linewidth=0.6)
-    axes[0].set_ylabel("mean perplexity", fontsize=8, color=MUTED)
-    axes[-1].legend(fontsize=8, frameon=False, labelcolor=TEXT, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _picture(figure, "Mean perplexity against training FLOPs and training tokens, one point per model and seed")
-
-
 def routing_heatmaps(routing: MixtureRouting, router: str) -> Picture:
     """Draw domains × experts, one panel per layer. `router`: "ffn" (share of choices) or "attention" (mean gate)."""
     domains = list(routing.domains)
@@ -156,7 +125,7 @@ def routing_heatmaps(routing: MixtureRouting, router: str) -> Picture:
     values = np.array([[getattr(routing.domains[d].layers[i], field) for d in domains] for i in layers])
     experts = routing.expert_names
     per_row = min(len(layers), PANELS_PER_ROW)
-    figure, axes = _panels(
+    figure, axes = panels(
         len(layers), per_row, width=1.2 + per_row * (0.35 + 0.44 * len(experts)), height=0.85 + 0.34 * len(domains)
     )
     maximum = float(values.max())
@@ -167,7 +136,7 @@ def routing_heatmaps(routing: MixtureRouting, router: str) -> Picture:
         ax.set_yticks(range(len(domains)), domains if layer % per_row == 0 else [""] * len(domains))
         ax.tick_params(length=0, labelsize=8, labelcolor=MUTED)
     quantity = "Share of choices of each FFN expert" if router == "ffn" else "Mean gate of each attention expert"
-    return _picture(figure, f"{quantity} in percent: one panel per layer, one row per domain, one column per expert")
+    return picture(figure, f"{quantity} in percent: one panel per layer, one row per domain, one column per expert")
 
 
 def _draw_heatmap(ax: Any, values: np.ndarray, maximum: float) -> None:
@@ -182,7 +151,7 @@ def _draw_heatmap(ax: Any, values: np.ndarray, maximum: float) -> None:
         spine.set_color(LINE)
 
 
-def _panels(count: int, per_row: int, width: float, height: float) -> tuple[Figure, list[Any]]:
+def panels(count: int, per_row: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     """Return a figure with `count` empty axes, `per_row` in a row. `height` is that of one row, in inches."""
     rows = ceil(count / per_row)
     figure = Figure(figsize=(width, height * rows), layout="constrained")
@@ -196,7 +165,8 @@ def _panels(count: int, per_row: int, width: float, height: float) -> tuple[Figu
     return figure, axes[:count]
 
 
-def _picture(figure: Figure, alt: str) -> Picture:
+def picture(figure: Figure, alt: str) -> Picture:
+    """Return a figure as a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, transparent=True)
     return Picture(png=base64.b64encode(buffer.getvalue()).decode(), alt=alt)

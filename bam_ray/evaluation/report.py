@@ -11,6 +11,7 @@ import jinja2
 import yaml
 
 from bam_ray.checkpoint.manifest import Manifest, code_version
+from bam_ray.evaluation.decomposition import undecomposed
 from bam_ray.evaluation.page import PAGE
 from bam_ray.evaluation.plots import Curve, Picture, perplexity_bars, routing_heatmaps, training_curves
 from bam_ray.evaluation.results import ModelScore, Results
@@ -59,6 +60,7 @@ def render_report(
         token_counts=" to ".join(f"{count:,}" for count in dict.fromkeys((min(tokens), max(tokens)))),
         last_created=max(manifest.created for manifest in lineage),
         version=code_version(),
+        undecomposed=undecomposed(results.models),
         bars=perplexity_bars(results),
         curves=training_curves(results, dict(curves)) if any(curves.values()) else None,
         routed=[_heatmaps(model) for model in results.models if model.routing is not None],

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from bam_ray.evaluation.bootstrap import bootstrap_perplexity, interval_95
+from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.settings import Strict
 
 MEAN = "mean"  # the column of means, after the columns of the domains
@@ -50,6 +51,26 @@ class DomainScore(Strict):
         )
 
 
+class OracleScore(Strict):
+    """The scores of a mixture on one domain whose tokens are all routed to the domain's expert."""
+
+    expert: str  # "seed" or the name of the branch
+    unmixed: DomainScore  # before the mixing phase
+    mixed: DomainScore  # after it
+
+
+class GapParts(Strict):
+    """The gap in NLL between a mixture and a specialist, in nats per token; see `decomposition`."""
+
+    model: str
+    domain: str
+    specialist: str  # label of the model that the domain's expert was made from
+    averaging: FiniteFloat
+    drift: FiniteFloat
+    routing: FiniteFloat
+    total: FiniteFloat  # the sum of the three
+
+
 class LayerRouting(Strict):
     """The routing of one layer. Tuples have one number per expert; those of attention are empty if it is averaged."""
 
@@ -80,8 +101,8 @@ class MixtureRouting(Strict):
 class ModelScore(Strict):
     """The scores of one model on all domains, with its size and its cost.
 
-    `tokens` and `flops` cover the training of the model itself. The `lineage_` fields include the models that it was
-    made from.
+    `tokens`, `steps`, `flops` and `worker_seconds` cover the training of the model itself. The `lineage_` fields
+    include the models that it was made from.
     """
 
     id: str
@@ -96,8 +117,14 @@ class ModelScore(Strict):
     lineage_tokens: int = 0
     flops: float = 0.0
     lineage_flops: float = 0.0
+    steps: int = 0
+    processes: int = 1  # that trained the model at the end
+    worker_seconds: float = 0.0  # duration of all steps, summed over the processes; 0: not known
+    branches: tuple[str, ...] = ()  # names of the branches that a mixture or an ensemble was made from
     domains: dict[str, DomainScore]
     routing: MixtureRouting | None = None
+    serving: ServingCost | None = None
+    oracle: dict[str, OracleScore] = Field(default={})  # by domain: of a mixture with an expert of the domain
 
     @property
     def label(self) -> str:
@@ -146,6 +173,7 @@ class Results(Strict):
     means: dict[str, FiniteFloat]  # model id -> mean perplexity over domains
     best: dict[str, str]  # column -> id of the model with the lowest perplexity
     findings: tuple[Finding, ...]
+    gap_parts: tuple[GapParts, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:

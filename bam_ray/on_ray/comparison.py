@@ -47,9 +47,11 @@ def compare_seeds(recipe: Recipe, make_report: Callable[[Recipe], RunOutcome], c
         reports[seed] = PipelineRun.of(seeded, store).artifact(ArtifactKind.REPORTS, "report")
     console.print(END_OF_RUN)
     from bam_ray.evaluation.table import print_comparison  # numpy: not imported before it is needed
+    from bam_ray.evaluation.wall_clock import Cluster
     from bam_ray.stages.compare import compare_reports
 
-    artifact, comparison = retry_on(StoreUnavailable, warn)(compare_reports, store, reports)
+    cluster = Cluster(nodes=settings.nodes, network_gbit_per_s=settings.network_gbit_per_s)
+    artifact, comparison = retry_on(StoreUnavailable, warn)(compare_reports, store, reports, cluster)
     print_comparison(comparison, console)
     location = f"comparison: {artifact.uri}/index.html (`bam report {store.uri}` downloads it)"
     console.print(location, soft_wrap=True)

@@ -110,7 +110,8 @@ def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Tas
         identity(name, _upcycled_content(recipe, mixture), parents),
         parents,
         recipe.upcycle.needs,
-        quorum=_quorum(recipe, branches) if _absorbs_branches(mixture) else None,
+        # A dense average has no experts that a late branch could be added to, so it waits for all branches
+        quorum=_quorum(recipe, branches) if mixture.has_branch_experts else None,
     )
 
 
@@ -173,17 +174,9 @@ def _quorum(recipe: Recipe, branches: Sequence[Task]) -> BranchQuorum | None:
     return BranchQuorum(tuple((branch.id, branch.name) for branch in branches), when.at_least, deadline)
 
 
-def _absorbs_branches(mixture: MixtureSettings) -> bool:
-    """Return True if the mixture can start without some branches and absorb them later as experts.
-
-    A dense average has no experts that a late branch could be added to, so it waits for all branches.
-    """
-    return mixture.has_branches and not mixture.is_dense
-
-
 def _upcycled_content(recipe: Recipe, mixture: MixtureSettings) -> dict[str, Any]:
     """Return the settings that determine an upcycled model; with a quorum they include the quorum."""
     when = recipe.upcycle.when
-    if when == "all" or not _absorbs_branches(mixture):
+    if when == "all" or not mixture.has_branch_experts:
         return mixture.identity()
     return {**mixture.identity(), "when": when.identity()}

@@ -88,10 +88,7 @@ def _totals(plan: Plan) -> list[str]:
     lines = [*_quorum_line(plan)]
     tokens = format_amount(sum(row.tokens for row in plan.rows))
     if plan.size:
-        written, final, peak = (
-            format_bytes(sum(value or 0 for value in values))
-            for values in zip(*((row.written_bytes, row.final_bytes, row.peak_bytes) for row in plan.rows), strict=True)
-        )
+        written, final, peak = _stored_bytes(plan.rows)
         lines.append(
             f"{format_amount(plan.size.parameters)} parameters per branch, {tokens} tokens in total; without corpora, "
             f"{written} are written to the blob store, which holds at most {peak}, and {final} at the end"
@@ -103,7 +100,31 @@ def _totals(plan: Plan) -> list[str]:
         )
     else:
         lines.append(f"{tokens} tokens in total; the size of the seed is not known before the run")
-    return lines + _simulation_lines(plan)
+    return lines + _comparison_line(plan) + _simulation_lines(plan)
+
+
+def _stored_bytes(rows: Sequence[PlannedTask]) -> tuple[str, str, str]:
+    """Return the sums of the bytes that are written, that are in the store at the end, and that it holds at most."""
+    written, final, peak = (
+        format_bytes(sum(value or 0 for value in values))
+        for values in zip(*((row.written_bytes, row.final_bytes, row.peak_bytes) for row in rows), strict=True)
+    )
+    return written, final, peak
+
+
+def _comparison_line(plan: Plan) -> list[str]:
+    """Return a line about the cost of `bam compare`; empty without `compare` in the recipe."""
+    if plan.recipe.compare is None:
+        return []
+    seeds = ", ".join(map(str, plan.recipe.compare.seeds))
+    line = (
+        f"the table is the run of one training seed; bam compare makes these models with the training seeds {seeds}: "
+        f"{format_amount(sum(row.tokens for row in plan.compared))} tokens"
+    )
+    if not plan.size:
+        return [line]
+    written, final, _ = _stored_bytes(plan.compared)
+    return [f"{line}, {written} are written to the blob store, which holds {final} at the end"]
 
 
 def _quorum_line(plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
 from bam_ray.planning.simulated_launcher import SpeedOf
 from bam_ray.scheduling.matching import bound
 from bam_ray.scheduling.nodes import NodeFacts, count_fitting, ray_resources, satisfiable_request, selects
-from bam_ray.settings import Recipe, TrainingSettings
+from bam_ray.settings import Recipe, TrainingSettings, with_training_seed
 from bam_ray.units import format_duration
 
 STEPS_PER_STAGE = 150  # controller steps between events, over the shortest possible time of the longest stage
@@ -57,6 +57,7 @@ class Plan:
     cluster: ClusterFile | None = None
     simulated: SimulationResult | None = None
     stages: tuple[StageTime, ...] = ()
+    compared: tuple[PlannedTask, ...] = ()  # what `bam compare` makes for all its training seeds; empty without compare
 
     @property
     def failure(self) -> str | None:
@@ -92,8 +93,9 @@ def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0)
     size = seed_size(recipe)
     tasks = with_memory_requests(task_graph(recipe), recipe, size)
     rows = tuple(_plan_task(task, recipe, size) for task in tasks)
+    compared = _compared_tasks(recipe, size)
     if cluster is None:
-        return Plan(recipe, rows, size)
+        return Plan(recipe, rows, size, compared=compared)
     nodes = [
         NodeFacts(f"{kind}-{number}", f"{kind}-{number}", "", group.resources, group.all_labels)
         for kind, group in cluster.nodes.items()
@@ -121,7 +123,15 @@ def make_plan(recipe: Recipe, cluster: ClusterFile | None = None, seed: int = 0)
             start, end = simulated.span(ids)
             stages.append(StageTime(kind, end - start, least[kind]))
     rows = tuple(_with_times(row, simulated) for row in rows)
-    return Plan(recipe, rows, size, cluster, simulated, tuple(stages))
+    return Plan(recipe, rows, size, cluster, simulated, tuple(stages), compared)
+
+
+def _compared_tasks(recipe: Recipe, size: ModelSize | None) -> tuple[PlannedTask, ...]:
+    """Return the tasks of all training seeds of `recipe.compare`, each once; training seeds share the corpus."""
+    if recipe.compare is None:
+        return ()
+    seeded = [with_training_seed(recipe, seed) for seed in recipe.compare.seeds]
+    return tuple({task.id: _plan_task(task, each, size) for each in seeded for task in task_graph(each)}.values())
 
 
 def _untrained_seconds(task: Task, cluster: ClusterFile) -> float:

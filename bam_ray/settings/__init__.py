@@ -1,7 +1,7 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
 from bam_ray.settings.blends import PRESETS, DynamicBlend
-from bam_ray.settings.compare import CompareSettings, control_name
+from bam_ray.settings.compare import CompareSettings, control_name, dense_multiple
 from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
@@ -80,6 +80,7 @@ __all__ = [
     "UpcycleSettings",
     "apply_override",
     "control_name",
+    "dense_multiple",
     "divisors",
     "load_as",
     "load_recipe",

@@ -1,5 +1,6 @@
 """Settings of the controls: dense models that a mixture is compared with."""
 
+import re
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -17,6 +18,12 @@ def control_name(multiple: float) -> str:
     return "dense" if multiple == 1.0 else f"dense-{multiple:g}x"
 
 
+def dense_multiple(name: str) -> float | None:
+    """Return the multiple of a control with a name of `control_name`; None for any other name."""
+    found = re.fullmatch(r"dense(?:-([0-9.e+-]+)x)?", name)
+    return None if found is None else float(found.group(1) or 1.0)
+
+
 class CompareSettings(Strict):
     """Controls: the seed, trained further as one dense model on the blend of the mixing phase.
 
@@ -32,6 +39,10 @@ class CompareSettings(Strict):
     )
     """Training seeds of `bam compare`, which makes the models of the recipe once for each of them. Other commands use
     the seeds of the recipe."""
+    nodes: Annotated[Count, Identity.EXCLUDED] = 4
+    """Number of equal nodes for which `bam compare` computes, from measured speeds, the quality in equal time."""
+    network_gbit_per_s: Annotated[Positive, Identity.EXCLUDED] = 10.0
+    """Speed of the network of each of these nodes, in Gbit/s."""
     peak_lr: Positive | None = None
     """Learning rate of the controls after warm-up. `null` means that of `mix.training`."""
     workers: Annotated[Count, Identity.EXCLUDED] = 1

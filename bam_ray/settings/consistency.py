@@ -117,7 +117,7 @@ def mixtures_exist(recipe: "Recipe") -> None:
         experts = recipe.experts_of(mixture)
         if not mixture.includes_seed:
             _branches_are_enough(name, mixture, experts, branches)
-        elif mixture.has_branches and not mixture.is_dense and experts < 1 + branches:
+        elif mixture.has_branch_experts and experts < 1 + branches:
             raise ValueError(
                 f"upcycle.mixtures.{name}.num_experts is {experts}, fewer than the seed and its {branches} branches: "
                 f"leave it out or make it at least {1 + branches}"

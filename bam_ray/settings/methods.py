@@ -160,6 +160,11 @@ class MixtureSettings(Strict):
         return self.ffn is Operation.AVERAGE
 
     @property
+    def has_branch_experts(self) -> bool:
+        """True if branches become experts, which the average of a model soup has not."""
+        return self.has_branches and not self.is_dense
+
+    @property
     def text_sequences(self) -> int:
         """Number of sequences of each domain's text that upcycling needs; 0 if it needs none."""
         return 0

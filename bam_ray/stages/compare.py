@@ -14,8 +14,10 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest, identity
 from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.errors import CheckpointError, DigestMismatch
-from bam_ray.evaluation.comparison import COMPARISON, PAGE, Comparison, compare
+from bam_ray.evaluation.compare import compare
+from bam_ray.evaluation.comparison import COMPARISON, PAGE, Comparison
 from bam_ray.evaluation.results import Results
+from bam_ray.evaluation.wall_clock import Cluster
 from bam_ray.settings import Strict
 
 Model = TypeVar("Model", bound=Strict)
@@ -24,19 +26,20 @@ NAME = "comparison"
 RESULTS = "results.json"
 
 
-def compare_reports(store: BlobStore, reports: Mapping[int, Artifact]) -> tuple[Artifact, Comparison]:
+def compare_reports(store: BlobStore, reports: Mapping[int, Artifact], cluster: Cluster) -> tuple[Artifact, Comparison]:
     """Compare the reports of all training seeds; return the committed artifact and the comparison in it.
 
     Args:
         store: The store of the run.
         reports: The committed report of each training seed.
+        cluster: The cluster for the comparison in equal time.
 
     Raises:
         CheckpointError: A report is missing or cannot be read, or the training seeds differ in their models or in their
             held-out text.
     """
     ids = tuple(report.id for report in reports.values())
-    content = {"training_seeds": list(reports), "files": [COMPARISON, PAGE]}
+    content = {"training_seeds": list(reports), "files": [COMPARISON, PAGE], "cluster": cluster.model_dump()}
     artifact = Artifact(store, ArtifactKind.COMPARISONS, identity(NAME, content, ids))
     manifest = artifact.manifest()
     if manifest is not None:
@@ -44,7 +47,8 @@ def compare_reports(store: BlobStore, reports: Mapping[int, Artifact]) -> tuple[
             return artifact, read_comparison(artifact)
         except DigestMismatch as error:
             artifact.set_aside(manifest, str(error))
-    comparison = compare({seed: _read(report, RESULTS, Results) for seed, report in reports.items()}, ids)
+    results = {seed: _read(report, RESULTS, Results) for seed, report in reports.items()}
+    comparison = compare(results, cluster, ids)
     from bam_ray.evaluation.comparison_page import write_comparison  # imports matplotlib
 
     with scratch_folder(NAME) as folder:

@@ -4,18 +4,23 @@ The scores of each model are an artifact of their own (`evaluations/<id>`), with
 depends on the model, the corpus and the number of tokens. So an interrupted evaluation resumes with the next model, and
 another report on the same models reuses their scores. The scores of the output ensembles follow from those of their
 members and are a part of the report alone.
+
+A mixture with experts of domains is also scored with oracle routing, before and after the mixing phase (see
+`evaluation.decomposition`). These scores are artifacts of their own too.
 """
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import bam_ray.model  # noqa: F401  registers the mixture with AutoModelForCausalLM
 from bam_ray.blobs import BlobStore
@@ -25,12 +30,15 @@ from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest, ide
 from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted
+from bam_ray.evaluation.decomposition import expert_of_domain
 from bam_ray.evaluation.ensemble import MEMBER_KINDS, document_starts, ensemble_scores
 from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.perplexity import DomainEvaluation, score
-from bam_ray.evaluation.results import MEAN, ModelKind, ModelScore, model_label
+from bam_ray.evaluation.results import MEAN, DomainScore, ModelKind, ModelScore, OracleScore, model_label
 from bam_ray.evaluation.routing import combine_domains
+from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.model import is_mixture
+from bam_ray.model.one_expert import routed_to
 from bam_ray.model.parameters import count_parameters
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.stages.publish import CURVE
@@ -39,8 +47,12 @@ from bam_ray.training.devices import inference_dtype, requested_device
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.flops import forward_flops_per_token
 
+Content = TypeVar("Content")
+
 MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SCORE = "score.json"
+ORACLE = "oracle.json"
+ORACLE_SCORES = TypeAdapter(dict[str, tuple[str, DomainScore]])
 TOKEN_NLL = "token_nll.safetensors"  # by domain: the NLL of each predicted token in nats, float32 [S, L - 1]
 
 
@@ -64,7 +76,13 @@ def evaluate(run: TaskRun) -> Manifest:
     scores = []
     for step, (task, kind) in enumerate(models):
         lineage = [made[id] for id in ancestors(task.id, made)]
-        scores.append(evaluator.model_score(task, kind, lineage, Progress(step, len(models))))
+        progress = Progress(step, len(models))
+        model_score = evaluator.model_score(task, kind, lineage, progress)
+        update: dict[str, Any] = {**training_record(lineage), "serving": evaluator.serving_cost(task, model_score)}
+        if kind == "mixtures" and run.recipe.upcycle.mixtures[task.name].has_branch_experts:
+            upcycled = run.pipeline.task(ArtifactKind.UPCYCLED, task.name)
+            update["oracle"] = evaluator.oracle(upcycled, task, progress)
+        scores.append(model_score.model_copy(update=update))
     run.context.report(Progress(step=len(models), total_steps=len(models), note="writing the report"))
     scores += evaluator.ensembles([task for task, kind in models if kind in MEMBER_KINDS], scores, made)
     results = make_results(run.recipe.name, scores)
@@ -106,6 +124,7 @@ class Evaluator:
         self.corpus = Corpus(corpus.fetch())
         self._corpus_id = corpus.id
         self._settings = run.recipe.evaluate
+        self._general = run.recipe.data.general
         self._device = requested_device(run.task.needs.gpus)
         self._store = run.store
         self.lease = lease
@@ -126,14 +145,45 @@ class Evaluator:
             progress: The progress of the whole report, which is reported while the model is scored.
         """
         artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, self.id_of(task))
-        manifest = artifact.manifest()
-        if manifest is not None:
-            try:
-                return _read_score(artifact)
-            except DigestMismatch as error:
-                artifact.set_aside(manifest, str(error))
-        self._publish_score(artifact, task, kind, lineage, progress)
-        return _read_score(artifact)
+        return read_or_make(
+            artifact,
+            lambda: _read_score(artifact),
+            lambda: self._publish_score(artifact, task, kind, lineage, progress),
+        )
+
+    def oracle(self, upcycled: Task, mixture: Task, progress: Progress) -> dict[str, OracleScore]:
+        """Return the scores of a mixture with oracle routing, by domain.
+
+        Domains are left out if the mixture had no expert of them before the mixing phase, as that of a late branch.
+
+        Args:
+            upcycled: The task of the mixture before the mixing phase.
+            mixture: The task of the mixture.
+            progress: The progress of the whole report, which is reported while the mixture is scored.
+        """
+        unmixed, mixed = (self._oracle_scores(task, progress) for task in (upcycled, mixture))
+        return {
+            domain: OracleScore(expert=expert, unmixed=unmixed[domain][1], mixed=score)
+            for domain, (expert, score) in mixed.items()
+            if domain in unmixed
+        }
+
+    def _oracle_scores(self, task: Task, progress: Progress) -> dict[str, tuple[str, DomainScore]]:
+        """Return the expert of each domain, and the score of the mixture that `task` made if it alone is used."""
+        content = {**self._settings.identity(), "routing": "oracle", "files": [ORACLE]}
+        id = identity(task.name, content, (task.id, self._corpus_id))
+        artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, id)
+        return read_or_make(
+            artifact,
+            lambda: ORACLE_SCORES.validate_json((artifact.fetch() / ORACLE).read_bytes()),
+            lambda: self._publish_oracle_scores(artifact, task, progress),
+        )
+
+    def serving_cost(self, task: Task, model_score: ModelScore) -> ServingCost:
+        """Return the cost of serving a token with the model that `task` made."""
+        plain = json.loads(Artifact(self._store, task.kind, task.id).read_file("config.json"))
+        config = AutoConfig.for_model(**plain)
+        return ServingCost.of(config, model_score.active_parameters, self.corpus.sequence_length)
 
     def ensembles(
         self, tasks: Sequence[Task], scores: Sequence[ModelScore], made: Mapping[str, Manifest]
@@ -169,35 +219,72 @@ class Evaluator:
         Evaluations have no leases: if several reports score one model at the same time, the first commit counts.
         """
         started = time.perf_counter()
+        model = self._load(task)
+        domains = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))
+        result = describe(task, kind, lineage, model, domains)
+        manifest = self._manifest(artifact, task, domains, model, started)
+        metrics = {f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)}
+        with scratch_folder("evaluation") as temporary:
+            (temporary / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
+            save_file({domain: each.token_nll for domain, each in domains.items()}, temporary / TOKEN_NLL)
+            self.lease.check()
+            artifact.publish(temporary, manifest.model_copy(update={"metrics": metrics}))
+
+    def _publish_oracle_scores(self, artifact: Artifact, task: Task, progress: Progress) -> None:
+        """Score the mixture that `task` made with oracle routing, and commit the scores."""
+        started = time.perf_counter()
+        model = self._load(task)
+        names: list[str] = model.config.expert_names
+        experts = {domain: expert_of_domain(names, domain, self._general) for domain in self.corpus.domains}
+        chosen = {domain: names.index(expert) for domain, expert in experts.items() if expert is not None}
+        stage = "before mixing" if task.kind == "upcycled" else "after mixing"
+        note = f"oracle routing of {model_label('mixtures', task.name)} {stage}"
+        domains = self._score_domains(model, replace(progress, note=note), chosen)
+        scores = {domain: (names[chosen[domain]], each.score) for domain, each in domains.items()}
+        with scratch_folder("evaluation") as temporary:
+            (temporary / ORACLE).write_bytes(ORACLE_SCORES.dump_json(scores, indent=1))
+            self.lease.check()
+            artifact.publish(temporary, self._manifest(artifact, task, domains, model, started))
+
+    def _load(self, task: Task) -> PreTrainedModel:
+        """Return the model that `task` made, on the device of the evaluation."""
         folder = Artifact(self._store, task.kind, task.id).fetch()
         dtype = inference_dtype(self._device, self._settings.dtype)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model.to(torch.device(self._device))
         if not self.corpus.attend_across_documents:
             mask_documents(model, self.corpus.end_of_text_id)
-        domains = self._score_domains(model, replace(progress, note=model_label(kind, task.name)))
-        result = describe(task, kind, lineage, model, domains)
+        return model
+
+    def _manifest(
+        self,
+        artifact: Artifact,
+        task: Task,
+        domains: Mapping[str, DomainEvaluation],
+        model: PreTrainedModel,
+        started: float,
+    ) -> Manifest:
+        """Return the manifest of the scores of the model that `task` made, whose evaluation has `started`."""
         wall = time.perf_counter() - started
         tokens = sum(len(each.token_nll) for each in domains.values()) * self.corpus.sequence_length
         flops = forward_flops_per_token(model.config, self.corpus.sequence_length) * tokens
-        manifest = Manifest(
+        return Manifest(
             id=artifact.id,
             kind=ArtifactKind.EVALUATIONS,
             name=task.name,
             parents=(task.id, self._corpus_id),
             settings=self._settings.model_dump(mode="json"),
             compute=ComputeCost(flops=flops, device_seconds=wall, wall_seconds=wall),
-            metrics={f"perplexity/{column}": result.perplexity(column) for column in (*domains, MEAN)},
             attempt=str(self.lease.number),
         )
-        with scratch_folder("evaluation") as temporary:
-            (temporary / SCORE).write_text(result.model_dump_json(indent=1), encoding="utf-8")
-            save_file({domain: each.token_nll for domain, each in domains.items()}, temporary / TOKEN_NLL)
-            self.lease.check()
-            artifact.publish(temporary, manifest)
 
-    def _score_domains(self, model: PreTrainedModel, progress: Progress) -> dict[str, DomainEvaluation]:
-        """Return the scores, the NLLs of the tokens and the routing by domain."""
+    def _score_domains(
+        self, model: PreTrainedModel, progress: Progress, experts: Mapping[str, int] | None = None
+    ) -> dict[str, DomainEvaluation]:
+        """Return the scores, the NLLs of the tokens and the routing by domain.
+
+        With `experts`, only their domains are scored, and all tokens of a domain are routed to its expert.
+        """
 
         def stop_if_asked() -> None:
             if self._context.should_stop():
@@ -207,16 +294,29 @@ class Evaluator:
                 )
 
         domains: dict[str, DomainEvaluation] = {}
-        for domain in self.corpus.domains:
+        for domain in self.corpus.domains if experts is None else experts:
             self._context.report(replace(progress, note=f"{progress.note} on {domain}"))
             stop_if_asked()
             rows = self._held_out(domain)
-            domains[domain] = score(model, rows, self._settings.batch_sequences, stop_if_asked)
+            with nullcontext() if experts is None else routed_to(model, experts[domain]):
+                domains[domain] = score(model, rows, self._settings.batch_sequences, stop_if_asked)
         return domains
 
     def _held_out(self, domain: str) -> np.ndarray:
         """Return the sequences that every model is scored on, [S, L]."""
         return held_out_rows(self.corpus.held_out(domain), self._settings.tokens_per_domain)
+
+
+def read_or_make(artifact: Artifact, read: Callable[[], Content], make: Callable[[], None]) -> Content:
+    """Return what `read` returns. If the artifact is not committed, or is damaged, it is made before."""
+    manifest = artifact.manifest()
+    if manifest is not None:
+        try:
+            return read()
+        except DigestMismatch as error:
+            artifact.set_aside(manifest, str(error))
+    make()
+    return read()
 
 
 def _read_score(artifact: Artifact) -> ModelScore:
@@ -251,6 +351,18 @@ def describe(
         domains={domain: each.score for domain, each in domains.items()},
         routing=combine_domains(model.config, routings) if mixture else None,
     )
+
+
+def training_record(lineage: Sequence[Manifest]) -> dict[str, Any]:
+    """Return the fields of a `ModelScore` that describe the training of the first model in `lineage`."""
+    model, *parents = lineage
+    segments = model.facts.get("computed_on", [])
+    return {
+        "steps": model.step,
+        "processes": segments[-1]["processes"] if segments else 1,
+        "worker_seconds": model.compute.device_seconds,
+        "branches": tuple(parent.name for parent in parents if parent.kind == ArtifactKind.BRANCHES),
+    }
 
 
 def _training_cost(lineage: Sequence[Manifest]) -> tuple[int, float]:

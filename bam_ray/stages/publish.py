@@ -50,7 +50,7 @@ def publish_model(
         tokens=settings.steps * settings.batch_tokens,
         compute=ComputeCost(
             flops=run_flops(engine.model.config, job.corpus.sequence_length, settings, job.expert_history),
-            device_seconds=round(finished.device_seconds, 1),
+            device_seconds=round(finished.device_seconds, 3),
             wall_seconds=round(wall_seconds, 1),
         ),
         metrics={"loss/nll": finished.curve[-1].nll},

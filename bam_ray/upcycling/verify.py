@@ -23,6 +23,7 @@ were swapped, is found by the digests, and not by the logits.
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError
 from bam_ray.families import PRIOR_PAIRS, PRIOR_TOKENS, is_stacked
 from bam_ray.model import BamConfig
+from bam_ray.model.one_expert import routed_to
 from bam_ray.upcycling.dense import dense_tensors, is_split, mixture_config_of, seed_config, tensor_mismatch
 from bam_ray.upcycling.loading import model_of, widened
 from bam_ray.upcycling.write import LINEAGE
@@ -53,8 +55,6 @@ GATES_SUM_TO_ONE: dict[str, Any] = {
 NOISE = 0.02
 """Standard deviation of the noise on router rows in the check of the order."""
 COUNTS = (PRIOR_TOKENS, PRIOR_PAIRS)
-EXCLUDED = -1e4
-"""A logit with which an expert gets probability 0."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,9 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
     ids = torch.randint(0, config.vocab_size, (BATCH, LENGTH), generator=generator)
 
     def mixture(weights: dict[str, Tensor], only: int | None = None, **changes: Any) -> Tensor:
-        return _logits(_mixture(window, weights, only, changes), ids)
+        model = _mixture(window, weights, changes)
+        with nullcontext() if only is None else routed_to(model, only):
+            return _logits(model, ids)
 
     def dense(expert: int) -> Tensor:
         tensors = dense_tensors(config, reader.read, expert, layers)
@@ -204,7 +206,7 @@ def _window_errors(config: BamConfig, reader: TensorReader, layers: list[int]) -
         first = {name: _first_for_all(each) if is_stacked(name) else each for name, each in weights.items()}
         yield "identical experts", _error(mixture(first, **GATES_SUM_TO_ONE), dense(0))
         for expert in range(config.num_experts):
-            yield "one expert alone", _error(mixture(weights, only=expert, **GATES_SUM_TO_ONE), dense(expert))
+            yield "one expert alone", _error(mixture(weights, only=expert), dense(expert))
     order = torch.randperm(config.num_experts, generator=generator)
     # Experts with equal scores, such as those of zero routers, are chosen by their numbers: noise makes them unequal
     unequal = {
@@ -240,19 +242,12 @@ def dense_window(config: BamConfig, layers: Sequence[int]) -> PreTrainedConfig:
     return dense
 
 
-def _mixture(
-    config: BamConfig, weights: dict[str, Tensor], only: int | None, changes: dict[str, Any]
-) -> PreTrainedModel:
-    """Return a mixture with changed settings, whose routers all choose the expert `only` if it is given."""
+def _mixture(config: BamConfig, weights: dict[str, Tensor], changes: dict[str, Any]) -> PreTrainedModel:
+    """Return a mixture with changed settings."""
     changed = copy.deepcopy(config)
     for key, value in changes.items():
         setattr(changed, key, value)
-    model = model_of(changed, weights)
-    for name, module in model.named_modules():
-        if only is not None and name.endswith(".gate"):
-            module.selection_bias = None
-            module.register_forward_hook(lambda _, __, logits: _one_hot_logits(logits, only))
-    return model
+    return model_of(changed, weights)
 
 
 @torch.no_grad()
@@ -263,12 +258,6 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def _error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
-
-
-def _one_hot_logits(logits: Tensor, expert: int) -> Tensor:
-    result = torch.full_like(logits, EXCLUDED)
-    result[..., expert] = 0.0
-    return result
 
 
 def _is_router(name: str) -> bool:

@@ -11,51 +11,14 @@ from rich.console import Console
 
 from bam_ray.errors import CheckpointError
 from bam_ray.evaluation.bootstrap import Resamples, interval_95
-from bam_ray.evaluation.comparison import Comparison, Difference, compare, dense_equivalent, verdict
+from bam_ray.evaluation.comparison import Comparison, Difference
 from bam_ray.evaluation.comparison_page import render_comparison, write_comparison
-from bam_ray.evaluation.findings import make_results
-from bam_ray.evaluation.results import MEAN, DomainScore, ModelKind, ModelScore, Results
+from bam_ray.evaluation.dense_curve import crossing
+from bam_ray.evaluation.results import MEAN
+from bam_ray.evaluation.samples import verdict
 from bam_ray.evaluation.table import print_comparison
+from tests.support.compared import LEVEL, compare, results, shifted
 from tests.support.html_page import Page
-
-DOMAINS = ("general", "code")
-KINDS: dict[str, ModelKind] = {
-    "seed": "seeds",
-    "code": "branches",
-    "dense": "controls",
-    "dense-2x": "controls",
-    "bam": "mixtures",
-    "btx": "mixtures",
-    "posterior": "ensembles",
-}
-TOKENS = {"seed": 1000, "code": 1400, "dense": 2000, "dense-2x": 3000, "bam": 2000, "btx": 2000, "posterior": 1400}
-LEVEL = {"seed": 3.0, "code": 2.9, "dense": 2.6, "dense-2x": 2.4, "bam": 2.5, "btx": 2.7, "posterior": 2.5}
-
-
-def score(name: str, nll: dict[str, np.ndarray]) -> ModelScore:
-    """Return the score of a model with the given NLL of each sequence by domain."""
-    return ModelScore(
-        id=f"{name}-0123456789ab",
-        name=name,
-        kind=KINDS[name],
-        parameters=100,
-        active_parameters=100,
-        lineage_tokens=TOKENS[name],
-        lineage_flops=1e9 * TOKENS[name],
-        domains={d: DomainScore.from_sequence_nll(each.tolist(), 15 * len(each)) for d, each in nll.items()},
-    )
-
-
-def results(offsets: dict[str, float], text: float = 0.0, sequences: int = 8) -> Results:
-    """Return the results of one training seed: models whose NLL is the text's difficulty plus an offset."""
-    hard = text * np.random.default_rng(0).normal(size=(len(DOMAINS), sequences))
-    return make_results(
-        "tiny", [score(name, dict(zip(DOMAINS, hard + level, strict=True))) for name, level in offsets.items()]
-    )
-
-
-def shifted(shift: float, **changes: float) -> dict[str, float]:
-    return {name: level + shift + changes.get(name, 0.0) for name, level in LEVEL.items()}
 
 
 def difference(comparison: Comparison, model: str, other: str) -> Difference:
@@ -129,11 +92,11 @@ def test_verdicts(interval: tuple[float, float], by_seed: list[float], expected:
 
 
 def test_statements_name_wins_and_losses(three: Comparison) -> None:
-    bam, btx, posterior = three.statements
+    bam, _, btx, _, posterior, _ = three.statements
     assert bam.startswith("mixture bam: ahead of dense (-9.5 %, 95 % -9.5 to -9.5, 3 of 3 seeds); ahead of seed (")
     assert "no difference shown to ensemble posterior" in bam
     assert "within 5 % of the specialist on code" in bam
-    assert bam.endswith("worth 1,414 dense tokens, 1.41 of the tokens used")
+    assert bam.endswith("worth 1,414 dense tokens (95 % 1,414 to 1,414), 1.41 of the tokens used")
     assert btx.startswith(
         "mixture btx: behind dense (+10.5 %, 95 % +10.5 to +10.5, 3 of 3 seeds); behind ensemble poster"
     )
@@ -191,7 +154,7 @@ def test_seeds_must_have_the_same_held_out_text() -> None:
     ],
 )
 def test_dense_equivalent_tokens(nll: float, expected: tuple[str, float | None]) -> None:
-    place, tokens = dense_equivalent([(500, 3.0), (1000, 2.6), (2000, 2.4)], nll)
+    place, tokens = crossing([(500, 3.0), (1000, 2.6), (2000, 2.4)], nll)
     assert (place, tokens) == (expected[0], pytest.approx(expected[1]))
 
 
@@ -214,7 +177,7 @@ def test_the_page_and_the_data_have_all_numbers(three: Comparison, tmp_path: Pat
     assert set(three.statements) <= set(page.texts)
     assert {"reports/report-0", "reports/report-1", "reports/report-2"} <= set(page.texts)
     assert all(source.startswith("data:image/png;base64,") for source in page.values("src"))
-    assert len(page.values("src")) == 1 and not page.values("href")
+    assert len(page.values("src")) == 1 and not page.values("href"), "there are no times and no parts of gaps"
     assert Comparison.model_validate_json((tmp_path / "comparison.json").read_bytes()) == three
     data = json.loads((tmp_path / "comparison.json").read_text())
     points = [(each["lineage_flops"], each["lineage_tokens"]) for model in data["models"] for each in model["trained"]]

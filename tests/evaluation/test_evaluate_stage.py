@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest
+from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.evaluation.ensemble import ensemble_nll
 from bam_ray.evaluation.perplexity import perplexity
@@ -84,11 +85,17 @@ def write_corpus(folder: Path, attend_across_documents: bool) -> None:
 
 
 def tiny_model(task: Task) -> PreTrainedModel:
-    if task.kind != "mixtures":
+    if task.kind not in ("upcycled", "mixtures"):
         return dense("cohere", seed=4 if task.kind == "branches" else 5)
-    torch.manual_seed(0)
-    config = BamConfig(**{**SIZES, "num_experts": 2}, attention_experts=MIXTURES[task.name])
+    torch.manual_seed(0 if task.kind == "mixtures" else 1)
+    attention = MIXTURES[task.name]
+    config = BamConfig(**SIZES, num_experts=2, attention_experts=attention, expert_names=["seed", "code"])
     return BamForCausalLM(config)
+
+
+def evaluations(store: BlobStore) -> list[str]:
+    """Return the keys of the manifests of all evaluations."""
+    return [key for key in store.list("evaluations/") if key.endswith("manifest.json")]
 
 
 @pytest.fixture
@@ -108,8 +115,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
         trained = task.kind in ("seeds", "branches", "mixtures")
         if task.kind == "corpora":
             write_corpus(folder, getattr(request, "param", True))
-        elif trained:
+        else:
             tiny_model(task).save_pretrained(folder)
+        if trained:
             (folder / "curve.json").write_text(json.dumps([{"step": step, "nll": 5.0 - step} for step in range(3)]))
         Artifact(store, task.kind, task.id).publish(
             folder,
@@ -120,7 +128,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
                 parents=task.parents,
                 step=10 * trained,
                 tokens=640 if trained else 10**6,
-                compute=ComputeCost(flops=1e6 * trained),
+                compute=ComputeCost(flops=1e6 * trained, device_seconds=3.0 * trained),
+                facts={"computed_on": [{"step": 0, "processes": 1}, {"step": 5, "processes": 2}]} if trained else {},
             ),
         )
     return recipe, store
@@ -154,6 +163,13 @@ def test_every_model_is_scored_on_every_domain(run: tuple[Recipe, BlobStore]) ->
     assert [model.lineage_tokens for model in results.models] == [640, 1280, 1920, 1920, 1280, 1280]
     assert (bam.tokens, bam.flops, bam.lineage_flops) == (640, 1e6, 3e6)
     assert (posterior.tokens, posterior.flops, posterior.lineage_flops) == (0, 0.0, 2e6)
+    assert (bam.steps, bam.worker_seconds, bam.processes, bam.branches) == (10, 3.0, 2, ("code",))
+    assert (code.branches, posterior.branches) == ((), ("code",))
+    assert code.serving is not None and bam.serving is not None and posterior.serving is not None
+    assert code.serving.cache_bytes == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their size, fp32
+    assert bam.serving.cache_bytes == posterior.serving.cache_bytes == 2 * code.serving.cache_bytes
+    assert posterior.serving.flops == 2 * code.serving.flops > bam.serving.flops > code.serving.flops
+    assert bam.serving.parameters == bam.active_parameters
     assert posterior.parameters == posterior.active_parameters == seed.parameters + code.parameters
     assert bam.active_parameters < bam.parameters
 
@@ -211,7 +227,7 @@ def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> Non
         evaluate(task_run(recipe, store, "reports", "report", Listener(stop_at="mixture bam on code")))
     report = find_task(task_graph(recipe), "reports", "report")
     assert Artifact(store, "reports", report.id).manifest() is None
-    assert len([key for key in store.list("evaluations/") if key.endswith("manifest.json")]) == 2
+    assert len(evaluations(store)) == 2
 
     other_batch = make_recipe(Path(recipe.store.uri), batch_sequences=3)  # not a part of the identity of an evaluation
     listener = Listener(stop_at="mixture btx on general")
@@ -219,6 +235,44 @@ def test_an_interrupted_evaluation_resumes(run: tuple[Recipe, BlobStore]) -> Non
         evaluate(task_run(other_batch, store, ArtifactKind.REPORTS, "report", listener))
     notes = [progress.note for progress in listener.received]
     assert notes[0] == "mixture bam on general", "the seed and the branch were not evaluated again"
+
+
+def test_oracle_routing_uses_the_expert_of_each_domain(run: tuple[Recipe, BlobStore]) -> None:
+    """The oracle scores are those of a model whose routers always choose the domain's expert."""
+    recipe, store = run
+    listener = Listener()
+    report = evaluate(task_run(recipe, store, "reports", "report", listener))
+    results = Results.model_validate_json(Artifact(store, "reports", report.id).read_file("results.json"))
+    bam = next(model for model in results.models if model.label == "mixture bam")
+    assert {domain: each.expert for domain, each in bam.oracle.items()} == {"general": "seed", "code": "code"}
+    rows = Corpus(task_run(recipe, store, "reports", "report").parent("corpora", "corpus").fetch()).held_out("code")
+    for kind, score in (("upcycled", bam.oracle["code"].unmixed), ("mixtures", bam.oracle["code"].mixed)):
+        model = tiny_model(find_task(task_graph(recipe), ArtifactKind(kind), "bam"))
+        for name, module in model.named_modules():
+            if name.endswith(".gate"):
+                module.register_forward_hook(lambda _, __, logits: 1e4 * torch.tensor([0.0, 1.0]).expand_as(logits))
+        assert score.nll == pytest.approx(perplexity(model, held_out_rows(rows, 10 * LENGTH), 10).nll, rel=1e-6)
+    assert bam.oracle["code"].mixed.nll != pytest.approx(bam.domains["code"].nll, rel=1e-4)
+    assert len(evaluations(store)) == 4 + 2 * 2, "oracle scores are committed, before and after mixing"
+    notes = {progress.note for progress in listener.received}
+    assert "oracle routing of mixture btx before mixing on code" in notes
+
+
+def test_the_parts_of_the_gap_sum_to_the_gap(run: tuple[Recipe, BlobStore]) -> None:
+    recipe, store = run
+    report = evaluate(task_run(recipe, store, "reports", "report"))
+    results = Results.model_validate_json(Artifact(store, "reports", report.id).read_file("results.json"))
+    nll = {model.label: {domain: each.nll for domain, each in model.domains.items()} for model in results.models}
+    pairs = [(each.model, each.domain, each.specialist) for each in results.gap_parts]
+    specialists = {"general": "seed", "code": "branch code"}
+    assert pairs == [(f"mixture {name}", domain, specialists[domain]) for name in MIXTURES for domain in DOMAINS]
+    for each in results.gap_parts:
+        gap = nll[each.model][each.domain] - nll[each.specialist][each.domain]
+        assert each.averaging + each.drift + each.routing == pytest.approx(gap, abs=1e-12)
+        assert each.total == pytest.approx(gap, abs=1e-12)
+        assert min(abs(each.averaging), abs(each.drift), abs(each.routing)) > 1e-6, "the random models all differ"
+    html = Artifact(store, "reports", report.id).read_file("report.html").decode()
+    assert "Gap to the specialists" in html and f"{results.gap_parts[0].drift:+.4f}" in html
 
 
 def test_models_are_evaluated_in_the_dtype_of_the_recipe(run: tuple[Recipe, BlobStore]) -> None:

@@ -211,6 +211,18 @@ def test_controls_are_planned_like_branches() -> None:
     assert "controls: " in text(plan) and "dense-0.5x" in text(plan)
 
 
+def test_a_comparison_counts_all_training_seeds() -> None:
+    """Every training seed trains its own models; without `compare`, nothing is said about it."""
+    plan = make_plan(recipe("compare={dense: [1, 0.5], seeds: [3, 4, 5, 6]}"))
+    of_one = [row for row in plan.rows if row.task.kind != "corpora"]
+    assert len(plan.compared) == 1 + 4 * len(of_one)
+    assert sum(row.tokens for row in plan.compared) == 4 * sum(row.tokens for row in of_one)
+    assert sum(row.final_bytes or 0 for row in plan.compared) == 4 * sum(row.final_bytes or 0 for row in of_one)
+    shown = " ".join(text(plan).split())
+    assert "bam compare makes these models with the training seeds 3, 4, 5, 6: " in shown
+    assert "bam compare" not in text(make_plan(recipe()))
+
+
 def test_eighty_columns_show_nodes_and_times_uncut() -> None:
     plan = make_plan(recipe(), eight())
     shown = text(plan, 80)

@@ -33,6 +33,7 @@ def test_every_setting_has_a_description() -> None:
 
 
 def test_settings_outside_the_identity() -> None:
+    compared = {"dense", "max_attempts", "network_gbit_per_s", "nodes", "seeds"}
     excluded = {
         f"{model.__name__}.{name}"
         for model in all_models(Recipe)
@@ -45,7 +46,7 @@ def test_settings_outside_the_identity() -> None:
         *(f"TrainingSettings.{name}" for name in training),
         *(f"SeedSettings.{name}" for name in dense),
         *(f"BranchSettings.{name}" for name in dense | {"domains", "max_attempts", "overrides"}),
-        *(f"CompareSettings.{name}" for name in dense | {"dense", "max_attempts", "seeds"}),
+        *(f"CompareSettings.{name}" for name in dense | compared),
         *(f"MixSettings.{name}" for name in dense | {"at_once", "expert_parallel", "max_failures"}),
         *(f"EvaluateSettings.{name}" for name in ("batch_sequences", "needs")),
         "UpcycleSettings.needs",
