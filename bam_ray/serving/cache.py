@@ -26,7 +26,8 @@ class _CacheWrite:
     """The target of the next forward pass: one slot for a prompt, or one position in each active slot."""
 
     slot: int | None = None  # None: a decode step
-    rows: Tensor | None = None  # [B], 0..B-1
+    first: int = 0  # the first of the B slots of a decode step
+    rows: Tensor | None = None  # [B], these slots
     positions: Tensor | None = None  # [B], the position that each row writes
     length: int = 0  # number of keys that are read
 
@@ -62,8 +63,8 @@ class _SlotLayer(CacheLayerMixin):
         # One token per row, [B, heads, 1, head_dim]
         self.keys[write.rows, :, write.positions] = key_states[:, :, 0]
         self.values[write.rows, :, write.positions] = value_states[:, :, 0]
-        batch = key_states.shape[0]
-        return self.keys[:batch, :, : write.length], self.values[:batch, :, : write.length]
+        slots = slice(write.first, write.first + key_states.shape[0])
+        return self.keys[slots, :, : write.length], self.values[slots, :, : write.length]
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
@@ -86,28 +87,38 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class SlotRows:
-    """Tensors with one row for each slot, which are allocated by the first write."""
+    """Tensors with one row for each slot, which are allocated by the first write.
+
+    A write takes effect with `commit`, so that a forward pass that fails can be repeated.
+    """
 
     def __init__(self, slots: int, write: _CacheWrite) -> None:
         self._slots, self._write = slots, write
         self._stored: tuple[Tensor, ...] = ()  # [slots, ...] each
+        self._written: tuple[Tensor, ...] = ()  # [B, ...] each
 
     def read(self) -> tuple[Tensor, ...] | None:
         """Return the rows of the active slots, [B, ...] each; None: a prompt begins."""
-        if not self._stored or self._write.rows is None or self._write.slot is not None:
+        write = self._write
+        if not self._stored or write.rows is None or write.slot is not None:
             return None
-        batch = len(self._write.rows)
-        return tuple(each[:batch] for each in self._stored)
+        slots = slice(write.first, write.first + len(write.rows))
+        return tuple(each[slots] for each in self._stored)
 
     def write(self, rows: Sequence[Tensor]) -> None:
-        """Store the row of a prompt's slot, [1, ...] each, or those of all active slots, [B, ...] each."""
+        """Set the row of a prompt's slot, [1, ...] each, or those of all active slots, [B, ...] each."""
+        self._written = tuple(rows)
+
+    def commit(self) -> None:
+        """Store the rows that the last forward pass has written, if any."""
+        written, self._written = self._written, ()
+        if not written:
+            return
         if not self._stored:
-            self._stored = tuple(each.new_zeros(self._slots, *each.shape[1:]) for each in rows)
-        for stored, new in zip(self._stored, rows, strict=True):
-            if self._write.slot is not None:
-                stored[self._write.slot] = new[0]
-            else:
-                stored[: len(new)] = new
+            self._stored = tuple(each.new_zeros(self._slots, *each.shape[1:]) for each in written)
+        first = self._write.first if self._write.slot is None else self._write.slot
+        for stored, new in zip(self._stored, written, strict=True):
+            stored[first : first + len(new)] = new
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy the row of one slot to another."""
@@ -170,16 +181,22 @@ class SlotCache(Cache):
         """Make the next forward pass write one prompt into `slot`."""
         self._write.slot = slot
 
-    def decode(self, positions: Tensor, length: int) -> None:
-        """Make the next forward pass write one token per active slot.
+    def decode(self, positions: Tensor, length: int, first: int = 0) -> None:
+        """Make the next forward pass write one token in each of B neighboring slots.
 
         Args:
             positions: The position that each slot writes, [B].
             length: The number of keys that are read.
+            first: The first of the slots.
         """
-        self._write.slot = None
-        self._write.rows = torch.arange(len(positions), device=positions.device)
+        self._write.slot, self._write.first = None, first
+        self._write.rows = torch.arange(first, first + len(positions), device=positions.device)
         self._write.positions, self._write.length = positions, length
+
+    def commit(self) -> None:
+        """Store the rows that the last forward pass has written. Keys and values are stored at once."""
+        for each in (self, *self._parts):
+            each.rows.commit()
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy a request to another slot: its rows, and the first `length` positions of its keys and values."""

@@ -36,6 +36,7 @@ class Delta:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last delta only
+    error: Exception | None = None  # the error that has ended the request in place of a finish reason
 
     def __add__(self, after: "Delta") -> "Delta":
         return Delta(
@@ -43,7 +44,13 @@ class Delta:
             self.tokens + after.tokens,
             self.logprobs + after.logprobs,
             after.finish_reason,
+            after.error,
         )
+
+    @property
+    def is_last(self) -> bool:
+        """True if no delta of the request follows."""
+        return self.finish_reason is not None or self.error is not None
 
 
 class Generation:
@@ -93,9 +100,17 @@ class DecodeEngine:
         self._cache = SlotCache(slots, max_length)
         self._active: list[Generation] = []  # the request at index i occupies slot i
         for length in (max_length - 1, 1):
-            self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
-            self.step()
-            self.clear()
+            self.test(length)
+
+    def test(self, length: int = 1) -> None:
+        """Compute a prompt of `length` tokens and one step. Raises any error that the model raises."""
+        generation, _ = self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
+        try:
+            for _, delta in self.step():
+                if delta.error is not None:
+                    raise delta.error
+        finally:
+            self.remove(generation)
 
     @property
     def active(self) -> int:
@@ -120,6 +135,7 @@ class DecodeEngine:
         self._cache.prefill(len(self._active))
         input_ids = torch.tensor([prompt], device=self._device)
         logits = self._forward(input_ids, torch.arange(len(prompt), device=self._device)[None], None)
+        self._cache.commit()
         delta = self._append_token(generation, logits[0], int(logits[0].argmax()))
         if delta.finish_reason is None:
             self._active.append(generation)
@@ -127,24 +143,48 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Generation, Delta]]:
-        """Generate one token for every active request, and free the slots of the requests that end."""
+        """Generate one token for every active request, and free the slots of the requests that end.
+
+        If the computation fails, each request is computed again alone, so that only those that cause an error end
+        (`Delta.error`).
+        """
         if not self._active:
             return []
-        positions = torch.tensor([generation.length for generation in self._active], device=self._device)
-        length = max(generation.length for generation in self._active) + 1
-        self._cache.decode(positions, length)
-        input_ids = torch.tensor([[generation.token] for generation in self._active], device=self._device)
+        active = list(self._active)
+        try:
+            deltas = self._decode(0, len(active))
+        except Exception:
+            deltas = [self._decode_alone(slot) for slot in range(len(active))]
+        for generation, delta in zip(active, deltas, strict=True):
+            if delta.is_last:
+                self.remove(generation)
+        return list(zip(active, deltas, strict=True))
+
+    def _decode_alone(self, slot: int) -> Delta:
+        try:
+            return self._decode(slot, slot + 1)[0]
+        except Exception as error:
+            return Delta(error=error)
+
+    def _decode(self, start: int, stop: int) -> list[Delta]:
+        """Generate one token for the requests in the slots `start` to `stop` - 1."""
+        active = self._active[start:stop]
+        positions = torch.tensor([generation.length for generation in active], device=self._device)
+        length = max(generation.length for generation in active) + 1
+        self._cache.decode(positions, length, start)
+        input_ids = torch.tensor([[generation.token] for generation in active], device=self._device)
         # [B, 1, 1, length]: a row attends to its own past and itself, not to leftovers of the slot's earlier requests
         mask = (torch.arange(length, device=self._device) <= positions[:, None])[:, None, None]
         logits = self._forward(input_ids, positions[:, None], mask)
-        deltas = []
         greedy_tokens = logits.argmax(-1).tolist()  # of all rows at once: one device synchronization instead of B
-        for generation, row, greedy_token in zip(self._active, logits, greedy_tokens, strict=True):
+        self._cache.commit()
+        deltas = []
+        for generation, row, greedy_token in zip(active, logits, greedy_tokens, strict=True):
             generation.length += 1
-            deltas.append((generation, self._append_token(generation, row, greedy_token)))
-        for generation, delta in deltas:
-            if delta.finish_reason is not None:
-                self.remove(generation)
+            try:
+                deltas.append(self._append_token(generation, row, greedy_token))
+            except Exception as error:  # the forward pass must not be repeated for it
+                deltas.append(Delta(error=error))
         return deltas
 
     @torch.inference_mode()

@@ -80,6 +80,7 @@ def test_it_gives_the_text_the_probability_of_the_report(members: list[PreTraine
         cache.prefill(0) if first == 0 else cache.decode(places, position + 1)
         with torch.no_grad():
             out = model(ids[:, first : position + 1], places[None], mask, cache)
+        cache.commit()
         got.append(-float(out.logits[0, 0, tokens[position + 1]]))
     assert got == pytest.approx(nll[1:].tolist(), abs=1e-5)
 
