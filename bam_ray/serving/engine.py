@@ -1,31 +1,42 @@
 """The decode engine: continuous batching of any causal language model that follows the conventions of transformers.
 
-Requests join one at a time, and each prompt is computed alone. They may leave at any time. One forward pass per step
-produces the next token of every active request, whatever the lengths: each row has its own position and its own mask.
-The output of a request equals the output that it would have alone.
+Requests join and leave between steps. A step generates one token for every request whose prompt is complete, in one
+forward pass whatever the lengths, and computes chunks of the other prompts. The output of a request equals the output
+that it would have alone.
 
     engine = DecodeEngine(model, tokenizer, slots=8, max_length=512)
-    generation, first = engine.add(prompt, SamplingParams(max_tokens=16, temperature=0))
+    generation = engine.add(prompt, SamplingParams(max_tokens=16, temperature=0))
     while engine.active:
         for generation, delta in engine.step():
             print(delta.text, delta.finish_reason)
 
+Each request reserves memory for its prompt and its longest completion when it starts, so it can always finish.
+
 The engine is not thread-safe. `bam_ray.serving.scheduler` drives it from asyncio.
 """
 
+import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bam_ray.errors import ServingError
-from bam_ray.serving.cache import SlotCache
+from bam_ray.serving.blocks import Block, Blocks
+from bam_ray.serving.cache import SlotCache, slot_attention
 from bam_ray.serving.detokenizer import Detokenizer, StopStringMatcher
+from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
 from bam_ray.serving.sampling import SamplingParams, TokenLogprob, sample_token
 
 FinishReason = Literal["stop", "length"]
+SHORTEST_BLOCK = 64
+"""The least length of a block of memory, in tokens. Shorter requests take one of these."""
+TOKENS_PER_STEP = {"cpu": 64, "cuda": 512}
+"""The default token budget of a step. A chunk of a prompt should not take much longer than a step of all slots."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +65,52 @@ class Delta:
 
 
 class Generation:
-    """The decoding state of one active request."""
+    """One request: its prompt of at least one token, and its decoding state once it has started.
 
-    def __init__(self, prompt: list[int], params: SamplingParams, tokenizer: Any, stop_tokens: set[int]) -> None:
-        self.params = params
-        self.stop_tokens = stop_tokens  # those that end this text
+    Attributes:
+        id: A number that no other request of the process has.
+        length: The number of tokens whose keys and values are stored.
+        generated: The number of tokens that have been generated. The newest one is not stored yet.
+    """
+
+    _ids = itertools.count()
+
+    block: Block
+    row: int
+    detokenizer: Detokenizer
+    stop_tokens: set[int]  # those that end this text
+
+    def __init__(self, prompt: list[int], params: SamplingParams) -> None:
+        self.id = next(self._ids)
+        self.prompt, self.params = prompt, params
+        self.length = self.generated = 0
+        self.token = prompt[-1]  # the newest token
         self.rng = random.Random(params.seed)
-        self.length = len(prompt)  # positions in the cache
-        self.token = prompt[-1]  # the newest token, which is not in the cache yet
-        self.generated = 0
-        self.detokenizer = Detokenizer(tokenizer)
         self.stop_matcher = StopStringMatcher(params.stop)
+
+    @property
+    def left(self) -> int:
+        """The number of tokens of the prompt that are not computed yet."""
+        return max(0, len(self.prompt) - self.length)
 
 
 class DecodeEngine:
     """An engine that decodes up to `slots` requests together, each with a prompt and completion of `max_length` tokens.
 
-    The constructor computes the longest prompt and runs one step, which allocates the memory of all slots. A machine
+    The constructor computes the longest prompt and runs one step, which allocates the memory of all requests. A machine
     with too little memory therefore fails at start and not under load.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, slots: int, max_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        slots: int,
+        max_length: int,
+        *,
+        kv_tokens: int | None = None,
+        tokens_per_step: int | None = None,
+    ) -> None:
         """Create an engine and allocate its memory.
 
         Args:
@@ -82,6 +118,11 @@ class DecodeEngine:
             tokenizer: The tokenizer of the model.
             slots: The maximum number of requests that are decoded together.
             max_length: The maximum number of tokens of a request, prompt and completion together.
+            kv_tokens: The number of tokens whose keys and values fit the memory, rounded up to requests of
+                `max_length`. None: `slots` requests of `max_length`. With fewer, more short requests than long ones can
+                be decoded together.
+            tokens_per_step: The number of tokens that a step computes: one for each request that decodes, and the rest
+                for prompts. None: `TOKENS_PER_STEP` of the device.
 
         Raises:
             ServingError: The engine cannot reproduce the model's attention.
@@ -91,129 +132,187 @@ class DecodeEngine:
         self.slots = slots
         self.max_length = max_length
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self.tokens_per_step = tokens_per_step or TOKENS_PER_STEP.get(model.device.type, 512)
+        self.memory = Blocks(kv_tokens or slots * max_length, max_length, SHORTEST_BLOCK)
         self._model = model.eval()
         self._device: torch.device = model.device
         self._end_tokens = _end_tokens(model, tokenizer)
         self._special_tokens = {
             added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
         }
-        self._cache = SlotCache(slots, max_length)
-        self._active: list[Generation] = []  # the request at index i occupies slot i
+        self._cache = SlotCache(slots, self.memory.size)
+        self._active: dict[int, Generation] = {}  # by id, in the order in which they started
+        self._free_rows = [*reversed(range(slots))]
         for length in (max_length - 1, 1):
             self.test(length)
 
     def test(self, length: int = 1) -> None:
-        """Compute a prompt of `length` tokens and one step. Raises any error that the model raises."""
-        generation, _ = self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
+        """Compute a prompt of `length` tokens and a token after it. Raises any error that the model raises."""
+        generation = self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
         try:
-            for _, delta in self.step():
-                if delta.error is not None:
-                    raise delta.error
+            while generation.id in self._active:
+                for _, delta in self.step():
+                    if delta.error is not None:
+                        raise delta.error
         finally:
             self.remove(generation)
 
     @property
     def active(self) -> int:
-        """The number of requests being decoded."""
+        """The number of requests that have started and not ended."""
         return len(self._active)
 
     @property
     def free(self) -> int:
         """The number of free slots."""
-        return self.slots - len(self._active)
+        return len(self._free_rows)
 
-    @torch.inference_mode()
-    def add(self, prompt: list[int], params: SamplingParams) -> tuple[Generation, Delta]:
-        """Compute a prompt of 1 to `max_length` - 1 tokens and its first new token.
+    def waiting_request(self, generation: Generation, tenant: str = "") -> WaitingRequest:
+        """Return what a plan has to know of a request before it starts."""
+        tokens = len(generation.prompt)
+        return WaitingRequest(
+            generation.id, tenant, tokens, min(tokens + generation.params.max_tokens, self.max_length)
+        )
 
-        The request takes a slot unless its first token ends it. A slot must be free.
-        """
-        assert self.free and 0 < len(prompt) < self.max_length
+    def plan(self, waiting: list[WaitingRequest], served: dict[str, float]) -> StepPlan:
+        """Return the plan of the next step (`plan_step`)."""
+        running = [RunningRequest(each.id, each.left) for each in self._active.values()]
+        return plan_step(PlanState(waiting, running, self.free, self.memory.counts, served), self.tokens_per_step)
+
+    def add(self, prompt: list[int], params: SamplingParams) -> Generation:
+        """Start a request with a prompt of 1 to `max_length` - 1 tokens. A slot and its memory must be free."""
+        generation = Generation(prompt, params)
+        self.start(generation)
+        return generation
+
+    def start(self, generation: Generation) -> None:
+        """Start a request that a plan starts."""
+        assert self.free and 0 < len(generation.prompt) < self.max_length
         # Special tokens are left out of the text, so a stop string that is one must be found among the tokens
-        stop_tokens = {self._special_tokens[stop] for stop in params.stop if stop in self._special_tokens}
-        generation = Generation(prompt, params, self.tokenizer, self._end_tokens | stop_tokens)
-        self._cache.prefill(len(self._active))
-        input_ids = torch.tensor([prompt], device=self._device)
-        logits = self._forward(input_ids, torch.arange(len(prompt), device=self._device)[None], None)
-        self._cache.commit()
-        delta = self._append_token(generation, logits[0], int(logits[0].argmax()))
-        if delta.finish_reason is None:
-            self._active.append(generation)
-        return generation, delta
+        stops = generation.params.stop
+        generation.stop_tokens = self._end_tokens | {
+            self._special_tokens[stop] for stop in stops if stop in self._special_tokens
+        }
+        generation.detokenizer = Detokenizer(self.tokenizer)
+        generation.block = self.memory.take(self.waiting_request(generation).reserved)
+        generation.row = self._free_rows.pop()
+        self._active[generation.id] = generation
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Generation, Delta]]:
-        """Generate one token for every active request, and free the slots of the requests that end.
+    def step(self, plan: StepPlan | None = None) -> list[tuple[Generation, Delta]]:
+        """Compute a plan, and free the slots of the requests that end.
 
         If the computation fails, each request is computed again alone, so that only those that cause an error end
         (`Delta.error`).
+
+        Lower bound of the memory traffic of a step: the weights that its tokens use once, the keys and values of all
+        requests that decode, and 4 · V bytes of logits for each.
+
+        Args:
+            plan: The work of the step. None: one token of every request, and as much of the prompts as the budget of
+                the step allows.
         """
-        if not self._active:
-            return []
-        active = list(self._active)
-        try:
-            deltas = self._decode(0, len(active))
-        except Exception:
-            deltas = [self._decode_alone(slot) for slot in range(len(active))]
-        for generation, delta in zip(active, deltas, strict=True):
+        plan = plan or self.plan([], {})
+        deltas: list[tuple[Generation, Delta]] = []
+        decoding = sorted((self._active[id_] for id_ in plan.decode), key=lambda each: (each.block.length, each.block))
+        ready = []  # groups of requests, and the logits of their next tokens [B, V]
+        with slot_attention(self._model):
+            if decoding:
+                ready += self._attempt(decoding, self._decode, deltas)
+            for chunk in plan.chunks:
+                generation = self._active[chunk.id]
+                computed = self._attempt([generation], partial(self._prefill, tokens=chunk.tokens), deltas)
+                ready += [] if generation.left else computed
+        for group, logits in ready:
+            deltas += self._append_tokens(group, logits)
+        for generation, delta in deltas:
             if delta.is_last:
                 self.remove(generation)
-        return list(zip(active, deltas, strict=True))
-
-    def _decode_alone(self, slot: int) -> Delta:
-        try:
-            return self._decode(slot, slot + 1)[0]
-        except Exception as error:
-            return Delta(error=error)
-
-    def _decode(self, start: int, stop: int) -> list[Delta]:
-        """Generate one token for the requests in the slots `start` to `stop` - 1."""
-        active = self._active[start:stop]
-        positions = torch.tensor([generation.length for generation in active], device=self._device)
-        length = max(generation.length for generation in active) + 1
-        self._cache.decode(positions, length, start)
-        input_ids = torch.tensor([[generation.token] for generation in active], device=self._device)
-        # [B, 1, 1, length]: a row attends to its own past and itself, not to leftovers of the slot's earlier requests
-        mask = (torch.arange(length, device=self._device) <= positions[:, None])[:, None, None]
-        logits = self._forward(input_ids, positions[:, None], mask)
-        greedy_tokens = logits.argmax(-1).tolist()  # of all rows at once: one device synchronization instead of B
-        self._cache.commit()
-        deltas = []
-        for generation, row, greedy_token in zip(active, logits, greedy_tokens, strict=True):
-            generation.length += 1
-            try:
-                deltas.append(self._append_token(generation, row, greedy_token))
-            except Exception as error:  # the forward pass must not be repeated for it
-                deltas.append(Delta(error=error))
         return deltas
 
-    @torch.inference_mode()
-    def remove(self, generation: Generation) -> None:
-        """Free the slot of a request. Does nothing if the request has ended."""
-        if generation not in self._active:
-            return
-        slot = self._active.index(generation)
-        last = self._active.pop()
-        if last is not generation:
-            self._cache.copy_slot(len(self._active), slot, last.length)
-            self._active[slot] = last
+    def _attempt(
+        self,
+        group: list[Generation],
+        compute: Callable[[list[Generation]], Tensor],
+        deltas: list[tuple[Generation, Delta]],
+    ) -> list[tuple[list[Generation], Tensor]]:
+        """Return the results of the requests that can be computed, together or alone. Errors go to `deltas`."""
+        try:
+            return [(group, compute(group))]
+        except Exception as error:
+            if len(group) == 1:
+                deltas.append((group[0], Delta(error=error)))
+                return []
+        return [result for generation in group for result in self._attempt([generation], compute, deltas)]
 
-    def clear(self) -> None:
-        """Drop all requests."""
-        self._active.clear()
+    def _prefill(self, group: list[Generation], tokens: int) -> Tensor:
+        """Compute the next `tokens` tokens of the prompt of one request, and return the logits after them, [1, V]."""
+        (generation,) = group
+        start, stop = generation.length, generation.length + tokens
+        positions = torch.arange(start, stop, device=self._device)[None]
+        self._cache.prefill(generation.block, generation.row, positions, start)
+        logits = self._forward(torch.tensor([generation.prompt[start:stop]], device=self._device), positions)
+        generation.length = stop
+        return logits
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _decode(self, group: list[Generation]) -> Tensor:
+        """Compute the newest token of each request, and return the logits after them, [B, V]."""
+        lengths = [each.length for each in group]
+        positions = torch.tensor(lengths, device=self._device)[:, None]
+        self._cache.decode([each.block for each in group], [each.row for each in group], positions, lengths)
+        logits = self._forward(torch.tensor([[each.token] for each in group], device=self._device), positions)
+        for generation in group:
+            generation.length += 1
+        return logits
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the logits of the last position, [B, V], in fp32."""
         output = self._model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=mask,
             cache=self._cache,
+            slots=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
+        self._cache.commit()
         logits: Tensor = output.logits[:, -1].float()
         return logits
+
+    @torch.inference_mode()
+    def remove(self, generation: Generation) -> None:
+        """Free the slot and the memory of a request. Does nothing if the request has ended.
+
+        The last of the blocks of the same length moves to the freed one, so that they stay neighbors.
+        """
+        if self._active.pop(generation.id, None) is None:
+            return
+        self._free_rows.append(generation.row)
+        block = generation.block
+        same = [each for each in self._active.values() if each.block.length == block.length]
+        last = max(same, key=lambda each: each.block.start, default=generation)
+        if last.block.start > block.start:
+            self._cache.copy(last.block, block, last.length)
+            last.block, block = block, last.block
+        self.memory.release(block)
+
+    def clear(self) -> None:
+        """Drop all requests."""
+        for generation in [*self._active.values()]:
+            del self._active[generation.id]
+            self._free_rows.append(generation.row)
+            self.memory.release(generation.block)
+
+    def _append_tokens(self, group: list[Generation], logits: Tensor) -> list[tuple[Generation, Delta]]:
+        """Select the next token of each request from `logits` [B, V], and return what they add to the outputs."""
+        deltas = []
+        greedy_tokens = logits.argmax(-1).tolist()  # of all rows at once: one device synchronization instead of B
+        for generation, row, greedy_token in zip(group, logits, greedy_tokens, strict=True):
+            try:
+                deltas.append((generation, self._append_token(generation, row, greedy_token)))
+            except Exception as error:  # the forward pass must not be repeated for it
+                deltas.append((generation, Delta(error=error)))
+        return deltas
 
     def _append_token(self, generation: Generation, logits: Tensor, greedy_token: int) -> Delta:
         """Select the next token of a request from `logits` [V], and return what it adds to the output."""

@@ -9,7 +9,7 @@ The weights of the members are their probabilities after the earlier tokens of t
 out leaves nothing behind. `bam_ray.evaluation.ensemble` scores the same ensemble on held-out text.
 
 Each member keeps its keys and values in a part of the engine's cache. The rows of the cache hold the N sums of each
-slot, and what each member predicts next, because the token that the engine selects is known only at the next step.
+request, and what each member predicts next, because the token that follows is known only at the next forward pass.
 
 Shapes: N members, B batch, L length, d hidden, V vocabulary.
 """
@@ -71,34 +71,31 @@ class PosteriorEnsemble(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
         cache: SlotCache,
+        slots: SlotCache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 1,
     ) -> CausalLMOutput:
-        """Compute the next token of one prompt, or of the active slots.
+        """Compute the next token after a chunk of one prompt, or of B requests.
 
         Args:
-            input_ids: A prompt [1, L], or the newest token of each active slot [B, 1].
+            input_ids: A chunk [1, L], or the newest token of each request [B, 1].
             position_ids: The positions of the tokens, [1, L] or [B, 1].
-            attention_mask: The keys that each row attends to, bool [B, 1, 1, K]; None: a prompt attends to itself.
-            cache: The cache of the engine.
+            cache: The cache of the engine, from which the members read.
+            slots: Has no effect, because it is the same cache.
             use_cache: Has no effect, because the ensemble always uses its cache.
             logits_to_keep: Has no effect, because only the logits of the last token are computed.
 
         Returns:
             An output whose `logits` are the log-probabilities of the next token, double [B, 1, V].
         """
-        del use_cache, logits_to_keep
+        del slots, use_cache, logits_to_keep
         earlier = cache.rows.read()
         seen, last = [], []
         for index, member in enumerate(self.members):
+            part = cache.part(index)
             hidden = member.base_model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                cache=cache.part(index),
-                use_cache=True,
+                input_ids=input_ids, position_ids=position_ids, cache=part, slots=part, use_cache=True
             ).last_hidden_state
             log_p, following = _score(member, hidden, input_ids[:, 1:])
             seen.append(log_p)

@@ -1,9 +1,8 @@
 """The scheduler: drives the decode engine from asyncio, and streams the output of each request to its reader.
 
-Requests wait in a queue for a free slot, and join and leave between steps. One task owns the engine. The model runs on
-its own thread, so the event loop stays free to send output. At most one prompt is computed between two steps, so an
-active request never waits for more than one prompt. When a reader closes its generator, its slots are freed before the
-next step.
+Requests wait in a queue, and start and leave between steps. One task owns the engine. The model runs on its own thread,
+so the event loop stays free to send output. `plan_step` decides what the next step computes. When a reader closes its
+generator, its slots are freed before the next step.
 
 A failure of one request ends that request alone. A failure that concerns all requests ends all of them, and serving
 continues. After several of them in a row, or after an error outside the model, the scheduler stops (`failure`).
@@ -13,12 +12,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import DecodeEngine, Delta, Generation
+from bam_ray.serving.plan import ServedTokens, WaitingRequest
 from bam_ray.serving.sampling import SamplingParams
 
 _logger = logging.getLogger(__name__)
@@ -35,14 +35,13 @@ _Output = asyncio.Queue[tuple[int, Delta | ServingError]]
 
 
 @dataclass(eq=False)
-class _QueuedPrompt:
+class _Prompt:
     """One prompt of a request, and the queue that receives its output."""
 
     index: int
-    prompt: list[int]
-    params: SamplingParams
+    generation: Generation
+    waiting: WaitingRequest
     output: _Output
-    generation: Generation | None = None  # set when the prompt has a slot
 
 
 @dataclass
@@ -77,10 +76,11 @@ class Scheduler:
         self.totals = SchedulerTotals()
         self.failure: ServingError | None = None
         self._max_queued_prompts, self._max_queued_tokens = max_queued_prompts, max_queued_tokens
-        self._waiting: dict[_QueuedPrompt, None] = {}  # in order of arrival; a dict, so that any of them leaves in O(1)
+        self._waiting: dict[int, _Prompt] = {}  # by id, in order of arrival; a dict, so that any of them leaves in O(1)
         self._waiting_tokens = 0
-        self._running: dict[Generation, _QueuedPrompt] = {}
-        self._abandoned: list[_QueuedPrompt] = []  # their readers have disconnected
+        self._running: dict[int, _Prompt] = {}
+        self._served = ServedTokens()
+        self._abandoned: list[_Prompt] = []  # their readers have disconnected
         self._failed_steps = 0  # in a row
         self._readers: set[_Output] = set()
         self._work_available = asyncio.Event()
@@ -108,26 +108,26 @@ class Scheduler:
             prompts: The token ids of each prompt.
             params: The sampling parameters of all prompts.
             paced: Wait between yields if there are many readers, so that each yield carries more output.
-            tenant: The client that the request belongs to.
+            tenant: The client that the request belongs to. Tenants receive equally many tokens while they wait.
 
         Raises:
             Overloaded: The queue is full. Nothing has been queued.
             ServingError: The model failed, or the server is shutting down.
         """
         self._check_queue(prompts)
-        return self._generate(prompts, params, paced)
+        return self._generate(prompts, params, paced, tenant)
 
     async def _generate(
-        self, prompts: list[list[int]], params: SamplingParams, paced: bool
+        self, prompts: list[list[int]], params: SamplingParams, paced: bool, tenant: str
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         self._check_queue(prompts)  # the queue may have grown since the call
         if self._task is None:
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._handle_end)
         output: _Output = asyncio.Queue()
-        unfinished = {i: _QueuedPrompt(i, prompt, params, output) for i, prompt in enumerate(prompts)}
-        self._waiting.update(dict.fromkeys(unfinished.values()))
-        self._waiting_tokens += sum(len(prompt) for prompt in prompts)
+        unfinished = {}
+        for index, prompt in enumerate(prompts):
+            unfinished[index] = self._queue(index, Generation(prompt, params), tenant, output)
         self._work_available.set()
         self._readers.add(output)
         next_time = 0.0
@@ -187,45 +187,52 @@ class Scheduler:
                 self._work_available.clear()
                 await self._work_available.wait()
                 continue
-            joining = self._take_waiting(next(iter(self._waiting))) if self._waiting and self.engine.free else None
-            self._deliver(await loop.run_in_executor(self._thread, self._step, joining, leaving))
+            waiting = [queued.waiting for queued in self._waiting.values()]
+            started, deltas = await loop.run_in_executor(self._thread, self._step, waiting, leaving)
+            self._deliver(started, deltas)
             if self._failed_steps >= MAX_FAILED_STEPS:
                 await loop.run_in_executor(self._thread, self._check_engine)
                 self._failed_steps = 0
 
-    def _step(self, joining: _QueuedPrompt | None, leaving: list[Generation]) -> list[tuple[_QueuedPrompt, Delta]]:
-        """Free slots, and compute at most one prompt and then one step. Runs on the engine's thread."""
+    def _step(
+        self, waiting: list[WaitingRequest], leaving: list[Generation]
+    ) -> tuple[Sequence[int], list[tuple[Generation, Delta]]]:
+        """Free slots, plan a step and compute it. Runs on the engine's thread.
+
+        Returns:
+            The ids of the requests that have started, and the output of the step.
+        """
         start = time.perf_counter()
         for generation in leaving:
             self.engine.remove(generation)
-        deltas: list[tuple[_QueuedPrompt, Delta]] = []
-        if joining is not None:
-            try:
-                joining.generation, delta = self.engine.add(joining.prompt, joining.params)
-            except Exception as error:  # a model can raise anything: the prompt fails alone
-                deltas.append((joining, Delta(error=error)))
-            else:
-                self._running[joining.generation] = joining
-                self.totals.prompt_tokens += len(joining.prompt)
-                deltas.append((joining, delta))
+        plan = self.engine.plan(waiting, self._served.tokens)
+        started = [self._waiting[id_].generation for id_ in plan.start]
+        for generation in started:
+            self.engine.start(generation)
         try:
-            decoded = self.engine.step()
-        except Exception as error:  # it concerns all requests
+            deltas = self.engine.step(plan)
+        except Exception as error:  # a model can raise anything, and this error concerns all requests
             self.engine.clear()
-            decoded = [(generation, Delta(error=error)) for generation in self._running]
-        deltas += [(self._running[generation], delta) for generation, delta in decoded]
+            active = [*started, *(queued.generation for queued in self._running.values())]
+            deltas = [(generation, Delta(error=error)) for generation in active]
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - start
-        return deltas
+        return plan.start, deltas
 
-    def _deliver(self, deltas: list[tuple[_QueuedPrompt, Delta]]) -> None:
+    def _deliver(self, started: Sequence[int], deltas: list[tuple[Generation, Delta]]) -> None:
         """Send what a step has computed to the readers."""
-        for queued, delta in deltas:
+        for id_ in started:
+            queued = self._running[id_] = self._take_waiting(id_)
+            self.totals.prompt_tokens += queued.waiting.prompt
+            self._served.add(queued.waiting.tenant, queued.waiting.prompt)
+        for generation, delta in deltas:
+            queued = self._running[generation.id]
             queued.output.put_nowait((queued.index, _client_error(delta.error) if delta.error else delta))
             self.totals.completion_tokens += len(delta.tokens)
-            if delta.is_last and queued.generation is not None:
-                self._running.pop(queued.generation, None)
-        errors = [delta.error for delta in dict(deltas).values()]  # of the newest delta of each prompt
+            self._served.add(queued.waiting.tenant, len(delta.tokens))
+            if delta.is_last:
+                self._forget_running(queued)
+        errors = [delta.error for _, delta in deltas]
         if None in errors:
             self._failed_steps = 0
         elif not all(map(_is_out_of_memory, errors)):  # a prompt without memory says nothing of the engine
@@ -240,20 +247,33 @@ class Scheduler:
                 f"the model failed in {MAX_FAILED_STEPS} steps in a row and in a test after them: restart the server"
             ) from error
 
-    def _take_waiting(self, queued: _QueuedPrompt) -> _QueuedPrompt:
-        """Remove a prompt from the queue."""
-        del self._waiting[queued]
-        self._waiting_tokens -= len(queued.prompt)
+    def _queue(self, index: int, generation: Generation, tenant: str, output: _Output) -> _Prompt:
+        """Add a prompt to the queue."""
+        waiting = self.engine.waiting_request(generation, tenant)
+        queued = self._waiting[generation.id] = _Prompt(index, generation, waiting, output)
+        self._waiting_tokens += waiting.prompt
+        self._served.arrive(tenant)
         return queued
+
+    def _take_waiting(self, id_: int) -> _Prompt:
+        """Remove a prompt from the queue."""
+        queued = self._waiting.pop(id_)
+        self._waiting_tokens -= queued.waiting.prompt
+        return queued
+
+    def _forget_running(self, queued: _Prompt) -> None:
+        del self._running[queued.generation.id]
+        self._served.leave(queued.waiting.tenant)
 
     def _take_abandoned(self) -> list[Generation]:
         """Forget the prompts whose readers have disconnected, and return those whose slots must be freed."""
         leaving = []
         for queued in self._abandoned:
-            if queued in self._waiting:
-                self._take_waiting(queued)
-            elif queued.generation in self._running:
-                del self._running[queued.generation]
+            if queued.generation.id in self._waiting:
+                self._take_waiting(queued.generation.id)
+                self._served.leave(queued.waiting.tenant)
+            elif queued.generation.id in self._running:
+                self._forget_running(queued)
                 leaving.append(queued.generation)
         self._abandoned.clear()
         return leaving

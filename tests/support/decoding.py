@@ -13,18 +13,18 @@ from tests.support.tiny import dense
 
 def run(engine: DecodeEngine, prompts: list[list[int]], params: Callable[[int], SamplingParams]) -> list[Delta]:
     """Decode all prompts, each as soon as a slot is free, and return the concatenated deltas of each."""
-    waiting = list(enumerate(prompts))
-    owners: dict[Generation, int] = {}
-    outputs = [Delta() for _ in prompts]
+    generations = [Generation(prompt, params(index)) for index, prompt in enumerate(prompts)]
+    waiting = {each.id: engine.waiting_request(each) for each in generations}
+    outputs = {each.id: Delta() for each in generations}
     while waiting or engine.active:
-        while waiting and engine.free:
-            index, prompt = waiting.pop(0)
-            generation, delta = engine.add(prompt, params(index))
-            owners[generation] = index
-            outputs[index] += delta
-        for generation, delta in engine.step():
-            outputs[owners[generation]] += delta
-    return outputs
+        plan = engine.plan([*waiting.values()], {})
+        for each in generations:
+            if each.id in plan.start:
+                del waiting[each.id]
+                engine.start(each)
+        for generation, delta in engine.step(plan):
+            outputs[generation.id] += delta
+    return [*outputs.values()]
 
 
 def prompts_of(count: int, vocabulary: int) -> list[list[int]]:
