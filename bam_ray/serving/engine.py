@@ -16,11 +16,10 @@ The engine is not thread-safe. `bam_ray.serving.scheduler` drives it from asynci
 """
 
 import itertools
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +29,10 @@ from bam_ray.serving.blocks import Block, Blocks
 from bam_ray.serving.cache import SlotCache, slot_attention
 from bam_ray.serving.detokenizer import Detokenizer, StopStringMatcher
 from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
-from bam_ray.serving.sampling import SamplingParams, TokenLogprob, sample_token
+from bam_ray.serving.sampler import Sampled, Sampler
+from bam_ray.serving.sampling import SamplingParams, SamplingState, TokenLogprob
 
+_T = TypeVar("_T")
 FinishReason = Literal["stop", "length"]
 SHORTEST_BLOCK = 64
 """The least length of a block of memory, in tokens. Shorter requests take one of these."""
@@ -69,23 +70,21 @@ class Generation:
 
     Attributes:
         id: A number that no other request of the process has.
-        length: The number of tokens whose keys and values are stored.
-        generated: The number of tokens that have been generated. The newest one is not stored yet.
+        length: The number of tokens whose keys and values are stored, which are all but the newest one.
+        sampling: The state of its sampling.
     """
 
     _ids = itertools.count()
 
     block: Block
-    row: int
     detokenizer: Detokenizer
-    stop_tokens: set[int]  # those that end this text
 
     def __init__(self, prompt: list[int], params: SamplingParams) -> None:
         self.id = next(self._ids)
         self.prompt, self.params = prompt, params
-        self.length = self.generated = 0
+        self.sampling = SamplingState(params, prompt)
+        self.length = 0
         self.token = prompt[-1]  # the newest token
-        self.rng = random.Random(params.seed)
         self.stop_matcher = StopStringMatcher(params.stop)
 
     @property
@@ -143,6 +142,7 @@ class DecodeEngine:
         self._cache = SlotCache(slots, self.memory.size)
         self._active: dict[int, Generation] = {}  # by id, in the order in which they started
         self._free_rows = [*reversed(range(slots))]
+        self._sampler = Sampler(slots, self.vocab_size, self._device)
         for length in (max_length - 1, 1):
             self.test(length)
 
@@ -189,13 +189,14 @@ class DecodeEngine:
         """Start a request that a plan starts."""
         assert self.free and 0 < len(generation.prompt) < self.max_length
         # Special tokens are left out of the text, so a stop string that is one must be found among the tokens
-        stops = generation.params.stop
-        generation.stop_tokens = self._end_tokens | {
-            self._special_tokens[stop] for stop in stops if stop in self._special_tokens
-        }
+        params = generation.params
+        special = [self._special_tokens[stop] for stop in params.stop if stop in self._special_tokens]
+        end_tokens = set() if params.ignore_eos else self._end_tokens
+        generation.sampling.stop_tokens = frozenset({*special, *end_tokens, *params.stop_token_ids})
         generation.detokenizer = Detokenizer(self.tokenizer)
         generation.block = self.memory.take(self.waiting_request(generation).reserved)
-        generation.row = self._free_rows.pop()
+        generation.sampling.row = self._free_rows.pop()
+        self._sampler.start(generation.sampling)
         self._active[generation.id] = generation
 
     @torch.inference_mode()
@@ -215,7 +216,7 @@ class DecodeEngine:
         plan = plan or self.plan([], {})
         deltas: list[tuple[Generation, Delta]] = []
         decoding = sorted((self._active[id_] for id_ in plan.decode), key=lambda each: (each.block.length, each.block))
-        ready = []  # groups of requests, and the logits of their next tokens [B, V]
+        ready: list[tuple[list[Generation], Tensor]] = []  # with the logits of their next tokens [B, V]
         with slot_attention(self._model):
             if decoding:
                 ready += self._attempt(decoding, self._decode, deltas)
@@ -223,8 +224,8 @@ class DecodeEngine:
                 generation = self._active[chunk.id]
                 computed = self._attempt([generation], partial(self._prefill, tokens=chunk.tokens), deltas)
                 ready += [] if generation.left else computed
-        for group, logits in ready:
-            deltas += self._append_tokens(group, logits)
+        if ready:
+            deltas += self._sample([each for group, _ in ready for each in group], [logits for _, logits in ready])
         for generation, delta in deltas:
             if delta.is_last:
                 self.remove(generation)
@@ -233,9 +234,9 @@ class DecodeEngine:
     def _attempt(
         self,
         group: list[Generation],
-        compute: Callable[[list[Generation]], Tensor],
+        compute: Callable[[list[Generation]], _T],
         deltas: list[tuple[Generation, Delta]],
-    ) -> list[tuple[list[Generation], Tensor]]:
+    ) -> list[tuple[list[Generation], _T]]:
         """Return the results of the requests that can be computed, together or alone. Errors go to `deltas`."""
         try:
             return [(group, compute(group))]
@@ -250,7 +251,7 @@ class DecodeEngine:
         (generation,) = group
         start, stop = generation.length, generation.length + tokens
         positions = torch.arange(start, stop, device=self._device)[None]
-        self._cache.prefill(generation.block, generation.row, positions, start)
+        self._cache.prefill(generation.block, generation.sampling.row, positions, start)
         logits = self._forward(torch.tensor([generation.prompt[start:stop]], device=self._device), positions)
         generation.length = stop
         return logits
@@ -259,7 +260,7 @@ class DecodeEngine:
         """Compute the newest token of each request, and return the logits after them, [B, V]."""
         lengths = [each.length for each in group]
         positions = torch.tensor(lengths, device=self._device)[:, None]
-        self._cache.decode([each.block for each in group], [each.row for each in group], positions, lengths)
+        self._cache.decode([each.block for each in group], [each.sampling.row for each in group], positions, lengths)
         logits = self._forward(torch.tensor([[each.token] for each in group], device=self._device), positions)
         for generation in group:
             generation.length += 1
@@ -287,7 +288,7 @@ class DecodeEngine:
         """
         if self._active.pop(generation.id, None) is None:
             return
-        self._free_rows.append(generation.row)
+        self._release_row(generation)
         block = generation.block
         same = [each for each in self._active.values() if each.block.length == block.length]
         last = max(same, key=lambda each: each.block.start, default=generation)
@@ -296,34 +297,39 @@ class DecodeEngine:
             last.block, block = block, last.block
         self.memory.release(block)
 
+    def _release_row(self, generation: Generation) -> None:
+        self._sampler.end(generation.sampling)
+        self._free_rows.append(generation.sampling.row)
+
     def clear(self) -> None:
         """Drop all requests."""
         for generation in [*self._active.values()]:
             del self._active[generation.id]
-            self._free_rows.append(generation.row)
+            self._release_row(generation)
             self.memory.release(generation.block)
 
-    def _append_tokens(self, group: list[Generation], logits: Tensor) -> list[tuple[Generation, Delta]]:
-        """Select the next token of each request from `logits` [B, V], and return what they add to the outputs."""
-        deltas = []
-        greedy_tokens = logits.argmax(-1).tolist()  # of all rows at once: one device synchronization instead of B
-        for generation, row, greedy_token in zip(group, logits, greedy_tokens, strict=True):
-            try:
-                deltas.append((generation, self._append_token(generation, row, greedy_token)))
-            except Exception as error:  # the forward pass must not be repeated for it
-                deltas.append((generation, Delta(error=error)))
+    def _sample(self, group: list[Generation], parts: list[Tensor]) -> list[tuple[Generation, Delta]]:
+        """Select the next token of each request from its logits, `parts` of [B, V], and return what they add."""
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        deltas: list[tuple[Generation, Delta]] = []
+
+        def sample(some: list[Generation]) -> list[Sampled]:
+            rows = logits if len(some) == len(group) else logits[[group.index(each) for each in some]]
+            return self._sampler(rows, [each.sampling for each in some])
+
+        for some, sampled in self._attempt(group, sample, deltas):
+            deltas += [(each, self._append_token(each, token)) for each, token in zip(some, sampled, strict=True)]
         return deltas
 
-    def _append_token(self, generation: Generation, logits: Tensor, greedy_token: int) -> Delta:
-        """Select the next token of a request from `logits` [V], and return what it adds to the output."""
-        params = generation.params
-        token = sample_token(logits, params, generation.rng) if params.temperature > 0 else greedy_token
+    def _append_token(self, generation: Generation, sampled: Sampled) -> Delta:
+        """Add a token to a request, and return what it adds to the output."""
+        if not sampled.is_finite:
+            return Delta(error=ServingError("the logits of the model are not finite"))
+        state, params, token = generation.sampling, generation.params, sampled.token
         generation.token = token
-        generation.generated += 1
-        logprobs = () if params.logprobs is None else (self._logprob(logits, token, params.logprobs),)
-        ended = token in generation.stop_tokens
-        # The cache holds all tokens but the newest
-        full = generation.generated >= params.max_tokens or generation.length + 1 >= self.max_length
+        state.generated += 1
+        ended = token in state.stop_tokens
+        full = state.generated >= params.max_tokens or generation.length + 1 >= self.max_length
         piece = "" if ended else generation.detokenizer.feed(token)
         if ended or full:
             piece += generation.detokenizer.flush()
@@ -331,13 +337,11 @@ class DecodeEngine:
         if (ended or full) and not stopped:
             text += generation.stop_matcher.flush()
         reason: FinishReason | None = "stop" if ended or stopped else "length" if full else None
-        return Delta(text, (token,), logprobs, reason)
+        return Delta(text, (token,), () if params.logprobs is None else (self._logprob(sampled),), reason)
 
-    def _logprob(self, logits: Tensor, token: int, top: int) -> TokenLogprob:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        values, tokens = logprobs.topk(min(top, len(logprobs)))
-        best = tuple((self._token_text(int(other)), float(value)) for value, other in zip(values, tokens, strict=True))
-        return TokenLogprob(self._token_text(token), float(logprobs[token]), best)
+    def _logprob(self, sampled: Sampled) -> TokenLogprob:
+        top = tuple((self._token_text(token), logprob) for token, logprob in sampled.top)
+        return TokenLogprob(self._token_text(sampled.token), sampled.logprob, top)
 
     def _token_text(self, token: int) -> str:
         text: str = self.tokenizer.decode([token])
