@@ -29,7 +29,7 @@ from bam_ray.serving.blocks import Block, Blocks
 from bam_ray.serving.cache import SlotCache, slot_attention
 from bam_ray.serving.detokenizer import Detokenizer, StopStringMatcher
 from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
-from bam_ray.serving.sampler import Sampled, Sampler
+from bam_ray.serving.sampler import Sampled, TokenSampler, prompt_logprobs
 from bam_ray.serving.sampling import SamplingParams, SamplingState, TokenLogprob
 
 _T = TypeVar("_T")
@@ -48,6 +48,7 @@ class Delta:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last delta only
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the second and later tokens of the prompt; on the first delta
     error: Exception | None = None  # the error that has ended the request in place of a finish reason
 
     def __add__(self, after: "Delta") -> "Delta":
@@ -56,6 +57,7 @@ class Delta:
             self.tokens + after.tokens,
             self.logprobs + after.logprobs,
             after.finish_reason,
+            self.prompt_logprobs + after.prompt_logprobs,
             after.error,
         )
 
@@ -66,10 +68,12 @@ class Delta:
 
 
 class Generation:
-    """One request: its prompt of at least one token, and its decoding state once it has started.
+    """One completion of a prompt of at least one token, and its decoding state once it has started.
 
     Attributes:
-        id: A number that no other request of the process has.
+        id: A number that no other completion of the process has.
+        copies: The other completions of the prompt (`SamplingParams.n`). They start with this one, and take a copy of
+            its keys and values when the prompt is complete.
         length: The number of tokens whose keys and values are stored, which are all but the newest one.
         sampling: The state of its sampling.
     """
@@ -79,10 +83,12 @@ class Generation:
     block: Block
     detokenizer: Detokenizer
 
-    def __init__(self, prompt: list[int], params: SamplingParams) -> None:
+    def __init__(self, prompt: list[int], params: SamplingParams, choice: int = 0) -> None:
         self.id = next(self._ids)
         self.prompt, self.params = prompt, params
-        self.sampling = SamplingState(params, prompt)
+        self.copies = [] if choice else [Generation(prompt, params, other) for other in range(1, params.n)]
+        self.sampling = SamplingState(params, prompt, choice)
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.length = 0
         self.token = prompt[-1]  # the newest token
         self.stop_matcher = StopStringMatcher(params.stop)
@@ -142,7 +148,7 @@ class DecodeEngine:
         self._cache = SlotCache(slots, self.memory.size)
         self._active: dict[int, Generation] = {}  # by id, in the order in which they started
         self._free_rows = [*reversed(range(slots))]
-        self._sampler = Sampler(slots, self.vocab_size, self._device)
+        self._sampler = TokenSampler(slots, self.vocab_size, self._device)
         for length in (max_length - 1, 1):
             self.test(length)
 
@@ -170,9 +176,8 @@ class DecodeEngine:
     def waiting_request(self, generation: Generation, tenant: str = "") -> WaitingRequest:
         """Return what a plan has to know of a request before it starts."""
         tokens = len(generation.prompt)
-        return WaitingRequest(
-            generation.id, tenant, tokens, min(tokens + generation.params.max_tokens, self.max_length)
-        )
+        reserved = min(tokens + generation.params.max_tokens, self.max_length)
+        return WaitingRequest(generation.id, tenant, tokens, reserved, 1 + len(generation.copies))
 
     def plan(self, waiting: list[WaitingRequest], served: dict[str, float]) -> StepPlan:
         """Return the plan of the next step (`plan_step`)."""
@@ -180,23 +185,26 @@ class DecodeEngine:
         return plan_step(PlanState(waiting, running, self.free, self.memory.counts, served), self.tokens_per_step)
 
     def add(self, prompt: list[int], params: SamplingParams) -> Generation:
-        """Start a request with a prompt of 1 to `max_length` - 1 tokens. A slot and its memory must be free."""
+        """Start a request with a prompt of 1 to `max_length` - 1 tokens. Its slots and its memory must be free."""
         generation = Generation(prompt, params)
         self.start(generation)
         return generation
 
     def start(self, generation: Generation) -> None:
         """Start a request that a plan starts."""
-        assert self.free and 0 < len(generation.prompt) < self.max_length
+        assert self.free > len(generation.copies) and 0 < len(generation.prompt) < self.max_length
         # Special tokens are left out of the text, so a stop string that is one must be found among the tokens
         params = generation.params
         special = [self._special_tokens[stop] for stop in params.stop if stop in self._special_tokens]
         end_tokens = set() if params.ignore_eos else self._end_tokens
-        generation.sampling.stop_tokens = frozenset({*special, *end_tokens, *params.stop_token_ids})
-        generation.detokenizer = Detokenizer(self.tokenizer)
-        generation.block = self.memory.take(self.waiting_request(generation).reserved)
-        generation.sampling.row = self._free_rows.pop()
-        self._sampler.start(generation.sampling)
+        stop_tokens = frozenset({*special, *end_tokens, *params.stop_token_ids})
+        reserved = self.waiting_request(generation).reserved
+        for each in (generation, *generation.copies):
+            each.sampling.stop_tokens = stop_tokens
+            each.detokenizer = Detokenizer(self.tokenizer)
+            each.block = self.memory.take(reserved)
+            each.sampling.row = self._free_rows.pop()
+            self._sampler.start(each.sampling)
         self._active[generation.id] = generation
 
     @torch.inference_mode()
@@ -223,7 +231,8 @@ class DecodeEngine:
             for chunk in plan.chunks:
                 generation = self._active[chunk.id]
                 computed = self._attempt([generation], partial(self._prefill, tokens=chunk.tokens), deltas)
-                ready += [] if generation.left else computed
+                if computed and not generation.left:
+                    ready += self._finish_prompt(generation, computed[0][1], deltas)
         if ready:
             deltas += self._sample([each for group, _ in ready for each in group], [logits for _, logits in ready])
         for generation, delta in deltas:
@@ -252,32 +261,58 @@ class DecodeEngine:
         start, stop = generation.length, generation.length + tokens
         positions = torch.arange(start, stop, device=self._device)[None]
         self._cache.prefill(generation.block, generation.sampling.row, positions, start)
-        logits = self._forward(torch.tensor([generation.prompt[start:stop]], device=self._device), positions)
+        input_ids = torch.tensor([generation.prompt[start:stop]], device=self._device)
+        top = generation.params.prompt_logprobs
+        logits = self._forward(input_ids, positions, 1 if top is None else 0)
+        targets = generation.prompt[start + 1 : stop + 1]
+        if top is not None and targets:
+            scored = prompt_logprobs(logits[0, : len(targets)].float(), targets, top)
+            generation.prompt_logprobs += map(self._logprob, scored)
         generation.length = stop
-        return logits
+        return logits[:, -1].float()
+
+    def _finish_prompt(
+        self, generation: Generation, logits: Tensor, deltas: list[tuple[Generation, Delta]]
+    ) -> list[tuple[list[Generation], Tensor]]:
+        """Begin all completions of a prompt whose last logits are `logits` [1, V], and return them with the logits."""
+        group = [generation, *generation.copies]
+        for copy in generation.copies:
+            self._cache.copy(generation.block, copy.block, generation.length)
+            self._cache.copy_row(generation.sampling.row, copy.sampling.row)
+            copy.length = generation.length
+            self._active[copy.id] = copy
+        generation.copies = []
+        if generation.prompt_logprobs:
+            scores = tuple(generation.prompt_logprobs)
+            deltas += [(each, Delta(prompt_logprobs=scores)) for each in group]
+        if generation.params.max_tokens == 0:
+            deltas += [(each, Delta(finish_reason="length")) for each in group]
+            return []
+        return [(group, logits.expand(len(group), -1))]
 
     def _decode(self, group: list[Generation]) -> Tensor:
         """Compute the newest token of each request, and return the logits after them, [B, V]."""
         lengths = [each.length for each in group]
         positions = torch.tensor(lengths, device=self._device)[:, None]
         self._cache.decode([each.block for each in group], [each.sampling.row for each in group], positions, lengths)
-        logits = self._forward(torch.tensor([[each.token] for each in group], device=self._device), positions)
+        input_ids = torch.tensor([[each.token] for each in group], device=self._device)
+        logits = self._forward(input_ids, positions, 1)[:, -1].float()
         for generation in group:
             generation.length += 1
         return logits
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the logits of the last position, [B, V], in fp32."""
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
+        """Return the logits of the last position [B, 1, V], or of all positions [B, C, V] if `logits_to_keep` is 0."""
         output = self._model(
             input_ids=input_ids,
             position_ids=position_ids,
             cache=self._cache,
             slots=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=logits_to_keep,
         )
         self._cache.commit()
-        logits: Tensor = output.logits[:, -1].float()
+        logits: Tensor = output.logits
         return logits
 
     @torch.inference_mode()
@@ -288,7 +323,17 @@ class DecodeEngine:
         """
         if self._active.pop(generation.id, None) is None:
             return
-        self._release_row(generation)
+        for each in (generation, *generation.copies):
+            self._release(each)
+
+    def clear(self) -> None:
+        """Drop all requests."""
+        for generation in [*self._active.values()]:
+            self.remove(generation)
+
+    def _release(self, generation: Generation) -> None:
+        self._sampler.end(generation.sampling)
+        self._free_rows.append(generation.sampling.row)
         block = generation.block
         same = [each for each in self._active.values() if each.block.length == block.length]
         last = max(same, key=lambda each: each.block.start, default=generation)
@@ -296,17 +341,6 @@ class DecodeEngine:
             self._cache.copy(last.block, block, last.length)
             last.block, block = block, last.block
         self.memory.release(block)
-
-    def _release_row(self, generation: Generation) -> None:
-        self._sampler.end(generation.sampling)
-        self._free_rows.append(generation.sampling.row)
-
-    def clear(self) -> None:
-        """Drop all requests."""
-        for generation in [*self._active.values()]:
-            del self._active[generation.id]
-            self._release_row(generation)
-            self.memory.release(generation.block)
 
     def _sample(self, group: list[Generation], parts: list[Tensor]) -> list[tuple[Generation, Delta]]:
         """Select the next token of each request from its logits, `parts` of [B, V], and return what they add."""

@@ -28,7 +28,7 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log-probabilities
 
 
-class Sampler:
+class TokenSampler:
     """A sampler with the tables that penalties need: one row for each request that has them."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -161,6 +161,25 @@ def _columns(states: Sequence[SamplingState], like: Tensor) -> Callable[[Callabl
         return torch.tensor(values, dtype=like.dtype, device=like.device)
 
     return column
+
+
+def prompt_logprobs(logits: Tensor, targets: list[int], top: int) -> list[Sampled]:
+    """Return the log-probabilities of the tokens that follow in a prompt.
+
+    Args:
+        logits: The logits before each of them, fp32 [C, V].
+        targets: The tokens, C of them.
+        top: The number of most likely tokens to return with each.
+    """
+    tokens = torch.tensor(targets, device=logits.device).unsqueeze(1)
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(top, logits.shape[1]))
+    host = torch.cat([logprobs.gather(1, tokens).double(), ids.double(), values.double()], dim=1).tolist()
+    count = values.shape[1]
+    return [
+        Sampled(token, True, row[0], tuple(zip(map(int, row[1 : 1 + count]), row[1 + count :], strict=True)))
+        for token, row in zip(targets, host, strict=True)
+    ]
 
 
 def _sampled(row: list[float], params: SamplingParams, top: int) -> Sampled:

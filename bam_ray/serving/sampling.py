@@ -14,7 +14,7 @@ class SamplingParams:
     `top_p`.
     """
 
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is computed
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # keep the most likely tokens whose probabilities add up to this
     seed: int | None = None  # None: from the operating system's entropy
@@ -29,6 +29,8 @@ class SamplingParams:
     min_tokens: int = 0  # no token ends the text before this number of tokens
     ignore_eos: bool = False  # the end tokens of the model do not end the text
     stop_token_ids: tuple[int, ...] = ()  # more tokens that end the text
+    n: int = 1  # number of completions of the prompt, which is computed once
+    prompt_logprobs: int | None = None  # as `logprobs`, for the tokens of the prompt after the first one
 
     @property
     def penalizes(self) -> bool:
@@ -47,11 +49,12 @@ class TokenLogprob:
 
 @dataclass
 class SamplingState:
-    """What the sampler has to know of one request.
+    """The state of the sampling of one request.
 
     Attributes:
         params: Its sampling parameters.
         prompt: The tokens of its prompt.
+        choice: The number of the completion among `SamplingParams.n`. Each has numbers of its own.
         seed: The seed of its numbers.
         row: The row of the tables of the sampler that it owns.
         stop_tokens: The tokens that end its text.
@@ -60,18 +63,20 @@ class SamplingState:
 
     params: SamplingParams
     prompt: list[int]
+    choice: int = 0
     seed: int = field(init=False)
     row: int = 0
     stop_tokens: frozenset[int] = frozenset()
     generated: int = 0
 
     def __post_init__(self) -> None:
-        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+        seed = secrets.randbits(64) if self.params.seed is None else self.params.seed & _MASK
+        self.seed = seed if not self.choice else _mix(seed ^ _mix(self.choice))
 
 
 def uniform(seed: int, position: int) -> float:
-    """Return a number in (0, 1] that depends on nothing but a seed and a position (SplitMix64)."""
-    return 1.0 - (_mix(_mix(seed & _MASK) + position) >> 11) * 2.0**-53
+    """Return a number in (0, 1] that depends on nothing but a 64-bit seed and a position (SplitMix64)."""
+    return 1.0 - (_mix(_mix(seed) + position) >> 11) * 2.0**-53
 
 
 def _mix(x: int) -> int:

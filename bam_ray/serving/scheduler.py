@@ -35,13 +35,22 @@ _Output = asyncio.Queue[tuple[int, Delta | ServingError]]
 
 
 @dataclass(eq=False)
-class _Prompt:
-    """One prompt of a request, and the queue that receives its output."""
+class _Choice:
+    """One completion of a prompt of a request, and the queue that receives its output."""
 
     index: int
     generation: Generation
-    waiting: WaitingRequest
+    tenant: str
     output: _Output
+    has_left: bool = False  # it is not counted any more
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt of a request that waits, and its completions."""
+
+    request: WaitingRequest
+    choices: list[_Choice]
 
 
 @dataclass
@@ -78,9 +87,9 @@ class Scheduler:
         self._max_queued_prompts, self._max_queued_tokens = max_queued_prompts, max_queued_tokens
         self._waiting: dict[int, _Prompt] = {}  # by id, in order of arrival; a dict, so that any of them leaves in O(1)
         self._waiting_tokens = 0
-        self._running: dict[int, _Prompt] = {}
+        self._running: dict[int, _Choice] = {}
         self._served = ServedTokens()
-        self._abandoned: list[_Prompt] = []  # their readers have disconnected
+        self._abandoned: list[_Choice] = []  # their readers have disconnected
         self._failed_steps = 0  # in a row
         self._readers: set[_Output] = set()
         self._work_available = asyncio.Event()
@@ -100,9 +109,10 @@ class Scheduler:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, paced: bool = False, tenant: str = ""
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """Continue each prompt, and yield the new output as (index of the prompt, delta) pairs.
+        """Continue each prompt, and yield the new output as (index, delta) pairs.
 
-        Closing the generator frees the slots.
+        The index is that of the prompt; with n completions of each prompt, it is `n * prompt + completion`. Closing
+        the generator frees the slots.
 
         Args:
             prompts: The token ids of each prompt.
@@ -115,6 +125,8 @@ class Scheduler:
             ServingError: The model failed, or the server is shutting down.
         """
         self._check_queue(prompts)
+        if params.n > self.engine.slots:
+            raise ServingError(f"n is {params.n}, but {self.engine.slots} requests are decoded together: lower n")
         return self._generate(prompts, params, paced, tenant)
 
     async def _generate(
@@ -125,9 +137,10 @@ class Scheduler:
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._handle_end)
         output: _Output = asyncio.Queue()
-        unfinished = {}
-        for index, prompt in enumerate(prompts):
-            unfinished[index] = self._queue(index, Generation(prompt, params), tenant, output)
+        unfinished: dict[int, _Choice] = {}
+        for prompt in prompts:
+            queued = self._queue(Generation(prompt, params), len(unfinished), tenant, output)
+            unfinished |= {choice.index: choice for choice in queued.choices}
         self._work_available.set()
         self._readers.add(output)
         next_time = 0.0
@@ -187,7 +200,7 @@ class Scheduler:
                 self._work_available.clear()
                 await self._work_available.wait()
                 continue
-            waiting = [queued.waiting for queued in self._waiting.values()]
+            waiting = [queued.request for queued in self._waiting.values()]
             started, deltas = await loop.run_in_executor(self._thread, self._step, waiting, leaving)
             self._deliver(started, deltas)
             if self._failed_steps >= MAX_FAILED_STEPS:
@@ -206,14 +219,14 @@ class Scheduler:
         for generation in leaving:
             self.engine.remove(generation)
         plan = self.engine.plan(waiting, self._served.tokens)
-        started = [self._waiting[id_].generation for id_ in plan.start]
+        started = [self._waiting[id_].choices[0].generation for id_ in plan.start]
         for generation in started:
             self.engine.start(generation)
         try:
             deltas = self.engine.step(plan)
         except Exception as error:  # a model can raise anything, and this error concerns all requests
             self.engine.clear()
-            active = [*started, *(queued.generation for queued in self._running.values())]
+            active = [*started, *(choice.generation for choice in self._running.values())]
             deltas = [(generation, Delta(error=error)) for generation in active]
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - start
@@ -222,16 +235,17 @@ class Scheduler:
     def _deliver(self, started: Sequence[int], deltas: list[tuple[Generation, Delta]]) -> None:
         """Send what a step has computed to the readers."""
         for id_ in started:
-            queued = self._running[id_] = self._take_waiting(id_)
-            self.totals.prompt_tokens += queued.waiting.prompt
-            self._served.add(queued.waiting.tenant, queued.waiting.prompt)
+            queued = self._take_waiting(id_)
+            self._running |= {choice.generation.id: choice for choice in queued.choices}
+            self.totals.prompt_tokens += queued.request.prompt
+            self._served.add(queued.request.tenant, queued.request.prompt)
         for generation, delta in deltas:
-            queued = self._running[generation.id]
-            queued.output.put_nowait((queued.index, _client_error(delta.error) if delta.error else delta))
+            choice = self._running[generation.id]
+            choice.output.put_nowait((choice.index, _client_error(delta.error) if delta.error else delta))
             self.totals.completion_tokens += len(delta.tokens)
-            self._served.add(queued.waiting.tenant, len(delta.tokens))
+            self._served.add(choice.tenant, len(delta.tokens))
             if delta.is_last:
-                self._forget_running(queued)
+                self._leave(choice)
         errors = [delta.error for _, delta in deltas]
         if None in errors:
             self._failed_steps = 0
@@ -247,34 +261,39 @@ class Scheduler:
                 f"the model failed in {MAX_FAILED_STEPS} steps in a row and in a test after them: restart the server"
             ) from error
 
-    def _queue(self, index: int, generation: Generation, tenant: str, output: _Output) -> _Prompt:
-        """Add a prompt to the queue."""
-        waiting = self.engine.waiting_request(generation, tenant)
-        queued = self._waiting[generation.id] = _Prompt(index, generation, waiting, output)
-        self._waiting_tokens += waiting.prompt
-        self._served.arrive(tenant)
+    def _queue(self, generation: Generation, index: int, tenant: str, output: _Output) -> _Prompt:
+        """Add a prompt to the queue. `index` is that of its first completion."""
+        generations = [generation, *generation.copies]
+        choices = [_Choice(index + number, each, tenant, output) for number, each in enumerate(generations)]
+        queued = _Prompt(self.engine.waiting_request(generation, tenant), choices)
+        self._waiting[generation.id] = queued
+        self._waiting_tokens += queued.request.prompt
+        for _ in choices:
+            self._served.arrive(tenant)
         return queued
 
     def _take_waiting(self, id_: int) -> _Prompt:
         """Remove a prompt from the queue."""
         queued = self._waiting.pop(id_)
-        self._waiting_tokens -= queued.waiting.prompt
+        self._waiting_tokens -= queued.request.prompt
         return queued
 
-    def _forget_running(self, queued: _Prompt) -> None:
-        del self._running[queued.generation.id]
-        self._served.leave(queued.waiting.tenant)
+    def _leave(self, choice: _Choice) -> None:
+        """Forget a completion that has ended, or whose reader has disconnected."""
+        self._running.pop(choice.generation.id, None)
+        if not choice.has_left:
+            choice.has_left = True
+            self._served.leave(choice.tenant)
 
     def _take_abandoned(self) -> list[Generation]:
         """Forget the prompts whose readers have disconnected, and return those whose slots must be freed."""
         leaving = []
-        for queued in self._abandoned:
-            if queued.generation.id in self._waiting:
-                self._take_waiting(queued.generation.id)
-                self._served.leave(queued.waiting.tenant)
-            elif queued.generation.id in self._running:
-                self._forget_running(queued)
-                leaving.append(queued.generation)
+        for choice in self._abandoned:
+            if choice.generation.id in self._waiting:
+                self._take_waiting(choice.generation.id)
+            elif choice.generation.id in self._running:
+                leaving.append(choice.generation)
+            self._leave(choice)
         self._abandoned.clear()
         return leaving
 

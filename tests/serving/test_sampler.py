@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bam_ray.serving import DecodeEngine, SamplingParams
-from bam_ray.serving.sampler import Sampled, Sampler
+from bam_ray.serving.sampler import Sampled, TokenSampler
 from bam_ray.serving.sampling import SamplingState, uniform
 from tests.support.decoding import prompts_of, run
 
@@ -83,11 +83,11 @@ parameters = st.builds(
 def test_a_batch_equals_naive_rows(all_params: list[SamplingParams], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
-    sampler = Sampler(len(all_params), VOCABULARY, CPU)
+    sampler = TokenSampler(len(all_params), VOCABULARY, CPU)
     states = []
     for row, params in enumerate(all_params):
         prompt = [rng.randrange(VOCABULARY) for _ in range(3)]
-        states.append(SamplingState(params, prompt, row, frozenset({0, 5})))
+        states.append(SamplingState(params, prompt, row=row, stop_tokens=frozenset({0, 5})))
         sampler.start(states[row])
     outputs: list[list[int]] = [[] for _ in states]
     for _ in range(5):
@@ -113,8 +113,8 @@ def check_logprobs(sampled: Sampled, logits: Tensor, params: SamplingParams) -> 
 def test_rows_without_finite_logits_are_found() -> None:
     logits = torch.randn(3, VOCABULARY)
     logits[1, 4] = torch.nan
-    states = [SamplingState(SamplingParams(1, temperature=t, seed=1), [1], row) for row, t in enumerate((0, 1, 1))]
-    assert [sampled.is_finite for sampled in Sampler(3, VOCABULARY, CPU)(logits, states)] == [True, False, True]
+    states = [SamplingState(SamplingParams(1, temperature=t, seed=1), [1], row=row) for row, t in enumerate((0, 1, 1))]
+    assert [sampled.is_finite for sampled in TokenSampler(3, VOCABULARY, CPU)(logits, states)] == [True, False, True]
 
 
 def test_numbers_are_uniform_and_independent() -> None:
