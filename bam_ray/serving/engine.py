@@ -7,12 +7,13 @@ that it would have alone.
     engine = DecodeEngine(model, tokenizer, slots=8, max_length=512)
     generation = engine.add(prompt, SamplingParams(max_tokens=16, temperature=0))
     while engine.active:
-        for generation, delta in engine.step():
-            print(delta.text, delta.finish_reason)
+        for generation, output in engine.step():
+            print(output.sampled, output.finish_reason)
 
 Each request reserves memory for its prompt and its longest completion when it starts, so it can always finish.
 
-The engine is not thread-safe. `bam_ray.serving.scheduler` drives it from asyncio.
+The engine knows tokens only: `detokenizer.TextStream` makes text of them, and finds stop strings. The engine is not
+thread-safe. `bam_ray.serving.scheduler` drives it from asyncio.
 """
 
 import itertools
@@ -27,7 +28,6 @@ from torch import Tensor
 from bam_ray.errors import ServingError
 from bam_ray.serving.blocks import Block, Blocks
 from bam_ray.serving.cache import SlotCache, slot_attention
-from bam_ray.serving.detokenizer import Detokenizer, StopStringMatcher
 from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
 from bam_ray.serving.sampler import Sampled, TokenSampler, prompt_logprobs
 from bam_ray.serving.sampling import SamplingParams, SamplingState, TokenLogprob
@@ -41,15 +41,29 @@ TOKENS_PER_STEP = {"cpu": 64, "cuda": 512}
 
 
 @dataclass(frozen=True)
+class Output:
+    """The output that a step adds to a request."""
+
+    sampled: Sampled | None = None  # the new token
+    prompt: tuple[Sampled, ...] = ()  # the second and later tokens of the prompt, with `SamplingParams.prompt_logprobs`
+    finish_reason: FinishReason | None = None  # set on the last output only
+    error: Exception | None = None  # the error that has ended the request in place of a finish reason
+
+    @property
+    def is_last(self) -> bool:
+        """True if no output of the request follows."""
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True)
 class Delta:
-    """The output that one or more steps add to a request."""
+    """The output that one or more steps add to a request, as text."""
 
     text: str = ""
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last delta only
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the second and later tokens of the prompt; on the first delta
-    error: Exception | None = None  # the error that has ended the request in place of a finish reason
 
     def __add__(self, after: "Delta") -> "Delta":
         return Delta(
@@ -58,13 +72,7 @@ class Delta:
             self.logprobs + after.logprobs,
             after.finish_reason,
             self.prompt_logprobs + after.prompt_logprobs,
-            after.error,
         )
-
-    @property
-    def is_last(self) -> bool:
-        """True if no delta of the request follows."""
-        return self.finish_reason is not None or self.error is not None
 
 
 class Generation:
@@ -81,17 +89,15 @@ class Generation:
     _ids = itertools.count()
 
     block: Block
-    detokenizer: Detokenizer
 
     def __init__(self, prompt: list[int], params: SamplingParams, choice: int = 0) -> None:
         self.id = next(self._ids)
         self.prompt, self.params = prompt, params
         self.copies = [] if choice else [Generation(prompt, params, other) for other in range(1, params.n)]
         self.sampling = SamplingState(params, prompt, choice)
-        self.prompt_logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[Sampled] = []
         self.length = 0
         self.token = prompt[-1]  # the newest token
-        self.stop_matcher = StopStringMatcher(params.stop)
 
     @property
     def left(self) -> int:
@@ -139,6 +145,7 @@ class DecodeEngine:
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.tokens_per_step = tokens_per_step or TOKENS_PER_STEP.get(model.device.type, 512)
         self.memory = Blocks(kv_tokens or slots * max_length, max_length, SHORTEST_BLOCK)
+        self._empty = self.memory.counts
         self._model = model.eval()
         self._device: torch.device = model.device
         self._end_tokens = _end_tokens(model, tokenizer)
@@ -157,9 +164,9 @@ class DecodeEngine:
         generation = self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
         try:
             while generation.id in self._active:
-                for _, delta in self.step():
-                    if delta.error is not None:
-                        raise delta.error
+                for _, output in self.step():
+                    if output.error is not None:
+                        raise output.error
         finally:
             self.remove(generation)
 
@@ -172,6 +179,15 @@ class DecodeEngine:
     def free(self) -> int:
         """The number of free slots."""
         return len(self._free_rows)
+
+    def check_size(self, prompt: int, params: SamplingParams) -> None:
+        """Raise `ServingError` if the completions of a prompt of `prompt` tokens can never be decoded together."""
+        reserved = min(prompt + params.max_tokens, self.max_length)
+        if params.n > self.slots or self._empty.without(reserved, params.n) is None:
+            raise ServingError(
+                f"{params.n} completions of {reserved} tokens do not fit {self.slots} requests and the memory of "
+                f"{self.memory.size} tokens: lower n"
+            )
 
     def waiting_request(self, generation: Generation, tenant: str = "") -> WaitingRequest:
         """Return what a plan has to know of a request before it starts."""
@@ -201,18 +217,17 @@ class DecodeEngine:
         reserved = self.waiting_request(generation).reserved
         for each in (generation, *generation.copies):
             each.sampling.stop_tokens = stop_tokens
-            each.detokenizer = Detokenizer(self.tokenizer)
             each.block = self.memory.take(reserved)
             each.sampling.row = self._free_rows.pop()
             self._sampler.start(each.sampling)
         self._active[generation.id] = generation
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan | None = None) -> list[tuple[Generation, Delta]]:
+    def step(self, plan: StepPlan | None = None) -> list[tuple[Generation, Output]]:
         """Compute a plan, and free the slots of the requests that end.
 
         If the computation fails, each request is computed again alone, so that only those that cause an error end
-        (`Delta.error`).
+        (`Output.error`).
 
         Lower bound of the memory traffic of a step: the weights that its tokens use once, the keys and values of all
         requests that decode, and 4 · V bytes of logits for each.
@@ -222,38 +237,38 @@ class DecodeEngine:
                 the step allows.
         """
         plan = plan or self.plan([], {})
-        deltas: list[tuple[Generation, Delta]] = []
+        outputs: list[tuple[Generation, Output]] = []
         decoding = sorted((self._active[id_] for id_ in plan.decode), key=lambda each: (each.block.length, each.block))
         ready: list[tuple[list[Generation], Tensor]] = []  # with the logits of their next tokens [B, V]
         with slot_attention(self._model):
             if decoding:
-                ready += self._attempt(decoding, self._decode, deltas)
+                ready += self._attempt(decoding, self._decode, outputs)
             for chunk in plan.chunks:
                 generation = self._active[chunk.id]
-                computed = self._attempt([generation], partial(self._prefill, tokens=chunk.tokens), deltas)
+                computed = self._attempt([generation], partial(self._prefill, tokens=chunk.tokens), outputs)
                 if computed and not generation.left:
-                    ready += self._finish_prompt(generation, computed[0][1], deltas)
+                    ready += self._finish_prompt(generation, computed[0][1], outputs)
         if ready:
-            deltas += self._sample([each for group, _ in ready for each in group], [logits for _, logits in ready])
-        for generation, delta in deltas:
-            if delta.is_last:
+            outputs += self._sample([each for group, _ in ready for each in group], [logits for _, logits in ready])
+        for generation, output in outputs:
+            if output.is_last:
                 self.remove(generation)
-        return deltas
+        return outputs
 
     def _attempt(
         self,
         group: list[Generation],
         compute: Callable[[list[Generation]], _T],
-        deltas: list[tuple[Generation, Delta]],
+        outputs: list[tuple[Generation, Output]],
     ) -> list[tuple[list[Generation], _T]]:
-        """Return the results of the requests that can be computed, together or alone. Errors go to `deltas`."""
+        """Return the results of the requests that can be computed, together or alone. Errors go to `outputs`."""
         try:
             return [(group, compute(group))]
         except Exception as error:
             if len(group) == 1:
-                deltas.append((group[0], Delta(error=error)))
+                outputs.append((group[0], Output(error=error)))
                 return []
-        return [result for generation in group for result in self._attempt([generation], compute, deltas)]
+        return [result for generation in group for result in self._attempt([generation], compute, outputs)]
 
     def _prefill(self, group: list[Generation], tokens: int) -> Tensor:
         """Compute the next `tokens` tokens of the prompt of one request, and return the logits after them, [1, V]."""
@@ -266,13 +281,12 @@ class DecodeEngine:
         logits = self._forward(input_ids, positions, 1 if top is None else 0)
         targets = generation.prompt[start + 1 : stop + 1]
         if top is not None and targets:
-            scored = prompt_logprobs(logits[0, : len(targets)].float(), targets, top)
-            generation.prompt_logprobs += map(self._logprob, scored)
+            generation.prompt_logprobs += prompt_logprobs(logits[0, : len(targets)].float(), targets, top)
         generation.length = stop
         return logits[:, -1].float()
 
     def _finish_prompt(
-        self, generation: Generation, logits: Tensor, deltas: list[tuple[Generation, Delta]]
+        self, generation: Generation, logits: Tensor, outputs: list[tuple[Generation, Output]]
     ) -> list[tuple[list[Generation], Tensor]]:
         """Begin all completions of a prompt whose last logits are `logits` [1, V], and return them with the logits."""
         group = [generation, *generation.copies]
@@ -284,9 +298,9 @@ class DecodeEngine:
         generation.copies = []
         if generation.prompt_logprobs:
             scores = tuple(generation.prompt_logprobs)
-            deltas += [(each, Delta(prompt_logprobs=scores)) for each in group]
+            outputs += [(each, Output(prompt=scores)) for each in group]
         if generation.params.max_tokens == 0:
-            deltas += [(each, Delta(finish_reason="length")) for each in group]
+            outputs += [(each, Output(finish_reason="length")) for each in group]
             return []
         return [(group, logits.expand(len(group), -1))]
 
@@ -324,62 +338,51 @@ class DecodeEngine:
         if self._active.pop(generation.id, None) is None:
             return
         for each in (generation, *generation.copies):
+            self._exchange_with_last(each)
             self._release(each)
 
     def clear(self) -> None:
         """Drop all requests."""
-        for generation in [*self._active.values()]:
-            self.remove(generation)
+        for generation in self._active.values():
+            for each in (generation, *generation.copies):
+                self._release(each)
+        self._active.clear()
 
     def _release(self, generation: Generation) -> None:
         self._sampler.end(generation.sampling)
         self._free_rows.append(generation.sampling.row)
-        block = generation.block
-        same = [each for each in self._active.values() if each.block.length == block.length]
-        last = max(same, key=lambda each: each.block.start, default=generation)
-        if last.block.start > block.start:
-            self._cache.copy(last.block, block, last.length)
-            last.block, block = block, last.block
-        self.memory.release(block)
+        self.memory.release(generation.block)
 
-    def _sample(self, group: list[Generation], parts: list[Tensor]) -> list[tuple[Generation, Delta]]:
+    def _exchange_with_last(self, leaving: Generation) -> None:
+        """Move the last block of the same length to the block of a request that leaves."""
+        same = [each for each in self._active.values() if each.block.length == leaving.block.length]
+        last = max(same, key=lambda each: each.block.start, default=leaving)
+        if last.block.start > leaving.block.start:
+            self._cache.copy(last.block, leaving.block, last.length)
+            last.block, leaving.block = leaving.block, last.block
+
+    def _sample(self, group: list[Generation], parts: list[Tensor]) -> list[tuple[Generation, Output]]:
         """Select the next token of each request from its logits, `parts` of [B, V], and return what they add."""
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        deltas: list[tuple[Generation, Delta]] = []
+        outputs: list[tuple[Generation, Output]] = []
 
         def sample(some: list[Generation]) -> list[Sampled]:
             rows = logits if len(some) == len(group) else logits[[group.index(each) for each in some]]
             return self._sampler(rows, [each.sampling for each in some])
 
-        for some, sampled in self._attempt(group, sample, deltas):
-            deltas += [(each, self._append_token(each, token)) for each, token in zip(some, sampled, strict=True)]
-        return deltas
+        for some, sampled in self._attempt(group, sample, outputs):
+            outputs += [(each, self._append_token(each, token)) for each, token in zip(some, sampled, strict=True)]
+        return outputs
 
-    def _append_token(self, generation: Generation, sampled: Sampled) -> Delta:
+    def _append_token(self, generation: Generation, sampled: Sampled) -> Output:
         """Add a token to a request, and return what it adds to the output."""
         if not sampled.is_finite:
-            return Delta(error=ServingError("the logits of the model are not finite"))
-        state, params, token = generation.sampling, generation.params, sampled.token
-        generation.token = token
+            return Output(error=ServingError("the logits of the model are not finite"))
+        state, generation.token = generation.sampling, sampled.token
         state.generated += 1
-        ended = token in state.stop_tokens
-        full = state.generated >= params.max_tokens or generation.length + 1 >= self.max_length
-        piece = "" if ended else generation.detokenizer.feed(token)
-        if ended or full:
-            piece += generation.detokenizer.flush()
-        text, stopped = generation.stop_matcher.feed(piece)
-        if (ended or full) and not stopped:
-            text += generation.stop_matcher.flush()
-        reason: FinishReason | None = "stop" if ended or stopped else "length" if full else None
-        return Delta(text, (token,), () if params.logprobs is None else (self._logprob(sampled),), reason)
-
-    def _logprob(self, sampled: Sampled) -> TokenLogprob:
-        top = tuple((self._token_text(token), logprob) for token, logprob in sampled.top)
-        return TokenLogprob(self._token_text(sampled.token), sampled.logprob, top)
-
-    def _token_text(self, token: int) -> str:
-        text: str = self.tokenizer.decode([token])
-        return text
+        full = state.generated >= generation.params.max_tokens or generation.length + 1 >= self.max_length
+        ended = sampled.token in state.stop_tokens
+        return Output(sampled, finish_reason="stop" if ended else "length" if full else None)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -1,8 +1,8 @@
 """The scheduler: drives the decode engine from asyncio, and streams the output of each request to its reader.
 
 Requests wait in a queue, and start and leave between steps. One task owns the engine. The model runs on its own thread,
-so the event loop stays free to send output. `plan_step` decides what the next step computes. When a reader closes its
-generator, its slots are freed before the next step.
+so the event loop stays free to make text of the tokens of a step while the next step is computed, and to send it.
+`plan_step` decides what a step computes. When a reader closes its generator, its slots are freed before the next step.
 
 A failure of one request ends that request alone. A failure that concerns all requests ends all of them, and serving
 continues. After several of them in a row, or after an error outside the model, the scheduler stops (`failure`).
@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from bam_ray.errors import Overloaded, ServingError
-from bam_ray.serving.engine import DecodeEngine, Delta, Generation
+from bam_ray.serving.detokenizer import TextStream
+from bam_ray.serving.engine import DecodeEngine, Delta, Generation, Output
 from bam_ray.serving.plan import ServedTokens, WaitingRequest
 from bam_ray.serving.sampling import SamplingParams
 
@@ -29,8 +30,7 @@ CHUNKS_PER_SECOND = 100
 MAX_FAILED_STEPS = 3
 """The number of steps in a row that may fail for all requests before the scheduler stops."""
 
-
-_Output = asyncio.Queue[tuple[int, Delta | ServingError]]
+_Reader = asyncio.Queue[tuple[int, Delta | ServingError]]
 """The queue of a reader: the index of a prompt, and its new output or its error."""
 
 
@@ -41,7 +41,9 @@ class _Choice:
     index: int
     generation: Generation
     tenant: str
-    output: _Output
+    output: _Reader
+    text: TextStream
+    is_done: bool = False  # its last delta has been sent
     has_left: bool = False  # it is not counted any more
 
 
@@ -91,7 +93,7 @@ class Scheduler:
         self._served = ServedTokens()
         self._abandoned: list[_Choice] = []  # their readers have disconnected
         self._failed_steps = 0  # in a row
-        self._readers: set[_Output] = set()
+        self._readers: set[_Reader] = set()
         self._work_available = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
@@ -122,11 +124,10 @@ class Scheduler:
 
         Raises:
             Overloaded: The queue is full. Nothing has been queued.
-            ServingError: The model failed, or the server is shutting down.
+            ServingError: The model failed, the server is shutting down, or the completions can never fit.
         """
         self._check_queue(prompts)
-        if params.n > self.engine.slots:
-            raise ServingError(f"n is {params.n}, but {self.engine.slots} requests are decoded together: lower n")
+        self.engine.check_size(max(map(len, prompts), default=1), params)
         return self._generate(prompts, params, paced, tenant)
 
     async def _generate(
@@ -136,7 +137,7 @@ class Scheduler:
         if self._task is None:
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._handle_end)
-        output: _Output = asyncio.Queue()
+        output: _Reader = asyncio.Queue()
         unfinished: dict[int, _Choice] = {}
         for prompt in prompts:
             queued = self._queue(Generation(prompt, params), len(unfinished), tenant, output)
@@ -169,6 +170,7 @@ class Scheduler:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()
+        self.engine.clear()
         self._fail_all(ServingError("the server is shutting down: retry later"))
 
     def _check_queue(self, prompts: list[list[int]]) -> None:
@@ -194,22 +196,28 @@ class Scheduler:
     async def _run(self) -> None:
         """Drive the engine. Ends with an error only if the engine cannot be used any more."""
         loop = asyncio.get_running_loop()
+        computed: list[tuple[_Choice, Output]] = []
         while True:
             leaving = self._take_abandoned()
             if not self._waiting and not self._running and not leaving:
                 self._work_available.clear()
+                self._deliver(computed)
+                computed = []
                 await self._work_available.wait()
                 continue
             waiting = [queued.request for queued in self._waiting.values()]
-            started, deltas = await loop.run_in_executor(self._thread, self._step, waiting, leaving)
-            self._deliver(started, deltas)
+            step = loop.run_in_executor(self._thread, self._step, waiting, leaving)
+            self._deliver(computed)  # while the engine computes
+            computed = self._account(*await step)
             if self._failed_steps >= MAX_FAILED_STEPS:
+                self._deliver(computed)
+                computed = []
                 await loop.run_in_executor(self._thread, self._check_engine)
                 self._failed_steps = 0
 
     def _step(
         self, waiting: list[WaitingRequest], leaving: list[Generation]
-    ) -> tuple[Sequence[int], list[tuple[Generation, Delta]]]:
+    ) -> tuple[Sequence[int], list[tuple[Generation, Output]]]:
         """Free slots, plan a step and compute it. Runs on the engine's thread.
 
         Returns:
@@ -223,34 +231,52 @@ class Scheduler:
         for generation in started:
             self.engine.start(generation)
         try:
-            deltas = self.engine.step(plan)
+            outputs = self.engine.step(plan)
         except Exception as error:  # a model can raise anything, and this error concerns all requests
             self.engine.clear()
             active = [*started, *(choice.generation for choice in self._running.values())]
-            deltas = [(generation, Delta(error=error)) for generation in active]
+            outputs = [(generation, Output(error=error)) for generation in active]
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - start
-        return plan.start, deltas
+        return plan.start, outputs
 
-    def _deliver(self, started: Sequence[int], deltas: list[tuple[Generation, Delta]]) -> None:
-        """Send what a step has computed to the readers."""
+    def _account(
+        self, started: Sequence[int], outputs: list[tuple[Generation, Output]]
+    ) -> list[tuple[_Choice, Output]]:
+        """Count what a step has computed, forget the requests that have ended, and return what must be delivered."""
         for id_ in started:
             queued = self._take_waiting(id_)
             self._running |= {choice.generation.id: choice for choice in queued.choices}
             self.totals.prompt_tokens += queued.request.prompt
             self._served.add(queued.request.tenant, queued.request.prompt)
-        for generation, delta in deltas:
-            choice = self._running[generation.id]
-            choice.output.put_nowait((choice.index, _client_error(delta.error) if delta.error else delta))
-            self.totals.completion_tokens += len(delta.tokens)
-            self._served.add(choice.tenant, len(delta.tokens))
-            if delta.is_last:
+        computed = [(self._running[generation.id], output) for generation, output in outputs]
+        for choice, output in computed:
+            tokens = int(output.sampled is not None)
+            self.totals.completion_tokens += tokens
+            self._served.add(choice.tenant, tokens)
+            if output.is_last:
                 self._leave(choice)
-        errors = [delta.error for _, delta in deltas]
+        errors = [output.error for _, output in outputs]
         if None in errors:
             self._failed_steps = 0
         elif not all(map(_is_out_of_memory, errors)):  # a prompt without memory says nothing of the engine
             self._failed_steps += 1
+        return computed
+
+    def _deliver(self, computed: list[tuple[_Choice, Output]]) -> None:
+        """Send the output of a step to the readers."""
+        for choice, output in computed:
+            if choice.is_done:  # a stop string was found while the step was computed
+                continue
+            try:
+                delta = _client_error(output.error) if output.error else choice.text.feed(output)
+            except Exception as error:  # a tokenizer can raise anything: the completion fails alone
+                delta = _client_error(error)
+            choice.output.put_nowait((choice.index, delta))
+            choice.is_done = isinstance(delta, ServingError) or delta.finish_reason is not None
+            if choice.is_done and not output.is_last:
+                self._abandoned.append(choice)
+                self._work_available.set()
 
     def _check_engine(self) -> None:
         """Decode a short text. Raises `ServingError` if the engine cannot do it. Runs on the engine's thread."""
@@ -261,10 +287,13 @@ class Scheduler:
                 f"the model failed in {MAX_FAILED_STEPS} steps in a row and in a test after them: restart the server"
             ) from error
 
-    def _queue(self, generation: Generation, index: int, tenant: str, output: _Output) -> _Prompt:
+    def _queue(self, generation: Generation, index: int, tenant: str, output: _Reader) -> _Prompt:
         """Add a prompt to the queue. `index` is that of its first completion."""
         generations = [generation, *generation.copies]
-        choices = [_Choice(index + number, each, tenant, output) for number, each in enumerate(generations)]
+        choices = [
+            _Choice(index + number, each, tenant, output, TextStream(self.engine.tokenizer, each.params))
+            for number, each in enumerate(generations)
+        ]
         queued = _Prompt(self.engine.waiting_request(generation, tenant), choices)
         self._waiting[generation.id] = queued
         self._waiting_tokens += queued.request.prompt
@@ -326,6 +355,6 @@ def _client_error(error: Exception) -> ServingError:
     return ServingError(f"the model failed: {reason}")
 
 
-def _drain(queue: _Output) -> list[tuple[int, Delta | ServingError]]:
+def _drain(queue: _Reader) -> list[tuple[int, Delta | ServingError]]:
     """Return the current items of a queue without waiting."""
     return [queue.get_nowait() for _ in range(queue.qsize())]

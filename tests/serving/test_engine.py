@@ -8,7 +8,7 @@ import torch
 
 from bam_ray.errors import ServingError
 from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
-from bam_ray.serving.engine import Delta
+from bam_ray.serving.engine import Generation
 from tests.support.decoding import members_of, prompts_of, run
 
 
@@ -55,18 +55,23 @@ def test_removing_a_request_does_not_change_the_others(engine: DecodeEngine) -> 
     params = SamplingParams(max_tokens=20, temperature=0)
     expected = run(engine, prompts, lambda _: params)
     first, second, third = [engine.add(prompt, params) for prompt in prompts[:3]]
-    got = {first: Delta(), second: Delta(), third: Delta()}
-    for generation, delta in engine.step() + engine.step():
-        got[generation] += delta
+    got: dict[Generation, list[int]] = {first: [], second: [], third: []}
+
+    def step() -> None:
+        for generation, output in engine.step():
+            assert output.sampled is not None
+            got[generation].append(output.sampled.token)
+
+    step()
+    step()
     engine.remove(first)  # the last request moves into its block
     assert engine.free == 1
     fourth = engine.add(prompts[3], params)
-    got[fourth] = Delta()
+    got[fourth] = []
     while engine.active:
-        for generation, delta in engine.step():
-            got[generation] += delta
-    assert [got[second], got[third], got[fourth]] == expected[1:]
-    assert len(got[first].tokens) == 2
+        step()
+    assert [got[second], got[third], got[fourth]] == [[*delta.tokens] for delta in expected[1:]]
+    assert len(got[first]) == 2
 
 
 def test_text_ends_at_the_last_position(engine: DecodeEngine) -> None:

@@ -54,9 +54,12 @@ def test_completions_of_a_prompt_are_those_of_their_seeds(family: str, models_by
     assert (engine.active, engine.free, engine.memory.used) == (0, 4, 0)
 
 
-def test_more_completions_than_slots_are_refused(engine: DecodeEngine) -> None:
-    with pytest.raises(ServingError, match="n is 4, but 3 requests"):
-        serve(engine, [PROMPT], SamplingParams(max_tokens=2, n=4))
+def test_completions_that_never_fit_are_refused(models_by_family: Any, tokenizer: Any) -> None:
+    engine = DecodeEngine(models_by_family["llama"], tokenizer, slots=3, max_length=64, kv_tokens=128)
+    for n in (4, 3):  # too many for the slots, and for the memory
+        with pytest.raises(ServingError, match=f"{n} completions of 9 tokens do not fit 3 requests and .* 128 tokens"):
+            serve(engine, [PROMPT], SamplingParams(max_tokens=2, n=n))
+    assert len(serve(engine, [PROMPT], SamplingParams(max_tokens=2, n=2))) == 2
 
 
 def test_a_reader_that_leaves_frees_all_completions(engine: DecodeEngine) -> None:

@@ -70,10 +70,11 @@ def test_one_bad_row_ends_alone(
     got: dict[Generation, list[int]] = {engine.add(prompt, GREEDY): [] for prompt in prompts}
     errors = {}
     while engine.active:
-        for generation, delta in engine.step():
-            got[generation] += delta.tokens
-            if delta.error is not None:
-                errors[generation] = delta.error
+        for generation, output in engine.step():
+            if output.sampled is not None:
+                got[generation].append(output.sampled.token)
+            if output.error is not None:
+                errors[generation] = output.error
     first, second, third = got
     assert (got[first], got[third]) == ([*expected[0].tokens], [*expected[2].tokens])
     assert got[second] == [*expected[1].tokens[:5]]
@@ -204,3 +205,16 @@ def test_random_operations_leave_nothing_behind(
     serve(engine, client, max_queued_prompts=100)
     assert min(outcomes.values()) > 50, outcomes
     assert (engine.active, engine.free) == (0, 4)
+
+
+def test_a_tokenizer_that_fails_ends_its_request(engine: DecodeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def client(scheduler: Scheduler) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine.tokenizer), "decode", lambda *args, **kwargs: 1 / 0)
+            with pytest.raises(ServingError, match="the model failed"):
+                await tokens_of(scheduler, [3])
+        assert len(await tokens_of(scheduler, [3])) == 12
+        assert scheduler.failure is None
+
+    serve(engine, client)
+    assert engine.free == 3

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bam_ray.serving import DecodeEngine, SamplingParams
+from bam_ray.serving.detokenizer import TextStream
 from bam_ray.serving.engine import Delta, Generation
 from tests.support.tiny import dense
 
@@ -15,16 +16,19 @@ def run(engine: DecodeEngine, prompts: list[list[int]], params: Callable[[int], 
     """Decode all prompts, each as soon as a slot is free, and return the concatenated deltas of each."""
     generations = [Generation(prompt, params(index)) for index, prompt in enumerate(prompts)]
     waiting = {each.id: engine.waiting_request(each) for each in generations}
-    outputs = {each.id: Delta() for each in generations}
+    texts = {each.id: TextStream(engine.tokenizer, each.params) for each in generations}
+    deltas = {each.id: Delta() for each in generations}
     while waiting or engine.active:
         plan = engine.plan([*waiting.values()], {})
         for each in generations:
             if each.id in plan.start:
                 del waiting[each.id]
                 engine.start(each)
-        for generation, delta in engine.step(plan):
-            outputs[generation.id] += delta
-    return [*outputs.values()]
+        for generation, output in engine.step(plan):
+            deltas[generation.id] += texts[generation.id].feed(output)
+            if deltas[generation.id].finish_reason is not None:
+                engine.remove(generation)
+    return [*deltas.values()]
 
 
 def prompts_of(count: int, vocabulary: int) -> list[list[int]]:
