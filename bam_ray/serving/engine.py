@@ -36,8 +36,11 @@ _T = TypeVar("_T")
 FinishReason = Literal["stop", "length"]
 SHORTEST_BLOCK = 64
 """The least length of a block of memory, in tokens. Shorter requests take one of these."""
-TOKENS_PER_STEP = {"cpu": 64, "cuda": 512}
-"""The default token budget of a step. A chunk of a prompt should not take much longer than a step of all slots."""
+PROMPT_TOKENS = {"cpu": 24, "cuda": 512}
+"""The default number of tokens of prompts that a step computes beside requests that decode. With 24, a step takes at
+most 2.5 times the median step of 8 streams while a prompt of 2,000 tokens joins them (Llama with 4 layers, fp32)."""
+PROMPT_TOKENS_ALONE = 512
+"""The same, if no request decodes."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class DecodeEngine:
                 `max_length`. None: `slots` requests of `max_length`. With fewer, more short requests than long ones can
                 be decoded together.
             tokens_per_step: The number of tokens that a step computes: one for each request that decodes, and the rest
-                for prompts. None: `TOKENS_PER_STEP` of the device.
+                for prompts. None: `slots` and `PROMPT_TOKENS` of the device, or `PROMPT_TOKENS_ALONE`.
 
         Raises:
             ServingError: The engine cannot reproduce the model's attention.
@@ -143,7 +146,9 @@ class DecodeEngine:
         self.slots = slots
         self.max_length = max_length
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
-        self.tokens_per_step = tokens_per_step or TOKENS_PER_STEP.get(model.device.type, 512)
+        beside = PROMPT_TOKENS.get(model.device.type, PROMPT_TOKENS_ALONE)
+        self._budget = tokens_per_step or slots + beside
+        self._budget_alone = tokens_per_step or PROMPT_TOKENS_ALONE
         self.memory = Blocks(kv_tokens or slots * max_length, max_length, SHORTEST_BLOCK)
         self._empty = self.memory.counts
         self._model = model.eval()
@@ -198,7 +203,9 @@ class DecodeEngine:
     def plan(self, waiting: list[WaitingRequest], served: dict[str, float]) -> StepPlan:
         """Return the plan of the next step (`plan_step`)."""
         running = [RunningRequest(each.id, each.left) for each in self._active.values()]
-        return plan_step(PlanState(waiting, running, self.free, self.memory.counts, served), self.tokens_per_step)
+        decodes = any(not request.left for request in running)
+        budget = self._budget if decodes else self._budget_alone
+        return plan_step(PlanState(waiting, running, self.free, self.memory.counts, served), budget)
 
     def add(self, prompt: list[int], params: SamplingParams) -> Generation:
         """Start a request with a prompt of 1 to `max_length` - 1 tokens. Its slots and its memory must be free."""

@@ -136,6 +136,22 @@ def test_chunked_prompts_equal_whole_prompts(family: str, models_by_family: Any,
         assert (chunked.active, chunked.free, chunked.memory.used) == (0, 4, 0)
 
 
+def test_prompts_are_divided_only_beside_streams(models_by_family: Any, tokenizer: Any) -> None:
+    model, lengths = models_by_family["llama"], []
+    engine = DecodeEngine(model, tokenizer, slots=2, max_length=64)
+    hook = model.register_forward_pre_hook(
+        lambda module, inputs, named: lengths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+    engine.add([3] * 40, params)
+    engine.step()
+    engine.add([4] * 40, params)
+    engine.step()
+    engine.step()
+    hook.remove()
+    assert lengths == [40, 1, 25, 1, 15]
+
+
 @pytest.mark.parametrize("family", ["llama", "bam-prefix", "bam-shared"])
 def test_requests_of_different_lengths_share_the_memory(family: str, models_by_family: Any, tokenizer: Any) -> None:
     """Blocks of all lengths are taken, moved and freed while others decode."""
