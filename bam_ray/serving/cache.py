@@ -1,79 +1,152 @@
-"""The key/value cache: one slot per active request, in tensors that are allocated once.
+"""The key/value cache of the decode engine: one block of memory for each request, in tensors that are allocated once.
 
-The active requests always occupy slots 0..B-1. A decode step therefore reads a view of the first B slots: it copies no
-rows and computes nothing for free slots. When a request leaves, the last request moves into its slot.
+Each layer has one tensor for the keys and one for the values of all requests. A block of L tokens (`blocks.Block`) is a
+range of it with the layout [heads, L, head_dim], so its keys are read without a copy. Neighboring blocks of one length
+form a run [n, heads, L, head_dim], whose n requests one call of SDPA computes up to the longest of them. Requests of
+different lengths therefore do not compute the masked positions of one another.
 
 Each layer takes the shape of its keys and values from its first update, because a mixture with one set of key/value
 heads per expert stores more heads than its configuration states.
 
-A model may keep more than keys and values: `SlotCache.rows` has one row of any tensors for each slot. A model that
-consists of several models has one cache for each of them (`SlotCache.part`), whose slots move together.
+A model may keep more than keys and values: `SlotCache.rows` has one row of any tensors for each request. A model that
+consists of several models has one cache for each of them (`SlotCache.part`), which use the same blocks.
+
+Shapes: B requests, L length of a block, C tokens of a chunk, S number of keys, h head_dim.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bam_ray.model.prefix_bam import RoutingState, SeenTokens
+from bam_ray.serving.blocks import Block
+
+SLOT_ATTENTION = "bam_slots"
+"""The name of the attention that reads the blocks of a `SlotCache`, in transformers' table of attentions."""
 
 
-@dataclass
-class _CacheWrite:
-    """The target of the next forward pass: one slot for a prompt, or one position in each active slot."""
+class _Run(NamedTuple):
+    """Requests of one forward pass whose blocks are neighbors."""
 
-    slot: int | None = None  # None: a decode step
-    rows: Tensor | None = None  # [B], 0..B-1
-    positions: Tensor | None = None  # [B], the position that each row writes
-    length: int = 0  # number of keys that are read
+    rows: slice  # of the batch
+    block: Block  # the first one
+    keys: int  # S, the number of keys that are read
+    mask: Tensor | None  # the keys that each query attends to, bool [B, 1, 1, S] or [1, 1, C, S]
+
+
+class _Pass:
+    """The next forward pass: one chunk of a prompt, or one token of each of B requests."""
+
+    def __init__(self, blocks: Sequence[Block], rows: Sequence[int], positions: Tensor, lengths: Sequence[int]) -> None:
+        """Describe a forward pass.
+
+        Args:
+            blocks: The block of each request.
+            rows: The row of each request in `SlotRows`.
+            positions: The positions of the tokens of the pass, [B, 1] or [1, C].
+            lengths: The number of tokens that each request has before the pass.
+        """
+        self.blocks, self.positions, self.lengths = blocks, positions, lengths
+        self.rows = torch.tensor(rows, device=positions.device)
+        self.chunk = positions.shape[1]
+        self.begins = not lengths[0] and len(blocks) == 1  # a prompt that attends only to the chunk itself
+        self.runs = [*self._runs()]
+        self._targets: dict[int, Tensor] = {}
+
+    def _runs(self) -> Iterator[_Run]:
+        first = 0
+        for row in range(1, len(self.blocks) + 1):
+            before = self.blocks[row - 1]
+            if row == len(self.blocks) or self.blocks[row] != Block(before.start + before.length, before.length):
+                yield self._run(slice(first, row))
+                first = row
+
+    def _run(self, rows: slice) -> _Run:
+        lengths = self.lengths[rows]
+        keys = max(lengths) + self.chunk
+        mask = None
+        if self.chunk > 1 or min(lengths) < max(lengths):
+            places = torch.arange(keys, device=self.positions.device)
+            mask = (places <= self.positions[rows].unsqueeze(2)).unsqueeze(1)  # [B, 1, 1, S] or [1, 1, C, S]
+        return _Run(rows, self.blocks[rows.start], keys, mask)
+
+    def targets(self, heads: int) -> Tensor:
+        """Return the index of the new keys of B requests among vectors of h numbers, [B · heads]."""
+        if heads not in self._targets:
+            device = self.positions.device
+            starts, lengths = (torch.tensor(each, device=device) for each in zip(*self.blocks, strict=True))
+            base = starts.unsqueeze(1) * heads + self.positions  # [B, 1]
+            step = torch.arange(heads, device=device) * lengths.unsqueeze(1)  # [B, heads]
+            self._targets[heads] = (base + step).flatten()
+        return self._targets[heads]
 
 
 class _SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer, [slots, heads, max_length, head_dim]."""
+    """The keys and values of one layer, [tokens · heads, h] each."""
 
     is_sliding = False
 
-    def __init__(self, slots: int, max_length: int, write: _CacheWrite) -> None:
+    def __init__(self, cache: "SlotCache") -> None:
         super().__init__()
-        self._slots, self._max_length, self._write = slots, max_length, write
+        self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate all slots."""
+        """Allocate the memory of all requests."""
         # Zeros instead of uninitialized memory: masked positions are multiplied by 0, and 0 × NaN is NaN
+        self.heads = key_states.shape[1]
         self.keys, self.values = (
-            states.new_zeros(self._slots, states.shape[1], self._max_length, states.shape[-1])
-            for states in (key_states, value_states)
+            states.new_zeros(self._cache.tokens * self.heads, states.shape[-1]) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, and return those that the forward pass attends to."""
+        """Store new keys and values [B, heads, C, h], and return them. `attend` reads the others."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        write = self._write
-        if write.slot is not None:  # a prompt, [1, heads, L, head_dim]: it attends to itself only
-            length = key_states.shape[2]
-            self.keys[write.slot, :, :length] = key_states[0]
-            self.values[write.slot, :, :length] = value_states[0]
-            return key_states, value_states
-        # One token per row, [B, heads, 1, head_dim]
-        self.keys[write.rows, :, write.positions] = key_states[:, :, 0]
-        self.values[write.rows, :, write.positions] = value_states[:, :, 0]
-        batch = key_states.shape[0]
-        return self.keys[:batch, :, : write.length], self.values[:batch, :, : write.length]
+        now = self._cache.now
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if now.chunk > 1:
+                self._view(stored, now.blocks[0])[0, :, now.lengths[0] : now.lengths[0] + now.chunk] = new[0]
+            else:
+                stored.index_copy_(0, now.targets(self.heads), new.flatten(0, 2))
+        return key_states, value_states
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot to another."""
-        self.keys[target, :, :length] = self.keys[source, :, :length]
-        self.values[target, :, :length] = self.values[source, :, :length]
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Return the attention of `query` [B, query heads, C, h] over the stored keys, [B, C, query heads, h].
 
-    # transformers uses the sizes below to build a mask. A prompt starts from an empty cache, and a decode step passes
-    # its own mask.
+        `key` and `value` [B, heads, C, h] are those that the last `update` has stored.
+        """
+        now = self._cache.now
+        if now.begins:
+            out: Tensor = sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
+            return out
+        outs = []
+        for rows, block, keys, mask in now.runs:
+            count = rows.stop - rows.start
+            read = (self._view(stored, block, count)[:, :, :keys] for stored in (self.keys, self.values))
+            outs.append(sdpa_attention_forward(module, query[rows], *read, mask, scaling=scaling)[0])
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def copy(self, source: Block, target: Block, length: int) -> None:
+        """Copy the first `length` positions of a block to another one of its size."""
+        if self.is_initialized:
+            for stored in (self.keys, self.values):
+                self._view(stored, target)[:, :, :length] = self._view(stored, source)[:, :, :length]
+
+    def _view(self, stored: Tensor, first: Block, count: int = 1) -> Tensor:
+        """Return neighboring blocks, [count, heads, L, h]."""
+        rows = stored[first.start * self.heads : (first.start + count * first.length) * self.heads]
+        return rows.view(count, self.heads, first.length, stored.shape[1])
+
+    # transformers uses these sizes to build masks, which the attention over slots does not need
     def get_seq_length(self) -> int:
-        """Return 0: a prompt starts from an empty cache."""
+        """Return 0, because requests have different lengths."""
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -81,36 +154,42 @@ class _SlotLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_max_length(self) -> int:
-        """Return the number of positions in a slot."""
-        return self._max_length
+        """Return the number of tokens of all requests."""
+        return self._cache.tokens
 
 
 class SlotRows:
-    """Tensors with one row for each slot, which are allocated by the first write."""
+    """Tensors with one row for each request, which are allocated by the first write.
 
-    def __init__(self, slots: int, write: _CacheWrite) -> None:
-        self._slots, self._write = slots, write
-        self._stored: tuple[Tensor, ...] = ()  # [slots, ...] each
+    A write takes effect with `commit`, so that a forward pass that fails can be repeated.
+    """
+
+    def __init__(self, cache: "SlotCache") -> None:
+        self._cache = cache
+        self._stored: tuple[Tensor, ...] = ()  # [rows, ...] each
+        self._written: tuple[Tensor, ...] = ()  # [B, ...] each
 
     def read(self) -> tuple[Tensor, ...] | None:
-        """Return the rows of the active slots, [B, ...] each; None: a prompt begins."""
-        if not self._stored or self._write.rows is None or self._write.slot is not None:
-            return None
-        batch = len(self._write.rows)
-        return tuple(each[:batch] for each in self._stored)
+        """Return the rows of the requests of the pass, [B, ...] each; None: a prompt begins."""
+        now = self._cache.now
+        return None if now.begins or not self._stored else tuple(each[now.rows] for each in self._stored)
 
     def write(self, rows: Sequence[Tensor]) -> None:
-        """Store the row of a prompt's slot, [1, ...] each, or those of all active slots, [B, ...] each."""
-        if not self._stored:
-            self._stored = tuple(each.new_zeros(self._slots, *each.shape[1:]) for each in rows)
-        for stored, new in zip(self._stored, rows, strict=True):
-            if self._write.slot is not None:
-                stored[self._write.slot] = new[0]
-            else:
-                stored[: len(new)] = new
+        """Set the rows of the requests of the pass, [B, ...] each."""
+        self._written = tuple(rows)
 
-    def copy_slot(self, source: int, target: int) -> None:
-        """Copy the row of one slot to another."""
+    def commit(self) -> None:
+        """Store the rows that the last forward pass has written, if any."""
+        written, self._written = self._written, ()
+        if not written:
+            return
+        if not self._stored:
+            self._stored = tuple(each.new_zeros(self._cache.max_rows, *each.shape[1:]) for each in written)
+        for stored, new in zip(self._stored, written, strict=True):
+            stored[self._cache.now.rows] = new
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a row to another."""
         for stored in self._stored:
             stored[target] = stored[source]
 
@@ -123,66 +202,118 @@ class _SlotRoutingState(RoutingState):
         self._rows = rows
 
     def read(self) -> SeenTokens | None:
-        """Return the state of the active slots; None: a prompt begins."""
+        """Return the state of the requests of the pass; None: a prompt begins."""
         rows = self._rows.read()
         return None if rows is None else SeenTokens(*rows)
 
     def write(self, seen: SeenTokens) -> None:
-        """Store the state of a prompt's slot, or of all active slots."""
+        """Store the state of the requests of the pass."""
         self._rows.write(seen)
-
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Do nothing: the cache copies its rows."""
 
 
 class SlotCache(Cache):
-    """A `transformers` cache made of slots. Call `prefill` or `decode` before each forward pass.
+    """A `transformers` cache made of blocks. Call `prefill` or `decode` before each forward pass, and `commit` after.
+
+    The model must run with the attention `SLOT_ATTENTION` and pass the cache to it (`slot_attention`).
 
     Attributes:
-        rows: What the model keeps for each slot besides keys and values.
+        rows: The tensors that the model keeps for each request besides keys and values.
+        max_rows: The number of requests.
+        tokens: The number of tokens of all requests.
     """
 
-    def __init__(self, slots: int, max_length: int, write: _CacheWrite | None = None) -> None:
-        """Create a cache whose memory is allocated by the first forward pass.
+    now: _Pass
 
-        Args:
-            slots: The number of slots.
-            max_length: The number of positions in a slot.
-            write: The target of forward passes, for a part of another cache. None: a new one.
-        """
-        self._write = write or _CacheWrite()
-        self._slots, self._max_length = slots, max_length
+    def __init__(self, max_rows: int, tokens: int) -> None:
+        """Create a cache whose memory is allocated by the first forward pass."""
+        self.max_rows, self.tokens = max_rows, tokens
         self._parts: list[SlotCache] = []
-        self.rows = SlotRows(slots, self._write)
-        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(slots, max_length, self._write))
+        self.rows = SlotRows(self)
+        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
 
     def part(self, index: int) -> "SlotCache":
-        """Return the cache of one model of several, which has the same slots."""
+        """Return the cache of one model of several, which has the same blocks and rows."""
         while len(self._parts) <= index:
-            self._parts.append(SlotCache(self._slots, self._max_length, self._write))
+            self._parts.append(SlotCache(self.max_rows, self.tokens))
+        self._parts[index].now = self.now
         return self._parts[index]
 
     def new_routing_state(self) -> RoutingState:
         """Return the state of routers that read the prefix, which the model adds to the layers."""
         return _SlotRoutingState(self.rows)
 
-    def prefill(self, slot: int) -> None:
-        """Make the next forward pass write one prompt into `slot`."""
-        self._write.slot = slot
-
-    def decode(self, positions: Tensor, length: int) -> None:
-        """Make the next forward pass write one token per active slot.
+    def prefill(self, block: Block, row: int, positions: Tensor, length: int) -> None:
+        """Make the next forward pass compute a chunk of a prompt.
 
         Args:
-            positions: The position that each slot writes, [B].
-            length: The number of keys that are read.
+            block: The block of the request.
+            row: The row of the request.
+            positions: The positions of the chunk, int64 [1, C].
+            length: The first of them.
         """
-        self._write.slot = None
-        self._write.rows = torch.arange(len(positions), device=positions.device)
-        self._write.positions, self._write.length = positions, length
+        self.now = _Pass([block], [row], positions, [length])
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Copy a request to another slot: its rows, and the first `length` positions of its keys and values."""
-        self.rows.copy_slot(source, target)
-        for each in (*self.layers, *self._parts):
-            each.copy_slot(source, target, length)
+    def decode(self, blocks: Sequence[Block], rows: Sequence[int], positions: Tensor, lengths: Sequence[int]) -> None:
+        """Make the next forward pass compute one token of each of B requests.
+
+        Args:
+            blocks: Their blocks; those of one length are best in ascending order.
+            rows: Their rows.
+            positions: The positions of the tokens, int64 [B, 1].
+            lengths: The same positions.
+        """
+        self.now = _Pass(blocks, rows, positions, lengths)
+
+    def commit(self) -> None:
+        """Store the rows that the last forward pass has written. Keys and values are stored at once."""
+        for each in (self, *self._parts):
+            each.rows.commit()
+
+    def copy(self, source: Block, target: Block, length: int) -> None:
+        """Copy the first `length` keys and values of a request to another block of its size."""
+        for layer in self.layers:
+            if isinstance(layer, _SlotLayer):
+                layer.copy(source, target, length)
+        for part in self._parts:
+            part.copy(source, target, length)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Copy the row of a request to another."""
+        for each in (self, *self._parts):
+            each.rows.copy(source, target)
+
+
+def _attend_to_slots(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    slots: SlotCache,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention over the blocks of a cache, as transformers calls it."""
+    return slots.layers[module.layer_idx].attend(module, query, key, value, scaling), None
+
+
+AttentionInterface.register(SLOT_ATTENTION, _attend_to_slots)
+
+
+@contextmanager
+def slot_attention(model: nn.Module) -> Iterator[None]:
+    """Make all models in `model` use the attention over slots, and restore their attention afterwards.
+
+    Forward passes must be called with `slots`, the `SlotCache` that is also their cache.
+    """
+    configs = [vars(each.config) for each in (model, *getattr(model, "members", ()))]
+    name = "_attn_implementation_internal"  # the setter of the property costs 3 % of a step of a small model
+    before = [config[name] for config in configs]
+    try:
+        for config in configs:
+            config[name] = SLOT_ATTENTION
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config[name] = implementation

@@ -2,7 +2,50 @@
 
 from typing import Any
 
+from bam_ray.serving.engine import Delta, Output
+from bam_ray.serving.sampler import Sampled
+from bam_ray.serving.sampling import SamplingParams, TokenLogprob
+
 REPLACEMENT_CHARACTER = "\ufffd"  # a decoder writes it for bytes that do not form a character, or do not yet
+
+
+class TextStream:
+    """The text of one request: makes text of its tokens, and ends it before its first stop string."""
+
+    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
+        self._tokenizer, self._params = tokenizer, params
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop_matcher = StopStringMatcher(params.stop)
+
+    def feed(self, output: Output) -> Delta:
+        """Return what an output of the engine adds to the text.
+
+        If the delta has a finish reason that the output does not have, a stop string was found: remove the request from
+        the engine, and do not feed what it has generated meanwhile.
+        """
+        sampled = [] if output.sampled is None else [output.sampled]
+        ended = output.finish_reason == "stop"  # by the token, which is left out of the text
+        piece = "" if ended else "".join(self._detokenizer.feed(each.token) for each in sampled)
+        if output.is_last:
+            piece += self._detokenizer.flush()
+        text, stopped = self._stop_matcher.feed(piece)
+        if output.is_last and not stopped:
+            text += self._stop_matcher.flush()
+        return Delta(
+            text,
+            tuple(each.token for each in sampled),
+            () if self._params.logprobs is None else tuple(map(self._logprob, sampled)),
+            "stop" if stopped else output.finish_reason,
+            tuple(map(self._logprob, output.prompt)),
+        )
+
+    def _logprob(self, sampled: Sampled) -> TokenLogprob:
+        top = tuple((self._token_text(token), logprob) for token, logprob in sampled.top)
+        return TokenLogprob(self._token_text(sampled.token), sampled.logprob, top)
+
+    def _token_text(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token])
+        return text
 
 
 class Detokenizer:

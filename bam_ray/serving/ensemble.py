@@ -9,7 +9,7 @@ The weights of the members are their probabilities after the earlier tokens of t
 out leaves nothing behind. `bam_ray.evaluation.ensemble` scores the same ensemble on held-out text.
 
 Each member keeps its keys and values in a part of the engine's cache. The rows of the cache hold the N sums of each
-slot, and what each member predicts next, because the token that the engine selects is known only at the next step.
+request, and what each member predicts next, because the token that follows is known only at the next forward pass.
 
 Shapes: N members, B batch, L length, d hidden, V vocabulary.
 """
@@ -71,64 +71,63 @@ class PosteriorEnsemble(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
         cache: SlotCache,
+        slots: SlotCache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 1,
     ) -> CausalLMOutput:
-        """Compute the next token of one prompt, or of the active slots.
+        """Compute the next token after a chunk of one prompt, or of B requests.
 
         Args:
-            input_ids: A prompt [1, L], or the newest token of each active slot [B, 1].
+            input_ids: A chunk [1, L], or the newest token of each request [B, 1].
             position_ids: The positions of the tokens, [1, L] or [B, 1].
-            attention_mask: The keys that each row attends to, bool [B, 1, 1, K]; None: a prompt attends to itself.
-            cache: The cache of the engine.
+            cache: The cache of the engine, from which the members read.
+            slots: Has no effect, because it is the same cache.
             use_cache: Has no effect, because the ensemble always uses its cache.
-            logits_to_keep: Has no effect, because only the logits of the last token are computed.
+            logits_to_keep: 1: only the logits of the last token; 0: those of all tokens.
 
         Returns:
-            An output whose `logits` are the log-probabilities of the next token, double [B, 1, V].
+            An output whose `logits` are the log-probabilities of the next token, double [B, 1 or L, V].
         """
-        del use_cache, logits_to_keep
+        del slots, use_cache
         earlier = cache.rows.read()
-        seen, last = [], []
+        scores, last = [], []
         for index, member in enumerate(self.members):
+            part = cache.part(index)
             hidden = member.base_model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                cache=cache.part(index),
-                use_cache=True,
+                input_ids=input_ids, position_ids=position_ids, cache=part, slots=part, use_cache=True
             ).last_hidden_state
-            log_p, following = _score(member, hidden, input_ids[:, 1:])
-            seen.append(log_p)
+            log_p, following = _score(member, hidden, input_ids[:, 1:], keep_all=not logits_to_keep)
+            scores.append(log_p)
             last.append(following)
-        sums, predicted = torch.stack(seen, dim=1), torch.stack(last, dim=1)  # double [B, N], fp32 [B, N, V]
+        predicted = torch.stack(last, dim=1)  # fp32 [B, N, 1 or L, V]
+        sums = torch.stack(scores, dim=1).cumsum(2)  # double [B, N, L], after each token
         if earlier is not None:
             sums_before, predicted_before = earlier
             newest = input_ids[:, :1, None].expand(-1, len(self.members), 1)  # [B, N, 1]
-            sums = sums + sums_before + predicted_before.gather(2, newest).squeeze(2)
-        cache.rows.write((sums, predicted))
-        log_weights = sums.log_softmax(1)  # [B, N]
-        logits = torch.logsumexp(log_weights.unsqueeze(2) + predicted, dim=1)
-        return CausalLMOutput(logits=logits.unsqueeze(1))
+            sums = sums + (sums_before.unsqueeze(2) + predicted_before.gather(2, newest))
+        cache.rows.write((sums[:, :, -1], predicted[:, :, -1]))
+        log_weights = sums[:, :, -predicted.shape[2] :].log_softmax(1)  # [B, N, 1 or L]
+        return CausalLMOutput(logits=torch.logsumexp(log_weights.unsqueeze(3) + predicted, dim=1))
 
 
-def _score(member: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of the `targets` [B, L - 1], and those of the token after the last one.
+def _score(member: PreTrainedModel, hidden: Tensor, targets: Tensor, keep_all: bool) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of the `targets` [B, L - 1], and those of all tokens after the last one.
 
-    They are the sum over the targets, double [B], and all tokens of the vocabulary, fp32 [B, V]. `hidden` [B, L, d] are
-    the last hidden states.
+    `hidden` [B, L, d] are the last hidden states. The results are double [B, L], which begins with 0, and fp32
+    [B, 1, V], or with `keep_all` [B, L, V], those after each token.
     """
     head, scale = member.get_output_embeddings(), getattr(member.config, "logit_scale", 1.0)
-    total = hidden.new_zeros(len(hidden), dtype=torch.double)
-    log_p = hidden.new_zeros(0)
+    scores = [hidden.new_zeros(len(hidden), 1, dtype=torch.double)]
+    kept: list[Tensor] = []
     for start in range(0, hidden.shape[1], CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
         log_p = (head(hidden[:, chunk]) * scale).float().log_softmax(-1)
         target = targets[:, chunk].unsqueeze(-1)
-        total += log_p[:, : target.shape[1]].gather(2, target).double().sum((1, 2))
-    return total, log_p[:, -1].clone()  # a view would keep the whole chunk
+        scores.append(log_p[:, : target.shape[1]].gather(2, target).double().squeeze(2))
+        # A view of the last row would keep the whole chunk
+        kept = [*kept, log_p] if keep_all else [log_p[:, -1:].clone()]
+    return torch.cat(scores, dim=1), torch.cat(kept, dim=1)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

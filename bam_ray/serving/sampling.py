@@ -1,50 +1,86 @@
-"""Sampling: greedy decoding, or temperature and nucleus (top-p) sampling with one random generator per request.
+"""The sampling parameters of a request, and the numbers that its tokens are drawn with."""
 
-Each token is sampled from its own request's logits and generator, so the output of a request does not depend on the
-requests that are decoded with it.
-"""
+import secrets
+from dataclasses import dataclass, field
 
-import random
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The sampling parameters of one request."""
+    """The sampling parameters of one request.
 
-    max_tokens: int
+    The order of their effects on the logits is: penalties, `logit_bias`, `min_tokens`, `temperature`, `min_p`, `top_k`,
+    `top_p`.
+    """
+
+    max_tokens: int  # 0: only the prompt is computed
     temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    seed: int | None = None  # None: seeded from the operating system's entropy
+    top_p: float = 1.0  # keep the most likely tokens whose probabilities add up to this
+    seed: int | None = None  # None: from the operating system's entropy
     stop: tuple[str, ...] = ()  # the text ends before the first stop string
     logprobs: int | None = None  # None: no log probabilities; n: of the sampled token and of the n most likely tokens
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    min_p: float = 0.0  # keep tokens with at least this fraction of the probability of the most likely one
+    repetition_penalty: float = 1.0  # divides positive logits of the tokens so far, multiplies negative ones
+    presence_penalty: float = 0.0  # subtracted from the logits of the tokens that have been generated
+    frequency_penalty: float = 0.0  # the same, for each time that they have been generated
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens and what is added to their logits
+    min_tokens: int = 0  # no token ends the text before this number of tokens
+    ignore_eos: bool = False  # the end tokens of the model do not end the text
+    stop_token_ids: tuple[int, ...] = ()  # more tokens that end the text
+    n: int = 1  # number of completions of the prompt, which is computed once
+    prompt_logprobs: int | None = None  # as `logprobs`, for the tokens of the prompt after the first one
+
+    @property
+    def penalizes(self) -> bool:
+        """True if logits depend on the tokens so far."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log probability of a token, in nats, under the model (at temperature 1 and without top-p)."""
+    """The log probability of a token, in nats, under the model (at temperature 1 and with all tokens)."""
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()  # the most likely tokens, in descending order
 
 
-def sample_token(logits: Tensor, params: SamplingParams, rng: random.Random) -> int:
-    """Sample one token from `logits` [V] of any dtype. The temperature must be above 0."""
-    scaled = logits.double()
-    # Subtract the maximum before dividing: a tiny temperature then gives 0 and -inf, never inf - inf
-    probabilities = torch.softmax((scaled - scaled.max()) / params.temperature, dim=-1)
-    order = None
-    if params.top_p < 1:
-        probabilities, order = probabilities.sort(descending=True)
-        outside_nucleus = probabilities.cumsum(-1) - probabilities >= params.top_p
-        outside_nucleus[0] = False  # the most likely token always stays, even if top_p is 0
-        probabilities = probabilities.masked_fill(outside_nucleus, 0.0)
-    cumulative = probabilities.cumsum(-1)
-    # The first token whose cumulative probability reaches a draw from (0, total]: the index is always in range, and a
-    # token of probability 0 is never selected
-    index = int(torch.searchsorted(cumulative, (1 - rng.random()) * cumulative[-1]))
-    return index if order is None else int(order[index])
+@dataclass
+class SamplingState:
+    """The state of the sampling of one request.
+
+    Attributes:
+        params: Its sampling parameters.
+        prompt: The tokens of its prompt.
+        choice: The number of the completion among `SamplingParams.n`. Each has numbers of its own.
+        seed: The seed of its numbers.
+        row: The row of the tables of the sampler that it owns.
+        stop_tokens: The tokens that end its text.
+        generated: The number of tokens that have been sampled.
+    """
+
+    params: SamplingParams
+    prompt: list[int]
+    choice: int = 0
+    seed: int = field(init=False)
+    row: int = 0
+    stop_tokens: frozenset[int] = frozenset()
+    generated: int = 0
+
+    def __post_init__(self) -> None:
+        seed = secrets.randbits(64) if self.params.seed is None else self.params.seed & _MASK
+        self.seed = seed if not self.choice else _mix(seed ^ _mix(self.choice))
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number in (0, 1] that depends on nothing but a 64-bit seed and a position (SplitMix64)."""
+    return 1.0 - (_mix(_mix(seed) + position) >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)

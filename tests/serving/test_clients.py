@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
+from tests.support.decoding import run
 
 USER = {"role": "user", "content": "hi"}
 
@@ -132,7 +133,7 @@ def test_the_text_of_exceptions_is_not_sent(
     def fail(*arguments: object) -> None:
         raise FileNotFoundError("/srv/models/secret.safetensors")
 
-    monkeypatch.setattr(engine, "add", fail)
+    monkeypatch.setattr(engine, "step", fail)
     message = error_of(complete(client, prompt="hi"), 500)
     assert message == "the model failed: see the log of the server"
     streamed = complete(client, prompt="hi", stream=True)
@@ -157,7 +158,6 @@ def test_a_special_token_as_stop_string_ends_the_text(
         return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([[next(script)]]), len(tokenizer)))
 
     monkeypatch.setattr(model, "forward", scripted)
-    _, delta = engine.add(tokenizer("hi").input_ids, SamplingParams(max_tokens=9, temperature=0, stop=("<|turn|>",)))
-    while engine.active:
-        delta += engine.step()[0][1]
+    params = SamplingParams(max_tokens=9, temperature=0, stop=("<|turn|>",))
+    (delta,) = run(engine, [tokenizer("hi").input_ids], lambda _: params)
     assert (delta.text, delta.finish_reason) == ("no", "stop")

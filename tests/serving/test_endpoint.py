@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
+from tests.support.decoding import run
 from tests.support.http_server import running_server, wait_until
 
 MODEL = "tiny"
@@ -30,11 +31,7 @@ class Endpoint:
     def generate_alone(self, prompt: str, max_tokens: int) -> str:
         """Return the greedy completion of one prompt by the engine, without the server."""
         tokens = self.engine.tokenizer(prompt).input_ids
-        generation, delta = self.engine.add(tokens, SamplingParams(max_tokens=max_tokens, temperature=0))
-        text = delta.text
-        while self.engine.active:
-            text += "".join(delta.text for other, delta in self.engine.step() if other is generation)
-        return text
+        return run(self.engine, [tokens], lambda _: SamplingParams(max_tokens=max_tokens, temperature=0))[0].text
 
 
 @pytest.fixture
@@ -58,9 +55,9 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, engine: DecodeEngine) -> None:
     """Make each step take 30 ms, so that requests can be observed while they run."""
     step = engine.step
 
-    def slow_step() -> Any:
+    def slow_step(*args: Any) -> Any:
         time.sleep(0.03)
-        return step()
+        return step(*args)
 
     monkeypatch.setattr(engine, "step", slow_step)
 
@@ -172,7 +169,7 @@ def test_a_disconnected_client_frees_its_slots(
 def test_serving_continues_after_the_model_fails(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = endpoint.generate_alone("the", 4)
 
-    def broken() -> Any:
+    def broken(*args: Any) -> Any:
         raise RuntimeError("/home/secret/model.safetensors is broken")
 
     create = endpoint.client.completions.create
@@ -186,21 +183,20 @@ def test_serving_continues_after_the_model_fails(endpoint: Endpoint, monkeypatch
     assert create(model=MODEL, prompt="the", max_tokens=4, temperature=0).choices[0].text == expected
 
 
-def test_a_prompt_without_memory_fails_alone(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_without_memory_fails_alone(
+    endpoint: Endpoint, models_by_family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = endpoint.generate_alone("the", 40)
-    add, step = endpoint.engine.add, endpoint.engine.step
+    model = models_by_family["cohere"]
+    forward = model.forward
 
-    def add_short(prompt: list[int], params: SamplingParams) -> Any:
-        if len(prompt) > 20:
+    def limited_forward(*args: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if input_ids.shape[1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return add(prompt, params)
+        return forward(*args, input_ids=input_ids, **kwargs)
 
-    def step_slowly() -> Any:
-        time.sleep(0.05)
-        return step()
-
-    monkeypatch.setattr(endpoint.engine, "add", add_short)
-    monkeypatch.setattr(endpoint.engine, "step", step_slowly)
+    monkeypatch.setattr(model, "forward", limited_forward)
+    slow_down(monkeypatch, endpoint.engine)
     create = endpoint.client.completions.create
     stream = create(model=MODEL, prompt="the", max_tokens=40, temperature=0, stream=True)
     text = next(stream).choices[0].text
@@ -253,6 +249,6 @@ def test_models_health_and_metrics(endpoint: Endpoint) -> None:
     names = ['bam_requests_total{outcome="finished"}', 'bam_tokens_total{kind="prompt"}', "bam_steps_total"]
     before = [metric(endpoint, name) for name in names]
     endpoint.client.completions.create(model=MODEL, prompt=[1, 2, 3], max_tokens=7, temperature=0)
-    assert [metric(endpoint, name) - old for name, old in zip(names, before, strict=True)] == [1, 3, 6]
+    assert [metric(endpoint, name) - old for name, old in zip(names, before, strict=True)] == [1, 3, 7]
     assert metric(endpoint, 'bam_tokens_total{kind="completion"}') == endpoint.scheduler.totals.completion_tokens
     assert (metric(endpoint, "bam_slots"), metric(endpoint, "bam_active_slots")) == (3, 0)

@@ -1,13 +1,15 @@
 """The output of a request does not depend on the requests that are decoded with it."""
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from bam_ray.errors import ServingError
-from bam_ray.serving import DecodeEngine, SamplingParams
-from tests.support.decoding import prompts_of, run
+from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
+from bam_ray.serving.engine import Generation
+from tests.support.decoding import members_of, prompts_of, run
 
 
 @pytest.mark.parametrize("family", ["cohere", "llama", "bam", "bam-prefix", "bam-shared"])
@@ -52,20 +54,24 @@ def test_removing_a_request_does_not_change_the_others(engine: DecodeEngine) -> 
     prompts = prompts_of(4, engine.vocab_size)
     params = SamplingParams(max_tokens=20, temperature=0)
     expected = run(engine, prompts, lambda _: params)
-    started = [engine.add(prompt, params) for prompt in prompts[:3]]
-    got = {generation: delta for generation, delta in started}
-    first, second, third = got
-    for generation, delta in engine.step():
-        got[generation] += delta
-    engine.remove(first)  # the last request moves into its slot
+    first, second, third = [engine.add(prompt, params) for prompt in prompts[:3]]
+    got: dict[Generation, list[int]] = {first: [], second: [], third: []}
+
+    def step() -> None:
+        for generation, output in engine.step():
+            assert output.sampled is not None
+            got[generation].append(output.sampled.token)
+
+    step()
+    step()
+    engine.remove(first)  # the last request moves into its block
     assert engine.free == 1
-    fourth, delta = engine.add(prompts[3], params)
-    got[fourth] = delta
+    fourth = engine.add(prompts[3], params)
+    got[fourth] = []
     while engine.active:
-        for generation, delta in engine.step():
-            got[generation] += delta
-    assert [got[second], got[third], got[fourth]] == expected[1:]
-    assert len(got[first].tokens) == 2
+        step()
+    assert [got[second], got[third], got[fourth]] == [[*delta.tokens] for delta in expected[1:]]
+    assert len(got[first]) == 2
 
 
 def test_text_ends_at_the_last_position(engine: DecodeEngine) -> None:
@@ -76,14 +82,13 @@ def test_text_ends_at_the_last_position(engine: DecodeEngine) -> None:
 
 
 def test_the_longest_prompt_is_computed_at_start(models_by_family: Any, tokenizer: Any) -> None:
-    model, lengths = models_by_family["bam"], []
+    model, last = models_by_family["bam"], []
     hook = model.register_forward_pre_hook(
-        lambda module, inputs, named: lengths.append(named["input_ids"].shape[1]), with_kwargs=True
+        lambda module, inputs, named: last.append(int(named["position_ids"].max())), with_kwargs=True
     )
-    engine = DecodeEngine(model, tokenizer, slots=2, max_length=48)
+    DecodeEngine(model, tokenizer, slots=2, max_length=48, tokens_per_step=20)
     hook.remove()
-    assert max(lengths) == 47
-    assert engine.free == 2
+    assert max(last) == 46
 
 
 def test_text_ends_before_a_stop_string(engine: DecodeEngine) -> None:
@@ -107,6 +112,61 @@ def test_logprobs_equal_those_of_the_model(engine: DecodeEngine, models_by_famil
         row = expected[len(prompt) - 1 + position]
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-5)
         assert [value for _, value in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["cohere", "llama", "bam", "bam-prefix", "bam-shared", "ensemble"])
+def test_chunked_prompts_equal_whole_prompts(family: str, models_by_family: Any, tokenizer: Any) -> None:
+    """Chunks of any size, beside rows that decode, give the log-probabilities of a prompt that is computed alone."""
+    ensemble = family == "ensemble"
+    model = PosteriorEnsemble(members_of("llama", 3, tokenizer)) if ensemble else models_by_family[family]
+    prompts = [*prompts_of(6, len(tokenizer)), [5, 9, 40, 3] * 12]
+
+    def params(index: int) -> SamplingParams:
+        return SamplingParams(max_tokens=4 + index, temperature=0, logprobs=3)
+
+    whole = DecodeEngine(model, tokenizer, slots=1, max_length=64, tokens_per_step=64)
+    expected = run(whole, prompts, params)
+    for tokens_per_step in (5, 7, 16):
+        chunked = DecodeEngine(model, tokenizer, slots=4, max_length=64, tokens_per_step=tokens_per_step)
+        for got, one in zip(run(chunked, prompts, params), expected, strict=True):
+            assert got.tokens == one.tokens
+            for entry, reference in zip(got.logprobs, one.logprobs, strict=True):
+                assert entry.logprob == pytest.approx(reference.logprob, abs=1e-5)
+                assert [p for _, p in entry.top] == pytest.approx([p for _, p in reference.top], abs=1e-5)
+        assert (chunked.active, chunked.free, chunked.memory.used) == (0, 4, 0)
+
+
+def test_prompts_are_divided_only_beside_streams(models_by_family: Any, tokenizer: Any) -> None:
+    model, lengths = models_by_family["llama"], []
+    engine = DecodeEngine(model, tokenizer, slots=2, max_length=64)
+    hook = model.register_forward_pre_hook(
+        lambda module, inputs, named: lengths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+    engine.add([3] * 40, params)
+    engine.step()
+    engine.add([4] * 40, params)
+    engine.step()
+    engine.step()
+    hook.remove()
+    assert lengths == [40, 1, 25, 1, 15]
+
+
+@pytest.mark.parametrize("family", ["llama", "bam-prefix", "bam-shared"])
+def test_requests_of_different_lengths_share_the_memory(family: str, models_by_family: Any, tokenizer: Any) -> None:
+    """Blocks of all lengths are taken, moved and freed while others decode."""
+    model, rng = models_by_family[family], random.Random(2)
+    prompts = [[rng.randrange(1, 300) for _ in range(rng.choice((2, 70, 150)))] for _ in range(12)]
+
+    def params(index: int) -> SamplingParams:
+        return SamplingParams(max_tokens=(9, 30, 60)[index % 3], temperature=0.8, seed=index, logprobs=0)
+
+    alone = DecodeEngine(model, tokenizer, slots=1, max_length=256)
+    expected = run(alone, prompts, params)
+    engine = DecodeEngine(model, tokenizer, slots=6, max_length=256, kv_tokens=512, tokens_per_step=40)
+    scheduled = run(engine, prompts, params)
+    assert [delta.tokens for delta in scheduled] == [delta.tokens for delta in expected]
+    assert (engine.free, engine.memory.used, engine.memory.size) == (6, 0, 512)
 
 
 def test_unsupported_models_are_rejected(models_by_family: Any, tokenizer: Any) -> None:

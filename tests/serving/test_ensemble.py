@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from bam_ray.errors import ServingError
 from bam_ray.evaluation.ensemble import ensemble_nll
 from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams, ensemble
-from bam_ray.serving.cache import SlotCache
+from bam_ray.serving.blocks import Block
+from bam_ray.serving.cache import SlotCache, slot_attention
 from tests.support.decoding import members_of, prompts_of, run
 from tests.support.tiny import dense
 
@@ -73,13 +74,14 @@ def test_it_gives_the_text_the_probability_of_the_report(members: list[PreTraine
     starts = np.arange(len(tokens) - 1)[None] == 0
     nll = ensemble_nll(-torch.stack(log_p).numpy(), starts, "posterior")[0]
     model, cache, got = PosteriorEnsemble(members), SlotCache(1, 64), []
+    block = Block(0, 64)
     for position in range(1, len(tokens) - 1):  # a prompt of two tokens, and then one token at a time
         first = 0 if position == 1 else position
-        places = torch.arange(first, position + 1)
-        mask = None if first == 0 else torch.ones(1, 1, 1, position + 1, dtype=torch.bool)
-        cache.prefill(0) if first == 0 else cache.decode(places, position + 1)
-        with torch.no_grad():
-            out = model(ids[:, first : position + 1], places[None], mask, cache)
+        places = torch.arange(first, position + 1)[None]
+        cache.prefill(block, 0, places, first) if first == 0 else cache.decode([block], [0], places, [first])
+        with torch.no_grad(), slot_attention(model):
+            out = model(ids[:, first : position + 1], places, cache)
+        cache.commit()
         got.append(-float(out.logits[0, 0, tokens[position + 1]]))
     assert got == pytest.approx(nll[1:].tolist(), abs=1e-5)
 

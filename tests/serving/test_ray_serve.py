@@ -29,7 +29,7 @@ from bam_ray.on_ray.serve_app import deploy, served_models, shutdown
 from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
 from bam_ray.settings import Needs, ServeSettings, load_recipe
 from bam_ray.settings.api_keys import hash_api_key
-from tests.support.decoding import members_of
+from tests.support.decoding import members_of, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -105,9 +105,8 @@ def url(cluster: Cluster, store: FolderStore, port: int) -> str:
 
 def generate_alone(engine: DecodeEngine, prompt: str, max_tokens: int) -> str:
     """Return the greedy completion of one prompt by the engine, without the server."""
-    _, delta = engine.add(engine.tokenizer(prompt).input_ids, SamplingParams(max_tokens=max_tokens, temperature=0))
-    while engine.active:
-        delta += engine.step()[0][1]
+    params = SamplingParams(max_tokens=max_tokens, temperature=0)
+    (delta,) = run(engine, [engine.tokenizer(prompt).input_ids], lambda _: params)
     return delta.text
 
 

@@ -7,24 +7,28 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bam_ray.serving import DecodeEngine, SamplingParams
+from bam_ray.serving.detokenizer import TextStream
 from bam_ray.serving.engine import Delta, Generation
 from tests.support.tiny import dense
 
 
 def run(engine: DecodeEngine, prompts: list[list[int]], params: Callable[[int], SamplingParams]) -> list[Delta]:
     """Decode all prompts, each as soon as a slot is free, and return the concatenated deltas of each."""
-    waiting = list(enumerate(prompts))
-    owners: dict[Generation, int] = {}
-    outputs = [Delta() for _ in prompts]
+    generations = [Generation(prompt, params(index)) for index, prompt in enumerate(prompts)]
+    waiting = {each.id: engine.waiting_request(each) for each in generations}
+    texts = {each.id: TextStream(engine.tokenizer, each.params) for each in generations}
+    deltas = {each.id: Delta() for each in generations}
     while waiting or engine.active:
-        while waiting and engine.free:
-            index, prompt = waiting.pop(0)
-            generation, delta = engine.add(prompt, params(index))
-            owners[generation] = index
-            outputs[index] += delta
-        for generation, delta in engine.step():
-            outputs[owners[generation]] += delta
-    return outputs
+        plan = engine.plan([*waiting.values()], {})
+        for each in generations:
+            if each.id in plan.start:
+                del waiting[each.id]
+                engine.start(each)
+        for generation, output in engine.step(plan):
+            deltas[generation.id] += texts[generation.id].feed(output)
+            if deltas[generation.id].finish_reason is not None:
+                engine.remove(generation)
+    return [*deltas.values()]
 
 
 def prompts_of(count: int, vocabulary: int) -> list[list[int]]:
