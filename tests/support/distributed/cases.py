@@ -146,7 +146,13 @@ TWO = {
     "by prefix": Case(2, micro=1, config={**BY_PREFIX, **RENORMALISED}, mixing=OWN_RATE, apart=True),
     "by prefix, recomputed, ZeRO-2": Case(
         2,
-        config={**BY_PREFIX, "attention_experts": "averaged", "parallel_block": False, **RENORMALISED},
+        config={
+            **BY_PREFIX,
+            "router_forgetting": 0.9,
+            "attention_experts": "averaged",
+            "parallel_block": False,
+            **RENORMALISED,
+        },
         recompute=True,
         zero_stage=2,
     ),
