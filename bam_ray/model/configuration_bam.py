@@ -66,6 +66,8 @@ class BamConfig(PreTrainedConfig):
     router_prior (`str`): "bigram" adds to the logits of all routers how probable the text of each expert makes the
         document so far (`prefix_bam.BigramPrior`). "none" adds nothing.
     router_prior_scale (`float`): factor on the log-probabilities of the prior.
+    router_forgetting (`float`): factor on the running sums of `router_input` "prefix" and of the prior before each
+        token is added. 1: all tokens of the document count equally.
     router_prior_buckets (`int`): number of counts of pairs of tokens for each expert.
     router_prior_vocab_size (`int`, *optional*): number of tokens that were counted, if it is below `vocab_size`.
     shared_expert_intermediate_size (`int`, *optional*): hidden size of an FFN that all tokens use beside the routed
@@ -152,6 +154,7 @@ class BamConfig(PreTrainedConfig):
     router_input: str = "token"
     router_prior: str = "none"
     router_prior_scale: float = 0.25
+    router_forgetting: float = 1.0
     router_prior_buckets: int = 1 << 20
     router_prior_vocab_size: int | None = None
     shared_expert_intermediate_size: int | None = None
@@ -215,6 +218,8 @@ class BamConfig(PreTrainedConfig):
     def _check_mixture(self) -> None:
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}: use 1 to {self.num_experts}")
+        if not 0.0 < self.router_forgetting <= 1.0:
+            raise ValueError(f"router_forgetting is {self.router_forgetting}: use a number above 0, at most 1")
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(
                 f"capacity_factor is {self.capacity_factor}: use a number above 0, or None to drop no choices"

@@ -251,7 +251,7 @@ class BamModel(BamPreTrainedModel):
             return None
         state = None if cache is None else existing_routing_state(cache)
         seen = None if state is None else state.read()
-        documents = Documents(position_ids, non_padding, continues=seen is not None)
+        documents = Documents(position_ids, non_padding, seen is not None, self.config.router_forgetting)
         routing = RoutingContext(documents, seen, given.shape[:2], given.device, self.routers)
         if self.prior is not None:
             if input_ids is None:

@@ -7,6 +7,9 @@ Routers may read the running mean of their inputs over the document so far inste
 A router is linear, so the logits of the mean input are the mean of the logits: N numbers for each token are summed, not
 d. Sums are in double precision, so that a document has the same logits alone, in a packed sequence and in chunks.
 
+With `BamConfig.router_forgetting` f below 1, the tokens of the document so far have the weights 1, f, f² and so on,
+from the current one back. If a text changes its domain, the sums follow within about 1 / (1 - f) tokens.
+
 Shapes: B batch, L length, N experts, R routers, V vocabulary size.
 """
 
@@ -27,7 +30,7 @@ SMOOTHING = 20.0
 class SeenTokens(NamedTuple):
     """The state of the sequences of a batch after the tokens that they have seen."""
 
-    length: Tensor  # int64 [B], number of tokens of the current document
+    length: Tensor  # double [B], number of tokens of the current document, which all sums weight by their age
     last: Tensor  # int64 [B], the last token
     evidence: Tensor  # double [B, N], sum of the log-probabilities of each expert's domain
     logits: Tensor  # double [B, R, N], sums of the logits of each router
@@ -132,13 +135,16 @@ class Documents:
     earlier forward pass continues its document.
     """
 
-    def __init__(self, position_ids: Tensor, non_padding: Tensor | None, continues: bool) -> None:
+    def __init__(
+        self, position_ids: Tensor, non_padding: Tensor | None, continues: bool, forgetting: float = 1.0
+    ) -> None:
         """Find the documents.
 
         Args:
             position_ids: [1 or B, L].
             non_padding: False for padding tokens [B, L]; None: there are none.
             continues: The first tokens may continue documents of an earlier forward pass.
+            forgetting: The factor on a running sum before the next token is added.
         """
         starts = position_ids == 0
         starts[:, 1:] |= position_ids.diff(dim=1) != 1
@@ -146,13 +152,33 @@ class Documents:
             starts[:, 0] = True
         places = torch.arange(position_ids.shape[1], device=position_ids.device)
         first = torch.where(starts, places, -1).cummax(1).values  # [1 or B, L]
-        self._continues = first < 0  # tokens of documents that an earlier forward pass began
         self._first = first.clamp_min(0)
         self._non_padding = non_padding
+        self._decays: list[Tensor] = []
+        # Factor on the sums of documents that an earlier forward pass began [1 or B, L]; 0 for other documents
+        self._kept = (first < 0).double()
+        if forgetting != 1.0:
+            self._kept = self._find_decays(starts, forgetting)
         self.has_previous = ~starts  # tokens whose previous token belongs to the same document
         if non_padding is not None:
             before = torch.cat((torch.full_like(non_padding[:, :1], True), non_padding[:, :-1]), dim=1)
             self.has_previous = self.has_previous & non_padding & before
+
+    def _find_decays(self, starts: Tensor, forgetting: float) -> Tensor:
+        """Set the factors of `_decayed_sum`, and return the product of all factors up to each token [1 or B, L].
+
+        The factor of a token is that on the sum before it: `forgetting`, 0 if it begins a document, and 1 for padding.
+        """
+        continues = (~starts).double()
+        product = continues * forgetting
+        if self._non_padding is not None:
+            product = torch.where(self._non_padding, product, continues)
+        span = 1  # number of factors in each product
+        while span < starts.shape[1]:
+            self._decays.append(product[:, span:].unsqueeze(-1))
+            product = torch.cat((product[:, :span], product[:, span:] * product[:, :-span]), dim=1)
+            span *= 2
+        return product
 
     def running_sum(self, values: Tensor, before: Tensor | None) -> Tensor:
         """Return the sums of `values` [B, L, K] over each document up to each token, double [B, L, K].
@@ -162,11 +188,22 @@ class Documents:
         values = values.double()
         if self._non_padding is not None:
             values = values * self._non_padding.unsqueeze(-1)
+        sums = self._decayed_sum(values) if self._decays else self._plain_sum(values)
+        if before is not None:
+            sums = sums + before.unsqueeze(1) * self._kept.unsqueeze(-1)
+        return sums
+
+    def _plain_sum(self, values: Tensor) -> Tensor:
         total = torch.cat((torch.zeros_like(values[:, :1]), values.cumsum(1)), dim=1)  # [B, L + 1, K]
         index = self._first.unsqueeze(-1).expand(*values.shape)
-        sums = total[:, 1:] - total.gather(1, index)
-        if before is not None:
-            sums = sums + before.unsqueeze(1) * self._continues.unsqueeze(-1)
+        return total[:, 1:] - total.gather(1, index)
+
+    def _decayed_sum(self, values: Tensor) -> Tensor:
+        """Add the sums of 1, 2, 4, ... earlier tokens. A cumulative sum of growing weights would overflow."""
+        sums = values
+        for power, decay in enumerate(self._decays):
+            span = 1 << power
+            sums = torch.cat((sums[:, :span], sums[:, span:] + sums[:, :-span] * decay), dim=1)
         return sums
 
 
@@ -213,12 +250,12 @@ class RoutingContext:
 
     def seen(self, input_ids: Tensor | None, experts: int) -> SeenTokens:
         """Return the state after the forward pass. The last tokens are unknown without `input_ids` [B, L]."""
-        length = self._lengths[:, -1, 0].long()
+        length = self._lengths[:, -1, 0]
         zeros = self._lengths.new_zeros(len(length), experts)
         sums = [zeros if each is None else each for each in self._sums]
         return SeenTokens(
             length,
-            torch.zeros_like(length) if input_ids is None else input_ids[:, -1],
+            torch.zeros_like(length, dtype=torch.long) if input_ids is None else input_ids[:, -1],
             zeros if self._evidence is None else self._evidence,
             torch.stack(sums, dim=1) if sums else zeros.unsqueeze(1)[:, :0],
         )

@@ -1,7 +1,8 @@
 """Training over many processes with DeepSpeed's ZeRO; the experts of a mixture are distributed over ranks.
 
     collectives      asynchronous collectives with gradients, and the time that is spent waiting for them
-    dispatch         the two seams of the model over collectives: tokens to remote experts and back
+    dispatch         the seams to FFN and attention experts over collectives: tokens to remote experts and back
+    table_exchange   the seam to embedding experts over collectives
     expert_parallel  reduces a whole mixture to this rank's experts, from outside
     engine           `training.engine.Engine` with DeepSpeed
     process_group    DeepSpeed's process groups, with one timeout

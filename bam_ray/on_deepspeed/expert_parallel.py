@@ -1,8 +1,9 @@
 """Expert parallelism, applied to a whole mixture from outside: each rank keeps its own experts only.
 
 In a group of E ranks with N experts, rank r keeps the n = N / E experts r·n to (r + 1)·n - 1 of every layer, in the FFN
-and in the attention. Neighboring ranks form a group. Ranks that hold the same experts in different groups average their
-gradients. Everything else (embeddings, norms, routers) is replicated on all ranks and plain data-parallel.
+and in the attention, and the tables of these experts at the input and at the output. Neighboring ranks form a group.
+Ranks that hold the same experts in different groups average their gradients. Everything else (averaged embeddings,
+norms, routers, the counts of a prior) is replicated on all ranks and plain data-parallel.
 
 kv_shared has one k_proj and one v_proj for all experts. They are replicated: each rank computes keys and values of all
 gathered tokens, but only the queries of its own experts read them, so its gradient is the part of the sum of the ranks'
@@ -27,10 +28,12 @@ from torch.distributed import ProcessGroup
 
 from bam_ray.errors import TrainingError
 from bam_ray.model.attention_bam import BamAttention, BamAttentionExperts
+from bam_ray.model.embeddings_bam import BamHead, BamInputEmbeddings, BamTables
 from bam_ray.model.experts_bam import BamExperts
 from bam_ray.model.modeling_bam import BamModel, attention_masks
 from bam_ray.on_deepspeed.collectives import EPGroup, all_gather
 from bam_ray.on_deepspeed.dispatch import AllGatherAttentionExchange, AllToAllTokenDispatcher
+from bam_ray.on_deepspeed.table_exchange import AllToAllTableExchange
 from bam_ray.settings import divisors
 from bam_ray.training.devices import COLLECTIVE_TIMEOUT
 
@@ -96,23 +99,30 @@ def apply_expert_parallelism(model: nn.Module, size: int) -> ExpertShards:
     ep_group = EPGroup(process_group, side_group)
     _replace_seams(model, ep_group)
     names = []
+    shards: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters share a shard
     for path, module in model.named_modules():
         for name in _sharded_parameters(module):
-            _shard_parameter(module, name, ep_group, group_name)
+            whole: nn.Parameter = getattr(module, name)
+            if whole not in shards:
+                shards[whole] = _shard_of(whole, ep_group, group_name)
+            setattr(module, name, shards[whole])
             names.append(f"{path}.{name}")
     return ExpertShards(ep_group, group_name, frozenset(names))
 
 
 def _replace_seams(model: nn.Module, ep_group: EPGroup) -> None:
-    """Let the dispatchers and exchanges of all layers reach the experts of all ranks of a group."""
+    """Let the dispatchers and exchanges of all modules reach the experts of all ranks of a group."""
     config: Any = model.config
     inner: Any = model.model
     dispatcher = AllToAllTokenDispatcher(ep_group, config.num_experts)
     exchange = AllGatherAttentionExchange(ep_group)
+    tables = AllToAllTableExchange(ep_group, config.vocab_size)
     gather_positions = _GatherPositions(inner, ep_group.process_group)
     for module in model.modules():
         if isinstance(module, BamExperts):
             module.dispatcher = dispatcher
+        elif isinstance(module, BamInputEmbeddings | BamHead):
+            module.exchange = tables
         elif isinstance(module, BamAttention):
             module.exchange = exchange
             module.register_forward_pre_hook(gather_positions, with_kwargs=True)
@@ -122,7 +132,7 @@ def _replace_seams(model: nn.Module, ep_group: EPGroup) -> None:
 
 def _sharded_parameters(module: nn.Module) -> list[str]:
     """Return the names of the parameters that `module` itself holds and that have one slice for each expert."""
-    if not isinstance(module, BamExperts | BamAttentionExperts):
+    if not isinstance(module, BamExperts | BamAttentionExperts | BamTables):
         return []
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if isinstance(module, BamAttentionExperts) and module.kv_shared:
@@ -130,13 +140,12 @@ def _sharded_parameters(module: nn.Module) -> list[str]:
     return names
 
 
-def _shard_parameter(module: nn.Module, name: str, ep_group: EPGroup, group_name: str) -> None:
-    """Replace a parameter [N, ...] by this rank's shard [n, ...]."""
-    whole: nn.Parameter = getattr(module, name)
+def _shard_of(whole: nn.Parameter, ep_group: EPGroup, group_name: str) -> nn.Parameter:
+    """Return this rank's shard [n, ...] of a parameter [N, ...]."""
     shard = nn.Parameter(whole.detach().chunk(ep_group.size)[ep_group.rank].clone())
     # ZeRO reads these two attributes and averages the gradient over the ranks with the same experts only.
     shard.allreduce, shard.group_name = False, group_name  # type: ignore[attr-defined] # tensors accept attributes
-    setattr(module, name, shard)
+    return shard
 
 
 class _GatherPositions:

@@ -123,17 +123,17 @@ def training_memory(size: ModelSize, training: TrainingSettings, context: int, s
     process = (GPU_PROCESS_BYTES if share.on_gpu else PROCESS_BYTES) + (GROUP_BYTES if share.is_group else 0)
     if share.on_gpu:
         loading = size.weight_bytes
-        device = states + activation_bytes(size, training, least * context)
+        device = states + activation_bytes(size, training, least * context, share.expert_parallel)
         return WorkerMemory(process + max(loading, copy), process + loading, device)
     return WorkerMemory(
-        process + states + activation_bytes(size, training, fitted * context) + copy,
-        process + states + activation_bytes(size, training, least * context) + gathered,
+        process + states + activation_bytes(size, training, fitted * context, share.expert_parallel) + copy,
+        process + states + activation_bytes(size, training, least * context, share.expert_parallel) + gathered,
     )
 
 
 def state_bytes(size: ModelSize, training: TrainingSettings, share: WorkerShare) -> int:
     """Return the bytes of weights, gradients, Adam's states, counts and ZeRO's buffers of one worker."""
-    local = size.shared_parameters + size.expert_parameters // share.expert_parallel
+    local = size.local_parameters(share.expert_parallel)
     if not share.is_group:
         return 16 * local + size.count_bytes
     part = size.parameters // share.workers  # ZeRO partitions parameters over the ranks that hold the same ones
@@ -144,15 +144,19 @@ def state_bytes(size: ModelSize, training: TrainingSettings, share: WorkerShare)
     return whole[training.zero_stage] + optimizer + bucket + size.count_bytes
 
 
-def activation_bytes(size: ModelSize, training: TrainingSettings, tokens: int) -> int:
-    """Return the bytes that a micro batch of `tokens` keeps for the backward pass, and those of its loss."""
+def activation_bytes(size: ModelSize, training: TrainingSettings, tokens: int, expert_parallel: int) -> int:
+    """Return the bytes that a micro batch of `tokens` keeps for the backward pass, and those of its loss.
+
+    The experts are divided among `expert_parallel` processes.
+    """
     value_bytes = 2 if training.precision == "bf16" else 4
     kept = size.hidden * size.layers + size.layer_values if training.recompute else size.layers * size.layer_values
     kept += size.embedding_values
     copies = 0
     if training.precision == "bf16" and not training.recompute:
-        copies = BF16_COPY_BYTES * (size.parameters - size.table_parameters)
-    return int(ACTIVATION_FACTOR * tokens * value_bytes * kept) + size.head_bytes(tokens) + copies
+        table = size.table_parameters // (expert_parallel if size.tables > 1 else 1)
+        copies = BF16_COPY_BYTES * (size.local_parameters(expert_parallel) - table)
+    return int(ACTIVATION_FACTOR * tokens * value_bytes * kept) + size.head_bytes(tokens, expert_parallel) + copies
 
 
 def _mixing_memory(task: Task, recipe: Recipe, seed: ModelSize, on_gpu: bool) -> WorkerMemory:

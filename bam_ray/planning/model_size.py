@@ -79,21 +79,31 @@ class ModelSize:
         if self.attention > 1:
             layer += self.attention * 2 * self.hidden * self.query
             layer += self.keys * 2 * self.hidden * self.key if self.keys > 1 else 0
-        return (self.layers - self.dense_layers) * layer
+        tables = self._embedding_parameters if self.tables > 1 else 0
+        return (self.layers - self.dense_layers) * layer + tables
 
     @property
     def shared_parameters(self) -> int:
-        """Number of parameters that every process holds: those of the embedding experts, too."""
+        """Number of parameters that every process holds."""
         layers = (self.layers - self.dense_layers) * self._shared_layer_parameters
         if self.dense is not None:
             layers += self.dense_layers * self.dense._shared_layer_parameters
-        embeddings = self.table_parameters * (1 if self.tied else 2)
+        embeddings = self._embedding_parameters if self.tables == 1 else 0
         return layers + embeddings + self._table_router_parameters + self.hidden
+
+    def local_parameters(self, expert_parallel: int) -> int:
+        """Return the number of parameters of one process if the experts are divided among `expert_parallel`."""
+        return self.shared_parameters + self.expert_parameters // expert_parallel
 
     @property
     def table_parameters(self) -> int:
         """Number of parameters of the input embedding, or of all its tables; the output head has as many."""
         return self.tables * self.vocabulary * self.hidden
+
+    @property
+    def _embedding_parameters(self) -> int:
+        """Number of parameters of the input embedding and of the output head."""
+        return self.table_parameters * (1 if self.tied else 2)
 
     @property
     def _table_router_parameters(self) -> int:
@@ -151,16 +161,20 @@ class ModelSize:
 
     @property
     def embedding_values(self) -> int:
-        """Number of values of one token that are weighted by the gates of the embedding experts, and their copies.
+        """Number of values of one token that the input gates weight: the rows of all tables, and their gradient."""
+        return 2 * self.tables * self.hidden if self.tables > 1 else 0
 
-        They are the rows of all input tables, and the hidden states for the head with their gradient.
+    def head_bytes(self, tokens: int, expert_parallel: int = 1) -> int:
+        """Return the bytes of the logits of one chunk, in two fp32 copies, and of the gradient of the output head.
+
+        Processes that divide the experts each compute a slice of the vocabulary for the `tokens` of all of them. They
+        hold this slice of the head and its gradient in addition, and once more while the gradient is sent.
         """
-        return 3 * self.tables * self.hidden if self.tables > 1 else 0
-
-    def head_bytes(self, tokens: int) -> int:
-        """Return the bytes of two fp32 copies of the logits of one chunk, and of the gradient of the output head."""
         width = self.tables * self.hidden
-        return self.vocabulary * (8 * min(tokens, max(CHUNK_TOKENS, width)) + 4 * width)
+        divided = expert_parallel if self.tables > 1 else 1
+        copies = 1 if divided == 1 else 3
+        chunk = min(divided * tokens, max(CHUNK_TOKENS, width))
+        return self.vocabulary * (8 * chunk + 4 * copies * width) // divided
 
     def mixed(self, mixture: MixtureSettings, models: int) -> "ModelSize":
         """Return the size of the mixture that a method makes from `models` models of this size.

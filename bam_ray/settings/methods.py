@@ -69,11 +69,24 @@ class RouterSettings(Strict):
     document so far. It needs text of all domains. The routers themselves should begin with `init: zero`."""
     prior_scale: Positive = 0.25
     """Factor on the log-probabilities of the prior."""
+    forgetting: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor on the weight of all earlier tokens with each token, in the running mean of `input: prefix` and in the
+    prior. 1 weights all tokens of the document equally. Below 1, routers follow a change of the domain within a
+    document, after about 1 / (1 - forgetting) tokens."""
 
     @property
     def needs_text(self) -> bool:
         """True if sequences of text are needed to fit the routers."""
         return self.init in ("means", "ridge")
+
+    @model_validator(mode="after")
+    def _only_a_prefix_is_forgotten(self) -> Self:
+        if self.forgetting != 1.0 and self.input == "token" and self.prior == "none":
+            raise ValueError(
+                "router.forgetting weights the tokens of a document, but these routers read single tokens: "
+                "set input: prefix or a prior"
+            )
+        return self
 
     @model_validator(mode="after")
     def _prior_replaces_a_fit(self) -> Self:

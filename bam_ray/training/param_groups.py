@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from bam_ray.families import is_stacked
 from bam_ray.settings import Mixing
 
-ParameterKind = Literal["expert", "table", "router", "shared"]
-TABLES = ("embed_tokens.experts.weight", "lm_head.experts.weight")
+ParameterKind = Literal["expert", "router", "shared"]
 GENTLE = 0.1
 """The factor for experts that are whole. Measured: at the full rate they lose what they learned on their domains."""
 TRAINED_KINDS: dict[str, tuple[ParameterKind, ...]] = {
-    "all": ("expert", "table", "router", "shared"),
+    "all": ("expert", "router", "shared"),
     "routers_and_shared": ("router", "shared"),
     "routers": ("router",),
 }
@@ -27,16 +26,13 @@ TRAINED_KINDS: dict[str, tuple[ParameterKind, ...]] = {
 def parameter_kinds(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, ParameterKind]]:
     """Yield every parameter and its kind.
 
-    It belongs to the experts (stacked), to the embedding experts (a "table" each), to a router, or to all experts.
-    Tables are a kind of their own because expert parallelism does not distribute them.
+    It belongs to the experts (stacked, which includes the tables of embedding experts), to a router, or to all experts.
     """
     # Keys and values that all experts share are stored beside the stacked parameters
     shared = ("k_", "v_") if getattr(model.config, "attention_experts", None) == "kv_shared" else ()
     for name, parameter in model.named_parameters():  # yields tied weights once
         if ".gate." in name:
             yield name, parameter, "router"
-        elif name.endswith(TABLES):
-            yield name, parameter, "table"
         elif is_stacked(name) and not name.rpartition(".")[2].startswith(shared):
             yield name, parameter, "expert"
         else:

@@ -32,7 +32,8 @@ else "one embedding and one head, shared by all experts" }} |
 | routers | {{ "read the running mean of the document so far" if config.router_input == "prefix" \
 else "read single tokens" }}\
 {% if config.router_prior != "none" %}, with a {{ config.router_prior }} prior (scale {{ config.router_prior_scale }})\
-{% endif %} |
+{% endif %}{% if config.router_forgetting < 1 %}; a token's weight is multiplied by {{ config.router_forgetting }} \
+with each later token{% endif %} |
 | parameters | {{ "{:,}".format(total) }}, of which {{ "{:,}".format(active) }} process each token |
 
 """

@@ -51,6 +51,7 @@ MIXTURE_SETTINGS = (
     "router_input",
     "router_prior",
     "router_prior_scale",
+    "router_forgetting",
     "dense_layers",
 )
 

@@ -74,6 +74,7 @@ def mixture_config(
             "router_input": settings.router.input,
             "router_prior": settings.router.prior,
             "router_prior_scale": settings.router.prior_scale,
+            "router_forgetting": settings.router.forgetting,
             **counted,
             "dense_layers": sorted(set(settings.dense_layers)) or None,
             "router_aux_loss_coef": final.load_balance,

@@ -38,6 +38,7 @@ MODEL_CODE = (
     "modeling_bam.py",
     "prefix_bam.py",
     "routing_bam.py",
+    "table_exchange_bam.py",
     "token_dispatch_bam.py",
 )
 AUTO_MAP = {

@@ -132,13 +132,19 @@ def test_text_that_is_missing_or_unused_is_an_error(refused: Run) -> None:
 def test_experts_are_added_to_a_mixture_with_a_prior(run: Run, refused: Run, folder: Path) -> None:
     settings = ("--set=embeddings=experts", "--set=router.init=zero", "--set=router.prior=bigram")
     texts = ("--text=seed=prose.txt", "--text=code=code.txt")
-    run(*UPCYCLE[:3], "--out=mixture", *settings, "--set=router.input=prefix", *texts)
+    run(*UPCYCLE[:3], "--out=mixture", *settings, "--set=router.input=prefix", "--set=router.forgetting=0.99", *texts)
     shown = run("inspect", "mixture")
-    for key, value in (("embeddings", "experts"), ("router_input", "prefix"), ("router_prior", "bigram")):
+    for key, value in (
+        ("embeddings", "experts"),
+        ("router_input", "prefix"),
+        ("router_prior", "bigram"),
+        ("router_forgetting", "0.99"),
+    ):
         assert re.search(rf"{key} +{value}", shown)
     card = (folder / "mixture" / "README.md").read_text()
     assert "| embeddings | embedding experts, each with its own embedding and head |" in card
-    assert "| routers | read the running mean of the document so far, with a bigram prior (scale 0.25) |" in card
+    assert "read the running mean of the document so far, with a bigram prior (scale 0.25); a token's weight" in card
+    assert "is multiplied by 0.99 with each later token |" in card
     absorb = ("absorb", "mixture", "--branch=law=law", "--out=more", "--length=32")
     for text in ((), ("--text=code=code.txt",)):
         assert "needs text of the new expert 'law': give it (--text law=SOURCE)" in refused(*absorb, *text)

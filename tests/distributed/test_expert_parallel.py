@@ -25,7 +25,14 @@ from tests.support.distributed.cases import (
     shares,
     step_losses,
 )
-from tests.support.distributed.expert_parallel import ffn_gradients, routed_tokens, train_on_four, train_on_two
+from tests.support.distributed.expert_parallel import (
+    HEADS,
+    ffn_gradients,
+    head_gradients,
+    routed_tokens,
+    train_on_four,
+    train_on_two,
+)
 from tests.support.distributed.gloo_ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -272,3 +279,21 @@ def test_ranks_can_have_different_numbers_of_tokens(two: list[dict[str, Any]]) -
     wanted = ffn_gradients(Case(1).model(), *whole)
     for name, tensor in wanted.items():  # the tokens and the experts of rank 0, followed by those of rank 1
         torch.testing.assert_close(torch.cat([rank["dispatched"][name] for rank in two]), tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_divided_tables_have_the_logits_and_gradients_of_whole_ones(
+    size: int, name: str, two: list[dict[str, Any]], four: list[dict[str, Any]]
+) -> None:
+    ranks = [rank["heads"][name] for rank in {2: two, 4: four}[size]]
+    model = Case(1, config=HEADS[name]).model()
+    wanted = head_gradients(model, shares(size, 0).flatten(0, 1))
+    assert len(ranks) == size and {*ranks[0]} == {*wanted}
+    for key, tensor in wanted.items():
+        parts = [rank[key] for rank in ranks]
+        found = torch.cat(parts) if key == "logits" or ".experts." in key else torch.stack(parts).sum(0)
+        atol = 1e-5 * tensor.abs().max().item()
+        torch.testing.assert_close(found, tensor, rtol=1e-5, atol=atol, msg=key)
+    tables = [rank["loss.model.embed_tokens.experts.weight"] for rank in ranks]
+    assert {len(each) for each in tables} == {4 // size}

@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all": ALL,
     "untied": {**ALL, "tie_word_embeddings": False},
     "btx": {**ALL, "attention_experts": "averaged", "parallel_block": False},
+    "forgetting": {**ALL, "router_forgetting": 0.8},
 }
 
 
@@ -119,9 +120,10 @@ def test_an_assistant_cannot_take_back_tokens() -> None:
         )
 
 
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
 @torch.no_grad()
-def test_the_prior_equals_its_formula() -> None:
-    model = build({"router_prior": "bigram"})
+def test_the_prior_equals_its_formula(forgetting: float) -> None:
+    model = build({"router_prior": "bigram", "router_forgetting": forgetting})
     prior = model.model.prior
     assert prior is not None
     tokens, pairs = prior.experts.tokens.tolist(), prior.experts.pairs.tolist()
@@ -135,6 +137,7 @@ def test_the_prior_equals_its_formula() -> None:
     expected = []
     for place, token in enumerate(document):
         for i in range(experts):
+            evidence[i] *= forgetting
             if place:
                 before = document[place - 1]
                 bucket = (((before * 1_000_003 + token) & 0x7FFFFFFF) * 0x9E3779B1 >> 11) % 1000
@@ -145,9 +148,10 @@ def test_the_prior_equals_its_formula() -> None:
     close(routing.prior[0], torch.stack([*expected, *expected[:3]]))
 
 
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
 @torch.no_grad()
-def test_embedding_experts_equal_a_loop_over_tables() -> None:
-    model = build({**ALL, "tie_word_embeddings": False})
+def test_embedding_experts_equal_a_loop_over_tables(forgetting: float) -> None:
+    model = build({**ALL, "tie_word_embeddings": False, "router_forgetting": forgetting})
     ids = tiny.tokens(1, 70)  # more than FEW_TOKENS
     routing = model.model.routing_context(ids, ids, torch.arange(70)[None], None, None)
     assert routing is not None and routing.prior is not None
@@ -155,7 +159,9 @@ def test_embedding_experts_equal_a_loop_over_tables() -> None:
     x = model.model.embed_tokens(ids, routing)
     for place in (0, 1, 69):
         rows = tables[:, ids[0, : place + 1]]  # [N, tokens, d]
-        mean = F.layer_norm(rows.mean(0), (32,)).mean(0)
+        weights = forgetting ** torch.arange(place, -1.0, -1.0)
+        weights = (weights / weights.sum()).unsqueeze(1)  # [tokens, 1]
+        mean = (weights * F.layer_norm(rows.mean(0), (32,))).sum(0)
         gates = (model.model.embed_tokens.gate.weight @ mean + routing.prior[0, place]).softmax(-1)
         close(x[0, place], (gates[:, None] * rows[:, -1]).sum(0))
     out = model(ids, output_hidden_states=True)
@@ -163,7 +169,9 @@ def test_embedding_experts_equal_a_loop_over_tables() -> None:
     for place in (0, 69):
         head = model.model.head
         assert head is not None
-        gates = (head.gate.weight @ hidden[0, : place + 1].mean(0) + routing.prior[0, place]).softmax(-1)
+        weights = forgetting ** torch.arange(place, -1.0, -1.0)
+        mean = weights @ hidden[0, : place + 1] / weights.sum()
+        gates = (head.gate.weight @ mean + routing.prior[0, place]).softmax(-1)
         expected = sum(gates[i] * table @ hidden[0, place] for i, table in enumerate(model.lm_head.experts.weight))
         close(out.logits[0, place], expected * model.config.logit_scale)
     close(few, out.logits[:, -3:])

@@ -9,7 +9,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import PlacementError
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
-from bam_ray.planning.memory import WorkerShare, task_memory, training_memory, with_memory_requests
+from bam_ray.planning.memory import WorkerShare, state_bytes, task_memory, training_memory, with_memory_requests
 from bam_ray.planning.model_size import ModelSize, seed_size
 from bam_ray.scheduling.nodes import NodeFacts, satisfiable_request
 from bam_ray.settings import Recipe, TrainingSettings, parse_recipe
@@ -132,6 +132,18 @@ def test_a_node_without_room_for_the_copy_takes_the_fallback() -> None:
     assert demand.memory_gib == task.needs.fallback[0].memory_gib
     assert "using fallback 1" in message
     assert satisfiable_request(task, nodes(100))[0].memory_gib == task.needs.memory_gib
+
+
+def test_expert_parallelism_divides_the_tables() -> None:
+    of_table = 8192 * 512
+    size = replace(SIZE, experts=4, ffn_active=2, tables=4)
+    tables_only = replace(size, layers=0)
+    whole, halves, quarters = (state_bytes(tables_only, TRAINING, WorkerShare(4, count, True)) for count in (1, 2, 4))
+    one_table = 12 * of_table  # weight and gradient, and the bucket that gradients are reduced in
+    assert (whole - halves, halves - quarters) == (2 * one_table, one_table)
+    assert size.expert_parameters - tables_only.expert_parameters == replace(size, tables=1).expert_parameters
+    logits_and_slices = [size.head_bytes(100_000, count) for count in (2, 4)]
+    assert logits_and_slices[0] == 2 * logits_and_slices[1], "a slice of the vocabulary, for all processes' tokens"
 
 
 def test_recompute_and_zero_stages_reduce_the_estimate() -> None:

@@ -143,7 +143,7 @@ def test_the_memory_of_logits_does_not_grow_with_the_micro_batch() -> None:
         size = ModelSize(512, 1536, 8, 512, 256, vocabulary, tied=True, vectors=2)
         training = recipe().branch.training
         four, eight = (training.model_copy(update={"micro_batch_sequences": n}) for n in (4, 8))
-        return activation_bytes(size, eight, 8 * 1024) - activation_bytes(size, four, 4 * 1024)
+        return activation_bytes(size, eight, 8 * 1024, 1) - activation_bytes(size, four, 4 * 1024, 1)
 
     assert of_more(256_000) == of_more(32_000) > 0
 

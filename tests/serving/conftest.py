@@ -42,6 +42,7 @@ def models_by_family(tokenizer: PreTrainedTokenizerFast) -> dict[str, PreTrained
             router_input="prefix",
             router_prior="bigram",
             router_prior_buckets=1000,
+            router_forgetting=0.9,
         ),
         "bam-shared": BamConfig(**sizes, num_experts=3, attention_experts="kv_shared", num_experts_per_tok=2),
     }

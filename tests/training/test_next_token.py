@@ -138,10 +138,10 @@ def test_the_tables_of_all_experts_are_not_copied(graded: bool) -> None:
     model = BamForCausalLM(BamConfig(**sizes, embeddings="experts"))
     head = NextTokenLoss(model).head
     assert head is not None
-    x = torch.randn(tokens, experts * hidden, requires_grad=graded)
+    x = torch.randn(tokens, hidden, requires_grad=graded)
     head.weight.requires_grad_(False)
     with LargestTensor() as seen:
-        loss = head(x, torch.randint(0, vocabulary, (tokens,)))
+        loss = head(x, torch.randint(0, vocabulary, (tokens,)), torch.rand(tokens, experts))
         if graded:
             loss.backward()
         model.lm_head(torch.randn(2, tokens, hidden), torch.rand(2, tokens, experts))

@@ -247,6 +247,8 @@ def test_fitted_routers_separate_domains(tmp_path: Path, family: str, how: Liter
         ({"method": "soup", "embeddings": "experts"}, "embeddings: experts needs experts, which a soup does not have"),
         ({"method": "sparse", "num_experts": 2, "embeddings": "experts"}, "embeddings: unknown key"),
         ({"method": "btx", "router": {"init": "ridge", "prior": "bigram"}}, "use init: zero"),
+        ({"method": "btx", "router": {"forgetting": 0.9}}, "set input: prefix or a prior"),
+        ({"method": "btx", "router": {"forgetting": 0.0, "input": "prefix"}}, "router.forgetting"),
         ({"method": "split", "num_experts": 2, "router": {"prior": "bigram"}}, "which method split does not have"),
     ],
 )

@@ -36,6 +36,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "a dense layer": {"dense_layers": [0], "parallel_block": False},
     "prefix": {"router_input": "prefix"},
     "embedding experts": {"embeddings": "experts"},
+    "forgetting": {"router_input": "prefix", "router_forgetting": 0.9},
     "both, untied": {"embeddings": "experts", "router_input": "prefix", "tie_word_embeddings": False},
 }
 

@@ -32,7 +32,7 @@ from bam_ray.errors import UpcycleError
 from bam_ray.model import BamConfig
 from bam_ray.model.attention_bam import BamRotaryEmbedding
 from bam_ray.model.modeling_bam import BamModel, following_positions
-from bam_ray.model.prefix_bam import RoutingContext
+from bam_ray.model.prefix_bam import Documents, RoutingContext
 from bam_ray.model.routing_bam import BamRouter
 from bam_ray.upcycling.routers.rows import Assignment, fit_router, generator, router_logits
 from bam_ray.upcycling.routers.separation import RouterKind, RouterSeparation, Separation
@@ -236,7 +236,9 @@ class _Stream:
                     self._run(part)
                 found[-1] = found[-1].to(self.dtype).view(*part.shape[:2], -1)
             inputs[name] = torch.cat(found)
-        return {name: _running_mean(part) if self._reads_prefix else part for name, part in inputs.items()}
+        if not self._reads_prefix:
+            return inputs
+        return {name: _running_mean(part, self._model.config.router_forgetting) for name, part in inputs.items()}
 
     def _advance(self) -> None:
         """Run all rows through the layer."""
@@ -267,10 +269,11 @@ def _batches(states: Tensor) -> tuple[Tensor, ...]:
     return views
 
 
-def _running_mean(inputs: Tensor) -> Tensor:
-    """Return the mean over the tokens of each row up to each token: [S, L, d] -> [S, L, d]."""
-    count = torch.arange(1, inputs.shape[1] + 1, dtype=torch.double).unsqueeze(1)
-    return torch.stack([(row.double().cumsum(0) / count).to(inputs.dtype) for row in inputs])
+def _running_mean(inputs: Tensor, forgetting: float) -> Tensor:
+    """Return the weighted mean over the tokens of each row up to each token: [S, L, d] -> [S, L, d]."""
+    rows = Documents(torch.arange(inputs.shape[1])[None], None, False, forgetting)
+    count = rows.running_sum(torch.ones(1, inputs.shape[1], 1), None)
+    return torch.stack([(rows.running_sum(row[None], None) / count)[0].to(inputs.dtype) for row in inputs])
 
 
 def _keep_input(found: list[Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:

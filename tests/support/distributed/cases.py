@@ -91,6 +91,7 @@ class Case:
 
 RENORMALISED = {"num_experts_per_tok": 2, "norm_topk_prob": True}
 BY_PREFIX = {"embeddings": "experts", "router_input": "prefix", "router_prior": "bigram"}
+UNTIED_TABLES = {"embeddings": "experts", "tie_word_embeddings": False, "vocab_size": 67}  # two ranks cannot divide it
 OWN_RATE = Mixing(losses=LOSSES.losses, expert_lr_factor=0.5)
 BIASED = {
     **RENORMALISED,
@@ -138,10 +139,20 @@ TWO = {
     "documents apart": Case(2, micro=1, config={"sliding_window": 5, "nope_layers": [0]}, apart=True),
     "kv_shared, documents apart": Case(2, config={"attention_experts": "kv_shared", **RENORMALISED}, apart=True),
     "embedding experts": Case(2, micro=3, config={"embeddings": "experts", **RENORMALISED}, mixing=OWN_RATE),
+    "embedding experts, untied": Case(2, config={**UNTIED_TABLES, "logit_scale": 0.5}),
+    "frozen embedding experts": Case(
+        2, config={"embeddings": "experts"}, mixing=Mixing(losses=LOSSES.losses, train="routers")
+    ),
     "by prefix": Case(2, micro=1, config={**BY_PREFIX, **RENORMALISED}, mixing=OWN_RATE, apart=True),
     "by prefix, recomputed, ZeRO-2": Case(
         2,
-        config={**BY_PREFIX, "attention_experts": "averaged", "parallel_block": False, **RENORMALISED},
+        config={
+            **BY_PREFIX,
+            "router_forgetting": 0.9,
+            "attention_experts": "averaged",
+            "parallel_block": False,
+            **RENORMALISED,
+        },
         recompute=True,
         zero_stage=2,
     ),
@@ -179,6 +190,7 @@ FOUR = {
     "by prefix on 1": Case(1, config=BY_PREFIX),
     "by prefix on 2": Case(2, micro=3, config=BY_PREFIX, mixing=OWN_RATE),
     "by prefix on 4": Case(4, config={**BY_PREFIX, "tie_word_embeddings": False}),
+    "embedding experts on 4": Case(4, micro=3, config={"embeddings": "experts"}),
     "averaged on 4": Case(4, config={"attention_experts": "averaged", **RENORMALISED}),
     "idle ranks on 4": Case(4, idle=True),
     "limited capacity on 1": Case(1, micro=2, config=LIMITED),
@@ -193,10 +205,14 @@ FOUR = {
     "frozen experts on 2, ZeRO-2": replace(TWO["frozen experts"], micro=3, zero_stage=2),
     "dense, ZeRO-3": Case(1, micro=3, dense=QWEN, zero_stage=3),
 }
-FOUR_BF16 = {"bf16 on 2": BF16, "bf16 on 4": replace(BF16, expert_parallel=4)}
-RESUMED = Case(2, config={"attention_experts": "kv_shared"})
+FOUR_BF16 = {
+    "bf16 on 2": BF16,
+    "bf16 on 4": replace(BF16, expert_parallel=4),
+    "embedding experts, bf16 on 4": Case(4, config={"embeddings": "experts"}, precision="bf16"),
+}
+RESUMED = Case(2, config={"attention_experts": "kv_shared", "embeddings": "experts"})
 OTHER_STAGES = {
-    "mixture, ZeRO-2": Case(2, config={"attention_experts": "kv_shared"}, zero_stage=2),
+    "mixture, ZeRO-2": Case(2, config={"attention_experts": "kv_shared", **UNTIED_TABLES}, zero_stage=2),
     "dense, ZeRO-2": Case(1, dense=QWEN, zero_stage=2),
     "dense, ZeRO-3": Case(1, dense=QWEN, zero_stage=3),
 }

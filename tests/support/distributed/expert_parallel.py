@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,12 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import deepspeed_engine
+from bam_ray.training import next_token
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.engine import Engine, LossLimits
 from bam_ray.training.events import RolledBack
 from bam_ray.training.loop import Training
+from bam_ray.training.next_token import NextTokenLoss
 from tests.support.distributed.cases import (
     BF16,
     COHERE,
@@ -31,10 +34,12 @@ from tests.support.distributed.cases import (
     LR,
     NOISY,
     OTHER_STAGES,
+    RENORMALISED,
     RESUMED,
     SHARE,
     STEPS,
     TWO,
+    UNTIED_TABLES,
     Case,
     ShareSampler,
     save,
@@ -73,6 +78,7 @@ def train_on_two(folder: Path) -> dict[str, Any]:
         results[f"{name} resumed"] = uninterrupted_and_resumed(folder / f"{name} resumed", case)
         results[f"{name} spoiled"] = non_finite_steps(folder / f"{name} spoiled", case)
     results["dispatched"] = dispatched_ffn()
+    results["heads"] = sharded_heads(2)
     results["short of memory"] = short_of_memory(folder / "short of memory")
     results["mixture short of memory"] = mixture_short_of_memory()
     return results
@@ -81,6 +87,7 @@ def train_on_two(folder: Path) -> dict[str, Any]:
 def train_on_four(folder: Path) -> dict[str, Any]:
     """Execute everything that needs four ranks; `folder` is the one that `train_on_two` wrote to."""
     results = all_cases(FOUR | FOUR_BF16, folder)
+    results["heads"] = sharded_heads(4)
     for size in (1, 4):
         engine = replace(RESUMED, expert_parallel=size).engine(SHARE // 2)
         engine.load(folder / "half")
@@ -336,3 +343,38 @@ def ffn_gradients(model: PreTrainedModel, hidden: Tensor, index: Tensor, weights
         "gate_up": experts.gate_up_proj.grad,
         "down": experts.down_proj.grad,
     }
+
+
+HEADS = {
+    "tied": {"embeddings": "experts", **RENORMALISED},
+    "untied": UNTIED_TABLES,
+}
+
+
+def sharded_heads(size: int) -> dict[str, dict[str, Tensor]]:
+    """Return what `head_gradients` returns of this rank's sequences, with the experts divided among `size` ranks."""
+    from bam_ray.on_deepspeed.expert_parallel import apply_expert_parallelism
+
+    results = {}
+    for name, config in HEADS.items():
+        model = Case(size, config=config).model()
+        apply_expert_parallelism(model, size)
+        results[name] = head_gradients(model, shares(size, 0)[dist.get_rank()])
+    return results
+
+
+def head_gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Return the logits of `ids` [B, L], their summed loss in several chunks, and the gradients of both.
+
+    The gradients have the names of the parameters, after `logits.` and `loss.`.
+    """
+    logits = model.train()(ids).logits
+    (logits.square().sum() / 1000).backward()
+    found = {"logits": logits.detach()}
+    found |= {f"logits.{name}": parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with patch.object(next_token, "MIN_CHUNK_TOKENS", 1):
+        loss = NextTokenLoss(model)(ids)[0] * ids[:, 1:].numel()
+    loss.backward()
+    found |= {f"loss.{name}": parameter.grad for name, parameter in model.named_parameters()}
+    return found | {"loss": loss.detach()}

@@ -16,13 +16,15 @@ from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.settings import Mixing
 from bam_ray.training.engine import Engine, EngineSpec
 from bam_ray.training.meta_init import model_on_meta
-from tests.support.distributed.cases import Case, save, train
+from tests.support.distributed.cases import BY_PREFIX, UNTIED_TABLES, Case, save, train
 
 EVERYTHING = {"noisy_gate": True, "selection_bias": True, "capacity_factor": 0.75}
 STARTS = {
     "kv_experts": Case(2),
     "kv_shared, untied": Case(2, config={"attention_experts": "kv_shared", "tie_word_embeddings": False}),
     "averaged, ZeRO-2": Case(2, config={"attention_experts": "averaged"}, zero_stage=2),
+    "embedding experts": Case(2, config=BY_PREFIX),
+    "embedding experts, untied": Case(2, config=UNTIED_TABLES),
     "not spread": Case(1),
     "not spread, ZeRO-3": Case(1, zero_stage=3),
     "frozen experts, ZeRO-3": Case(1, zero_stage=3, mixing=Mixing(train="routers_and_shared")),
