@@ -7,6 +7,7 @@ on machines without this package.
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bam_ray.model.configuration_bam import BamConfig, is_mixture
+from bam_ray.model.domain_vectors import DomainVectorsForCausalLM
 from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM
 from bam_ray.model.routing_bam import RouterOutput, RoutingLosses, dropped_share, routing_losses, select_experts
 
@@ -14,6 +15,7 @@ __all__ = [
     "BamCausalLMOutput",
     "BamConfig",
     "BamForCausalLM",
+    "DomainVectorsForCausalLM",
     "RouterOutput",
     "RoutingLosses",
     "dropped_share",

@@ -18,7 +18,7 @@ from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
 from bam_ray.settings import MixtureSettings, Needs, Recipe, TrainingSettings
 
-DENSE = "dense"  # `Task.model` of the seed, the branches and the controls
+DENSE = "dense"  # `Task.model` of the seed, the branches and the controls without a prior
 
 
 def task_graph(recipe: Recipe) -> list[Task]:
@@ -85,7 +85,8 @@ def _branch_task(recipe: Recipe, domain: str, seed: Task, corpus: Task) -> Task:
 def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
     compare, training = recipe.compare, recipe.controls[name]
     assert compare is not None
-    content = {"blend": recipe.mix.blend, "training": training.identity()}
+    form = compare.prior_controls.get(name)
+    content = {"blend": recipe.mix.blend, "training": training.identity()} | ({"prior": form} if form else {})
     parents = (seed.id, corpus.id)
     task = Task(
         ArtifactKind.CONTROLS,
@@ -97,7 +98,8 @@ def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
         max_attempts=compare.max_attempts,
         gives_way=True,
     )
-    return _with_training(task, training, compare.min_workers, recipe.data.sequence_length)
+    task = _with_training(task, training, compare.min_workers, recipe.data.sequence_length)
+    return replace(task, model=name) if form else task
 
 
 def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Task]) -> Task:
@@ -115,7 +117,7 @@ def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Tas
 
 
 def _mixture_task(recipe: Recipe, start: Task, corpus: Task) -> Task:
-    mix, sequence_length = recipe.mix, recipe.data.sequence_length
+    mix, sequence_length = recipe.mix_of(start.name), recipe.data.sequence_length
     content = {"balance_sequences": mix.balance_sequences, **mix.identity()}
     parents = (start.id, corpus.id)
     shared = mix.process_multiple(mix.training.batch_tokens // sequence_length)

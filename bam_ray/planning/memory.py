@@ -13,7 +13,7 @@ from math import gcd
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import Task
-from bam_ray.planning.model_size import PAIR_BUCKETS, WEIGHT_BYTES, ModelSize
+from bam_ray.planning.model_size import PAIR_BUCKETS, WEIGHT_BYTES, ModelSize, control_size
 from bam_ray.settings import Demand, MixtureSettings, Needs, Recipe, TrainingSettings
 from bam_ray.units import GIB, MIB
 
@@ -99,7 +99,7 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
         return WorkerMemory(process + work, process + work)
     training = recipe.seed.training if task.kind == ArtifactKind.SEEDS else recipe.branch.training
     if task.kind == ArtifactKind.CONTROLS:
-        training = recipe.controls[task.name]
+        training, seed = recipe.controls[task.name], control_size(task.name, recipe, seed)
     assert training is not None
     return training_memory(seed, training, context, WorkerShare(task.workers, 1, task.is_group, on_gpu))
 
@@ -216,6 +216,7 @@ def _upcycling_bytes(task: Task, recipe: Recipe, seed: ModelSize) -> int:
 def _evaluation_bytes(recipe: Recipe, seed: ModelSize) -> int:
     """Return the bytes of the largest model that the report is about, and of one batch through it."""
     models = [seed.mixed(mixture, 1 + len(recipe.branch.domains)) for mixture in recipe.upcycle.mixtures.values()]
+    models += [control_size(name, recipe, seed) for name in recipe.controls]
     tokens = recipe.evaluate.batch_sequences * recipe.data.sequence_length
     largest = max([seed, *models], key=lambda size: size.weight_bytes)
     layer = WEIGHT_BYTES * tokens * max(size.layer_values for size in [seed, *models])

@@ -14,7 +14,7 @@ from typing import Any
 
 from bam_ray.blobs import open_store
 from bam_ray.errors import StoreError
-from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch
+from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch, domain_tables
 
 # Bytes per parameter
 CHECKPOINT_BYTES = 12  # weight, and Adam's two states
@@ -183,6 +183,17 @@ def seed_size(recipe: Recipe) -> ModelSize | None:
         return _size_of_scratch(recipe.seed.scratch, config["vocab_size"]) if "vocab_size" in config else None
     assert recipe.seed.folder is not None
     return _size_of_config(_config_of(recipe.seed.folder, recipe))
+
+
+def control_size(name: str, recipe: Recipe, seed: ModelSize) -> ModelSize:
+    """Return the size of a control: that of the seed, but with tables and counts if it has a table for each domain.
+
+    The vectors of `dense-prior-vectors` are few, and are left out.
+    """
+    assert recipe.compare is not None
+    if recipe.compare.prior_controls.get(name) != "tables":
+        return seed
+    return seed.mixed(domain_tables(seed.layers), 1 + len(recipe.data.domains))
 
 
 def _config_of(folder: str, recipe: Recipe) -> dict[str, Any]:

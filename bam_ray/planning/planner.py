@@ -9,7 +9,7 @@ from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
 from bam_ray.planning.memory import WorkerMemory, task_memory, with_memory_requests
-from bam_ray.planning.model_size import ModelSize, seed_size
+from bam_ray.planning.model_size import ModelSize, control_size, seed_size
 from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
 from bam_ray.planning.simulated_launcher import SpeedOf
 from bam_ray.scheduling.matching import bound
@@ -184,7 +184,7 @@ def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
         case "controls":
             return recipe.controls[task.name]
         case "mixtures":
-            return recipe.mix.training
+            return recipe.mix_of(task.name).training
         case _:
             return None
 
@@ -193,7 +193,9 @@ def _model_size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize
     """Return the size of the model that `task` makes; None if it makes none or the size is unknown."""
     if seed is None or task.kind in ("corpora", "reports"):
         return None
-    if task.kind in ("seeds", "branches", "controls"):
+    if task.kind == "controls":
+        return control_size(task.name, recipe, seed)
+    if task.kind in ("seeds", "branches"):
         return seed
     return seed.mixed(recipe.upcycle.mixtures[task.name], 1 + len(recipe.branch.domains))
 

@@ -1,7 +1,7 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
 from bam_ray.settings.blends import PRESETS, DynamicBlend
-from bam_ray.settings.compare import CompareSettings, control_name
+from bam_ray.settings.compare import CompareSettings, PriorForm, control_name, domain_tables
 from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
@@ -59,6 +59,7 @@ __all__ = [
     "Needs",
     "Operation",
     "PartitionSettings",
+    "PriorForm",
     "QuorumSettings",
     "Ramp",
     "Recipe",
@@ -81,6 +82,7 @@ __all__ = [
     "apply_override",
     "control_name",
     "divisors",
+    "domain_tables",
     "load_as",
     "load_recipe",
     "mixture_settings",

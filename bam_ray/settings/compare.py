@@ -1,20 +1,36 @@
 """Settings of the controls: dense models that a mixture is compared with."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from bam_ray.settings.methods import BtxSettings, RouterSettings
 from bam_ray.settings.resources import Needs
 from bam_ray.settings.strict import Count, Identity, Positive, Strict
 
 MAX_MULTIPLE = 1000.0
 
 Multiple = Annotated[float, Field(gt=0.0, le=MAX_MULTIPLE)]
+PriorForm = Literal["tables", "vectors"]
 
 
 def control_name(multiple: float) -> str:
     """Return the name of the control that trains on `multiple` times the tokens: `dense`, `dense-0.25x`, `dense-2x`."""
     return "dense" if multiple == 1.0 else f"dense-{multiple:g}x"
+
+
+def domain_tables(layers: int) -> BtxSettings:
+    """Return the method that makes a dense model with one table for each domain, gated by the prior of the domains.
+
+    Its models are as many copies of the seed as there are domains. All `layers` layers are those of the seed.
+    """
+    return BtxSettings(
+        method="btx",
+        seed_expert=False,
+        embeddings="experts",
+        dense_layers=tuple(range(layers)),
+        router=RouterSettings(init="zero", input="prefix", prior="bigram"),
+    )
 
 
 class CompareSettings(Strict):
@@ -27,6 +43,12 @@ class CompareSettings(Strict):
     dense: Annotated[list[Multiple], Identity.EXCLUDED] = Field(default=[1.0], min_length=1)
     """One control for each number, which is a multiple of the tokens that all branches and the mixing phase of one
     mixture train on together. (The identity of a control contains its own number of tokens only.)"""
+    prior: Annotated[tuple[PriorForm, ...], Identity.EXCLUDED] = ()
+    """Controls that have the prior of `router.prior: bigram` over all domains, so that the gain from this knowledge is
+    not mistaken for that of experts. They train on the tokens of the multiple 1. `tables` (the control
+    `dense-prior-tables`): an embedding and an output head for each domain, weighted as in `embeddings: experts`.
+    `vectors` (`dense-prior-vectors`): for each domain a vector that is added to the input, one that is added to the
+    last hidden state, and a bias of the logits, weighted by the prior."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Identity.EXCLUDED] = Field(
         default=(0, 1, 2), min_length=1
     )
@@ -43,12 +65,23 @@ class CompareSettings(Strict):
     max_attempts: Annotated[Count, Identity.EXCLUDED] = 4
     """Number of attempts in a row without a new checkpoint after which a control fails."""
 
+    @property
+    def prior_controls(self) -> dict[str, PriorForm]:
+        """The controls with a prior, by name."""
+        return {f"dense-prior-{form}": form for form in self.prior}
+
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [control_name(multiple) for multiple in self.dense]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"compare.dense has two controls named {twice}: give each multiple once")
+        return self
+
+    @model_validator(mode="after")
+    def _forms_differ(self) -> Self:
+        if len(set(self.prior)) < len(self.prior):
+            raise ValueError("compare.prior contains a form twice: give each form once")
         return self
 
     @model_validator(mode="after")

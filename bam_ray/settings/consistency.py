@@ -248,6 +248,12 @@ def controls_can_be_trained(recipe: "Recipe") -> None:
         raise ValueError(f"compare.dense: a control is trained as mix.training says, but {_reason(error)}") from None
 
 
+def prior_has_domains(recipe: "Recipe") -> None:
+    """Check that there are two domains or more, which the prior of a control can tell apart."""
+    if recipe.compare is not None and recipe.compare.prior and len(recipe.data.domains) < 2:
+        raise ValueError("compare.prior needs two domains or more in data.domains: add one, or leave it out")
+
+
 def _reason(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
@@ -263,4 +269,5 @@ CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     quorum_is_enough,
     dense_mixtures_are_trained,
     controls_can_be_trained,
+    prior_has_domains,
 )
