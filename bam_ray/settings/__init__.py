@@ -1,7 +1,7 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
 from bam_ray.settings.blends import PRESETS, DynamicBlend
-from bam_ray.settings.compare import CompareSettings, PriorForm, control_name, domain_tables
+from bam_ray.settings.compare import PRIOR_CONTROLS, CompareSettings, PriorForm, control_name, domain_tables
 from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
@@ -34,6 +34,7 @@ from bam_ray.settings.upcycle import QuorumSettings, UpcycleSettings
 
 __all__ = [
     "PRESETS",
+    "PRIOR_CONTROLS",
     "AnyMixture",
     "AverageSettings",
     "BamSettings",

@@ -1,6 +1,6 @@
 """Settings of the controls: dense models that a mixture is compared with."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ MAX_MULTIPLE = 1000.0
 
 Multiple = Annotated[float, Field(gt=0.0, le=MAX_MULTIPLE)]
 PriorForm = Literal["tables", "vectors"]
+PRIOR_CONTROLS: dict[str, PriorForm] = {f"dense-prior-{form}": form for form in get_args(PriorForm)}
+"""The names of the controls with a prior."""
 
 
 def control_name(multiple: float) -> str:
@@ -68,7 +70,7 @@ class CompareSettings(Strict):
     @property
     def prior_controls(self) -> dict[str, PriorForm]:
         """The controls with a prior, by name."""
-        return {f"dense-prior-{form}": form for form in self.prior}
+        return {name: form for name, form in PRIOR_CONTROLS.items() if form in self.prior}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

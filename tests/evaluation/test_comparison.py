@@ -24,11 +24,21 @@ KINDS: dict[str, ModelKind] = {
     "code": "branches",
     "dense": "controls",
     "dense-2x": "controls",
+    "dense-prior-tables": "controls",
     "bam": "mixtures",
     "btx": "mixtures",
     "posterior": "ensembles",
 }
-TOKENS = {"seed": 1000, "code": 1400, "dense": 2000, "dense-2x": 3000, "bam": 2000, "btx": 2000, "posterior": 1400}
+TOKENS = {
+    "seed": 1000,
+    "code": 1400,
+    "dense": 2000,
+    "dense-2x": 3000,
+    "dense-prior-tables": 2000,
+    "bam": 2000,
+    "btx": 2000,
+    "posterior": 1400,
+}
 LEVEL = {"seed": 3.0, "code": 2.9, "dense": 2.6, "dense-2x": 2.4, "bam": 2.5, "btx": 2.7, "posterior": 2.5}
 
 
@@ -199,6 +209,13 @@ def test_a_single_control_gives_no_equivalent() -> None:
     compared = compare({0: results({k: v for k, v in LEVEL.items() if k != "dense-2x"})})
     assert compared.equivalents == ()
     assert "worth" not in compared.statements[0]
+
+
+def test_a_control_with_a_prior_is_no_point_of_the_curve() -> None:
+    compared = compare({0: results(LEVEL | {"dense-prior-tables": 2.55})})
+    assert difference(compared, "mixture bam", "dense-prior-tables").verdict == "ahead"
+    assert difference(compared, "mixture btx", "dense-prior-tables").verdict == "behind"
+    assert compared.equivalents and compared.equivalents == compare({0: results(LEVEL)}).equivalents
 
 
 def test_the_page_and_the_data_have_all_numbers(three: Comparison, tmp_path: Path) -> None:
