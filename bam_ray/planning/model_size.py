@@ -186,14 +186,18 @@ def seed_size(recipe: Recipe) -> ModelSize | None:
 
 
 def control_size(name: str, recipe: Recipe, seed: ModelSize) -> ModelSize:
-    """Return the size of a control: that of the seed, but with tables and counts if it has a table for each domain.
+    """Return the size of a control: that of the seed, with the counts and the tables of its domains if it has a prior.
 
-    The vectors of `dense-prior-vectors` are few, and are left out.
+    The vectors of domains are few, and are left out.
     """
     assert recipe.compare is not None
-    if recipe.compare.prior_controls.get(name) != "tables":
+    form = recipe.compare.prior_controls.get(name)
+    if form is None:
         return seed
-    return seed.mixed(domain_tables(seed.layers), 1 + len(recipe.data.domains))
+    method = domain_tables(seed.layers)
+    if form == "vectors":
+        method = method.model_copy(update={"embeddings": "averaged"})
+    return seed.mixed(method, 1 + len(recipe.data.domains))
 
 
 def _config_of(folder: str, recipe: Recipe) -> dict[str, Any]:

@@ -209,9 +209,9 @@ def test_controls_are_planned_like_branches() -> None:
     assert dense.nodes and dense.ends is not None
     tables, vectors = (rows[f"controls/dense-prior-{form}"] for form in ("tables", "vectors"))
     assert tables.tokens == vectors.tokens == dense.tokens
-    assert tables.final_bytes > dense.final_bytes == vectors.final_bytes
-    assert tables.memory is not None and dense.memory is not None
-    assert tables.memory.host_bytes > dense.memory.host_bytes
+    assert tables.final_bytes > vectors.final_bytes > dense.final_bytes
+    assert tables.memory is not None and vectors.memory is not None and dense.memory is not None
+    assert tables.memory.host_bytes > vectors.memory.host_bytes > dense.memory.host_bytes
     assert "controls" in [stage.kind for stage in plan.stages]
     assert "controls: " in text(plan) and "dense-0.5x" in text(plan)
 
