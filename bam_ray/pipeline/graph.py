@@ -16,7 +16,7 @@ from typing import Any
 
 from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
-from bam_ray.settings import MixtureSettings, Needs, Recipe, TrainingSettings
+from bam_ray.settings import DILOCO, MixtureSettings, Needs, Recipe, TrainingSettings
 
 DENSE = "dense"  # `Task.model` of the seed, the branches and the controls without a prior
 
@@ -85,8 +85,12 @@ def _branch_task(recipe: Recipe, domain: str, seed: Task, corpus: Task) -> Task:
 def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
     compare, training = recipe.compare, recipe.controls[name]
     assert compare is not None
-    form = compare.prior_controls.get(name)
-    content = {"blend": recipe.mix.blend, "training": training.identity()} | ({"prior": form} if form else {})
+    content: dict[str, Any] = {"blend": recipe.mix.blend, "training": training.identity()}
+    form, diloco = compare.prior_controls.get(name), compare.diloco if name == DILOCO else None
+    if form is not None:
+        content["prior"] = form
+    if diloco is not None:
+        content["diloco"] = diloco.identity()
     parents = (seed.id, corpus.id)
     task = Task(
         ArtifactKind.CONTROLS,
@@ -94,11 +98,12 @@ def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
         identity(name, content, parents),
         parents,
         compare.needs,
-        compare.workers,
+        diloco.workers if diloco else compare.workers,
         max_attempts=compare.max_attempts,
         gives_way=True,
     )
-    task = _with_training(task, training, compare.min_workers, recipe.data.sequence_length)
+    least = None if diloco else compare.min_workers
+    task = _with_training(task, training, least, recipe.data.sequence_length)
     return replace(task, model=name) if form else task
 
 

@@ -185,6 +185,11 @@ def seed_size(recipe: Recipe) -> ModelSize | None:
     return _size_of_config(_config_of(recipe.seed.folder, recipe))
 
 
+def diloco_bytes(size: ModelSize, workers: int) -> int:
+    """Return the bytes of a DiLoCo checkpoint beside the model: all copies with Adam's states, and the outer states."""
+    return WEIGHT_BYTES * size.parameters * (3 * workers + 2)
+
+
 def control_size(name: str, recipe: Recipe, seed: ModelSize) -> ModelSize:
     """Return the size of a control: that of the seed, with the counts and the tables of its domains if it has a prior.
 

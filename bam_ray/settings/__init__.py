@@ -1,7 +1,15 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
 from bam_ray.settings.blends import PRESETS, DynamicBlend
-from bam_ray.settings.compare import PRIOR_CONTROLS, CompareSettings, PriorForm, control_name, domain_tables
+from bam_ray.settings.compare import (
+    DILOCO,
+    PRIOR_CONTROLS,
+    CompareSettings,
+    DiLoCoSettings,
+    PriorForm,
+    control_name,
+    domain_tables,
+)
 from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
@@ -33,6 +41,7 @@ from bam_ray.settings.training import Spike, TrainingSettings
 from bam_ray.settings.upcycle import QuorumSettings, UpcycleSettings
 
 __all__ = [
+    "DILOCO",
     "PRESETS",
     "PRIOR_CONTROLS",
     "AnyMixture",
@@ -47,6 +56,7 @@ __all__ = [
     "Count",
     "DataSettings",
     "Demand",
+    "DiLoCoSettings",
     "DomainSettings",
     "DynamicBlend",
     "EvaluateSettings",

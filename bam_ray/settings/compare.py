@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from bam_ray.settings.methods import BtxSettings, RouterSettings
 from bam_ray.settings.resources import Needs
 from bam_ray.settings.strict import Count, Identity, Positive, Strict
+from bam_ray.settings.training import Momentum
 
 MAX_MULTIPLE = 1000.0
 
@@ -14,6 +15,8 @@ Multiple = Annotated[float, Field(gt=0.0, le=MAX_MULTIPLE)]
 PriorForm = Literal["tables", "vectors"]
 PRIOR_CONTROLS: dict[str, PriorForm] = {f"dense-prior-{form}": form for form in get_args(PriorForm)}
 """The names of the controls with a prior."""
+
+DILOCO = "dense-diloco"  # the name of the control of `compare.diloco`
 
 
 def control_name(multiple: float) -> str:
@@ -35,6 +38,20 @@ def domain_tables(layers: int) -> BtxSettings:
     )
 
 
+class DiLoCoSettings(Strict):
+    """DiLoCo (arXiv 2311.08105): workers train copies of a model, which are averaged only every few steps."""
+
+    workers: Count
+    """Number of workers, each with its own copy. They share every batch equally. The number is part of what the control
+    learns, so it never changes while the control trains."""
+    every: Count = 100
+    """Number of steps between two outer steps, in which all copies become one model."""
+    outer_lr: Positive = 0.7
+    """Learning rate of the outer steps."""
+    outer_momentum: Momentum = 0.9
+    """Nesterov momentum of the outer steps."""
+
+
 class CompareSettings(Strict):
     """Controls: the seed, trained further as one dense model on the blend of the mixing phase.
 
@@ -51,6 +68,9 @@ class CompareSettings(Strict):
     `dense-prior-tables`): an embedding and an output head for each domain, weighted as in `embeddings: experts`.
     `vectors` (`dense-prior-vectors`): for each domain a vector that is added to the input, one that is added to the
     last hidden state, and a bias of the logits, weighted by the prior."""
+    diloco: Annotated[DiLoCoSettings | None, Identity.EXCLUDED] = None
+    """The control `dense-diloco`, which is trained on the tokens of the multiple 1 by workers that rarely communicate,
+    as branches are. `null` means that there is none. (The identity of this control contains these settings.)"""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Identity.EXCLUDED] = Field(
         default=(0, 1, 2), min_length=1
     )
@@ -59,7 +79,7 @@ class CompareSettings(Strict):
     peak_lr: Positive | None = None
     """Learning rate of the controls after warm-up. `null` means that of `mix.training`."""
     workers: Annotated[Count, Identity.EXCLUDED] = 1
-    """Number of processes that train each control together."""
+    """Number of processes that train each control together, except `dense-diloco`."""
     min_workers: Annotated[Count | None, Identity.EXCLUDED] = None
     """If nodes are lost for good, continue with at least this many workers. `null` means to wait for all."""
     needs: Annotated[Needs, Identity.EXCLUDED] = Needs()

@@ -69,7 +69,9 @@ def gpus_are_used(recipe: "Recipe") -> None:
         ("mix.needs", recipe.mix.needs, recipe.mix.processes),
     ]
     if recipe.compare is not None:
-        jobs.append(("compare.needs", recipe.compare.needs, recipe.compare.workers))
+        diloco = recipe.compare.diloco
+        workers = max(recipe.compare.workers, diloco.workers if diloco else 1)
+        jobs.append(("compare.needs", recipe.compare.needs, workers))
     for setting, needs, workers in jobs:
         for demand in (needs, *needs.fallback):
             if workers > 1 and 0 < demand.gpus < 1:
@@ -182,8 +184,10 @@ def workers_share_batches(recipe: "Recipe") -> None:
         jobs.append(("seed", recipe.seed.training, recipe.seed.workers))
     if recipe.compare is not None:
         jobs.append(("compare", mix.training, recipe.compare.workers))
+        if recipe.compare.diloco is not None:
+            jobs.append(("compare.diloco", mix.training, recipe.compare.diloco.workers))
     for section, training, workers in jobs:
-        trained = "mix" if section == "compare" else section  # controls have the batches of mixtures
+        trained = "mix" if section.startswith("compare") else section  # controls have the batches of mixtures
         sequences = _sequences(trained, training.batch_tokens, recipe.data.sequence_length)
         if sequences % workers:
             shared = mix.expert_parallel if section == "mix" else 1

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from bam_ray.settings import consistency
-from bam_ray.settings.compare import CompareSettings, control_name
+from bam_ray.settings.compare import DILOCO, CompareSettings, control_name
 from bam_ray.settings.data import DataSettings
 from bam_ray.settings.dense import BranchSettings, SeedSettings
 from bam_ray.settings.methods import MixtureSettings
@@ -78,6 +78,8 @@ class Recipe(Strict):
             return {}
         multiples = {control_name(multiple): multiple for multiple in compare.dense}
         multiples |= dict.fromkeys(compare.prior_controls, 1.0)
+        if compare.diloco is not None:
+            multiples[DILOCO] = 1.0
         common = mix.model_dump() | {"peak_lr": compare.peak_lr or mix.peak_lr}
         return {
             name: TrainingSettings.model_validate(common | {"tokens": max(1, round(multiple * self.all_tokens))})

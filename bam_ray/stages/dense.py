@@ -3,6 +3,8 @@
 Each is trained by one process or one process group, without any others.
 """
 
+from functools import partial
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
@@ -15,13 +17,14 @@ from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import check_weights, family_of
 from bam_ray.pipeline.tasks import Progress
-from bam_ray.settings import Blend, PriorForm, Scratch, TrainingSettings
+from bam_ray.settings import DILOCO, Blend, PriorForm, Scratch, TrainingSettings
 from bam_ray.stages.publish import published_dtype
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.stages.train import make_sampler, train_to_artifact
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.devices import requested_device
+from bam_ray.training.diloco import DiLoCoEngine
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.engine import EngineFactory, EngineSpec
 from bam_ray.training.memory import limit_in_bytes
@@ -66,6 +69,9 @@ def train_control(run: TaskRun, engine_factory: EngineFactory | None = None) -> 
     assert run.recipe.compare is not None
     form = run.recipe.compare.prior_controls.get(run.task.name)
     model = None if form is None else _seed_with_prior(run, form)
+    if run.task.name == DILOCO:
+        assert run.recipe.compare.diloco is not None
+        engine_factory = partial(DiLoCoEngine, settings=run.recipe.compare.diloco)
     return _train_seed_further(run, blend, run.recipe.controls[run.task.name], engine_factory, model)
 
 

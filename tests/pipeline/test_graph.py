@@ -193,6 +193,38 @@ def test_the_prior_of_another_control_changes_no_id(override: str, changes: bool
     assert (before.id != after.id) == changes
 
 
+@pytest.mark.parametrize(
+    ("override", "changes"),
+    [
+        ("compare.diloco.workers=4", True),
+        ("compare.diloco.every=50", True),
+        ("compare.diloco.outer_lr=1.0", True),
+        ("compare.diloco.outer_momentum=0.5", True),
+        ("compare.workers=4", False),
+        ("compare.prior=[tables]", False),
+    ],
+)
+def test_the_id_of_diloco_depends_on_its_own_settings(override: str, changes: bool) -> None:
+    before, after = (
+        find_task(
+            task_graph(sample_recipe("compare={diloco: {workers: 2}, workers: 4, min_workers: 1}", *more)),
+            ArtifactKind.CONTROLS,
+            "dense-diloco",
+        )
+        for more in ([], [override])
+    )
+    assert (before.id != after.id) == changes
+    assert (before.workers, before.fewer_workers) == (2, ()), "it never loses a copy"
+
+
+def test_diloco_changes_no_other_id() -> None:
+    before, after = (
+        task_graph(sample_recipe(f"compare={{{more}}}")) for more in ("dense: [1]", "diloco: {workers: 4}")
+    )
+    new = {task.full_name for task in after if task not in before}
+    assert new == {"controls/dense-diloco", "reports/report"}
+
+
 def test_mixtures_of_the_seed_alone_can_train_on_all_tokens() -> None:
     sparse = "upcycle.mixtures.sparse={method: sparse, num_experts: 4}"
     before = task_graph(sample_recipe(sparse))

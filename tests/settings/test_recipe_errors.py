@@ -136,6 +136,23 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             {"prior": ["tables", "tables"]},
             "compare: compare.prior contains a form twice: give each form once",
         ),
+        (
+            "compare",
+            {"diloco": {"workers": 3}},
+            "compare.diloco.workers is 3, which does not divide a batch of 32 sequences: use one of "
+            "[1, 2, 4, 8, 16, 32] or another mix.training.batch_tokens",
+        ),
+        ("compare", {"diloco": {}}, "compare.diloco.workers: Field required"),
+        (
+            "compare.diloco",
+            {"workers": 2, "outer_momentum": 1.0},
+            "compare.diloco.outer_momentum: Input should be less than 1",
+        ),
+        (
+            "compare",
+            {"diloco": {"workers": 2}, "needs": {"gpus": 0.5}},
+            "compare.needs.gpus is 0.5, but the 2 workers of a process group cannot share a GPU",
+        ),
         ("mix.without_branches", "all", "mix.without_branches: Input should be 'mix_tokens' or 'all_tokens'"),
         ("compare", {"seeds": []}, "compare.seeds: Tuple should have at least 1 item"),
         ("compare", {"seeds": [0, -1]}, "compare.seeds.1: Input should be greater than or equal to 0"),

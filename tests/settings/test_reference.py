@@ -45,7 +45,7 @@ def test_settings_outside_the_identity() -> None:
         *(f"TrainingSettings.{name}" for name in training),
         *(f"SeedSettings.{name}" for name in dense),
         *(f"BranchSettings.{name}" for name in dense | {"domains", "max_attempts", "overrides"}),
-        *(f"CompareSettings.{name}" for name in dense | {"dense", "max_attempts", "prior", "seeds"}),
+        *(f"CompareSettings.{name}" for name in dense | {"dense", "diloco", "max_attempts", "prior", "seeds"}),
         *(f"MixSettings.{name}" for name in dense | {"at_once", "expert_parallel", "max_failures", "without_branches"}),
         *(f"EvaluateSettings.{name}" for name in ("batch_sequences", "needs")),
         "UpcycleSettings.needs",
