@@ -21,14 +21,15 @@ from pydantic import FiniteFloat
 from bam_ray.errors import CheckpointError
 from bam_ray.evaluation.bootstrap import Resamples, interval_95
 from bam_ray.evaluation.results import MEAN, ModelKind, ModelScore, Results, model_label
-from bam_ray.settings import PRIOR_CONTROLS, Strict, control_name
+from bam_ray.settings import DILOCO, PRIOR_CONTROLS, Strict, control_name
 
 COMPARISON = "comparison.json"
 PAGE = "index.html"
 CLOSE_PERCENT = 5.0  # a mixture is close to a specialist if its perplexity is at most this much higher
 METHODS: tuple[ModelKind, ...] = ("mixtures", "ensembles")  # the kinds of models that baselines are compared with
 DENSE_LABEL = control_name(1.0)
-BASELINES = (DENSE_LABEL, *PRIOR_CONTROLS, model_label("ensembles", "posterior"), model_label("seeds", "seed"))
+OTHER_CONTROLS = (*PRIOR_CONTROLS, DILOCO)  # those that are no points of the dense curve
+BASELINES = (DENSE_LABEL, *OTHER_CONTROLS, model_label("ensembles", "posterior"), model_label("seeds", "seed"))
 ONE_SEED = (
     "There is only one training seed. The intervals cover the choice of the held-out text, and no variation over "
     "training seeds: another seed may reverse these results."
@@ -347,7 +348,7 @@ def _dense_equivalents(models: Sequence[ComparedModel]) -> Iterator[DenseEquival
         nll = math.fsum(each.nll for each in model.trained) / len(model.trained)
         return model.trained[0].lineage_tokens - seed_tokens, nll
 
-    curve = sorted(point(model) for model in models if model.kind == "controls" and model.label not in PRIOR_CONTROLS)
+    curve = sorted(point(model) for model in models if model.kind == "controls" and model.label not in OTHER_CONTROLS)
     if len(curve) < 2:
         return
     for model in models:

@@ -25,6 +25,7 @@ KINDS: dict[str, ModelKind] = {
     "dense": "controls",
     "dense-2x": "controls",
     "dense-prior-tables": "controls",
+    "dense-diloco": "controls",
     "bam": "mixtures",
     "btx": "mixtures",
     "posterior": "ensembles",
@@ -35,6 +36,7 @@ TOKENS = {
     "dense": 2000,
     "dense-2x": 3000,
     "dense-prior-tables": 2000,
+    "dense-diloco": 2000,
     "bam": 2000,
     "btx": 2000,
     "posterior": 1400,
@@ -211,10 +213,11 @@ def test_a_single_control_gives_no_equivalent() -> None:
     assert "worth" not in compared.statements[0]
 
 
-def test_a_control_with_a_prior_is_no_point_of_the_curve() -> None:
-    compared = compare({0: results(LEVEL | {"dense-prior-tables": 2.55})})
+def test_other_controls_are_no_points_of_the_curve() -> None:
+    compared = compare({0: results(LEVEL | {"dense-prior-tables": 2.55, "dense-diloco": 2.65})})
     assert difference(compared, "mixture bam", "dense-prior-tables").verdict == "ahead"
     assert difference(compared, "mixture btx", "dense-prior-tables").verdict == "behind"
+    assert difference(compared, "mixture btx", "dense-diloco").verdict == "behind"
     assert compared.equivalents and compared.equivalents == compare({0: results(LEVEL)}).equivalents
 
 
