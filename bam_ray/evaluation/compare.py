@@ -23,10 +23,16 @@ from bam_ray.evaluation.results import MEAN, ModelKind, ModelScore, Results, mod
 from bam_ray.evaluation.samples import Samples, as_percent, verdict
 from bam_ray.evaluation.statements import cost_statement, statement
 from bam_ray.evaluation.wall_clock import Cluster, ModelTime, WallClock, dense_speed, model_time
-from bam_ray.settings import dense_multiple
+from bam_ray.settings import DILOCO, PRIOR_CONTROLS, dense_multiple
 
 METHODS: tuple[ModelKind, ...] = ("mixtures", "ensembles")  # the kinds of models that baselines are compared with
-BASELINES = (DENSE_LABEL, model_label("ensembles", "posterior"), model_label("seeds", "seed"))
+BASELINES = (
+    DENSE_LABEL,
+    *PRIOR_CONTROLS,
+    DILOCO,
+    model_label("ensembles", "posterior"),
+    model_label("seeds", "seed"),
+)
 
 Scores = Mapping[str, Sequence[ModelScore]]  # the scores of the training seeds, by label
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from bam_ray.evaluation.decomposition import gap_parts
 from bam_ray.evaluation.results import MEAN, Finding, FindingKind, ModelKind, ModelScore, Results
-from bam_ray.settings import control_name
+from bam_ray.settings import PRIOR_CONTROLS, control_name
 
 
 def make_results(run: str, models: Sequence[ModelScore]) -> Results:
@@ -42,6 +42,8 @@ def findings(models: Sequence[ModelScore]) -> Iterator[Finding]:
     for control in _of_kind(models, "controls"):
         if control.name == control_name(1.0):
             yield from _against_baseline(mixtures, control, "mixture_beats_dense", "the dense control")
+        elif control.name in PRIOR_CONTROLS:
+            yield from _against_baseline(mixtures, control, "mixture_beats_dense_with_prior", control.label)
     for ensemble in _of_kind(models, "ensembles"):
         if ensemble.name == "posterior":
             yield from _against_baseline(mixtures, ensemble, "mixture_beats_ensemble", ensemble.label)

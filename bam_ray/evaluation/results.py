@@ -23,6 +23,7 @@ FindingKind = Literal[
     "branch_beats_seed",
     "mixture_beats_seed",
     "mixture_beats_dense",
+    "mixture_beats_dense_with_prior",
     "mixture_beats_ensemble",
     "kv_experts_beats_btx",
     "kv_shared_between",

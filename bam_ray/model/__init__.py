@@ -7,6 +7,7 @@ on machines without this package.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bam_ray.model.configuration_bam import BamConfig, is_mixture
+from bam_ray.model.domain_vectors import DomainVectorsForCausalLM
 from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM, BamModel
 from bam_ray.model.routing_bam import RouterOutput, RoutingLosses, dropped_share, routing_losses, select_experts
 
@@ -15,6 +16,7 @@ __all__ = [
     "BamConfig",
     "BamForCausalLM",
     "BamModel",
+    "DomainVectorsForCausalLM",
     "RouterOutput",
     "RoutingLosses",
     "dropped_share",

@@ -16,9 +16,9 @@ from typing import Any
 
 from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
-from bam_ray.settings import MixtureSettings, Needs, Recipe, TrainingSettings
+from bam_ray.settings import DILOCO, MixtureSettings, Needs, Recipe, TrainingSettings
 
-DENSE = "dense"  # `Task.model` of the seed, the branches and the controls
+DENSE = "dense"  # `Task.model` of the seed, the branches and the controls without a prior
 
 
 def task_graph(recipe: Recipe) -> list[Task]:
@@ -85,7 +85,12 @@ def _branch_task(recipe: Recipe, domain: str, seed: Task, corpus: Task) -> Task:
 def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
     compare, training = recipe.compare, recipe.controls[name]
     assert compare is not None
-    content = {"blend": recipe.mix.blend, "training": training.identity()}
+    content: dict[str, Any] = {"blend": recipe.mix.blend, "training": training.identity()}
+    form, diloco = compare.prior_controls.get(name), compare.diloco if name == DILOCO else None
+    if form is not None:
+        content["prior"] = form
+    if diloco is not None:
+        content["diloco"] = diloco.identity()
     parents = (seed.id, corpus.id)
     task = Task(
         ArtifactKind.CONTROLS,
@@ -93,11 +98,13 @@ def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
         identity(name, content, parents),
         parents,
         compare.needs,
-        compare.workers,
+        diloco.workers if diloco else compare.workers,
         max_attempts=compare.max_attempts,
         gives_way=True,
     )
-    return _with_training(task, training, compare.min_workers, recipe.data.sequence_length)
+    least = None if diloco else compare.min_workers
+    task = _with_training(task, training, least, recipe.data.sequence_length)
+    return replace(task, model=name) if form else task
 
 
 def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Task]) -> Task:
@@ -116,7 +123,7 @@ def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Tas
 
 
 def _mixture_task(recipe: Recipe, start: Task, corpus: Task) -> Task:
-    mix, sequence_length = recipe.mix, recipe.data.sequence_length
+    mix, sequence_length = recipe.mix_of(start.name), recipe.data.sequence_length
     content = {"balance_sequences": mix.balance_sequences, **mix.identity()}
     parents = (start.id, corpus.id)
     shared = mix.process_multiple(mix.training.batch_tokens // sequence_length)

@@ -13,8 +13,8 @@ from math import gcd
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.tasks import Task
-from bam_ray.planning.model_size import PAIR_BUCKETS, WEIGHT_BYTES, ModelSize
-from bam_ray.settings import Demand, MixtureSettings, Needs, Recipe, TrainingSettings
+from bam_ray.planning.model_size import PAIR_BUCKETS, WEIGHT_BYTES, ModelSize, control_size, diloco_bytes
+from bam_ray.settings import DILOCO, Demand, MixtureSettings, Needs, Recipe, TrainingSettings
 from bam_ray.units import GIB, MIB
 
 PROCESS_BYTES = 480 * MIB  # Python with torch, transformers and Ray
@@ -99,9 +99,22 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
         return WorkerMemory(process + work, process + work)
     training = recipe.seed.training if task.kind == ArtifactKind.SEEDS else recipe.branch.training
     if task.kind == ArtifactKind.CONTROLS:
-        training = recipe.controls[task.name]
+        training, seed = recipe.controls[task.name], control_size(task.name, recipe, seed)
+        if task.name == DILOCO:
+            return _diloco_memory(seed, training, context, task.workers, on_gpu)
     assert training is not None
     return training_memory(seed, training, context, WorkerShare(task.workers, 1, task.is_group, on_gpu))
+
+
+def _diloco_memory(
+    size: ModelSize, training: TrainingSettings, context: int, workers: int, on_gpu: bool
+) -> WorkerMemory:
+    """Return the memory of a worker that trains a whole copy, and gathers all copies while a checkpoint is written."""
+    alone = training_memory(size, training, context, WorkerShare(on_gpu=on_gpu))
+    gathered = 2 * diloco_bytes(size, workers)
+    if alone.device_bytes is not None:
+        return replace(alone, device_bytes=alone.device_bytes + gathered)
+    return replace(alone, host_bytes=alone.host_bytes + gathered, least_host_bytes=alone.least_host_bytes + gathered)
 
 
 def training_memory(size: ModelSize, training: TrainingSettings, context: int, share: WorkerShare) -> WorkerMemory:
@@ -220,6 +233,7 @@ def _upcycling_bytes(task: Task, recipe: Recipe, seed: ModelSize) -> int:
 def _evaluation_bytes(recipe: Recipe, seed: ModelSize) -> int:
     """Return the bytes of the largest model that the report is about, and of one batch through it."""
     models = [seed.mixed(mixture, 1 + len(recipe.branch.domains)) for mixture in recipe.upcycle.mixtures.values()]
+    models += [control_size(name, recipe, seed) for name in recipe.controls]
     tokens = recipe.evaluate.batch_sequences * recipe.data.sequence_length
     largest = max([seed, *models], key=lambda size: size.weight_bytes)
     layer = WEIGHT_BYTES * tokens * max(size.layer_values for size in [seed, *models])

@@ -17,7 +17,7 @@ from bam_ray.blobs.patience import Report, retry_on
 from bam_ray.checkpoint.folder_reader import FolderReader
 from bam_ray.checkpoint.model_folder import ADAPTER, parse_object, read_config
 from bam_ray.errors import CheckpointError, StoreBusy, StoreError
-from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch
+from bam_ray.settings import MixtureSettings, Operation, Recipe, RoutedMixture, Scratch, domain_tables
 
 # Bytes per parameter
 CHECKPOINT_BYTES = 12  # weight, and Adam's two states
@@ -231,6 +231,26 @@ def seed_size(recipe: Recipe, report: Report | None = None) -> ModelSize | None:
         return _size_of_scratch(recipe.seed.scratch, vocab_size) if vocab_size else None
     assert recipe.seed.folder is not None
     return _size_of_config(config_of(recipe.seed.folder, _model_config))
+
+
+def diloco_bytes(size: ModelSize, workers: int) -> int:
+    """Return the bytes of a DiLoCo checkpoint beside the model: all copies with Adam's states, and the outer states."""
+    return WEIGHT_BYTES * size.parameters * (3 * workers + 2)
+
+
+def control_size(name: str, recipe: Recipe, seed: ModelSize) -> ModelSize:
+    """Return the size of a control: that of the seed, with the counts and the tables of its domains if it has a prior.
+
+    The vectors of domains are few, and are left out.
+    """
+    assert recipe.compare is not None
+    form = recipe.compare.prior_controls.get(name)
+    if form is None:
+        return seed
+    method = domain_tables(seed.layers)
+    if form == "vectors":
+        method = method.model_copy(update={"embeddings": "averaged"})
+    return seed.mixed(method, 1 + len(recipe.data.domains))
 
 
 def _model_config(store: BlobStore) -> dict[str, Any]:

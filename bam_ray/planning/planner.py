@@ -9,12 +9,12 @@ from bam_ray.pipeline.graph import task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
 from bam_ray.planning.memory import WorkerMemory, task_memory, with_memory_requests
-from bam_ray.planning.model_size import ModelSize, seed_size
+from bam_ray.planning.model_size import ModelSize, control_size, diloco_bytes, seed_size
 from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
 from bam_ray.planning.simulated_launcher import SpeedOf
 from bam_ray.scheduling.matching import bound
 from bam_ray.scheduling.nodes import NodeFacts, count_fitting, ray_resources, satisfiable_request, selects
-from bam_ray.settings import Recipe, TrainingSettings, with_training_seed
+from bam_ray.settings import DILOCO, Recipe, TrainingSettings, with_training_seed
 from bam_ray.units import format_duration
 
 STEPS_PER_STAGE = 150  # controller steps between events, over the shortest possible time of the longest stage
@@ -148,7 +148,9 @@ def _plan_task(task: Task, recipe: Recipe, seed: ModelSize | None) -> PlannedTas
     training = _training_settings(task, recipe)
     if training is None:
         return PlannedTask(task, tokens, memory, size.weight_bytes, size.weight_bytes, size.weight_bytes)
-    return PlannedTask(task, tokens, memory, *_stored_bytes(training, size.weight_bytes, size.checkpoint_bytes))
+    is_diloco = task.name == DILOCO and task.kind == "controls"
+    checkpoint = size.weight_bytes + diloco_bytes(size, task.workers) if is_diloco else size.checkpoint_bytes
+    return PlannedTask(task, tokens, memory, *_stored_bytes(training, size.weight_bytes, checkpoint))
 
 
 def _stored_bytes(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:
@@ -194,7 +196,7 @@ def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
         case "controls":
             return recipe.controls[task.name]
         case "mixtures":
-            return recipe.mix.training
+            return recipe.mix_of(task.name).training
         case _:
             return None
 
@@ -203,7 +205,9 @@ def _model_size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize
     """Return the size of the model that `task` makes; None if it makes none or the size is unknown."""
     if seed is None or task.kind in ("corpora", "reports"):
         return None
-    if task.kind in ("seeds", "branches", "controls"):
+    if task.kind == "controls":
+        return control_size(task.name, recipe, seed)
+    if task.kind in ("seeds", "branches"):
         return seed
     return seed.mixed(recipe.upcycle.mixtures[task.name], 1 + len(recipe.branch.domains))
 

@@ -1,7 +1,16 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
 from bam_ray.settings.blends import PRESETS, DynamicBlend
-from bam_ray.settings.compare import CompareSettings, control_name, dense_multiple
+from bam_ray.settings.compare import (
+    DILOCO,
+    PRIOR_CONTROLS,
+    CompareSettings,
+    DiLoCoSettings,
+    PriorForm,
+    control_name,
+    dense_multiple,
+    domain_tables,
+)
 from bam_ray.settings.consistency import divisors
 from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
@@ -33,7 +42,9 @@ from bam_ray.settings.training import Spike, TrainingSettings
 from bam_ray.settings.upcycle import QuorumSettings, UpcycleSettings
 
 __all__ = [
+    "DILOCO",
     "PRESETS",
+    "PRIOR_CONTROLS",
     "AnyMixture",
     "AverageSettings",
     "BamSettings",
@@ -46,6 +57,7 @@ __all__ = [
     "Count",
     "DataSettings",
     "Demand",
+    "DiLoCoSettings",
     "DomainSettings",
     "DynamicBlend",
     "EvaluateSettings",
@@ -59,6 +71,7 @@ __all__ = [
     "Needs",
     "Operation",
     "PartitionSettings",
+    "PriorForm",
     "QuorumSettings",
     "Ramp",
     "Recipe",
@@ -82,6 +95,7 @@ __all__ = [
     "control_name",
     "dense_multiple",
     "divisors",
+    "domain_tables",
     "load_as",
     "load_recipe",
     "mixture_settings",

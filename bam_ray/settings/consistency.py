@@ -69,7 +69,9 @@ def gpus_are_used(recipe: "Recipe") -> None:
         ("mix.needs", recipe.mix.needs, recipe.mix.processes),
     ]
     if recipe.compare is not None:
-        jobs.append(("compare.needs", recipe.compare.needs, recipe.compare.workers))
+        diloco = recipe.compare.diloco
+        workers = max(recipe.compare.workers, diloco.workers if diloco else 1)
+        jobs.append(("compare.needs", recipe.compare.needs, workers))
     for setting, needs, workers in jobs:
         for demand in (needs, *needs.fallback):
             if workers > 1 and 0 < demand.gpus < 1:
@@ -182,8 +184,10 @@ def workers_share_batches(recipe: "Recipe") -> None:
         jobs.append(("seed", recipe.seed.training, recipe.seed.workers))
     if recipe.compare is not None:
         jobs.append(("compare", mix.training, recipe.compare.workers))
+        if recipe.compare.diloco is not None:
+            jobs.append(("compare.diloco", mix.training, recipe.compare.diloco.workers))
     for section, training, workers in jobs:
-        trained = "mix" if section == "compare" else section  # controls have the batches of mixtures
+        trained = "mix" if section.startswith("compare") else section  # controls have the batches of mixtures
         sequences = _sequences(trained, training.batch_tokens, recipe.data.sequence_length)
         if sequences % workers:
             shared = mix.expert_parallel if section == "mix" else 1
@@ -248,6 +252,12 @@ def controls_can_be_trained(recipe: "Recipe") -> None:
         raise ValueError(f"compare.dense: a control is trained as mix.training says, but {_reason(error)}") from None
 
 
+def prior_has_domains(recipe: "Recipe") -> None:
+    """Check that there are two domains or more, which the prior of a control can tell apart."""
+    if recipe.compare is not None and recipe.compare.prior and len(recipe.data.domains) < 2:
+        raise ValueError("compare.prior needs two domains or more in data.domains: add one, or leave it out")
+
+
 def _reason(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
@@ -263,4 +273,5 @@ CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     quorum_is_enough,
     dense_mixtures_are_trained,
     controls_can_be_trained,
+    prior_has_domains,
 )

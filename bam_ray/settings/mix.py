@@ -1,7 +1,7 @@
 """Settings of the mixing phase: the training of the mixtures."""
 
 from math import ceil, gcd
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,12 +15,20 @@ AUTO_BALANCE_SEQUENCES = 16
 
 
 class MixSettings(Mixing):
-    """Training of the mixtures. All mixtures are trained with the same settings, so that they can be compared."""
+    """Training of the mixtures. All mixtures are trained with the same settings, so that they can be compared.
+
+    Only the number of tokens may depend on the method (`without_branches`).
+    """
 
     _preset = model_validator(mode="before")(with_preset)
 
     training: TrainingSettings
     """Training of each mixture."""
+    without_branches: Annotated[Literal["mix_tokens", "all_tokens"], Identity.EXCLUDED] = "mix_tokens"
+    """Number of tokens of mixtures that are made from the seed alone (methods `sparse` and `split`). `mix_tokens`:
+    `training.tokens`, as all other mixtures. `all_tokens`: as many as all branches and the mixing phase of one other
+    mixture together, which is fair in a comparison. (The identity of a mixture contains its own number of tokens
+    only.)"""
     expert_parallel: Annotated[Count, Identity.EXCLUDED] = 2
     """Number of processes over which the experts are distributed."""
     workers: Annotated[Count | None, Identity.EXCLUDED] = None

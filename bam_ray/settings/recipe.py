@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from bam_ray.settings import consistency
-from bam_ray.settings.compare import CompareSettings, control_name
+from bam_ray.settings.compare import DILOCO, CompareSettings, control_name
 from bam_ray.settings.data import DataSettings
 from bam_ray.settings.dense import BranchSettings, SeedSettings
 from bam_ray.settings.methods import MixtureSettings
@@ -57,22 +57,33 @@ class Recipe(Strict):
         """Return the number of experts of `mixture` once all branches are part of it; 1 if it is dense."""
         return mixture.expert_count(1 + len(self.branch.domains))
 
+    def mix_of(self, name: str) -> MixSettings:
+        """Return the settings with which the mixture `name` is trained."""
+        mix = self.mix
+        if mix.without_branches == "mix_tokens" or self.upcycle.mixtures[name].has_branches:
+            return mix
+        return mix.model_copy(update={"training": mix.training.model_copy(update={"tokens": self.all_tokens})})
+
+    @property
+    def all_tokens(self) -> int:
+        """Number of tokens that all branches and one mixture train on together, in whole batches."""
+        mix, branch = self.mix.training, self.branch.training
+        return len(self.branch.domains) * branch.steps * branch.batch_tokens + mix.steps * mix.batch_tokens
+
     @property
     def controls(self) -> dict[str, TrainingSettings]:
-        """The training of each control, by name; empty without `compare`.
-
-        The tokens of branches and mixtures are counted in whole batches, as they are trained on.
-        """
-        if self.compare is None:
+        """The training of each control, by name; empty without `compare`."""
+        compare, mix = self.compare, self.mix.training
+        if compare is None:
             return {}
-        mix, branch = self.mix.training, self.branch.training
-        total = len(self.branch.domains) * branch.steps * branch.batch_tokens + mix.steps * mix.batch_tokens
-        common = mix.model_dump() | {"peak_lr": self.compare.peak_lr or mix.peak_lr}
+        multiples = {control_name(multiple): multiple for multiple in compare.dense}
+        multiples |= dict.fromkeys(compare.prior_controls, 1.0)
+        if compare.diloco is not None:
+            multiples[DILOCO] = 1.0
+        common = mix.model_dump() | {"peak_lr": compare.peak_lr or mix.peak_lr}
         return {
-            control_name(multiple): TrainingSettings.model_validate(
-                common | {"tokens": max(1, round(multiple * total))}
-            )
-            for multiple in self.compare.dense
+            name: TrainingSettings.model_validate(common | {"tokens": max(1, round(multiple * self.all_tokens))})
+            for name, multiple in multiples.items()
         }
 
     @model_validator(mode="before")

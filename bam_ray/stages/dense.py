@@ -3,6 +3,8 @@
 Each is trained by one process or one process group, without any others.
 """
 
+from functools import partial
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrainedConfig, PreTrainedModel
 
@@ -15,16 +17,19 @@ from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import check_weights, family_of
 from bam_ray.pipeline.tasks import Progress
-from bam_ray.settings import Blend, Scratch, TrainingSettings
+from bam_ray.settings import DILOCO, Blend, PriorForm, Scratch, TrainingSettings
 from bam_ray.stages.publish import published_dtype
 from bam_ray.stages.task_run import TaskRun
+from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.stages.train import make_sampler, train_to_artifact
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.devices import requested_device
+from bam_ray.training.diloco import DiLoCoEngine
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.engine import EngineFactory, EngineSpec
 from bam_ray.training.memory import limit_in_bytes
 from bam_ray.training.torch_engine import TorchEngine
+from bam_ray.upcycling.domain_priors import seed_with_tables, seed_with_vectors
 from bam_ray.upcycling.tokenizers import is_carried
 
 
@@ -56,12 +61,28 @@ def train_branch(run: TaskRun, engine_factory: EngineFactory | None = None) -> M
 
 
 def train_control(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
-    """Train the seed on the blend of the mixing phase, as one dense model.
+    """Train the seed on the blend of the mixing phase, as one dense model. Some controls have a prior over domains.
 
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
     blend = run.recipe.mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
-    return _train_seed_further(run, blend, run.recipe.controls[run.task.name], engine_factory)
+    assert run.recipe.compare is not None
+    form = run.recipe.compare.prior_controls.get(run.task.name)
+    model = None if form is None else _seed_with_prior(run, form)
+    if run.task.name == DILOCO:
+        assert run.recipe.compare.diloco is not None
+        engine_factory = partial(DiLoCoEngine, settings=run.recipe.compare.diloco)
+    return _train_seed_further(run, blend, run.recipe.controls[run.task.name], engine_factory, model)
+
+
+def _seed_with_prior(run: TaskRun, form: PriorForm) -> PreTrainedModel:
+    """Return the seed in fp32 with a prior over the domains of the corpus."""
+    seed = run.parent(ArtifactKind.SEEDS, "seed")
+    folder = run.parent(ArtifactKind.CORPORA, "corpus").fetch()
+    counts = read_token_counts(folder, run.recipe.data.domains)
+    if form == "tables":
+        return seed_with_tables(TensorReader(run.store, seed.prefix), counts)
+    return seed_with_vectors(seed.fetch(), counts)
 
 
 def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
@@ -85,12 +106,17 @@ def scratch_config(scratch: Scratch, corpus: Corpus) -> PreTrainedConfig:
 
 
 def _train_seed_further(
-    run: TaskRun, blend: Blend, training: TrainingSettings, engine_factory: EngineFactory | None
+    run: TaskRun,
+    blend: Blend,
+    training: TrainingSettings,
+    engine_factory: EngineFactory | None,
+    model: PreTrainedModel | None = None,
 ) -> Manifest | None:
-    """Train a copy of the seed in fp32 and publish it in the dtype of the seed."""
+    """Train a copy of the seed, or `model`, in fp32 and publish it in the dtype of the seed."""
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     seed = run.parent(ArtifactKind.SEEDS, "seed")
-    model = AutoModelForCausalLM.from_pretrained(seed.fetch(), dtype=torch.float32)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(seed.fetch(), dtype=torch.float32)
     dtype = published_dtype(TensorReader(run.store, seed.prefix))
     return _train_dense(run, corpus, blend, training, model, engine_factory, dtype)
 

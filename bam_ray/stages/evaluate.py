@@ -332,7 +332,7 @@ def describe(
 ) -> ModelScore:
     """Return the scores of a model together with its size, lineage and cost."""
     total, active = count_parameters(model)
-    mixture = is_mixture(model.config)
+    mixture = is_mixture(model.config) and bool(model.config.mixture_layers)
     routings = {domain: each.routing for domain, each in domains.items() if each.routing is not None}
     lineage_tokens, lineage_flops = _training_cost(lineage)
     return ModelScore(

@@ -45,7 +45,7 @@ def train_mixture(run: TaskRun, engine_factory: EngineFactory) -> Manifest | Non
 
 
 def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
-    mix = run.recipe.mix
+    mix = run.recipe.mix_of(run.task.name)
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     initial = run.parent(ArtifactKind.UPCYCLED, run.task.name)
     is_dense = run.recipe.upcycle.mixtures[run.task.name].is_dense  # a model soup

@@ -29,7 +29,7 @@ def train_to_artifact(
     started = time.monotonic()
 
     mixture, router_metrics = as_mixture(engine.model), None
-    if run.lease is not None and mixture is not None and mixture.config.mixture_layers and job.initial_weights:
+    if run.lease is not None and mixture is not None and job.initial_weights:
         domains = tuple(job.sampler.weights)
         router_metrics = RouterMetrics(mixture, job.metrics.routing, job.initial_weights, domains)
     curves = TrainingCurves(engine, job.metrics, sequence_length, run.curves(job.metrics))

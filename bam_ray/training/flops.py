@@ -17,11 +17,16 @@ from copy import copy
 from transformers import PreTrainedConfig
 
 from bam_ray.model import is_mixture
+from bam_ray.model.domain_vectors import DomainVectorsConfig
 from bam_ray.settings import TrainingSettings
 
 
 def forward_flops_per_token(config: PreTrainedConfig, context: int) -> float:
     """Return the operations per token of one forward pass, as a mean over a sequence of `context` tokens."""
+    if isinstance(config, DomainVectorsConfig):
+        dense = config.text_config
+        vectors: int = config.num_experts * (2 * dense.hidden_size + dense.vocab_size)
+        return forward_flops_per_token(dense, context) + 2.0 * vectors
     layers = range(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     flops: float = 2.0 * config.vocab_size * config.hidden_size

@@ -18,10 +18,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bam_ray.families import FAMILIES
-from bam_ray.model import RouterOutput
+from bam_ray.model import BamForCausalLM, RouterOutput
 from bam_ray.model.embeddings_bam import BamHead, weighted_states
 from bam_ray.model.table_exchange_bam import LocalTableExchange, TableExchange
-from bam_ray.training.objective import as_mixture
 
 MIN_CHUNK_TOKENS = 256  # smaller chunks are slower
 
@@ -31,7 +30,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
     This holds for mixtures and for all families that they are made of. It is not known for other models.
     """
-    return as_mixture(model) is not None or model.config.model_type in FAMILIES
+    return isinstance(model, BamForCausalLM) or model.config.model_type in FAMILIES
 
 
 class NextTokenLoss(nn.Module):

@@ -64,7 +64,7 @@ class BatchStatistics:
     def unpack(packed: Tensor, mixture: BamForCausalLM | None) -> "BatchStatistics":
         """Return the statistics that `pack` packed; `mixture` is the model, or None for a dense model."""
         load = None
-        if mixture is not None and mixture.config.mixture_layers:
+        if mixture is not None:
             by_layer = packed[3:].view(len(mixture.config.mixture_layers), -1)
             by_domain = by_layer[:, 1:].unflatten(1, (-1, mixture.config.num_experts + 1))
             load = ExpertLoad(by_domain[..., :-1], by_domain[..., -1], by_layer[:, 0])
@@ -98,7 +98,7 @@ def objective(
         domains: [B, D], 1 if a sequence belongs to a domain, else 0. None: all sequences belong to a single domain.
     """
     nll, routers = model(input_ids)
-    if mixture is None or not mixture.config.mixture_layers:
+    if mixture is None:
         zero = torch.zeros((), device=nll.device)
         return Objective(nll, BatchStatistics(nll.detach(), zero, zero, None))
     biases = mixture.selection_biases()
@@ -130,8 +130,8 @@ def single_domain(input_ids: Tensor) -> Tensor:
 
 
 def as_mixture(model: PreTrainedModel) -> BamForCausalLM | None:
-    """Return `model` if it is a mixture, else None."""
-    return model if isinstance(model, BamForCausalLM) else None
+    """Return `model` if it is a mixture with a layer that has experts, else None."""
+    return model if isinstance(model, BamForCausalLM) and model.config.mixture_layers else None
 
 
 @torch.no_grad()

@@ -58,9 +58,10 @@ class TorchEngine:
         self, input_ids: Tensor, lr: float, limits: LossLimits = NO_LIMITS, domains: Tensor | None = None
     ) -> StepResult:
         """See `Engine`."""
-        statistics = BatchStatistics.unpack(self._accumulator.accumulate(input_ids, domains), self._mixture)
+        packed = self.average(self._accumulator.accumulate(input_ids, domains))
+        statistics = BatchStatistics.unpack(packed, self._mixture)
         with updating_weights(self.memory):
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+            norm = self.average(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm))
         nll, load_balance, router_z = statistics.losses()
         try:
             if not torch.isfinite(norm + statistics.nll):
@@ -76,6 +77,10 @@ class TorchEngine:
         self.updates += 1
         update_selection_biases(self._mixture, statistics.load, self.mixing.losses.bias_rate)
         return StepResult(nll, load_balance, router_z, float(norm), statistics.load)
+
+    def average(self, x: Tensor) -> Tensor:
+        """Return the mean of `x` over all processes, which is `x` itself if there is only this one."""
+        return x
 
     def forward(self, input_ids: Tensor, domains: Tensor | None = None) -> Objective:
         """See `GradientBackend`."""
@@ -112,7 +117,7 @@ class TorchEngine:
         """See `Engine`."""
         return value
 
-    def state(self, only_weights: bool = False) -> TrainingState:
+    def state(self, only_weights: bool = False) -> TrainingState | None:
         """See `Engine`."""
         step = self.updates
         states = {

@@ -12,6 +12,7 @@
 | `write`, `card` | a planned model is written to a store, with its lineage, model card and digests |
 | `edit_experts` | experts are added, removed and replaced |
 | `dense`, `verify` | dense models are rebuilt from a mixture, and the mixture is compared with them |
+| `domain_priors` | the seed with a prior over domains and without experts: the start of dense controls |
 | `inspect` | a summary of a model folder |
 | `export`, `loading` | a mixture is written as Mixtral; a model is loaded into memory |
 """

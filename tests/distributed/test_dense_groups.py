@@ -76,3 +76,27 @@ def test_several_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert manifest.facts["sequences_drawn"]["code"] > 0
     events = [key for key in store.list(f"branches/{branch.id}/events/")]
     assert len(events) == 3, "only rank 0 writes events"
+
+
+def test_controls_with_a_prior_train_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+    names = ["dense-prior-tables", "dense-prior-vectors"]
+    alone, together = (
+        small_recipe(
+            tmp_path, store={"uri": str(tmp_path / name)}, compare={"prior": ["tables", "vectors"], "workers": workers}
+        )
+        for name, workers in (("alone", 1), ("together", 2))
+    )
+    make_artifacts(alone, open_store(alone.store.uri), ("corpora", "seeds", "controls"))
+    make_artifacts(together, open_store(together.store.uri), ("corpora", "seeds"))
+    tasks: list[tuple[ArtifactKind, str, int | None]] = [(ArtifactKind.CONTROLS, name, None) for name in names]
+    first, other = run_on_ranks(2, run_tasks_on_rank, together, tasks, str(tmp_path / "of-ranks"))
+    assert first == [find_task(task_graph(alone), ArtifactKind.CONTROLS, name).id for name in names]
+    assert other == ["nothing", "nothing"]
+    for name in names:
+        pairs = list(
+            zip(curve(together, ArtifactKind.CONTROLS, name), curve(alone, ArtifactKind.CONTROLS, name), strict=True)
+        )
+        assert len(pairs) == 20
+        for made, wanted in pairs:
+            assert made["nll"] == pytest.approx(wanted["nll"], rel=1e-5)

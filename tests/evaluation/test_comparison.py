@@ -164,6 +164,14 @@ def test_a_single_control_gives_no_equivalent() -> None:
     assert "worth" not in compared.statements[0]
 
 
+def test_other_controls_are_no_points_of_the_curve() -> None:
+    compared = compare({0: results(LEVEL | {"dense-prior-tables": 2.55, "dense-diloco": 2.65})})
+    assert difference(compared, "mixture bam", "dense-prior-tables").verdict == "ahead"
+    assert difference(compared, "mixture btx", "dense-prior-tables").verdict == "behind"
+    assert difference(compared, "mixture btx", "dense-diloco").verdict == "behind"
+    assert compared.equivalents and compared.equivalents == compare({0: results(LEVEL)}).equivalents
+
+
 def test_the_page_and_the_data_have_all_numbers(three: Comparison, tmp_path: Path) -> None:
     write_comparison(tmp_path, three)
     html = (tmp_path / "index.html").read_text()

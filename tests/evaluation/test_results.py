@@ -86,11 +86,17 @@ def test_every_mixture_is_compared_with_the_dense_control() -> None:
 
     rows = [model_score(name, PAPER[name]) for name in ("seed", "bam", "btx")]
     rows += [control("dense-2x", PAPER["bam"]), control("dense", PAPER["shared"])]
+    rows.append(control("dense-prior-vectors", PAPER["btx"]))
     results = make_results("controls", rows)
     claims = [each for each in results.findings if each.about == "mixture_beats_dense"]
     assert [(each.claim, each.holds, each.support) for each in claims] == [
         ("mixture bam beats the dense control in mean perplexity", True, 1.0),
         ("mixture btx beats the dense control in mean perplexity", False, 0.0),
+    ]
+    with_prior = [each for each in results.findings if each.about == "mixture_beats_dense_with_prior"]
+    assert [(each.claim, each.holds) for each in with_prior] == [
+        ("mixture bam beats dense-prior-vectors in mean perplexity", True),
+        ("mixture btx beats dense-prior-vectors in mean perplexity", False),
     ]
     assert list(claims[0].values) == ["mixture bam", "dense"], "only the control on the same tokens counts"
     assert "no   mixture btx beats the dense control in mean perplexity: 10.73 against 10.32" in format_findings(

@@ -4,7 +4,7 @@ import pytest
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.pipeline.graph import find_task, subset, task_graph
-from bam_ray.settings import Demand, Needs
+from bam_ray.settings import Demand, Needs, load_recipe
 from tests.support.control.sample_recipe import changed_tasks, sample_recipe
 
 BRANCHES = {"branches/code", "branches/law", "branches/general"}
@@ -164,6 +164,83 @@ def test_the_id_of_a_control_depends_on_what_it_learns(override: str, changes: b
         for more in ([], [override])
     )
     assert (before.id != after.id) == changes
+
+
+def test_a_control_with_a_prior_has_its_own_identity() -> None:
+    before = task_graph(sample_recipe("compare={dense: [1]}"))
+    after = task_graph(sample_recipe("compare={dense: [1], prior: [tables, vectors]}"))
+    dense, *with_prior = (task for task in after if task.kind == ArtifactKind.CONTROLS)
+    assert dense == find_task(before, ArtifactKind.CONTROLS, "dense"), "no other id changes"
+    assert [task.name for task in with_prior] == ["dense-prior-tables", "dense-prior-vectors"]
+    assert len({task.id.rpartition("-")[2] for task in (dense, *with_prior)}) == 3
+    assert {task.total_steps for task in with_prior} == {dense.total_steps}
+    assert len({task.model for task in (dense, *with_prior)}) == 3, "they train at different speeds"
+    assert [task for task in after if task not in (dense, *with_prior)][:-1] == [
+        task for task in before if task != dense
+    ][:-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "changes"), [("branch.training.tokens=1024", True), ("compare.prior=[tables]", False)]
+)
+def test_the_prior_of_another_control_changes_no_id(override: str, changes: bool) -> None:
+    before, after = (
+        find_task(
+            task_graph(sample_recipe("compare={prior: [tables, vectors]}", *more)), "controls", "dense-prior-tables"
+        )
+        for more in ([], [override])
+    )
+    assert (before.id != after.id) == changes
+
+
+@pytest.mark.parametrize(
+    ("override", "changes"),
+    [
+        ("compare.diloco.workers=4", True),
+        ("compare.diloco.every=50", True),
+        ("compare.diloco.outer_lr=1.0", True),
+        ("compare.diloco.outer_momentum=0.5", True),
+        ("compare.workers=4", False),
+        ("compare.prior=[tables]", False),
+    ],
+)
+def test_the_id_of_diloco_depends_on_its_own_settings(override: str, changes: bool) -> None:
+    before, after = (
+        find_task(
+            task_graph(sample_recipe("compare={diloco: {workers: 2}, workers: 4, min_workers: 1}", *more)),
+            ArtifactKind.CONTROLS,
+            "dense-diloco",
+        )
+        for more in ([], [override])
+    )
+    assert (before.id != after.id) == changes
+    assert (before.workers, before.fewer_workers) == (2, ()), "it never loses a copy"
+
+
+def test_diloco_changes_no_other_id() -> None:
+    before, after = (
+        task_graph(sample_recipe(f"compare={{{more}}}")) for more in ("dense: [1]", "diloco: {workers: 4}")
+    )
+    new = {task.full_name for task in after if task not in before}
+    assert new == {"controls/dense-diloco", "reports/report"}
+
+
+def test_mixtures_of_the_seed_alone_can_train_on_all_tokens() -> None:
+    sparse = "upcycle.mixtures.sparse={method: sparse, num_experts: 4}"
+    before = task_graph(sample_recipe(sparse))
+    after = task_graph(sample_recipe(sparse, "mix.without_branches=all_tokens"))
+    changed = {task.full_name for task, other in zip(before, after, strict=True) if task != other}
+    assert changed == {"mixtures/sparse", "reports/report"}
+    total = 3 * 2 * 256 + 3 * 1024  # three branches of two batches, and three batches of mixing
+    assert find_task(after, ArtifactKind.MIXTURES, "sparse").total_steps == -(-total // 1024)
+    assert find_task(before, ArtifactKind.MIXTURES, "sparse").total_steps == 3
+
+
+def test_a_larger_comparison_uses_the_models_of_a_smaller_one() -> None:
+    small, large = (load_recipe(f"recipes/compare-{name}.yaml") for name in ("small", "all"))
+    assert small.store == large.store
+    made, wanted = ({task.id for task in task_graph(each)[:-1]} for each in (small, large))
+    assert made < wanted
 
 
 def test_controls_have_their_own_resources_and_workers() -> None:

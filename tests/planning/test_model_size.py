@@ -56,7 +56,9 @@ def model_of(settings: StackedMixture, tied: bool) -> BamForCausalLM:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mixture_has_the_planned_parameters_and_operations(method: str, embeddings: str) -> None:
     make, chosen = METHODS[method]
-    for tied, dense_layers, router in product(BOTH, [(), (1,)], [{}, {"input": "prefix", "prior": "bigram"}]):
+    for tied, dense_layers, router in product(
+        BOTH, [(), (1,), (0, 1, 2)], [{}, {"input": "prefix", "prior": "bigram"}]
+    ):
         settings = make.model_validate(
             {**chosen, "embeddings": embeddings, "dense_layers": dense_layers, "router": router}
         )

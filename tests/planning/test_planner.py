@@ -199,7 +199,9 @@ def test_a_simulated_plan_shows_all_tasks_with_their_times() -> None:
 
 
 def test_controls_are_planned_like_branches() -> None:
-    plan = make_plan(recipe("compare={dense: [1, 0.5], needs: {gpus: 1}}"), eight())
+    plan = make_plan(
+        recipe("compare={dense: [1, 0.5], prior: [tables, vectors], diloco: {workers: 4}, needs: {gpus: 1}}"), eight()
+    )
     rows = {row.task.full_name: row for row in plan.rows}
     branch, dense, half = (rows[name] for name in ("branches/code", "controls/dense", "controls/dense-0.5x"))
     assert dense.tokens == 3 * branch.tokens + rows["mixtures/bam"].tokens
@@ -207,6 +209,16 @@ def test_controls_are_planned_like_branches() -> None:
     assert dense.memory == branch.memory
     assert dense.final_bytes == branch.final_bytes
     assert dense.nodes and dense.ends is not None
+    tables, vectors = (rows[f"controls/dense-prior-{form}"] for form in ("tables", "vectors"))
+    assert tables.tokens == vectors.tokens == dense.tokens
+    assert tables.final_bytes > vectors.final_bytes > dense.final_bytes
+    diloco = rows["controls/dense-diloco"]
+    assert (diloco.tokens, diloco.final_bytes) == (dense.tokens, dense.final_bytes)
+    assert diloco.written_bytes > dense.written_bytes and diloco.task.workers == 4
+    assert diloco.memory is not None and dense.memory is not None
+    assert diloco.memory.device_bytes > dense.memory.device_bytes
+    assert tables.memory is not None and vectors.memory is not None and dense.memory is not None
+    assert tables.memory.host_bytes > vectors.memory.host_bytes > dense.memory.host_bytes
     assert "controls" in [stage.kind for stage in plan.stages]
     assert "controls: " in text(plan) and "dense-0.5x" in text(plan)
 

@@ -130,6 +130,30 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             {"dense": [0.5, 1, 1.0]},
             "compare: compare.dense has two controls named dense: give each multiple once",
         ),
+        ("compare.prior", ["heads"], "compare.prior.0: Input should be 'tables' or 'vectors'"),
+        (
+            "compare",
+            {"prior": ["tables", "tables"]},
+            "compare: compare.prior contains a form twice: give each form once",
+        ),
+        (
+            "compare",
+            {"diloco": {"workers": 3}},
+            "compare.diloco.workers is 3, which does not divide a batch of 32 sequences: use one of "
+            "[1, 2, 4, 8, 16, 32] or another mix.training.batch_tokens",
+        ),
+        ("compare", {"diloco": {}}, "compare.diloco.workers: Field required"),
+        (
+            "compare.diloco",
+            {"workers": 2, "outer_momentum": 1.0},
+            "compare.diloco.outer_momentum: Input should be less than 1",
+        ),
+        (
+            "compare",
+            {"diloco": {"workers": 2}, "needs": {"gpus": 0.5}},
+            "compare.needs.gpus is 0.5, but the 2 workers of a process group cannot share a GPU",
+        ),
+        ("mix.without_branches", "all", "mix.without_branches: Input should be 'mix_tokens' or 'all_tokens'"),
         ("compare", {"seeds": []}, "compare.seeds: Tuple should have at least 1 item"),
         ("compare", {"seeds": [0, -1]}, "compare.seeds.1: Input should be greater than or equal to 0"),
         (
@@ -285,6 +309,14 @@ def test_a_control_that_cannot_be_trained_is_refused() -> None:
     with pytest.raises(SettingsError, match=words):
         parse_recipe(yaml.safe_dump(recipe), "here.yaml")
     parse_recipe(yaml.safe_dump(recipe | {"compare": {"dense": [1]}}), "here.yaml")
+
+
+def test_the_prior_of_a_control_needs_two_domains() -> None:
+    recipe = plain() | {"compare": {"prior": ["vectors"]}, "data": {"domains": {"code": {"source": "package:python"}}}}
+    recipe["data"]["general"] = "code"
+    message = error_of(yaml.safe_dump(recipe))
+    assert message.endswith("compare.prior needs two domains or more in data.domains: add one, or leave it out")
+    parse_recipe(yaml.safe_dump(recipe | {"compare": {}}), "here.yaml")
 
 
 def test_further_errors_are_counted() -> None:

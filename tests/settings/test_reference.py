@@ -33,7 +33,7 @@ def test_every_setting_has_a_description() -> None:
 
 
 def test_settings_outside_the_identity() -> None:
-    compared = {"dense", "max_attempts", "network_gbit_per_s", "nodes", "seeds"}
+    compared = {"dense", "diloco", "max_attempts", "network_gbit_per_s", "nodes", "prior", "seeds"}
     excluded = {
         f"{model.__name__}.{name}"
         for model in all_models(Recipe)
@@ -47,7 +47,7 @@ def test_settings_outside_the_identity() -> None:
         *(f"SeedSettings.{name}" for name in dense),
         *(f"BranchSettings.{name}" for name in dense | {"domains", "max_attempts", "overrides"}),
         *(f"CompareSettings.{name}" for name in dense | compared),
-        *(f"MixSettings.{name}" for name in dense | {"at_once", "expert_parallel", "max_failures"}),
+        *(f"MixSettings.{name}" for name in dense | {"at_once", "expert_parallel", "max_failures", "without_branches"}),
         *(f"EvaluateSettings.{name}" for name in ("batch_sequences", "needs")),
         "UpcycleSettings.needs",
     }

@@ -16,11 +16,23 @@ KINDS: dict[str, ModelKind] = {
     "code": "branches",
     "dense": "controls",
     "dense-2x": "controls",
+    "dense-prior-tables": "controls",
+    "dense-diloco": "controls",
     "bam": "mixtures",
     "btx": "mixtures",
     "posterior": "ensembles",
 }
-TOKENS = {"seed": 1000, "code": 1400, "dense": 2000, "dense-2x": 3000, "bam": 2000, "btx": 2000, "posterior": 1400}
+TOKENS = {
+    "seed": 1000,
+    "code": 1400,
+    "dense": 2000,
+    "dense-2x": 3000,
+    "dense-prior-tables": 2000,
+    "dense-diloco": 2000,
+    "bam": 2000,
+    "btx": 2000,
+    "posterior": 1400,
+}
 LEVEL = {"seed": 3.0, "code": 2.9, "dense": 2.6, "dense-2x": 2.4, "bam": 2.5, "btx": 2.7, "posterior": 2.5}
 
 

@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from bam_ray.model import BamConfig, BamForCausalLM
+from bam_ray.model.domain_vectors import DomainVectorsConfig, DomainVectorsForCausalLM
 from bam_ray.model.embeddings_bam import BamInputEmbeddings
 from bam_ray.model.parameters import count_parameters
 from bam_ray.training.flops import forward_flops_per_token, training_flops
@@ -53,6 +54,14 @@ def test_each_matrix_element_that_a_token_uses_costs_two_operations(name: str) -
     one_token = forward_flops_per_token(config, 2) - forward_flops_per_token(config, 1)
     without_keys = forward_flops_per_token(config, 2) - 2 * one_token  # a context of L costs its products and L/2 keys
     assert without_keys == 2 * matrices
+
+
+def test_vectors_of_domains_are_counted() -> None:
+    dense = tiny.CONFIGS["llama"]
+    config = DomainVectorsConfig(dense, num_experts=3)
+    more = count_parameters(DomainVectorsForCausalLM(config))[0] - count_parameters(tiny.dense("llama", 0))[0]
+    assert more == 3 * (2 * 32 + 96)
+    assert forward_flops_per_token(config, 8) == forward_flops_per_token(dense, 8) + 2 * more
 
 
 def test_a_window_has_fewer_keys() -> None:
