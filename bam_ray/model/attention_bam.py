@@ -226,7 +226,7 @@ class BamAttentionExperts(BamAttentionBase):
         d, num_experts = config.hidden_size, config.num_experts
         heads, kv_heads = config.expert_num_attention_heads, config.expert_num_key_value_heads
         head_dim = config.head_dim
-        assert kv_heads is not None and head_dim is not None
+        assert heads is not None and kv_heads is not None and head_dim is not None
         self.kv_shared = config.attention_experts == "kv_shared"
         kv_experts = 1 if self.kv_shared else num_experts
         super().__init__(config, layer_idx, heads // kv_heads * (num_experts // kv_experts))
@@ -340,7 +340,7 @@ class AveragedAttention(BamAttentionBase):
         if layer_idx in (config.dense_layers or ()):
             heads = config.dense_num_attention_heads or heads
             kv_heads = config.dense_num_key_value_heads or kv_heads
-        assert kv_heads is not None and head_dim is not None
+        assert heads is not None and kv_heads is not None and head_dim is not None
         super().__init__(config, layer_idx, heads // kv_heads)
         bias = config.attention_bias
         self.q_proj = nn.Linear(d, heads * head_dim, bias=bias)

@@ -85,7 +85,14 @@ class Endpoint:
         dtype = inference_dtype(device, settings.dtype)
         models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device) for folder in folders]
         model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
-        engine = DecodeEngine(model, tokenizer, settings.slots, settings.max_length)
+        engine = DecodeEngine(
+            model,
+            tokenizer,
+            settings.slots,
+            settings.max_length,
+            kv_tokens=settings.kv_tokens,
+            tokens_per_step=settings.tokens_per_step,
+        )
         self._scheduler = Scheduler(
             engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
         )

@@ -132,8 +132,10 @@ def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: Mod
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check_model(body.model, card)
         tokens = await prompts.completion_prompts(body)
-        params = body.sampling_params(body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs)
-        job = GenerationJob(tokens, params, CompletionBuilder(card.id), bool(body.stream), body.include_usage)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        params = body.sampling_params(max_tokens, body.logprobs)
+        builder = CompletionBuilder(card.id, await prompts.echoes(body, tokens))
+        job = GenerationJob(tokens, params, builder, bool(body.stream), body.include_usage)
         return await handler.respond(job, request)
 
     @router.post("/v1/chat/completions", response_model=None)

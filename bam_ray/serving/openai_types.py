@@ -5,6 +5,7 @@ fields are rejected. The other fields of a message are passed to the chat templa
 """
 
 import reprlib
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,6 +19,8 @@ MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024  # of a message
 MAX_SHOWN = 80  # characters of a name in an error
+MAX_CHOICES = 128  # OpenAI's limit of n
+MAX_BIASES = 1024
 MAX_LOGPROBS = 20  # OpenAI's limit for chat; its limit of 5 for completions is lower
 
 HARMLESS_FIELDS = {
@@ -31,8 +34,24 @@ HARMLESS_FIELDS = {
 }
 """OpenAI's fields that have no effect on the output, and their meaning. They are accepted with any value."""
 
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "seed",
+    "n",
+    "frequency_penalty",
+    "presence_penalty",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+"""The fields that have the same name and meaning in `SamplingParams`."""
+
 Prompt = str | list[str] | list[int] | list[list[int]] | None
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 
 class RequestError(ServingError):
@@ -113,21 +132,7 @@ class StreamOptions(StrictRequest):
 class GenerationRequest(StrictRequest):
     """The fields that completion and chat requests share."""
 
-    unsupported = {
-        "n": (None, 1),
-        "frequency_penalty": (None, 0),
-        "presence_penalty": (None, 0),
-        "logit_bias": (None, {}),
-        # Fields of vLLM and SGLang
-        "best_of": (None, 1),
-        "top_k": (None, -1, 0),
-        "min_p": (None, 0),
-        "repetition_penalty": (None, 1),
-        "min_tokens": (None, 0),
-        "ignore_eos": (None, False),
-        "stop_token_ids": (None, []),
-        "skip_special_tokens": (None, True),
-    }
+    unsupported = {"best_of": (None, 1), "skip_special_tokens": (None, True)}
     harmless = set(HARMLESS_FIELDS)
 
     model: str
@@ -135,6 +140,17 @@ class GenerationRequest(StrictRequest):
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
+    # Fields of vLLM and SGLang
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: all tokens
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -146,6 +162,8 @@ class GenerationRequest(StrictRequest):
         if len(self.stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in self.stops):
             message = f"stop accepts up to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
             raise RequestError(400, message, param="stop")
+        if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in self.logit_bias or ()):
+            raise RequestError(400, "the keys of logit_bias are token ids: write them as digits", param="logit_bias")
         return self
 
     @property
@@ -162,23 +180,37 @@ class GenerationRequest(StrictRequest):
         self, max_tokens: int, logprobs: int | None, more_stops: tuple[str, ...] = ()
     ) -> SamplingParams:
         """Return the sampling parameters. OpenAI's defaults for temperature and top_p are 1."""
+        if (self.min_tokens or 0) > max_tokens:
+            message = f"min_tokens is {self.min_tokens}, more than the {max_tokens} tokens at most: lower it"
+            raise RequestError(400, message, param="min_tokens")
+        given = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
             stop=self.stops + more_stops,
             logprobs=logprobs,
+            top_k=max(0, self.top_k or 0),
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
         )
 
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    unsupported = {**GenerationRequest.unsupported, "echo": (None, False), "suffix": (None, "")}
+    unsupported = {**GenerationRequest.unsupported, "suffix": (None, "")}
 
     prompt: Prompt = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # 0: only the prompt, for `echo`
+    echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def sampling_params(
+        self, max_tokens: int, logprobs: int | None, more_stops: tuple[str, ...] = ()
+    ) -> SamplingParams:
+        """Return the sampling parameters. With `echo`, the log probabilities of the prompt are computed, too."""
+        params = super().sampling_params(max_tokens, logprobs, more_stops)
+        return replace(params, prompt_logprobs=logprobs) if self.echo else params
 
     @field_validator("prompt", mode="plain", json_schema_input_type=Prompt)
     @classmethod
@@ -297,9 +329,9 @@ class CompletionLogprobs(BaseModel):
     """Log probabilities as OpenAI's parallel lists, with one entry per token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]  # the position of each token in the completion, in characters
+    token_logprobs: list[float | None]  # None: the first token of a prompt, which nothing precedes
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]  # the position of each token in the text, in characters
 
 
 class CompletionChoice(BaseModel):

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from jinja2.exceptions import TemplateError
@@ -11,6 +12,7 @@ from jinja2.exceptions import TemplateError
 from bam_ray.errors import Overloaded, encodable
 from bam_ray.serving.engine import DecodeEngine
 from bam_ray.serving.openai_types import ChatRequest, CompletionRequest, RequestError
+from bam_ray.serving.responses import Echo
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +71,14 @@ class PromptReader:
             raise RequestError(400, message, param="prompt")
         return prompts
 
+    async def echoes(self, request: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
+        """Return the prompt of each completion, or nothing if the request has no `echo`. `prompts` are its prompts.
+
+        Raises:
+            Overloaded: Too many requests wait to be tokenized.
+        """
+        return await self._on_thread(partial(self._read_echoes, prompts), request) if request.echo else []
+
     async def chat_prompt(self, request: ChatRequest) -> tuple[list[int], tuple[str, ...]]:
         """Return the token ids of a dialog and the stop strings that its template needs.
 
@@ -102,6 +112,17 @@ class PromptReader:
             )
             for prompt in request.prompts
         ]
+
+    def _read_echoes(self, prompts: list[list[int]], request: CompletionRequest) -> list[Echo]:
+        decode = partial(self._engine.tokenizer.decode, clean_up_tokenization_spaces=False)
+        echoes = [
+            Echo(
+                given if isinstance(given, str) else decode(prompt),
+                None if request.logprobs is None else decode(prompt[:1]),
+            )
+            for given, prompt in zip(request.prompts, prompts, strict=True)
+        ]
+        return [echo for echo in echoes for _ in range(request.n or 1)]
 
     def _read_chat(self, request: ChatRequest) -> tuple[list[int], tuple[str, ...]]:
         own_template = getattr(self._engine.tokenizer, "chat_template", None)

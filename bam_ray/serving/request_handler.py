@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.metrics import RequestOutcome, ServerMetrics
-from bam_ray.serving.openai_types import ErrorResponse, Usage
+from bam_ray.serving.openai_types import ErrorResponse, RequestError, Usage
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler
@@ -45,7 +45,7 @@ class GenerationJob:
 
     def most_tokens(self, max_length: int) -> int:
         """Return the number of tokens that the request uses at most, prompts and completions together."""
-        return sum(min(len(prompt) + self.params.max_tokens, max_length) for prompt in self.prompts)
+        return self.params.n * sum(min(len(prompt) + self.params.max_tokens, max_length) for prompt in self.prompts)
 
 
 class RequestHandler:
@@ -61,10 +61,12 @@ class RequestHandler:
         When the client disconnects, the request leaves the scheduler at once, also while it is queued.
 
         Raises:
+            RequestError: A token is not in the vocabulary, or the completions can never be decoded together.
             RateLimited: The API key has too few tokens left.
             Overloaded: The queue is full.
             ServingError: The model failed.
         """
+        self._check(job)
         admission: Admission = request.scope["admission"]
         admission.reserve(job.most_tokens(self._scheduler.engine.max_length))
         try:
@@ -81,8 +83,23 @@ class RequestHandler:
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
+    def _check(self, job: GenerationJob) -> None:
+        """Raise `RequestError` if the engine cannot compute a request."""
+        engine, params = self._scheduler.engine, job.params
+        for name, tokens in (
+            ("logit_bias", [token for token, _ in params.logit_bias]),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if max(tokens, default=0) >= engine.vocab_size:
+                message = f"{name} has token {max(tokens)}, which is not in [0, {engine.vocab_size}): omit it"
+                raise RequestError(400, message, param=name)
+        try:
+            engine.check_size(max(map(len, job.prompts)), params)
+        except ServingError as error:
+            raise RequestError(400, str(error), param="n") from None
+
     async def _whole(self, job: GenerationJob, admission: Admission) -> BaseModel:
-        outputs = [Delta()] * len(job.prompts)
+        outputs = [Delta()] * (len(job.prompts) * job.params.n)
         async with aclosing(self._deltas(job, admission)) as batches:
             async for batch in batches:
                 for index, delta in batch:

@@ -2,8 +2,9 @@
 
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 from pydantic import BaseModel
@@ -31,9 +32,9 @@ class ResponseBuilder(Protocol):
     """A builder of the response to one request."""
 
     def chunks(self, index: int, delta: Delta) -> Iterator[BaseModel]:
-        """Yield the chunks of a stream for what a prompt adds to the output. `index` is the index of the prompt.
+        """Yield the chunks of a stream for what a completion adds to the output. `index` is that of the completion.
 
-        The last chunk of each prompt has the finish reason and no content.
+        The last chunk of each completion has the finish reason and no content.
         """
         ...
 
@@ -42,19 +43,37 @@ class ResponseBuilder(Protocol):
         ...
 
     def response(self, deltas: list[Delta], usage: Usage) -> BaseModel:
-        """Return the whole response. `deltas` has one delta per prompt."""
+        """Return the whole response. `deltas` has one delta per completion."""
         ...
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that a completion repeats before its own text."""
+
+    text: str
+    first_token: str | None  # the text of its first token; None: log probabilities are not requested
 
 
 class CompletionBuilder:
     """A builder of the response to a request to /v1/completions."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, echoes: Sequence[Echo] = ()) -> None:
+        """Create a builder for one request.
+
+        Args:
+            model: The name of the model.
+            echoes: The prompt of each completion, if completions repeat their prompts.
+        """
         self._id, self._created, self._model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
-        self._offsets: dict[int, int] = {}  # index of the prompt -> characters emitted so far
+        self._echoes = dict(enumerate(echoes))  # those that have not been sent
+        self._offsets: dict[int, int] = {}  # index of the completion -> characters emitted so far
 
     def chunks(self, index: int, delta: Delta) -> Iterator[Completion]:
         """Yield the chunks of a stream: the text, and the finish reason with an empty text."""
+        if index in self._echoes:
+            yield self._completion([self._choice(index, replace(delta, finish_reason=None))], None)
+            delta = Delta(finish_reason=delta.finish_reason)
         for part in _parts(delta):
             yield self._completion([self._choice(index, part)], None)
 
@@ -70,22 +89,28 @@ class CompletionBuilder:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _choice(self, index: int, delta: Delta) -> CompletionChoice:
+        echo = self._echoes.pop(index, None)
         return CompletionChoice(
-            index=index, text=delta.text, logprobs=self._logprobs(index, delta), finish_reason=delta.finish_reason
+            index=index,
+            text=delta.text if echo is None else echo.text + delta.text,
+            logprobs=self._logprobs(index, delta, echo),
+            finish_reason=delta.finish_reason,
         )
 
-    def _logprobs(self, index: int, delta: Delta) -> CompletionLogprobs | None:
-        if not delta.logprobs:
+    def _logprobs(self, index: int, delta: Delta, echo: Echo | None) -> CompletionLogprobs | None:
+        entries = delta.logprobs if echo is None else (*delta.prompt_logprobs, *delta.logprobs)
+        first = [] if echo is None or echo.first_token is None else [echo.first_token]
+        if not first and not entries:
             return None
-        offsets = []
-        for entry in delta.logprobs:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(entry.token)
+        tokens = [*first, *(entry.token for entry in entries)]
+        ends = list(accumulate(map(len, tokens), initial=self._offsets.get(index, 0)))
+        self._offsets[index] = ends[-1]
         return CompletionLogprobs(
-            tokens=[entry.token for entry in delta.logprobs],
-            token_logprobs=[entry.logprob for entry in delta.logprobs],
-            top_logprobs=[dict(entry.top) for entry in delta.logprobs],
-            text_offset=offsets,
+            tokens=tokens,
+            token_logprobs=[*(None for _ in first), *(entry.logprob for entry in entries)],
+            # Of several tokens with the same text, the most likely one counts
+            top_logprobs=[*(None for _ in first), *(dict(reversed(entry.top)) for entry in entries)],
+            text_offset=ends[:-1],
         )
 
 

@@ -43,6 +43,13 @@ class ServeSettings(Strict):
     """Number of requests that a replica decodes at the same time."""
     max_length: Count = 512
     """Maximum length of prompt and completion together, in tokens."""
+    kv_tokens: Count | None = None
+    """Number of tokens whose keys and values a replica has memory for. A request reserves its prompt and its longest
+    completion. `null` means `slots` requests of `max_length`. With fewer, more short requests than long ones are
+    decoded together."""
+    tokens_per_step: Count | None = None
+    """Number of tokens that a step computes: one for each request that decodes, and the rest for prompts. More tokens
+    begin responses sooner, and delay those that are being decoded. `null` means a default for the device."""
     dtype: Literal["fp32", "bf16", "auto"] = "auto"
     """Precision of weights and computation. `auto` means bf16 on GPUs that support it, and fp32 elsewhere. With fp32,
     matrix products on GPUs use TF32."""

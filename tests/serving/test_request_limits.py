@@ -249,9 +249,9 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, engine: DecodeEngine, seconds: fl
     """Make each step of the engine slower."""
     step = engine.step
 
-    def slow_step() -> Any:
+    def slow_step(*arguments: Any) -> Any:
         time.sleep(seconds)
-        return step()
+        return step(*arguments)
 
     monkeypatch.setattr(engine, "step", slow_step)
 

@@ -73,7 +73,7 @@ def test_a_busy_store_is_asked_for_members_again(tmp_path: Path, monkeypatch: py
     store.failure = StoreBusy("SlowDown")
     monkeypatch.setattr(serve_app, "open_store", lambda *arguments: store)
     with pytest.raises(CheckpointError, match=r"mixtures/.* is not committed"):
-        application(ApplicationArguments(recipe=str(RECIPE)))
+        application(ApplicationArguments(recipe=str(RECIPE), overrides=["serve.open=true"]))
 
 
 def test_a_withdrawn_branch_changes_no_other_branch(run: PipelineRun) -> None:
@@ -108,7 +108,9 @@ def test_a_job_makes_what_its_recipe_serves(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_seed_that_is_missing_is_refused(run: PipelineRun, tmp_path: Path) -> None:
     commit(run, ArtifactKind.BRANCHES, run.recipe.branch.domains[0], tmp_path / "folder")
-    arguments = ApplicationArguments(recipe=str(RECIPE), overrides=[*POSTERIOR, f"store.uri={run.store.uri}"])
+    arguments = ApplicationArguments(
+        recipe=str(RECIPE), overrides=[*POSTERIOR, "serve.open=true", f"store.uri={run.store.uri}"]
+    )
     with pytest.raises(CheckpointError, match=r"seeds/seed-.* is not committed"):
         application(arguments)
 
