@@ -12,7 +12,7 @@ COMPILE := uv pip compile pyproject.toml --quiet --universal --python-version 3.
 	--no-emit-index-url --constraint requirements/torch.txt $(WITH_TORCH:%=--no-emit-package %)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock cluster-up cluster-down cluster-status demo test test-fast soak bench check format docs ceph clean
+.PHONY: help setup lock cluster-up cluster-down cluster-status demo test test-fast soak bench check format docs ceph browser clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,12 @@ ceph: ## install a Ceph S3 gateway for the tests to use as well (Debian or Ubunt
 	@{ apt-get -qq update && apt-get -qq install -y --no-install-recommends radosgw ceph-mon ceph-osd; } > $(LOGS)/ceph.log 2>&1 || \
 		{ tail -5 $(LOGS)/ceph.log; echo "error: apt-get failed, the whole log is $(LOGS)/ceph.log"; exit 1; }
 	@ceph-mon --version
+
+browser: ## install Chromium for the tests of the page (Debian, as root)
+	@mkdir -p $(LOGS)
+	@{ apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } > $(LOGS)/browser.log 2>&1 || \
+		{ tail -5 $(LOGS)/browser.log; echo "error: apt-get failed, the whole log is $(LOGS)/browser.log"; exit 1; }
+	@chromium --version
 
 clean: ## remove caches and build products, but not .venv, .bam/s3 or a running cluster
 	@rm -rf build dist .bam/site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .bam/cache

@@ -324,11 +324,15 @@ class BamAttention(nn.Module):
             The pending output [B, L, d] and the router logits [T, N].
         """
         logits = self.gate(x, routing)  # [B, L, N]
+        pending = self.exchange.start(x, self.gates(logits) * self.scale, partial(self.attention_experts, **kwargs))
+        return pending, logits.flatten(0, 1)
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """Return the gates [..., N] for logits [..., N], before they are scaled."""
         gates = logits.softmax(-1)
         if self.top_k:  # the gates of other experts become 0, and the rest is not renormalized
             gates = gates * torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
-        pending = self.exchange.start(x, gates * self.scale, partial(self.attention_experts, **kwargs))
-        return pending, logits.flatten(0, 1)
+        return gates
 
 
 class AveragedAttention(BamAttentionBase):

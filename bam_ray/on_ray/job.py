@@ -121,6 +121,7 @@ def serve_and_ask(run: PipelineRun, console: Console) -> None:
     if run.recipe.serve.api_keys is None:
         run_summary.stream_completions(run, url, name, console)
         header = ""
-    console.print(f"{name} is served at {url}. Ask it:", soft_wrap=True)
+    page = url.removesuffix("v1")
+    console.print(f"{name} is served at {url}, and its page is {page}. Ask it:", soft_wrap=True)
     body = f'{{"model": "{name}", "prompt": "The ", "max_tokens": 40}}'
     console.print(f"  curl {url}/completions -H 'Content-Type: application/json'{header} -d '{body}'", soft_wrap=True)

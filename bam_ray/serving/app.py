@@ -1,6 +1,6 @@
 """The OpenAI-compatible HTTP app on top of a scheduler: a FastAPI app for uvicorn or Ray Serve.
 
-    POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
+    POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics   GET /
 
 Streams are server-sent events that end with `data: [DONE]`. When a client disconnects, its slots are freed.
 """
@@ -11,11 +11,12 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, NoReturn
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -32,6 +33,13 @@ from bam_ray.serving.scheduler import Scheduler
 from bam_ray.serving.tenants import Tenants
 from bam_ray.settings.api_keys import ApiKey
 
+PAGE = (files("bam_ray.serving") / "page" / "index.html").read_text(encoding="utf-8")
+PAGE_HEADERS = {
+    # The page has its own script and style, talks to this server only, and is not shown inside other pages
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; chat has no limit but the model's
 MAX_NESTING = 64  # of lists and objects in a request
 CONTAINERS = (dict, list)
@@ -66,7 +74,8 @@ def create_app(scheduler: Scheduler, model_name: str, options: AppOptions | None
     metrics = ServerMetrics(scheduler)
     errors = ErrorResponder(metrics)
     created, length = int(time.time()), scheduler.engine.max_length
-    card = ModelCard(id=model_name, root=model_name, created=created, max_model_len=length)
+    layout = scheduler.engine.routing_layout
+    card = ModelCard(id=model_name, root=model_name, created=created, max_model_len=length, routing=layout)
     app.include_router(_generation_routes(RequestHandler(scheduler, metrics), prompts, card))
     app.include_router(_information_routes(scheduler, metrics, errors, card))
     _add_error_handlers(app, errors)
@@ -155,6 +164,10 @@ def _information_routes(
 ) -> APIRouter:
     """Return the routes that describe the model and the state of the server."""
     router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     @router.get("/v1/models")
     async def models() -> ModelList:

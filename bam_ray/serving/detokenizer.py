@@ -1,5 +1,6 @@
 """Incremental detokenization: characters that span several tokens, and stop strings that span several pieces."""
 
+from dataclasses import replace
 from typing import Any
 
 from bam_ray.serving.engine import Delta, Output
@@ -37,6 +38,7 @@ class TextStream:
             () if self._params.logprobs is None else tuple(map(self._logprob, sampled)),
             "stop" if stopped else output.finish_reason,
             tuple(map(self._logprob, output.prompt)),
+            () if output.routing is None else (replace(output.routing, text=text),),
         )
 
     def _logprob(self, sampled: Sampled) -> TokenLogprob:

@@ -31,6 +31,7 @@ from bam_ray.serving.cache import SlotCache, slot_attention
 from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
 from bam_ray.serving.sampler import Sampled, TokenSampler, prompt_logprobs
 from bam_ray.serving.sampling import SamplingParams, SamplingState, TokenLogprob
+from bam_ray.serving.token_routing import RoutingLayout, RoutingReader, TokenRouting
 
 _T = TypeVar("_T")
 FinishReason = Literal["stop", "length"]
@@ -48,6 +49,7 @@ class Output:
     """The output that a step adds to a request."""
 
     sampled: Sampled | None = None  # the new token
+    routing: TokenRouting | None = None  # that of the new token, with `SamplingParams.routing`
     prompt: tuple[Sampled, ...] = ()  # the second and later tokens of the prompt, with `SamplingParams.prompt_logprobs`
     finish_reason: FinishReason | None = None  # set on the last output only
     error: Exception | None = None  # the error that has ended the request in place of a finish reason
@@ -67,6 +69,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last delta only
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the second and later tokens of the prompt; on the first delta
+    routing: tuple[TokenRouting, ...] = ()  # of each token, with `SamplingParams.routing`
 
     def __add__(self, after: "Delta") -> "Delta":
         return Delta(
@@ -75,6 +78,7 @@ class Delta:
             self.logprobs + after.logprobs,
             after.finish_reason,
             self.prompt_logprobs + after.prompt_logprobs,
+            self.routing + after.routing,
         )
 
 
@@ -99,6 +103,7 @@ class Generation:
         self.copies = [] if choice else [Generation(prompt, params, other) for other in range(1, params.n)]
         self.sampling = SamplingState(params, prompt, choice)
         self.prompt_logprobs: list[Sampled] = []
+        self.routing: TokenRouting | None = None  # that of the next token, if it is requested
         self.length = 0
         self.token = prompt[-1]  # the newest token
 
@@ -152,6 +157,8 @@ class DecodeEngine:
         self.memory = Blocks(kv_tokens or slots * max_length, max_length, SHORTEST_BLOCK)
         self._empty = self.memory.counts
         self._model = model.eval()
+        self.routing_layout = RoutingLayout.of(model.config)
+        self._routing = None if self.routing_layout is None else RoutingReader(model)
         self._device: torch.device = model.device
         self._end_tokens = _end_tokens(model, tokenizer)
         self._special_tokens = {
@@ -285,7 +292,7 @@ class DecodeEngine:
         self._cache.prefill(generation.block, generation.sampling.row, positions, start)
         input_ids = torch.tensor([generation.prompt[start:stop]], device=self._device)
         top = generation.params.prompt_logprobs
-        logits = self._forward(input_ids, positions, 1 if top is None else 0)
+        logits = self._forward(input_ids, positions, 1 if top is None else 0, group)
         targets = generation.prompt[start + 1 : stop + 1]
         if top is not None and targets:
             generation.prompt_logprobs += prompt_logprobs(logits[0, : len(targets)].float(), targets, top)
@@ -300,7 +307,7 @@ class DecodeEngine:
         for copy in generation.copies:
             self._cache.copy(generation.block, copy.block, generation.length)
             self._cache.copy_row(generation.sampling.row, copy.sampling.row)
-            copy.length = generation.length
+            copy.length, copy.routing = generation.length, generation.routing
             self._active[copy.id] = copy
         generation.copies = []
         if generation.prompt_logprobs:
@@ -317,13 +324,14 @@ class DecodeEngine:
         positions = torch.tensor(lengths, device=self._device)[:, None]
         self._cache.decode([each.block for each in group], [each.sampling.row for each in group], positions, lengths)
         input_ids = torch.tensor([[each.token] for each in group], device=self._device)
-        logits = self._forward(input_ids, positions, 1)[:, -1].float()
+        logits = self._forward(input_ids, positions, 1, group)[:, -1].float()
         for generation in group:
             generation.length += 1
         return logits
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: int, group: list[Generation]) -> Tensor:
         """Return the logits of the last position [B, 1, V], or of all positions [B, C, V] if `logits_to_keep` is 0."""
+        reader = self._routing if any(each.params.routing for each in group) else None
         output = self._model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -331,8 +339,12 @@ class DecodeEngine:
             slots=self._cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **({"output_router_logits": True} if reader is not None else {}),
         )
         self._cache.commit()
+        if reader is not None:
+            for generation, routing in zip(group, reader(output, len(group)), strict=True):
+                generation.routing = routing
         logits: Tensor = output.logits
         return logits
 
@@ -389,7 +401,8 @@ class DecodeEngine:
         state.generated += 1
         full = state.generated >= generation.params.max_tokens or generation.length + 1 >= self.max_length
         ended = sampled.token in state.stop_tokens
-        return Output(sampled, finish_reason="stop" if ended else "length" if full else None)
+        routing = generation.routing if generation.params.routing else None
+        return Output(sampled, routing, finish_reason="stop" if ended else "length" if full else None)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -20,7 +20,7 @@ from bam_ray.serving.tenants import Tenant, Tenants
 
 _logger = logging.getLogger(__name__)
 
-OPEN_PATHS = {"/health"}  # load balancers ask it, and have no key
+OPEN_PATHS = {"/", "/health"}  # the page has no data and asks for the key, and load balancers have none
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PORT = re.compile(r":\d*$")
 

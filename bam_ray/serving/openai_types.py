@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from bam_ray.errors import Overloaded, ServingError, one_line, printable
 from bam_ray.serving.engine import FinishReason
 from bam_ray.serving.sampling import SamplingParams
+from bam_ray.serving.token_routing import RoutingLayout, TokenRouting
 
 MAX_STOPS = 16  # OpenAI's limit is 4, and clients of local servers send more
 MAX_STOP_CHARACTERS = 256
@@ -45,6 +46,7 @@ SAMPLING_FIELDS = (
     "repetition_penalty",
     "min_tokens",
     "ignore_eos",
+    "routing",
 )
 """The fields that have the same name and meaning in `SamplingParams`."""
 
@@ -150,6 +152,7 @@ class GenerationRequest(StrictRequest):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     ignore_eos: bool | None = None
+    routing: bool | None = None  # of this server: the experts that computed each token
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = False
@@ -339,6 +342,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
+    routing: tuple[TokenRouting, ...] | None = None  # of each token, if it was requested
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -372,9 +376,10 @@ class ChatLogprobs(BaseModel):
 
 
 class ChatResult(BaseModel):
-    """The fields that a chat choice and a piece of it share. A chat response has exactly one choice."""
+    """The fields that a chat choice and a piece of it share."""
 
     index: int = 0
+    routing: tuple[TokenRouting, ...] | None = None  # of each token, if it was requested
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -424,6 +429,7 @@ class ModelCard(BaseModel):
     root: str  # the model that an adapter changes; the model itself if it is no adapter
     parent: str | None = None  # the model that was fine-tuned to this one
     max_model_len: int  # prompt and completion together, in tokens
+    routing: RoutingLayout | None = None  # the experts of a mixture
 
 
 class ModelList(BaseModel):

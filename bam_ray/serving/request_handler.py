@@ -93,6 +93,8 @@ class RequestHandler:
             if max(tokens, default=0) >= engine.vocab_size:
                 message = f"{name} has token {max(tokens)}, which is not in [0, {engine.vocab_size}): omit it"
                 raise RequestError(400, message, param=name)
+        if params.routing and engine.routing_layout is None:
+            raise RequestError(400, "this model has no experts: omit routing", param="routing")
         try:
             engine.check_size(max(map(len, job.prompts)), params)
         except ServingError as error:

@@ -94,6 +94,7 @@ class CompletionBuilder:
             index=index,
             text=delta.text if echo is None else echo.text + delta.text,
             logprobs=self._logprobs(index, delta, echo),
+            routing=delta.routing or None,
             finish_reason=delta.finish_reason,
         )
 
@@ -130,7 +131,11 @@ class ChatBuilder:
             content = {} if part.finish_reason is not None else {"content": part.text}
             yield self._chunk(
                 ChatChunkChoice(
-                    index=index, delta=content, logprobs=_chat_logprobs(part), finish_reason=part.finish_reason
+                    index=index,
+                    delta=content,
+                    logprobs=_chat_logprobs(part),
+                    routing=part.routing or None,
+                    finish_reason=part.finish_reason,
                 )
             )
 
@@ -148,6 +153,7 @@ class ChatBuilder:
                 index=index,
                 message=ResponseMessage(content=delta.text),
                 logprobs=_chat_logprobs(delta),
+                routing=delta.routing or None,
                 finish_reason=delta.finish_reason,
             )
             for index, delta in enumerate(deltas)
@@ -160,7 +166,7 @@ def _parts(delta: Delta) -> Iterator[Delta]:
 
     A delta has no text if a character is incomplete or a stop string may have started.
     """
-    if delta.text or delta.logprobs:
+    if delta.text or delta.logprobs or delta.routing:
         yield replace(delta, finish_reason=None)
     if delta.finish_reason is not None:
         yield Delta(finish_reason=delta.finish_reason)

@@ -31,6 +31,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # more tokens that end the text
     n: int = 1  # number of completions of the prompt, which is computed once
     prompt_logprobs: int | None = None  # as `logprobs`, for the tokens of the prompt after the first one
+    routing: bool = False  # with the shares of the experts that computed each token; only for mixtures
 
     @property
     def penalizes(self) -> bool:
