@@ -59,5 +59,5 @@ def serve_key(
         entry = ApiKey(sha256=hash_api_key(key.encode()), name=name)
     except ValidationError:
         raise SettingsError(f"{name!r} cannot be the name of a client: use 1 to 64 letters, digits, . _ @ -") from None
-    print(f"key, for the client:      {key}")
-    print(f"line, for serve.api_keys: {entry.sha256} name={entry.name}")
+    console.print(f"key, for the client:      {key}", soft_wrap=True)
+    console.print(f"line, for serve.api_keys: {entry.sha256} name={entry.name}", soft_wrap=True)

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from bam_ray.evaluation.bootstrap import interval_95
-from bam_ray.evaluation.samples import IntervalEstimate, Sampled, Samples, Verdict, as_percent, verdict
+from bam_ray.evaluation.samples import IntervalEstimate, Samples, SeedSamples, Verdict, as_percent, verdict
 from bam_ray.evaluation.wall_clock import STEP_SECONDS
 from bam_ray.settings import Strict
 
@@ -62,7 +62,7 @@ class DenseCurve:
         largest_multiple: The multiple in `compare.dense` of the control with the most tokens.
     """
 
-    def __init__(self, points: Sequence[tuple[int, Sampled]], largest_multiple: float) -> None:
+    def __init__(self, points: Sequence[tuple[int, SeedSamples]], largest_multiple: float) -> None:
         self._points = sorted(points, key=lambda point: point[0])
         self._largest_multiple = largest_multiple
 
@@ -78,7 +78,7 @@ class DenseCurve:
             return "below"
         return "above" if tokens > highest * (1 + TOLERANCE) else "between"
 
-    def nll(self, tokens: float) -> Sampled:
+    def nll(self, tokens: float) -> SeedSamples:
         """Return the mean NLL of a dense control with `tokens` tokens, whose place must be "between"."""
         assert self.place(tokens) == "between"
         tokens = min(max(tokens, self.measured[0]), self.measured[1])
@@ -87,7 +87,7 @@ class DenseCurve:
                 return before.interpolated(after, math.log(tokens / start) / math.log(end / start))
         return self._points[-1][1]
 
-    def match(self, model: str, nll: Sampled, cost: str, tokens: float, samples: Samples) -> DenseMatch:
+    def match(self, model: str, nll: SeedSamples, cost: str, tokens: float, samples: Samples) -> DenseMatch:
         """Return the paired difference between a model and a dense control with `tokens` tokens."""
         place = self.place(tokens)
         if place != "between":
@@ -107,7 +107,7 @@ class DenseCurve:
             verdict=verdict(estimate.interval, by_seed),
         )
 
-    def equivalent(self, model: str, nll: Sampled, used: int, samples: Samples) -> DenseEquivalent:
+    def equivalent(self, model: str, nll: SeedSamples, used: int, samples: Samples) -> DenseEquivalent:
         """Return the dense-equivalent tokens of a model that was trained on `used` tokens, with their interval."""
         tokens = [point[0] for point in self._points]
         measured = [point[1].measured.mean() for point in self._points]

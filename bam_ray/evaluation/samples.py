@@ -26,19 +26,19 @@ class IntervalEstimate(Strict):
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SeedSamples:
     """A quantity of each training seed."""
 
     measured: np.ndarray  # [K]
     drawn: np.ndarray  # [B, K], in each resample of the held-out text
 
-    def __sub__(self, other: "Sampled") -> "Sampled":
-        return Sampled(self.measured - other.measured, self.drawn - other.drawn)
+    def __sub__(self, other: "SeedSamples") -> "SeedSamples":
+        return SeedSamples(self.measured - other.measured, self.drawn - other.drawn)
 
-    def interpolated(self, other: "Sampled", part: float) -> "Sampled":
+    def interpolated(self, other: "SeedSamples", part: float) -> "SeedSamples":
         """Return the values that lie at `part` of the way to those of `other`: 0 gives these, 1 gives the others."""
         measured = (1 - part) * self.measured + part * other.measured
-        return Sampled(measured, (1 - part) * self.drawn + part * other.drawn)
+        return SeedSamples(measured, (1 - part) * self.drawn + part * other.drawn)
 
 
 class Samples:
@@ -60,17 +60,17 @@ class Samples:
             for label, models in scores.items()
         }
 
-    def of_sequences(self, domain: str, sequence_nll: np.ndarray) -> Sampled:
+    def of_sequences(self, domain: str, sequence_nll: np.ndarray) -> SeedSamples:
         """Return the mean over the held-out sequences of a domain of values [K, S]."""
         drawn = self.resamples.text_means(self._domains.index(domain), sequence_nll)
-        return Sampled(sequence_nll.mean(axis=1), drawn)
+        return SeedSamples(sequence_nll.mean(axis=1), drawn)
 
-    def nll(self, label: str, domain: str = MEAN) -> Sampled:
+    def nll(self, label: str, domain: str = MEAN) -> SeedSamples:
         """Return the NLL of a model on a domain, or its mean over the domains, in nats per token."""
         if domain != MEAN:
             return self._nll[label][domain]
         domains = self._nll[label].values()
-        return Sampled(
+        return SeedSamples(
             np.mean([each.measured for each in domains], axis=0), np.mean([each.drawn for each in domains], axis=0)
         )
 
@@ -79,13 +79,13 @@ class Samples:
         domains = self._domains if column == MEAN else (column,)
         nll = [self._nll[label][domain] for domain in domains]
         measured = np.mean([np.exp(each.measured) for each in nll], axis=0)
-        return self.estimate(Sampled(measured, np.mean([np.exp(each.drawn) for each in nll], axis=0)))
+        return self.estimate(SeedSamples(measured, np.mean([np.exp(each.drawn) for each in nll], axis=0)))
 
-    def estimate(self, values: Sampled) -> IntervalEstimate:
+    def estimate(self, values: SeedSamples) -> IntervalEstimate:
         """Return the mean over the training seeds with its interval."""
         return IntervalEstimate(value=float(values.measured.mean()), interval=interval_95(self.seed_means(values)))
 
-    def seed_means(self, values: Sampled) -> np.ndarray:
+    def seed_means(self, values: SeedSamples) -> np.ndarray:
         """Return the mean over the drawn training seeds in each resample, [B]."""
         return self.resamples.seed_means(values.drawn)
 

@@ -45,12 +45,12 @@ class ServingCost(Strict):
 
 def cache_bytes_per_token(config: PreTrainedConfig) -> int:
     """Return the bytes of the keys and values of one token in all layers. Sliding windows later drop some of them."""
-    values = 0
+    dtype = getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
+    config, values = config.get_text_config(), 0  # the model itself, unless it wraps one
     dense_layers = (config.dense_layers or ()) if is_mixture(config) else ()
     for layer in range(config.num_hidden_layers):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         if layer in dense_layers:
             heads = config.dense_num_key_value_heads or config.expert_num_key_value_heads
         values += 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    dtype = getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
     return values * int(dtype.itemsize)

@@ -95,7 +95,7 @@ class PlanState:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PromptChunk:
     """The next `tokens` tokens of the prompt of a request."""
 
     id: int
@@ -108,7 +108,7 @@ class StepPlan:
 
     start: tuple[int, ...] = ()  # ids of requests that take their memory, in order
     decode: tuple[int, ...] = ()  # ids of requests of which each row generates one token
-    chunks: tuple[Chunk, ...] = ()  # computed in this order
+    chunks: tuple[PromptChunk, ...] = ()  # computed in this order
 
 
 def plan_step(state: PlanState, budget: int) -> StepPlan:
@@ -128,7 +128,7 @@ def plan_step(state: PlanState, budget: int) -> StepPlan:
     for id_, tokens in prompts:
         if not left:
             break
-        chunks.append(Chunk(id_, min(tokens, left)))
+        chunks.append(PromptChunk(id_, min(tokens, left)))
         left -= chunks[-1].tokens
     return StepPlan(tuple(request.id for request in started), tuple(request.id for request in decode), tuple(chunks))
 

@@ -123,7 +123,7 @@ def head_inputs(out: Any) -> tuple[Tensor, Tensor | None]:
     return out.last_hidden_state, getattr(out, "head_gates", None)
 
 
-class Chunk(NamedTuple):
+class LossChunk(NamedTuple):
     """The C tokens whose logits are computed at once: the same number of tokens of each rank."""
 
     own: slice  # the tokens of this rank, among all that it has
@@ -144,7 +144,7 @@ class SlicedHead:
         self.tables = tables_of(weight)
         self.exchange = exchange
 
-    def chunks(self, hidden: Tensor, gates: Tensor | None, targets: Tensor) -> Iterator[Chunk]:
+    def chunks(self, hidden: Tensor, gates: Tensor | None, targets: Tensor) -> Iterator[LossChunk]:
         """Yield `hidden` [T, d], `gates` [T, N] and `targets` [T] in chunks.
 
         The logits of a chunk are about as large as the slice of the weight.
@@ -155,23 +155,23 @@ class SlicedHead:
             own = slice(start, start + size)
             weights = None if gates is None else exchange.gather(gates[own])
             target = exchange.gather(targets[own]) - exchange.first_token
-            yield Chunk(own, exchange.gather(hidden[own]), weights, target)
+            yield LossChunk(own, exchange.gather(hidden[own]), weights, target)
 
-    def log_p(self, chunk: Chunk) -> Tensor:
+    def log_p(self, chunk: LossChunk) -> Tensor:
         """Return the log-probabilities of the slice in fp32: [C, V']."""
         return self.exchange.log_softmax(summed_logits(self._states(chunk), self.tables))
 
-    def target_log_p(self, log_p: Tensor, chunk: Chunk) -> Tensor:
+    def target_log_p(self, log_p: Tensor, chunk: LossChunk) -> Tensor:
         """Return the log-probabilities of the targets of this rank's tokens: [C, V'] -> [C / E]."""
         index, is_here = self._targets(log_p, chunk)
         return self.exchange.sum(log_p.gather(1, index).where(is_here, 0.0).squeeze(1))
 
-    def grad_logits(self, log_p: Tensor, chunk: Chunk) -> Tensor:
+    def grad_logits(self, log_p: Tensor, chunk: LossChunk) -> Tensor:
         """Return the gradient of the summed NLL in the dtype of the tables: [C, V']. Overwrites `log_p`."""
         index, is_here = self._targets(log_p, chunk)
         return log_p.exp_().scatter_add_(1, index, -is_here.to(log_p.dtype)).to(self.tables[0].dtype)
 
-    def grad_inputs(self, grad: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+    def grad_inputs(self, grad: Tensor, chunk: LossChunk) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of x [C / E, d] and gates [C / E, N] of this rank's tokens, for that of the logits."""
         x, gates = chunk.x, chunk.gates
         products = [(grad @ table).to(x.dtype) for table in self.tables]  # N of [C, d]
@@ -183,18 +183,18 @@ class SlicedHead:
             grad_x.addcmul_(gate.to(x.dtype).unsqueeze(-1), product)
         return self.exchange.sum(grad_x), self.exchange.sum(grad_gates)
 
-    def add_grad_tables(self, into: Tensor, grad: Tensor, chunk: Chunk) -> None:
+    def add_grad_tables(self, into: Tensor, grad: Tensor, chunk: LossChunk) -> None:
         """Add the gradient of the tables, for that of the logits, to `into`, which is fp32."""
         for table, part in zip(tables_of(into), self._states(chunk), strict=True):
             _add_product(table, grad.t(), part)
 
-    def _states(self, chunk: Chunk) -> Sequence[Tensor]:
+    def _states(self, chunk: LossChunk) -> Sequence[Tensor]:
         """Return the hidden states that each table multiplies: N of [C, d]."""
         states = chunk.x if chunk.gates is None else weighted_states(chunk.x, chunk.gates)
         parts: Sequence[Tensor] = states.to(self.tables[0].dtype).split(chunk.x.shape[1], -1)
         return parts
 
-    def _targets(self, log_p: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _targets(self, log_p: Tensor, chunk: LossChunk) -> tuple[Tensor, Tensor]:
         """Return the index of each target in the slice, and True if it is there: [C, 1] both."""
         width = log_p.shape[1]
         targets = chunk.targets.unsqueeze(1)

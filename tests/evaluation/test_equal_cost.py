@@ -15,7 +15,7 @@ from bam_ray.evaluation.comparison_plots import pareto_front
 from bam_ray.evaluation.decomposition import PARTS
 from bam_ray.evaluation.dense_curve import DenseCurve, DenseMatch, crossing, two_digits
 from bam_ray.evaluation.results import DomainScore, OracleScore, Results
-from bam_ray.evaluation.samples import Sampled, Samples
+from bam_ray.evaluation.samples import Samples, SeedSamples
 from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.evaluation.wall_clock import Cluster, dense_speed, longest_path
 from bam_ray.settings import control_name, dense_multiple
@@ -53,7 +53,7 @@ def timed(result: Results) -> Results:
 
 
 def curve(levels: dict[int, float], multiple: float = 1.0) -> DenseCurve:
-    one = {tokens: Sampled(np.array([nll]), np.array([[nll]])) for tokens, nll in levels.items()}
+    one = {tokens: SeedSamples(np.array([nll]), np.array([[nll]])) for tokens, nll in levels.items()}
     return DenseCurve(list(one.items()), multiple)
 
 

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bam_ray.serving.blocks import Block, Blocks
-from bam_ray.serving.plan import Chunk, PlanState, RunningRequest, ServedTokens, StepPlan, WaitingRequest, plan_step
+from bam_ray.serving.plan import (
+    PlanState,
+    PromptChunk,
+    RunningRequest,
+    ServedTokens,
+    StepPlan,
+    WaitingRequest,
+    plan_step,
+)
 
 ROWS, BUDGET, LONGEST, MEMORY = 6, 10, 40, 160
 
@@ -157,8 +165,8 @@ def check(state: PlanState, plan: StepPlan) -> None:
 def test_a_long_prompt_is_divided_beside_streams() -> None:
     running = [RunningRequest(0, 0), RunningRequest(1, 0, rows=2), RunningRequest(2, 25), RunningRequest(3, 4)]
     state = PlanState([], running, 0, Blocks(MEMORY, LONGEST, 5).counts)
-    assert plan_step(state, 10) == StepPlan((), (0, 1), (Chunk(2, 7),))
-    assert plan_step(state, 30) == StepPlan((), (0, 1), (Chunk(2, 25), Chunk(3, 2)))
+    assert plan_step(state, 10) == StepPlan((), (0, 1), (PromptChunk(2, 7),))
+    assert plan_step(state, 30) == StepPlan((), (0, 1), (PromptChunk(2, 25), PromptChunk(3, 2)))
 
 
 def test_a_request_without_memory_is_not_overtaken() -> None:

@@ -146,8 +146,8 @@ def test_only_trained_parameters_change_and_have_optimizer_states(
 
 def test_keys_and_values_that_all_experts_share_count_as_shared() -> None:
     found = {name.partition("self_attn.")[2]: kind for name, _, kind in parameter_kinds(engine(KV_SHARED).model)}
-    assert found["experts.q_proj"] == found["experts.o_proj"] == "expert"
-    assert found["experts.k_proj"] == found["experts.v_proj"] == "shared"
+    assert found["attention_experts.q_proj"] == found["attention_experts.o_proj"] == "expert"
+    assert found["attention_experts.k_proj"] == found["attention_experts.v_proj"] == "shared"
 
 
 def test_only_the_routers_change_during_their_warm_up() -> None:
