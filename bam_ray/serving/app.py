@@ -1,6 +1,7 @@
 """The OpenAI-compatible HTTP app on top of a scheduler: a FastAPI app for uvicorn or Ray Serve.
 
     POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics   GET /
+    POST /tokenize         POST /detokenize
 
 Streams are server-sent events that end with `data: [DONE]`. When a client disconnects, its slots are freed.
 """
@@ -25,7 +26,18 @@ from bam_ray.errors import ServingError
 from bam_ray.serving.error_responses import ErrorResponder
 from bam_ray.serving.metrics import ServerMetrics
 from bam_ray.serving.middleware import BodyLimit, Gate, RequestIds
-from bam_ray.serving.openai_types import MAX_SHOWN, ChatRequest, CompletionRequest, ModelCard, ModelList, RequestError
+from bam_ray.serving.openai_types import (
+    MAX_SHOWN,
+    ChatRequest,
+    CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    RequestError,
+    Tokenized,
+    TokenizeRequest,
+)
 from bam_ray.serving.prompts import PromptReader
 from bam_ray.serving.request_handler import GenerationJob, RequestHandler
 from bam_ray.serving.responses import ChatBuilder, CompletionBuilder
@@ -77,6 +89,7 @@ def create_app(scheduler: Scheduler, model_name: str, options: AppOptions | None
     layout = scheduler.engine.routing_layout
     card = ModelCard(id=model_name, root=model_name, created=created, max_model_len=length, routing=layout)
     app.include_router(_generation_routes(RequestHandler(scheduler, metrics), prompts, card))
+    app.include_router(_tokenizer_routes(scheduler.engine.tokenizer, prompts, card))
     app.include_router(_information_routes(scheduler, metrics, errors, card))
     _add_error_handlers(app, errors)
     # The last one added is the first one to see a request
@@ -155,6 +168,25 @@ def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: Mod
         params = body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None, stops)
         job = GenerationJob([prompt], params, ChatBuilder(card.id), bool(body.stream), body.include_usage)
         return await handler.respond(job, request)
+
+    return router
+
+
+def _tokenizer_routes(tokenizer: Any, prompts: PromptReader, card: ModelCard) -> APIRouter:
+    """Return the routes that convert text to tokens and back, with vLLM's paths and fields."""
+    router = APIRouter(route_class=_JsonRoute)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Tokenized:
+        _check_model(body.model or card.id, card)
+        tokens = await prompts.tokens(body)
+        names = tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+        return Tokenized(count=len(tokens), max_model_len=card.max_model_len, tokens=tokens, token_strs=names)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Detokenized:
+        _check_model(body.model or card.id, card)
+        return Detokenized(prompt=await prompts.text(body))
 
     return router
 

@@ -245,6 +245,37 @@ def _are_tokens(values: list[Any]) -> bool:
     return all(type(value) is int for value in values)  # a bool is an int, too
 
 
+class TokenizeRequest(StrictRequest):
+    """The body of POST /tokenize, as in vLLM."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = False
+
+
+class Tokenized(BaseModel):
+    """The response of /tokenize."""
+
+    count: int
+    max_model_len: int  # prompt and completion together, in tokens
+    tokens: list[int]
+    token_strs: list[str] | None = None  # the tokens as they are in the vocabulary, with `return_token_strs`
+
+
+class DetokenizeRequest(StrictRequest):
+    """The body of POST /detokenize, as in vLLM."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class Detokenized(BaseModel):
+    """The response of /detokenize."""
+
+    prompt: str
+
+
 class TextPart(StrictRequest):
     """A part of a message. Only text is supported."""
 

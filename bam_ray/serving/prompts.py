@@ -11,12 +11,18 @@ from jinja2.exceptions import TemplateError
 
 from bam_ray.errors import Overloaded, encodable
 from bam_ray.serving.engine import DecodeEngine
-from bam_ray.serving.openai_types import ChatRequest, CompletionRequest, RequestError
+from bam_ray.serving.openai_types import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestError,
+    TokenizeRequest,
+)
 from bam_ray.serving.responses import Echo
 
 _logger = logging.getLogger(__name__)
 
-Request = TypeVar("Request", CompletionRequest, ChatRequest)
+Request = TypeVar("Request", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 Result = TypeVar("Result")
 
 MAX_PENDING = 256  # requests that wait to be tokenized
@@ -87,6 +93,28 @@ class PromptReader:
             Overloaded: Too many requests wait to be tokenized.
         """
         return await self._on_thread(self._read_chat, request)
+
+    async def tokens(self, request: TokenizeRequest) -> list[int]:
+        """Return the token ids of a text.
+
+        Raises:
+            RequestError: The text is longer than any prompt that can be served.
+            Overloaded: Too many requests wait to be tokenized.
+        """
+        self._check_size(request.prompt, "prompt")
+        return await self._on_thread(lambda each: self._tokenize(each.prompt, each.add_special_tokens), request)
+
+    async def text(self, request: DetokenizeRequest) -> str:
+        """Return the text of tokens.
+
+        Raises:
+            RequestError: There are more tokens than in any prompt that can be served, or one is unknown.
+            Overloaded: Too many requests wait to be tokenized.
+        """
+        self._check_size(request.tokens, "tokens")
+        _check_tokens(self._engine, request.tokens, "tokens")
+        decode = partial(self._engine.tokenizer.decode, clean_up_tokenization_spaces=False)
+        return await self._on_thread(lambda each: str(decode(each.tokens)), request)
 
     def close(self) -> None:
         """Stop the thread."""
@@ -176,9 +204,7 @@ def _validated(engine: DecodeEngine, prompt: list[int], max_tokens: int | None, 
             message = f"{param} is empty, and the model has no start token: pass at least one token"
             raise RequestError(400, message, param=param)
         prompt = [engine.tokenizer.bos_token_id]
-    if not all(0 <= token < engine.vocab_size for token in prompt):
-        message = f"{param} contains a token that is not in [0, {engine.vocab_size}): use this model's tokenizer"
-        raise RequestError(400, message, param=param)
+    _check_tokens(engine, prompt, param)
     if len(prompt) + (max_tokens or 1) > engine.max_length:
         raise RequestError(
             400,
@@ -188,3 +214,10 @@ def _validated(engine: DecodeEngine, prompt: list[int], max_tokens: int | None, 
             param=param,
         )
     return prompt
+
+
+def _check_tokens(engine: DecodeEngine, tokens: list[int], param: str) -> None:
+    """Raise `RequestError` if a token is not in the vocabulary."""
+    if not all(0 <= token < engine.vocab_size for token in tokens):
+        message = f"{param} contains a token that is not in [0, {engine.vocab_size}): use this model's tokenizer"
+        raise RequestError(400, message, param=param)
