@@ -139,6 +139,12 @@ class _SlotLayer(CacheLayerMixin):
             for stored in (self.keys, self.values):
                 self._view(stored, target)[:, :, :length] = self._view(stored, source)[:, :, :length]
 
+    def zero(self, block: Block) -> None:
+        """Set a block to zeros."""
+        if self.is_initialized:
+            for stored in (self.keys, self.values):
+                self._view(stored, block).zero_()
+
     def _view(self, stored: Tensor, first: Block, count: int = 1) -> Tensor:
         """Return neighboring blocks, [count, heads, L, h]."""
         rows = stored[first.start * self.heads : (first.start + count * first.length) * self.heads]
@@ -276,6 +282,14 @@ class SlotCache(Cache):
                 layer.copy(source, target, length)
         for part in self._parts:
             part.copy(source, target, length)
+
+    def zero(self, block: Block) -> None:
+        """Set the keys and values of a block to zeros."""
+        for layer in self.layers:
+            if isinstance(layer, _SlotLayer):
+                layer.zero(block)
+        for part in self._parts:
+            part.zero(block)
 
     def copy_row(self, source: int, target: int) -> None:
         """Copy the row of a request to another."""

@@ -7,14 +7,25 @@ from bam_ray.serving.engine import Delta, Output
 from bam_ray.serving.sampler import Sampled
 from bam_ray.serving.sampling import SamplingParams, TokenLogprob
 
+MAX_PENDING_TOKENS = 16  # that wait for the end of a character; a character has at most four bytes
+HELD_TOKENS = 8  # the newest of them, which stay if there are more
 REPLACEMENT_CHARACTER = "\ufffd"  # a decoder writes it for bytes that do not form a character, or do not yet
 
 
 class TextStream:
     """The text of one request: makes text of its tokens, and ends it before its first stop string."""
 
-    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Any, params: SamplingParams, token_texts: dict[int, str] | None = None) -> None:
+        """Create an empty stream.
+
+        Args:
+            tokenizer: The tokenizer of the model.
+            params: The sampling parameters of the request.
+            token_texts: The texts of tokens that were decoded alone so far, which all streams of a server share.
+        """
         self._tokenizer, self._params = tokenizer, params
+        self._token_texts = {} if token_texts is None else token_texts
+        self._generated = 0
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_matcher = StopStringMatcher(params.stop)
 
@@ -29,7 +40,11 @@ class TextStream:
         piece = "" if ended else "".join(self._detokenizer.feed(each.token) for each in sampled)
         if output.is_last:
             piece += self._detokenizer.flush()
-        text, stopped = self._stop_matcher.feed(piece)
+        self._generated += len(sampled)
+        if self._generated < self._params.min_tokens:
+            text, stopped = piece, False
+        else:
+            text, stopped = self._stop_matcher.feed(piece)
         if output.is_last and not stopped:
             text += self._stop_matcher.flush()
         return Delta(
@@ -46,16 +61,18 @@ class TextStream:
         return TokenLogprob(self._token_text(sampled.token), sampled.logprob, top)
 
     def _token_text(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token])
-        return text
+        if token not in self._token_texts:
+            self._token_texts[token] = self._tokenizer.decode([token])
+        return self._token_texts[token]
 
 
 class Detokenizer:
     """An incremental decoder of a growing list of tokens; its concatenated pieces equal the decoded list.
 
     A character may span several tokens. Until its last byte arrives, it decodes to U+FFFD, so a text that ends in
-    U+FFFD is held back until a later token completes it. The tokens of the previous piece are decoded again as
-    context, because some decoders drop the leading space of a first word.
+    U+FFFD is held back until a later token completes it. Of text that is never completed, only the newest tokens are
+    held back. The tokens of the previous piece are decoded again as context, because some decoders drop the leading
+    space of a first word.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -68,7 +85,22 @@ class Detokenizer:
         """Add a token and return the text that it completes, which may be empty."""
         self._pending.append(token)
         piece = self._decode_pending()
-        return "" if piece.endswith(REPLACEMENT_CHARACTER) else self._emit(piece)
+        if not piece.endswith(REPLACEMENT_CHARACTER):
+            return self._emit(piece)
+        return self._emit_oldest(piece) if len(self._pending) > MAX_PENDING_TOKENS else ""
+
+    def _emit_oldest(self, piece: str) -> str:
+        """Return the first part of the text `piece` of all pending tokens, and keep the newest tokens pending."""
+        pending = self._pending
+        for cut in range(len(pending) - HELD_TOKENS, 0, -1):
+            self._pending = pending[:cut]
+            first = self._decode_pending()
+            if first + self._decode(pending)[len(self._decode(pending[:cut])) :] == piece:  # not within a character
+                self._emit(first)
+                self._pending = pending[cut:]
+                return first
+        self._pending = pending
+        return ""
 
     def flush(self) -> str:
         """Return the remaining text. Call this when no token follows."""

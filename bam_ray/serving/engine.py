@@ -160,9 +160,12 @@ class DecodeEngine:
         self.routing_layout = RoutingLayout.of(model.config)
         self._routing = None if self.routing_layout is None else RoutingReader(model)
         self._device: torch.device = model.device
-        self._end_tokens = _end_tokens(model, tokenizer)
+        # A tokenizer may have more tokens than the model
+        self._end_tokens = {token for token in _end_tokens(model, tokenizer) if token < self.vocab_size}
         self._special_tokens = {
-            added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+            added.content: token
+            for token, added in tokenizer.added_tokens_decoder.items()
+            if added.special and token < self.vocab_size
         }
         self._cache = SlotCache(slots, self.memory.size)
         self._active: dict[int, Generation] = {}  # by id, in the order in which they started
@@ -176,7 +179,9 @@ class DecodeEngine:
         generation = self.add([0] * length, SamplingParams(max_tokens=2, temperature=0))
         try:
             while generation.id in self._active:
-                for _, output in self.step():
+                # Of this request alone: nobody would receive the output of the others
+                state = PlanState([], [RunningRequest(generation.id, generation.left)], 0, self.memory.counts)
+                for _, output in self.step(plan_step(state, self._budget_alone)):
                     if output.error is not None:
                         raise output.error
         finally:
@@ -229,11 +234,18 @@ class DecodeEngine:
         end_tokens = set() if params.ignore_eos else self._end_tokens
         stop_tokens = frozenset({*special, *end_tokens, *params.stop_token_ids})
         reserved = self.waiting_request(generation).reserved
-        for each in (generation, *generation.copies):
-            each.sampling.stop_tokens = stop_tokens
-            each.block = self.memory.take(reserved)
-            each.sampling.row = self._free_rows.pop()
-            self._sampler.start(each.sampling)
+        taken = []
+        try:
+            for each in (generation, *generation.copies):
+                each.sampling.stop_tokens = stop_tokens
+                each.block = self.memory.take(reserved)
+                each.sampling.row = self._free_rows.pop()
+                taken.append(each)
+                self._sampler.start(each.sampling)
+        except BaseException:
+            for each in taken:
+                self._release(each)
+            raise
         self._active[generation.id] = generation
 
     @torch.inference_mode()
@@ -265,6 +277,8 @@ class DecodeEngine:
         if ready:
             outputs += self._sample([each for group, _ in ready for each in group], [logits for _, logits in ready])
         for generation, output in outputs:
+            if output.error is not None:
+                self._cache.zero(generation.block)  # masked keys are multiplied by 0, and 0 × NaN is NaN
             if output.is_last:
                 self.remove(generation)
         return outputs
@@ -368,7 +382,6 @@ class DecodeEngine:
         self._active.clear()
 
     def _release(self, generation: Generation) -> None:
-        self._sampler.end(generation.sampling)
         self._free_rows.append(generation.sampling.row)
         self.memory.release(generation.block)
 

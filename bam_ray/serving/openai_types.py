@@ -52,6 +52,7 @@ SAMPLING_FIELDS = (
 
 Prompt = str | list[str] | list[int] | list[list[int]] | None
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
@@ -145,18 +146,27 @@ class GenerationRequest(StrictRequest):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: dict[str, Bias] | None = None
     # Fields of vLLM and SGLang
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: all tokens
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     ignore_eos: bool | None = None
     routing: bool | None = None  # of this server: the experts that computed each token
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _is_bounded(cls, biases: Any) -> Any:
+        """Check the number of biases first. Pydantic itself would collect an error for each wrong one."""
+        if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+            message = f"logit_bias has {len(biases)} tokens, but a request may have {MAX_BIASES}: send less"
+            raise RequestError(400, message, param="logit_bias")
+        return biases
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
@@ -267,7 +277,7 @@ class DetokenizeRequest(StrictRequest):
     """The body of POST /detokenize, as in vLLM."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class Detokenized(BaseModel):

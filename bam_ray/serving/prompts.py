@@ -145,7 +145,7 @@ class PromptReader:
         decode = partial(self._engine.tokenizer.decode, clean_up_tokenization_spaces=False)
         echoes = [
             Echo(
-                given if isinstance(given, str) else decode(prompt),
+                encodable(given) if isinstance(given, str) else decode(prompt),
                 None if request.logprobs is None else decode(prompt[:1]),
             )
             for given, prompt in zip(request.prompts, prompts, strict=True)

@@ -133,16 +133,15 @@ class RequestHandler:
         outcome: RequestOutcome | None = "left"
         tenant = admission.tenant.name
         try:
-            async with aclosing(
-                self._scheduler.generate(job.prompts, job.params, paced=job.stream, tenant=tenant)
-            ) as batches:
+            batches = self._scheduler.generate(job.prompts, job.params, paced=job.stream, tenant=tenant)
+            admission.used_tokens = job.prompt_tokens  # also if the client leaves before the first token
+            async with aclosing(batches):
                 async for batch in batches:
-                    admission.used_tokens = admission.used_tokens or job.prompt_tokens
                     admission.used_tokens += sum(len(delta.tokens) for _, delta in batch)
                     yield batch
             outcome = "finished"
         except Overloaded:
-            outcome = None  # the error handler counts what is refused
+            outcome, admission.used_tokens = None, 0  # the error handler counts what is refused
             raise
         except ServingError:
             outcome = "failed"

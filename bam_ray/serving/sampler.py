@@ -32,28 +32,16 @@ class TokenSampler:
     """A sampler with the tables that penalties need: one row for each request that has them."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
-        self._shape, self._device = (max_rows, vocab_size), device
-        self._penalized: set[int] = set()  # rows; the tables exist only while there are any
-        self._counts = self._in_prompt = torch.empty(0)
+        self._device = device
+        self._counts = torch.zeros(max_rows, vocab_size, dtype=torch.int32, device=device)
+        self._in_prompt = torch.zeros(max_rows, vocab_size, dtype=torch.bool, device=device)
 
     def start(self, state: SamplingState) -> None:
         """Begin a request."""
-        if not state.params.penalizes:
-            return
-        if not self._penalized:
-            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-            self._in_prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-        self._penalized.add(state.row)
-        self._counts[state.row] = 0
-        self._in_prompt[state.row] = False
-        self._in_prompt[state.row, torch.tensor(state.prompt, device=self._device)] = True
-
-    def end(self, state: SamplingState) -> None:
-        """Forget a request."""
-        if state.row in self._penalized:
-            self._penalized.remove(state.row)
-            if not self._penalized:
-                self._counts = self._in_prompt = torch.empty(0)
+        if state.params.penalizes:
+            self._counts[state.row] = 0
+            self._in_prompt[state.row] = False
+            self._in_prompt[state.row, torch.tensor(state.prompt, device=self._device)] = True
 
     def __call__(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         """Return the next token of each request from its logits, fp32 [B, V]."""

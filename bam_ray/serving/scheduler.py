@@ -93,6 +93,7 @@ class Scheduler:
         self._served = ServedTokens()
         self._abandoned: list[_Choice] = []  # their readers have disconnected
         self._failed_steps = 0  # in a row
+        self._token_texts: dict[int, str] = {}
         self._readers: set[_Reader] = set()
         self._work_available = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -126,14 +127,14 @@ class Scheduler:
             Overloaded: The queue is full. Nothing has been queued.
             ServingError: The model failed, the server is shutting down, or the completions can never fit.
         """
-        self._check_queue(prompts)
+        self._check_queue(prompts, tenant)
         self.engine.check_size(max(map(len, prompts), default=1), params)
         return self._generate(prompts, params, paced, tenant)
 
     async def _generate(
         self, prompts: list[list[int]], params: SamplingParams, paced: bool, tenant: str
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        self._check_queue(prompts)  # the queue may have grown since the call
+        self._check_queue(prompts, tenant)  # the queue may have grown since the call
         if self._task is None:
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._handle_end)
@@ -166,20 +167,29 @@ class Scheduler:
 
     async def close(self) -> None:
         """Stop the engine. Readers that are still open receive a `ServingError`."""
+        self.failure = self.failure or ServingError("the server is shutting down: retry later")
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()
         self.engine.clear()
-        self._fail_all(ServingError("the server is shutting down: retry later"))
+        self._fail_all(self.failure)
 
-    def _check_queue(self, prompts: list[list[int]]) -> None:
-        """Raise `Overloaded` if the queue has no room for all prompts, or `failure` if the scheduler has stopped."""
+    def _check_queue(self, prompts: list[list[int]], tenant: str) -> None:
+        """Raise `Overloaded` if the queue has no room for all prompts, or `failure` if the scheduler has stopped.
+
+        A tenant may have as many prompts and tokens in the queue as it leaves free. So no tenant can fill the queue
+        alone, and others find room. The tenant without a name, which has no API key, may fill it.
+        """
         if self.failure is not None:
             raise self.failure
         queued, tokens = len(self._waiting), self._waiting_tokens
         new_tokens = sum(len(prompt) for prompt in prompts)
-        if queued + len(prompts) > self._max_queued_prompts or tokens + new_tokens > self._max_queued_tokens:
+        own = [each.request.prompt for each in self._waiting.values() if tenant and each.request.tenant == tenant]
+        if (
+            len(own) + queued + len(prompts) > self._max_queued_prompts
+            or sum(own) + tokens + new_tokens > self._max_queued_tokens
+        ):
             retry_after = self._seconds_to_compute(tokens)
             raise Overloaded(
                 f"the queue holds {queued} of {self._max_queued_prompts} prompts and {tokens} of "
@@ -228,9 +238,9 @@ class Scheduler:
             self.engine.remove(generation)
         plan = self.engine.plan(waiting, self._served.tokens)
         started = [self._waiting[id_].choices[0].generation for id_ in plan.start]
-        for generation in started:
-            self.engine.start(generation)
         try:
+            for generation in started:
+                self.engine.start(generation)
             outputs = self.engine.step(plan)
         except Exception as error:  # a model can raise anything, and this error concerns all requests
             self.engine.clear()
@@ -291,7 +301,9 @@ class Scheduler:
         """Add a prompt to the queue. `index` is that of its first completion."""
         generations = [generation, *generation.copies]
         choices = [
-            _Choice(index + number, each, tenant, output, TextStream(self.engine.tokenizer, each.params))
+            _Choice(
+                index + number, each, tenant, output, TextStream(self.engine.tokenizer, each.params, self._token_texts)
+            )
             for number, each in enumerate(generations)
         ]
         queued = _Prompt(self.engine.waiting_request(generation, tenant), choices)
