@@ -1,7 +1,7 @@
 """Sequences that change their domain: what a mixture loses until its routers follow, without and with forgetting.
 
     bam run recipes/compare-small.yaml --set store.uri=STORE
-    python -m benchmarks.domain_change STORE/mixtures/bam-*/files/* STORE/corpora/*/files/*
+    python -m benchmarks.domain_change STORE/upcycled/bam-*/files/* STORE/corpora/*/files/*
 
 A mixed sequence is half a held-out text of one domain and half a text of another, for each ordered pair of domains, as
 one document. Its loss is the NLL of the second half beyond that of the same model whose routers, but not its

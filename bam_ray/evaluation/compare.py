@@ -188,7 +188,10 @@ class _AtEqualCost:
         times: list[ModelTime] = []
         for label, equivalent in found.items():
             models = self._scores[label]
-            branches = [self._scores[model_label("branches", name)] for name in models[0].branches]
+            labels = [model_label("branches", name) for name in models[0].branches]
+            if not all(each in self._scores for each in labels):  # a branch that was damaged later is not scored
+                continue
+            branches = [self._scores[each] for each in labels]
             time = model_time(models, branches, dense, self._cluster, equivalent.tokens)
             times += [time] if time is not None else []
         return WallClock(cluster=self._cluster, dense=dense, models=tuple(times))

@@ -55,16 +55,17 @@ def format_percent(percent: IntervalEstimate) -> str:
 def format_equivalent(equivalent: DenseEquivalent) -> str:
     """Format dense-equivalent tokens: `634,000 dense tokens (95 % 600,000 to 700,000), 0.38 of the tokens used`."""
     lowest, highest = equivalent.measured
+    low, high = equivalent.interval
+    ends = (
+        f"at most {lowest:,}" if low <= lowest else f"{low:,.0f}",
+        f"at least {highest:,}" if high >= highest else f"{high:,.0f}",
+    )
+    interval = f"95 % {' to '.join(ends)}"
     if equivalent.tokens is not None and equivalent.share is not None:
-        low, high = equivalent.interval
-        ends = (
-            f"at most {lowest:,}" if low <= lowest else f"{low:,.0f}",
-            f"at least {highest:,}" if high >= highest else f"{high:,.0f}",
-        )
-        interval = f"95 % {' to '.join(ends)}"
         return f"{equivalent.tokens:,.0f} dense tokens ({interval}), {equivalent.share:.2f} of the tokens used"
     bound = f"less than {lowest:,}" if equivalent.place == "below" else f"more than {highest:,}"
-    return f"{bound} dense tokens ({equivalent.place} the measured range)"
+    reach = f"; {interval}" if low < high else ""
+    return f"{bound} dense tokens ({equivalent.place} the measured range{reach})"
 
 
 def cost_statement(label: str, matches: Sequence[DenseMatch], cluster: Cluster) -> str:

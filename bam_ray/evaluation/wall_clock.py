@@ -79,11 +79,13 @@ def worker_seconds(models: Sequence[ModelScore]) -> float:
 def dense_speed(controls: Sequence[ModelScore], cluster: Cluster) -> DenseSpeed | None:
     """Return the speed of a dense model on a cluster, or None if the time of a control is not known.
 
+    It is not known either if a control was trained by several workers: their time contains their communication.
+
     Args:
         controls: The dense controls of all training seeds, at least one.
         cluster: The cluster.
     """
-    if not all(model.worker_seconds and model.steps for model in controls):
+    if not all(model.worker_seconds and model.steps and model.processes == 1 for model in controls):
         return None
     speed = sum(model.tokens for model in controls) / sum(model.worker_seconds for model in controls)
     batch, size = controls[0].tokens / controls[0].steps, GRADIENT_BYTES * controls[0].parameters

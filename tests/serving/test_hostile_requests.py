@@ -1,6 +1,7 @@
 """Requests that must not harm the requests of others: each of these once did."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -41,10 +42,9 @@ def test_many_wrong_biases_are_refused_at_once(client: TestClient) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_echo_of_a_lone_surrogate_can_be_sent(client: TestClient, stream: bool) -> None:
-    content = (
-        '{"model": "tiny", "prompt": "a\\ud800", "echo": true, "max_tokens": 2, "stream": %s}' % str(stream).lower()
-    )
-    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    body = {"model": "tiny", "prompt": "a\ud800", "echo": True, "max_tokens": 2, "stream": stream}
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/completions", content=json.dumps(body).encode(), headers=headers)
     assert response.status_code == 200
     assert "error" not in response.text
 
@@ -76,7 +76,7 @@ def test_tokens_that_the_model_lacks_are_no_stop_tokens(
     assert output.finish_reason == "length"
 
 
-def test_an_error_at_the_start_of_a_request_ends_it_alone(
+def test_an_error_at_the_start_of_a_request_frees_its_memory(
     engine: DecodeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = TokenSampler.start
