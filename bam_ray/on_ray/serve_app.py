@@ -67,9 +67,9 @@ class Endpoint:
         os.environ.update(device_environment(settings.needs.gpus))
         # Imported here, because the driver that deploys needs no model code
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        import bam_ray.model  # noqa: F401  (registers the mixture with AutoModelForCausalLM)
+        from bam_ray.model.loading import load_folder
         from bam_ray.serving import AppOptions, DecodeEngine, PosteriorEnsemble, Scheduler, create_app
         from bam_ray.training.devices import inference_dtype, requested_device
 
@@ -83,7 +83,7 @@ class Endpoint:
             ) from None
         device = requested_device(settings.needs.gpus)
         dtype = inference_dtype(device, settings.dtype)
-        models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device) for folder in folders]
+        models = [load_folder(folder, dtype).to(device) for folder in folders]
         model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
         engine = DecodeEngine(
             model,

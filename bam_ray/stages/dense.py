@@ -16,6 +16,7 @@ from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import SettingsError
 from bam_ray.families import check_weights, family_of
+from bam_ray.model.loading import load_folder
 from bam_ray.pipeline.tasks import Progress
 from bam_ray.settings import DILOCO, Blend, PriorForm, Scratch, TrainingSettings
 from bam_ray.stages.publish import published_dtype
@@ -116,7 +117,7 @@ def _train_seed_further(
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     seed = run.parent(ArtifactKind.SEEDS, "seed")
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(seed.fetch(), dtype=torch.float32)
+        model = load_folder(seed.fetch(), torch.float32)
     dtype = published_dtype(TensorReader(run.store, seed.prefix))
     return _train_dense(run, corpus, blend, training, model, engine_factory, dtype)
 

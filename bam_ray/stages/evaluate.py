@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-import bam_ray.model  # noqa: F401  registers the mixture with AutoModelForCausalLM
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.leases import Lease
@@ -38,6 +37,7 @@ from bam_ray.evaluation.results import MEAN, DomainScore, ModelKind, ModelScore,
 from bam_ray.evaluation.routing import combine_domains
 from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.model import is_mixture
+from bam_ray.model.loading import load_folder
 from bam_ray.model.one_expert import routed_to
 from bam_ray.model.parameters import count_parameters
 from bam_ray.pipeline.tasks import Progress, Task
@@ -250,7 +250,7 @@ class Evaluator:
         """Return the model that `task` made, on the device of the evaluation."""
         folder = Artifact(self._store, task.kind, task.id).fetch()
         dtype = inference_dtype(self._device, self._settings.dtype)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = load_folder(folder, dtype)
         model.to(torch.device(self._device))
         if not self.corpus.attend_across_documents:
             mask_documents(model, self.corpus.end_of_text_id)

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import BlendedSampler, Corpus
 from bam_ray.evaluation.perplexity import perplexity
+from bam_ray.model.loading import load_folder
 from bam_ray.pipeline.tasks import BranchQuorum
 from bam_ray.settings import MixSettings
 from bam_ray.stages.absorb import StartPoint, absorb_late_branches
@@ -57,11 +56,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     start = StartPoint(initial_folder)
     if run.task.quorum is not None:
         start = absorb_late_branches(run, changes, sampler.state_dict())
-    model: PreTrainedModel
-    if is_dense:
-        model = AutoModelForCausalLM.from_pretrained(start.folder, dtype=torch.float32)
-    else:
-        model = model_on_meta(start.folder, **changes)
+    model = load_folder(start.folder, torch.float32) if is_dense else model_on_meta(start.folder, **changes)
     experts: list[str] = [] if is_dense else model.config.expert_names
     # The experts must be shared equally. A process group that lost nodes may be too small for the setting, and so may
     # the number of experts while branches are missing.
@@ -154,7 +149,7 @@ def gate_config(mix: MixSettings) -> dict[str, Any]:
 
 def dense_nll(origin: Artifact, corpus: Corpus, rows: np.ndarray, device: str) -> float:
     """Return the mean NLL in nats per token of a seed or branch on rows [S, L] of `corpus`, in fp32 on `device`."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(origin.fetch(), dtype=torch.float32)
+    model = load_folder(origin.fetch(), torch.float32)
     model.to(torch.device(device))
     if not corpus.attend_across_documents:
         mask_documents(model, corpus.end_of_text_id)
