@@ -83,7 +83,7 @@ def create_app(scheduler: Scheduler, model_name: str, options: AppOptions | None
         await scheduler.close()
 
     app = FastAPI(title=f"{model_name} (bam-ray)", lifespan=lifespan)
-    metrics = ServerMetrics(scheduler)
+    metrics = ServerMetrics(scheduler, model_name)
     errors = ErrorResponder(metrics)
     created, length = int(time.time()), scheduler.engine.max_length
     layout = scheduler.engine.routing_layout

@@ -1,34 +1,66 @@
-"""The metrics of one server in Prometheus' text format. Each replica reports its own."""
+"""The metrics of one server in Prometheus' text format. Each replica reports its own.
 
+Metrics with the meaning of one of vLLM's have its name, so that dashboards and gateways for vLLM work. Metrics of our
+own begin with `bam_`.
+"""
+
+import time
 from collections.abc import Iterator
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from bam_ray.serving.engine import Delta
 from bam_ray.serving.scheduler import Scheduler
 
 RequestOutcome = Literal["finished", "left", "refused", "failed"]
+LABELS = ["model_name"]
+TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+REQUEST_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class ServerMetrics(Collector):
-    """The state of the scheduler, read at each scrape, and the number of requests by outcome."""
+    """The state of the scheduler, read at each scrape, and what became of the requests."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self._registry = CollectorRegistry()  # one per server: a process may run several servers
+    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
+        self._scheduler, self._model_name = scheduler, model_name
+        self._registry = registry = CollectorRegistry()  # one per server: a process may run several servers
         self._requests = Counter(
             "bam_requests",
             "Requests by outcome: finished, left (the client disconnected), refused (4xx), failed (5xx)",
             ["outcome"],
-            registry=self._registry,
+            registry=registry,
         )
-        self._registry.register(self)
+        self._finished = Counter(
+            "vllm:request_success",
+            "Completions that ended, by finish reason",
+            [*LABELS, "finished_reason"],
+            registry=registry,
+        )
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry).labels(model_name)
+
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "Time until the first output of a request", REQUEST_SECONDS
+        )
+        self.between_tokens = histogram(
+            "inter_token_latency_seconds", "Time between two tokens of a completion", TOKEN_SECONDS
+        )
+        self.whole_request = histogram(
+            "e2e_request_latency_seconds", "Time of a request that finished", REQUEST_SECONDS
+        )
+        registry.register(self)
 
     def count_request(self, outcome: RequestOutcome) -> None:
         """Count one request that ended."""
         self._requests.labels(outcome).inc()
+
+    def count_completion(self, reason: str) -> None:
+        """Count one completion that ended."""
+        self._finished.labels(self._model_name, reason).inc()
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -36,14 +68,48 @@ class ServerMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the scheduler and the engine."""
-        scheduler = self._scheduler
-        totals = scheduler.totals
-        tokens = CounterMetricFamily("bam_tokens", "Tokens computed", labels=["kind"])
-        tokens.add_metric(["prompt"], totals.prompt_tokens)
-        tokens.add_metric(["completion"], totals.completion_tokens)
-        yield tokens
+        scheduler, engine, totals = self._scheduler, self._scheduler.engine, self._scheduler.totals
+        used = engine.memory.used / engine.memory.size
+        for gauge, text, number in (
+            ("num_requests_running", "Completions that are being computed", scheduler.active),
+            ("num_requests_waiting", "Prompts that wait for a slot", scheduler.waiting),
+            ("kv_cache_usage_perc", "Share of the memory of keys and values that is reserved, 0 to 1", used),
+        ):
+            family = GaugeMetricFamily(f"vllm:{gauge}", text, labels=LABELS)
+            family.add_metric([self._model_name], number)
+            yield family
+        for counter, text, number in (
+            ("prompt_tokens", "Tokens of prompts that were computed", totals.prompt_tokens),
+            ("generation_tokens", "Tokens that were generated", totals.completion_tokens),
+        ):
+            counted = CounterMetricFamily(f"vllm:{counter}", text, labels=LABELS)
+            counted.add_metric([self._model_name], number)
+            yield counted
         yield CounterMetricFamily("bam_steps", "Steps of the decode engine", value=totals.steps)
         yield CounterMetricFamily("bam_step_seconds", "Seconds spent in the decode engine", value=totals.step_seconds)
-        yield GaugeMetricFamily("bam_slots", "Slots: requests that can be decoded together", scheduler.engine.slots)
-        yield GaugeMetricFamily("bam_active_slots", "Slots in use: requests being decoded", scheduler.active)
-        yield GaugeMetricFamily("bam_waiting_requests", "Requests that wait for a slot", scheduler.waiting)
+        yield GaugeMetricFamily("bam_slots", "Slots: requests that can be decoded together", engine.slots)
+
+
+class RequestTimer:
+    """The times of one request, from its arrival at the scheduler."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+        self._start = time.monotonic()
+        self._last: dict[int, float] = {}  # time of the last output of each completion
+
+    def add(self, batch: list[tuple[int, Delta]]) -> None:
+        """Observe the output of one or more steps. The tokens of one output share its time equally."""
+        now = time.monotonic()
+        if not self._last:
+            self._metrics.first_token.observe(now - self._start)
+        for index, delta in batch:
+            if index in self._last and delta.tokens:
+                self._metrics.between_tokens.observe((now - self._last[index]) / len(delta.tokens))
+            self._last[index] = now
+            if delta.finish_reason is not None:
+                self._metrics.count_completion(delta.finish_reason)
+
+    def finish(self) -> None:
+        """Observe the end of a request that finished."""
+        self._metrics.whole_request.observe(time.monotonic() - self._start)

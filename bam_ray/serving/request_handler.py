@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import Delta
-from bam_ray.serving.metrics import RequestOutcome, ServerMetrics
+from bam_ray.serving.metrics import RequestOutcome, RequestTimer, ServerMetrics
 from bam_ray.serving.openai_types import ErrorResponse, RequestError, Usage
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
@@ -131,14 +131,16 @@ class RequestHandler:
     async def _deltas(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Yield the deltas of the scheduler, and count the outcome of the request and its tokens."""
         outcome: RequestOutcome | None = "left"
-        tenant = admission.tenant.name
+        tenant, timer = admission.tenant.name, RequestTimer(self._metrics)
         try:
             batches = self._scheduler.generate(job.prompts, job.params, paced=job.stream, tenant=tenant)
             admission.used_tokens = job.prompt_tokens  # also if the client leaves before the first token
             async with aclosing(batches):
                 async for batch in batches:
                     admission.used_tokens += sum(len(delta.tokens) for _, delta in batch)
+                    timer.add(batch)
                     yield batch
+            timer.finish()
             outcome = "finished"
         except Overloaded:
             outcome, admission.used_tokens = None, 0  # the error handler counts what is refused

@@ -246,9 +246,28 @@ def test_models_health_and_metrics(endpoint: Endpoint) -> None:
     assert [model.id for model in endpoint.client.models.list()] == [MODEL]
     assert endpoint.client.models.retrieve(MODEL).id == MODEL
     assert httpx.get(f"{endpoint.url}/health").status_code == 200
-    names = ['bam_requests_total{outcome="finished"}', 'bam_tokens_total{kind="prompt"}', "bam_steps_total"]
+    names = ['bam_requests_total{outcome="finished"}', 'vllm:prompt_tokens_total{model_name="tiny"}', "bam_steps_total"]
     before = [metric(endpoint, name) for name in names]
     endpoint.client.completions.create(model=MODEL, prompt=[1, 2, 3], max_tokens=7, temperature=0)
     assert [metric(endpoint, name) - old for name, old in zip(names, before, strict=True)] == [1, 3, 7]
-    assert metric(endpoint, 'bam_tokens_total{kind="completion"}') == endpoint.scheduler.totals.completion_tokens
-    assert (metric(endpoint, "bam_slots"), metric(endpoint, "bam_active_slots")) == (3, 0)
+    assert (
+        metric(endpoint, 'vllm:generation_tokens_total{model_name="tiny"}')
+        == endpoint.scheduler.totals.completion_tokens
+    )
+    assert (metric(endpoint, "bam_slots"), metric(endpoint, 'vllm:num_requests_running{model_name="tiny"}')) == (3, 0)
+
+
+def test_metrics_have_the_names_of_vllm(endpoint: Endpoint) -> None:
+    labels = f'model_name="{MODEL}"'
+    names = [
+        f"vllm:time_to_first_token_seconds_count{{{labels}}}",
+        f"vllm:e2e_request_latency_seconds_count{{{labels}}}",
+        f"vllm:inter_token_latency_seconds_count{{{labels}}}",
+        f'vllm:request_success_total{{finished_reason="length",{labels}}}',
+    ]
+    before = [metric(endpoint, name) for name in names]
+    endpoint.client.completions.create(model=MODEL, prompt=[1, 2, 3], max_tokens=7, temperature=0, n=2)
+    first, whole, between, finished = (metric(endpoint, name) - old for name, old in zip(names, before, strict=True))
+    assert (first, whole, finished) == (1, 1, 2)
+    assert 1 <= between <= 12, "outputs that arrive together are one observation"
+    assert metric(endpoint, f"vllm:kv_cache_usage_perc{{{labels}}}") == 0
