@@ -26,16 +26,13 @@ from bam_ray.errors import ServingError
 from bam_ray.serving.error_responses import ErrorResponder
 from bam_ray.serving.metrics import ServerMetrics
 from bam_ray.serving.middleware import BodyLimit, Gate, RequestIds
+from bam_ray.serving.openai_responses import Detokenized, ModelCard, ModelList, Tokenized
 from bam_ray.serving.openai_types import (
     MAX_SHOWN,
     ChatRequest,
     CompletionRequest,
-    Detokenized,
     DetokenizeRequest,
-    ModelCard,
-    ModelList,
     RequestError,
-    Tokenized,
     TokenizeRequest,
 )
 from bam_ray.serving.prompts import PromptReader
@@ -155,7 +152,7 @@ def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: Mod
         _check_model(body.model, card)
         tokens = await prompts.completion_prompts(body)
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        params = body.sampling_params(max_tokens, body.logprobs)
+        params = await prompts.checked(body.sampling_params(max_tokens, body.logprobs))
         builder = CompletionBuilder(card.id, await prompts.echoes(body, tokens))
         job = GenerationJob(tokens, params, builder, bool(body.stream), body.include_usage)
         return await handler.respond(job, request)
@@ -165,7 +162,8 @@ def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: Mod
         _check_model(body.model, card)
         prompt, stops = await prompts.chat_prompt(body)
         max_tokens = body.max_completion_tokens or body.max_tokens or card.max_model_len
-        params = body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None, stops)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        params = await prompts.checked(body.sampling_params(max_tokens, logprobs, stops))
         job = GenerationJob([prompt], params, ChatBuilder(card.id), bool(body.stream), body.include_usage)
         return await handler.respond(job, request)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from bam_ray.errors import ServingError
 from bam_ray.serving.blocks import Block, Blocks
 from bam_ray.serving.cache import SlotCache, slot_attention
+from bam_ray.serving.grammar import Grammars
 from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
 from bam_ray.serving.sampler import Sampled, TokenSampler, prompt_logprobs
 from bam_ray.serving.sampling import SamplingParams, SamplingState, TokenLogprob
@@ -167,6 +168,7 @@ class DecodeEngine:
             for token, added in tokenizer.added_tokens_decoder.items()
             if added.special and token < self.vocab_size
         }
+        self.grammars = Grammars(tokenizer, self.vocab_size, self._end_tokens)
         self._cache = SlotCache(slots, self.memory.size)
         self._active: dict[int, Generation] = {}  # by id, in the order in which they started
         self._free_rows = [*reversed(range(slots))]
@@ -238,6 +240,7 @@ class DecodeEngine:
         try:
             for each in (generation, *generation.copies):
                 each.sampling.stop_tokens = stop_tokens
+                each.sampling.matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
                 each.block = self.memory.take(reserved)
                 each.sampling.row = self._free_rows.pop()
                 taken.append(each)

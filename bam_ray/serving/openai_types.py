@@ -1,4 +1,4 @@
-"""The request and response types of the endpoint: the supported part of OpenAI's completions and chat API.
+"""The request types of the endpoint, and errors of requests: the supported part of OpenAI's completions and chat API.
 
 No field of a request is ignored silently. Unsupported fields are accepted with values that have no effect, and unknown
 fields are rejected. The other fields of a message are passed to the chat template.
@@ -11,15 +11,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bam_ray.errors import Overloaded, ServingError, one_line, printable
-from bam_ray.serving.engine import FinishReason
+from bam_ray.serving.grammar import choice_grammar, json_grammar, regex_grammar
 from bam_ray.serving.sampling import SamplingParams
-from bam_ray.serving.token_routing import RoutingLayout, TokenRouting
 
 MAX_STOPS = 16  # OpenAI's limit is 4, and clients of local servers send more
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024  # of a message
 MAX_SHOWN = 80  # characters of a name in an error
+MAX_CHOICE_TEXTS = 1024
+MAX_REGEX_CHARACTERS = 10_000
 MAX_CHOICES = 128  # OpenAI's limit of n
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20  # OpenAI's limit for chat; its limit of 5 for completions is lower
@@ -123,6 +124,70 @@ class StrictRequest(BaseModel):
         return self
 
 
+class JsonSchemaFormat(StrictRequest):
+    """A JSON schema with a name, as OpenAI's clients send it."""
+
+    harmless = {"description", "strict"}  # the output always follows the schema
+
+    name: str
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(StrictRequest):
+    """The form of the output: any text, any JSON object, or JSON that follows a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema_if_needed(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            message = "json_schema is needed with the type json_schema, and only with it"
+            raise RequestError(400, message, param="response_format.json_schema")
+        return self
+
+
+class StructuredOutputs(StrictRequest):
+    """The form of the output: JSON that follows a schema, a regular expression, or one of several texts."""
+
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    regex: Annotated[str, Field(max_length=MAX_REGEX_CHARACTERS)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS, fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> Self:
+        if sum(form is not None for form in (self.json_, self.regex, self.choice)) != 1:
+            message = "structured_outputs needs exactly one of json, regex and choice"
+            raise RequestError(400, message, param="structured_outputs")
+        return self
+
+    @property
+    def grammar(self) -> str:
+        """The grammar of the output."""
+        if self.json_ is not None:
+            return json_grammar(self.json_)
+        return regex_grammar(self.regex) if self.regex is not None else choice_grammar(self.choice or [])
+
+
+def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> str | None:
+    """Return the grammar of the output, or None if any text is allowed.
+
+    Raises:
+        RequestError: Both fields give a form, or the server lacks llguidance.
+    """
+    has_format = response_format is not None and response_format.type != "text"
+    if has_format and structured is not None:
+        message = "response_format and structured_outputs both give a form: omit one of them"
+        raise RequestError(400, message, param="response_format")
+    try:
+        if response_format is not None and has_format:
+            schema = response_format.json_schema
+            return json_grammar({"type": "object"} if schema is None else schema.schema_)
+        return None if structured is None else structured.grammar
+    except ServingError as error:
+        raise RequestError(400, str(error), "unsupported_value", "response_format") from None
+
+
 class StreamOptions(StrictRequest):
     """The options of a stream."""
 
@@ -153,6 +218,8 @@ class GenerationRequest(StrictRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     routing: bool | None = None  # of this server: the experts that computed each token
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
@@ -196,6 +263,10 @@ class GenerationRequest(StrictRequest):
         if (self.min_tokens or 0) > max_tokens:
             message = f"min_tokens is {self.min_tokens}, more than the {max_tokens} tokens at most: lower it"
             raise RequestError(400, message, param="min_tokens")
+        grammar = grammar_of(self.response_format, self.structured_outputs)
+        if grammar is not None and (self.min_tokens or self.ignore_eos):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise RequestError(400, f"{name} does not work with a form of the output: omit one of them", param=name)
         given = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         return SamplingParams(
             max_tokens=max_tokens,
@@ -204,6 +275,7 @@ class GenerationRequest(StrictRequest):
             top_k=max(0, self.top_k or 0),
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            grammar=grammar,
             **given,
         )
 
@@ -264,26 +336,11 @@ class TokenizeRequest(StrictRequest):
     return_token_strs: bool | None = False
 
 
-class Tokenized(BaseModel):
-    """The response of /tokenize."""
-
-    count: int
-    max_model_len: int  # prompt and completion together, in tokens
-    tokens: list[int]
-    token_strs: list[str] | None = None  # the tokens as they are in the vocabulary, with `return_token_strs`
-
-
 class DetokenizeRequest(StrictRequest):
     """The body of POST /detokenize, as in vLLM."""
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-class Detokenized(BaseModel):
-    """The response of /detokenize."""
-
-    prompt: str
 
 
 class TextPart(StrictRequest):
@@ -326,7 +383,6 @@ class ChatRequest(GenerationRequest):
         "parallel_tool_calls": (None, True, False),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
-        "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
         "audio": (None,),
         "prediction": (None,),
@@ -350,131 +406,3 @@ class ChatRequest(GenerationRequest):
             message = "top_logprobs needs logprobs=true: set it, or omit top_logprobs"
             raise RequestError(400, message, param="top_logprobs")
         return self
-
-
-class Usage(BaseModel):
-    """The number of prompt and completion tokens. An end-of-text token counts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class GenerationResponse(BaseModel):
-    """The fields that all responses and stream chunks share."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-
-
-class CompletionLogprobs(BaseModel):
-    """Log probabilities as OpenAI's parallel lists, with one entry per token."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]  # None: the first token of a prompt, which nothing precedes
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]  # the position of each token in the text, in characters
-
-
-class CompletionChoice(BaseModel):
-    """The completion of one prompt, or a piece of it."""
-
-    index: int
-    text: str
-    routing: tuple[TokenRouting, ...] | None = None  # of each token, if it was requested
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class Completion(GenerationResponse):
-    """The response of /v1/completions, and each chunk of its stream."""
-
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class ChatTopLogprob(BaseModel):
-    """The log probability of one of the most likely tokens."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None  # None if the token is a part of a character
-
-
-class ChatTokenLogprob(ChatTopLogprob):
-    """The log probability of a token of the response, with those of the most likely tokens."""
-
-    top_logprobs: list[ChatTopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    """The log probabilities of a chat response."""
-
-    content: list[ChatTokenLogprob]
-
-
-class ChatResult(BaseModel):
-    """The fields that a chat choice and a piece of it share."""
-
-    index: int = 0
-    routing: tuple[TokenRouting, ...] | None = None  # of each token, if it was requested
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ResponseMessage(BaseModel):
-    """The message of a chat response."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class ChatChoice(ChatResult):
-    """A whole chat response."""
-
-    message: ResponseMessage
-
-
-class ChatCompletion(GenerationResponse):
-    """The response of /v1/chat/completions."""
-
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatChunkChoice(ChatResult):
-    """A piece of a chat response."""
-
-    delta: dict[str, str]  # the first piece has the role, the last one nothing, and the others content
-
-
-class ChatChunk(GenerationResponse):
-    """One event of a chat stream."""
-
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    """An entry of /v1/models."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "bam-ray"
-    root: str  # the model that an adapter changes; the model itself if it is no adapter
-    parent: str | None = None  # the model that was fine-tuned to this one
-    max_model_len: int  # prompt and completion together, in tokens
-    routing: RoutingLayout | None = None  # the experts of a mixture
-
-
-class ModelList(BaseModel):
-    """The response of /v1/models."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

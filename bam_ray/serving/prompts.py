@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from jinja2.exceptions import TemplateError
 
-from bam_ray.errors import Overloaded, encodable
+from bam_ray.errors import Overloaded, ServingError, encodable
 from bam_ray.serving.engine import DecodeEngine
 from bam_ray.serving.openai_types import (
     ChatRequest,
@@ -19,10 +19,11 @@ from bam_ray.serving.openai_types import (
     TokenizeRequest,
 )
 from bam_ray.serving.responses import Echo
+from bam_ray.serving.sampling import SamplingParams
 
 _logger = logging.getLogger(__name__)
 
-Request = TypeVar("Request", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 MAX_PENDING = 256  # requests that wait to be tokenized
@@ -93,6 +94,22 @@ class PromptReader:
             Overloaded: Too many requests wait to be tokenized.
         """
         return await self._on_thread(self._read_chat, request)
+
+    async def checked(self, params: SamplingParams) -> SamplingParams:
+        """Compile the grammar of the output, if there is one, and return the parameters unchanged.
+
+        Raises:
+            RequestError: The grammar is wrong.
+            Overloaded: Too many requests wait to be tokenized.
+        """
+        if params.grammar is not None:
+            try:
+                await self._on_thread(self._engine.grammars.matcher, params.grammar)
+            except Overloaded:
+                raise
+            except ServingError as error:
+                raise RequestError(400, str(error), param="response_format") from None
+        return params
 
     async def tokens(self, request: TokenizeRequest) -> list[int]:
         """Return the token ids of a text.

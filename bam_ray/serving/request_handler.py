@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.metrics import RequestOutcome, RequestTimer, ServerMetrics
-from bam_ray.serving.openai_types import ErrorResponse, RequestError, Usage
+from bam_ray.serving.openai_responses import Usage
+from bam_ray.serving.openai_types import ErrorResponse, RequestError
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler

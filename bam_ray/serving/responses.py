@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from bam_ray.serving.detokenizer import REPLACEMENT_CHARACTER
 from bam_ray.serving.engine import Delta
-from bam_ray.serving.openai_types import (
+from bam_ray.serving.openai_responses import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bam_ray.serving.grammar import allowed_tokens
 from bam_ray.serving.sampling import SamplingParams, SamplingState, uniform
 
 
@@ -61,17 +62,21 @@ class TokenSampler:
             columns += [logits.gather(1, tokens.unsqueeze(1)) - total, ids, values - total]
         host = torch.cat([column.double() for column in columns], dim=1).tolist()  # the only copy
         self._count(tokens, states)
+        for state, row_values in zip(states, host, strict=True):
+            if state.matcher is not None:
+                state.matcher.consume_token(int(row_values[0]))
         return [_sampled(row, state.params, top) for row, state in zip(host, states, strict=True)]
 
     def _process(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """Return the logits with penalties, biases and without tokens that must not end a text yet."""
+        """Return the logits with penalties and biases, and without tokens that must not follow."""
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         biases = [(row, *bias) for row, state in enumerate(states) for bias in state.params.logit_bias]
         early = [state.generated < state.params.min_tokens for state in states]
         biases += [
             (row, token, -torch.inf) for row, state in enumerate(states) if early[row] for token in state.stop_tokens
         ]
-        if not penalized and not biases:
+        matched = [row for row, state in enumerate(states) if state.matcher is not None]
+        if not penalized and not biases and not matched:
             return logits
         logits = logits.clone()
         if penalized:
@@ -80,6 +85,9 @@ class TokenSampler:
             rows, tokens, values = zip(*biases, strict=True)
             index = (torch.tensor(rows, device=self._device), torch.tensor(tokens, device=self._device))
             logits.index_put_(index, torch.tensor(values, device=self._device, dtype=logits.dtype), accumulate=True)
+        if matched:
+            allowed = allowed_tokens([states[row].matcher for row in matched], logits.shape[1], self._device)
+            logits[matched] = logits[matched].masked_fill(~allowed, -torch.inf)
         return logits
 
     def _penalize(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:

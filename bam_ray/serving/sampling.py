@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 _MASK = (1 << 64) - 1
 
@@ -31,6 +32,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # more tokens that end the text
     n: int = 1  # number of completions of the prompt, which is computed once
     prompt_logprobs: int | None = None  # as `logprobs`, for the tokens of the prompt after the first one
+    grammar: str | None = None  # of the text, in the notation of llguidance (`serving.grammar`)
     routing: bool = False  # with the shares of the experts that computed each token; only for mixtures
 
     @property
@@ -60,6 +62,7 @@ class SamplingState:
         row: The row of the tables of the sampler that it owns.
         stop_tokens: The tokens that end its text.
         generated: The number of tokens that have been sampled.
+        matcher: The llguidance matcher of the text so far; None: any text is allowed.
     """
 
     params: SamplingParams
@@ -69,6 +72,7 @@ class SamplingState:
     row: int = 0
     stop_tokens: frozenset[int] = frozenset()
     generated: int = 0
+    matcher: Any = None
 
     def __post_init__(self) -> None:
         seed = secrets.randbits(64) if self.params.seed is None else self.params.seed & _MASK
