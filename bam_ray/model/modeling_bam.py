@@ -179,7 +179,8 @@ class BamModel(BamPreTrainedModel):
         """Compute the hidden states of `input_ids` [B, L] or `inputs_embeds` [B, L, d].
 
         `position_ids` is [1 or B, L]. `attention_mask` is [B, S], or already a mask for each type of layer, as
-        `generate` makes it for a static cache.
+        `generate` makes it for a static cache. `router_prior` [B, N] replaces the router prior by the logarithm of a
+        weight for each expert, except for sequences where it is NaN.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -191,7 +192,8 @@ class BamModel(BamPreTrainedModel):
         if position_ids is None:
             position_ids = following_positions(given, cache)
         non_padding = non_padding_tokens(attention_mask, given.shape[1])
-        routing = self.routing_context(input_ids, given, position_ids, non_padding, cache)
+        given_prior = kwargs.pop("router_prior", None)
+        routing = self.routing_context(input_ids, given, position_ids, non_padding, cache, given_prior)
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, routing)
         masks = attention_masks(self.config, inputs_embeds, position_ids, attention_mask, cache)
@@ -242,11 +244,15 @@ class BamModel(BamPreTrainedModel):
         position_ids: Tensor,
         non_padding: Tensor | None,
         cache: Cache | None,
+        given_prior: Tensor | None = None,
     ) -> RoutingContext | None:
         """Return what the routers know of the documents so far, or None if they read single tokens without a prior.
 
-        `given` [B, L, ...] is the input of the model, token ids or their embeddings.
+        `given` [B, L, ...] is the input of the model, token ids or their embeddings, and `given_prior` [B, N] replaces
+        the router prior (`RoutingContext.replace_prior`).
         """
+        if given_prior is not None and self.prior is None:
+            raise ValueError("router_prior needs a mixture with a router prior: omit it")
         if not self.config.routes_by_prefix:
             return None
         state = None if cache is None else existing_routing_state(cache)
@@ -257,6 +263,8 @@ class BamModel(BamPreTrainedModel):
             if input_ids is None:
                 raise ValueError("the router prior is computed from token ids: give input_ids, not inputs_embeds")
             routing.add_prior(self.prior, input_ids)
+            if given_prior is not None:
+                routing.replace_prior(given_prior)
         return routing
 
 

@@ -242,6 +242,12 @@ class RoutingContext:
         self._evidence = evidence[:, -1]
         self.prior = (evidence * prior.scale).log_softmax(-1).float()
 
+    def replace_prior(self, given: Tensor) -> None:
+        """Use `given` [B, N] in place of the computed prior, for all tokens of the sequences where it is not NaN."""
+        assert self.prior is not None
+        given = given.unsqueeze(1)  # [B, 1, N]
+        self.prior = torch.where(given.isnan(), self.prior, given)
+
     def mean_logits(self, logits: Tensor, router: int) -> Tensor:
         """Return the mean of the logits [B, L, N] of a router over each document up to each token, fp32 [B, L, N]."""
         sums = self._documents.running_sum(logits, None if self._seen is None else self._seen.logits[:, router])

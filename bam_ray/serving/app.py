@@ -152,7 +152,7 @@ def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: Mod
         _check_model(body.model, card)
         tokens = await prompts.completion_prompts(body)
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        params = await prompts.checked(body.sampling_params(max_tokens, body.logprobs))
+        params = await prompts.complete(body.sampling_params(max_tokens, body.logprobs), body.domain)
         builder = CompletionBuilder(card.id, await prompts.echoes(body, tokens))
         job = GenerationJob(tokens, params, builder, bool(body.stream), body.include_usage)
         return await handler.respond(job, request)
@@ -163,7 +163,7 @@ def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: Mod
         prompt, stops = await prompts.chat_prompt(body)
         max_tokens = body.max_completion_tokens or body.max_tokens or card.max_model_len
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = await prompts.checked(body.sampling_params(max_tokens, logprobs, stops))
+        params = await prompts.complete(body.sampling_params(max_tokens, logprobs, stops), body.domain)
         job = GenerationJob([prompt], params, ChatBuilder(card.id), bool(body.stream), body.include_usage)
         return await handler.respond(job, request)
 

@@ -17,6 +17,7 @@ thread-safe. `bam_ray.serving.scheduler` drives it from asyncio.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bam_ray.errors import ServingError
+from bam_ray.model.one_expert import EXCLUDED
 from bam_ray.serving.blocks import Block, Blocks
 from bam_ray.serving.cache import SlotCache, slot_attention
 from bam_ray.serving.grammar import Grammars
@@ -160,6 +162,7 @@ class DecodeEngine:
         self._model = model.eval()
         self.routing_layout = RoutingLayout.of(model.config)
         self._routing = None if self.routing_layout is None else RoutingReader(model)
+        self.has_router_prior = getattr(model.config, "router_prior", "none") != "none"
         self._device: torch.device = model.device
         # A tokenizer may have more tokens than the model
         self._end_tokens = {token for token in _end_tokens(model, tokenizer) if token < self.vocab_size}
@@ -357,6 +360,7 @@ class DecodeEngine:
             use_cache=True,
             logits_to_keep=logits_to_keep,
             **({"output_router_logits": True} if reader is not None else {}),
+            **self._router_prior(group),
         )
         self._cache.commit()
         if reader is not None:
@@ -364,6 +368,15 @@ class DecodeEngine:
                 generation.routing = routing
         logits: Tensor = output.logits
         return logits
+
+    def _router_prior(self, group: list[Generation]) -> dict[str, Tensor]:
+        """Return the argument of the model that replaces the router prior of the requests that want it."""
+        weights = [each.params.expert_weights for each in group]
+        experts = next((len(each) for each in weights if each is not None), None)
+        if experts is None:
+            return {}
+        rows = [[math.nan] * experts if each is None else each for each in weights]
+        return {"router_prior": torch.tensor(rows, device=self._device).log().clamp_min(EXCLUDED)}  # NaN stays
 
     @torch.inference_mode()
     def remove(self, generation: Generation) -> None:

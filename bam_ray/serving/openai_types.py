@@ -8,7 +8,7 @@ import reprlib
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from bam_ray.errors import Overloaded, ServingError, one_line, printable
 from bam_ray.serving.grammar import choice_grammar, json_grammar, regex_grammar
@@ -22,7 +22,7 @@ MAX_SHOWN = 80  # characters of a name in an error
 MAX_CHOICE_TEXTS = 1024
 MAX_REGEX_CHARACTERS = 10_000
 MAX_CHOICES = 128  # OpenAI's limit of n
-MAX_BIASES = 1024
+MAX_ENTRIES = 1024  # of logit_bias and domain
 MAX_LOGPROBS = 20  # OpenAI's limit for chat; its limit of 5 for completions is lower
 
 HARMLESS_FIELDS = {
@@ -220,20 +220,22 @@ class GenerationRequest(StrictRequest):
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    routing: bool | None = None  # of this server: the experts that computed each token
+    # Fields of this server: weights over domains in place of the router prior, and the routing of each token
+    domain: str | dict[str, Annotated[float, Field(ge=0.0)]] | None = None
+    routing: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
-    @field_validator("logit_bias", mode="before")
+    @field_validator("logit_bias", "domain", mode="before")
     @classmethod
-    def _is_bounded(cls, biases: Any) -> Any:
-        """Check the number of biases first. Pydantic itself would collect an error for each wrong one."""
-        if isinstance(biases, dict) and len(biases) > MAX_BIASES:
-            message = f"logit_bias has {len(biases)} tokens, but a request may have {MAX_BIASES}: send less"
-            raise RequestError(400, message, param="logit_bias")
-        return biases
+    def _is_bounded(cls, values: Any, info: ValidationInfo) -> Any:
+        """Check the number of entries first. Pydantic itself would collect an error for each wrong one."""
+        if isinstance(values, dict) and len(values) > MAX_ENTRIES:
+            message = f"{info.field_name} has {len(values)} entries, but may have {MAX_ENTRIES}: send less"
+            raise RequestError(400, message, param=info.field_name)
+        return values
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:

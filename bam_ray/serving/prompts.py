@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import math
+import reprlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -95,11 +98,11 @@ class PromptReader:
         """
         return await self._on_thread(self._read_chat, request)
 
-    async def checked(self, params: SamplingParams) -> SamplingParams:
-        """Compile the grammar of the output, if there is one, and return the parameters unchanged.
+    async def complete(self, params: SamplingParams, domain: str | dict[str, float] | None) -> SamplingParams:
+        """Compile the grammar of the output, if there is one, and return the parameters with the weights of experts.
 
         Raises:
-            RequestError: The grammar is wrong.
+            RequestError: The grammar or the domain is wrong.
             Overloaded: Too many requests wait to be tokenized.
         """
         if params.grammar is not None:
@@ -109,7 +112,7 @@ class PromptReader:
                 raise
             except ServingError as error:
                 raise RequestError(400, str(error), param="response_format") from None
-        return params
+        return replace(params, expert_weights=_expert_weights(self._engine, domain))
 
     async def tokens(self, request: TokenizeRequest) -> list[int]:
         """Return the token ids of a text.
@@ -238,3 +241,21 @@ def _check_tokens(engine: DecodeEngine, tokens: list[int], param: str) -> None:
     if not all(0 <= token < engine.vocab_size for token in tokens):
         message = f"{param} contains a token that is not in [0, {engine.vocab_size}): use this model's tokenizer"
         raise RequestError(400, message, param=param)
+
+
+def _expert_weights(engine: DecodeEngine, domain: str | dict[str, float] | None) -> tuple[float, ...] | None:
+    """Return the weight of each expert for a domain or weights over domains, or None if the request names none."""
+    if domain is None:
+        return None
+    layout = engine.routing_layout
+    if layout is None or not engine.has_router_prior:
+        raise RequestError(400, "domain needs a mixture whose routers have a prior: omit it", param="domain")
+    weights = {domain: 1.0} if isinstance(domain, str) else domain
+    unknown = next((name for name in weights if name not in layout.experts), None)
+    if unknown is not None:
+        message = f"domain {reprlib.repr(unknown)} is no expert of this model: use {', '.join(layout.experts)}"
+        raise RequestError(400, message, param="domain")
+    total = sum(weights.values())
+    if not 0 < total < math.inf:
+        raise RequestError(400, "the weights of domain must have a sum above 0", param="domain")
+    return tuple(weights.get(name, 0.0) / total for name in layout.experts)

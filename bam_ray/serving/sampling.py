@@ -33,6 +33,7 @@ class SamplingParams:
     n: int = 1  # number of completions of the prompt, which is computed once
     prompt_logprobs: int | None = None  # as `logprobs`, for the tokens of the prompt after the first one
     grammar: str | None = None  # of the text, in the notation of llguidance (`serving.grammar`)
+    expert_weights: tuple[float, ...] | None = None  # of each expert, in place of the router prior; they sum to 1
     routing: bool = False  # with the shares of the experts that computed each token; only for mixtures
 
     @property
