@@ -55,7 +55,7 @@ def test_tokens_are_colored_by_their_experts(
     engine = DecodeEngine(models_by_family["bam"], tokenizer, slots=3, max_length=64)
     with running_server(create_app(Scheduler(engine), "tiny")) as url:
         page.goto(url)
-        page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        page.locator("#model", has_text="tiny").wait_for()
         assert page.locator("#legend div").all_inner_texts() == ["0", "1", "2"]
         page.select_option("#mode", "completion")
         page.fill("#max_tokens", "7")
@@ -70,7 +70,7 @@ def test_tokens_are_colored_by_their_experts(
         assert page.locator("#details .layer").count() == 4
         page.select_option("#color", "attention:1")
         assert page.locator(".token").first.get_attribute("style") != before
-        page.wait_for_function("document.getElementById('status').textContent.includes('of 3 slots')")
+        page.locator("#status", has_text="of 3 slots").wait_for()
         page.select_option("#mode", "chat")
         for _ in range(2):
             send(page, "a")
@@ -80,7 +80,7 @@ def test_tokens_are_colored_by_their_experts(
 def test_a_dense_model_has_no_colors_and_errors_are_shown(page: Any, engine: DecodeEngine) -> None:
     with running_server(create_app(Scheduler(engine), "tiny")) as url:
         page.goto(url)
-        page.wait_for_function("document.getElementById('note').textContent.startsWith('A dense model')")
+        page.locator("#note", has_text="A dense model").wait_for()
         page.fill("#max_tokens", "5")
         send(page, "the")
         assert page.locator(".token").count() == 0
@@ -93,7 +93,7 @@ def test_the_page_asks_for_a_key(page: Any, engine: DecodeEngine) -> None:
     options = AppOptions(api_keys=[ApiKey(name="alice", sha256=hash_api_key(KEY.encode()))])
     with running_server(create_app(Scheduler(engine), "tiny", options)) as url:
         page.goto(url)
-        page.wait_for_function("document.getElementById('note').textContent.includes('API key')")
+        page.locator("#note", has_text="API key").wait_for()
         page.fill("#key", KEY)
         page.press("#key", "Tab")
-        page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        page.locator("#model", has_text="tiny").wait_for()
