@@ -1,12 +1,12 @@
 """Sequences that change their domain: what a mixture loses until its routers follow, without and with forgetting.
 
-    bam run recipes/compare-small.yaml --set store.uri=STORE
+    bam run recipes/compare-small.yaml store.uri=STORE seed.training.tokens=3000000
     python -m benchmarks.domain_change STORE/upcycled/bam-*/files/* STORE/corpora/*/files/*
 
 A mixed sequence is half a held-out text of one domain and half a text of another, for each ordered pair of domains, as
-one document. Its loss is the NLL of the second half beyond that of the same model whose routers, but not its
-attentions, begin anew there. Pure sequences are whole held-out texts. The mixture was trained with its own setting of
-`router.forgetting`; the others are set afterwards.
+one document. Its loss is the NLL of the second half, minus that of the same model with routers that are reset at the
+change. The attention is not reset. Pure sequences are whole held-out texts. The mixture was trained with its own
+setting of `router.forgetting`, and the others are set afterwards.
 """
 
 import itertools
@@ -30,7 +30,7 @@ SEQUENCES = 8  # of each domain, and of each pair of domains
 
 
 class Routing:
-    """The routing contexts of a model, whose priors are recorded, and which can begin anew within a sequence."""
+    """The routing contexts of a model. Their priors are recorded, and they can be reset within a sequence."""
 
     def __init__(self, model: BamForCausalLM) -> None:
         self._original: Callable[..., Any] = model.model.routing_context

@@ -20,7 +20,7 @@ from bam_ray.evaluation.comparison import (
 from bam_ray.evaluation.decomposition import PARTS, part_sequences, specialist_label, undecomposed
 from bam_ray.evaluation.dense_curve import DenseCurve, DenseEquivalent, DenseMatch
 from bam_ray.evaluation.results import MEAN, ModelKind, ModelScore, Results, model_label
-from bam_ray.evaluation.samples import Samples, as_percent, verdict
+from bam_ray.evaluation.samples import Samples, as_percent
 from bam_ray.evaluation.statements import cost_statement, statement
 from bam_ray.evaluation.wall_clock import Cluster, ModelTime, WallClock, dense_speed, model_time
 from bam_ray.settings import DILOCO, PRIOR_CONTROLS, dense_multiple
@@ -100,16 +100,8 @@ def _differences(scores: Scores, methods: Sequence[str], samples: Samples) -> It
     for label in methods:
         for other in (*BASELINES, *(mixtures if label in mixtures else ())):
             if other in scores and other != label:
-                values = samples.nll(label) - samples.nll(other)
-                nll, by_seed = samples.estimate(values), values.measured.tolist()
-                yield Difference(
-                    model=label,
-                    other=other,
-                    nll=nll,
-                    percent=as_percent(nll),
-                    by_seed=tuple(by_seed),
-                    verdict=verdict(nll.interval, by_seed),
-                )
+                difference = samples.difference(samples.nll(label) - samples.nll(other))
+                yield Difference(model=label, other=other, **difference)
 
 
 def _gap(label: str, domain: str, specialist: str, samples: Samples) -> SpecialistGap:

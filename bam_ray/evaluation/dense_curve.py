@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from bam_ray.evaluation.bootstrap import interval_95
-from bam_ray.evaluation.samples import IntervalEstimate, Samples, SeedSamples, Verdict, as_percent, verdict
+from bam_ray.evaluation.samples import IntervalEstimate, Samples, SeedSamples, Verdict
 from bam_ray.evaluation.wall_clock import STEP_SECONDS
 from bam_ray.settings import Strict
 
@@ -94,18 +94,8 @@ class DenseCurve:
             multiple = tokens / self.measured[1] * self._largest_multiple
             add = two_digits(multiple, up=place == "above")
             return DenseMatch(model=model, cost=cost, tokens=tokens, place=place, add_multiple=add)
-        difference = nll - self.nll(tokens)
-        estimate, by_seed = samples.estimate(difference), difference.measured.tolist()
-        return DenseMatch(
-            model=model,
-            cost=cost,
-            tokens=tokens,
-            place=place,
-            nll=estimate,
-            percent=as_percent(estimate),
-            by_seed=tuple(by_seed),
-            verdict=verdict(estimate.interval, by_seed),
-        )
+        difference = samples.difference(nll - self.nll(tokens))
+        return DenseMatch(model=model, cost=cost, tokens=tokens, place=place, **difference)
 
     def equivalent(self, model: str, nll: SeedSamples, used: int, samples: Samples) -> DenseEquivalent:
         """Return the dense-equivalent tokens of a model that was trained on `used` tokens, with their interval."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bam_ray.evaluation.results import DomainRouting, LayerRouting, MixtureRouting
-from bam_ray.model import BamConfig, RouterOutput, select_experts
+from bam_ray.model import BamConfig, RouterOutput, keep_top, select_experts
 
 
 class RoutingAccumulator:
@@ -49,10 +49,7 @@ class RoutingAccumulator:
         if attention_logits:
             gate = torch.stack(list(attention_logits)).float().softmax(-1)
             self.attention_entropy += total_entropy(gate).cpu()
-            if self.attention_top_k:  # the gates of all other experts are 0, and the kept gates are not renormalized
-                kept = gate.topk(self.attention_top_k, dim=-1).indices
-                gate = gate * torch.zeros_like(gate).scatter(-1, kept, 1.0)
-            self.gate += gate.sum(1, dtype=torch.double).cpu()
+            self.gate += keep_top(gate, self.attention_top_k).sum(1, dtype=torch.double).cpu()
 
     def routing(self) -> DomainRouting:
         """Return the means over all tokens so far."""

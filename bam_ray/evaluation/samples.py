@@ -6,7 +6,7 @@ Shapes: K training seeds, B resamples, S held-out sequences of a domain.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import FiniteFloat
@@ -84,6 +84,16 @@ class Samples:
     def estimate(self, values: SeedSamples) -> IntervalEstimate:
         """Return the mean over the training seeds with its interval."""
         return IntervalEstimate(value=float(values.measured.mean()), interval=interval_95(self.seed_means(values)))
+
+    def difference(self, values: SeedSamples) -> dict[str, Any]:
+        """Return the fields that describe a paired difference in NLL, which is negative if the model is better."""
+        nll, by_seed = self.estimate(values), values.measured.tolist()
+        return {
+            "nll": nll,
+            "percent": as_percent(nll),
+            "by_seed": tuple(by_seed),
+            "verdict": verdict(nll.interval, by_seed),
+        }
 
     def seed_means(self, values: SeedSamples) -> np.ndarray:
         """Return the mean over the drawn training seeds in each resample, [B]."""

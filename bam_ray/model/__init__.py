@@ -9,7 +9,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from bam_ray.model.configuration_bam import BamConfig, is_mixture
 from bam_ray.model.domain_vectors import DomainVectorsForCausalLM
 from bam_ray.model.modeling_bam import BamCausalLMOutput, BamForCausalLM, BamModel
-from bam_ray.model.routing_bam import RouterOutput, RoutingLosses, dropped_share, routing_losses, select_experts
+from bam_ray.model.routing_bam import (
+    RouterOutput,
+    RoutingLosses,
+    dropped_share,
+    keep_top,
+    routing_losses,
+    select_experts,
+)
 
 __all__ = [
     "BamCausalLMOutput",
@@ -21,6 +28,7 @@ __all__ = [
     "RoutingLosses",
     "dropped_share",
     "is_mixture",
+    "keep_top",
     "routing_losses",
     "select_experts",
 ]

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_exchange_bam import AttentionExchange, ComputedAttention, LocalAttentionExchange, PendingAttention
 from .configuration_bam import BamConfig
 from .prefix_bam import RoutingContext
-from .routing_bam import BamRouter
+from .routing_bam import BamRouter, keep_top
 
 FEW_TOKENS = 64  # up to this number, reading the weights dominates, and copying them for a single GEMM does not pay
 
@@ -329,10 +329,7 @@ class BamAttention(nn.Module):
 
     def gates(self, logits: Tensor) -> Tensor:
         """Return the gates [..., N] for logits [..., N], before they are scaled."""
-        gates = logits.softmax(-1)
-        if self.top_k:  # the gates of other experts become 0, and the rest is not renormalized
-            gates = gates * torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
-        return gates
+        return keep_top(logits.softmax(-1), self.top_k)
 
 
 class AveragedAttention(BamAttentionBase):

@@ -90,6 +90,13 @@ def select_experts(probabilities: Tensor, top_k: int, bias: Tensor | None = None
     return (probabilities if bias is None else probabilities + bias).topk(top_k, dim=-1).indices
 
 
+def keep_top(gates: Tensor, top_k: int) -> Tensor:
+    """Return gates [..., N] in which all but the k largest are 0; 0 keeps all. The rest is not renormalized."""
+    if not top_k:
+        return gates
+    return gates * torch.zeros_like(gates).scatter(-1, gates.topk(top_k, dim=-1).indices, 1.0)
+
+
 def within_capacity(index: Tensor, experts: int, factor: float, non_padding: Tensor | None = None) -> Tensor:
     """Return True for the choices of sequences that are within the capacity of their experts.
 

@@ -133,8 +133,7 @@ class PromptReader:
         """
         self._check_size(request.tokens, "tokens")
         _check_tokens(self._engine, request.tokens, "tokens")
-        decode = partial(self._engine.tokenizer.decode, clean_up_tokenization_spaces=False)
-        return await self._on_thread(lambda each: str(decode(each.tokens)), request)
+        return await self._on_thread(lambda each: self._decode(each.tokens), request)
 
     def close(self) -> None:
         """Stop the thread."""
@@ -162,11 +161,10 @@ class PromptReader:
         ]
 
     def _read_echoes(self, prompts: list[list[int]], request: CompletionRequest) -> list[Echo]:
-        decode = partial(self._engine.tokenizer.decode, clean_up_tokenization_spaces=False)
         echoes = [
             Echo(
-                encodable(given) if isinstance(given, str) else decode(prompt),
-                None if request.logprobs is None else decode(prompt[:1]),
+                encodable(given) if isinstance(given, str) else self._decode(prompt),
+                None if request.logprobs is None else self._decode(prompt[:1]),
             )
             for given, prompt in zip(request.prompts, prompts, strict=True)
         ]
@@ -201,6 +199,9 @@ class PromptReader:
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
         return list(self._engine.tokenizer(encodable(text), add_special_tokens=special, verbose=False).input_ids)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._engine.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def _check_size(self, prompt: str | list[int], param: str) -> None:
         """Raise `RequestError` for a prompt that cannot fit, before it is tokenized."""
