@@ -35,7 +35,7 @@ setup: .venv/.installed ## create .venv from the lock files (minutes the first t
 
 lock: setup ## write the lock files from pyproject.toml (newest releases: make lock UPGRADE=--upgrade)
 	@$(BIN)/$(COMPILE) $(UPGRADE) --extra dev --output-file requirements/development.txt
-	@$(BIN)/$(COMPILE) --no-annotate --extra demo --constraint requirements/development.txt \
+	@$(BIN)/$(COMPILE) --no-annotate --extra demo --extra moin --extra structured --constraint requirements/development.txt \
 		--output-file requirements/image.txt
 
 cluster-up: setup ## start the local cluster: an S3 server, a Ray head, three worker nodes
