@@ -300,7 +300,7 @@ class Controller:
         """Return the tasks that can start now."""
         ready: list[ReadyTask] = []
         for task_id, state in self.states.items():
-            if isinstance(state, Waiting | Retrying):
+            if isinstance(state, (Waiting, Retrying)):
                 task = self.tasks[task_id]
                 if (isinstance(state, Waiting) or now >= state.not_before) and self._can_start(task):
                     ready.append(ReadyTask(task, self._history[task_id], state.progress))
@@ -315,7 +315,7 @@ class Controller:
         active: list[ActiveTask] = []
         for task_id, placed in self._placed.items():
             state = self.states[task_id]
-            if isinstance(state, Placing | Running | Draining):
+            if isinstance(state, (Placing, Running, Draining)):
                 active.append(ActiveTask(placed.task, placed.group, state))
         return active
 

@@ -97,13 +97,7 @@ def _update(task: Task, state: State, alive: Alive, now: float) -> Running | Dra
             # Reading a checkpoint is no training: the speed is measured from the first step that is reported
             return Running(node, progress, now, progress.step, now, state.placed_at, alive.nodes, alive.signs, now)
         case Running():
-            progress = progress or state.progress
-            if progress.step != state.progress.step:
-                state = replace(state, last_step_at=now)
-            if alive.signs != state.signs or progress != state.progress:
-                silence = max(state.longest_silence, now - state.last_sign_at if state.first_step else 0.0)
-                state = replace(state, signs=alive.signs, last_sign_at=now, longest_silence=silence)
-            return replace(state, node=node, progress=progress, nodes=alive.nodes)
+            return _observed(state, alive, now)
         case Draining():
             return replace(state, node=node, progress=progress or state.progress)
         case _:
@@ -112,6 +106,29 @@ def _update(task: Task, state: State, alive: Alive, now: float) -> Running | Dra
             known = progress or state.progress or Progress(0, task.total_steps)
             first_step = progress.step if progress else 0
             return Running(node, known, now, first_step, now, state.since, alive.nodes, alive.signs, now)
+
+
+def _observed(state: Running, alive: Alive, now: float) -> Running:
+    """Return the state of a task whose attempt trains. It is built at once, because every step does this for each."""
+    progress = alive.progress or state.progress
+    last_step_at, longest_silence, last_sign_at = state.last_step_at, state.longest_silence, state.last_sign_at
+    if progress.step != state.progress.step:
+        last_step_at = now
+    if alive.signs != state.signs or progress != state.progress:
+        longest_silence = max(longest_silence, now - last_sign_at if state.first_step else 0.0)
+        last_sign_at = now
+    return Running(
+        node=alive.node,
+        progress=progress,
+        measured_from=state.measured_from,
+        first_step=state.first_step,
+        last_step_at=last_step_at,
+        placed_at=state.placed_at,
+        nodes=alive.nodes,
+        signs=alive.signs,
+        last_sign_at=last_sign_at,
+        longest_silence=longest_silence,
+    )
 
 
 def _as_crash(task: Task, status: Done | Stopped | Crashed) -> Crashed:
