@@ -54,11 +54,21 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None, take_o
 
 
 @app.command()
-def compare(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
+def compare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    take_over: TakeOverOption = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="The folder of lm-eval tasks on which all models are scored too (evaluate.lm_eval_tasks)."),
+    ] = None,
+) -> None:
     """Make all models of a recipe with several training seeds (compare.seeds), and compare them.
 
     Models that exist already are used again. Ctrl-C stops the run cleanly.
     """
+    if tasks is not None:
+        overrides = [*(overrides or ()), f"evaluate.lm_eval_tasks={Path(tasks).absolute()}"]
     _submit(recipe, overrides, "jobs/compare.py", take_over)
 
 

@@ -11,6 +11,7 @@ from bam_ray.evaluation.comparison import (
     CLOSE_PERCENT,
     DENSE_LABEL,
     ComparedModel,
+    ComparedTask,
     Comparison,
     Difference,
     GapEstimate,
@@ -76,6 +77,7 @@ def compare(results: Mapping[int, Results], cluster: Cluster, reports: Sequence[
                 perplexity={column: samples.perplexity(label, column) for column in first.columns},
                 trained=tuple(_trained(seed, score) for seed, score in zip(seeds, each, strict=True)),
                 serving=each[0].serving,
+                lm_eval=tuple(_tasks(each)),
             )
             for label, each in scores.items()
         ),
@@ -184,7 +186,8 @@ class _AtEqualCost:
             if not all(each in self._scores for each in labels):  # a branch that was damaged later is not scored
                 continue
             branches = [self._scores[each] for each in labels]
-            time = model_time(models, branches, dense, self._cluster, equivalent.tokens)
+            interval = None if equivalent.tokens is None else equivalent.interval
+            time = model_time(models, branches, dense, self._cluster, equivalent.tokens, interval)
             times += [time] if time is not None else []
         return WallClock(cluster=self._cluster, dense=dense, models=tuple(times))
 
@@ -211,6 +214,15 @@ def _trained(seed: int, score: ModelScore) -> TrainedModel:
         lineage_tokens=score.lineage_tokens,
         lineage_flops=score.lineage_flops,
     )
+
+
+def _tasks(models: Sequence[ModelScore]) -> Iterator[ComparedTask]:
+    """Yield the metrics that a model has in all training seeds."""
+    by_seed = [{(score.task, score.metric): score.value for score in model.lm_eval} for model in models]
+    for task, metric in by_seed[0]:
+        if all((task, metric) in values for values in by_seed):
+            values = tuple(values[task, metric] for values in by_seed)
+            yield ComparedTask(task=task, metric=metric, mean=math.fsum(values) / len(values), by_seed=values)
 
 
 def _by_label(results: Results) -> dict[str, ModelScore]:

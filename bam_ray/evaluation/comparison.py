@@ -40,6 +40,15 @@ class TrainedModel(Strict):
     lineage_flops: FiniteFloat
 
 
+class ComparedTask(Strict):
+    """One metric of a model on one task of lm-eval."""
+
+    task: str
+    metric: str
+    mean: FiniteFloat  # over the training seeds
+    by_seed: tuple[FiniteFloat, ...]
+
+
 class ComparedModel(Strict):
     """The models of all training seeds that have the same label."""
 
@@ -48,6 +57,7 @@ class ComparedModel(Strict):
     perplexity: dict[str, IntervalEstimate]  # by column
     trained: tuple[TrainedModel, ...]  # one for each training seed
     serving: ServingCost | None = None
+    lm_eval: tuple[ComparedTask, ...] = ()
 
 
 class Difference(Strict):

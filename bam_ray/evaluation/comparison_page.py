@@ -64,6 +64,23 @@ for one training seed.</p>
 {{ figure(scatter, "100%") }}
 </section>
 
+{% if comparison.models | selectattr("lm_eval") | list %}
+<section id="lm-eval">
+<h2>Tasks of lm-eval</h2>
+<div class="wide"><table>
+<thead><tr><th class="text">model</th><th class="text">task</th><th class="text">metric</th><th>mean</th>
+<th>each training seed</th></tr></thead>
+<tbody>
+{% for model in comparison.models %}{% for each in model.lm_eval %}
+<tr{{ ' class="group"' | safe if loop.first }}><td class="text">{{ model.label }}</td>
+<td class="text">{{ each.task }}</td>
+<td class="text">{{ each.metric }}</td><td>{{ "%.4g" | format(each.mean) }}</td>
+<td>{% for value in each.by_seed %}{{ "%.4g" | format(value) }}{{ ", " if not loop.last }}{% endfor %}</td></tr>
+{% endfor %}{% endfor %}
+</tbody></table></div>
+</section>
+{% endif %}
+
 {% if comparison.differences %}
 <section id="differences">
 <h2>Paired differences</h2>
@@ -184,7 +201,9 @@ tokens per second of a worker). A node is one worker.</p>
 <tr><td class="text">{{ each.model }}</td><td>{{ each.branch_seconds | duration }}</td>
 <td>{{ each.mixing_seconds | duration }}</td><td>{{ each.seconds | duration }}</td>
 <td>{{ "{:,.0f}".format(each.dense_tokens) }}</td>
-<td>{{ "–" if each.break_even is none else "%.2f" | format(each.break_even) }}</td></tr>
+<td>{{ "–" if each.break_even is none else "%.2f" | format(each.break_even) }}{% if each.break_even_interval %}
+<span class="interval">{{ "%.2f" | format(each.break_even_interval[0]) }} – {{
+"%.2f" | format(each.break_even_interval[1]) }}</span>{% endif %}</td></tr>
 {% endfor %}
 </tbody></table></div>
 <p class="note">Branches are trained side by side, one on each node. If the efficiency of dense training on all nodes is

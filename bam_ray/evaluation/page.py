@@ -116,6 +116,22 @@ ensemble, mixing has gained nothing over it.</p>
 {{ figure(bars, "100%") }}
 </section>
 
+{% if results.models | selectattr("lm_eval") | list %}
+<section id="lm-eval">
+<h2>Tasks of lm-eval</h2>
+<div class="wide"><table>
+<thead><tr><th class="text">model</th><th class="text">task</th><th class="text">metric</th><th>value</th></tr></thead>
+<tbody>
+{% for model in results.models %}{% for score in model.lm_eval %}
+<tr{{ ' class="group"' | safe if loop.first }}><td class="text">{{ model.label }}</td>
+<td class="text">{{ score.task }}</td><td class="text">{{ score.metric }}</td><td>{{ "%.4g" | format(score.value) }}{%
+if score.stderr is not none %}<span class="interval">± {{ "%.2g" | format(score.stderr) }}</span>{% endif %}</td></tr>
+{% endfor %}{% endfor %}
+</tbody></table></div>
+<p class="note">The number after ± is the standard error over the documents of the task.</p>
+</section>
+{% endif %}
+
 {% if results.gap_parts or undecomposed %}
 <section id="gap">
 <h2>Gap to the specialists</h2>

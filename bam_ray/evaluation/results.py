@@ -72,6 +72,15 @@ class GapParts(Strict):
     total: FiniteFloat  # the sum of the three
 
 
+class LmEvalScore(Strict):
+    """One metric of a model on one task of lm-eval."""
+
+    task: str
+    metric: str  # such as "acc", or "exact_match, strict-match" if the task filters the answers
+    value: FiniteFloat
+    stderr: FiniteFloat | None = None  # the standard error over the documents; None: lm-eval gives none
+
+
 class LayerRouting(Strict):
     """The routing of one layer. Tuples have one number per expert; those of attention are empty if it is averaged."""
 
@@ -126,6 +135,7 @@ class ModelScore(Strict):
     routing: MixtureRouting | None = None
     serving: ServingCost | None = None
     oracle: dict[str, OracleScore] = Field(default={})  # by domain: of a mixture with an expert of the domain
+    lm_eval: tuple[LmEvalScore, ...] = ()  # on the tasks of `evaluate.lm_eval_tasks`
 
     @property
     def label(self) -> str:

@@ -52,6 +52,7 @@ class ModelTime(Strict):
     mixing_seconds: FiniteFloat
     dense_tokens: FiniteFloat  # tokens of a dense model on all nodes in the same time, without communication
     break_even: FiniteFloat | None  # efficiency of dense training below which the model wins; None: not measured
+    break_even_interval: tuple[FiniteFloat, FiniteFloat] | None  # 95 %, limited to the measured range
 
     @property
     def seconds(self) -> float:
@@ -108,6 +109,7 @@ def model_time(
     dense: DenseSpeed,
     cluster: Cluster,
     equivalent: float | None,
+    interval: tuple[float, float] | None,
 ) -> ModelTime | None:
     """Return the time of a model on a cluster, or None if a time is not known.
 
@@ -117,6 +119,7 @@ def model_time(
         dense: The speed of a dense model on the cluster.
         cluster: The cluster.
         equivalent: The dense-equivalent tokens of the model, if they are measured.
+        interval: Their 95 % interval, if they are measured.
     """
     own, parts = worker_seconds(models), [worker_seconds(branch) for branch in branches]
     if not all(parts) or (models[0].tokens and not own) or not (own or parts):
@@ -130,6 +133,7 @@ def model_time(
         mixing_seconds=mixing_seconds,
         dense_tokens=tokens,
         break_even=None if equivalent is None else equivalent / tokens,
+        break_even_interval=None if interval is None else (interval[0] / tokens, interval[1] / tokens),
     )
 
 

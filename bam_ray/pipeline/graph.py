@@ -147,11 +147,12 @@ def _mixture_task(recipe: Recipe, start: Task, corpus: Task) -> Task:
 
 def _report_task(recipe: Recipe, evaluated: Sequence[Task], branches: Sequence[Task]) -> Task:
     parents = tuple(task.id for task in evaluated)
-    quorum = _quorum(recipe, branches)
+    quorum, tasks = _quorum(recipe, branches), recipe.evaluate.lm_eval_tasks
+    content = {**recipe.evaluate.identity(), **({} if tasks is None else {"lm_eval_tasks": tasks})}
     return Task(
         ArtifactKind.REPORTS,
         "report",
-        identity("report", recipe.evaluate.identity(), parents),
+        identity("report", content, parents),
         parents,
         recipe.evaluate.needs,
         quorum=replace(quorum, at_least=0, deadline=math.inf) if quorum else None,

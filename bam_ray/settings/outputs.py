@@ -19,6 +19,11 @@ class EvaluateSettings(Strict):
     matrix products on GPUs use TF32."""
     batch_sequences: Annotated[Count, Identity.EXCLUDED] = 4
     """Number of sequences per forward pass. It is halved each time memory runs out."""
+    lm_eval_tasks: Annotated[str | None, Identity.EXCLUDED] = None
+    """Folder with tasks of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness) (YAML files), on which every
+    model is scored too. It must have the same path on all nodes that can evaluate, and the paths of data in it must be
+    absolute. It requires `pip install 'bam-ray[lm-eval]'`. (The identity of a report contains the path, and that of
+    the scores the content of the folder.)"""
     needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of the process that evaluates."""
 

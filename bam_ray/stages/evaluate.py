@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
@@ -32,8 +33,9 @@ from bam_ray.errors import CheckpointError, DigestMismatch, Interrupted
 from bam_ray.evaluation.decomposition import expert_of_domain
 from bam_ray.evaluation.ensemble import MEMBER_KINDS, document_starts, ensemble_scores
 from bam_ray.evaluation.findings import make_results
+from bam_ray.evaluation.lm_eval_tasks import digest_of_tasks, score_tasks
 from bam_ray.evaluation.perplexity import DomainEvaluation, score
-from bam_ray.evaluation.results import MEAN, DomainScore, ModelKind, ModelScore, OracleScore, model_label
+from bam_ray.evaluation.results import MEAN, DomainScore, LmEvalScore, ModelKind, ModelScore, OracleScore, model_label
 from bam_ray.evaluation.routing import combine_domains
 from bam_ray.evaluation.serving_cost import ServingCost
 from bam_ray.model import is_mixture
@@ -53,6 +55,8 @@ MODEL_KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SCORE = "score.json"
 ORACLE = "oracle.json"
 ORACLE_SCORES = TypeAdapter(dict[str, tuple[str, DomainScore]])
+LM_EVAL = "lm_eval.json"
+LM_EVAL_SCORES = TypeAdapter(tuple[LmEvalScore, ...])
 TOKEN_NLL = "token_nll.safetensors"  # by domain: the NLL of each predicted token in nats, float32 [S, L - 1]
 
 
@@ -79,6 +83,8 @@ def evaluate(run: TaskRun) -> Manifest:
         progress = Progress(step, len(models))
         model_score = evaluator.model_score(task, kind, lineage, progress)
         update: dict[str, Any] = {**training_record(lineage), "serving": evaluator.serving_cost(task, model_score)}
+        if run.recipe.evaluate.lm_eval_tasks is not None:
+            update["lm_eval"] = evaluator.lm_eval(task, Path(run.recipe.evaluate.lm_eval_tasks), progress)
         if kind == "mixtures" and run.recipe.upcycle.mixtures[task.name].has_branch_experts:
             upcycled = run.pipeline.task(ArtifactKind.UPCYCLED, task.name)
             update["oracle"] = evaluator.oracle(upcycled, task, progress)
@@ -179,6 +185,22 @@ class Evaluator:
             lambda: self._publish_oracle_scores(artifact, task, progress),
         )
 
+    def lm_eval(self, task: Task, folder: Path, progress: Progress) -> tuple[LmEvalScore, ...]:
+        """Return the scores of the model that `task` made on the tasks of lm-eval in a folder.
+
+        Args:
+            task: The task of the model.
+            folder: The folder with the tasks.
+            progress: The progress of the whole report, which is reported while the model is scored.
+        """
+        content = {"lm_eval_tasks": digest_of_tasks(folder), "dtype": self._settings.dtype, "files": [LM_EVAL]}
+        artifact = Artifact(self._store, ArtifactKind.EVALUATIONS, identity(task.name, content, (task.id,)))
+        return read_or_make(
+            artifact,
+            lambda: LM_EVAL_SCORES.validate_json((artifact.fetch() / LM_EVAL).read_bytes()),
+            lambda: self._publish_lm_eval_scores(artifact, task, folder, progress),
+        )
+
     def serving_cost(self, task: Task, model_score: ModelScore) -> ServingCost:
         """Return the cost of serving a token with the model that `task` made."""
         plain = json.loads(Artifact(self._store, task.kind, task.id).read_file("config.json"))
@@ -245,6 +267,33 @@ class Evaluator:
             (temporary / ORACLE).write_bytes(ORACLE_SCORES.dump_json(scores, indent=1))
             self.lease.check()
             artifact.publish(temporary, self._manifest(artifact, task, domains, model, started))
+
+    def _publish_lm_eval_scores(self, artifact: Artifact, task: Task, folder: Path, progress: Progress) -> None:
+        """Score the model that `task` made on the tasks of lm-eval in a folder, and commit the scores."""
+        started = time.perf_counter()
+        self._context.report(replace(progress, note=f"lm-eval of {task.full_name}"))
+        scores = score_tasks(
+            self._load(task),
+            AutoTokenizer.from_pretrained(Artifact(self._store, task.kind, task.id).fetch()),
+            folder,
+            batch=self._settings.batch_sequences,
+            max_length=self.corpus.sequence_length,
+        )
+        wall = time.perf_counter() - started
+        manifest = Manifest(
+            id=artifact.id,
+            kind=ArtifactKind.EVALUATIONS,
+            name=task.name,
+            parents=(task.id,),
+            settings=self._settings.model_dump(mode="json"),
+            compute=ComputeCost(device_seconds=wall, wall_seconds=wall),
+            metrics={f"lm_eval/{each.task}/{each.metric}": each.value for each in scores},
+            attempt=str(self.lease.number),
+        )
+        with scratch_folder("evaluation") as temporary:
+            (temporary / LM_EVAL).write_bytes(LM_EVAL_SCORES.dump_json(scores, indent=1))
+            self.lease.check()
+            artifact.publish(temporary, manifest)
 
     def _load(self, task: Task) -> PreTrainedModel:
         """Return the model that `task` made, on the device of the evaluation."""

@@ -180,6 +180,8 @@ def test_time_is_that_of_the_longest_branch_and_of_mixing() -> None:
     assert (posterior.branch_seconds, posterior.mixing_seconds) == (40.0, 0.0)
     assert bam.dense_tokens == pytest.approx(100 * 4 * SPEED)
     assert bam.break_even == pytest.approx(math.sqrt(2) * 1000 / 4000)
+    (equivalent,) = [each for each in compared.equivalents if each.model == "mixture bam"]
+    assert bam.break_even_interval == pytest.approx([end / 4000 for end in equivalent.interval])
     found = match(compared, "mixture bam", "DiLoCo, 100 steps")
     assert found.tokens == pytest.approx(4000 * 0.25 / 0.298)
     assert match(compared, "mixture bam", "data parallel").tokens == pytest.approx(10 * 100 / 5.05)

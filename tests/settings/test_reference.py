@@ -48,7 +48,7 @@ def test_settings_outside_the_identity() -> None:
         *(f"BranchSettings.{name}" for name in dense | {"domains", "max_attempts", "overrides"}),
         *(f"CompareSettings.{name}" for name in dense | compared),
         *(f"MixSettings.{name}" for name in dense | {"at_once", "expert_parallel", "max_failures", "without_branches"}),
-        *(f"EvaluateSettings.{name}" for name in ("batch_sequences", "needs")),
+        *(f"EvaluateSettings.{name}" for name in ("batch_sequences", "lm_eval_tasks", "needs")),
         "UpcycleSettings.needs",
     }
 
