@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -28,11 +28,10 @@ from bam_ray.checkpoint.digests import file_entry
 from bam_ray.data.tokenizer import load_for_packing
 from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.model.loading import load_folder
+from bam_ray.settings import EmbedderName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-EmbedderName = Literal["minilm", "seed", "tfidf"]
 
 BATCH_TOKENS = 8192  # of one forward pass, with padding
 CHARACTERS_PER_TOKEN = 64  # a prefix of so many tokens is looked for in a prefix of the characters
@@ -122,7 +121,7 @@ class ModelEmbedder:
         mask = torch.arange(longest, device=ids.device) < lengths[:, None]
         options = {"use_cache": False} if self._is_causal else {"attention_mask": mask.long()}
         hidden = self._model(input_ids=ids, **options).last_hidden_state.float()
-        sums = torch.einsum("nld,nl->nd", hidden, mask.float())  # the direction of the mean
+        sums = torch.einsum("bld,bl->bd", hidden, mask.float())  # the direction of the mean
         return F.normalize(sums, dim=-1).cpu()
 
 
@@ -138,24 +137,25 @@ class TfidfEmbedder:
         return self.table.embed(texts, self.identity.prefix_tokens)
 
 
-def load_embedder(name: EmbedderName, prefix_tokens: int, folder: Path | None = None) -> Embedder:
+def load_embedder(name: EmbedderName, prefix_tokens: int, folder: Path | None = None, device: str = "cpu") -> Embedder:
     """Load an embedder, without a network.
 
     Args:
         name: The kind of the embedder.
         prefix_tokens: The most tokens of a text that it reads.
         folder: The model folder of the seed (`seed`), or the folder of the topics (`tfidf`); not used by `minilm`.
+        device: The device that a model computes on.
 
     Raises:
         SettingsError: A package is missing, or the model has too few positions.
         CheckpointError: The folder is missing or damaged.
     """
     if name == "minilm":
-        return _load_minilm(prefix_tokens)
+        return _load_minilm(prefix_tokens, device)
     assert folder is not None, f"the embedder {name} has a folder"
     if name == "tfidf":
         return TfidfEmbedder(TfidfTable.load(folder), prefix_tokens)
-    return seed_embedder(folder, prefix_tokens)
+    return seed_embedder(folder, prefix_tokens, device=device)
 
 
 def embedder_of(identity: EmbedderIdentity, topics: Path, seed: Path | None = None) -> Embedder:
@@ -180,13 +180,16 @@ def embedder_of(identity: EmbedderIdentity, topics: Path, seed: Path | None = No
     return embedder
 
 
-def seed_embedder(folder: Path, prefix_tokens: int, model: "PreTrainedModel | None" = None) -> ModelEmbedder:
+def seed_embedder(
+    folder: Path, prefix_tokens: int, model: "PreTrainedModel | None" = None, device: str = "cpu"
+) -> ModelEmbedder:
     """Return the embedder `seed` of a model folder with a tokenizer.
 
     Args:
         folder: The folder of a causal language model.
         prefix_tokens: The most tokens of a text that it reads.
         model: The causal language model of the folder, if it is loaded already.
+        device: The device for a model that is not loaded yet.
 
     Raises:
         SettingsError: The model has too few positions.
@@ -198,6 +201,7 @@ def seed_embedder(folder: Path, prefix_tokens: int, model: "PreTrainedModel | No
         raise CheckpointError(f"{folder} has no tokenizer.json, which the embedder seed needs: add it") from None
     if model is None:
         model = load_folder(folder, torch.float32).eval()
+        model.to(torch.device(device))
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)
     if positions and prefix_tokens > positions:
@@ -214,7 +218,7 @@ def require_package(module: str, need: str) -> None:
         raise SettingsError(f"{need} needs a package that is not installed: pip install 'bam-ray[moin]'")
 
 
-def _load_minilm(prefix_tokens: int) -> ModelEmbedder:
+def _load_minilm(prefix_tokens: int, device: str) -> ModelEmbedder:
     require_package(MINILM_PACKAGE, "the embedder minilm")
     if prefix_tokens > MINILM_POSITIONS:
         raise SettingsError(
@@ -233,7 +237,7 @@ def _load_minilm(prefix_tokens: int) -> ModelEmbedder:
     weights = load_file(folder / "model.safetensors")
     model.load_state_dict({name: weights[name] for name in model.state_dict()})  # the file also has a pooler
     identity = EmbedderIdentity("minilm", _digest_of(folder), model.config.hidden_size, prefix_tokens)
-    return ModelEmbedder(identity, model.eval(), tokenizer, is_causal=False, pad_id=0)
+    return ModelEmbedder(identity, model.eval().to(device), tokenizer, is_causal=False, pad_id=0)
 
 
 def _digest_of(folder: Path) -> str:

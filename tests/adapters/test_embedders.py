@@ -10,7 +10,6 @@ from bam_ray.adapters import embedders
 from bam_ray.adapters.embedders import (
     Embedder,
     EmbedderIdentity,
-    EmbedderName,
     TfidfEmbedder,
     embedder_of,
     load_embedder,
@@ -18,6 +17,7 @@ from bam_ray.adapters.embedders import (
 from bam_ray.adapters.tfidf import fit_tfidf
 from bam_ray.data.tokenizer import train_tokenizer
 from bam_ray.errors import CheckpointError, DataError, SettingsError
+from bam_ray.settings import EmbedderName
 from tests.support import tiny
 
 TEXTS = [
