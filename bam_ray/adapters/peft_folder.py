@@ -74,7 +74,7 @@ def write_peft_folder(folder: Path, weights: AdapterWeights, index: AdapterIndex
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": index.rank,
-        "lora_alpha": index.alpha,
+        "lora_alpha": int(index.alpha) if index.alpha.is_integer() else index.alpha,  # peft declares an integer
         "use_rslora": index.rank_stabilized,
         "lora_dropout": 0.0,
         "bias": "none",

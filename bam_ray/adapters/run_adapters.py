@@ -106,11 +106,16 @@ class RunAdapters:
             CheckpointError: There is no such adapter, it is damaged, or the folder is not empty.
         """
         adapter = self.get(name)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder} exists and is not an empty folder: choose another one")
+        refuse_content(folder)
         weights = adapter.read()
         folder.mkdir(parents=True, exist_ok=True)
         write_peft_folder(folder, weights, adapter.index.file, self._run.recipe.seed.folder or self._seed.uri)
+
+    def export_all(self, folder: Path) -> None:
+        """Write every adapter to a folder of its name below `folder`; raises as `export` does."""
+        refuse_content(folder)
+        for name in self.found:
+            self.export(name, folder / name)
 
     def add(self, name: str, folder: Path) -> Manifest:
         """Import the adapter in a folder of peft.
@@ -160,6 +165,12 @@ class RunAdapters:
             for spec in specs
             if len(spec.shape) == 2 and ".layers." in spec.name and spec.name.endswith(".weight")
         }
+
+
+def refuse_content(folder: Path) -> None:
+    """Raise `CheckpointError` if `folder` exists and is not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an empty folder: choose another one")
 
 
 def base_identity(seed: Artifact) -> BaseIdentity:

@@ -47,12 +47,18 @@ def list_adapters(recipe: RecipeOfRun, overrides: Overrides = None) -> None:
 @adapters_app.command("export")
 def export_adapter(
     recipe: RecipeOfRun,
-    name: AdapterName,
     out: Annotated[Path, typer.Option(help="The folder to write to. It must not exist, or must be empty.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The name of the adapter. Default: all, in a folder each.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write one adapter as a folder of peft, which PeftModel.from_pretrained loads."""
-    _adapters(recipe, overrides).export(name, out)
+    """Write one adapter as a folder of peft, which PeftModel.from_pretrained loads, or all adapters."""
+    adapters = _adapters(recipe, overrides)
+    if name is None:
+        adapters.export_all(out)
+    else:
+        adapters.export(name, out)
     console.print(f"written: {out}", soft_wrap=True)
 
 

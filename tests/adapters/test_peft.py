@@ -140,6 +140,13 @@ def test_commands_list_import_export_and_remove(
     foreign_folder(recipe, tmp_path / "foreign")
     assert bam(monkeypatch, "adapters", "import", path, str(tmp_path / "foreign"), "--name", "legal") == 0
     assert bam(monkeypatch, "adapters", "export", path, "topic-0004", "--out", str(tmp_path / "out")) == 0
+    assert bam(monkeypatch, "adapters", "export", path, "--out", str(tmp_path / "all")) == 0
+    assert sorted(each.name for each in (tmp_path / "all").iterdir()) == [
+        "legal",
+        "topic-0000",
+        "topic-0002",
+        "topic-0004",
+    ]
     assert bam(monkeypatch, "adapters", "remove", path, "topic-0002") == 0
     assert bam(monkeypatch, "adapters", "list", path) == 0
     listed = capsys.readouterr().out.partition("adapter ")[2]
