@@ -40,7 +40,7 @@ Report = Callable[[int, int, str], None]
 """A function that is called with what is done, the total, and a noun phrase. It may raise `Interrupted`."""
 
 
-class Documents(Protocol):
+class DocumentSource(Protocol):
     """Documents that are read by index."""
 
     def __len__(self) -> int: ...
@@ -91,7 +91,7 @@ class FoundTopics:
 class _Text:
     """All parts one after another, the training parts first."""
 
-    def __init__(self, train: Mapping[str, Documents], held_out: Mapping[str, Documents]) -> None:
+    def __init__(self, train: Mapping[str, DocumentSource], held_out: Mapping[str, DocumentSource]) -> None:
         self.parts = {f"{name}/train": each for name, each in train.items()}
         self.parts |= {f"{name}/held_out": each for name, each in held_out.items()}
         self.bounds = np.cumsum([0, *map(len, self.parts.values())])
@@ -114,8 +114,8 @@ class _Text:
 
 
 def find_topics(
-    train: Mapping[str, Documents],
-    held_out: Mapping[str, Documents],
+    train: Mapping[str, DocumentSource],
+    held_out: Mapping[str, DocumentSource],
     settings: TopicsSettings,
     report: Report,
     seed: Path | None = None,

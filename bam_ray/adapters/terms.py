@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
-from math import log
+from math import log, sqrt
 
 TERMS = 8
 _word = re.compile(r"[^\W\d_]{3,}")
@@ -13,8 +13,8 @@ def characteristic_terms(texts: Iterable[str], topics: Iterable[int], count: int
     """Return up to `TERMS` words of each topic, the best first.
 
     The text of a topic counts as one document, as in c-TF-IDF (arXiv 2203.05794). With the frequency p of a word in the
-    topic and its mean frequency q, the score is `p · log(p / q)`, which is the part of the word in the divergence
-    between the two. Words that are frequent everywhere have a score near 0, so no list of stop words is needed.
+    topic and its mean frequency q, the score is `√p · log(p / q)`. Words that are frequent everywhere have a score near
+    0, so no list of stop words is needed.
 
     Args:
         texts: Texts of all topics.
@@ -31,7 +31,7 @@ def characteristic_terms(texts: Iterable[str], topics: Iterable[int], count: int
     terms = []
     for each in counts:
         own = each.total()
-        scores = {word: seen / own * log(seen * words / (own * total[word])) for word, seen in each.items()}
+        scores = {word: sqrt(seen / own) * log(seen * words / (own * total[word])) for word, seen in each.items()}
         ranked = sorted(scores, key=lambda word: (-scores[word], -each[word], word))
         terms.append(tuple(ranked[:TERMS]))
     return terms

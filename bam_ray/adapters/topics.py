@@ -3,9 +3,9 @@
     topics.json          the identity of the embedder; each topic's name, size, terms and threshold
     topics.safetensors   prototypes [P, d] float32 of length 1, and prototype_topics [P] int64, in ascending order
 
-A topic has several prototypes (as in ARIADNE, arXiv 2606.19079), because a cluster is rarely round. The nearest topic
-of a text is that of the prototype with the largest cosine similarity. A text that is farther from its nearest topic
-than 99 % of the held-out text of this topic has no topic, and the base model serves it.
+A topic may have several prototypes (as in ARIADNE, arXiv 2606.19079), for clusters that are not round. The nearest
+topic of a text is that of the prototype with the largest cosine similarity. A text that is farther from its nearest
+topic than 99 % of the held-out text of this topic has no topic, and the base model serves it.
 """
 
 import json

@@ -30,7 +30,7 @@ class TopicsOptions:
     count: Annotated[str, typer.Option(help="The number of topics, or auto.")] = "auto"
     embedder: Annotated[str, typer.Option(help="minilm, seed or tfidf.")] = "minilm"
     prefix_tokens: Annotated[int, typer.Option(help="The tokens at the beginning of a text that are embedded.")] = 64
-    prototypes: Annotated[int, typer.Option(help="The vectors of each topic.")] = 4
+    prototypes: Annotated[int, typer.Option(help="The vectors of each topic.")] = 1
     min_documents: Annotated[int, typer.Option(help="The fewest training documents of a topic.")] = 10
     random_seed: Annotated[int, typer.Option(help="The random seed of the split and of the clustering.")] = 0
 

@@ -23,7 +23,7 @@ class TopicsSettings(Strict):
     prefix_tokens: Count = 64
     """Number of tokens at the beginning of a text that the embedder reads. `minilm` counts its own tokens, `seed` those
     of the seed, and `tfidf` words."""
-    prototypes: Count = 4
+    prototypes: Count = 1
     """Number of vectors of each topic. The topic of a text is that of the most similar vector."""
     min_documents: Count = 10
     """The fewest training documents of a topic. The documents of a smaller topic join the other topics."""
