@@ -22,7 +22,7 @@ PRICE_ROUNDS = 10
 TEMPERATURE = 0.02  # of the transport problem, in units of cosine similarity
 DENSITY_POINTS = 1 << 14
 DENSITY_DIMENSIONS = 16
-CHUNK_PRODUCTS = 1 << 26  # similarities in memory at once: 256 MiB
+CHUNK_PRODUCTS = 1 << 24  # similarities in memory at once: 64 MiB
 INITIAL_POINTS = 4  # points for each center that k-means++ draws from, and at least this many thousand
 
 

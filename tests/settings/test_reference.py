@@ -49,6 +49,7 @@ def test_settings_outside_the_identity() -> None:
         *(f"CompareSettings.{name}" for name in dense | compared),
         *(f"MixSettings.{name}" for name in dense | {"at_once", "expert_parallel", "max_failures", "without_branches"}),
         *(f"EvaluateSettings.{name}" for name in ("batch_sequences", "needs")),
+        "TopicsSettings.needs",
         "UpcycleSettings.needs",
         "AdapterSettings.max_attempts",
         "AdapterSettings.needs",
