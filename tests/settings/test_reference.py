@@ -53,7 +53,6 @@ def test_settings_outside_the_identity() -> None:
         "UpcycleSettings.needs",
         "AdapterSettings.max_attempts",
         "AdapterSettings.needs",
-        "TopicsSettings.needs",
     }
 
 
