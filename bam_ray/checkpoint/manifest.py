@@ -19,10 +19,11 @@ Limits: an identity covers settings and parents, not the version of the code. Th
     seeds/<id>/                              the same, with a Hugging Face folder
     branches/<id>/                           a Hugging Face folder per domain
     controls/<id>/                           a dense model that mixtures are compared with
+    topics/<id>/                             topics of the corpus, and the topic of each document
+    adapters/<id>/                           bundles of LoRA adapters, and their index
     upcycled/<id>/                           a mixture at step 0, as a Hugging Face folder
     upcycled/<id>/quorum/                    since when branches were awaited, and the branches that were used
     mixtures/<id>/                           a trained mixture
-    topics/<id>/                             topics of the corpus, and the topic of each document
     evaluations/<id>/                        the perplexities, the NLL of each token and the routing of one model
     reports/<id>/                            results.json and report.html
     comparisons/<id>/                        comparison.json and index.html, from the reports of several training seeds
@@ -59,6 +60,7 @@ class ArtifactKind(StrEnum):
     UPCYCLED = "upcycled"
     MIXTURES = "mixtures"
     TOPICS = "topics"
+    ADAPTERS = "adapters"
     EVALUATIONS = "evaluations"
     REPORTS = "reports"
     COMPARISONS = "comparisons"
@@ -80,6 +82,7 @@ class ArtifactKind(StrEnum):
             ArtifactKind.SEEDS,
             ArtifactKind.BRANCHES,
             ArtifactKind.CONTROLS,
+            ArtifactKind.ADAPTERS,
             ArtifactKind.MIXTURES,
         )
 
@@ -92,6 +95,7 @@ _LABELS = {
     ArtifactKind.UPCYCLED: "upcycled mixture",
     ArtifactKind.MIXTURES: "mixture",
     ArtifactKind.TOPICS: "topics",
+    ArtifactKind.ADAPTERS: "adapters",
     ArtifactKind.EVALUATIONS: "evaluation",
     ArtifactKind.REPORTS: "report",
     ArtifactKind.COMPARISONS: "comparison",
@@ -104,6 +108,7 @@ _SETTINGS = {
     ArtifactKind.UPCYCLED: "upcycle.needs",
     ArtifactKind.MIXTURES: "mix.needs",
     ArtifactKind.TOPICS: "topics.needs",
+    ArtifactKind.ADAPTERS: "adapters.needs",
     ArtifactKind.EVALUATIONS: "evaluate.needs",
     ArtifactKind.REPORTS: "evaluate.needs",
     ArtifactKind.COMPARISONS: "the recipe",  # made by the job itself, without a request

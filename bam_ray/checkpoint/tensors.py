@@ -142,6 +142,23 @@ class TensorReader(FolderReader):
             return torch.empty(spec.shape, dtype=spec.dtype)
         return torch.frombuffer(bytearray(data), dtype=spec.dtype).view(spec.shape)
 
+    def read_together(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return tensors that lie next to each other in one file, with a single request for their whole range.
+
+        They are views of one buffer on the CPU, in their stored dtypes.
+        """
+        first = min(names, key=lambda name: self._locations[name].start)
+        start = self._locations[first].start
+        stop = max(self._locations[name].start + self.specs[name].bytes for name in names)
+        data = bytearray(self._read_range(first, 0, stop - start))
+        found = {}
+        for name in names:
+            spec, offset = self.specs[name], self._locations[name].start - start
+            assert self._locations[name].key == self._locations[first].key, f"{name} is in another file than {first}"
+            flat = torch.frombuffer(data, dtype=spec.dtype, count=spec.elements, offset=offset)
+            found[name] = flat.view(spec.shape)
+        return found
+
     def chunks(self, name: str, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
         """Yield one tensor, or its elements [first, last), as flat read-only chunks.
 

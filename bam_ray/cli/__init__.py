@@ -1,6 +1,7 @@
 """`bam`, the command line. Importing a module of commands adds them to the application."""
 
-from bam_ray.cli import experts, models, recipes, runs, topics  # noqa: F401  imported for the commands that they add
+# Imported for the commands that they add
+from bam_ray.cli import adapters, experts, models, recipes, runs, topics  # noqa: F401
 from bam_ray.cli.app import main
 
 __all__ = ["main"]

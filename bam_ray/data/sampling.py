@@ -14,22 +14,35 @@ domains may not.
 """
 
 import zlib
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bam_ray.data.corpus import Corpus, Rows
+from bam_ray.data.corpus import Rows
 from bam_ray.errors import DataError
 
 BLOCK = 4096  # domain draws per counter value
+
+
+class TrainingRows(Protocol):
+    """Packed training text by domain, such as a `Corpus`."""
+
+    @property
+    def sequence_length(self) -> int:
+        """The number of tokens of a row."""
+        ...
+
+    def train(self, domain: str) -> Rows:
+        """Return the training rows of a domain, [sequences, sequence_length]."""
+        ...
 
 
 class BlendedSampler:
     """An endless stream of rows of a corpus, whose domains are drawn by weight.
 
     Args:
-        corpus: The corpus to read from.
+        corpus: The corpus, or other rows by domain.
         blend: The sampling weight of each domain; the weights need not sum to 1, and a domain of weight 0 is left out.
         seed: The seed of all random choices.
 
@@ -37,7 +50,7 @@ class BlendedSampler:
         DataError: A weight is negative or not finite, or all weights are 0.
     """
 
-    def __init__(self, corpus: Corpus, blend: dict[str, float], seed: int) -> None:
+    def __init__(self, corpus: TrainingRows, blend: dict[str, float], seed: int) -> None:
         weights = {domain: blend[domain] for domain in sorted(blend) if blend[domain] != 0}
         if not weights or any(not 0 < weight < float("inf") for weight in weights.values()):
             raise DataError(f"the weights of a blend must be finite, not negative and not all 0: change {blend}")

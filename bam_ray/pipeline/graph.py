@@ -2,7 +2,8 @@
 
     corpora/corpus ─▶ seeds/seed ─▶ branches/<domain> … ─▶ upcycled/<mixture> ─▶ mixtures/<mixture> ─▶ reports/report
         │                 └───────▶ controls/<dense model> … ─────────────────────────────────────────────┘
-        └─▶ topics/topics (also made from the seed if the seed embeds the text)
+        └─▶ topics/topics ─▶ adapters/part-<number> …; the adapters are also made from the seed and the corpus, and
+             the topics from the seed if it embeds the text
 
 The id of a task is a pure function of the settings that determine its artifact's content and of its parents' ids, so
 all ids are known before anything runs. Settings that only control how or where the work is done (micro batch,
@@ -31,8 +32,9 @@ def task_graph(recipe: Recipe) -> list[Task]:
     topics = [_topics_task(recipe.topics, seed, corpus)] if recipe.topics else []
     upcycled = [_upcycled_task(recipe, name, seed, branches) for name in recipe.upcycle.mixtures]
     mixtures = [_mixture_task(recipe, start, corpus) for start in upcycled]
+    adapters = _adapter_tasks(recipe, seed, corpus, topics)
     report = _report_task(recipe, [corpus, seed, *branches, *controls, *mixtures], branches)
-    return [corpus, seed, *branches, *controls, *topics, *upcycled, *mixtures, report]
+    return [corpus, seed, *branches, *controls, *topics, *adapters, *upcycled, *mixtures, report]
 
 
 def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
@@ -113,6 +115,32 @@ def _topics_task(topics: TopicsSettings, seed: Task, corpus: Task) -> Task:
     parents = (seed.id, corpus.id) if topics.embedder == "seed" else (corpus.id,)
     id = identity("topics", topics.identity(), parents)
     return Task(ArtifactKind.TOPICS, "topics", id, parents, topics.needs)
+
+
+def _adapter_tasks(recipe: Recipe, seed: Task, corpus: Task, topics: Sequence[Task]) -> list[Task]:
+    """Return the tasks of the adapters. Their number is a setting, so they are known before the topics are."""
+    settings = recipe.adapters
+    if settings is None or recipe.topics is None:
+        return []
+    parents, count = (seed.id, corpus.id, *(task.id for task in topics)), recipe.topics.count
+    tasks = []
+    for number, name in enumerate(settings.task_names):
+        # Small topics are left out, so the steps are an upper bound; without a number of topics they are not known
+        own = 0 if count == "auto" else len(settings.topics_of(number, count))
+        tasks.append(
+            Task(
+                ArtifactKind.ADAPTERS,
+                name,
+                identity(name, settings.identity(), parents),
+                parents,
+                settings.needs,
+                total_steps=own * settings.training.steps,
+                max_attempts=settings.max_attempts,
+                model="adapters",
+                step_tokens=settings.training.batch_tokens if own else 0,
+            )
+        )
+    return tasks
 
 
 def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Task]) -> Task:

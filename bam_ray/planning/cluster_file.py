@@ -25,6 +25,7 @@ from bam_ray.units import GIB
 STAGE_SECONDS: dict[ArtifactKind, float] = {
     ArtifactKind.CORPORA: 600.0,
     ArtifactKind.SEEDS: 60.0,
+    ArtifactKind.ADAPTERS: 600.0,  # if the number of topics is not known
     ArtifactKind.UPCYCLED: 120.0,
     ArtifactKind.TOPICS: 600.0,
     ArtifactKind.REPORTS: 600.0,

@@ -100,6 +100,8 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
         upcycled = task.kind == ArtifactKind.UPCYCLED
         work = _upcycling_bytes(task, recipe, seed) if upcycled else _evaluation_bytes(recipe, seed)
         return WorkerMemory(process + work, process + work)
+    if task.kind == ArtifactKind.ADAPTERS:
+        return _adapter_memory(recipe, seed, on_gpu)
     if task.kind == ArtifactKind.TOPICS:
         work = TOPIC_BYTES + seed.parameters * WEIGHT_BYTES
         return WorkerMemory(process + work, process + work)
@@ -110,6 +112,24 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
             return _diloco_memory(seed, training, context, task.workers, on_gpu)
     assert training is not None
     return training_memory(seed, training, context, WorkerShare(task.workers, 1, task.is_group, on_gpu))
+
+
+def _adapter_memory(recipe: Recipe, seed: ModelSize, on_gpu: bool) -> WorkerMemory:
+    """Return the memory of a worker that trains one adapter at a time on the frozen seed."""
+    assert recipe.adapters is not None
+    training, context = recipe.adapters.training, recipe.data.sequence_length
+    states = seed.weight_bytes + 16 * seed.lora_parameters(recipe.adapters.rank)
+    sequences = training.micro_batch_sequences
+    least = 1 if sequences == "auto" else sequences
+    fitted = max(1, AUTO_TOKENS // context) if sequences == "auto" and not on_gpu else least
+    if on_gpu:
+        device = states + activation_bytes(seed, training, least * context, 1)
+        return WorkerMemory(GPU_PROCESS_BYTES + seed.weight_bytes, GPU_PROCESS_BYTES + seed.weight_bytes, device)
+    process = PROCESS_BYTES + states
+    return WorkerMemory(
+        process + activation_bytes(seed, training, fitted * context, 1),
+        process + activation_bytes(seed, training, least * context, 1),
+    )
 
 
 def _diloco_memory(

@@ -136,6 +136,11 @@ class ModelSize:
         """Bytes of a checkpoint."""
         return CHECKPOINT_BYTES * self.parameters + self.count_bytes
 
+    def lora_parameters(self, rank: int) -> int:
+        """Return the number of parameters of an adapter of all linear layers of a dense model."""
+        attention = 2 * (self.hidden + self.query) + 2 * (self.hidden + self.key)
+        return self.layers * rank * (attention + self.ffn_matrices * (self.hidden + self.ffn))
+
     def training_flops(self, context: int) -> float:
         """Return the operations of training per token in sequences of `context` tokens: three times a forward pass."""
         layers = (self.layers - self.dense_layers) * self._layer_products(context)

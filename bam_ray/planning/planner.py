@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import SettingsError
-from bam_ray.pipeline.graph import task_graph
+from bam_ray.pipeline.graph import subset, task_graph
 from bam_ray.pipeline.tasks import Task
 from bam_ray.planning.cluster_file import ClusterFile, NodeGroup
 from bam_ray.planning.memory import WorkerMemory, task_memory, with_memory_requests
-from bam_ray.planning.model_size import ModelSize, control_size, diloco_bytes, seed_size
+from bam_ray.planning.model_size import WEIGHT_BYTES, ModelSize, control_size, diloco_bytes, seed_size
 from bam_ray.planning.simulate import SimulationPace, SimulationResult, simulate
 from bam_ray.planning.simulated_launcher import SpeedOf
 from bam_ray.scheduling.matching import bound
@@ -20,6 +20,7 @@ from bam_ray.units import format_duration
 STEPS_PER_STAGE = 150  # controller steps between events, over the shortest possible time of the longest stage
 MAX_RETRY_DELAY = 300.0  # seconds that the simulation may start the next attempt at a task too late
 TIMEOUT_FACTOR = 10  # the simulation ends after this many times the shortest possible time of the run
+FROZEN_FLOPS = 2 / 3  # of training on a frozen model: its weights need no gradients
 TRAINED = tuple(kind for kind in ArtifactKind if kind.trains)
 
 
@@ -131,7 +132,8 @@ def _compared_tasks(recipe: Recipe, size: ModelSize | None) -> tuple[PlannedTask
     if recipe.compare is None:
         return ()
     seeded = [with_training_seed(recipe, seed) for seed in recipe.compare.seeds]
-    return tuple({task.id: _plan_task(task, each, size) for each in seeded for task in task_graph(each)}.values())
+    compared = ((task, each) for each in seeded for task in subset(task_graph(each), [ArtifactKind.REPORTS]))
+    return tuple({task.id: _plan_task(task, each, size) for task, each in compared}.values())
 
 
 def _untrained_seconds(task: Task, cluster: ClusterFile) -> float:
@@ -143,14 +145,26 @@ def _plan_task(task: Task, recipe: Recipe, seed: ModelSize | None) -> PlannedTas
     tokens = task.total_steps * task.step_tokens
     memory = task_memory(task, recipe, seed, on_gpu=task.needs.gpus > 0)
     size = _model_size(task, recipe, seed)
-    if size is None:
+    if size is None or (task.kind == "adapters" and not task.total_steps):  # the number of topics is not known
         return PlannedTask(task, tokens, memory)
     training = _training_settings(task, recipe)
+    if task.kind == "adapters":
+        adapters = _adapter_bytes(task, recipe, size)
+        # Each adapter is written when it is trained, and again in a bundle
+        return PlannedTask(task, tokens, memory, 2 * adapters, adapters, 2 * adapters)
     if training is None:
         return PlannedTask(task, tokens, memory, size.weight_bytes, size.weight_bytes, size.weight_bytes)
     is_diloco = task.name == DILOCO and task.kind == "controls"
     checkpoint = size.weight_bytes + diloco_bytes(size, task.workers) if is_diloco else size.checkpoint_bytes
     return PlannedTask(task, tokens, memory, *_stored_bytes(training, size.weight_bytes, checkpoint))
+
+
+def _adapter_bytes(task: Task, recipe: Recipe, seed: ModelSize) -> int:
+    """Return the bytes of all adapters of a task, in fp32 and for all linear layers."""
+    assert recipe.adapters is not None
+    return (
+        task.total_steps // recipe.adapters.training.steps * WEIGHT_BYTES * seed.lora_parameters(recipe.adapters.rank)
+    )
 
 
 def _stored_bytes(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:
@@ -195,6 +209,10 @@ def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
             return recipe.branch.training
         case "controls":
             return recipe.controls[task.name]
+        case "adapters":
+            assert recipe.adapters is not None
+            training = recipe.adapters.training
+            return training.model_copy(update={"checkpoint_every": training.steps})  # an adapter, when it is trained
         case "mixtures":
             return recipe.mix_of(task.name).training
         case _:
@@ -207,7 +225,7 @@ def _model_size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize
         return None
     if task.kind == "controls":
         return control_size(task.name, recipe, seed)
-    if task.kind in ("seeds", "branches"):
+    if task.kind in ("seeds", "branches", "adapters"):
         return seed
     return seed.mixed(recipe.upcycle.mixtures[task.name], 1 + len(recipe.branch.domains))
 
@@ -220,16 +238,17 @@ def _worker_speed(recipe: Recipe, seed: ModelSize | None) -> SpeedOf:
         if not task.step_tokens:
             return None
         size = _model_size(task, recipe, seed)
+        part = FROZEN_FLOPS if task.kind == "adapters" else 1.0
         if group.tokens_per_second is not None:
             ratio = size.training_flops(context) / seed.training_flops(context) if size and seed else 1.0
-            return group.tokens_per_second / ratio
+            return group.tokens_per_second / (part * ratio)
         if size is None:
             raise SettingsError(
                 "the cluster file gives tflops, but the size of the seed is not known before the run "
                 f"(no config.json in {recipe.seed.folder or recipe.data.tokenizer.folder}): give tokens_per_second"
             )
         assert group.tflops is not None
-        return group.tflops * 1e12 / size.training_flops(context)
+        return group.tflops * 1e12 / (part * size.training_flops(context))
 
     return speed_of
 

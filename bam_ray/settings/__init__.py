@@ -1,5 +1,6 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
+from bam_ray.settings.adapters import AdapterSettings
 from bam_ray.settings.blends import PRESETS, DynamicBlend
 from bam_ray.settings.compare import (
     DILOCO,
@@ -46,6 +47,7 @@ __all__ = [
     "DILOCO",
     "PRESETS",
     "PRIOR_CONTROLS",
+    "AdapterSettings",
     "AnyMixture",
     "AverageSettings",
     "BamSettings",

@@ -186,6 +186,8 @@ def workers_share_batches(recipe: "Recipe") -> None:
         jobs.append(("compare", mix.training, recipe.compare.workers))
         if recipe.compare.diloco is not None:
             jobs.append(("compare.diloco", mix.training, recipe.compare.diloco.workers))
+    if recipe.adapters is not None:
+        jobs.append(("adapters", recipe.adapters.training, 1))
     for section, training, workers in jobs:
         trained = "mix" if section.startswith("compare") else section  # controls have the batches of mixtures
         sequences = _sequences(trained, training.batch_tokens, recipe.data.sequence_length)
@@ -258,6 +260,19 @@ def prior_has_domains(recipe: "Recipe") -> None:
         raise ValueError("compare.prior needs two domains or more in data.domains: add one, or leave it out")
 
 
+def adapters_have_topics(recipe: "Recipe") -> None:
+    """Check that there are topics to train adapters for, and at least one for each task."""
+    if recipe.adapters is None:
+        return
+    if recipe.topics is None:
+        raise ValueError("adapters need topics: add a section `topics`, or leave out `adapters`")
+    if recipe.topics.count != "auto" and recipe.adapters.tasks > recipe.topics.count:
+        raise ValueError(
+            f"adapters.tasks is {recipe.adapters.tasks}, more than topics.count {recipe.topics.count}: use at most one "
+            "task for each topic"
+        )
+
+
 def _reason(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
 
@@ -274,4 +289,5 @@ CHECKS: tuple[Callable[["Recipe"], None], ...] = (
     dense_mixtures_are_trained,
     controls_can_be_trained,
     prior_has_domains,
+    adapters_have_topics,
 )

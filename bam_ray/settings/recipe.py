@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from bam_ray.settings import consistency
+from bam_ray.settings.adapters import AdapterSettings
 from bam_ray.settings.compare import DILOCO, CompareSettings, control_name
 from bam_ray.settings.data import DataSettings
 from bam_ray.settings.dense import BranchSettings, SeedSettings
@@ -49,6 +50,8 @@ class Recipe(Strict):
     """Dense models to compare the mixtures with. `null` means none."""
     topics: TopicsSettings | None = None
     """Topics of the corpus, for adapters. `null` means none."""
+    adapters: AdapterSettings | None = None
+    """Adapters of the seed, one for each topic of `topics` (MoIN). `null` means none."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Held-out evaluation."""
     serve: ServeSettings = ServeSettings()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.stages.adapters import train_adapters
 from bam_ray.stages.corpus import make_corpus
 from bam_ray.stages.dense import train_branch, train_control, train_seed
 from bam_ray.stages.evaluate import evaluate
@@ -18,6 +19,7 @@ STAGES: dict[ArtifactKind, Callable[[TaskRun], Manifest | None]] = {
     ArtifactKind.BRANCHES: train_branch,
     ArtifactKind.CONTROLS: train_control,
     ArtifactKind.TOPICS: make_topics,
+    ArtifactKind.ADAPTERS: train_adapters,
     ArtifactKind.UPCYCLED: upcycle_mixture,
     ArtifactKind.REPORTS: evaluate,
 }

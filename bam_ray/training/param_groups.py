@@ -45,9 +45,9 @@ def has_weight_decay(name: str, parameter: Tensor) -> bool:
 
 
 def freeze(model: PreTrainedModel, mixing: Mixing) -> None:
-    """Disable the gradients of all parameters that are not trained."""
+    """Disable the gradients of all parameters that are not trained; what is frozen already stays so."""
     for _, parameter, kind in parameter_kinds(model):
-        parameter.requires_grad_(kind in TRAINED_KINDS[mixing.train])
+        parameter.requires_grad_(parameter.requires_grad and kind in TRAINED_KINDS[mixing.train])
 
 
 def param_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:

@@ -26,6 +26,15 @@ def test_a_training_seed_changes_everything_but_the_corpus() -> None:
     assert with_training_seed(seeded, 0) == recipe, "the recipe is that of its own seed"
 
 
+def test_a_training_seed_changes_adapters_but_not_topics() -> None:
+    adapters = "adapters={training: {tokens: 4096, batch_tokens: 4096, peak_lr: 0.001}}"
+    recipe = load_recipe("recipes/demo.yaml", ["topics={count: 4}", adapters])
+    seeded = with_training_seed(recipe, 3)
+    assert seeded.adapters is not None and seeded.adapters.training.seed == 3
+    before, after = ids(recipe), ids(seeded)
+    assert {key for key in before if before[key] == after[key]} == {("corpora", "corpus"), ("topics", "topics")}
+
+
 def test_a_seed_from_a_folder_stays_as_it_is() -> None:
     recipe = load_recipe("recipes/demo.yaml", ["seed={folder: models/base}"])
     seeded = with_training_seed(recipe, 2)
