@@ -14,15 +14,14 @@ Shapes: S adapter slots, R largest rank, B rows of a batch, T tokens of a chunk.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bam_ray.adapters.peft_folder import check_pairs
-from bam_ray.adapters.weights import AdapterWeights, LoraPair
+from bam_ray.adapters.weights import AdapterWeights, LoraPair, check_pairs
 from bam_ray.errors import CheckpointError, ServingError
 
 BASE_SLOT = 0
@@ -39,7 +38,7 @@ class SlotAdapter:
     """
 
     key: str
-    slot: int
+    slot: int = field(compare=False)
 
 
 class LoraBatch:

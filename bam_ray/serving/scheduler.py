@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.detokenizer import TextStream
 from bam_ray.serving.engine import DecodeEngine, Delta, Generation, Output
+from bam_ray.serving.lora import SlotAdapter
 from bam_ray.serving.plan import ServedTokens, WaitingRequest
 from bam_ray.serving.sampling import SamplingParams
 
@@ -110,7 +111,12 @@ class Scheduler:
         return len(self._waiting)
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, paced: bool = False, tenant: str = ""
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        paced: bool = False,
+        tenant: str = "",
+        adapter: SlotAdapter | None = None,
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Continue each prompt, and yield the new output as (index, delta) pairs.
 
@@ -122,6 +128,7 @@ class Scheduler:
             params: The sampling parameters of all prompts.
             paced: Wait between yields if there are many readers, so that each yield carries more output.
             tenant: The client that the request belongs to. Tenants receive equally many tokens while they wait.
+            adapter: The adapter of all prompts, which must stay in its slot; None: the base model.
 
         Raises:
             Overloaded: The queue is full. Nothing has been queued.
@@ -129,10 +136,15 @@ class Scheduler:
         """
         self._check_queue(prompts, tenant)
         self.engine.check_size(max(map(len, prompts), default=1), params)
-        return self._generate(prompts, params, paced, tenant)
+        return self._generate(prompts, params, paced, tenant, adapter)
 
     async def _generate(
-        self, prompts: list[list[int]], params: SamplingParams, paced: bool, tenant: str
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        paced: bool,
+        tenant: str,
+        adapter: SlotAdapter | None,
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         self._check_queue(prompts, tenant)  # the queue may have grown since the call
         if self._task is None:
@@ -141,7 +153,7 @@ class Scheduler:
         output: _Reader = asyncio.Queue()
         unfinished: dict[int, _Choice] = {}
         for prompt in prompts:
-            queued = self._queue(Generation(prompt, params), len(unfinished), tenant, output)
+            queued = self._queue(Generation(prompt, params, adapter=adapter), len(unfinished), tenant, output)
             unfinished |= {choice.index: choice for choice in queued.choices}
         self._work_available.set()
         self._readers.add(output)

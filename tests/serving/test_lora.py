@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from bam_ray.adapters.peft_folder import read_peft_folder
+from bam_ray.adapters.peft_source import read_peft_folder
 from bam_ray.errors import CheckpointError, ServingError
 from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.serving.engine import Generation
 from bam_ray.serving.lora import LoraSlots, SlotAdapter
-from tests.support.adapters import copy_of, merged, write_adapter
 from tests.support.decoding import prompts_of
+from tests.support.peft_adapters import copy_of, merged, write_adapter
 from tests.support.tiny import dense
 
 SETTINGS: list[dict[str, Any]] = [

@@ -1,5 +1,6 @@
-"""LoRA adapters in the folder format of the peft library: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters in the folder format of the peft library: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bam_ray.adapters.weights import AdapterWeights, LoraPair
+from bam_ray.adapters.source import AdapterKey
+from bam_ray.adapters.weights import AdapterWeights, LoraPair, check_pairs
 from bam_ray.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -33,6 +35,52 @@ PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
 }
 """The settings that must have one of these values, because others change more than linear layers by `scale · B A`."""
+
+
+class PeftFolders:
+    """A folder with one peft folder for each adapter, whose name is that of its folder."""
+
+    tier = "disk"
+
+    def __init__(self, root: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Create a source.
+
+        Args:
+            root: The folder that has the folders of the adapters.
+            shapes: The shape [out, in] of each linear layer of the base model, by name.
+
+        Raises:
+            CheckpointError: The folder does not exist.
+        """
+        self._root, self._shapes = root, shapes
+        self.keys()
+
+    def keys(self) -> Mapping[str, AdapterKey]:
+        """Return the folders that have both files of an adapter."""
+        try:
+            folders = [each for each in self._root.iterdir() if not each.name.startswith(".")]
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._root} cannot be read ({error.strerror}): set serve.adapters.source to a folder of adapters"
+            ) from None
+        keys = (self._key(folder) for folder in sorted(folders))
+        return {key.name: key for key in keys if key is not None}
+
+    def fetch(self, key: AdapterKey) -> AdapterWeights:
+        """Return the weights of an adapter."""
+        weights = read_peft_folder(self._root / key.name, self._shapes)
+        if self._key(self._root / key.name) != key:
+            raise CheckpointError(f"adapter {key.name} has changed while it was read: retry")
+        return weights
+
+    def _key(self, folder: Path) -> AdapterKey | None:
+        """Return the key of an adapter, or None if a file is missing, as while it is being written."""
+        try:
+            files = [(folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        except OSError:
+            return None
+        stamp = repr([(each.st_mtime_ns, each.st_size, each.st_ino) for each in files])
+        return AdapterKey(folder.name, hashlib.sha256(stamp.encode()).hexdigest()[:12])
 
 
 def read_peft_folder(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> AdapterWeights:
@@ -60,31 +108,6 @@ def read_peft_folder(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> Ada
             f"{folder}: {wrong} has rank {len(pairs[wrong].a)}, but the configuration says {rank}: save it again"
         )
     return AdapterWeights(folder.name, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), pairs)
-
-
-def check_pairs(source: str, pairs: Mapping[str, LoraPair], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise `CheckpointError` if the factors of an adapter do not fit the linear layers of a base model.
-
-    Args:
-        source: The adapter, for the error message.
-        pairs: The factors of each linear layer, by name.
-        shapes: The shape [out, in] of each linear layer of the base model, by name.
-    """
-    if not pairs:
-        raise CheckpointError(f"{source} changes no layer: train it with target_modules, and save it again")
-    for name, pair in pairs.items():
-        if name not in shapes:
-            raise CheckpointError(
-                f"{source} changes {name}, which is no linear layer of the base model: serve it with its own base model"
-            )
-        fits = pair.a.ndim == pair.b.ndim == 2 and len(pair.a) == pair.b.shape[1] > 0
-        if not fits or (len(pair.b), pair.a.shape[1]) != shapes[name]:
-            raise CheckpointError(
-                f"{source}: the factors of {name} are {[*pair.a.shape]} and {[*pair.b.shape]}, but the layer is "
-                f"{[*shapes[name]]}: serve it with its own base model"
-            )
-        if not all(bool(each.isfinite().all()) for each in (pair.a, pair.b)):
-            raise CheckpointError(f"{source}: the factors of {name} are not finite: train the adapter again")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bam_ray.adapters.peft_folder import read_peft_folder
+from bam_ray.adapters.peft_source import read_peft_folder
 from bam_ray.errors import CheckpointError
-from tests.support.adapters import merged, write_adapter
+from tests.support.peft_adapters import merged, write_adapter
 from tests.support.tiny import dense
 
 LAYER = "model.layers.0.self_attn.q_proj"
