@@ -22,6 +22,7 @@ Limits: an identity covers settings and parents, not the version of the code. Th
     upcycled/<id>/                           a mixture at step 0, as a Hugging Face folder
     upcycled/<id>/quorum/                    since when branches were awaited, and the branches that were used
     mixtures/<id>/                           a trained mixture
+    topics/<id>/                             topics of the corpus, and the topic of each document
     evaluations/<id>/                        the perplexities, the NLL of each token and the routing of one model
     reports/<id>/                            results.json and report.html
     comparisons/<id>/                        comparison.json and index.html, from the reports of several training seeds
@@ -57,6 +58,7 @@ class ArtifactKind(StrEnum):
     CONTROLS = "controls"
     UPCYCLED = "upcycled"
     MIXTURES = "mixtures"
+    TOPICS = "topics"
     EVALUATIONS = "evaluations"
     REPORTS = "reports"
     COMPARISONS = "comparisons"
@@ -89,6 +91,7 @@ _LABELS = {
     ArtifactKind.CONTROLS: "control",
     ArtifactKind.UPCYCLED: "upcycled mixture",
     ArtifactKind.MIXTURES: "mixture",
+    ArtifactKind.TOPICS: "topics",
     ArtifactKind.EVALUATIONS: "evaluation",
     ArtifactKind.REPORTS: "report",
     ArtifactKind.COMPARISONS: "comparison",
@@ -100,6 +103,7 @@ _SETTINGS = {
     ArtifactKind.CONTROLS: "compare.needs",
     ArtifactKind.UPCYCLED: "upcycle.needs",
     ArtifactKind.MIXTURES: "mix.needs",
+    ArtifactKind.TOPICS: "topics.needs",
     ArtifactKind.EVALUATIONS: "evaluate.needs",
     ArtifactKind.REPORTS: "evaluate.needs",
     ArtifactKind.COMPARISONS: "the recipe",  # made by the job itself, without a request

@@ -1,7 +1,8 @@
 """The tasks of a recipe, parents first.
 
     corpora/corpus ─▶ seeds/seed ─▶ branches/<domain> … ─▶ upcycled/<mixture> ─▶ mixtures/<mixture> ─▶ reports/report
-                          └───────▶ controls/<dense model> … ─────────────────────────────────────────────┘
+        │                 └───────▶ controls/<dense model> … ─────────────────────────────────────────────┘
+        └─▶ topics/topics (also made from the seed if the seed embeds the text)
 
 The id of a task is a pure function of the settings that determine its artifact's content and of its parents' ids, so
 all ids are known before anything runs. Settings that only control how or where the work is done (micro batch,
@@ -16,7 +17,7 @@ from typing import Any
 
 from bam_ray.checkpoint.manifest import ArtifactKind, identity
 from bam_ray.pipeline.tasks import BranchQuorum, Task, fewer_workers
-from bam_ray.settings import DILOCO, MixtureSettings, Needs, Recipe, TrainingSettings
+from bam_ray.settings import DILOCO, MixtureSettings, Needs, Recipe, TopicsSettings, TrainingSettings
 
 DENSE = "dense"  # `Task.model` of the seed, the branches and the controls without a prior
 
@@ -27,10 +28,11 @@ def task_graph(recipe: Recipe) -> list[Task]:
     seed = _seed_task(recipe, corpus)
     branches = [_branch_task(recipe, domain, seed, corpus) for domain in recipe.branch.domains]
     controls = [_control_task(recipe, name, seed, corpus) for name in recipe.controls]
+    topics = [_topics_task(recipe.topics, seed, corpus)] if recipe.topics else []
     upcycled = [_upcycled_task(recipe, name, seed, branches) for name in recipe.upcycle.mixtures]
     mixtures = [_mixture_task(recipe, start, corpus) for start in upcycled]
     report = _report_task(recipe, [corpus, seed, *branches, *controls, *mixtures], branches)
-    return [corpus, seed, *branches, *controls, *upcycled, *mixtures, report]
+    return [corpus, seed, *branches, *controls, *topics, *upcycled, *mixtures, report]
 
 
 def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
@@ -105,6 +107,12 @@ def _control_task(recipe: Recipe, name: str, seed: Task, corpus: Task) -> Task:
     least = None if diloco else compare.min_workers
     task = _with_training(task, training, least, recipe.data.sequence_length)
     return replace(task, model=name) if form else task
+
+
+def _topics_task(topics: TopicsSettings, seed: Task, corpus: Task) -> Task:
+    parents = (seed.id, corpus.id) if topics.embedder == "seed" else (corpus.id,)
+    id = identity("topics", topics.identity(), parents)
+    return Task(ArtifactKind.TOPICS, "topics", id, parents, topics.needs)
 
 
 def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Task]) -> Task:

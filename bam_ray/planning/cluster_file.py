@@ -26,6 +26,7 @@ STAGE_SECONDS: dict[ArtifactKind, float] = {
     ArtifactKind.CORPORA: 600.0,
     ArtifactKind.SEEDS: 60.0,
     ArtifactKind.UPCYCLED: 120.0,
+    ArtifactKind.TOPICS: 600.0,
     ArtifactKind.REPORTS: 600.0,
 }
 """Assumed durations of the stages that do not train, used if the cluster file states none."""

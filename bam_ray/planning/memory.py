@@ -26,6 +26,7 @@ AUTO_TOKENS = 1024  # of a micro batch that is fitted to the memory of CPUs: sma
 BUCKET_PARAMETERS = 500_000_000  # `reduce_bucket_size` of the DeepSpeed engine
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of `stage3_max_live_parameters`
 BF16_COPY_BYTES = 2  # of each weight that autocast converts; kept for the backward pass
+TOPIC_BYTES = 1 * GIB  # the sample that is clustered, its products with all topics, and MiniLM
 FIT_TOKENS = 8192  # `upcycling.routers.initialize.BATCH_TOKENS`, which run through a layer at the same time
 REQUEST_MARGIN = 1.15  # of a request over the estimate
 WORTHWHILE = 0.85  # of the estimate: the most that the second request asks for
@@ -88,6 +89,8 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
     if task.kind == ArtifactKind.CORPORA or (task.kind == ArtifactKind.SEEDS and not task.total_steps):
         work = TEXT_BYTES + (_corpus_count_bytes(recipe, seed) if task.kind == ArtifactKind.CORPORA else 0)
         return WorkerMemory(process + work, process + work)
+    if task.kind == ArtifactKind.TOPICS and recipe.topics and recipe.topics.embedder != "seed":
+        return WorkerMemory(process + TOPIC_BYTES, process + TOPIC_BYTES)
     if seed is None:
         return None
     context = recipe.data.sequence_length
@@ -96,6 +99,9 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
     if task.kind in (ArtifactKind.UPCYCLED, ArtifactKind.REPORTS):
         upcycled = task.kind == ArtifactKind.UPCYCLED
         work = _upcycling_bytes(task, recipe, seed) if upcycled else _evaluation_bytes(recipe, seed)
+        return WorkerMemory(process + work, process + work)
+    if task.kind == ArtifactKind.TOPICS:
+        work = TOPIC_BYTES + seed.parameters * WEIGHT_BYTES
         return WorkerMemory(process + work, process + work)
     training = recipe.seed.training if task.kind == ArtifactKind.SEEDS else recipe.branch.training
     if task.kind == ArtifactKind.CONTROLS:

@@ -203,7 +203,7 @@ def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
 
 def _model_size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize | None:
     """Return the size of the model that `task` makes; None if it makes none or the size is unknown."""
-    if seed is None or task.kind in ("corpora", "reports"):
+    if seed is None or task.kind in ("corpora", "topics", "reports"):
         return None
     if task.kind == "controls":
         return control_size(task.name, recipe, seed)

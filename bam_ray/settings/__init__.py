@@ -38,6 +38,7 @@ from bam_ray.settings.recipe import Recipe, StoreSettings
 from bam_ray.settings.resources import Demand, Needs
 from bam_ray.settings.seeds import with_training_seed
 from bam_ray.settings.strict import Blend, Count, Identity, Name, Strict
+from bam_ray.settings.topics import EmbedderName, TopicsSettings
 from bam_ray.settings.training import Spike, TrainingSettings
 from bam_ray.settings.upcycle import QuorumSettings, UpcycleSettings
 
@@ -60,6 +61,7 @@ __all__ = [
     "DiLoCoSettings",
     "DomainSettings",
     "DynamicBlend",
+    "EmbedderName",
     "EvaluateSettings",
     "Identity",
     "Losses",
@@ -89,6 +91,7 @@ __all__ = [
     "StoreSettings",
     "Strict",
     "TokenizerSettings",
+    "TopicsSettings",
     "TrainingSettings",
     "UpcycleSettings",
     "apply_override",

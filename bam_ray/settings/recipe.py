@@ -12,6 +12,7 @@ from bam_ray.settings.methods import MixtureSettings
 from bam_ray.settings.mix import MixSettings
 from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, ServeSettings
 from bam_ray.settings.strict import Name, Strict
+from bam_ray.settings.topics import TopicsSettings
 from bam_ray.settings.training import TrainingSettings
 from bam_ray.settings.upcycle import UpcycleSettings
 
@@ -46,6 +47,8 @@ class Recipe(Strict):
     """Training of the mixtures."""
     compare: CompareSettings | None = None
     """Dense models to compare the mixtures with. `null` means none."""
+    topics: TopicsSettings | None = None
+    """Topics of the corpus, for adapters. `null` means none."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Held-out evaluation."""
     serve: ServeSettings = ServeSettings()

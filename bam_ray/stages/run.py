@@ -8,6 +8,7 @@ from bam_ray.stages.dense import train_branch, train_control, train_seed
 from bam_ray.stages.evaluate import evaluate
 from bam_ray.stages.mix import train_mixture
 from bam_ray.stages.task_run import TaskRun
+from bam_ray.stages.topics import make_topics
 from bam_ray.stages.upcycle import upcycle_mixture
 from bam_ray.training.engine import EngineFactory
 
@@ -16,6 +17,7 @@ STAGES: dict[ArtifactKind, Callable[[TaskRun], Manifest | None]] = {
     ArtifactKind.SEEDS: train_seed,
     ArtifactKind.BRANCHES: train_branch,
     ArtifactKind.CONTROLS: train_control,
+    ArtifactKind.TOPICS: make_topics,
     ArtifactKind.UPCYCLED: upcycle_mixture,
     ArtifactKind.REPORTS: evaluate,
 }

@@ -268,3 +268,22 @@ def test_a_soup_waits_for_all_branches_even_with_a_quorum() -> None:
         assert find_task(tasks, kind, "bam").quorum is not None
         assert find_task(tasks, kind, "soup").id == find_task(without, kind, "soup").id
     assert find_task(tasks, ArtifactKind.REPORTS, "report").quorum is not None
+
+
+@pytest.mark.parametrize(("embedder", "parents"), [("tfidf", {"corpora"}), ("seed", {"corpora", "seeds"})])
+def test_topics_add_one_task_and_change_no_other(embedder: str, parents: set[str]) -> None:
+    before = task_graph(sample_recipe())
+    after = task_graph(sample_recipe(f"topics={{count: 8, embedder: {embedder}}}"))
+    (topics,) = (task for task in after if task not in before)
+    assert topics.full_name == "topics/topics"
+    assert {task.kind for task in after if task.id in topics.parents} == parents
+    assert [task for task in after if task != topics] == before
+
+
+@pytest.mark.parametrize(("override", "changes"), [("topics.count=auto", True), ("topics.needs={cpus: 4}", False)])
+def test_the_id_of_topics_depends_on_what_is_found(override: str, changes: bool) -> None:
+    before, after = (
+        find_task(task_graph(sample_recipe("topics={count: 8}", *more)), ArtifactKind.TOPICS, "topics")
+        for more in ((), (override,))
+    )
+    assert (before.id != after.id) == changes

@@ -232,3 +232,13 @@ def test_repeated_constants_agree() -> None:
     from bam_ray.planning import memory
 
     assert memory.FIT_TOKENS == BATCH_TOKENS
+
+
+def test_topics_request_the_memory_of_their_embedder() -> None:
+    requests = {}
+    for embedder in ("minilm", "seed"):
+        planned = recipe(f"topics={{count: 8, embedder: {embedder}}}")
+        size = seed_size(planned)
+        (task,) = (task for task in with_memory_requests(task_graph(planned), planned, size) if task.kind == "topics")
+        requests[embedder] = task.needs.memory_gib or 0.0
+    assert 1.0 < requests["minilm"] < requests["seed"] - 0.4
