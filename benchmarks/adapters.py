@@ -116,9 +116,7 @@ def peft_step(model: Any) -> Callable[[], None]:
     @torch.inference_mode()
     def step() -> None:
         nonlocal tokens
-        logits = model(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, adapter_names=names
-        ).logits
+        logits = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1, adapter_names=names).logits
         tokens = logits[:, -1:].argmax(-1)
 
     step()

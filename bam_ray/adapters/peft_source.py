@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft wraps the base model twice
 FACTORS = {".lora_A.weight": "a", ".lora_B.weight": "b"}
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -38,7 +40,11 @@ PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 class PeftFolders:
-    """A folder with one peft folder for each adapter, whose name is that of its folder."""
+    """A folder with one peft folder for each adapter, whose name is that of its folder.
+
+    Folders with other characters in their names than letters, digits, `.`, `_` and `-` are left out, because names are
+    in headers of responses.
+    """
 
     tier = "disk"
 
@@ -58,7 +64,7 @@ class PeftFolders:
     def keys(self) -> Mapping[str, AdapterKey]:
         """Return the folders that have both files of an adapter."""
         try:
-            folders = [each for each in self._root.iterdir() if not each.name.startswith(".")]
+            folders = [each for each in self._root.iterdir() if NAME.fullmatch(each.name)]
         except OSError as error:
             raise CheckpointError(
                 f"{self._root} cannot be read ({error.strerror}): set serve.adapters.source to a folder of adapters"
@@ -102,6 +108,9 @@ def read_peft_folder(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> Ada
         )
     pairs = _pairs(folder, tensors)
     check_pairs(str(folder), pairs, shapes)
+    # All values at once: a loading thread has to wait for the engine's thread before each operation
+    if not bool(torch.cat([each.flatten().float() for each in tensors.values()]).isfinite().all()):
+        raise CheckpointError(f"{folder}: factors are not finite: train the adapter again")
     wrong = next((name for name, pair in pairs.items() if len(pair.a) != rank), None)
     if wrong is not None:
         raise CheckpointError(

@@ -49,7 +49,7 @@ class AdapterDevice(Protocol):
         ...
 
 
-class Lease:
+class AdapterLease:
     """The right to use an adapter on the device until `release` is called.
 
     Attributes:
@@ -149,6 +149,7 @@ class AdapterPool:
         self._resident: OrderedDict[AdapterKey, _Resident] = OrderedDict()  # the least recently used one first
         self._free = [*range(device.slots, 0, -1)]
         self._waiters: list[_Waiter] = []
+        self._window = device.slots  # the number of requests that wait whose adapters are loaded to host memory
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -167,7 +168,7 @@ class AdapterPool:
             return "device"
         return "host" if key in self._host else self._source.tier
 
-    async def acquire(self, key: AdapterKey) -> Lease:
+    async def acquire(self, key: AdapterKey) -> AdapterLease:
         """Load an adapter to the device if it is not there, and keep it there.
 
         Raises:
@@ -188,7 +189,7 @@ class AdapterPool:
         except asyncio.CancelledError:
             self._forget(waiter)
             raise
-        lease = Lease(key, resident.slot, tier, partial(self._release, key, resident))
+        lease = AdapterLease(key, resident.slot, tier, partial(self._release, key, resident))
         try:
             await asyncio.shield(resident.loaded)
         except BaseException:
@@ -232,7 +233,7 @@ class AdapterPool:
                 waiter.granted.set_result(resident)
                 continue
             self._waiters.append(waiter)
-            if waiter.key not in self._host and len(self._waiters) <= self._device.slots:
+            if waiter.key not in self._host and len(self._waiters) <= self._window:
                 self._start_fetch(waiter.key)
             if self._clock() - self._waiters[0].since >= self._max_wait:
                 self._waiters += waiting[place + 1 :]
@@ -266,6 +267,7 @@ class AdapterPool:
             if not isinstance(error, Exception):
                 raise
         else:
+            self._failures.pop(key, None)
             resident.loaded.set_result(None)
         self._grant()
 
@@ -286,7 +288,6 @@ class AdapterPool:
                 if waiter.key == key:
                     waiter.fail(unavailable)
         else:
-            self._failures.pop(key, None)
             self._keep(key, weights)
         finally:
             self._fetching.discard(key)
@@ -298,12 +299,14 @@ class AdapterPool:
         return weights
 
     def _keep(self, key: AdapterKey, weights: AdapterWeights) -> None:
-        """Keep an adapter in host memory, at least until the next one comes."""
+        """Keep an adapter in host memory. Those that the next requests wait for stay there, as far as they fit."""
         self._host[key] = weights
         self.host_used += weights.bytes
+        awaited = {waiter.key for waiter in self._waiters[: self._window]}
         while self.host_used > self._host_bytes and len(self._host) > 1:
-            _, dropped = self._host.popitem(last=False)
-            self.host_used -= dropped.bytes
+            drop = next((each for each in self._host if each not in awaited), next(iter(self._host)))
+            self.host_used -= self._host.pop(drop).bytes
+            self._window = min(self._device.slots, len(self._host))
 
     def _failed(self, key: AdapterKey, error: BaseException) -> AdapterUnavailable:
         """Note that a load of an adapter has failed, and return the error for the requests that wait for it."""

@@ -1,4 +1,4 @@
-"""Where adapters come from. A source may gain, change and lose adapters while it is used."""
+"""The protocol of sources of adapters. A source may gain, change and lose adapters while it is used."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol

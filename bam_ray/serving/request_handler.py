@@ -164,7 +164,7 @@ class RequestHandler:
         if self._adapters is None or job.adapter is None:
             yield None
             return
-        async with self._adapters.lease(job.adapter) as adapter:
+        async with self._adapters.lease(job.adapter, self._scheduler.when_left) as adapter:
             self._metrics.count_adapter(job.adapter)
             job.builder.adapter, job.builder.model = job.adapter, self._adapters.model_of(job.adapter.adapter)
             yield adapter

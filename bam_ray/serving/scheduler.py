@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -93,6 +93,7 @@ class Scheduler:
         self._running: dict[int, _Choice] = {}
         self._served = ServedTokens()
         self._abandoned: list[_Choice] = []  # their readers have disconnected
+        self._when_left: list[Callable[[], None]] = []
         self._failed_steps = 0  # in a row
         self._token_texts: dict[int, str] = {}
         self._readers: set[_Reader] = set()
@@ -177,6 +178,17 @@ class Scheduler:
             self._abandoned.extend(unfinished.values())
             self._work_available.set()
 
+    def when_left(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the engine does not compute the requests any more whose generators are closed now.
+
+        A step that is being computed may still use what such a request uses, for example the slot of its adapter.
+        """
+        if self._task is None or self._task.done():
+            callback()
+        else:
+            self._when_left.append(callback)
+            self._work_available.set()
+
     async def close(self) -> None:
         """Stop the engine. Readers that are still open receive a `ServingError`."""
         self.failure = self.failure or ServingError("the server is shutting down: retry later")
@@ -186,6 +198,7 @@ class Scheduler:
         self._thread.shutdown()
         self.engine.clear()
         self._fail_all(self.failure)
+        _call_all(self._when_left)
 
     def _check_queue(self, prompts: list[list[int]], tenant: str) -> None:
         """Raise `Overloaded` if the queue has no room for all prompts, or `failure` if the scheduler has stopped.
@@ -221,7 +234,9 @@ class Scheduler:
         computed: list[tuple[_Choice, Output]] = []
         while True:
             leaving = self._take_abandoned()
+            when_left, self._when_left = self._when_left, []
             if not self._waiting and not self._running and not leaving:
+                _call_all(when_left)
                 self._work_available.clear()
                 self._deliver(computed)
                 computed = []
@@ -230,7 +245,10 @@ class Scheduler:
             waiting = [queued.request for queued in self._waiting.values()]
             step = loop.run_in_executor(self._thread, self._step, waiting, leaving)
             self._deliver(computed)  # while the engine computes
-            computed = self._account(*await step)
+            try:
+                computed = self._account(*await step)
+            finally:
+                _call_all(when_left)
             if self._failed_steps >= MAX_FAILED_STEPS:
                 self._deliver(computed)
                 computed = []
@@ -365,6 +383,11 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
         self._waiting_tokens = 0
+
+
+def _call_all(callbacks: list[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        callback()
 
 
 def _is_out_of_memory(error: Exception | None) -> bool:

@@ -10,7 +10,7 @@ import difflib
 import logging
 import reprlib
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel
 
-from bam_ray.adapters.pool import AdapterPool, Lease
+from bam_ray.adapters.pool import AdapterLease, AdapterPool
 from bam_ray.adapters.source import AdapterKey, AdapterSource
 from bam_ray.errors import AdapterUnavailable
 from bam_ray.serving.lora import SlotAdapter
@@ -29,8 +29,9 @@ _logger = logging.getLogger(__name__)
 AUTO = "auto"
 """The name of the model that chooses the adapter of each request."""
 REFRESH_SECONDS = 5.0
-"""The age at which the list of adapters is read again. An unknown name reads it again after a second."""
+"""The age at which the list of adapters is read again."""
 UNKNOWN_REFRESH_SECONDS = 1.0
+"""The same, if a name is unknown or an adapter cannot be loaded."""
 
 ChoiceReason = Literal["override", "nearest", "far", "unavailable"]
 WhenUnavailable = Literal["base", "wait", "error"]
@@ -203,8 +204,15 @@ class ServedAdapters:
         return key
 
     @asynccontextmanager
-    async def lease(self, use: AdapterUse) -> AsyncGenerator[SlotAdapter | None, None]:
-        """Keep the adapter of a request on the device. `use` is changed to what the request really uses.
+    async def lease(
+        self, use: AdapterUse, when_left: Callable[[Callable[[], None]], None]
+    ) -> AsyncGenerator[SlotAdapter | None, None]:
+        """Keep the adapter of a request on the device.
+
+        Args:
+            use: The choice for the request. It is changed to what the request really uses.
+            when_left: Calls a function when the engine does not compute the request any more
+                (`Scheduler.when_left`).
 
         Raises:
             AdapterUnavailable: The adapter cannot be loaded, and the base model may not replace it.
@@ -226,7 +234,7 @@ class ServedAdapters:
         try:
             yield SlotAdapter(str(lease.key), lease.slot)
         finally:
-            lease.release()
+            when_left(lease.release)
 
     def model_of(self, adapter: str | None) -> str:
         """Return the name of the model with an adapter."""
@@ -242,7 +250,7 @@ class ServedAdapters:
         )
         return AdapterInfoList(data=[each for each in entries if tier in (None, each.tier)])
 
-    async def _acquire(self, use: AdapterUse, start: float) -> Lease:
+    async def _acquire(self, use: AdapterUse, start: float) -> AdapterLease:
         """Return the lease of the adapter of a request."""
         assert use.adapter is not None
         while True:
@@ -252,7 +260,7 @@ class ServedAdapters:
             try:
                 return await self.pool.acquire(key)
             except AdapterUnavailable as error:
-                await self._refresh(0.0)
+                await self._refresh(UNKNOWN_REFRESH_SECONDS)
                 if self._keys.get(use.adapter) not in (key, None):
                     continue  # it was changed
                 waited = time.perf_counter() - start

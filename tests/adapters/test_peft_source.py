@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bam_ray.adapters.peft_source import read_peft_folder
+from bam_ray.adapters.peft_source import PeftFolders, read_peft_folder
 from bam_ray.errors import CheckpointError
 from tests.support.peft_adapters import merged, write_adapter
 from tests.support.tiny import dense
@@ -79,7 +79,7 @@ def change_tensors(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
         (change_tensors(dict.clear), "changes no layer"),
         (change_tensors(lambda all_: all_.pop(KEY)), "only one factor"),
         (change_tensors(lambda all_: all_.update({"other": torch.ones(1)})), "no factor of a LoRA adapter"),
-        (change_tensors(lambda all_: all_[KEY].fill_(float("inf"))), f"factors of {LAYER} are not finite"),
+        (change_tensors(lambda all_: all_[KEY].fill_(float("inf"))), "factors are not finite"),
         (change_tensors(lambda all_: all_.update({KEY: torch.ones(4, 7)})), r"are \[4, 7\] and \[32, 4\]"),
     ],
 )
@@ -97,3 +97,20 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "law", dense("llama", 0))
     with pytest.raises(CheckpointError, match="no linear layer of the base model"):
         read_peft_folder(folder, {"model.layers.0.mlp.up_proj": (48, 32)})
+
+
+def test_a_folder_of_adapters_follows_its_files(tmp_path: Path) -> None:
+    base = dense("llama", 0)
+    with pytest.raises(CheckpointError, match=r"set serve\.adapters\.source"):
+        PeftFolders(tmp_path / "missing", {})
+    source = PeftFolders(tmp_path, shapes_of(base))
+    for name in ("law", "x y", ".hidden"):
+        write_adapter(tmp_path / name, base)
+    (tmp_path / "unfinished").mkdir()
+    before = source.keys()
+    assert [*before] == ["law"]
+    assert source.fetch(before["law"]).name == "law"
+    write_adapter(tmp_path / "law", base, seed=1, r=2)
+    assert source.keys()["law"].version != before["law"].version
+    with pytest.raises(CheckpointError, match="has changed while it was read: retry"):
+        source.fetch(before["law"])

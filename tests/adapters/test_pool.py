@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bam_ray.adapters.pool import AdapterPool, Lease
+from bam_ray.adapters.pool import AdapterLease, AdapterPool
 from bam_ray.adapters.source import AdapterKey
 from bam_ray.adapters.weights import AdapterWeights, LoraPair
 from bam_ray.errors import AdapterUnavailable, CheckpointError, DigestMismatch, Overloaded, StoreUnavailable
@@ -93,15 +93,15 @@ class Pool:
         for _ in range(12):
             self.loop.run_until_complete(asyncio.sleep(0))
 
-    def start(self, work: Coroutine[Any, Any, Lease]) -> asyncio.Task[Lease]:
+    def start(self, work: Coroutine[Any, Any, AdapterLease]) -> asyncio.Task[AdapterLease]:
         task = self.loop.create_task(work)
         self.settle()
         return task
 
-    def acquire(self, number: int) -> asyncio.Task[Lease]:
+    def acquire(self, number: int) -> asyncio.Task[AdapterLease]:
         return self.start(self.pool.acquire(KEYS[number]))
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: AdapterLease) -> None:
         """Release a lease on the event loop."""
         self.loop.call_soon(lease.release)
         self.settle()
@@ -119,8 +119,8 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.parts = Pool(slots=2, host=3, max_waiting=8)
         self.parts.device.used = lambda: {lease.slot for lease in self.leases}
-        self.requests: list[tuple[AdapterKey, asyncio.Task[Lease]]] = []
-        self.leases: list[Lease] = []
+        self.requests: list[tuple[AdapterKey, asyncio.Task[AdapterLease]]] = []
+        self.leases: list[AdapterLease] = []
 
     def collect(self) -> None:
         """Take the leases of the requests that have one."""
@@ -227,6 +227,18 @@ def test_the_least_recently_used_adapter_makes_way() -> None:
     assert set(parts.pool.resident) == {KEYS[0], KEYS[2]}
     assert parts.pool.hosted == [KEYS[1], KEYS[2]]
     assert parts.pool.tier(KEYS[3]) == "store"
+
+
+def test_adapters_that_wait_are_loaded_once() -> None:
+    parts = Pool(slots=2, host=2)
+    tasks = {number: parts.acquire(number) for number in range(6)}
+    while tasks:
+        parts.finish_all()
+        ready = [number for number, task in tasks.items() if task.done()]
+        assert ready
+        for number in ready:
+            parts.release(tasks.pop(number).result())
+    assert parts.pool.counts.fetches == 6
 
 
 def test_a_request_waits_for_a_slot_for_a_bounded_time() -> None:
