@@ -22,7 +22,8 @@ BamError
 │   ├── LossNotFinite      the loss or its gradient is NaN or infinite
 │   └── LossSpiked         the loss or its gradient is far above its recent values
 ├── ServingError           the server cannot start or a request cannot be served
-│   └── Overloaded         the queue of the server is full
+│   ├── Overloaded         the queue of the server is full
+│   └── AdapterUnavailable an adapter cannot be loaded now
 └── Interrupted            work stopped cleanly on request; the same command resumes it
 """
 
@@ -121,6 +122,18 @@ class ServingError(BamError):
 
 class Overloaded(ServingError):
     """The queue of the server is full.
+
+    Attributes:
+        retry_after: The number of seconds after which the client should try again.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class AdapterUnavailable(ServingError):
+    """An adapter cannot be loaded now.
 
     Attributes:
         retry_after: The number of seconds after which the client should try again.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bam_ray.errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -41,3 +43,26 @@ class AdapterWeights:
     def bytes(self) -> int:
         """The size of all factors in bytes."""
         return sum(each.nbytes for pair in self.pairs.values() for each in (pair.a, pair.b))
+
+
+def check_pairs(source: str, pairs: Mapping[str, LoraPair], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `CheckpointError` if the factors of an adapter do not fit the linear layers of a base model.
+
+    Args:
+        source: The adapter, for the error message.
+        pairs: The factors of each linear layer, by name.
+        shapes: The shape [out, in] of each linear layer of the base model, by name.
+    """
+    if not pairs:
+        raise CheckpointError(f"{source} changes no layer: train it with target_modules, and save it again")
+    for name, pair in pairs.items():
+        if name not in shapes:
+            raise CheckpointError(
+                f"{source} changes {name}, which is no linear layer of the base model: serve it with its own base model"
+            )
+        fits = pair.a.ndim == pair.b.ndim == 2 and len(pair.a) == pair.b.shape[1] > 0
+        if not fits or (len(pair.b), pair.a.shape[1]) != shapes[name]:
+            raise CheckpointError(
+                f"{source}: the factors of {name} are {[*pair.a.shape]} and {[*pair.b.shape]}, but the layer is "
+                f"{[*shapes[name]]}: serve it with its own base model"
+            )

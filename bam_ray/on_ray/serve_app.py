@@ -71,6 +71,8 @@ class Endpoint:
 
         from bam_ray.model.loading import load_folder
         from bam_ray.serving import AppOptions, DecodeEngine, PosteriorEnsemble, Scheduler, create_app
+        from bam_ray.serving.adapter_setup import open_adapters
+        from bam_ray.serving.lora import LoraSlots
         from bam_ray.training.devices import inference_dtype, requested_device
 
         torch.set_num_threads(max(1, int(settings.needs.cpus)))
@@ -85,6 +87,8 @@ class Endpoint:
         dtype = inference_dtype(device, settings.dtype)
         models = [load_folder(folder, dtype).to(device) for folder in folders]
         model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
+        chosen = settings.adapters
+        lora = None if chosen is None else LoraSlots(models[0], chosen.slots, chosen.max_rank)
         engine = DecodeEngine(
             model,
             tokenizer,
@@ -92,6 +96,7 @@ class Endpoint:
             settings.max_length,
             kv_tokens=settings.kv_tokens,
             tokens_per_step=settings.tokens_per_step,
+            lora=lora,
         )
         self._scheduler = Scheduler(
             engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
@@ -104,7 +109,10 @@ class Endpoint:
             max_prompt_tokens=settings.max_queued_tokens,
             add_request_id=False,
         )
-        self._app = create_app(self._scheduler, model_name, options)
+        adapters = None
+        if lora is not None and chosen is not None:
+            adapters = open_adapters(model_name, folders[0], lora, chosen)
+        self._app = create_app(self._scheduler, model_name, options, adapters)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP app. Ray Serve calls this after the constructor."""
@@ -164,14 +172,15 @@ def application(arguments: ApplicationArguments) -> Application:
 
 def served_kinds(recipe: Recipe) -> Collection[ArtifactKind]:
     """Return the kinds of artifacts that must be made before the recipe can be served."""
-    return [ArtifactKind.BRANCHES if recipe.serve.mode == "posterior" else ArtifactKind.MIXTURES]
+    kinds = {"posterior": ArtifactKind.BRANCHES, "adapters": ArtifactKind.SEEDS, "mixture": ArtifactKind.MIXTURES}
+    return [kinds[recipe.serve.mode]]
 
 
 def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
     """Return the artifacts that the recipe serves, and the name of the model that they are together.
 
-    They are one mixture, or with `serve.mode` posterior the seed and all branches that are committed and have all
-    their files.
+    They are one mixture, with `serve.mode` adapters the seed, or with `serve.mode` posterior the seed and all branches
+    that are committed and have all their files.
 
     Raises:
         CheckpointError: The ensemble would have no branch.
@@ -180,6 +189,8 @@ def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
     if recipe.serve.mode == "mixture":
         name = recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
         return [run.artifact(ArtifactKind.MIXTURES, name)], name
+    if recipe.serve.mode == "adapters":
+        return [run.artifact(ArtifactKind.SEEDS, "seed")], "seed"
     branches = [run.artifact(ArtifactKind.BRANCHES, domain) for domain in recipe.branch.domains]
     patiently = retry_on(StoreUnavailable, warn)
     whole = [branch for branch in branches if patiently(branch.has_all_files)]

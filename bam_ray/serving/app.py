@@ -1,13 +1,12 @@
 """The OpenAI-compatible HTTP app on top of a scheduler: a FastAPI app for uvicorn or Ray Serve.
 
     POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics   GET /
-    POST /tokenize         POST /detokenize
+    POST /tokenize         POST /detokenize            GET /v1/adapters
 
 Streams are server-sent events that end with `data: [DONE]`. When a client disconnects, its slots are freed.
 """
 
 import json
-import reprlib
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -26,7 +25,8 @@ from bam_ray.errors import ServingError
 from bam_ray.serving.error_responses import ErrorResponder
 from bam_ray.serving.metrics import ServerMetrics
 from bam_ray.serving.middleware import BodyLimit, Gate, RequestIds
-from bam_ray.serving.openai_responses import Detokenized, ModelCard, ModelList, Tokenized
+from bam_ray.serving.models import ServedModels, model_routes
+from bam_ray.serving.openai_responses import Detokenized, ModelCard, Tokenized
 from bam_ray.serving.openai_types import (
     MAX_SHOWN,
     ChatRequest,
@@ -39,6 +39,7 @@ from bam_ray.serving.prompts import PromptReader
 from bam_ray.serving.request_handler import GenerationJob, RequestHandler
 from bam_ray.serving.responses import ChatBuilder, CompletionBuilder
 from bam_ray.serving.scheduler import Scheduler
+from bam_ray.serving.served_adapters import ServedAdapters
 from bam_ray.serving.tenants import Tenants
 from bam_ray.settings.api_keys import ApiKey
 
@@ -68,8 +69,13 @@ class AppOptions:
     add_request_id: bool = True  # False behind Ray Serve, whose proxy adds the header x-request-id
 
 
-def create_app(scheduler: Scheduler, model_name: str, options: AppOptions | None = None) -> FastAPI:
-    """Return an app that serves the scheduler's model under the name `model_name`."""
+def create_app(
+    scheduler: Scheduler,
+    model_name: str,
+    options: AppOptions | None = None,
+    adapters: ServedAdapters | None = None,
+) -> FastAPI:
+    """Return an app that serves the scheduler's model under the name `model_name`, and its adapters, if there are."""
     options = options or AppOptions()
     prompts = PromptReader(scheduler.engine, options.max_prompts, options.max_prompt_tokens)
 
@@ -78,6 +84,8 @@ def create_app(scheduler: Scheduler, model_name: str, options: AppOptions | None
         yield
         prompts.close()
         await scheduler.close()
+        if adapters is not None:
+            await adapters.pool.close()
 
     app = FastAPI(title=f"{model_name} (bam-ray)", lifespan=lifespan)
     metrics = ServerMetrics(scheduler, model_name)
@@ -85,9 +93,11 @@ def create_app(scheduler: Scheduler, model_name: str, options: AppOptions | None
     created, length = int(time.time()), scheduler.engine.max_length
     layout = scheduler.engine.routing_layout
     card = ModelCard(id=model_name, root=model_name, created=created, max_model_len=length, routing=layout)
-    app.include_router(_generation_routes(RequestHandler(scheduler, metrics), prompts, card))
-    app.include_router(_tokenizer_routes(scheduler.engine.tokenizer, prompts, card))
-    app.include_router(_information_routes(scheduler, metrics, errors, card))
+    models = ServedModels(card, adapters)
+    app.include_router(_generation_routes(RequestHandler(scheduler, metrics, adapters), prompts, models))
+    app.include_router(_tokenizer_routes(scheduler.engine.tokenizer, prompts, models))
+    app.include_router(_information_routes(scheduler, metrics, errors))
+    app.include_router(model_routes(models))
     _add_error_handlers(app, errors)
     # The last one added is the first one to see a request
     app.add_middleware(BodyLimit, options.max_body_bytes, options.max_body_seconds)
@@ -143,70 +153,63 @@ def _is_deeper_than(value: Any, levels: int) -> bool:
     return bool(containers)
 
 
-def _generation_routes(handler: RequestHandler, prompts: PromptReader, card: ModelCard) -> APIRouter:
+def _generation_routes(handler: RequestHandler, prompts: PromptReader, models: ServedModels) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter(route_class=_JsonRoute)
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        _check_model(body.model, card)
+        await models.check(body.model)
         tokens = await prompts.completion_prompts(body)
+        text = await prompts.first_text(body, tokens) if models.chooses(body.model) else ""
+        use = await models.choose(body.model, text)
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         params = await prompts.complete(body.sampling_params(max_tokens, body.logprobs), body.domain)
-        builder = CompletionBuilder(card.id, await prompts.echoes(body, tokens))
-        job = GenerationJob(tokens, params, builder, bool(body.stream), body.include_usage)
+        builder = CompletionBuilder(models.base.id, await prompts.echoes(body, tokens))
+        job = GenerationJob(tokens, params, builder, bool(body.stream), body.include_usage, use)
         return await handler.respond(job, request)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        _check_model(body.model, card)
+        await models.check(body.model)
         prompt, stops = await prompts.chat_prompt(body)
-        max_tokens = body.max_completion_tokens or body.max_tokens or card.max_model_len
+        use = await models.choose(body.model, body.last_text)
+        max_tokens = body.max_completion_tokens or body.max_tokens or models.base.max_model_len
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = await prompts.complete(body.sampling_params(max_tokens, logprobs, stops), body.domain)
-        job = GenerationJob([prompt], params, ChatBuilder(card.id), bool(body.stream), body.include_usage)
+        builder = ChatBuilder(models.base.id)
+        job = GenerationJob([prompt], params, builder, bool(body.stream), body.include_usage, use)
         return await handler.respond(job, request)
 
     return router
 
 
-def _tokenizer_routes(tokenizer: Any, prompts: PromptReader, card: ModelCard) -> APIRouter:
+def _tokenizer_routes(tokenizer: Any, prompts: PromptReader, models: ServedModels) -> APIRouter:
     """Return the routes that convert text to tokens and back, with vLLM's paths and fields."""
     router = APIRouter(route_class=_JsonRoute)
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Tokenized:
-        _check_model(body.model or card.id, card)
+        await models.check(body.model or models.base.id)
         tokens = await prompts.tokens(body)
         names = tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
-        return Tokenized(count=len(tokens), max_model_len=card.max_model_len, tokens=tokens, token_strs=names)
+        return Tokenized(count=len(tokens), max_model_len=models.base.max_model_len, tokens=tokens, token_strs=names)
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Detokenized:
-        _check_model(body.model or card.id, card)
+        await models.check(body.model or models.base.id)
         return Detokenized(prompt=await prompts.text(body))
 
     return router
 
 
-def _information_routes(
-    scheduler: Scheduler, metrics: ServerMetrics, errors: ErrorResponder, card: ModelCard
-) -> APIRouter:
-    """Return the routes that describe the model and the state of the server."""
+def _information_routes(scheduler: Scheduler, metrics: ServerMetrics, errors: ErrorResponder) -> APIRouter:
+    """Return the page and the routes that describe the state of the server."""
     router = APIRouter()
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(PAGE, headers=PAGE_HEADERS)
-
-    @router.get("/v1/models")
-    async def models() -> ModelList:
-        return ModelList(data=[card])
-
-    @router.get("/v1/models/{name:path}")
-    async def model(name: str) -> ModelCard:
-        _check_model(name, card)
-        return card
 
     @router.get("/health")
     async def health() -> Response:
@@ -219,12 +222,6 @@ def _information_routes(
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-def _check_model(name: str, card: ModelCard) -> None:
-    if name != card.id:
-        message = f"model {reprlib.repr(name)} is not served here: use {card.id!r}"
-        raise RequestError(404, message, code="model_not_found", param="model")
 
 
 def _add_error_handlers(app: FastAPI, errors: ErrorResponder) -> None:

@@ -31,6 +31,7 @@ from bam_ray.model.one_expert import EXCLUDED
 from bam_ray.serving.blocks import Block, Blocks
 from bam_ray.serving.cache import SlotCache, slot_attention
 from bam_ray.serving.grammar import Grammars
+from bam_ray.serving.lora import BASE_SLOT, LoraSlots, SlotAdapter
 from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
 from bam_ray.serving.sampler import Sampled, TokenSampler, prompt_logprobs
 from bam_ray.serving.sampling import SamplingParams, SamplingState, TokenLogprob
@@ -92,6 +93,7 @@ class Generation:
         id: A number that no other completion of the process has.
         copies: The other completions of the prompt (`SamplingParams.n`). They start with this one, and take a copy of
             its keys and values when the prompt is complete.
+        adapter: The adapter that it uses; None: the base model.
         length: The number of tokens whose keys and values are stored, which are all but the newest one.
         sampling: The state of its sampling.
     """
@@ -100,10 +102,12 @@ class Generation:
 
     block: Block
 
-    def __init__(self, prompt: list[int], params: SamplingParams, choice: int = 0) -> None:
+    def __init__(
+        self, prompt: list[int], params: SamplingParams, choice: int = 0, adapter: SlotAdapter | None = None
+    ) -> None:
         self.id = next(self._ids)
-        self.prompt, self.params = prompt, params
-        self.copies = [] if choice else [Generation(prompt, params, other) for other in range(1, params.n)]
+        self.prompt, self.params, self.adapter = prompt, params, adapter
+        self.copies = [] if choice else [Generation(prompt, params, other, adapter) for other in range(1, params.n)]
         self.sampling = SamplingState(params, prompt, choice)
         self.prompt_logprobs: list[Sampled] = []
         self.routing: TokenRouting | None = None  # that of the next token, if it is requested
@@ -132,6 +136,7 @@ class DecodeEngine:
         *,
         kv_tokens: int | None = None,
         tokens_per_step: int | None = None,
+        lora: LoraSlots | None = None,
     ) -> None:
         """Create an engine and allocate its memory.
 
@@ -145,6 +150,7 @@ class DecodeEngine:
                 be decoded together.
             tokens_per_step: The number of tokens that a step computes: one for each request that decodes, and the rest
                 for prompts. None: `slots` and `PROMPT_TOKENS` of the device, or `PROMPT_TOKENS_ALONE`.
+            lora: The slots of the model's adapters, if requests may use adapters.
 
         Raises:
             ServingError: The engine cannot reproduce the model's attention.
@@ -159,7 +165,7 @@ class DecodeEngine:
         self._budget_alone = tokens_per_step or PROMPT_TOKENS_ALONE
         self.memory = Blocks(kv_tokens or slots * max_length, max_length, SHORTEST_BLOCK)
         self._empty = self.memory.counts
-        self._model = model.eval()
+        self._model, self.lora = model.eval(), lora
         self.routing_layout = RoutingLayout.of(model.config)
         self._routing = None if self.routing_layout is None else RoutingReader(model)
         self.has_router_prior = getattr(model.config, "router_prior", "none") != "none"
@@ -224,9 +230,9 @@ class DecodeEngine:
         budget = self._budget if decodes else self._budget_alone
         return plan_step(PlanState(waiting, running, self.free, self.memory.counts, served), budget)
 
-    def add(self, prompt: list[int], params: SamplingParams) -> Generation:
+    def add(self, prompt: list[int], params: SamplingParams, adapter: SlotAdapter | None = None) -> Generation:
         """Start a request with a prompt of 1 to `max_length` - 1 tokens. Its slots and its memory must be free."""
-        generation = Generation(prompt, params)
+        generation = Generation(prompt, params, adapter=adapter)
         self.start(generation)
         return generation
 
@@ -351,6 +357,8 @@ class DecodeEngine:
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: int, group: list[Generation]) -> Tensor:
         """Return the logits of the last position [B, 1, V], or of all positions [B, C, V] if `logits_to_keep` is 0."""
+        if self.lora is not None:
+            self.lora.select([BASE_SLOT if each.adapter is None else each.adapter.slot for each in group])
         reader = self._routing if any(each.params.routing for each in group) else None
         output = self._model(
             input_ids=input_ids,

@@ -4,7 +4,7 @@ import math
 
 from fastapi.responses import JSONResponse
 
-from bam_ray.errors import Overloaded, ServingError
+from bam_ray.errors import AdapterUnavailable, Overloaded, ServingError
 from bam_ray.serving.metrics import ServerMetrics
 from bam_ray.serving.openai_types import ErrorResponse, RateLimited, RequestError
 
@@ -22,7 +22,9 @@ class ErrorResponder:
             status = error.status
         if isinstance(error, Overloaded):
             status = 429
-        if isinstance(error, Overloaded | RateLimited):
+        if isinstance(error, AdapterUnavailable):
+            status = 503
+        if isinstance(error, Overloaded | RateLimited | AdapterUnavailable):
             headers["retry-after"] = str(math.ceil(error.retry_after))
             headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
         if status == 401:

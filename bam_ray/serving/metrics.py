@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.scheduler import Scheduler
+from bam_ray.serving.served_adapters import AdapterUse
 
 RequestOutcome = Literal["finished", "left", "refused", "failed"]
 LABELS = ["model_name"]
@@ -40,6 +41,13 @@ class ServerMetrics(Collector):
             registry=registry,
         )
 
+        self._adapters = Counter(
+            "bam_adapter_requests",
+            "Requests of a server with adapters, by the reason of the choice and the place of the adapter",
+            ["reason", "tier"],
+            registry=registry,
+        )
+
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry).labels(model_name)
 
@@ -57,6 +65,10 @@ class ServerMetrics(Collector):
     def count_request(self, outcome: RequestOutcome) -> None:
         """Count one request that ended."""
         self._requests.labels(outcome).inc()
+
+    def count_adapter(self, use: AdapterUse) -> None:
+        """Count one request of a server with adapters."""
+        self._adapters.labels(use.reason, use.tier or "none").inc()
 
     def count_completion(self, reason: str) -> None:
         """Count one completion that ended."""

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from bam_ray.serving.engine import FinishReason
+from bam_ray.serving.served_adapters import AdapterUse
 from bam_ray.serving.token_routing import RoutingLayout, TokenRouting
 
 
@@ -38,6 +39,7 @@ class GenerationResponse(BaseModel):
     object: str
     created: int
     model: str
+    adapter: AdapterUse | None = None  # of a server with adapters; in a stream, of the first chunk
 
 
 class CompletionLogprobs(BaseModel):

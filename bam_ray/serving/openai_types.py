@@ -402,6 +402,12 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
+    @property
+    def last_text(self) -> str:
+        """The newest message of the user, or the newest of all if the user has none."""
+        own = [message for message in self.messages if message.role == "user"]
+        return (own or self.messages)[-1].text
+
     @model_validator(mode="after")
     def _top_logprobs_are_wanted(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:

@@ -135,6 +135,15 @@ class PromptReader:
         _check_tokens(self._engine, request.tokens, "tokens")
         return await self._on_thread(lambda each: self._decode(each.tokens), request)
 
+    async def first_text(self, request: CompletionRequest, prompts: list[list[int]]) -> str:
+        """Return the text of the first prompt. `prompts` are those of the request.
+
+        Raises:
+            Overloaded: Too many requests wait to be tokenized.
+        """
+        first = request.prompts[0]
+        return first if isinstance(first, str) else await self._on_thread(self._decode, prompts[0])
+
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)

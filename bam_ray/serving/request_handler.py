@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,12 +15,14 @@ from starlette.types import Receive, Scope, Send
 
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import Delta
+from bam_ray.serving.lora import SlotAdapter
 from bam_ray.serving.metrics import RequestOutcome, RequestTimer, ServerMetrics
 from bam_ray.serving.openai_responses import Usage
 from bam_ray.serving.openai_types import ErrorResponse, RequestError
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler
+from bam_ray.serving.served_adapters import AdapterUse, ServedAdapters
 from bam_ray.serving.tenants import Admission
 
 Result = TypeVar("Result")
@@ -38,6 +40,7 @@ class GenerationJob:
     builder: ResponseBuilder
     stream: bool
     include_usage: bool
+    adapter: AdapterUse | None = None  # of a server with adapters
 
     @property
     def prompt_tokens(self) -> int:
@@ -52,9 +55,8 @@ class GenerationJob:
 class RequestHandler:
     """A handler that passes prompts to a scheduler and counts the outcome of each request."""
 
-    def __init__(self, scheduler: Scheduler, metrics: ServerMetrics) -> None:
-        self._scheduler = scheduler
-        self._metrics = metrics
+    def __init__(self, scheduler: Scheduler, metrics: ServerMetrics, adapters: ServedAdapters | None = None) -> None:
+        self._scheduler, self._metrics, self._adapters = scheduler, metrics, adapters
 
     async def respond(self, job: GenerationJob, request: Request) -> Response:
         """Return the response: one JSON body, or a stream of server-sent events once its first event is known.
@@ -65,6 +67,7 @@ class RequestHandler:
             RequestError: A token is not in the vocabulary, or the completions can never be decoded together.
             RateLimited: The API key has too few tokens left.
             Overloaded: The queue is full.
+            AdapterUnavailable: The adapter cannot be loaded.
             ServingError: The model failed.
         """
         self._check(job)
@@ -73,14 +76,15 @@ class RequestHandler:
         try:
             if not job.stream:
                 body = await _while_connected(request.receive, self._whole(job, admission))
-                return Response(body.model_dump_json(), media_type="application/json")
+                headers = None if job.adapter is None else job.adapter.headers
+                return Response(body.model_dump_json(), headers=headers, media_type="application/json")
             events = self._events(job, admission)
             try:
                 first = await _while_connected(request.receive, _next(events))
             except BaseException:
                 await events.aclose()
                 raise
-            return _EventStream(first, events)
+            return _EventStream(first, events, {} if job.adapter is None else job.adapter.headers)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -134,13 +138,14 @@ class RequestHandler:
         outcome: RequestOutcome | None = "left"
         tenant, timer = admission.tenant.name, RequestTimer(self._metrics)
         try:
-            batches = self._scheduler.generate(job.prompts, job.params, paced=job.stream, tenant=tenant)
-            admission.used_tokens = job.prompt_tokens  # also if the client leaves before the first token
-            async with aclosing(batches):
-                async for batch in batches:
-                    admission.used_tokens += sum(len(delta.tokens) for _, delta in batch)
-                    timer.add(batch)
-                    yield batch
+            async with self._lease(job) as adapter:
+                batches = self._scheduler.generate(job.prompts, job.params, job.stream, tenant, adapter)
+                admission.used_tokens = job.prompt_tokens  # also if the client leaves before the first token
+                async with aclosing(batches):
+                    async for batch in batches:
+                        admission.used_tokens += sum(len(delta.tokens) for _, delta in batch)
+                        timer.add(batch)
+                        yield batch
             timer.finish()
             outcome = "finished"
         except Overloaded:
@@ -153,14 +158,25 @@ class RequestHandler:
             if outcome is not None:
                 self._metrics.count_request(outcome)
 
+    @asynccontextmanager
+    async def _lease(self, job: GenerationJob) -> AsyncGenerator[SlotAdapter | None, None]:
+        """Keep the adapter of a request on the device, and state it in the response."""
+        if self._adapters is None or job.adapter is None:
+            yield None
+            return
+        async with self._adapters.lease(job.adapter, self._scheduler.when_left) as adapter:
+            self._metrics.count_adapter(job.adapter)
+            job.builder.adapter, job.builder.model = job.adapter, self._adapters.model_of(job.adapter.adapter)
+            yield adapter
+
 
 class _EventStream(StreamingResponse):
     """A stream of events that is closed as soon as the client disconnects, also if no event is being sent."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
-        super().__init__(_chain(first, rest), headers=STREAM_HEADERS)
+    def __init__(self, first: str, rest: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
+        super().__init__(_chain(first, rest), headers=STREAM_HEADERS | headers)
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

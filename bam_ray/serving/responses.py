@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
@@ -26,10 +26,19 @@ from bam_ray.serving.openai_responses import (
     Usage,
 )
 from bam_ray.serving.sampling import TokenLogprob
+from bam_ray.serving.served_adapters import AdapterUse
 
 
 class ResponseBuilder(Protocol):
-    """A builder of the response to one request."""
+    """A builder of the response to one request.
+
+    Attributes:
+        model: The name of the model.
+        adapter: The adapter that the request uses, until a response or a chunk has stated it.
+    """
+
+    model: str
+    adapter: AdapterUse | None
 
     def chunks(self, index: int, delta: Delta) -> Iterator[BaseModel]:
         """Yield the chunks of a stream for what a completion adds to the output. `index` is that of the completion.
@@ -55,7 +64,22 @@ class Echo:
     first_token: str | None  # the text of its first token; None: log probabilities are not requested
 
 
-class CompletionBuilder:
+class _NamedResponses:
+    """The fields that all responses and chunks of one request share."""
+
+    def __init__(self, prefix: str, model: str) -> None:
+        self.model, self.adapter = model, None
+        self._id, self._created = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    model: str
+    adapter: AdapterUse | None
+
+    def _fields(self) -> dict[str, Any]:
+        adapter, self.adapter = self.adapter, None
+        return {"id": self._id, "created": self._created, "model": self.model, "adapter": adapter}
+
+
+class CompletionBuilder(_NamedResponses):
     """A builder of the response to a request to /v1/completions."""
 
     def __init__(self, model: str, echoes: Sequence[Echo] = ()) -> None:
@@ -65,7 +89,7 @@ class CompletionBuilder:
             model: The name of the model.
             echoes: The prompt of each completion, if completions repeat their prompts.
         """
-        self._id, self._created, self._model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
+        super().__init__("cmpl", model)
         self._echoes = dict(enumerate(echoes))  # those that have not been sent
         self._offsets: dict[int, int] = {}  # index of the completion -> characters emitted so far
 
@@ -86,7 +110,7 @@ class CompletionBuilder:
         return self._completion([self._choice(index, delta) for index, delta in enumerate(deltas)], usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+        return Completion(**self._fields(), choices=choices, usage=usage)
 
     def _choice(self, index: int, delta: Delta) -> CompletionChoice:
         echo = self._echoes.pop(index, None)
@@ -115,11 +139,11 @@ class CompletionBuilder:
         )
 
 
-class ChatBuilder:
+class ChatBuilder(_NamedResponses):
     """A builder of the response to a request to /v1/chat/completions."""
 
     def __init__(self, model: str) -> None:
-        self._id, self._created, self._model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
+        super().__init__("chatcmpl", model)
         self._begun: set[int] = set()  # indices of the choices whose role was sent
 
     def chunks(self, index: int, delta: Delta) -> Iterator[ChatChunk]:
@@ -141,10 +165,10 @@ class ChatBuilder:
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         """Return the last chunk of a stream that reports usage."""
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
+        return ChatChunk(**self._fields(), choices=[], usage=usage)
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[choice])
+        return ChatChunk(**self._fields(), choices=[choice])
 
     def response(self, deltas: list[Delta], usage: Usage) -> ChatCompletion:
         """Return the whole response."""
@@ -158,7 +182,7 @@ class ChatBuilder:
             )
             for index, delta in enumerate(deltas)
         ]
-        return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+        return ChatCompletion(**self._fields(), choices=choices, usage=usage)
 
 
 def _parts(delta: Delta) -> Iterator[Delta]:

@@ -12,13 +12,14 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.detokenizer import TextStream
 from bam_ray.serving.engine import DecodeEngine, Delta, Generation, Output
+from bam_ray.serving.lora import SlotAdapter
 from bam_ray.serving.plan import ServedTokens, WaitingRequest
 from bam_ray.serving.sampling import SamplingParams
 
@@ -92,6 +93,7 @@ class Scheduler:
         self._running: dict[int, _Choice] = {}
         self._served = ServedTokens()
         self._abandoned: list[_Choice] = []  # their readers have disconnected
+        self._when_left: list[Callable[[], None]] = []
         self._failed_steps = 0  # in a row
         self._token_texts: dict[int, str] = {}
         self._readers: set[_Reader] = set()
@@ -110,7 +112,12 @@ class Scheduler:
         return len(self._waiting)
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, paced: bool = False, tenant: str = ""
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        paced: bool = False,
+        tenant: str = "",
+        adapter: SlotAdapter | None = None,
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Continue each prompt, and yield the new output as (index, delta) pairs.
 
@@ -122,6 +129,7 @@ class Scheduler:
             params: The sampling parameters of all prompts.
             paced: Wait between yields if there are many readers, so that each yield carries more output.
             tenant: The client that the request belongs to. Tenants receive equally many tokens while they wait.
+            adapter: The adapter of all prompts, which must stay in its slot; None: the base model.
 
         Raises:
             Overloaded: The queue is full. Nothing has been queued.
@@ -129,10 +137,15 @@ class Scheduler:
         """
         self._check_queue(prompts, tenant)
         self.engine.check_size(max(map(len, prompts), default=1), params)
-        return self._generate(prompts, params, paced, tenant)
+        return self._generate(prompts, params, paced, tenant, adapter)
 
     async def _generate(
-        self, prompts: list[list[int]], params: SamplingParams, paced: bool, tenant: str
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        paced: bool,
+        tenant: str,
+        adapter: SlotAdapter | None,
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         self._check_queue(prompts, tenant)  # the queue may have grown since the call
         if self._task is None:
@@ -141,7 +154,7 @@ class Scheduler:
         output: _Reader = asyncio.Queue()
         unfinished: dict[int, _Choice] = {}
         for prompt in prompts:
-            queued = self._queue(Generation(prompt, params), len(unfinished), tenant, output)
+            queued = self._queue(Generation(prompt, params, adapter=adapter), len(unfinished), tenant, output)
             unfinished |= {choice.index: choice for choice in queued.choices}
         self._work_available.set()
         self._readers.add(output)
@@ -165,6 +178,17 @@ class Scheduler:
             self._abandoned.extend(unfinished.values())
             self._work_available.set()
 
+    def when_left(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the engine does not compute the requests any more whose generators are closed now.
+
+        A step that is being computed may still use what such a request uses, for example the slot of its adapter.
+        """
+        if self._task is None or self._task.done():
+            callback()
+        else:
+            self._when_left.append(callback)
+            self._work_available.set()
+
     async def close(self) -> None:
         """Stop the engine. Readers that are still open receive a `ServingError`."""
         self.failure = self.failure or ServingError("the server is shutting down: retry later")
@@ -174,6 +198,7 @@ class Scheduler:
         self._thread.shutdown()
         self.engine.clear()
         self._fail_all(self.failure)
+        _call_all(self._when_left)
 
     def _check_queue(self, prompts: list[list[int]], tenant: str) -> None:
         """Raise `Overloaded` if the queue has no room for all prompts, or `failure` if the scheduler has stopped.
@@ -209,7 +234,9 @@ class Scheduler:
         computed: list[tuple[_Choice, Output]] = []
         while True:
             leaving = self._take_abandoned()
+            when_left, self._when_left = self._when_left, []
             if not self._waiting and not self._running and not leaving:
+                _call_all(when_left)
                 self._work_available.clear()
                 self._deliver(computed)
                 computed = []
@@ -218,7 +245,10 @@ class Scheduler:
             waiting = [queued.request for queued in self._waiting.values()]
             step = loop.run_in_executor(self._thread, self._step, waiting, leaving)
             self._deliver(computed)  # while the engine computes
-            computed = self._account(*await step)
+            try:
+                computed = self._account(*await step)
+            finally:
+                _call_all(when_left)
             if self._failed_steps >= MAX_FAILED_STEPS:
                 self._deliver(computed)
                 computed = []
@@ -353,6 +383,11 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
         self._waiting_tokens = 0
+
+
+def _call_all(callbacks: list[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        callback()
 
 
 def _is_out_of_memory(error: Exception | None) -> bool:

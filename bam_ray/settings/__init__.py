@@ -38,6 +38,7 @@ from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingS
 from bam_ray.settings.recipe import Recipe, StoreSettings
 from bam_ray.settings.resources import Demand, Needs
 from bam_ray.settings.seeds import with_training_seed
+from bam_ray.settings.serve_adapters import ServeAdapterSettings
 from bam_ray.settings.strict import Blend, Count, Identity, Name, Strict
 from bam_ray.settings.topics import EmbedderName, TopicsSettings
 from bam_ray.settings.training import Spike, TrainingSettings
@@ -84,6 +85,7 @@ __all__ = [
     "RoutingSettings",
     "Scratch",
     "SeedSettings",
+    "ServeAdapterSettings",
     "ServeSettings",
     "SoupSettings",
     "SparseSettings",

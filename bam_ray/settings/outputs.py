@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from bam_ray.settings.resources import Demand, Needs
+from bam_ray.settings.serve_adapters import ServeAdapterSettings
 from bam_ray.settings.strict import Count, Identity, Name, Positive, Strict
 
 
@@ -31,13 +32,16 @@ class EvaluateSettings(Strict):
 class ServeSettings(Strict):
     """The OpenAI-compatible endpoint."""
 
-    mode: Literal["mixture", "posterior"] = "mixture"
+    mode: Literal["mixture", "posterior", "adapters"] = "mixture"
     """The model to serve. `mixture` means a mixture. `posterior` means the posterior ensemble of the seed and all
     committed branches (see [Serve the branches without mixing](recipes.md#serve-the-branches-without-mixing)). It
-    needs no upcycling and no mixing, and is served under the name `posterior`."""
+    needs no upcycling and no mixing, and is served under the name `posterior`. `adapters` means the seed with
+    `adapters`, under the name `seed` (see [Serve the adapters](moin.md#serve-the-adapters))."""
     mixture: Name | None = None
     """Name of the mixture to serve. `null` means the first of `upcycle.mixtures`. It must be `null` with `mode`
-    `posterior`."""
+    `posterior` and `adapters`."""
+    adapters: ServeAdapterSettings | None = None
+    """The adapters of `mode` `adapters`, which needs them."""
     host: str = "127.0.0.1"
     """Address to listen on. Addresses that other machines can reach need `api_keys`, or `open: true`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -90,6 +94,14 @@ class ServeSettings(Strict):
                 f"serve.host is {self.host}, which other machines can reach: set serve.api_keys (`bam serve-key` makes "
                 "a key), or serve.open to true if everybody who can connect may send requests"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_served(self) -> Self:
+        if (self.mode == "adapters") != (self.adapters is not None):
+            raise ValueError("serve.mode adapters and serve.adapters need each other: set both, or omit both")
+        if self.mode == "adapters" and self.mixture is not None:
+            raise ValueError("serve.mode adapters serves the seed: set serve.mixture to null")
         return self
 
     @model_validator(mode="after")

@@ -120,3 +120,13 @@ def test_a_recipe_without_branches_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"branch\.domains is empty: add a domain, or set serve\.mode to mixture"):
         load_recipe(RECIPE, [*POSTERIOR, *without])
     load_recipe(RECIPE, ["serve.mixture=sparse", *without])  # the recipe is right otherwise
+
+
+def test_adapters_are_served_on_the_seed(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, ["serve.mode=adapters", "serve.adapters={source: /adapters}", "serve.mixture=null"])
+    assert served_kinds(recipe) == [ArtifactKind.SEEDS]
+    models, name = served_models(PipelineRun.of(recipe, FolderStore(tmp_path)))
+    assert ([model.kind for model in models], name) == ([ArtifactKind.SEEDS], "seed")
+    for overrides in (["serve.mode=adapters"], ["serve.adapters={source: /adapters}"]):
+        with pytest.raises(SettingsError, match="need each other: set both"):
+            load_recipe(RECIPE, [*overrides, "serve.mixture=null"])

@@ -219,3 +219,22 @@ def test_a_tokenizer_that_fails_ends_its_request(engine: DecodeEngine, monkeypat
 
     serve(engine, client)
     assert engine.free == 3
+
+
+def test_the_end_of_a_request_in_the_engine_is_known(engine: DecodeEngine) -> None:
+    """A step that is computed while a client leaves may still use what the request uses."""
+    active: list[int] = []
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+
+    async def client(scheduler: Scheduler) -> None:
+        scheduler.when_left(lambda: active.append(-1))  # nothing runs
+        for _ in range(3):
+            async with aclosing(scheduler.generate([[5, 6]], params)) as batches:
+                await anext(batches)
+            left = asyncio.Event()
+            scheduler.when_left(lambda: active.append(engine.active))
+            scheduler.when_left(left.set)
+            await left.wait()
+
+    serve(engine, client)
+    assert active == [-1, 0, 0, 0]

@@ -103,7 +103,7 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
             {"mode": "posterior", "mixture": "bam"},
             "serve.mixture is 'bam', but serve.mode posterior serves the seed and the branches: set serve.mixture to n",
         ),
-        ("serve.mode", "uniform", "serve.mode: Input should be 'mixture' or 'posterior'"),
+        ("serve.mode", "uniform", "serve.mode: Input should be 'mixture', 'posterior' or 'adapters'"),
         ("mix.expert_parallel", 3, "does not divide the 2 experts of mixture"),
         (
             "mix.workers",
