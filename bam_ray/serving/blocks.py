@@ -59,6 +59,11 @@ class Blocks:
         self._free[orders] = set(range(0, self.size // self._unit, top))
 
     @property
+    def unit(self) -> int:
+        """The length of the shortest blocks."""
+        return self._unit
+
+    @property
     def counts(self) -> BlockCounts:
         """The number of free blocks of each order."""
         return BlockCounts(self._unit, tuple(map(len, self._free)))
