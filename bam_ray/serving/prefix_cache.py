@@ -145,14 +145,13 @@ class PrefixCache:
     def _find(self, request: CachedRequest, running: Iterable[CachedRequest]) -> Prefix | None:
         """Return the longest prefix of a prompt that is stored, or that a running request has computed.
 
-        The last token of the prompt never belongs to it, because the logits after it are needed. A request that needs
-        the logits of its whole prompt has no prefix.
+        It never has the last token of the prompt, because the logits after that are needed. A request that needs the
+        logits of its whole prompt has no prefix.
         """
         if not self.enabled or request.params.prompt_logprobs is not None:
             return None
         texts = self._texts.get(request.cache_key, [])
         place = bisect_left(texts, request.prompt, key=attrgetter("tokens"))
-        found, length = None, FEWEST_TOKENS - 1
         # Neighbors in the order of their tokens have the longest common prefixes
         sources: list[tuple[StoredText | CachedRequest, list[int]]] = [
             (text, text.tokens) for text in texts[max(0, place - 1) : place + 1]
@@ -161,14 +160,15 @@ class PrefixCache:
         sources += [
             (each, each.prompt) for each in running if each.sampling.generated and each.cache_key == request.cache_key
         ]
-        for source, tokens in sources:
-            common = _common_length(tokens, request.prompt, min(len(tokens), len(request.prompt) - 1))
-            common = self._slots.reusable(common)
-            if common > length:
-                found, length = source, common
-        if isinstance(found, StoredText):
-            self._touch(found)
-        return None if found is None else Prefix(found, length)
+        prefixes = [
+            Prefix(source, self._slots.reusable(_common_length(tokens, request.prompt))) for source, tokens in sources
+        ]
+        found = max(prefixes, key=attrgetter("length"), default=None)
+        if found is None or found.length < FEWEST_TOKENS:
+            return None
+        if isinstance(found.source, StoredText):
+            self._touch(found.source)
+        return found
 
     def _vacate(self, block: Block) -> None:
         """Move the texts in a block that has been taken to memory that has been unused for longer, or drop them."""
@@ -219,12 +219,12 @@ class PrefixCache:
         return slice(block.start // unit, (block.start + block.length) // unit)
 
 
-def _common_length(first: list[int], second: list[int], most: int) -> int:
-    """Return the number of tokens with which both lists begin, at most `most`."""
-    low = 0
+def _common_length(tokens: list[int], prompt: list[int]) -> int:
+    """Return the number of tokens with which both lists begin, without the last one of the prompt."""
+    low, most = 0, min(len(tokens), len(prompt) - 1)
     while low < most:  # slices are compared at the speed of C
         middle = (low + most + 1) // 2
-        if first[low:middle] == second[low:middle]:
+        if tokens[low:middle] == prompt[low:middle]:
             low = middle
         else:
             most = middle - 1
