@@ -82,7 +82,9 @@ def new_engine(lora_slots: int, rows: int = ROWS) -> DecodeEngine:
     """Return an engine with adapter slots, or without adapters if there are none."""
     model = new_model()
     lora = LoraSlots(model, lora_slots, RANK) if lora_slots else None
-    return DecodeEngine(model, new_tokenizer(), rows, MAX_LENGTH, lora=lora)
+    engine = DecodeEngine(model, new_tokenizer(), rows, MAX_LENGTH)
+    engine.lora = lora
+    return engine
 
 
 def prompt(number: int, tokens: int = PROMPT) -> list[int]:

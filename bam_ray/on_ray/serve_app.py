@@ -96,8 +96,9 @@ class Endpoint:
             settings.max_length,
             kv_tokens=settings.kv_tokens,
             tokens_per_step=settings.tokens_per_step,
-            lora=lora,
+            prefix_cache=settings.prefix_cache,
         )
+        engine.lora = lora
         self._scheduler = Scheduler(
             engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
         )

@@ -40,7 +40,12 @@ class BlockCounts:
 
 
 class Blocks:
-    """An allocator of blocks: it takes the lowest of the shortest free blocks that are long enough."""
+    """An allocator of blocks: it takes the lowest of the shortest free blocks that are long enough.
+
+    Attributes:
+        size: The number of tokens of the memory.
+        unit: The length of the shortest blocks.
+    """
 
     def __init__(self, tokens: int, longest: int, unit: int) -> None:
         """Create an allocator of which nothing is taken.
@@ -52,22 +57,22 @@ class Blocks:
                 rounded up.
         """
         orders = max(1, longest // unit).bit_length() - 1
-        self._unit = -(-longest // (1 << orders))
+        self.unit = -(-longest // (1 << orders))
         self._free: list[set[int]] = [set() for _ in range(orders + 1)]  # the starts of each order, in units
         top = 1 << orders
-        self.size = -(-tokens // (top * self._unit)) * top * self._unit
-        self._free[orders] = set(range(0, self.size // self._unit, top))
+        self.size = -(-tokens // (top * self.unit)) * top * self.unit
+        self._free[orders] = set(range(0, self.size // self.unit, top))
 
     @property
     def counts(self) -> BlockCounts:
         """The number of free blocks of each order."""
-        return BlockCounts(self._unit, tuple(map(len, self._free)))
+        return BlockCounts(self.unit, tuple(map(len, self._free)))
 
     @property
     def used(self) -> int:
         """The number of tokens in blocks that are taken."""
         free = sum(len(starts) << order for order, starts in enumerate(self._free))
-        return self.size - free * self._unit
+        return self.size - free * self.unit
 
     def take(self, tokens: int) -> Block:
         """Take a block of at least `tokens` tokens. It must fit (`BlockCounts.without`)."""
@@ -77,11 +82,11 @@ class Blocks:
         self._free[source].remove(start)
         for half in range(order, source):
             self._free[half].add(start + (1 << half))
-        return Block(start * self._unit, self._unit << order)
+        return Block(start * self.unit, self.unit << order)
 
     def release(self, block: Block) -> None:
         """Free a block, and join it with its other half if that is free."""
-        start, order = block.start // self._unit, self.counts.order_of(block.length)
+        start, order = block.start // self.unit, self.counts.order_of(block.length)
         while order + 1 < len(self._free) and start ^ (1 << order) in self._free[order]:
             self._free[order].remove(start ^ (1 << order))
             start &= ~(1 << order)

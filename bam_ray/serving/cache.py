@@ -14,6 +14,7 @@ consists of several models has one cache for each of them (`SlotCache.part`), wh
 Shapes: B requests, L length of a block, C tokens of a chunk, S number of keys, h head_dim.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -133,17 +134,11 @@ class _SlotLayer(CacheLayerMixin):
             outs.append(sdpa_attention_forward(module, query[rows], *read, mask, scaling=scaling)[0])
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def copy(self, source: Block, target: Block, length: int) -> None:
-        """Copy the first `length` positions of a block to another one of its size."""
+    def views(self, block: Block, length: int) -> Iterator[Tensor]:
+        """Yield the keys and the values of the first `length` tokens of a block, [heads, length, h] each."""
         if self.is_initialized:
             for stored in (self.keys, self.values):
-                self._view(stored, target)[:, :, :length] = self._view(stored, source)[:, :, :length]
-
-    def zero(self, block: Block) -> None:
-        """Set a block to zeros."""
-        if self.is_initialized:
-            for stored in (self.keys, self.values):
-                self._view(stored, block).zero_()
+                yield self._view(stored, block)[0, :, :length]
 
     def _view(self, stored: Tensor, first: Block, count: int = 1) -> Tensor:
         """Return neighboring blocks, [count, heads, L, h]."""
@@ -168,11 +163,16 @@ class SlotRows:
     """Tensors with one row for each request, which are allocated by the first write.
 
     A write takes effect with `commit`, so that a forward pass that fails can be repeated.
+
+    A row is the state of a request after its newest token. With an `interval`, the state after each `interval` tokens
+    of a block is stored, too: a request that begins with the same tokens can continue from there.
     """
 
-    def __init__(self, cache: "SlotCache") -> None:
+    def __init__(self, cache: "SlotCache", interval: int) -> None:
+        """Create rows; `interval` 0 stores only the newest state of each request."""
         self._cache = cache
-        self._stored: tuple[Tensor, ...] = ()  # [rows, ...] each
+        self._interval = interval
+        self._stored: tuple[Tensor, ...] = ()  # [rows, ...] each; those after the row of each request are for intervals
         self._written: tuple[Tensor, ...] = ()  # [B, ...] each
 
     def read(self) -> tuple[Tensor, ...] | None:
@@ -190,14 +190,41 @@ class SlotRows:
         if not written:
             return
         if not self._stored:
-            self._stored = tuple(each.new_zeros(self._cache.max_rows, *each.shape[1:]) for each in written)
+            rows = self._cache.max_rows + (self._cache.tokens // self._interval if self._interval else 0)
+            self._stored = tuple(each.new_zeros(rows, *each.shape[1:]) for each in written)
+        now = self._cache.now
         for stored, new in zip(self._stored, written, strict=True):
-            stored[self._cache.now.rows] = new
+            stored[now.rows] = new
+        if self._interval:
+            for index, (block, before) in enumerate(zip(now.blocks, now.lengths, strict=True)):
+                length = before + now.chunk
+                if not length % self._interval:
+                    for stored, new in zip(self._stored, written, strict=True):
+                        stored[self._states(block, length).stop - 1] = new[index]
 
     def copy(self, source: int, target: int) -> None:
         """Copy a row to another."""
         for stored in self._stored:
             stored[target] = stored[source]
+
+    @property
+    def interval(self) -> int:
+        """The number of tokens after which the state of a block is stored; 0: there are no such states."""
+        return self._interval if self._stored else 0
+
+    def restore(self, row: int, block: Block, length: int) -> None:
+        """Set a row to the state after the first `length` tokens of a block, a multiple of `interval`."""
+        for stored in self._stored:
+            stored[row] = stored[self._states(block, length).stop - 1]
+
+    def views(self, block: Block, length: int) -> Iterator[Tensor]:
+        """Yield the states of the first `length` tokens of a block, [length // interval, ...] each."""
+        for stored in self._stored if self._interval else ():
+            yield stored[self._states(block, length)]
+
+    def _states(self, block: Block, length: int) -> slice:
+        first = self._cache.max_rows + block.start // self._interval
+        return slice(first, first + length // self._interval)
 
 
 class _SlotRoutingState(RoutingState):
@@ -230,11 +257,18 @@ class SlotCache(Cache):
 
     now: _Pass
 
-    def __init__(self, max_rows: int, tokens: int) -> None:
-        """Create a cache whose memory is allocated by the first forward pass."""
+    def __init__(self, max_rows: int, tokens: int, interval: int = 0) -> None:
+        """Create a cache whose memory is allocated by the first forward pass.
+
+        Args:
+            max_rows: The number of requests.
+            tokens: The number of tokens of all requests.
+            interval: The number of tokens after which the rows of a block are stored, too (`SlotRows`). Longer blocks
+                must start at multiples of it.
+        """
         self.max_rows, self.tokens = max_rows, tokens
         self._parts: list[SlotCache] = []
-        self.rows = SlotRows(self)
+        self.rows = SlotRows(self, interval)
         super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
 
     def part(self, index: int) -> "SlotCache":
@@ -276,25 +310,51 @@ class SlotCache(Cache):
             each.rows.commit()
 
     def copy(self, source: Block, target: Block, length: int) -> None:
-        """Copy the first `length` keys and values of a request to another block of its size."""
-        for layer in self.layers:
-            if isinstance(layer, _SlotLayer):
-                layer.copy(source, target, length)
-        for part in self._parts:
-            part.copy(source, target, length)
+        """Copy the first `length` tokens of a block to another one, which may have another length."""
+        overlap = source.start < target.start + target.length and target.start < source.start + source.length
+        for old, new in zip(self._views(source, length), self._views(target, length), strict=True):
+            new.copy_(old.clone() if overlap else old)
+
+    def exchange(self, first: Block, second: Block, lengths: tuple[int, int]) -> None:
+        """Exchange the first `lengths` tokens of two blocks that do not overlap."""
+        pairs = [[self._views(block, length) for block in (first, second)] for length in lengths]
+        for from_first, to_second, to_first, from_second in zip(*pairs[0], *pairs[1], strict=True):
+            held = from_second.clone()
+            to_second.copy_(from_first)
+            to_first.copy_(held)
 
     def zero(self, block: Block) -> None:
-        """Set the keys and values of a block to zeros."""
-        for layer in self.layers:
-            if isinstance(layer, _SlotLayer):
-                layer.zero(block)
-        for part in self._parts:
-            part.zero(block)
+        """Set a block to zeros."""
+        for view in self._views(block, block.length):
+            view.zero_()
+
+    def reusable(self, length: int) -> int:
+        """Return how many of the first `length` tokens of a block another request can continue."""
+        interval = self.rows.interval
+        return length // interval * interval if interval else length
+
+    def end_of_pass(self, length: int) -> int:
+        """Return the token up to which a forward pass that begins after `length` tokens may go, to store its rows."""
+        interval = self.rows.interval
+        return length // interval * interval + interval if interval else sys.maxsize
+
+    def _views(self, block: Block, length: int) -> Iterator[Tensor]:
+        """Yield all that is stored of the first `length` tokens of a block."""
+        for each in (self, *self._parts):
+            for layer in each.layers:
+                if isinstance(layer, _SlotLayer):
+                    yield from layer.views(block, length)
+            yield from each.rows.views(block, length)
 
     def copy_row(self, source: int, target: int) -> None:
         """Copy the row of a request to another."""
         for each in (self, *self._parts):
             each.rows.copy(source, target)
+
+    def restore(self, row: int, block: Block, length: int) -> None:
+        """Set the row of a request to that after the first `length` tokens of its block (`reusable`)."""
+        if self.rows.interval:
+            self.rows.restore(row, block, length)
 
 
 def _attend_to_slots(

@@ -54,6 +54,7 @@ class TextStream:
             "stop" if stopped else output.finish_reason,
             tuple(map(self._logprob, output.prompt)),
             () if output.routing is None else (replace(output.routing, text=text),),
+            output.cached,
         )
 
     def _logprob(self, sampled: Sampled) -> TokenLogprob:

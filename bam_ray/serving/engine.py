@@ -18,7 +18,7 @@ thread-safe. `bam_ray.serving.scheduler` drives it from asyncio.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -32,7 +32,9 @@ from bam_ray.serving.blocks import Block, Blocks
 from bam_ray.serving.cache import SlotCache, slot_attention
 from bam_ray.serving.grammar import Grammars
 from bam_ray.serving.lora import BASE_SLOT, LoraSlots, SlotAdapter
+from bam_ray.serving.model_properties import check_attention, end_tokens
 from bam_ray.serving.plan import PlanState, RunningRequest, StepPlan, WaitingRequest, plan_step
+from bam_ray.serving.prefix_cache import PrefixCache
 from bam_ray.serving.sampler import Sampled, TokenSampler, prompt_logprobs
 from bam_ray.serving.sampling import SamplingParams, SamplingState, TokenLogprob
 from bam_ray.serving.token_routing import RoutingLayout, RoutingReader, TokenRouting
@@ -57,6 +59,7 @@ class Output:
     prompt: tuple[Sampled, ...] = ()  # the second and later tokens of the prompt, with `SamplingParams.prompt_logprobs`
     finish_reason: FinishReason | None = None  # set on the last output only
     error: Exception | None = None  # the error that has ended the request in place of a finish reason
+    cached: int = 0  # the tokens of the prompt whose keys and values were copied; on one output of a prompt
 
     @property
     def is_last(self) -> bool:
@@ -74,6 +77,7 @@ class Delta:
     finish_reason: FinishReason | None = None  # set on the last delta only
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the second and later tokens of the prompt; on the first delta
     routing: tuple[TokenRouting, ...] = ()  # of each token, with `SamplingParams.routing`
+    cached: int = 0  # the tokens of the prompt that were found in the prefix cache
 
     def __add__(self, after: "Delta") -> "Delta":
         return Delta(
@@ -83,6 +87,7 @@ class Delta:
             after.finish_reason,
             self.prompt_logprobs + after.prompt_logprobs,
             self.routing + after.routing,
+            self.cached + after.cached,
         )
 
 
@@ -95,6 +100,7 @@ class Generation:
             its keys and values when the prompt is complete.
         adapter: The adapter that it uses; None: the base model.
         length: The number of tokens whose keys and values are stored, which are all but the newest one.
+        cached: The number of tokens of the prompt whose keys and values were copied from other requests.
         sampling: The state of its sampling.
     """
 
@@ -111,13 +117,24 @@ class Generation:
         self.sampling = SamplingState(params, prompt, choice)
         self.prompt_logprobs: list[Sampled] = []
         self.routing: TokenRouting | None = None  # that of the next token, if it is requested
-        self.length = 0
+        self.length = self.cached = 0
         self.token = prompt[-1]  # the newest token
+        self.completion: list[int] = []
 
     @property
     def left(self) -> int:
         """The number of tokens of the prompt that are not computed yet."""
         return max(0, len(self.prompt) - self.length)
+
+    @property
+    def stored_tokens(self) -> list[int]:
+        """The tokens whose keys and values are stored, if a sampled token tells that they are finite."""
+        return [*self.prompt, *self.completion][: self.length] if self.completion else []
+
+    @property
+    def cache_key(self) -> Hashable:
+        """All that its keys and values depend on besides tokens."""
+        return self.adapter and self.adapter.key, self.params.expert_weights
 
 
 class DecodeEngine:
@@ -125,6 +142,9 @@ class DecodeEngine:
 
     The constructor computes the longest prompt and runs one step, which allocates the memory of all requests. A machine
     with too little memory therefore fails at start and not under load.
+
+    Attributes:
+        lora: The slots of the model's adapters; None: no request may use an adapter.
     """
 
     def __init__(
@@ -136,7 +156,7 @@ class DecodeEngine:
         *,
         kv_tokens: int | None = None,
         tokens_per_step: int | None = None,
-        lora: LoraSlots | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         """Create an engine and allocate its memory.
 
@@ -150,12 +170,12 @@ class DecodeEngine:
                 be decoded together.
             tokens_per_step: The number of tokens that a step computes: one for each request that decodes, and the rest
                 for prompts. None: `slots` and `PROMPT_TOKENS` of the device, or `PROMPT_TOKENS_ALONE`.
-            lora: The slots of the model's adapters, if requests may use adapters.
+            prefix_cache: Requests whose prompts begin alike share the computed keys and values (`PrefixCache`).
 
         Raises:
             ServingError: The engine cannot reproduce the model's attention.
         """
-        _check_attention(model.config, max_length)
+        check_attention(model.config, max_length)
         self.tokenizer = tokenizer
         self.slots = slots
         self.max_length = max_length
@@ -165,25 +185,28 @@ class DecodeEngine:
         self._budget_alone = tokens_per_step or PROMPT_TOKENS_ALONE
         self.memory = Blocks(kv_tokens or slots * max_length, max_length, SHORTEST_BLOCK)
         self._empty = self.memory.counts
-        self._model, self.lora = model.eval(), lora
+        self._model = model.eval()
+        self.lora: LoraSlots | None = None
         self.routing_layout = RoutingLayout.of(model.config)
         self._routing = None if self.routing_layout is None else RoutingReader(model)
         self.has_router_prior = getattr(model.config, "router_prior", "none") != "none"
         self._device: torch.device = model.device
         # A tokenizer may have more tokens than the model
-        self._end_tokens = {token for token in _end_tokens(model, tokenizer) if token < self.vocab_size}
+        self._end_tokens = {token for token in end_tokens(model, tokenizer) if token < self.vocab_size}
         self._special_tokens = {
             added.content: token
             for token, added in tokenizer.added_tokens_decoder.items()
             if added.special and token < self.vocab_size
         }
         self.grammars = Grammars(tokenizer, self.vocab_size, self._end_tokens)
-        self._cache = SlotCache(slots, self.memory.size)
+        self._cache = SlotCache(slots, self.memory.size, self.memory.unit if prefix_cache else 0)
+        self.prefixes = PrefixCache(self.memory, self._cache)
         self._active: dict[int, Generation] = {}  # by id, in the order in which they started
         self._free_rows = [*reversed(range(slots))]
         self._sampler = TokenSampler(slots, self.vocab_size, self._device)
         for length in (max_length - 1, 1):
             self.test(length)
+        self.prefixes.enabled = prefix_cache
 
     def test(self, length: int = 1) -> None:
         """Compute a prompt of `length` tokens and a token after it. Raises any error that the model raises."""
@@ -236,6 +259,7 @@ class DecodeEngine:
         self.start(generation)
         return generation
 
+    @torch.inference_mode()
     def start(self, generation: Generation) -> None:
         """Start a request that a plan starts."""
         assert self.free > len(generation.copies) and 0 < len(generation.prompt) < self.max_length
@@ -245,15 +269,18 @@ class DecodeEngine:
         end_tokens = set() if params.ignore_eos else self._end_tokens
         stop_tokens = frozenset({*special, *end_tokens, *params.stop_token_ids})
         reserved = self.waiting_request(generation).reserved
+        prefix = self.prefixes.begin(generation, self._active.values())  # before its memory is taken
         taken = []
         try:
             for each in (generation, *generation.copies):
                 each.sampling.stop_tokens = stop_tokens
                 each.sampling.matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
-                each.block = self.memory.take(reserved)
+                each.block = self.prefixes.take(reserved)
                 each.sampling.row = self._free_rows.pop()
                 taken.append(each)
                 self._sampler.start(each.sampling)
+                if each is generation:
+                    self.prefixes.copy(prefix, generation)
         except BaseException:
             for each in taken:
                 self._release(each)
@@ -283,7 +310,9 @@ class DecodeEngine:
                 ready += self._attempt(decoding, self._decode, outputs)
             for chunk in plan.chunks:
                 generation = self._active[chunk.id]
-                computed = self._attempt([generation], partial(self._prefill, tokens=chunk.tokens), outputs)
+                self.prefixes.extend(generation, self._active.values())
+                tokens = min(chunk.tokens, generation.left)
+                computed = self._attempt([generation], partial(self._prefill, tokens=tokens), outputs)
                 if computed and not generation.left:
                     ready += self._finish_prompt(generation, computed[0][1], outputs)
         if ready:
@@ -291,6 +320,7 @@ class DecodeEngine:
         for generation, output in outputs:
             if output.error is not None:
                 self._cache.zero(generation.block)  # masked keys are multiplied by 0, and 0 × NaN is NaN
+                generation.length = 0
             if output.is_last:
                 self.remove(generation)
         return outputs
@@ -313,12 +343,19 @@ class DecodeEngine:
     def _prefill(self, group: list[Generation], tokens: int) -> Tensor:
         """Compute the next `tokens` tokens of the prompt of one request, and return the logits after them, [1, V]."""
         (generation,) = group
-        start, stop = generation.length, generation.length + tokens
+        stop = generation.length + tokens
+        while (end := self._cache.end_of_pass(generation.length)) < stop:
+            self._forward_prompt(generation, end)
+        return self._forward_prompt(generation, stop)
+
+    def _forward_prompt(self, generation: Generation, stop: int) -> Tensor:
+        """Compute the prompt of a request up to its token `stop`, and return the logits after it, [1, V]."""
+        start = generation.length
         positions = torch.arange(start, stop, device=self._device)[None]
         self._cache.prefill(generation.block, generation.sampling.row, positions, start)
         input_ids = torch.tensor([generation.prompt[start:stop]], device=self._device)
         top = generation.params.prompt_logprobs
-        logits = self._forward(input_ids, positions, 1 if top is None else 0, group)
+        logits = self._forward(input_ids, positions, 1 if top is None else 0, [generation])
         targets = generation.prompt[start + 1 : stop + 1]
         if top is not None and targets:
             generation.prompt_logprobs += prompt_logprobs(logits[0, : len(targets)].float(), targets, top)
@@ -339,6 +376,8 @@ class DecodeEngine:
         if generation.prompt_logprobs:
             scores = tuple(generation.prompt_logprobs)
             outputs += [(each, Output(prompt=scores)) for each in group]
+        if generation.cached:
+            outputs.append((generation, Output(cached=generation.cached)))
         if generation.params.max_tokens == 0:
             outputs += [(each, Output(finish_reason="length")) for each in group]
             return []
@@ -396,7 +435,7 @@ class DecodeEngine:
             return
         for each in (generation, *generation.copies):
             self._exchange_with_last(each)
-            self._release(each)
+            self._release(each, each.stored_tokens)
 
     def clear(self) -> None:
         """Drop all requests."""
@@ -404,17 +443,19 @@ class DecodeEngine:
             for each in (generation, *generation.copies):
                 self._release(each)
         self._active.clear()
+        self.prefixes.clear()
 
-    def _release(self, generation: Generation) -> None:
+    def _release(self, generation: Generation, tokens: list[int] | None = None) -> None:
         self._free_rows.append(generation.sampling.row)
-        self.memory.release(generation.block)
+        self.prefixes.release(generation.block, generation.cache_key, tokens)
 
     def _exchange_with_last(self, leaving: Generation) -> None:
         """Move the last block of the same length to the block of a request that leaves."""
         same = [each for each in self._active.values() if each.block.length == leaving.block.length]
         last = max(same, key=lambda each: each.block.start, default=leaving)
         if last.block.start > leaving.block.start:
-            self._cache.copy(last.block, leaving.block, last.length)
+            kept = len(leaving.stored_tokens) if self.prefixes.enabled else 0
+            self._cache.exchange(last.block, leaving.block, (last.length, kept))
             last.block, leaving.block = leaving.block, last.block
 
     def _sample(self, group: list[Generation], parts: list[Tensor]) -> list[tuple[Generation, Output]]:
@@ -435,36 +476,9 @@ class DecodeEngine:
         if not sampled.is_finite:
             return Output(error=ServingError("the logits of the model are not finite"))
         state, generation.token = generation.sampling, sampled.token
+        generation.completion.append(sampled.token)
         state.generated += 1
         full = state.generated >= generation.params.max_tokens or generation.length + 1 >= self.max_length
         ended = sampled.token in state.stop_tokens
         routing = generation.routing if generation.params.routing else None
         return Output(sampled, routing, finish_reason="stop" if ended else "length" if full else None)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a text: those of the generation configuration, if any, and the tokenizer's."""
-    configured = model.generation_config.eos_token_id
-    ends = set(configured) if isinstance(configured, list) else {configured}
-    return {int(token) for token in ends | {tokenizer.eos_token_id} if token is not None}
-
-
-def _check_attention(config: Any, max_length: int) -> None:
-    """Raise `ServingError` if decoding in slots would not reproduce the model's attention."""
-    if config._attn_implementation != "sdpa":
-        raise ServingError(
-            f"attention {config._attn_implementation!r} does not support one mask per row: load the model with "
-            "attn_implementation='sdpa'"
-        )
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if layers != {"full_attention"} or (window is not None and window < max_length):
-        raise ServingError(
-            f"{config.model_type} uses attention windows, which the server does not support: serve a model with full "
-            "attention"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ServingError(
-            f"serve.max_length is {max_length}, but the model has {positions} positions: lower serve.max_length"
-        )

@@ -81,7 +81,7 @@ class ServerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the scheduler and the engine."""
         scheduler, engine, totals = self._scheduler, self._scheduler.engine, self._scheduler.totals
-        used = engine.memory.used / engine.memory.size
+        prefixes, used = engine.prefixes, engine.memory.used / engine.memory.size
         for gauge, text, number in (
             ("num_requests_running", "Completions that are being computed", scheduler.active),
             ("num_requests_waiting", "Prompts that wait for a slot", scheduler.waiting),
@@ -91,8 +91,10 @@ class ServerMetrics(Collector):
             family.add_metric([self._model_name], number)
             yield family
         for counter, text, number in (
-            ("prompt_tokens", "Tokens of prompts that were computed", totals.prompt_tokens),
+            ("prompt_tokens", "Tokens of prompts that were started", totals.prompt_tokens),
             ("generation_tokens", "Tokens that were generated", totals.completion_tokens),
+            ("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache", prefixes.queries),
+            ("prefix_cache_hits", "Tokens of prompts that were found in the prefix cache", prefixes.hits),
         ):
             counted = CounterMetricFamily(f"vllm:{counter}", text, labels=LABELS)
             counted.add_metric([self._model_name], number)

@@ -24,12 +24,19 @@ class Tokenized(BaseModel):
     token_strs: list[str] | None = None  # the tokens as they are in the vocabulary, with `return_token_strs`
 
 
+class PromptTokensDetails(BaseModel):
+    """The parts of the number of prompt tokens."""
+
+    cached_tokens: int  # found in the prefix cache
+
+
 class Usage(BaseModel):
     """The number of prompt and completion tokens. An end-of-text token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class GenerationResponse(BaseModel):

@@ -17,7 +17,7 @@ from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.lora import SlotAdapter
 from bam_ray.serving.metrics import RequestOutcome, RequestTimer, ServerMetrics
-from bam_ray.serving.openai_responses import Usage
+from bam_ray.serving.openai_responses import PromptTokensDetails, Usage
 from bam_ray.serving.openai_types import ErrorResponse, RequestError
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
@@ -111,15 +111,17 @@ class RequestHandler:
             async for batch in batches:
                 for index, delta in batch:
                     outputs[index] = outputs[index] + delta
-        return job.builder.response(outputs, _usage(job, sum(len(output.tokens) for output in outputs)))
+        generated, cached = sum(len(output.tokens) for output in outputs), sum(output.cached for output in outputs)
+        return job.builder.response(outputs, _usage(job, generated, cached))
 
     async def _events(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[str, None]:
         """Yield the events of a stream. An error ends it: it is raised before the first event, and an event later."""
-        generated, started = 0, False
+        generated, cached, started = 0, 0, False
         try:
             async with aclosing(self._deltas(job, admission)) as batches:
                 async for batch in batches:
                     generated += sum(len(delta.tokens) for _, delta in batch)
+                    cached += sum(delta.cached for _, delta in batch)
                     chunks = [chunk for index, delta in batch for chunk in job.builder.chunks(index, delta)]
                     if chunks:
                         started = True
@@ -130,7 +132,7 @@ class RequestHandler:
             yield _event(ErrorResponse.from_error(error))
             return
         if job.include_usage:
-            yield _event(job.builder.usage_chunk(_usage(job, generated)))
+            yield _event(job.builder.usage_chunk(_usage(job, generated, cached)))
         yield "data: [DONE]\n\n"
 
     async def _deltas(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[list[tuple[int, Delta]], None]:
@@ -216,11 +218,12 @@ async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[
         yield event
 
 
-def _usage(job: GenerationJob, generated: int) -> Usage:
+def _usage(job: GenerationJob, generated: int, cached: int) -> Usage:
     return Usage(
         prompt_tokens=job.prompt_tokens,
         completion_tokens=generated,
         total_tokens=job.prompt_tokens + generated,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
     )
 
 

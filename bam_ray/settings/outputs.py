@@ -59,6 +59,9 @@ class ServeSettings(Strict):
     tokens_per_step: Count | None = None
     """Number of tokens that a step computes: one for each request that decodes, and the rest for prompts. More tokens
     begin responses sooner, and delay those that are being decoded. `null` means a default for the device."""
+    prefix_cache: bool = True
+    """Keep the keys and values of requests that have ended until their memory is needed. Requests whose prompts begin
+    alike use them, and begin sooner."""
     dtype: Literal["fp32", "bf16", "auto"] = "auto"
     """Precision of weights and computation. `auto` means bf16 on GPUs that support it, and fp32 elsewhere. With fp32,
     matrix products on GPUs use TF32."""

@@ -271,3 +271,15 @@ def test_metrics_have_the_names_of_vllm(endpoint: Endpoint) -> None:
     assert (first, whole, finished) == (1, 1, 2)
     assert 1 <= between <= 12, "outputs that arrive together are one observation"
     assert metric(endpoint, f"vllm:kv_cache_usage_perc{{{labels}}}") == 0
+
+
+def test_usage_and_metrics_count_cached_tokens(endpoint: Endpoint) -> None:
+    labels = f'{{model_name="{MODEL}"}}'
+    prompt = list(range(1, 41))
+    request: Any = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "temperature": 0}
+    usages = [endpoint.client.completions.create(**request).usage for _ in range(2)]
+    *_, last = endpoint.client.completions.create(**request, stream=True, stream_options={"include_usage": True})
+    details = [usage.prompt_tokens_details for usage in (*usages, last.usage) if usage is not None]
+    assert [each.cached_tokens for each in details if each is not None] == [0, 39, 39]
+    assert metric(endpoint, f"vllm:prefix_cache_queries_total{labels}") == 120
+    assert metric(endpoint, f"vllm:prefix_cache_hits_total{labels}") == 78

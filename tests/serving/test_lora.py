@@ -44,9 +44,9 @@ class Adapted:
         for pair in adapter.pairs.values():
             pair.b.zero_()
         lora.write(4, adapter)
-        return DecodeEngine(
-            model, self.tokenizer, slots=rows, max_length=64, tokens_per_step=tokens_per_step, lora=lora
-        )
+        engine = DecodeEngine(model, self.tokenizer, slots=rows, max_length=64, tokens_per_step=tokens_per_step)
+        engine.lora = lora
+        return engine
 
 
 @pytest.fixture(params=["llama", "gpt_neox"])

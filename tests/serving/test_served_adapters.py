@@ -73,7 +73,8 @@ def serve(models_by_family: Any, tokenizer: Any, tmp_path: Path) -> Iterator[Cal
         def start(slots: int = 2, **options: Any) -> Served:
             model = copy_of(base)
             lora = LoraSlots(model, slots, max_rank=4)
-            engine = DecodeEngine(model, tokenizer, slots=4, max_length=64, lora=lora)
+            engine = DecodeEngine(model, tokenizer, slots=4, max_length=64)
+            engine.lora = lora
             executor = stack.enter_context(ThreadPoolExecutor(2))
             source = PeftFolders(tmp_path, lora.shapes)
             pool = AdapterPool(source, lora, executor, host_bytes=1 << 20)

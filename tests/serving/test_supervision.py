@@ -166,19 +166,20 @@ def test_a_full_queue_refuses_a_request_as_a_whole(
 def test_random_operations_leave_nothing_behind(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """10,000 requests that finish, leave while they wait or run, fail or are refused."""
+    """10,000 requests that share prefixes, and finish, leave while they wait or run, fail or are refused."""
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config = LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1, eos_token_id=0)
     model = AutoModelForCausalLM.from_config(config)
-    engine = DecodeEngine(model, tokenizer, slots=4, max_length=8)
+    engine = DecodeEngine(model, tokenizer, slots=4, max_length=64, kv_tokens=192)
     rng = random.Random(5)
+    text = [rng.randrange(1, 90) for _ in range(40)]
     fail_at(model, monkeypatch, lambda _: rng.random() < 0.04)
     caplog.set_level(logging.CRITICAL)
     outcomes = {"finished": 0, "left": 0, "failed": 0, "refused": 0}
 
     async def request(scheduler: Scheduler) -> None:
-        prompts = [[rng.randrange(1, 90)] * rng.randrange(1, 4) for _ in range(rng.randrange(1, 3))]
-        params = SamplingParams(max_tokens=rng.randrange(1, 4), temperature=0)
+        prompts = [[*text[: rng.randrange(40)], rng.randrange(1, 90)] for _ in range(rng.randrange(1, 3))]
+        params = SamplingParams(max_tokens=rng.randrange(1, 4), temperature=0, n=rng.randrange(1, 3))
         seconds = rng.choice([None, 0.0, 0.001, 0.02])
         try:
             async with asyncio.timeout(seconds), aclosing(scheduler.generate(prompts, params)) as batches:
@@ -205,7 +206,8 @@ def test_random_operations_leave_nothing_behind(
 
     serve(engine, client, max_queued_prompts=100)
     assert min(outcomes.values()) > 50, outcomes
-    assert (engine.active, engine.free) == (0, 4)
+    assert (engine.active, engine.free, engine.memory.used) == (0, 4, 0)
+    assert 0.3 < engine.prefixes.hits / engine.prefixes.queries < 1
 
 
 def test_a_tokenizer_that_fails_ends_its_request(engine: DecodeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
