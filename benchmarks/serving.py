@@ -95,7 +95,8 @@ def mixture(attention: str, width: int, layers: int) -> BamForCausalLM:
         parallel_block=False,
         attn_implementation="sdpa",
     )
-    return BamForCausalLM(config).eval()
+    model: BamForCausalLM = BamForCausalLM(config).eval()
+    return model
 
 
 def as_mixtral(model: BamForCausalLM) -> MixtralForCausalLM:

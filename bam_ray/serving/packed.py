@@ -123,8 +123,9 @@ class PackedAttentionExperts(BamAttentionExperts):
         # [n, d, H·h] -> [d, n·H·h]: one product that also sums the experts
         products["o"] = PackedWeight(experts.o_proj.transpose(0, 1).flatten(1))
         experts.o_proj = None  # type: ignore[assignment]
-        experts.__class__ = cls
-        experts._products = products
+        converted: Any = experts
+        converted.__class__ = cls
+        converted._products = products
 
     def linear(self, x: Tensor, role: str) -> Tensor:
         """See `BamAttentionExperts.linear`."""
