@@ -252,17 +252,22 @@ class BamAttentionExperts(BamAttentionBase):
 
         `kwargs` are those of `attention`.
         """
-        query = self.project(x, self.q_proj, self.q_bias, self.q_norm)  # [B, L, n·H, h]
+        query = self.project(x, "q", self.q_norm)  # [B, L, n·H, h]
         query = self.group_by_key(query) if self.kv_shared else query.transpose(1, 2)  # [B, n·H, L, h]
-        key = self.project(x, self.k_proj, self.k_bias, self.k_norm).transpose(1, 2)  # [B, n·G or G, L, h]
-        value = self.project(x, self.v_proj, self.v_bias).transpose(1, 2)  # [B, n·G or G, L, h]
+        key = self.project(x, "k", self.k_norm).transpose(1, 2)  # [B, n·G or G, L, h]
+        value = self.project(x, "v").transpose(1, 2)  # [B, n·G or G, L, h]
         heads = self.attention(query, key, value, **kwargs)  # [B, L, n·H, h]
         return self.sum_experts(heads, gates.to(heads.dtype))
 
-    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> Tensor:
-        """Project x [B, L, d] by the weights [m, heads·h, d] of m experts, and normalize: [B, L, m·heads, h]."""
+    def linear(self, x: Tensor, role: str) -> Tensor:
+        """Project x [B, L, d] to the queries ("q"), keys ("k") or values ("v") of m experts: [B, L, m·heads·h]."""
+        weight, bias = getattr(self, f"{role}_proj"), getattr(self, f"{role}_bias")
         # [m, heads·h, d] -> [m·heads·h, d]: one GEMM for all experts.
-        out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())  # [B, L, m·heads·h]
+        return F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+
+    def project(self, x: Tensor, role: str, norm: Tensor | None = None) -> Tensor:
+        """Project x [B, L, d] to the queries, keys or values of m experts, and normalize: [B, L, m·heads, h]."""
+        out = self.linear(x, role)  # [B, L, m·heads·h]
         if norm is not None:
             if self.config.qk_norm == "full":
                 out = out.unflatten(-1, norm.shape)  # [B, L, m, heads·h], norm [m, heads·h]
@@ -293,12 +298,15 @@ class BamAttentionExperts(BamAttentionBase):
         else:
             heads = heads.view(batch, length, experts, width) * gates.unsqueeze(-1)  # [B, L, n, H·h]
             heads = heads.view(tokens, experts, width)  # [T, n, H·h]
-        if tokens <= FEW_TOKENS:  # n GEMMs: [n, T, H·h] · [n, H·h, d] -> [n, T, d] -> [T, d]
-            out = torch.bmm(heads.transpose(0, 1), self.o_proj.transpose(1, 2)).sum(0)
-        else:  # one GEMM that also sums the experts: [T, n·H·h] · [d, n·H·h]ᵀ -> [T, d]
-            out = F.linear(heads.flatten(1), self.o_proj.transpose(0, 1).flatten(1))
-        out = out.view(batch, length, -1)  # [B, L, d]
+        out = self.output(heads).view(batch, length, -1)  # [B, L, d]
         return out if self.o_bias is None else out + gates @ self.o_bias.to(gates.dtype)
+
+    def output(self, heads: Tensor) -> Tensor:
+        """Apply the output projection of each expert to its weighted heads [T, n, H·h], and sum the experts: [T, d]."""
+        if len(heads) <= FEW_TOKENS:  # n GEMMs: [n, T, H·h] · [n, H·h, d] -> [n, T, d] -> [T, d]
+            return torch.bmm(heads.transpose(0, 1), self.o_proj.transpose(1, 2)).sum(0)
+        # one GEMM that also sums the experts: [T, n·H·h] · [d, n·H·h]ᵀ -> [T, d]
+        return F.linear(heads.flatten(1), self.o_proj.transpose(0, 1).flatten(1))
 
 
 class BamAttention(nn.Module):

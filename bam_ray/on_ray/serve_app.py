@@ -73,6 +73,7 @@ class Endpoint:
         from bam_ray.serving import AppOptions, DecodeEngine, PosteriorEnsemble, Scheduler, create_app
         from bam_ray.serving.adapter_setup import open_adapters
         from bam_ray.serving.lora import LoraSlots
+        from bam_ray.serving.packed import can_pack, pack_weights
         from bam_ray.training.devices import inference_dtype, requested_device
 
         torch.set_num_threads(max(1, int(settings.needs.cpus)))
@@ -86,9 +87,12 @@ class Endpoint:
         device = requested_device(settings.needs.gpus)
         dtype = inference_dtype(device, settings.dtype)
         models = [load_folder(folder, dtype).to(device) for folder in folders]
-        model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
         chosen = settings.adapters
         lora = None if chosen is None else LoraSlots(models[0], chosen.slots, chosen.max_rank)
+        if settings.pack_weights and can_pack(device, dtype):
+            for each in models:
+                pack_weights(each)
+        model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
         engine = DecodeEngine(
             model,
             tokenizer,

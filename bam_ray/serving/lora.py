@@ -64,10 +64,11 @@ class LoraBatch:
         return self._indices[size]
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(nn.Module):
     """A linear layer that adds the changes of adapters.
 
     Attributes:
+        base: The layer without adapters.
         a: The first factors, transposed, [S, in, R].
         b: The second factors with the scale, transposed, [S, R, out].
         used: The slots whose adapters change this layer.
@@ -77,10 +78,10 @@ class LoraLinear(nn.Linear):
     b: Tensor
 
     def __init__(self, base: nn.Linear, slots: int, rank: int, batch: LoraBatch) -> None:
-        """Create a layer with the parameters of `base`."""
-        nn.Module.__init__(self)
+        """Create a layer that adds to the output of `base`."""
+        super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.base = base
         self.register_buffer("a", base.weight.new_zeros(slots, base.in_features, rank), persistent=False)
         self.register_buffer("b", base.weight.new_zeros(slots, rank, base.out_features), persistent=False)
         self.used: set[int] = set()
@@ -88,7 +89,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output for `input` [B, 1, in] or [1, T, in]."""
-        output, batch = super().forward(input), self._batch
+        batch, output = self._batch, self.base(input)
         if batch.is_base or not self.used:
             return output
         if len(batch.slots) * self.in_features != input.numel():

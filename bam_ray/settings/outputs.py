@@ -65,6 +65,9 @@ class ServeSettings(Strict):
     dtype: Literal["fp32", "bf16", "auto"] = "auto"
     """Precision of weights and computation. `auto` means bf16 on GPUs that support it, and fp32 elsewhere. With fp32,
     matrix products on GPUs use TF32."""
+    pack_weights: bool = True
+    """On CPUs, keep the weights in the layout of oneDNN, which decodes several requests faster. Sums are computed in
+    another order, so log-probabilities change by rounding errors. GPUs ignore it."""
     needs: Demand = Demand()
     """Resources of each replica."""
     api_keys: str | None = None

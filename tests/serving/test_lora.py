@@ -14,6 +14,7 @@ from bam_ray.errors import CheckpointError, ServingError
 from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.serving.engine import Generation
 from bam_ray.serving.lora import LoraSlots, SlotAdapter
+from bam_ray.serving.packed import pack_weights
 from tests.support.decoding import prompts_of
 from tests.support.peft_adapters import copy_of, merged, write_adapter
 from tests.support.tiny import dense
@@ -33,7 +34,7 @@ class Adapted:
     folders: list[Path]
     tokenizer: Any
 
-    def engine(self, rows: int, tokens_per_step: int = 64) -> DecodeEngine:
+    def engine(self, rows: int, tokens_per_step: int = 64, packed: bool = False) -> DecodeEngine:
         """Return an engine that has the adapters in slots 1, 2, ...; slot 4 has one without effect."""
         model = copy_of(self.base)
         lora = LoraSlots(model, slots=4, max_rank=8)
@@ -44,6 +45,8 @@ class Adapted:
         for pair in adapter.pairs.values():
             pair.b.zero_()
         lora.write(4, adapter)
+        if packed:
+            pack_weights(model)
         engine = DecodeEngine(model, self.tokenizer, slots=rows, max_length=64, tokens_per_step=tokens_per_step)
         engine.lora = lora
         return engine
@@ -79,11 +82,12 @@ def decode(
     return [*results.values()]
 
 
-def test_a_mixed_batch_equals_merged_weights(adapted: Adapted) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mixed_batch_equals_merged_weights(adapted: Adapted, packed: bool) -> None:
     prompts, slots = prompts_of(9, 300), [1, 2, 0, 3, 1, 4, 2, 2, 3]
     models = [adapted.base, *(merged(adapted.base, folder) for folder in adapted.folders), adapted.base]
     for tokens_per_step in (9, 64):  # prompts in chunks beside rows that decode, and whole prompts
-        mixed = decode(adapted.engine(6, tokens_per_step), prompts, slots)
+        mixed = decode(adapted.engine(6, tokens_per_step, packed), prompts, slots)
         for prompt, slot, (tokens, scores) in zip(prompts, slots, mixed, strict=True):
             alone = DecodeEngine(copy_of(models[slot]), adapted.tokenizer, slots=1, max_length=64)
             ((expected, reference),) = decode(alone, [prompt], [0])
