@@ -115,6 +115,11 @@ def test_a_seed_that_is_missing_is_refused(run: PipelineRun, tmp_path: Path) -> 
         application(arguments)
 
 
+def test_a_configuration_file_cannot_follow() -> None:
+    with pytest.raises(SettingsError, match=r"add the override serve\.follow=false"):
+        application(ApplicationArguments(recipe=str(RECIPE), overrides=["serve.open=true", "serve.follow=true"]))
+
+
 def test_a_recipe_without_branches_is_refused() -> None:
     without = ["branch.domains=[]", "upcycle.mixtures={sparse: {method: sparse, num_experts: 4}}"]
     with pytest.raises(SettingsError, match=r"branch\.domains is empty: add a domain, or set serve\.mode to mixture"):
