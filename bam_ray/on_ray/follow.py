@@ -89,7 +89,7 @@ def _deploy(run: PipelineRun, record: EndpointRecord) -> str:
     settings = run.recipe.serve
     access = EndpointAccess.of(settings, settings.is_local)
     patiently = retry_on(StoreUnavailable, warn)
-    known = [_ids(models) for models in patiently(_new_models, run, record)]
+    known = [_ids(models) for models in patiently(new_models, run, record)]
     stop_following()  # it could deploy something else at the same time
     url = deploy(_models(run.store, record.served), record.name, settings, access)
     patiently(write_endpoint, run.store, record.see(known).model_copy(update={"url": url}))
@@ -132,7 +132,7 @@ class Follower:
     def _roll_out_newest(self) -> None:
         """Roll out the newest models that are not known yet, if they pass their test."""
         run, record = self._run, read_endpoint(self._run.store, self._name)
-        new = _new_models(run, record) if record else []
+        new = new_models(run, record) if record else []
         if not record or not new:
             return
         models, ids = new[-1], _ids(new[-1])
@@ -177,7 +177,7 @@ class Follower:
         return ""
 
 
-def _new_models(run: PipelineRun, record: EndpointRecord) -> list[list[Artifact]]:
+def new_models(run: PipelineRun, record: EndpointRecord) -> list[list[Artifact]]:
     """Return the committed models that could be served under the name and are not in `record.seen`, oldest first."""
     if run.recipe.serve.mode == "mixture":
         return [[mixture] for mixture in committed_mixtures(run.store, record.name, record.seen)]
