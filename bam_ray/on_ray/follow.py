@@ -1,7 +1,7 @@
 """The models of an endpoint over time: deployment, rollback, and follow mode.
 
-    url = serve_run(run)          # deploys what the recipe serves, and records it in the store
-    url = roll_back(run)          # deploys what was served before
+    models, url = serve_run(run)      # deploys what the recipe serves, and records it in the store
+    models, url = roll_back(run)      # deploys what was served before
 
 With `serve.follow`, an actor on the head node looks for models that the run has committed since: another mixture of the
 same name, or more branches of an ensemble. A model is loaded and tested in a process of its own, with the resources of

@@ -215,19 +215,19 @@ def shutdown() -> None:
 
 def _has_spare_capacity(settings: ServeSettings, nodes: list[NodeFacts]) -> bool:
     """Return True if one more replica fits on the nodes; raises `PlacementError` if the replicas themselves do not."""
-    replicas = settings.least_replicas
-    fitting = worker_capacity(settings.needs, nodes, replicas + 1)
-    if fitting < replicas:
+    least, most = settings.least_replicas, settings.most_replicas
+    fitting = worker_capacity(settings.needs, nodes, most + 1)
+    if fitting < least:
         raise PlacementError(
-            f"{replicas} replica(s) of {describe_request(settings.needs)} can never fit on the {len(nodes)} "
+            f"{least} replica(s) of {describe_request(settings.needs)} can never fit on the {len(nodes)} "
             f"living nodes ({describe_nodes(nodes)}): change serve.needs or serve.replicas, or add nodes"
         )
-    if settings.follow and fitting == replicas:
+    if settings.follow and fitting <= most:
         raise PlacementError(
-            f"serve.follow needs room for one more replica of {describe_request(settings.needs)}, to replace "
-            f"{replicas} without an outage ({describe_nodes(nodes)}): lower serve.replicas, or add nodes"
+            f"serve.follow needs room for one more replica of {describe_request(settings.needs)}, to replace {most} "
+            f"without an outage ({describe_nodes(nodes)}): lower serve.replicas, or add nodes"
         )
-    return fitting > replicas
+    return fitting > most
 
 
 def _start_serve(settings: ServeSettings, head: NodeFacts) -> None:

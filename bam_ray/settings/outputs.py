@@ -110,6 +110,11 @@ class ServeSettings(Strict):
         return self.replicas.min if isinstance(self.replicas, ReplicaRange) else self.replicas
 
     @property
+    def most_replicas(self) -> int:
+        """The largest number of replicas."""
+        return self.replicas.max if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+    @property
     def is_local(self) -> bool:
         """True if only clients on the same machine can connect."""
         try:

@@ -89,7 +89,9 @@ def test_a_long_request_counts_by_its_memory(models_by_family: Any, tokenizer: A
 
 
 def test_a_range_of_replicas_is_checked() -> None:
-    assert ServeSettings(replicas=3).least_replicas == 3
-    assert ServeSettings.model_validate({"replicas": {"min": 2, "max": 4}}).least_replicas == 2
+    fixed = ServeSettings(replicas=3)
+    assert (fixed.least_replicas, fixed.most_replicas) == (3, 3)
+    scaled = ServeSettings.model_validate({"replicas": {"min": 2, "max": 4}})
+    assert (scaled.least_replicas, scaled.most_replicas) == (2, 4)
     with pytest.raises(ValidationError, match="min is 3, which is more than max"):
         ReplicaRange(min=3, max=2)
