@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import ray
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bam_ray.blobs import BlobStore
@@ -123,7 +124,7 @@ class Follower:
         while True:
             time.sleep(POLL_SECONDS)
             try:
-                if APP not in serve.status().applications:
+                if not _is_served():
                     ray.kill(ray.get_runtime_context().current_actor)
                 self._roll_out_newest()
             except Exception as error:  # of any type: the next look at the store may succeed
@@ -175,6 +176,15 @@ class Follower:
         except RayError as error:  # the process died
             return f"its test ended: {one_line(error)}"
         return ""
+
+
+def _is_served() -> bool:
+    """Return False if the endpoint or Ray Serve was shut down."""
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    except ValueError:  # `serve.status` would ask the controller that has ended
+        return False
+    return APP in serve.status().applications
 
 
 def new_models(run: PipelineRun, record: EndpointRecord) -> list[list[Artifact]]:
