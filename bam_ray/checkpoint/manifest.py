@@ -31,6 +31,7 @@ Limits: an identity covers settings and parents, not the version of the code. Th
     <any of these>/steps/<attempt>-<step>/   training checkpoints, each with its own manifest
     epochs/<epoch>.json                      the drivers that have worked on this store
     heartbeats/<driver>.json                 what each of them makes, written again every few seconds
+    endpoints/<name>.json                    what an endpoint serves, and has served before
 """
 
 import hashlib

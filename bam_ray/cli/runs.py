@@ -16,7 +16,8 @@ from bam_ray.cli.app import app
 from bam_ray.cli.console import console
 from bam_ray.cli.options import EndpointOption, OutputOption, RunArgument, StoreOptions, with_shared_options
 from bam_ray.control import status as run_status
-from bam_ray.control.status_table import render, render_history, render_storage
+from bam_ray.control.endpoint_record import read_endpoints
+from bam_ray.control.status_table import render, render_endpoints, render_history, render_storage
 from bam_ray.control.storage import stored_bytes
 from bam_ray.errors import CheckpointError, PlacementError, SettingsError
 from bam_ray.settings import load_recipe
@@ -73,9 +74,16 @@ def compare(
 
 
 @app.command()
-def serve(recipe: RecipeArgument, overrides: OverridesArgument = None, take_over: TakeOverOption = False) -> None:
+def serve(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    take_over: TakeOverOption = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Serve again what was served before. Runs no stages.")
+    ] = False,
+) -> None:
     """Run the missing stages of a recipe up to the models that it serves, and serve them."""
-    _submit(recipe, overrides, "jobs/serve.py", take_over)
+    _submit(recipe, overrides, "jobs/rollback.py" if rollback else "jobs/serve.py", take_over)
 
 
 @app.command()
@@ -111,7 +119,8 @@ def status(
     store = open_store(run, endpoint)
     current = _read_status(store)
     if not watch:
-        console.print(render(current), render_history(current), render_storage(stored_bytes(store)))
+        endpoints = render_endpoints(read_endpoints(store))
+        console.print(render(current), render_history(current), endpoints, render_storage(stored_bytes(store)))
         return
     with Live(render(current), console=console, auto_refresh=False) as live:
         while current.state == "running":

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.control.endpoint_record import EndpointRecord
 from bam_ray.control.status import Status, TaskRow
 from bam_ray.units import format_bytes, format_duration
 
@@ -98,6 +99,17 @@ def render_history(status: Status) -> RenderableType:
         task, duration = f"{row.kind}/{row.name}", format_duration(past.seconds)
         table.add_row(task, past.node or "", started, duration, str(past.step or ""), Text(past.cause))
     return table if shown else Group()
+
+
+def render_endpoints(endpoints: Sequence[EndpointRecord]) -> RenderableType:
+    """Return one line for each endpoint: what it serves, since when, and why newer models are not served."""
+    lines = []
+    for each in endpoints:
+        since = each.since.astimezone().strftime("%d %b %H:%M:%S")
+        lines.append(Text(f"endpoint {each.name}: {' + '.join(each.served)} since {since} at {each.url}"))
+        if each.note:
+            lines.append(Text(f"endpoint {each.name}: {each.note}", "yellow"))
+    return Group(*lines)
 
 
 def render_storage(stored: Mapping[ArtifactKind, int]) -> RenderableType:

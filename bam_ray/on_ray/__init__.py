@@ -12,5 +12,10 @@ spot.py         reports the interruption notice of a spot node to Ray
 job.py          what the scripts in `jobs/` share
 submit.py       submits a job from a user's machine, and shows its progress there
 serve_app.py    the OpenAI-compatible endpoint on Ray Serve
+replica.py      one replica of it
+replica_metrics.py  the metrics of a replica in Ray's Prometheus endpoint
+scaling.py      the number of replicas for the load
+proxy.py        errors for the responses of replicas that die
+follow.py       its models over time: rollback, and new models that the run commits
 run_summary.py  the results that a job prints at the end of a run
 """

@@ -17,8 +17,9 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.controller import RunOutcome
 from bam_ray.errors import BamError, one_line
+from bam_ray.on_ray.follow import roll_back, serve_run
 from bam_ray.on_ray.run import TABLE_WIDTH, connect, run_tasks
-from bam_ray.on_ray.serve_app import deploy, served_models
+from bam_ray.on_ray.serve_app import served_name
 from bam_ray.on_ray.submit import END_OF_RUN, TAKE_OVER
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe, load_recipe
@@ -72,6 +73,19 @@ def compare_job(engine_factory: "EngineFactory | None" = None) -> None:
     exit_after(work)
 
 
+def rollback_job() -> None:
+    """Serve again what the endpoint of the recipe on the command line has served before, and exit."""
+
+    def work(recipe: Recipe, take_over: bool, console: Console) -> RunOutcome:
+        connect()
+        models, url = roll_back(run_of(recipe))
+        console.print(END_OF_RUN)
+        console.print(f"{' + '.join(model.prefix for model in models)} is served again at {url}", soft_wrap=True)
+        return "finished"
+
+    exit_after(work)
+
+
 def exit_after(work: Callable[[Recipe, bool, Console], RunOutcome]) -> NoReturn:
     """Call `work` with the recipe on the command line, and exit with the code of its outcome.
 
@@ -112,8 +126,8 @@ def serve_and_ask(run: PipelineRun, console: Console) -> None:
     from bam_ray.on_ray import run_summary
 
     connect()
-    models, name = served_models(run)
-    url = deploy(models, name, run.recipe.serve)
+    models, url = serve_run(run)
+    name = served_name(run.recipe)
     if len(models) > 1:
         members = ", ".join(f"{model.kind}/{model.id}" for model in models)
         console.print(f"{name} is the ensemble of {members}", soft_wrap=True)

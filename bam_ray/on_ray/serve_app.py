@@ -18,18 +18,23 @@ Clusters that are configured by Serve configuration files (cluster/kuberay/rayse
 """
 
 import logging
-import os
 import socket
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import (
+    AutoscalingConfig,
+    AutoscalingPolicy,
+    BackpressureConfig,
+    ControllerOptions,
+    HTTPOptions,
+    ProxyLocation,
+)
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -40,112 +45,25 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.errors import CheckpointError, PlacementError, ServingError, SettingsError, StoreUnavailable
 from bam_ray.on_ray.cluster import living_nodes
-from bam_ray.on_ray.worker_env import device_environment
+from bam_ray.on_ray.proxy import PROXY_ENVIRONMENT
+from bam_ray.on_ray.replica import Endpoint, EndpointAccess
+from bam_ray.on_ray.scaling import replicas_for_load
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.scheduling.nodes import HEAD, NodeFacts, describe_nodes, describe_request, ray_resources, worker_capacity
-from bam_ray.settings import Recipe, ServeSettings, load_recipe
-from bam_ray.settings.api_keys import ApiKey, read_api_keys
+from bam_ray.settings import Recipe, ReplicaRange, ServeSettings, load_recipe
 from bam_ray.terminal import warn
 
 APP = "bam"
 POSTERIOR = "posterior"  # the name of the posterior ensemble, at the endpoint as in the report
+SEED = "seed"  # the name of the seed, which adapters change
 ANY_HOST = {"0.0.0.0", "::"}
-LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}  # of this machine, in the Host header
-ONGOING_PER_REPLICA = 1024
-"""Requests that a replica holds. Those beyond its slots wait inside it, so that /health and /metrics still answer."""
-QUEUED_PER_PROXY = 1024  # requests that wait in the proxy for a replica; it refuses more with status 503
+OTHER_REQUESTS = 32
+"""Requests that a replica takes besides those that it computes and queues: /health, /metrics, and those that it refuses
+with the time to wait."""
+QUEUED_PER_PROXY = 1024  # requests that wait in the proxy for a replica; it refuses more
+REFUSAL = BackpressureConfig(status_code=429, retry_after_s=1)
+LOOK_BACK_SECONDS = 10.0  # over which the load is averaged
 DRAIN_SECONDS = 60.0  # time that a replica has to finish its requests when it is replaced or stopped
-
-
-@serve.ingress()
-class Endpoint:
-    """One replica: weights from the blob store, a decoding engine, and the HTTP app."""
-
-    def __init__(
-        self, artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: "EndpointAccess"
-    ) -> None:
-        os.environ.update(device_environment(settings.needs.gpus))
-        # Imported here, because the driver that deploys needs no model code
-        import torch
-        from transformers import AutoTokenizer
-
-        from bam_ray.model.loading import load_folder
-        from bam_ray.serving import AppOptions, DecodeEngine, PosteriorEnsemble, Scheduler, create_app
-        from bam_ray.serving.adapter_setup import open_adapters
-        from bam_ray.serving.lora import LoraSlots
-        from bam_ray.serving.packed import can_pack, pack_weights
-        from bam_ray.training.devices import inference_dtype, requested_device
-
-        torch.set_num_threads(max(1, int(settings.needs.cpus)))
-        folders = [artifact.fetch() for artifact in artifacts]
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folders[0])
-        except Exception:  # of any type: the tokenizers library raises `Exception` for a file of a new version
-            raise ServingError(
-                f"{artifacts[0].kind}/{artifacts[0].id} has no tokenizer that can be loaded: text cannot be served"
-            ) from None
-        device = requested_device(settings.needs.gpus)
-        dtype = inference_dtype(device, settings.dtype)
-        models = [load_folder(folder, dtype).to(device) for folder in folders]
-        chosen = settings.adapters
-        lora = None if chosen is None else LoraSlots(models[0], chosen.slots, chosen.max_rank)
-        if settings.pack_weights and can_pack(device, dtype):
-            for each in models:
-                pack_weights(each)
-        model = models[0] if len(models) == 1 else PosteriorEnsemble(models)
-        engine = DecodeEngine(
-            model,
-            tokenizer,
-            settings.slots,
-            settings.max_length,
-            kv_tokens=settings.kv_tokens,
-            tokens_per_step=settings.tokens_per_step,
-            prefix_cache=settings.prefix_cache,
-        )
-        engine.lora = lora
-        self._scheduler = Scheduler(
-            engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
-        )
-        options = AppOptions(
-            api_keys=access.keys,
-            allowed_hosts=access.hosts,
-            max_body_bytes=settings.max_body_bytes,
-            max_prompts=settings.max_prompts,
-            max_prompt_tokens=settings.max_queued_tokens,
-            add_request_id=False,
-        )
-        adapters = None
-        if lora is not None and chosen is not None:
-            adapters = open_adapters(model_name, folders[0], lora, chosen)
-        self._app = create_app(self._scheduler, model_name, options, adapters)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Return the HTTP app. Ray Serve calls this after the constructor."""
-        return self._app
-
-    def check_health(self) -> None:
-        """Raise `ServingError` if the engine is dead. Ray Serve calls this, and then replaces the replica."""
-        if self._scheduler.failure is not None:
-            raise self._scheduler.failure
-
-
-@dataclass(frozen=True)
-class EndpointAccess:
-    """The clients that an endpoint serves."""
-
-    keys: Sequence[ApiKey]  # empty: everybody who can connect
-    hosts: Collection[str] | None  # names of the server in the Host header; None: any
-
-    @classmethod
-    def of(cls, settings: ServeSettings, is_local: bool) -> Self:
-        """Return the access that the settings give. `is_local`: only clients on the machine of the proxy can connect.
-
-        Web pages may send requests from a browser on this machine (DNS rebinding). An API key keeps them out, and
-        without one the name of the server does.
-        """
-        if settings.api_keys is not None:
-            return cls(read_api_keys(settings.api_keys), None)
-        return cls((), None if settings.open or not is_local else LOCAL_NAMES | {settings.host})
 
 
 class ApplicationArguments(BaseModel):
@@ -170,6 +88,11 @@ def application(arguments: ApplicationArguments) -> Application:
             "an endpoint of a Serve configuration file needs API keys, because the file decides who can connect: add "
             "the override serve.api_keys (`bam serve-key` makes a key), or serve.open=true for everybody"
         )
+    if recipe.serve.follow:
+        raise SettingsError(
+            "serve.follow cannot be used with a Serve configuration file, which would change without the file: add the "
+            "override serve.follow=false"
+        )
     run = PipelineRun.of(recipe, open_store(recipe.store.uri, recipe.store.endpoint))
     models, name = served_models(run)
     return _application(models, name, recipe.serve, EndpointAccess.of(recipe.serve, is_local=False), surge=False)
@@ -179,6 +102,12 @@ def served_kinds(recipe: Recipe) -> Collection[ArtifactKind]:
     """Return the kinds of artifacts that must be made before the recipe can be served."""
     kinds = {"posterior": ArtifactKind.BRANCHES, "adapters": ArtifactKind.SEEDS, "mixture": ArtifactKind.MIXTURES}
     return [kinds[recipe.serve.mode]]
+
+
+def served_name(recipe: Recipe) -> str:
+    """Return the name of the model in requests."""
+    names = {"posterior": POSTERIOR, "adapters": SEED}
+    return names.get(recipe.serve.mode) or recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
 
 
 def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
@@ -192,10 +121,10 @@ def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
     """
     recipe = run.recipe
     if recipe.serve.mode == "mixture":
-        name = recipe.serve.mixture or next(iter(recipe.upcycle.mixtures))
+        name = served_name(recipe)
         return [run.artifact(ArtifactKind.MIXTURES, name)], name
     if recipe.serve.mode == "adapters":
-        return [run.artifact(ArtifactKind.SEEDS, "seed")], "seed"
+        return [run.artifact(ArtifactKind.SEEDS, "seed")], SEED
     branches = [run.artifact(ArtifactKind.BRANCHES, domain) for domain in recipe.branch.domains]
     patiently = retry_on(StoreUnavailable, warn)
     whole = [branch for branch in branches if patiently(branch.has_all_files)]
@@ -204,13 +133,16 @@ def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
     return [run.artifact(ArtifactKind.SEEDS, "seed"), *whole], POSTERIOR
 
 
-def deploy(artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings) -> str:
+def deploy(
+    artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: EndpointAccess | None = None
+) -> str:
     """Serve a model, and return the base URL for OpenAI clients when all replicas answer.
 
     Args:
         artifacts: The model, or the members of a posterior ensemble with the seed first.
         model_name: The name of the model in requests.
         settings: The settings of the endpoint.
+        access: The clients that are served. None: those that the settings name.
 
     Raises:
         SettingsError: The list of API keys is missing or wrong.
@@ -219,7 +151,7 @@ def deploy(artifacts: Sequence[Artifact], model_name: str, settings: ServeSettin
         ServingError: The port is taken, or a replica does not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    access = EndpointAccess.of(settings, settings.is_local)
+    access = access or EndpointAccess.of(settings, settings.is_local)
     nodes = living_nodes()
     surge = _has_spare_capacity(settings, nodes)
     app = _application(artifacts, model_name, settings, access, surge)
@@ -240,21 +172,44 @@ def _application(
     for artifact in artifacts:
         if not retry_on(StoreUnavailable, warn)(artifact.is_committed):
             raise CheckpointError(f"{artifact.uri} is not committed: run the stage that makes it, then serve")
-    resources = ray_resources(settings.needs)
     deployment = serve.deployment(Endpoint, name="endpoint").options(
-        num_replicas=settings.replicas,
+        **_replica_numbers(settings),
         max_surge_percent=1 if surge else 0,  # Serve rounds up to a whole replica
-        max_ongoing_requests=ONGOING_PER_REPLICA,
+        max_ongoing_requests=settings.slots + settings.max_queued_prompts + OTHER_REQUESTS,
         max_queued_requests=QUEUED_PER_PROXY,
+        backpressure_config=REFUSAL,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        ray_actor_options={
-            "num_cpus": resources.get("CPU", 0.0),
-            "num_gpus": resources.get("GPU", 0.0),
-            "memory": resources.get("memory", 0.0),
-            "label_selector": settings.needs.labels,
-        },
+        ray_actor_options=replica_options(settings),
     )
     return deployment.bind(artifacts, model_name, settings, access)
+
+
+def _replica_numbers(settings: ServeSettings) -> dict[str, Any]:
+    """Return the options of Ray Serve for the number of replicas."""
+    replicas = settings.replicas
+    if not isinstance(replicas, ReplicaRange):
+        return {"num_replicas": replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            upscale_delay_s=replicas.up_seconds,
+            downscale_delay_s=replicas.down_seconds,
+            look_back_period_s=LOOK_BACK_SECONDS,
+            policy=AutoscalingPolicy(policy_function=replicas_for_load),
+        )
+    }
+
+
+def replica_options(settings: ServeSettings) -> dict[str, Any]:
+    """Return the options of Ray for a process with the resources of a replica."""
+    resources = ray_resources(settings.needs)
+    return {
+        "num_cpus": resources.get("CPU", 0.0),
+        "num_gpus": resources.get("GPU", 0.0),
+        "memory": resources.get("memory", 0.0),
+        "label_selector": settings.needs.labels,
+    }
 
 
 def shutdown() -> None:
@@ -264,13 +219,19 @@ def shutdown() -> None:
 
 def _has_spare_capacity(settings: ServeSettings, nodes: list[NodeFacts]) -> bool:
     """Return True if one more replica fits on the nodes; raises `PlacementError` if the replicas themselves do not."""
-    fitting = worker_capacity(settings.needs, nodes, settings.replicas + 1)
-    if fitting < settings.replicas:
+    least, most = settings.least_replicas, settings.most_replicas
+    fitting = worker_capacity(settings.needs, nodes, most + 1)
+    if fitting < least:
         raise PlacementError(
-            f"{settings.replicas} replica(s) of {describe_request(settings.needs)} can never fit on the {len(nodes)} "
+            f"{least} replica(s) of {describe_request(settings.needs)} can never fit on the {len(nodes)} "
             f"living nodes ({describe_nodes(nodes)}): change serve.needs or serve.replicas, or add nodes"
         )
-    return fitting > settings.replicas
+    if settings.follow and fitting <= most:
+        raise PlacementError(
+            f"serve.follow needs room for one more replica of {describe_request(settings.needs)}, to replace {most} "
+            f"without an outage ({describe_nodes(nodes)}): lower serve.replicas, or add nodes"
+        )
+    return fitting > most
 
 
 def _start_serve(settings: ServeSettings, head: NodeFacts) -> None:
@@ -296,7 +257,9 @@ def _start_serve(settings: ServeSettings, head: NodeFacts) -> None:
         )
     try:
         serve.start(
-            proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=settings.host, port=settings.port)
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=settings.host, port=settings.port),
+            controller_options=ControllerOptions(runtime_env={"env_vars": PROXY_ENVIRONMENT}),
         )
     except (RayError, RuntimeError, TimeoutError) as error:
         raise ServingError(f"Ray Serve does not start: {str(error).splitlines()[0]}") from None

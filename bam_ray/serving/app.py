@@ -66,6 +66,7 @@ class AppOptions:
     max_body_seconds: float = 60.0  # the time in which a client must have sent the body
     max_prompts: int = 64  # of a request
     max_prompt_tokens: int = 1 << 20  # of all prompts of a request
+    artifacts: Sequence[str] = ()  # `kind/id` of the models that are served, for /v1/models
     add_request_id: bool = True  # False behind Ray Serve, whose proxy adds the header x-request-id
 
 
@@ -75,7 +76,10 @@ def create_app(
     options: AppOptions | None = None,
     adapters: ServedAdapters | None = None,
 ) -> FastAPI:
-    """Return an app that serves the scheduler's model under the name `model_name`, and its adapters, if there are."""
+    """Return an app that serves the scheduler's model under the name `model_name`, and its adapters, if there are.
+
+    Its `state.metrics` has the metrics.
+    """
     options = options or AppOptions()
     prompts = PromptReader(scheduler.engine, options.max_prompts, options.max_prompt_tokens)
 
@@ -88,11 +92,18 @@ def create_app(
             await adapters.pool.close()
 
     app = FastAPI(title=f"{model_name} (bam-ray)", lifespan=lifespan)
-    metrics = ServerMetrics(scheduler, model_name)
+    app.state.metrics = metrics = ServerMetrics(scheduler, model_name)
     errors = ErrorResponder(metrics)
     created, length = int(time.time()), scheduler.engine.max_length
     layout = scheduler.engine.routing_layout
-    card = ModelCard(id=model_name, root=model_name, created=created, max_model_len=length, routing=layout)
+    card = ModelCard(
+        id=model_name,
+        root=model_name,
+        created=created,
+        max_model_len=length,
+        routing=layout,
+        artifacts=options.artifacts,
+    )
     models = ServedModels(card, adapters)
     app.include_router(_generation_routes(RequestHandler(scheduler, metrics, adapters), prompts, models))
     app.include_router(_tokenizer_routes(scheduler.engine.tokenizer, prompts, models))

@@ -89,7 +89,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output for `input` [B, 1, in] or [1, T, in]."""
-        batch, output = self._batch, self.base(input)
+        output: Tensor = self.base(input)
+        batch = self._batch
         if batch.is_base or not self.used:
             return output
         if len(batch.slots) * self.in_features != input.numel():

@@ -1,4 +1,4 @@
-"""The metrics of one server in Prometheus' text format. Each replica reports its own.
+"""The metrics of one server in Prometheus' text format. Each replica has its own.
 
 Metrics with the meaning of one of vLLM's have its name, so that dashboards and gateways for vLLM work. Metrics of our
 own begin with `bam_`.
@@ -11,6 +11,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.scheduler import Scheduler
@@ -77,6 +78,11 @@ class ServerMetrics(Collector):
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the values of all metrics, without the times at which they were created."""
+        for metric in self._registry.collect():
+            yield from (sample for sample in metric.samples if not sample.name.endswith("_created"))
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the scheduler and the engine."""

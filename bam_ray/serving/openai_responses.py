@@ -1,5 +1,6 @@
 """The response types of the endpoint: those of OpenAI's completions and chat API, and of its other paths."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel
@@ -151,6 +152,7 @@ class ModelCard(BaseModel):
     parent: str | None = None  # the model that was fine-tuned to this one
     max_model_len: int  # prompt and completion together, in tokens
     routing: RoutingLayout | None = None  # the experts of a mixture
+    artifacts: Sequence[str] = ()  # `kind/id` of the models in the blob store that are served
 
 
 class ModelList(BaseModel):

@@ -111,6 +111,17 @@ class Scheduler:
         """The number of prompts that wait for a slot."""
         return len(self._waiting)
 
+    @property
+    def load(self) -> float:
+        """The number of engines that the requests would fill, those that wait included.
+
+        A request needs a share of the slots and a share of the memory for keys and values. The larger one counts.
+        """
+        slots, size = self.engine.slots, self.engine.memory.size
+        running = max(len(self._running) / slots, self.engine.memory.used / size)
+        waiting = (queued.request for queued in self._waiting.values())
+        return running + sum(each.copies * max(1 / slots, each.reserved / size) for each in waiting)
+
     def generate(
         self,
         prompts: list[list[int]],

@@ -34,7 +34,7 @@ from bam_ray.settings.methods import (
 )
 from bam_ray.settings.mix import MixSettings
 from bam_ray.settings.mixing import Losses, Mixing, Ramp
-from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, RoutingSettings, ServeSettings
+from bam_ray.settings.outputs import EvaluateSettings, MetricsSettings, ReplicaRange, RoutingSettings, ServeSettings
 from bam_ray.settings.recipe import Recipe, StoreSettings
 from bam_ray.settings.resources import Demand, Needs
 from bam_ray.settings.seeds import with_training_seed
@@ -80,6 +80,7 @@ __all__ = [
     "QuorumSettings",
     "Ramp",
     "Recipe",
+    "ReplicaRange",
     "RoutedMixture",
     "RouterSettings",
     "RoutingSettings",

@@ -3,7 +3,7 @@
 import ipaddress
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from bam_ray.settings.resources import Demand, Needs
 from bam_ray.settings.serve_adapters import ServeAdapterSettings
@@ -29,6 +29,36 @@ class EvaluateSettings(Strict):
     """Resources of the process that evaluates."""
 
 
+class ReplicaRange(Strict):
+    """Replicas that are added and removed with the load.
+
+    The load is the share of slots, or of memory for keys and values, that running and waiting requests need. It is
+    kept below 80 %.
+    """
+
+    min: Count = 1
+    """Smallest number of replicas."""
+    max: Count
+    """Largest number of replicas."""
+    up_seconds: Positive = 10.0
+    """Time for which the load must need more replicas before they are added."""
+    down_seconds: Positive = 300.0
+    """Time for which the load must need fewer replicas before the others are removed. They finish their requests."""
+
+    @model_validator(mode="after")
+    def _is_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, which is more than max ({self.max}): exchange them")
+        return self
+
+
+Replicas = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[ReplicaRange, Tag("range")],
+    # The discriminator makes pydantic report the errors of the form that was meant, not of both
+    Discriminator(lambda value: "range" if isinstance(value, dict | ReplicaRange) else "number"),
+]
+
+
 class ServeSettings(Strict):
     """The OpenAI-compatible endpoint."""
 
@@ -42,12 +72,16 @@ class ServeSettings(Strict):
     `posterior` and `adapters`."""
     adapters: ServeAdapterSettings | None = None
     """The adapters of `mode` `adapters`, which needs them."""
+    follow: bool = False
+    """Serve newer models as soon as the run commits them: another mixture of the same name, or with `mode` `posterior`
+    more branches. They are tested first, and roll out replica by replica (see
+    [New models](serving.md#new-models)). It needs room for one more replica."""
     host: str = "127.0.0.1"
     """Address to listen on. Addresses that other machines can reach need `api_keys`, or `open: true`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
-    replicas: Count = 1
-    """Number of replicas."""
+    replicas: Replicas = 1
+    """Number of replicas, or a range `{min, max, up_seconds, down_seconds}` in which it follows the load."""
     slots: Count = 8
     """Number of requests that a replica decodes at the same time."""
     max_length: Count = 512
@@ -86,6 +120,16 @@ class ServeSettings(Strict):
     """Maximum number of tokens of all prompts that wait for a slot in a replica. More are refused with status 429."""
 
     @property
+    def least_replicas(self) -> int:
+        """The number of replicas without load."""
+        return self.replicas.min if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """The largest number of replicas."""
+        return self.replicas.max if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+    @property
     def is_local(self) -> bool:
         """True if only clients on the same machine can connect."""
         try:
@@ -108,6 +152,8 @@ class ServeSettings(Strict):
             raise ValueError("serve.mode adapters and serve.adapters need each other: set both, or omit both")
         if self.mode == "adapters" and self.mixture is not None:
             raise ValueError("serve.mode adapters serves the seed: set serve.mixture to null")
+        if self.mode == "adapters" and self.follow:
+            raise ValueError("serve.mode adapters serves the seed, which never changes: set serve.follow to false")
         return self
 
     @model_validator(mode="after")

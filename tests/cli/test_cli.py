@@ -28,6 +28,11 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
         ),
         ("mix.expert_parallel=3", "does not divide the 4 experts"),
         ("serve.mixture=none", "serve.mixture is 'none'"),
+        ("serve.replicas=many", "serve.replicas.number: Input should be a valid integer"),
+        (
+            "serve.replicas={min: 3, max: 2}",
+            "serve.replicas.range: min is 3, which is more than max (2)",
+        ),
         ("tokens", "is malformed: use key.subkey=value"),
     ],
 )
@@ -102,3 +107,19 @@ def test_status_shows_the_stored_bytes(
     assert "demo: finished, 0 of 0 committed" in out
     size = store.size("seeds/seed-1/manifest.json")
     assert f"stored: seeds {size}B; {size}B in total" in out
+
+
+def test_serve_submits_the_job_that_rolls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bam_ray.on_ray import submit
+
+    submitted: list[str] = []
+
+    def record(recipe: Path, overrides: list[str], entry: str, take_over: bool) -> str:
+        submitted.append(entry)
+        return "job"
+
+    monkeypatch.setattr(submit, "submit", record)
+    monkeypatch.setattr(submit, "follow", lambda job_id, store: 0)
+    for options in ([], ["--rollback"]):
+        assert bam(monkeypatch, "serve", str(DEMO), *options) == 0
+    assert submitted == ["jobs/serve.py", "jobs/rollback.py"]

@@ -20,6 +20,7 @@ from ray.util.accelerators import accelerators
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.on_ray.job import run_of
+from bam_ray.on_ray.proxy import PROXY_ENVIRONMENT
 from bam_ray.on_ray.serve_app import served_models
 from bam_ray.pipeline.graph import task_graph
 from bam_ray.settings import Recipe, load_recipe
@@ -84,7 +85,7 @@ def test_a_token_protects_the_cluster(kind: str) -> None:
     for container in containers(kind):
         assert container["envFrom"] == [{"secretRef": {"name": "bam-s3"}}]
         variables = [each["name"] for each in container.get("env", [])]
-        assert variables == (["BAM_API_KEYS"] if kind == "RayService" else [])
+        assert variables == ([*PROXY_ENVIRONMENT, "BAM_API_KEYS"] if kind == "RayService" else [])
     host = cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"]
     # The operator must reach the dashboard of a cluster that it submits or deploys to. No Service exposes it
     assert host == ("127.0.0.1" if kind == "RayCluster" else "0.0.0.0")
@@ -158,7 +159,7 @@ def test_the_smallest_cluster_can_run_its_recipe(kind: str) -> None:
     recipe = recipe_of(kind)
     if kind == "RayService":
         assert recipe.serve.needs.gpus <= sum(node.resources["GPU"] for node in nodes)
-        assert recipe.serve.replicas <= sum(group["minReplicas"] for group in cluster["workerGroupSpecs"])
+        assert recipe.serve.least_replicas <= sum(group["minReplicas"] for group in cluster["workerGroupSpecs"])
         return
     assert unmet(task_graph(recipe), nodes) == []
 
@@ -167,7 +168,8 @@ def test_the_service_deploys_the_mixture_of_its_recipe(tmp_path: Path, monkeypat
     for pod in ("headGroupSpec", "workerGroupSpecs"):
         groups = cluster_of("RayService")[pod]
         for group in groups if isinstance(groups, list) else [groups]:
-            (variable,) = group["template"]["spec"]["containers"][0]["env"]
+            proxy, variable = group["template"]["spec"]["containers"][0]["env"]
+            assert {proxy["name"]: proxy["value"]} == PROXY_ENVIRONMENT
             assert variable["valueFrom"] == {"secretKeyRef": {"name": "bam-api-keys", "key": "keys"}}
             monkeypatch.setenv(variable["name"], f"{'0' * 64} name=alice")
     schema = ServeDeploySchema.model_validate(serve_config())

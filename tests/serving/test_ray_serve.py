@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
 from bam_ray.settings import Needs, ServeSettings, load_recipe
 from bam_ray.settings.api_keys import hash_api_key
 from tests.support.decoding import members_of, run
+from tests.support.serve_cluster import free_port, serve_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -61,32 +61,15 @@ def store(tmp_path_factory: pytest.TempPathFactory, models_by_family: Any, token
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Start a head and one node, with all their files in a temporary folder."""
-    folder = tempfile.mkdtemp(prefix="bam-")  # short: the paths of Ray's sockets have at most 107 characters
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("BAM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv(
-            "RAY_TMPDIR", folder
-        )  # Ray writes the address of the cluster below it, but does not create the folder
-        (Path(folder) / "ray").mkdir()
-        node: dict[str, Any] = {"object_store_memory": 100 << 20, "temp_dir": folder}
-        running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **node})
-        running.add_node(num_cpus=4, **node)
+    """Start a head and one node."""
+    with serve_cluster(tmp_path_factory.mktemp("cache")) as running:
         yield running
-        ray.shutdown()
-        running.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    """Return a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return the port of the endpoint."""
+    return free_port()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.errors import ServingError
-from bam_ray.on_ray.serve_app import Endpoint, EndpointAccess
+from bam_ray.on_ray.replica import Endpoint, EndpointAccess
 from bam_ray.serving import Scheduler
 from bam_ray.settings import ServeAdapterSettings, ServeSettings
 from bam_ray.settings.api_keys import hash_api_key

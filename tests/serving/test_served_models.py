@@ -8,8 +8,10 @@ import pytest
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
+from bam_ray.control.endpoint_record import EndpointRecord
 from bam_ray.errors import CheckpointError, SettingsError, StoreBusy
 from bam_ray.on_ray import job, serve_app
+from bam_ray.on_ray.follow import new_models
 from bam_ray.on_ray.serve_app import ApplicationArguments, application, served_kinds, served_models
 from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.run import PipelineRun
@@ -113,6 +115,28 @@ def test_a_seed_that_is_missing_is_refused(run: PipelineRun, tmp_path: Path) -> 
     )
     with pytest.raises(CheckpointError, match=r"seeds/seed-.* is not committed"):
         application(arguments)
+
+
+def test_a_branch_makes_a_new_ensemble(run: PipelineRun, tmp_path: Path) -> None:
+    first, second, *_ = run.recipe.branch.domains
+    seed = commit(run, ArtifactKind.SEEDS, "seed", tmp_path / "folder")
+    commit(run, ArtifactKind.BRANCHES, first, tmp_path / "folder")
+    models, name = served_models(run)
+    record = EndpointRecord(name=name, served=tuple(model.prefix for model in models))
+    assert [[each.prefix for each in new] for new in new_models(run, record)] == [list(record.served)]
+    record = record.see([record.served])
+    assert new_models(run, record) == []
+    commit(run, ArtifactKind.BRANCHES, second, tmp_path / "folder")
+    (new,) = new_models(run, record)
+    assert [model.id for model in new] == [
+        seed.id,
+        *(run.artifact(ArtifactKind.BRANCHES, name).id for name in (first, second)),
+    ]
+
+
+def test_a_configuration_file_cannot_follow() -> None:
+    with pytest.raises(SettingsError, match=r"add the override serve\.follow=false"):
+        application(ApplicationArguments(recipe=str(RECIPE), overrides=["serve.open=true", "serve.follow=true"]))
 
 
 def test_a_recipe_without_branches_is_refused() -> None:
