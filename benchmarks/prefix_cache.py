@@ -94,7 +94,8 @@ def gaps(name: str, config: Any, rounds: int) -> list[Row]:
         engine.step()
         return time.process_time() - start
 
-    alone, longest = [], []
+    alone: list[float] = []
+    longest: list[float] = []
     for _ in range(rounds):
         streams = [engine.add(tokens(rng, 32), LONG) for _ in range(STREAMS)]
         while any(each.left for each in streams):
