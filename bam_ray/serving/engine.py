@@ -43,9 +43,12 @@ _T = TypeVar("_T")
 FinishReason = Literal["stop", "length"]
 SHORTEST_BLOCK = 64
 """The least length of a block of memory, in tokens. Shorter requests take one of these."""
+STATE_BLOCKS = 2
+"""The number of such blocks after which the state of routers that read the prefix is stored for the prefix cache. A
+forward pass of a prompt ends there, so smaller numbers make prompts slower and larger ones find shorter prefixes."""
 PROMPT_TOKENS = {"cpu": 24, "cuda": 512}
-"""The default number of tokens of prompts that a step computes beside requests that decode. With 24, a step takes at
-most 2.5 times the median step of 8 streams while a prompt of 2,000 tokens joins them (Llama with 4 layers, fp32)."""
+"""The default number of tokens of prompts that a step computes beside requests that decode. With 24, a step takes
+about 3 times the median step of 8 streams while a prompt of 2,000 tokens joins them (`benchmarks.prefix_cache`)."""
 PROMPT_TOKENS_ALONE = 512
 """The same, if no request decodes."""
 
@@ -199,7 +202,7 @@ class DecodeEngine:
             if added.special and token < self.vocab_size
         }
         self.grammars = Grammars(tokenizer, self.vocab_size, self._end_tokens)
-        self._cache = SlotCache(slots, self.memory.size, self.memory.unit if prefix_cache else 0)
+        self._cache = SlotCache(slots, self.memory.size, STATE_BLOCKS * self.memory.unit if prefix_cache else 0)
         self.prefixes = PrefixCache(self.memory, self._cache)
         self._active: dict[int, Generation] = {}  # by id, in the order in which they started
         self._free_rows = [*reversed(range(slots))]

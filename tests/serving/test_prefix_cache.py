@@ -44,7 +44,7 @@ def assert_equal(got: Delta, expected: Delta) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "interval"), [("llama", 1), ("bam-shared", 1), ("bam-prefix", 64), ("ensemble", 64)], indirect=["model"]
+    ("model", "interval"), [("llama", 1), ("bam-shared", 1), ("bam-prefix", 128), ("ensemble", 128)], indirect=["model"]
 )
 def test_a_hit_equals_a_miss(model: Any, interval: int, tokenizer: Any) -> None:
     """Prompts that share a beginning, continue a response, or are repeated give the output of a computed prompt."""
