@@ -1,6 +1,6 @@
 """The response types of the endpoint: those of OpenAI's completions and chat API, and of its other paths."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel
 
@@ -23,12 +23,29 @@ class Tokenized(BaseModel):
     token_strs: list[str] | None = None  # the tokens as they are in the vocabulary, with `return_token_strs`
 
 
+class TokenizerInfo(BaseModel):
+    """The response of /tokenizer_info, with the names of a tokenizer_config.json, as in vLLM."""
+
+    tokenizer_class: str
+    model_max_length: int  # prompt and completion together, in tokens
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    chat_template: str | dict[str, str] | None
+
+
 class Usage(BaseModel):
     """The number of prompt and completion tokens. An end-of-text token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, completion: int) -> Self:
+        """Return the usage of a number of prompt and completion tokens."""
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 class GenerationResponse(BaseModel):
@@ -46,7 +63,7 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]  # None: the first token of a prompt, which nothing precedes
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]  # the position of each token in the text, in characters
+    text_offset: list[int]  # the place of each token in the text, or of the character that it continues, in characters
 
 
 class CompletionChoice(BaseModel):
@@ -72,7 +89,7 @@ class ChatTopLogprob(BaseModel):
 
     token: str
     logprob: float
-    bytes: list[int] | None  # None if the token is a part of a character
+    bytes: list[int]  # of the token in UTF-8, also if it is a part of a character
 
 
 class ChatTokenLogprob(ChatTopLogprob):

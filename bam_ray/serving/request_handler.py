@@ -17,7 +17,7 @@ from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.metrics import RequestOutcome, RequestTimer, ServerMetrics
 from bam_ray.serving.openai_responses import Usage
-from bam_ray.serving.openai_types import ErrorResponse, RequestError
+from bam_ray.serving.openai_types import ErrorResponse, RequestError, UsageReport
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler
@@ -37,12 +37,16 @@ class GenerationJob:
     params: SamplingParams
     builder: ResponseBuilder
     stream: bool
-    include_usage: bool
+    usage_report: UsageReport
 
     @property
     def prompt_tokens(self) -> int:
         """The number of tokens of all prompts."""
         return sum(map(len, self.prompts))
+
+    def usage_of(self, index: int, generated: int) -> Usage:
+        """Return the usage of one completion that has `generated` tokens so far."""
+        return Usage.of(len(self.prompts[index // self.params.n]), generated)
 
     def most_tokens(self, max_length: int) -> int:
         """Return the number of tokens that the request uses at most, prompts and completions together."""
@@ -72,11 +76,11 @@ class RequestHandler:
         admission.reserve(job.most_tokens(self._scheduler.engine.max_length))
         try:
             if not job.stream:
-                body = await _while_connected(request.receive, self._whole(job, admission))
+                body = await while_connected(request.receive, self._whole(job, admission))
                 return Response(body.model_dump_json(), media_type="application/json")
             events = self._events(job, admission)
             try:
-                first = await _while_connected(request.receive, _next(events))
+                first = await while_connected(request.receive, _next(events))
             except BaseException:
                 await events.aclose()
                 raise
@@ -107,26 +111,31 @@ class RequestHandler:
             async for batch in batches:
                 for index, delta in batch:
                     outputs[index] = outputs[index] + delta
-        return job.builder.response(outputs, _usage(job, sum(len(output.tokens) for output in outputs)))
+        generated = sum(len(output.tokens) for output in outputs)
+        return job.builder.response(outputs, Usage.of(job.prompt_tokens, generated))
 
     async def _events(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[str, None]:
         """Yield the events of a stream. An error ends it: it is raised before the first event, and an event later."""
-        generated, started = 0, False
+        generated = [0] * (len(job.prompts) * job.params.n)
+        started = False
         try:
             async with aclosing(self._deltas(job, admission)) as batches:
                 async for batch in batches:
-                    generated += sum(len(delta.tokens) for _, delta in batch)
-                    chunks = [chunk for index, delta in batch for chunk in job.builder.chunks(index, delta)]
-                    if chunks:
+                    events = []
+                    for index, delta in batch:
+                        generated[index] += len(delta.tokens)
+                        usage = job.usage_of(index, generated[index]) if job.usage_report == "all" else None
+                        events += [_event(chunk, usage) for chunk in job.builder.chunks(index, delta)]
+                    if events:
                         started = True
-                        yield "".join(map(_event, chunks))
+                        yield "".join(events)
         except ServingError as error:
             if not started:
                 raise
             yield _event(ErrorResponse.from_error(error))
             return
-        if job.include_usage:
-            yield _event(job.builder.usage_chunk(_usage(job, generated)))
+        if job.usage_report != "none":
+            yield _event(job.builder.usage_chunk(Usage.of(job.prompt_tokens, sum(generated))))
         yield "data: [DONE]\n\n"
 
     async def _deltas(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[list[tuple[int, Delta]], None]:
@@ -166,10 +175,10 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
             with contextlib.suppress(ClientDisconnect, OSError):  # OSError: sending to a client that has left
-                await _while_connected(receive, self.stream_response(send))
+                await while_connected(receive, self.stream_response(send))
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Return the result of `work`. If the client disconnects first, cancel it and raise `ClientDisconnect`."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(receive))
@@ -200,13 +209,7 @@ async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[
         yield event
 
 
-def _usage(job: GenerationJob, generated: int) -> Usage:
-    return Usage(
-        prompt_tokens=job.prompt_tokens,
-        completion_tokens=generated,
-        total_tokens=job.prompt_tokens + generated,
-    )
-
-
-def _event(body: BaseModel) -> str:
+def _event(body: BaseModel, usage: Usage | None = None) -> str:
+    if usage is not None:
+        body = body.model_copy(update={"usage": usage})
     return f"data: {body.model_dump_json()}\n\n"
