@@ -71,10 +71,26 @@ class Endpoint:
 
         from bam_ray.model.loading import load_folder
         from bam_ray.serving import AppOptions, DecodeEngine, PosteriorEnsemble, Scheduler, create_app
+        from bam_ray.serving.vllm_app import create_vllm_app
+        from bam_ray.serving.vllm_server import VllmServer, start_vllm
         from bam_ray.training.devices import inference_dtype, requested_device
 
         torch.set_num_threads(max(1, int(settings.needs.cpus)))
         folders = [artifact.fetch() for artifact in artifacts]
+        options = AppOptions(
+            api_keys=access.keys,
+            allowed_hosts=access.hosts,
+            max_body_bytes=settings.max_body_bytes,
+            max_prompts=settings.max_prompts,
+            max_prompt_tokens=settings.max_queued_tokens,
+            add_request_id=False,
+        )
+        if settings.engine == "vllm":
+            self._backend: Scheduler | VllmServer = start_vllm(folders[0], model_name, settings)
+            self._app = create_vllm_app(
+                self._backend, model_name, settings.max_length, settings.slots + settings.max_queued_prompts, options
+            )
+            return
         try:
             tokenizer = AutoTokenizer.from_pretrained(folders[0])
         except Exception:  # of any type: the tokenizers library raises `Exception` for a file of a new version
@@ -93,18 +109,10 @@ class Endpoint:
             kv_tokens=settings.kv_tokens,
             tokens_per_step=settings.tokens_per_step,
         )
-        self._scheduler = Scheduler(
+        self._backend = Scheduler(
             engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
         )
-        options = AppOptions(
-            api_keys=access.keys,
-            allowed_hosts=access.hosts,
-            max_body_bytes=settings.max_body_bytes,
-            max_prompts=settings.max_prompts,
-            max_prompt_tokens=settings.max_queued_tokens,
-            add_request_id=False,
-        )
-        self._app = create_app(self._scheduler, model_name, options)
+        self._app = create_app(self._backend, model_name, options)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP app. Ray Serve calls this after the constructor."""
@@ -112,8 +120,8 @@ class Endpoint:
 
     def check_health(self) -> None:
         """Raise `ServingError` if the engine is dead. Ray Serve calls this, and then replaces the replica."""
-        if self._scheduler.failure is not None:
-            raise self._scheduler.failure
+        if self._backend.failure is not None:
+            raise self._backend.failure
 
 
 @dataclass(frozen=True)

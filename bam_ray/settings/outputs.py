@@ -33,6 +33,11 @@ class ServeSettings(Strict):
     mixture: Name | None = None
     """Name of the mixture to serve. `null` means the first of `upcycle.mixtures`. It must be `null` with `mode`
     `posterior`."""
+    engine: Literal["bam", "vllm"] = "bam"
+    """The engine that computes responses: this project's own, or vLLM in an environment of its own (see
+    [vLLM](serving.md#vllm))."""
+    vllm_python: str | None = None
+    """Path of a Python interpreter with vLLM on the nodes. It is needed with `engine: vllm`."""
     host: str = "127.0.0.1"
     """Address to listen on. Addresses that other machines can reach need `api_keys`, or `open: true`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -85,6 +90,18 @@ class ServeSettings(Strict):
                 f"serve.host is {self.host}, which other machines can reach: set serve.api_keys (`bam serve-key` makes "
                 "a key), or serve.open to true if everybody who can connect may send requests"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> Self:
+        if self.engine == "bam":
+            return self
+        for wrong, message in (
+            (self.vllm_python is None, "serve.engine vllm needs serve.vllm_python: name a Python that has vLLM"),
+            (self.mode != "mixture", "serve.mode posterior needs serve.engine bam: vLLM serves one model"),
+        ):
+            if wrong:
+                raise ValueError(message)
         return self
 
     @model_validator(mode="after")
