@@ -35,7 +35,7 @@ from bam_ray.serving.openai_responses import (
     ModelCard,
     ModelList,
     Tokenized,
-    TokenizerInfo,
+    TokenizerDescription,
 )
 from bam_ray.serving.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from bam_ray.serving.prompts import PromptReader
@@ -146,8 +146,8 @@ def _information_routes(
         return card
 
     @router.get("/tokenizer_info")
-    async def tokenizer_info() -> TokenizerInfo:
-        return TokenizerInfo(
+    async def tokenizer_info() -> TokenizerDescription:
+        return TokenizerDescription(
             tokenizer_class=type(tokenizer).__name__,
             model_max_length=card.max_model_len,
             chat_template=getattr(tokenizer, "chat_template", None),

@@ -22,7 +22,7 @@ REQUEST_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0,
 
 
 class RequestCounter:
-    """What became of the requests."""
+    """The number of requests by outcome."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()  # one per server: a process may run several servers

@@ -23,7 +23,7 @@ class Tokenized(BaseModel):
     token_strs: list[str] | None = None  # the tokens as they are in the vocabulary, with `return_token_strs`
 
 
-class TokenizerInfo(BaseModel):
+class TokenizerDescription(BaseModel):
     """The response of /tokenizer_info, with the names of a tokenizer_config.json, as in vLLM."""
 
     tokenizer_class: str
