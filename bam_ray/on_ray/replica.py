@@ -47,14 +47,12 @@ class Endpoint:
     def __init__(
         self, artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: EndpointAccess
     ) -> None:
-        engine = load_engine(artifacts, settings)
         # Imported here, because the driver that deploys needs no model code
         from bam_ray.serving import AppOptions, Scheduler, create_app
         from bam_ray.serving.adapter_setup import open_adapters
+        from bam_ray.serving.vllm_app import create_vllm_app
+        from bam_ray.serving.vllm_server import VllmServer, start_vllm
 
-        self._scheduler = Scheduler(
-            engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
-        )
         options = AppOptions(
             api_keys=access.keys,
             allowed_hosts=access.hosts,
@@ -64,10 +62,20 @@ class Endpoint:
             add_request_id=False,
             artifacts=[artifact.prefix for artifact in artifacts],
         )
+        if settings.engine == "vllm":
+            os.environ.update(device_environment(settings.needs.gpus))
+            self._backend: Scheduler | VllmServer = start_vllm(artifacts[0].fetch(), model_name, settings)
+            most_requests = settings.slots + settings.max_queued_prompts
+            self._app = create_vllm_app(self._backend, model_name, settings.max_length, most_requests, options)
+            return
+        engine = load_engine(artifacts, settings)
+        self._backend = Scheduler(
+            engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
+        )
         adapters = None
         if engine.lora is not None and settings.adapters is not None:
             adapters = open_adapters(model_name, artifacts[0].fetch(), engine.lora, settings.adapters)
-        self._app = create_app(self._scheduler, model_name, options, adapters)
+        self._app = create_app(self._backend, model_name, options, adapters)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP app. Ray Serve calls this after the constructor."""
@@ -75,13 +83,13 @@ class Endpoint:
         return self._app
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the metric by which `scaling.replicas_for_load` chooses the number of replicas."""
-        return {LOAD: self._scheduler.load}
+        """Return the metric by which `scaling.replicas_for_load` chooses the number of replicas, if it is known."""
+        return {LOAD: self._backend.load} if hasattr(self._backend, "load") else {}
 
     def check_health(self) -> None:
         """Raise `ServingError` if the engine is dead. Ray Serve calls this, and then replaces the replica."""
-        if self._scheduler.failure is not None:
-            raise self._scheduler.failure
+        if self._backend.failure is not None:
+            raise self._backend.failure
 
 
 def load_engine(artifacts: Sequence[Artifact], settings: ServeSettings) -> "DecodeEngine":

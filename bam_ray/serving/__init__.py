@@ -6,7 +6,8 @@ This package does not depend on Ray. `bam_ray.on_ray.serve_app` deploys the app 
     app = create_app(Scheduler(engine), "demo")      # a FastAPI app, which uvicorn or Ray Serve can run
 """
 
-from bam_ray.serving.app import AppOptions, create_app
+from bam_ray.serving.app import create_app
+from bam_ray.serving.app_parts import AppOptions
 from bam_ray.serving.engine import DecodeEngine
 from bam_ray.serving.ensemble import PosteriorEnsemble
 from bam_ray.serving.sampling import SamplingParams

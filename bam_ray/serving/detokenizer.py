@@ -6,26 +6,26 @@ from typing import Any
 from bam_ray.serving.engine import Delta, Output
 from bam_ray.serving.sampler import Sampled
 from bam_ray.serving.sampling import SamplingParams, TokenLogprob
+from bam_ray.serving.token_text import REPLACEMENT_CHARACTER, TokenTexts
 
 MAX_PENDING_TOKENS = 16  # that wait for the end of a character; a character has at most four bytes
 HELD_TOKENS = 8  # the newest of them, which stay if there are more
-REPLACEMENT_CHARACTER = "\ufffd"  # a decoder writes it for bytes that do not form a character, or do not yet
 
 
 class TextStream:
     """The text of one request: makes text of its tokens, and ends it before its first stop string."""
 
-    def __init__(self, tokenizer: Any, params: SamplingParams, token_texts: dict[int, str] | None = None) -> None:
+    def __init__(self, tokenizer: Any, params: SamplingParams, token_texts: TokenTexts | None = None) -> None:
         """Create an empty stream.
 
         Args:
             tokenizer: The tokenizer of the model.
             params: The sampling parameters of the request.
-            token_texts: The texts of tokens that were decoded alone so far, which all streams of a server share.
+            token_texts: The texts of single tokens, which all streams of a server share.
         """
         self._tokenizer, self._params = tokenizer, params
-        self._token_texts = {} if token_texts is None else token_texts
-        self._generated = 0
+        self._token_texts = TokenTexts(tokenizer) if token_texts is None else token_texts
+        self._generated = self._characters = 0
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_matcher = StopStringMatcher(params.stop)
 
@@ -40,6 +40,7 @@ class TextStream:
         piece = "" if ended else "".join(self._detokenizer.feed(each.token) for each in sampled)
         if output.is_last:
             piece += self._detokenizer.flush()
+        offset, self._characters = self._characters, self._characters + len(piece)
         self._generated += len(sampled)
         if self._generated < self._params.min_tokens:
             text, stopped = piece, False
@@ -50,21 +51,16 @@ class TextStream:
         return Delta(
             text,
             tuple(each.token for each in sampled),
-            () if self._params.logprobs is None else tuple(map(self._logprob, sampled)),
+            () if self._params.logprobs is None else tuple(self._logprob(each, offset) for each in sampled),
             "stop" if stopped else output.finish_reason,
-            tuple(map(self._logprob, output.prompt)),
+            tuple(self._logprob(each, 0) for each in output.prompt),
             () if output.routing is None else (replace(output.routing, text=text),),
             output.cached,
         )
 
-    def _logprob(self, sampled: Sampled) -> TokenLogprob:
-        top = tuple((self._token_text(token), logprob) for token, logprob in sampled.top)
-        return TokenLogprob(self._token_text(sampled.token), sampled.logprob, top)
-
-    def _token_text(self, token: int) -> str:
-        if token not in self._token_texts:
-            self._token_texts[token] = self._tokenizer.decode([token])
-        return self._token_texts[token]
+    def _logprob(self, sampled: Sampled, offset: int) -> TokenLogprob:
+        top = tuple(TokenLogprob(self._token_texts[token], logprob) for token, logprob in sampled.top)
+        return TokenLogprob(self._token_texts[sampled.token], sampled.logprob, top, offset)
 
 
 class Detokenizer:

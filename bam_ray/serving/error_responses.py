@@ -5,14 +5,14 @@ import math
 from fastapi.responses import JSONResponse
 
 from bam_ray.errors import AdapterUnavailable, Overloaded, ServingError
-from bam_ray.serving.metrics import ServerMetrics
+from bam_ray.serving.metrics import RequestCounter
 from bam_ray.serving.openai_types import ErrorResponse, RateLimited, RequestError
 
 
 class ErrorResponder:
     """A converter of errors to responses, which counts the requests that are refused."""
 
-    def __init__(self, metrics: ServerMetrics) -> None:
+    def __init__(self, metrics: RequestCounter) -> None:
         self._metrics = metrics
 
     def response(self, error: ServingError, status: int = 500) -> JSONResponse:

@@ -23,18 +23,39 @@ TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 
 REQUEST_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
-class ServerMetrics(Collector):
-    """The state of the scheduler, read at each scrape, and what became of the requests."""
+class RequestCounter:
+    """The number of requests by outcome."""
 
-    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
-        self._scheduler, self._model_name = scheduler, model_name
-        self._registry = registry = CollectorRegistry()  # one per server: a process may run several servers
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()  # one per server: a process may run several servers
         self._requests = Counter(
             "bam_requests",
             "Requests by outcome: finished, left (the client disconnected), refused (4xx), failed (5xx)",
             ["outcome"],
-            registry=registry,
+            registry=self._registry,
         )
+
+    def count_request(self, outcome: RequestOutcome) -> None:
+        """Count one request that ended."""
+        self._requests.labels(outcome).inc()
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the values of all metrics, without the times at which they were created."""
+        for metric in self._registry.collect():
+            yield from (sample for sample in metric.samples if not sample.name.endswith("_created"))
+
+
+class ServerMetrics(RequestCounter, Collector):
+    """The state of the scheduler, read at each scrape, and what became of the requests."""
+
+    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
+        super().__init__()
+        self._scheduler, self._model_name = scheduler, model_name
+        registry = self._registry
         self._finished = Counter(
             "vllm:request_success",
             "Completions that ended, by finish reason",
@@ -63,10 +84,6 @@ class ServerMetrics(Collector):
         )
         registry.register(self)
 
-    def count_request(self, outcome: RequestOutcome) -> None:
-        """Count one request that ended."""
-        self._requests.labels(outcome).inc()
-
     def count_adapter(self, use: AdapterUse) -> None:
         """Count one request of a server with adapters."""
         self._adapters.labels(use.reason, use.tier or "none").inc()
@@ -74,15 +91,6 @@ class ServerMetrics(Collector):
     def count_completion(self, reason: str) -> None:
         """Count one completion that ended."""
         self._finished.labels(self._model_name, reason).inc()
-
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
-
-    def samples(self) -> Iterator[Sample]:
-        """Yield the values of all metrics, without the times at which they were created."""
-        for metric in self._registry.collect():
-            yield from (sample for sample in metric.samples if not sample.name.endswith("_created"))
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the scheduler and the engine."""

@@ -1,7 +1,7 @@
 """The response types of the endpoint: those of OpenAI's completions and chat API, and of its other paths."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel
 
@@ -31,6 +31,18 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int  # found in the prefix cache
 
 
+class TokenizerDescription(BaseModel):
+    """The response of /tokenizer_info, with the names of a tokenizer_config.json, as in vLLM."""
+
+    tokenizer_class: str
+    model_max_length: int  # prompt and completion together, in tokens
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    chat_template: str | dict[str, str] | None
+
+
 class Usage(BaseModel):
     """The number of prompt and completion tokens. An end-of-text token counts."""
 
@@ -38,6 +50,16 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, cached: int) -> Self:
+        """Return the usage of a number of prompt and completion tokens, and of cached tokens of the prompt."""
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
 
 
 class GenerationResponse(BaseModel):
@@ -56,7 +78,7 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]  # None: the first token of a prompt, which nothing precedes
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]  # the position of each token in the text, in characters
+    text_offset: list[int]  # the place of each token in the text, or of the character that it continues, in characters
 
 
 class CompletionChoice(BaseModel):
@@ -82,7 +104,7 @@ class ChatTopLogprob(BaseModel):
 
     token: str
     logprob: float
-    bytes: list[int] | None  # None if the token is a part of a character
+    bytes: list[int]  # of the token in UTF-8, also if it is a part of a character
 
 
 class ChatTokenLogprob(ChatTopLogprob):

@@ -51,6 +51,8 @@ SAMPLING_FIELDS = (
 )
 """The fields that have the same name and meaning in `SamplingParams`."""
 
+UsageReport = Literal["none", "last", "all"]
+"""The events of a stream that state the token usage: with `all`, each one states that of its completion so far."""
 Prompt = str | list[str] | list[int] | list[list[int]] | None
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -191,10 +193,10 @@ def grammar_of(response_format: ResponseFormat | None, structured: StructuredOut
 class StreamOptions(StrictRequest):
     """The options of a stream."""
 
-    unsupported = {"continuous_usage_stats": (None, False)}
     harmless = {"include_obfuscation"}  # padding against observers of encrypted connections
 
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False  # a field of vLLM, which has an effect only with the other one
 
 
 class GenerationRequest(StrictRequest):
@@ -254,9 +256,12 @@ class GenerationRequest(StrictRequest):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def include_usage(self) -> bool:
-        """True if a stream ends with a chunk that states the token usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def usage_report(self) -> UsageReport:
+        """The events of a stream that state the token usage."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return "none"
+        return "all" if options.continuous_usage_stats else "last"
 
     def sampling_params(
         self, max_tokens: int, logprobs: int | None, more_stops: tuple[str, ...] = ()

@@ -23,14 +23,15 @@ from bam_ray.serving.openai_types import (
 )
 from bam_ray.serving.responses import Echo
 from bam_ray.serving.sampling import SamplingParams
+from bam_ray.serving.token_text import TokenTexts, text_offsets
+from bam_ray.serving.turns import Turns
 
 _logger = logging.getLogger(__name__)
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
-MAX_PENDING = 256  # requests that wait to be tokenized
-PENDING_RETRY_SECONDS = 1.0  # after which a client should try again if there are more
+MAX_WAITING = 256  # requests that wait to be tokenized
 
 FALLBACK_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 """The chat template for tokenizers without one. Base models have seen dialogs of this form."""
@@ -40,7 +41,8 @@ FALLBACK_STOPS = ("\nuser:",)  # the model would continue such a dialog with the
 class PromptReader:
     """A reader of the prompts of requests.
 
-    Templates and tokenizers run on one thread, in the order of the requests, so that the event loop stays free.
+    Templates and tokenizers run on one thread, so that the event loop stays free. It goes round the tenants, and serves
+    the requests of each in their order.
     """
 
     def __init__(self, engine: DecodeEngine, max_prompts: int, max_tokens: int) -> None:
@@ -55,50 +57,47 @@ class PromptReader:
         self._max_prompts, self._max_tokens = max_prompts, max_tokens
         # No text of more characters fits, because a token has at least as many as it stands for
         self._max_characters = engine.max_length * max(map(len, engine.tokenizer.get_vocab()))
+        self._token_texts = TokenTexts(engine.tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
-        self._pending = 0
+        self._turns = Turns(MAX_WAITING, "to be tokenized")
 
-    async def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
+    async def completion_prompts(self, request: CompletionRequest, tenant: str) -> list[list[int]]:
         """Return the token ids of each prompt.
 
         Raises:
             RequestError: A prompt cannot be served.
             Overloaded: Too many requests wait to be tokenized.
         """
-        if not request.prompts:
-            raise RequestError(400, "prompt is an empty list: pass at least one prompt", param="prompt")
-        if len(request.prompts) > self._max_prompts:
-            message = (
-                f"prompt has {len(request.prompts)} prompts, but a request may have {self._max_prompts}: send less"
-            )
-            raise RequestError(400, message, param="prompt")
+        check_prompts(request, self._max_prompts)
         for prompt in request.prompts:
             self._check_size(prompt, "prompt")
-        prompts = await self._on_thread(self._tokenize_all, request)
+        prompts = await self._on_thread(tenant, self._tokenize_all, request)
         tokens = sum(map(len, prompts))
         if tokens > self._max_tokens:
             message = f"the prompts have {tokens} tokens, but those of a request may have {self._max_tokens}: send less"
             raise RequestError(400, message, param="prompt")
         return prompts
 
-    async def echoes(self, request: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
+    async def echoes(self, request: CompletionRequest, prompts: list[list[int]], tenant: str) -> list[Echo]:
         """Return the prompt of each completion, or nothing if the request has no `echo`. `prompts` are its prompts.
 
         Raises:
             Overloaded: Too many requests wait to be tokenized.
         """
-        return await self._on_thread(partial(self._read_echoes, prompts), request) if request.echo else []
+        return await self._on_thread(tenant, partial(self._read_echoes, prompts), request) if request.echo else []
 
-    async def chat_prompt(self, request: ChatRequest) -> tuple[list[int], tuple[str, ...]]:
+    async def chat_prompt(self, request: ChatRequest, tenant: str) -> tuple[list[int], tuple[str, ...]]:
         """Return the token ids of a dialog and the stop strings that its template needs.
 
         Raises:
             RequestError: The dialog cannot be served.
             Overloaded: Too many requests wait to be tokenized.
         """
-        return await self._on_thread(self._read_chat, request)
+        return await self._on_thread(tenant, self._read_chat, request)
 
-    async def complete(self, params: SamplingParams, domain: str | dict[str, float] | None) -> SamplingParams:
+    async def complete(
+        self, params: SamplingParams, domain: str | dict[str, float] | None, tenant: str
+    ) -> SamplingParams:
         """Compile the grammar of the output, if there is one, and return the parameters with the weights of experts.
 
         Raises:
@@ -107,14 +106,14 @@ class PromptReader:
         """
         if params.grammar is not None:
             try:
-                await self._on_thread(self._engine.grammars.matcher, params.grammar)
+                await self._on_thread(tenant, self._engine.grammars.matcher, params.grammar)
             except Overloaded:
                 raise
             except ServingError as error:
                 raise RequestError(400, str(error), param="response_format") from None
         return replace(params, expert_weights=_expert_weights(self._engine, domain))
 
-    async def tokens(self, request: TokenizeRequest) -> list[int]:
+    async def tokens(self, request: TokenizeRequest, tenant: str) -> list[int]:
         """Return the token ids of a text.
 
         Raises:
@@ -122,9 +121,9 @@ class PromptReader:
             Overloaded: Too many requests wait to be tokenized.
         """
         self._check_size(request.prompt, "prompt")
-        return await self._on_thread(lambda each: self._tokenize(each.prompt, each.add_special_tokens), request)
+        return await self._on_thread(tenant, lambda each: self._tokenize(each.prompt, each.add_special_tokens), request)
 
-    async def text(self, request: DetokenizeRequest) -> str:
+    async def text(self, request: DetokenizeRequest, tenant: str) -> str:
         """Return the text of tokens.
 
         Raises:
@@ -133,29 +132,24 @@ class PromptReader:
         """
         self._check_size(request.tokens, "tokens")
         _check_tokens(self._engine, request.tokens, "tokens")
-        return await self._on_thread(lambda each: self._decode(each.tokens), request)
+        return await self._on_thread(tenant, lambda each: self._decode(each.tokens), request)
 
-    async def first_text(self, request: CompletionRequest, prompts: list[list[int]]) -> str:
+    async def first_text(self, request: CompletionRequest, prompts: list[list[int]], tenant: str) -> str:
         """Return the text of the first prompt. `prompts` are those of the request.
 
         Raises:
             Overloaded: Too many requests wait to be tokenized.
         """
         first = request.prompts[0]
-        return first if isinstance(first, str) else await self._on_thread(self._decode, prompts[0])
+        return first if isinstance(first, str) else await self._on_thread(tenant, self._decode, prompts[0])
 
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _on_thread(self, function: Callable[[Request], Result], request: Request) -> Result:
-        if self._pending >= MAX_PENDING:
-            raise Overloaded("too many requests wait to be tokenized: retry later", PENDING_RETRY_SECONDS)
-        self._pending += 1
-        try:
+    async def _on_thread(self, tenant: str, function: Callable[[Request], Result], request: Request) -> Result:
+        async with self._turns.turn(tenant):
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, request)
-        finally:
-            self._pending -= 1
 
     def _tokenize_all(self, request: CompletionRequest) -> list[list[int]]:
         """Return the token ids of each prompt. Stops at the first one that cannot be served."""
@@ -170,14 +164,19 @@ class PromptReader:
         ]
 
     def _read_echoes(self, prompts: list[list[int]], request: CompletionRequest) -> list[Echo]:
-        echoes = [
-            Echo(
-                encodable(given) if isinstance(given, str) else self._decode(prompt),
-                None if request.logprobs is None else self._decode(prompt[:1]),
-            )
-            for given, prompt in zip(request.prompts, prompts, strict=True)
-        ]
+        scored = request.logprobs is not None
+        echoes = [self._echo(given, prompt, scored) for given, prompt in zip(request.prompts, prompts, strict=True)]
         return [echo for echo in echoes for _ in range(request.n or 1)]
+
+    def _echo(self, given: str | list[int], prompt: list[int], scored: bool) -> Echo:
+        decoded = self._decode(prompt)
+        text = encodable(given) if isinstance(given, str) else decoded
+        if not scored:
+            return Echo(text, None)
+        # A text lacks the special tokens that the tokenizer adds to it
+        hidden = set(self._engine.tokenizer.all_special_ids) if text != decoded else ()
+        shown = (b"" if token in hidden else self._token_texts[token] for token in prompt)
+        return Echo(text, self._token_texts[prompt[0]], text_offsets(shown, text))
 
     def _read_chat(self, request: ChatRequest) -> tuple[list[int], tuple[str, ...]]:
         own_template = getattr(self._engine.tokenizer, "chat_template", None)
@@ -222,6 +221,15 @@ class PromptReader:
                 f"a prompt has {len(prompt)} {unit}, but {self._engine.max_length} tokens are the most: shorten it"
             )
             raise RequestError(400, message, code="context_length_exceeded", param=param)
+
+
+def check_prompts(request: CompletionRequest, max_prompts: int) -> None:
+    """Raise `RequestError` for a request without a prompt, or with more than `max_prompts`."""
+    if not request.prompts:
+        raise RequestError(400, "prompt is an empty list: pass at least one prompt", param="prompt")
+    if len(request.prompts) > max_prompts:
+        message = f"prompt has {len(request.prompts)} prompts, but a request may have {max_prompts}: send less"
+        raise RequestError(400, message, param="prompt")
 
 
 def _validated(engine: DecodeEngine, prompt: list[int], max_tokens: int | None, param: str) -> list[int]:

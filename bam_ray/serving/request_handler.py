@@ -17,8 +17,8 @@ from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.lora import SlotAdapter
 from bam_ray.serving.metrics import RequestOutcome, RequestTimer, ServerMetrics
-from bam_ray.serving.openai_responses import PromptTokensDetails, Usage
-from bam_ray.serving.openai_types import ErrorResponse, RequestError
+from bam_ray.serving.openai_responses import Usage
+from bam_ray.serving.openai_types import ErrorResponse, RequestError, UsageReport
 from bam_ray.serving.responses import ResponseBuilder
 from bam_ray.serving.sampling import SamplingParams
 from bam_ray.serving.scheduler import Scheduler
@@ -39,13 +39,17 @@ class GenerationJob:
     params: SamplingParams
     builder: ResponseBuilder
     stream: bool
-    include_usage: bool
+    usage_report: UsageReport
     adapter: AdapterUse | None = None  # of a server with adapters
 
     @property
     def prompt_tokens(self) -> int:
         """The number of tokens of all prompts."""
         return sum(map(len, self.prompts))
+
+    def usage_of(self, index: int, generated: int, cached: int) -> Usage:
+        """Return the usage of one completion that has `generated` tokens so far, and of its prompt."""
+        return Usage.of(len(self.prompts[index // self.params.n]), generated, cached)
 
     def most_tokens(self, max_length: int) -> int:
         """Return the number of tokens that the request uses at most, prompts and completions together."""
@@ -75,12 +79,12 @@ class RequestHandler:
         admission.reserve(job.most_tokens(self._scheduler.engine.max_length))
         try:
             if not job.stream:
-                body = await _while_connected(request.receive, self._whole(job, admission))
+                body = await while_connected(request.receive, self._whole(job, admission))
                 headers = None if job.adapter is None else job.adapter.headers
                 return Response(body.model_dump_json(), headers=headers, media_type="application/json")
             events = self._events(job, admission)
             try:
-                first = await _while_connected(request.receive, _next(events))
+                first = await while_connected(request.receive, _next(events))
             except BaseException:
                 await events.aclose()
                 raise
@@ -112,27 +116,33 @@ class RequestHandler:
                 for index, delta in batch:
                     outputs[index] = outputs[index] + delta
         generated, cached = sum(len(output.tokens) for output in outputs), sum(output.cached for output in outputs)
-        return job.builder.response(outputs, _usage(job, generated, cached))
+        return job.builder.response(outputs, Usage.of(job.prompt_tokens, generated, cached))
 
     async def _events(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[str, None]:
         """Yield the events of a stream. An error ends it: it is raised before the first event, and an event later."""
-        generated, cached, started = 0, 0, False
+        generated, cached = ([0] * (len(job.prompts) * job.params.n) for _ in range(2))
+        started = False
         try:
             async with aclosing(self._deltas(job, admission)) as batches:
                 async for batch in batches:
-                    generated += sum(len(delta.tokens) for _, delta in batch)
-                    cached += sum(delta.cached for _, delta in batch)
-                    chunks = [chunk for index, delta in batch for chunk in job.builder.chunks(index, delta)]
-                    if chunks:
+                    events = []
+                    for index, delta in batch:
+                        generated[index] += len(delta.tokens)
+                        cached[index] += delta.cached
+                        reports = job.usage_report == "all"
+                        usage = job.usage_of(index, generated[index], cached[index]) if reports else None
+                        events += [_event(chunk, usage) for chunk in job.builder.chunks(index, delta)]
+                    if events:
                         started = True
-                        yield "".join(map(_event, chunks))
+                        yield "".join(events)
         except ServingError as error:
             if not started:
                 raise
             yield _event(ErrorResponse.from_error(error))
             return
-        if job.include_usage:
-            yield _event(job.builder.usage_chunk(_usage(job, generated, cached)))
+        if job.usage_report != "none":
+            usage = Usage.of(job.prompt_tokens, sum(generated), sum(cached))
+            yield _event(job.builder.usage_chunk(usage))
         yield "data: [DONE]\n\n"
 
     async def _deltas(self, job: GenerationJob, admission: Admission) -> AsyncGenerator[list[tuple[int, Delta]], None]:
@@ -141,7 +151,9 @@ class RequestHandler:
         tenant, timer = admission.tenant.name, RequestTimer(self._metrics)
         try:
             async with self._lease(job) as adapter:
-                batches = self._scheduler.generate(job.prompts, job.params, job.stream, tenant, adapter)
+                batches = self._scheduler.generate(
+                    job.prompts, job.params, paced=job.stream, tenant=tenant, adapter=adapter
+                )
                 admission.used_tokens = job.prompt_tokens  # also if the client leaves before the first token
                 async with aclosing(batches):
                     async for batch in batches:
@@ -184,10 +196,10 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
             with contextlib.suppress(ClientDisconnect, OSError):  # OSError: sending to a client that has left
-                await _while_connected(receive, self.stream_response(send))
+                await while_connected(receive, self.stream_response(send))
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Return the result of `work`. If the client disconnects first, cancel it and raise `ClientDisconnect`."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(receive))
@@ -218,14 +230,7 @@ async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[
         yield event
 
 
-def _usage(job: GenerationJob, generated: int, cached: int) -> Usage:
-    return Usage(
-        prompt_tokens=job.prompt_tokens,
-        completion_tokens=generated,
-        total_tokens=job.prompt_tokens + generated,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-    )
-
-
-def _event(body: BaseModel) -> str:
+def _event(body: BaseModel, usage: Usage | None = None) -> str:
+    if usage is not None:
+        body = body.model_copy(update={"usage": usage})
     return f"data: {body.model_dump_json()}\n\n"

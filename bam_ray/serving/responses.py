@@ -4,12 +4,10 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from bam_ray.serving.detokenizer import REPLACEMENT_CHARACTER
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.openai_responses import (
     ChatChoice,
@@ -27,6 +25,7 @@ from bam_ray.serving.openai_responses import (
 )
 from bam_ray.serving.sampling import TokenLogprob
 from bam_ray.serving.served_adapters import AdapterUse
+from bam_ray.serving.token_text import readable
 
 
 class ResponseBuilder(Protocol):
@@ -61,7 +60,8 @@ class Echo:
     """A prompt that a completion repeats before its own text."""
 
     text: str
-    first_token: str | None  # the text of its first token; None: log probabilities are not requested
+    first_token: bytes | None  # its first token, in UTF-8; None: log probabilities are not requested
+    offsets: Sequence[int] = ()  # of its tokens, in characters; only with log probabilities
 
 
 class _NamedResponses:
@@ -91,7 +91,7 @@ class CompletionBuilder(_NamedResponses):
         """
         super().__init__("cmpl", model)
         self._echoes = dict(enumerate(echoes))  # those that have not been sent
-        self._offsets: dict[int, int] = {}  # index of the completion -> characters emitted so far
+        self._prompt_lengths = {index: len(echo.text) for index, echo in enumerate(echoes)}  # in characters
 
     def chunks(self, index: int, delta: Delta) -> Iterator[Completion]:
         """Yield the chunks of a stream: the text, and the finish reason with an empty text."""
@@ -127,15 +127,12 @@ class CompletionBuilder(_NamedResponses):
         first = [] if echo is None or echo.first_token is None else [echo.first_token]
         if not first and not entries:
             return None
-        tokens = [*first, *(entry.token for entry in entries)]
-        ends = list(accumulate(map(len, tokens), initial=self._offsets.get(index, 0)))
-        self._offsets[index] = ends[-1]
+        start = self._prompt_lengths.get(index, 0)
         return CompletionLogprobs(
-            tokens=tokens,
+            tokens=[_completion_token(token) for token in (*first, *(entry.token for entry in entries))],
             token_logprobs=[*(None for _ in first), *(entry.logprob for entry in entries)],
-            # Of several tokens with the same text, the most likely one counts
-            top_logprobs=[*(None for _ in first), *(dict(reversed(entry.top)) for entry in entries)],
-            text_offset=ends[:-1],
+            top_logprobs=[*(None for _ in first), *map(_top_logprobs, entries)],
+            text_offset=[*(echo.offsets if echo else ()), *(start + entry.offset for entry in delta.logprobs)],
         )
 
 
@@ -201,10 +198,21 @@ def _chat_logprobs(delta: Delta) -> ChatLogprobs | None:
 
 
 def _chat_token(entry: TokenLogprob) -> ChatTokenLogprob:
-    top = [ChatTopLogprob(token=token, logprob=logprob, bytes=_utf8(token)) for token, logprob in entry.top]
-    return ChatTokenLogprob(token=entry.token, logprob=entry.logprob, bytes=_utf8(entry.token), top_logprobs=top)
+    top = [ChatTopLogprob(**_chat_fields(each)) for each in entry.top]
+    return ChatTokenLogprob(**_chat_fields(entry), top_logprobs=top)
 
 
-def _utf8(token: str) -> list[int] | None:
-    """Return the UTF-8 bytes of a token, or None if the token is a part of a character."""
-    return None if REPLACEMENT_CHARACTER in token else list(token.encode())
+def _chat_fields(entry: TokenLogprob) -> dict[str, Any]:
+    return {"token": readable(entry.token), "logprob": entry.logprob, "bytes": list(entry.token)}
+
+
+def _completion_token(token: bytes) -> str:
+    return readable(token, "bytes:")
+
+
+def _top_logprobs(entry: TokenLogprob) -> dict[str, float]:
+    """Return the most likely tokens and the token itself. Of several with the same text, the most likely one counts."""
+    found: dict[str, float] = {}
+    for each in (*entry.top, entry):
+        found.setdefault(_completion_token(each.token), each.logprob)
+    return found

@@ -46,9 +46,10 @@ class SamplingParams:
 class TokenLogprob:
     """The log probability of a token, in nats, under the model (at temperature 1 and with all tokens)."""
 
-    token: str
+    token: bytes  # its text in UTF-8; some tokens are a part of a character
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()  # the most likely tokens, in descending order
+    top: tuple["TokenLogprob", ...] = ()  # the most likely tokens, in descending order
+    offset: int = 0  # characters of the completion before the one that the token begins or continues
 
 
 @dataclass

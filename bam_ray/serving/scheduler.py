@@ -22,6 +22,7 @@ from bam_ray.serving.engine import DecodeEngine, Delta, Generation, Output
 from bam_ray.serving.lora import SlotAdapter
 from bam_ray.serving.plan import ServedTokens, WaitingRequest
 from bam_ray.serving.sampling import SamplingParams
+from bam_ray.serving.token_text import TokenTexts
 
 _logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Scheduler:
         self._abandoned: list[_Choice] = []  # their readers have disconnected
         self._when_left: list[Callable[[], None]] = []
         self._failed_steps = 0  # in a row
-        self._token_texts: dict[int, str] = {}
+        self._token_texts = TokenTexts(engine.tokenizer)
         self._readers: set[_Reader] = set()
         self._work_available = asyncio.Event()
         self._task: asyncio.Task[None] | None = None

@@ -76,6 +76,11 @@ class ServeSettings(Strict):
     """Serve newer models as soon as the run commits them: another mixture of the same name, or with `mode` `posterior`
     more branches. They are tested first, and roll out replica by replica (see
     [New models](serving.md#new-models)). It needs room for one more replica."""
+    engine: Literal["bam", "vllm"] = "bam"
+    """The engine that computes responses: this project's own, or vLLM in an environment of its own (see
+    [vLLM](serving.md#vllm))."""
+    vllm_python: str | None = None
+    """Path of a Python interpreter with vLLM on the nodes. It is needed with `engine: vllm`."""
     host: str = "127.0.0.1"
     """Address to listen on. Addresses that other machines can reach need `api_keys`, or `open: true`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -154,6 +159,20 @@ class ServeSettings(Strict):
             raise ValueError("serve.mode adapters serves the seed: set serve.mixture to null")
         if self.mode == "adapters" and self.follow:
             raise ValueError("serve.mode adapters serves the seed, which never changes: set serve.follow to false")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> Self:
+        if self.engine == "bam":
+            return self
+        for wrong, message in (
+            (self.vllm_python is None, "serve.engine vllm needs serve.vllm_python: name a Python that has vLLM"),
+            (self.mode != "mixture", f"serve.mode {self.mode} needs serve.engine bam: vLLM serves one model"),
+            (self.follow, "serve.follow needs serve.engine bam, which tests new models: set it to false"),
+            (isinstance(self.replicas, ReplicaRange), "serve.engine vllm needs a number of replicas, and no range"),
+        ):
+            if wrong:
+                raise ValueError(message)
         return self
 
     @model_validator(mode="after")

@@ -111,7 +111,7 @@ def test_logprobs_equal_those_of_the_model(engine: DecodeEngine, models_by_famil
     for position, (token, entry) in enumerate(zip(delta.tokens, delta.logprobs, strict=True)):
         row = expected[len(prompt) - 1 + position]
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-5)
-        assert [value for _, value in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
+        assert [each.logprob for each in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["cohere", "llama", "bam", "bam-prefix", "bam-shared", "ensemble"])
@@ -132,7 +132,9 @@ def test_chunked_prompts_equal_whole_prompts(family: str, models_by_family: Any,
             assert got.tokens == one.tokens
             for entry, reference in zip(got.logprobs, one.logprobs, strict=True):
                 assert entry.logprob == pytest.approx(reference.logprob, abs=1e-5)
-                assert [p for _, p in entry.top] == pytest.approx([p for _, p in reference.top], abs=1e-5)
+                assert [each.logprob for each in entry.top] == pytest.approx(
+                    [each.logprob for each in reference.top], abs=1e-5
+                )
         assert (chunked.active, chunked.free, chunked.memory.used) == (0, 4, 0)
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bam_ray.errors import Overloaded, ServingError
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
 from bam_ray.serving.detokenizer import HELD_TOKENS, MAX_PENDING_TOKENS, Detokenizer, TextStream
 from bam_ray.serving.engine import Output
+from bam_ray.serving.openai_types import ChatRequest, CompletionRequest
 from bam_ray.serving.sampler import Sampled, TokenSampler
 from tests.support.decoding import prompts_of, run
 
@@ -38,6 +41,40 @@ def test_many_wrong_biases_are_refused_at_once(client: TestClient) -> None:
     response = complete(client, logit_bias=biases)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "logit_bias")
     assert time.monotonic() - start < 2
+
+
+FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "tokens", "unknown", "tools", "user"})
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 40),
+    st.integers(),
+    st.floats(),
+    st.text(st.characters(), max_size=20),
+    st.sampled_from(["\ud800", "tiny", "the cat", "user", "<|end|>", "json_object", "(a|"]),
+)
+KEYS = st.sampled_from(["role", "content", "type", "text", "json", "regex", "choice", "include_usage", "5", "-1", "x"])
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+
+
+@given(
+    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+    fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_fields_are_a_server_error(client: TestClient, path: str, fields: dict[str, Any]) -> None:
+    required: dict[str, Any] = {
+        "/v1/completions": {"prompt": "the", "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "the"}], "max_tokens": 2},
+        "/tokenize": {"prompt": "the"},
+        "/detokenize": {"tokens": [5]},
+    }[path]
+    body = json.dumps({"model": "tiny", **required, **fields}).encode()
+    response = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert len(response.json()["error"]["message"].splitlines()) == 1
+    assert '"server_error"' not in response.text
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -70,6 +70,21 @@ def test_lm_eval_chooses_and_generates(harness: Any) -> None:
     assert text
 
 
+def test_lm_eval_needs_no_tokenizer(harness: Any, url: str) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    remote = LocalCompletionsAPI(
+        model="tiny", base_url=f"{url}/completions", tokenizer_backend="remote", max_length=LENGTH + 1
+    )
+    pairs = [("the cat", " sat on the mat"), ("naïve", " café ☕")]
+    found, expected = (
+        client.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+        for client in (remote, harness)
+    )
+    assert found == [(pytest.approx(log_p), is_greedy) for log_p, is_greedy in expected]
+
+
 def test_langchain_streams_a_chat(url: str) -> None:
     from langchain_openai import ChatOpenAI
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bam_ray.serving import DecodeEngine, Scheduler, create_app
-from bam_ray.serving.app import AppOptions
+from bam_ray.serving import AppOptions, DecodeEngine, Scheduler, create_app
 from bam_ray.settings.api_keys import ApiKey, hash_api_key
 from tests.support.http_server import running_server
 

@@ -40,7 +40,7 @@ def assert_equal(got: Delta, expected: Delta) -> None:
     assert got.tokens == expected.tokens
     for one, other in zip(got.logprobs, expected.logprobs, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
-        assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-5)
+        assert [each.logprob for each in one.top] == pytest.approx([each.logprob for each in other.top], abs=1e-5)
 
 
 @pytest.mark.parametrize(

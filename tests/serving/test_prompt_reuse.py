@@ -104,7 +104,7 @@ def test_prompt_logprobs_equal_those_of_the_model(
     for position, entry in enumerate(got.prompt_logprobs):
         row = expected[position]
         assert entry.logprob == pytest.approx(float(row[PROMPT[position + 1]]), abs=1e-5)
-        assert [value for _, value in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
+        assert [each.logprob for each in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
     assert one.prompt_logprobs == ()
     assert len(got.tokens) == max_tokens
     assert got.finish_reason == "length"

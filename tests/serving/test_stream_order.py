@@ -16,7 +16,7 @@ from tests.support.http_server import running_server
 
 Batch = list[tuple[int, Delta]]
 END = Delta(tokens=(0,), finish_reason="stop")
-LOGPROB = TokenLogprob("a", -0.5, (("a", -0.5),))
+LOGPROB = TokenLogprob(b"a", -0.5, (TokenLogprob(b"a", -0.5),))
 ROLE, FAILED = "the role", "the model failed"
 
 
