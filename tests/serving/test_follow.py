@@ -16,7 +16,7 @@ from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control.endpoint_record import EndpointRecord, read_endpoint
 from bam_ray.errors import CheckpointError, PlacementError
-from bam_ray.on_ray.follow import FOLLOWER, NAMESPACE, POLL_SECONDS, roll_back, serve_run
+from bam_ray.on_ray.follow import POLL_SECONDS, roll_back, serve_run
 from bam_ray.on_ray.job import run_of
 from bam_ray.on_ray.serve_app import shutdown
 from bam_ray.pipeline.run import PipelineRun
@@ -73,17 +73,6 @@ def wait_for_artifact(url: str, prefix: str) -> None:
     raise AssertionError(f"{served_artifacts(url)} instead of {prefix}")
 
 
-def wait_until_nobody_follows() -> None:
-    """Wait until the follower has ended."""
-    for _ in range(120):
-        try:
-            ray.get_actor(FOLLOWER, NAMESPACE)
-        except ValueError:
-            return
-        time.sleep(0.5)
-    raise AssertionError("the follower goes on")
-
-
 def test_new_mixtures_roll_out_and_back_under_load(
     cluster: Cluster, models_by_family: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -137,4 +126,3 @@ def test_new_mixtures_roll_out_and_back_under_load(
     assert served == {(prompt, text[prompt]) for text in texts for prompt in PROMPTS}
     assert set(clients.texts[before:]) == served
     shutdown()
-    wait_until_nobody_follows()
