@@ -1,6 +1,6 @@
 """Adapters as folders of peft: `adapter_config.json` and `adapter_model.safetensors`.
 
-`PeftModel.from_pretrained`, vLLM and SGLang load such a folder. A folder from elsewhere is read only if its adapter is
+`PeftModel.from_pretrained` loads such a folder. A folder from elsewhere is read only if its adapter is
 plain LoRA, which is all that the server computes. peft itself is not needed for either direction.
 """
 
