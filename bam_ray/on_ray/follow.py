@@ -37,13 +37,20 @@ from bam_ray.control.endpoint_record import (
 from bam_ray.errors import BamError, CheckpointError, ServingError, StoreError, StoreUnavailable, one_line
 from bam_ray.on_ray.cluster import living_nodes
 from bam_ray.on_ray.replica import EndpointAccess, try_models
-from bam_ray.on_ray.serve_app import APP, deploy, replica_options, served_models, served_name
+from bam_ray.on_ray.serve_app import (
+    APP,
+    FOLLOWER,
+    NAMESPACE,
+    deploy,
+    replica_options,
+    served_models,
+    served_name,
+    stop_following,
+)
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.scheduling.nodes import HEAD
 from bam_ray.terminal import warn
 
-FOLLOWER = "bam-follower"  # the name of the actor
-NAMESPACE = "bam"
 POLL_SECONDS = 10.0  # time between two looks at the store
 TEST_SECONDS = 1800.0  # time in which a new model must find free resources and pass its test
 
@@ -75,14 +82,6 @@ def roll_back(run: PipelineRun) -> tuple[list[Artifact], str]:
         raise CheckpointError(f"{run.store.uri} has no record of an endpoint {name}: serve it with `bam serve` first")
     new = record.roll_back()
     return _models(run.store, new.served), _deploy(run, new)
-
-
-def stop_following() -> None:
-    """End the follower of the endpoint, if there is one."""
-    try:
-        ray.kill(ray.get_actor(FOLLOWER, NAMESPACE))
-    except ValueError:  # there is none
-        return
 
 
 def _deploy(run: PipelineRun, record: EndpointRecord) -> str:

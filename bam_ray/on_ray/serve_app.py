@@ -54,6 +54,8 @@ from bam_ray.settings import Recipe, ReplicaRange, ServeSettings, load_recipe
 from bam_ray.terminal import warn
 
 APP = "bam"
+FOLLOWER = "bam-follower"  # the name of the actor of follow mode
+NAMESPACE = "bam"  # that of the actor
 POSTERIOR = "posterior"  # the name of the posterior ensemble, at the endpoint as in the report
 SEED = "seed"  # the name of the seed, which adapters change
 ANY_HOST = {"0.0.0.0", "::"}
@@ -213,8 +215,17 @@ def replica_options(settings: ServeSettings) -> dict[str, Any]:
 
 
 def shutdown() -> None:
-    """Stop the endpoint and Ray Serve; does nothing if they are not running."""
+    """Stop the endpoint, its follower and Ray Serve; does nothing if they are not running."""
+    stop_following()  # it may be deploying a new model, which would then wait for Ray Serve forever
     serve.shutdown()
+
+
+def stop_following() -> None:
+    """End the follower of the endpoint, if there is one."""
+    try:
+        ray.kill(ray.get_actor(FOLLOWER, NAMESPACE))
+    except ValueError:  # there is none
+        return
 
 
 def _has_spare_capacity(settings: ServeSettings, nodes: list[NodeFacts]) -> bool:

@@ -18,7 +18,7 @@ from bam_ray.control.endpoint_record import EndpointRecord, read_endpoint
 from bam_ray.errors import CheckpointError, PlacementError
 from bam_ray.on_ray.follow import POLL_SECONDS, roll_back, serve_run
 from bam_ray.on_ray.job import run_of
-from bam_ray.on_ray.serve_app import shutdown
+from bam_ray.on_ray.serve_app import FOLLOWER, NAMESPACE, shutdown
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.settings import load_recipe
@@ -71,6 +71,17 @@ def wait_for_artifact(url: str, prefix: str) -> None:
             return
         time.sleep(0.5)
     raise AssertionError(f"{served_artifacts(url)} instead of {prefix}")
+
+
+def wait_until_nobody_follows() -> None:
+    """Wait until the follower has ended."""
+    for _ in range(120):
+        try:
+            ray.get_actor(FOLLOWER, NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(0.5)
+    raise AssertionError("the follower goes on")
 
 
 def test_new_mixtures_roll_out_and_back_under_load(
@@ -126,3 +137,4 @@ def test_new_mixtures_roll_out_and_back_under_load(
     assert served == {(prompt, text[prompt]) for text in texts for prompt in PROMPTS}
     assert set(clients.texts[before:]) == served
     shutdown()
+    wait_until_nobody_follows()
