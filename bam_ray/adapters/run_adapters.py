@@ -125,7 +125,7 @@ class RunAdapters:
         """
         if name in self.found:
             raise CheckpointError(f"the run has an adapter {name!r} already: choose another name or remove it first")
-        adapter = read_peft_folder(folder, name, self.base, self._layers())
+        adapter = read_peft_folder(folder, name, self._layers(), self.base)
         index = AdapterIndexFile(
             base=self.base,
             rank=adapter.rank,

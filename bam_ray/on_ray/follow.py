@@ -91,7 +91,7 @@ def _deploy(run: PipelineRun, record: EndpointRecord) -> str:
     patiently = retry_on(StoreUnavailable, warn)
     known = [_ids(models) for models in patiently(new_models, run, record)]
     stop_following()  # it could deploy something else at the same time
-    url = deploy(_models(run.store, record.served), record.name, settings, access)
+    url = deploy(_models(run.store, record.served), record.name, settings, access, run)
     patiently(write_endpoint, run.store, record.see(known).model_copy(update={"url": url}))
     if settings.follow:
         head = next(node for node in living_nodes() if HEAD in node.resources)

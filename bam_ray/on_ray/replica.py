@@ -12,6 +12,7 @@ from bam_ray.errors import ServingError
 from bam_ray.on_ray.replica_metrics import ReplicaGauges
 from bam_ray.on_ray.scaling import LOAD
 from bam_ray.on_ray.worker_env import device_environment
+from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import ServeSettings
 from bam_ray.settings.api_keys import ApiKey, read_api_keys
 
@@ -45,7 +46,12 @@ class Endpoint:
     """One replica of the endpoint on Ray Serve."""
 
     def __init__(
-        self, artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: EndpointAccess
+        self,
+        artifacts: Sequence[Artifact],
+        model_name: str,
+        settings: ServeSettings,
+        access: EndpointAccess,
+        run: PipelineRun | None = None,  # whose adapters are served
     ) -> None:
         # Imported here, because the driver that deploys needs no model code
         from bam_ray.serving import AppOptions, Scheduler, create_app
@@ -74,7 +80,7 @@ class Endpoint:
         )
         adapters = None
         if engine.lora is not None and settings.adapters is not None:
-            adapters = open_adapters(model_name, artifacts[0].fetch(), engine.lora, settings.adapters)
+            adapters = open_adapters(model_name, artifacts[0].fetch(), engine.lora, settings.adapters, run)
         self._app = create_app(self._backend, model_name, options, adapters)
 
     def __serve_build_asgi_app__(self) -> Any:

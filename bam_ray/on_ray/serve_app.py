@@ -97,13 +97,16 @@ def application(arguments: ApplicationArguments) -> Application:
         )
     run = PipelineRun.of(recipe, open_store(recipe.store.uri, recipe.store.endpoint))
     models, name = served_models(run)
-    return _application(models, name, recipe.serve, EndpointAccess.of(recipe.serve, is_local=False), surge=False)
+    access = EndpointAccess.of(recipe.serve, is_local=False)
+    return _application(models, name, recipe.serve, access, surge=False, run=run)
 
 
 def served_kinds(recipe: Recipe) -> Collection[ArtifactKind]:
     """Return the kinds of artifacts that must be made before the recipe can be served."""
-    kinds = {"posterior": ArtifactKind.BRANCHES, "adapters": ArtifactKind.SEEDS, "mixture": ArtifactKind.MIXTURES}
-    return [kinds[recipe.serve.mode]]
+    if recipe.serve.mode == "adapters":
+        assert recipe.serve.adapters is not None
+        return [ArtifactKind.ADAPTERS if recipe.serve.adapters.source is None else ArtifactKind.SEEDS]
+    return [ArtifactKind.BRANCHES if recipe.serve.mode == "posterior" else ArtifactKind.MIXTURES]
 
 
 def served_name(recipe: Recipe) -> str:
@@ -136,7 +139,11 @@ def served_models(run: PipelineRun) -> tuple[list[Artifact], str]:
 
 
 def deploy(
-    artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: EndpointAccess | None = None
+    artifacts: Sequence[Artifact],
+    model_name: str,
+    settings: ServeSettings,
+    access: EndpointAccess | None = None,
+    run: PipelineRun | None = None,
 ) -> str:
     """Serve a model, and return the base URL for OpenAI clients when all replicas answer.
 
@@ -145,6 +152,7 @@ def deploy(
         model_name: The name of the model in requests.
         settings: The settings of the endpoint.
         access: The clients that are served. None: those that the settings name.
+        run: The run whose adapters are served, with `serve.mode` adapters.
 
     Raises:
         SettingsError: The list of API keys is missing or wrong.
@@ -156,7 +164,7 @@ def deploy(
     access = access or EndpointAccess.of(settings, settings.is_local)
     nodes = living_nodes()
     surge = _has_spare_capacity(settings, nodes)
-    app = _application(artifacts, model_name, settings, access, surge)
+    app = _application(artifacts, model_name, settings, access, surge, run)
     head = next(node for node in nodes if HEAD in node.resources)
     _start_serve(settings, head)
     try:
@@ -168,7 +176,12 @@ def deploy(
 
 
 def _application(
-    artifacts: Sequence[Artifact], model_name: str, settings: ServeSettings, access: EndpointAccess, surge: bool
+    artifacts: Sequence[Artifact],
+    model_name: str,
+    settings: ServeSettings,
+    access: EndpointAccess,
+    surge: bool,
+    run: PipelineRun | None,
 ) -> Application:
     """Return the endpoint as Serve runs it. With `surge`, one more replica may run while replicas are replaced."""
     for artifact in artifacts:
@@ -183,7 +196,7 @@ def _application(
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         ray_actor_options=replica_options(settings),
     )
-    return deployment.bind(artifacts, model_name, settings, access)
+    return deployment.bind(artifacts, model_name, settings, access, run)
 
 
 def _replica_numbers(settings: ServeSettings) -> dict[str, Any]:

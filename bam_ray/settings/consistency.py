@@ -261,8 +261,13 @@ def prior_has_domains(recipe: "Recipe") -> None:
 
 
 def adapters_have_topics(recipe: "Recipe") -> None:
-    """Check that there are topics to train adapters for, and at least one for each task."""
+    """Check that there are topics to train adapters for, at least one for each task, and adapters to serve."""
     if recipe.adapters is None:
+        if recipe.serve.adapters is not None and recipe.serve.adapters.source is None:
+            raise ValueError(
+                "serve.adapters needs adapters: add the sections `topics` and `adapters`, or set serve.adapters.source "
+                "to a folder with adapters"
+            )
         return
     if recipe.topics is None:
         raise ValueError("adapters need topics: add a section `topics`, or leave out `adapters`")

@@ -10,12 +10,14 @@ from bam_ray.settings.strict import Count, NotNegative, Strict
 class ServeAdapterSettings(Strict):
     """The adapters of an endpoint with `serve.mode` `adapters`."""
 
-    source: str
+    source: str | None = None
     """Folder that has one folder in peft's format for each adapter, whose name is that of its folder. It must be on all
-    nodes. Adapters that are added or removed are found without a restart."""
+    nodes. `null` means the adapters of the run (`adapters`), and those that were imported for its seed. Adapters that
+    are added or removed are found without a restart."""
     topics: str | None = None
     """Folder with topics whose names are those of adapters (see [Topics](moin.md)). The model `auto` then chooses the
-    adapter of each request. `null` means that requests name their adapter."""
+    adapter of each request. `null` means the topics of the run if `source` is `null`, and otherwise that requests name
+    their adapter."""
     slots: Count = 16
     """Number of adapters that requests can use at the same time. Each takes the memory of an adapter of `max_rank`."""
     max_rank: Count = 16

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from bam_ray.adapters.peft_source import read_peft_folder
+from bam_ray.adapters.peft_folder import read_peft_folder
 from bam_ray.errors import CheckpointError, ServingError
 from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.serving.engine import Generation
@@ -39,7 +39,7 @@ class Adapted:
         model = copy_of(self.base)
         lora = LoraSlots(model, slots=4, max_rank=8)
         for slot, folder in enumerate(self.folders, start=1):
-            adapter = read_peft_folder(folder, lora.shapes)
+            adapter = read_peft_folder(folder, "law", lora.shapes).weights
             lora.check(adapter)
             lora.write(slot, adapter)
         for pair in adapter.pairs.values():
@@ -115,7 +115,7 @@ def test_a_slot_can_have_another_adapter(adapted: Adapted) -> None:
     engine, prompts = adapted.engine(2), prompts_of(2, 300)
     expected = decode(engine, prompts, [2, 2])
     assert engine.lora is not None
-    engine.lora.write(3, read_peft_folder(adapted.folders[1], engine.lora.shapes))
+    engine.lora.write(3, read_peft_folder(adapted.folders[1], "law", engine.lora.shapes).weights)
     assert decode(engine, prompts, [3, 3]) == expected
 
 
@@ -124,13 +124,13 @@ def test_an_adapter_can_be_loaded_while_others_decode(adapted: Adapted) -> None:
     expected = decode(engine, prompts, [1, 2, 0])
     lora = engine.lora
     assert lora is not None
-    other = read_peft_folder(adapted.folders[0], lora.shapes)
+    other = read_peft_folder(adapted.folders[0], "law", lora.shapes).weights
     assert decode(engine, prompts, [1, 2, 0], on_step=lambda: lora.write(3, other)) == expected
 
 
 def test_what_does_not_fit_is_refused(adapted: Adapted, models_by_family: Any) -> None:
     lora = LoraSlots(copy_of(adapted.base), slots=1, max_rank=4)
     with pytest.raises(CheckpointError, match="has rank 8, above 4: raise"):
-        lora.check(read_peft_folder(adapted.folders[2], lora.shapes))
+        lora.check(read_peft_folder(adapted.folders[2], "law", lora.shapes).weights)
     with pytest.raises(ServingError, match="serve adapters with the dense model"):
         LoraSlots(models_by_family["bam"], slots=1, max_rank=4)

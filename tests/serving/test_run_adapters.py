@@ -1,0 +1,94 @@
+"""The adapters that a run has trained are served from its store, and requests are matched with its topics."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+
+from bam_ray.adapters.run_adapters import RunAdapters
+from bam_ray.adapters.run_source import RunSource
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.data import Corpus
+from bam_ray.data.corpus_documents import CorpusDocuments
+from bam_ray.errors import CheckpointError
+from bam_ray.on_ray.replica import Endpoint, EndpointAccess
+from bam_ray.on_ray.serve_app import served_kinds, served_models
+from bam_ray.pipeline.run import PipelineRun
+from bam_ray.settings import Recipe
+from tests.support.adapter_run import ADAPTERS
+from tests.support.stage_run import make_artifacts, small_recipe
+
+SECTIONS: dict[str, Any] = {
+    "topics": {"count": 2, "embedder": "seed", "min_documents": 2},
+    "adapters": {**ADAPTERS, "tasks": 2},
+    "serve": {"mode": "adapters", "adapters": {"slots": 1}, "slots": 2, "max_length": 256},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineRun:
+    """Return a run with two topics, whose adapters are trained."""
+    monkeypatch.setenv("BAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    recipe = small_recipe(tmp_path, **SECTIONS)
+    store = open_store(recipe.store.uri)
+    make_artifacts(recipe, store, ("corpora", "seeds", "topics", "adapters"))
+    return PipelineRun.of(recipe, store)
+
+
+def test_a_run_serves_its_own_adapters(run: PipelineRun) -> None:
+    assert served_kinds(run.recipe) == [ArtifactKind.ADAPTERS]
+    models, name = served_models(run)
+    replica = Endpoint.__new__(Endpoint)
+    start: Any = Endpoint.__init__  # which Serve makes a coroutine
+    asyncio.run(start(replica, models, name, run.recipe.serve, EndpointAccess((), None), run))
+    corpus = Corpus(run.artifact(ArtifactKind.CORPORA, "corpus").fetch())
+    chosen, texts = [], {}
+    with TestClient(replica.__serve_build_asgi_app__()) as client:
+
+        def answer(model: str, prompt: str) -> Any:
+            body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1}
+            response = client.post("/v1/completions", json=body)
+            assert response.status_code == 200, response.text
+            return response
+
+        for domain in corpus.domains:
+            (prompt,) = CorpusDocuments(corpus, domain).texts([0], most=60)
+            response = answer("auto", prompt)
+            assert response.headers["x-bam-adapter-reason"] == "nearest"
+            chosen.append(response.headers["x-bam-adapter"])
+            texts[domain] = [answer(name, prompt).json()["choices"] for name in ("topic-0000", "topic-0001", "seed")]
+            assert answer("auto", prompt).json()["choices"] in texts[domain][:2]
+        assert sorted(chosen) == ["topic-0000", "topic-0001"], "the words of the domains have different letters"
+        assert all(first != second != base for first, second, base in texts.values())
+        names = [each["id"] for each in client.get("/v1/models").json()["data"]]
+        assert names[:2] == ["auto", "seed"]
+
+
+def test_adapters_of_a_run_come_and_go(run: PipelineRun) -> None:
+    adapters = RunAdapters(run)
+    source = RunSource(adapters)
+    keys = source.keys()
+    assert list(keys) == ["topic-0000", "topic-0001"]
+    assert source.fetch(keys["topic-0001"]).name == "topic-0001"
+    with pytest.raises(CheckpointError, match="has changed"):
+        source.fetch(keys["topic-0001"]._replace(version="0"))
+    adapters.remove("topic-0001")
+    assert list(source.keys()) == ["topic-0000"]
+    with pytest.raises(CheckpointError, match="no adapter 'topic-0001'"):
+        source.fetch(keys["topic-0001"])
+
+
+def test_adapters_need_a_source(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"serve.adapters needs adapters: add the sections"):
+        small_recipe(tmp_path, serve=SECTIONS["serve"])
+    folder = {"mode": "adapters", "adapters": {"source": str(tmp_path)}}
+    recipe: Recipe = small_recipe(tmp_path, serve=folder)
+    assert served_kinds(recipe) == [ArtifactKind.SEEDS]
