@@ -92,7 +92,11 @@ def mixture(attention: str, width: int, layers: int) -> BamForCausalLM:
         num_experts_per_tok=2,
         norm_topk_prob=True,
         attention_experts=attention,
+        norm_type="rmsnorm",
         parallel_block=False,
+        separate_ffn_norm=True,
+        rope_interleaved=False,
+        tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
     model: BamForCausalLM = BamForCausalLM(config).eval()
