@@ -1,6 +1,7 @@
 """The adapters that a run has trained are served from its store, and requests are matched with its topics."""
 
 import asyncio
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def test_adapters_of_a_run_come_and_go(run: PipelineRun) -> None:
     assert list(source.keys()) == ["topic-0000"]
     with pytest.raises(CheckpointError, match="no adapter 'topic-0001'"):
         source.fetch(keys["topic-0001"])
+
+
+def test_an_adapter_with_another_scale_is_another_version(run: PipelineRun, tmp_path: Path) -> None:
+    adapters, folder = RunAdapters(run), tmp_path / "law"
+    adapters.export("topic-0000", folder)
+    source = RunSource(adapters)
+    adapters.add("law", folder)
+    first = source.keys()["law"]
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1}))
+    adapters.remove("law")
+    source.keys()
+    adapters.add("law", folder)
+    second = source.keys()["law"]
+    assert first != second, "the server would keep the weights and the keys and values of the first one"
+    assert source.fetch(second).scale == 1 / ADAPTERS["rank"]
 
 
 def test_adapters_need_a_source(tmp_path: Path) -> None:
