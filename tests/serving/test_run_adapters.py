@@ -15,9 +15,11 @@ from bam_ray.adapters.run_adapters import RunAdapters
 from bam_ray.adapters.run_source import RunSource
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.control.endpoint_record import EndpointRecord, write_endpoint
 from bam_ray.data import Corpus
 from bam_ray.data.corpus_documents import CorpusDocuments
 from bam_ray.errors import CheckpointError
+from bam_ray.on_ray.follow import roll_back
 from bam_ray.on_ray.replica import Endpoint, EndpointAccess
 from bam_ray.on_ray.serve_app import served_kinds, served_models
 from bam_ray.pipeline.run import PipelineRun
@@ -103,9 +105,21 @@ def test_an_adapter_with_another_scale_is_another_version(run: PipelineRun, tmp_
     assert source.fetch(second).scale == 1 / ADAPTERS["rank"]
 
 
+def test_a_rollback_keeps_seed_and_adapters_together(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, **SECTIONS)
+    run = PipelineRun.of(recipe, open_store(recipe.store.uri))
+    (seed,), name = served_models(run)
+    record = EndpointRecord(name=name, served=(seed.prefix,), before=(("seeds/seed-0123456789ab",),))
+    write_endpoint(run.store, record)
+    with pytest.raises(CheckpointError, match="belong to another seed: serve the recipe of that seed"):
+        roll_back(run)
+
+
 def test_adapters_need_a_source(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"serve.adapters needs adapters: add the sections"):
         small_recipe(tmp_path, serve=SECTIONS["serve"])
+    with pytest.raises(ValidationError, match=r"adapters.rank is 32, above serve.adapters.max_rank 16: raise"):
+        small_recipe(tmp_path, **{**SECTIONS, "adapters": {**ADAPTERS, "rank": 32}})
     folder = {"mode": "adapters", "adapters": {"source": str(tmp_path)}}
     recipe: Recipe = small_recipe(tmp_path, serve=folder)
     assert served_kinds(recipe) == [ArtifactKind.SEEDS]
