@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from bam_ray.data.corpus_documents import CorpusDocuments
 from bam_ray.errors import CheckpointError
 from bam_ray.on_ray.follow import roll_back
 from bam_ray.on_ray.replica import Endpoint, EndpointAccess
+from bam_ray.on_ray.scaling import LOAD
 from bam_ray.on_ray.serve_app import served_kinds, served_models
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe
@@ -46,12 +49,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineRun:
     return PipelineRun.of(recipe, store)
 
 
-def test_a_run_serves_its_own_adapters(run: PipelineRun) -> None:
-    assert served_kinds(run.recipe) == [ArtifactKind.ADAPTERS]
+def replica_of(run: PipelineRun) -> Endpoint:
+    """Return a replica of the endpoint of a run, without Ray Serve."""
     models, name = served_models(run)
     replica = Endpoint.__new__(Endpoint)
     start: Any = Endpoint.__init__  # which Serve makes a coroutine
     asyncio.run(start(replica, models, name, run.recipe.serve, EndpointAccess((), None), run))
+    return replica
+
+
+def test_a_run_serves_its_own_adapters(run: PipelineRun) -> None:
+    assert served_kinds(run.recipe) == [ArtifactKind.ADAPTERS]
+    replica = replica_of(run)
     corpus = Corpus(run.artifact(ArtifactKind.CORPORA, "corpus").fetch())
     chosen, texts = [], {}
     with TestClient(replica.__serve_build_asgi_app__()) as client:
@@ -73,6 +82,24 @@ def test_a_run_serves_its_own_adapters(run: PipelineRun) -> None:
         assert all(first != second != base for first, second, base in texts.values())
         names = [each["id"] for each in client.get("/v1/models").json()["data"]]
         assert names[:2] == ["auto", "seed"]
+
+
+def test_requests_that_wait_for_an_adapter_are_load(run: PipelineRun) -> None:
+    replica, loads = replica_of(run), []
+    with TestClient(replica.__serve_build_asgi_app__()) as client, ThreadPoolExecutor(6) as threads:
+        assert client.portal is not None
+
+        def answer(number: int) -> int:
+            body = {"model": f"topic-000{number % 2}", "prompt": "a", "max_tokens": 200, "ignore_eos": True}
+            return client.post("/v1/completions", json=body).status_code
+
+        answers = [threads.submit(answer, number) for number in range(6)]
+        while not all(each.done() for each in answers):
+            loads.append(client.portal.call(replica.record_autoscaling_stats)[LOAD])
+            time.sleep(0.001)
+        assert [each.result() for each in answers] == [200] * 6
+        assert client.portal.call(replica.record_autoscaling_stats) == {LOAD: 0}
+    assert max(loads) >= 3, "six requests, and two of them can be decoded together"
 
 
 def test_adapters_of_a_run_come_and_go(run: PipelineRun) -> None:
