@@ -162,6 +162,11 @@ class AdapterPool:
         """The adapters that are in host memory."""
         return [*self._host]
 
+    @property
+    def waiting(self) -> int:
+        """The number of requests that wait for a slot."""
+        return len(self._waiters)
+
     def tier(self, key: AdapterKey) -> str:
         """Return where an adapter is: `device`, `host`, or the tier of the source."""
         if key in self._resident:

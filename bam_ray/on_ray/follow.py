@@ -72,7 +72,8 @@ def roll_back(run: PipelineRun) -> tuple[list[Artifact], str]:
     """Serve again what was served before the present models, and return the models and the base URL.
 
     Raises:
-        CheckpointError: Nothing else was served under this name, or it is not in the store any more.
+        CheckpointError: Nothing else was served under this name, it is not in the store any more, or it is a seed that
+            the adapters of the recipe do not belong to.
         PlacementError: The nodes can never hold the replicas.
         ServingError: A replica does not start.
     """
@@ -81,6 +82,11 @@ def roll_back(run: PipelineRun) -> tuple[list[Artifact], str]:
     if record is None:
         raise CheckpointError(f"{run.store.uri} has no record of an endpoint {name}: serve it with `bam serve` first")
     new = record.roll_back()
+    if run.recipe.serve.mode == "adapters" and new.served != _ids(served_models(run)[0]):
+        raise CheckpointError(
+            f"{' + '.join(new.served)} was served before, and the adapters of the recipe belong to another seed: serve "
+            "the recipe of that seed"
+        )
     return _models(run.store, new.served), _deploy(run, new)
 
 

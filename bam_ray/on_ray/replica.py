@@ -18,6 +18,7 @@ from bam_ray.settings.api_keys import ApiKey, read_api_keys
 
 if TYPE_CHECKING:
     from bam_ray.serving import DecodeEngine
+    from bam_ray.serving.served_adapters import ServedAdapters
 
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}  # of this machine, in the Host header
 
@@ -44,6 +45,8 @@ class EndpointAccess:
 @serve.ingress()
 class Endpoint:
     """One replica of the endpoint on Ray Serve."""
+
+    _adapters: "ServedAdapters | None" = None
 
     def __init__(
         self,
@@ -78,10 +81,9 @@ class Endpoint:
         self._backend = Scheduler(
             engine, max_queued_prompts=settings.max_queued_prompts, max_queued_tokens=settings.max_queued_tokens
         )
-        adapters = None
         if engine.lora is not None and settings.adapters is not None:
-            adapters = open_adapters(model_name, artifacts[0].fetch(), engine.lora, settings.adapters, run)
-        self._app = create_app(self._backend, model_name, options, adapters)
+            self._adapters = open_adapters(model_name, artifacts[0].fetch(), engine.lora, settings.adapters, run)
+        self._app = create_app(self._backend, model_name, options, self._adapters)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the HTTP app. Ray Serve calls this after the constructor."""
@@ -90,7 +92,13 @@ class Endpoint:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the metric by which `scaling.replicas_for_load` chooses the number of replicas, if it is known."""
-        return {LOAD: self._backend.load} if hasattr(self._backend, "load") else {}
+        from bam_ray.serving import Scheduler
+
+        if not isinstance(self._backend, Scheduler):
+            return {}
+        # Requests that wait for an adapter are not in the queue of the scheduler yet
+        waiting = 0 if self._adapters is None else self._adapters.pool.waiting
+        return {LOAD: self._backend.load + waiting / self._backend.engine.slots}
 
     def check_health(self) -> None:
         """Raise `ServingError` if the engine is dead. Ray Serve calls this, and then replaces the replica."""

@@ -437,6 +437,8 @@ class DecodeEngine:
         if self._active.pop(generation.id, None) is None:
             return
         for each in (generation, *generation.copies):
+            if each.length and not each.completion:  # no sampled token tells that its keys and values are finite
+                self._cache.zero(each.block)
             self._exchange_with_last(each)
             self._release(each, each.stored_tokens)
 

@@ -109,11 +109,13 @@ class LoraLinear(nn.Module):
     def write(self, slot: int, pair: LoraPair | None, scale: float) -> None:
         """Set the factors of a slot. None: its adapter does not change this layer."""
         if pair is None:
-            self.b[slot].zero_()  # the first factor has no effect then
+            for factor in (self.a, self.b):  # both, because the product of 0 and NaN is NaN
+                factor[slot].zero_()
             self.used.discard(slot)
             return
         rank = len(pair.a)
         self.a[slot, :, :rank] = pair.a.T.to(self.a)
+        self.a[slot, :, rank:].zero_()
         self.b[slot, :rank] = scale * pair.b.T.to(self.b)
         self.b[slot, rank:].zero_()
         self.used.add(slot)

@@ -135,13 +135,15 @@ class PromptReader:
         return await self._on_thread(tenant, lambda each: self._decode(each.tokens), request)
 
     async def first_text(self, request: CompletionRequest, prompts: list[list[int]], tenant: str) -> str:
-        """Return the text of the first prompt. `prompts` are those of the request.
+        """Return the text of the first prompt without special tokens. `prompts` are those of the request.
 
         Raises:
             Overloaded: Too many requests wait to be tokenized.
         """
         first = request.prompts[0]
-        return first if isinstance(first, str) else await self._on_thread(tenant, self._decode, prompts[0])
+        if isinstance(first, str):
+            return first
+        return await self._on_thread(tenant, partial(self._decode, skip_special_tokens=True), prompts[0])
 
     def close(self) -> None:
         """Stop the thread."""
@@ -208,8 +210,9 @@ class PromptReader:
     def _tokenize(self, text: str, special: bool) -> list[int]:
         return list(self._engine.tokenizer(encodable(text), add_special_tokens=special, verbose=False).input_ids)
 
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._engine.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+    def _decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        decode = self._engine.tokenizer.decode
+        return str(decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
     def _check_size(self, prompt: str | list[int], param: str) -> None:
         """Raise `RequestError` for a prompt that cannot fit, before it is tokenized."""

@@ -210,7 +210,6 @@ class Scheduler:
         self._thread.shutdown()
         self.engine.clear()
         self._fail_all(self.failure)
-        _call_all(self._when_left)
 
     def _check_queue(self, prompts: list[list[int]], tenant: str) -> None:
         """Raise `Overloaded` if the queue has no room for all prompts, or `failure` if the scheduler has stopped.
@@ -395,6 +394,8 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
         self._waiting_tokens = 0
+        when_left, self._when_left = self._when_left, []
+        _call_all(when_left)
 
 
 def _call_all(callbacks: list[Callable[[], None]]) -> None:

@@ -7,6 +7,7 @@ are found without a restart.
 
 import asyncio
 import difflib
+import itertools
 import logging
 import reprlib
 import time
@@ -32,6 +33,8 @@ REFRESH_SECONDS = 5.0
 """The age at which the list of adapters is read again."""
 UNKNOWN_REFRESH_SECONDS = 1.0
 """The same, if a name is unknown or an adapter cannot be loaded."""
+MOST_COMPARED = 100
+"""The number of adapters that an unknown name is compared with, because all other requests wait meanwhile."""
 
 ChoiceReason = Literal["override", "nearest", "far", "unavailable"]
 WhenUnavailable = Literal["base", "wait", "error"]
@@ -197,8 +200,8 @@ class ServedAdapters:
             return None
         key = await self._key(model.removeprefix(f"{self.base}:"))
         if key is None:
-            names = [self.base, *self._keys, *([AUTO] if self.can_choose else [])]
-            close = difflib.get_close_matches(model.removeprefix(f"{self.base}:")[:256], names, n=1, cutoff=0.0)
+            names = [self.base, *([AUTO] if self.can_choose else []), *itertools.islice(self._keys, MOST_COMPARED)]
+            close = difflib.get_close_matches(model.removeprefix(f"{self.base}:")[:64], names, n=1, cutoff=0.0)
             message = f"model {reprlib.repr(model)} is not served here: use {close[0]!r}, or see /v1/models"
             raise RequestError(404, message, code="model_not_found", param="model")
         return key

@@ -276,6 +276,11 @@ def adapters_have_topics(recipe: "Recipe") -> None:
             f"adapters.tasks is {recipe.adapters.tasks}, more than topics.count {recipe.topics.count}: use at most one "
             "task for each topic"
         )
+    served = recipe.serve.adapters
+    if served is not None and served.source is None and recipe.adapters.rank > served.max_rank:
+        raise ValueError(
+            f"adapters.rank is {recipe.adapters.rank}, above serve.adapters.max_rank {served.max_rank}: raise it"
+        )
 
 
 def _reason(error: ValidationError) -> str:

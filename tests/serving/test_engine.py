@@ -1,5 +1,6 @@
 """The output of a request does not depend on the requests that are decoded with it."""
 
+import copy
 import random
 from typing import Any
 
@@ -169,6 +170,28 @@ def test_requests_of_different_lengths_share_the_memory(family: str, models_by_f
     scheduled = run(engine, prompts, params)
     assert [delta.tokens for delta in scheduled] == [delta.tokens for delta in expected]
     assert (engine.free, engine.memory.used, engine.memory.size) == (6, 0, 512)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_nan_of_an_unfinished_prompt_stays_alone(scored: bool, models_by_family: Any, tokenizer: Any) -> None:
+    """Keys that are masked are multiplied by 0, and 0 × NaN is NaN."""
+    model, bad = copy.deepcopy(models_by_family["llama"]), 7
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = torch.nan
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    prompts = [[3, 4], [5] * 50]
+    expected = run(DecodeEngine(model, tokenizer, slots=2, max_length=64), prompts, lambda _: params)
+    engine = DecodeEngine(model, tokenizer, slots=2, max_length=64, tokens_per_step=32)
+    if scored:  # no token is sampled, which would tell that the prompt is not finite
+        engine.add([bad] * 48, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        while engine.active:
+            engine.step()
+    else:
+        leaving = engine.add([bad] * 48, params)
+        engine.step()
+        assert leaving.left == 16
+        engine.remove(leaving)
+    assert run(engine, prompts, lambda _: params) == expected
 
 
 def test_unsupported_models_are_rejected(models_by_family: Any, tokenizer: Any) -> None:

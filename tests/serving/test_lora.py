@@ -111,10 +111,14 @@ def test_a_row_does_not_depend_on_other_adapters(adapted: Adapted) -> None:
 
 
 def test_a_slot_can_have_another_adapter(adapted: Adapted) -> None:
-    """Nothing of a larger adapter is left behind."""
+    """Nothing of a larger adapter is left behind, also if that was damaged."""
     engine, prompts = adapted.engine(2), prompts_of(2, 300)
     expected = decode(engine, prompts, [2, 2])
     assert engine.lora is not None
+    damaged = read_peft_folder(adapted.folders[2], "law", engine.lora.shapes).weights
+    for pair in damaged.pairs.values():
+        pair.a.fill_(torch.nan)
+    engine.lora.write(3, damaged)
     engine.lora.write(3, read_peft_folder(adapted.folders[1], "law", engine.lora.shapes).weights)
     assert decode(engine, prompts, [3, 3]) == expected
 

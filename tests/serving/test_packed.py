@@ -54,6 +54,23 @@ def test_packed_mixture_has_same_logits(case: str) -> None:
     assert_packing_keeps_logits(mixture(**MIXTURES[case]))
 
 
+@pytest.mark.skipif(not can_pack("cpu", torch.bfloat16), reason="oneDNN has no bf16 on this processor")
+@pytest.mark.parametrize("name", ["llama", "cohere", "gpt_neox", "qwen3", *MIXTURES])
+@torch.inference_mode()
+def test_packed_bf16_is_as_exact_as_plain_bf16(name: str) -> None:
+    model = (mixture(**MIXTURES[name]) if name in MIXTURES else dense(name, 0)).bfloat16()
+    exact = copy.deepcopy(model).float()
+    inputs = [tokens(batch, length) for batch, length in ((1, 1), (1, 3), (2, 17), (4, 40))]
+    expected = [exact(ids).logits for ids in inputs]
+    plain = [model(ids).logits for ids in inputs]
+    pack_weights(model)
+    for ids, right, unpacked in zip(inputs, expected, plain, strict=True):
+        logits = model(ids).logits
+        assert logits.dtype is torch.bfloat16
+        # The mean, because a router may choose other experts for single tokens
+        assert (logits - right).abs().mean() < 1.5 * (unpacked - right).abs().mean()
+
+
 def test_packed_weights_replace_the_original() -> None:
     model = mixture(**MIXTURES["kv_experts"])
     kept = {"embed_tokens", "norm", "gate", "input_layernorm", "post_attention_layernorm"}

@@ -1,7 +1,10 @@
 """The adapters that a run has trained are served from its store, and requests are matched with its topics."""
 
 import asyncio
+import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ from bam_ray.adapters.run_adapters import RunAdapters
 from bam_ray.adapters.run_source import RunSource
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.control.endpoint_record import EndpointRecord, write_endpoint
 from bam_ray.data import Corpus
 from bam_ray.data.corpus_documents import CorpusDocuments
 from bam_ray.errors import CheckpointError
+from bam_ray.on_ray.follow import roll_back
 from bam_ray.on_ray.replica import Endpoint, EndpointAccess
+from bam_ray.on_ray.scaling import LOAD
 from bam_ray.on_ray.serve_app import served_kinds, served_models
 from bam_ray.pipeline.run import PipelineRun
 from bam_ray.settings import Recipe
@@ -43,12 +49,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineRun:
     return PipelineRun.of(recipe, store)
 
 
-def test_a_run_serves_its_own_adapters(run: PipelineRun) -> None:
-    assert served_kinds(run.recipe) == [ArtifactKind.ADAPTERS]
+def replica_of(run: PipelineRun) -> Endpoint:
+    """Return a replica of the endpoint of a run, without Ray Serve."""
     models, name = served_models(run)
     replica = Endpoint.__new__(Endpoint)
     start: Any = Endpoint.__init__  # which Serve makes a coroutine
     asyncio.run(start(replica, models, name, run.recipe.serve, EndpointAccess((), None), run))
+    return replica
+
+
+def test_a_run_serves_its_own_adapters(run: PipelineRun) -> None:
+    assert served_kinds(run.recipe) == [ArtifactKind.ADAPTERS]
+    replica = replica_of(run)
     corpus = Corpus(run.artifact(ArtifactKind.CORPORA, "corpus").fetch())
     chosen, texts = [], {}
     with TestClient(replica.__serve_build_asgi_app__()) as client:
@@ -72,6 +84,24 @@ def test_a_run_serves_its_own_adapters(run: PipelineRun) -> None:
         assert names[:2] == ["auto", "seed"]
 
 
+def test_requests_that_wait_for_an_adapter_are_load(run: PipelineRun) -> None:
+    replica, loads = replica_of(run), []
+    with TestClient(replica.__serve_build_asgi_app__()) as client, ThreadPoolExecutor(6) as threads:
+        assert client.portal is not None
+
+        def answer(number: int) -> int:
+            body = {"model": f"topic-000{number % 2}", "prompt": "a", "max_tokens": 200, "ignore_eos": True}
+            return client.post("/v1/completions", json=body).status_code
+
+        answers = [threads.submit(answer, number) for number in range(6)]
+        while not all(each.done() for each in answers):
+            loads.append(client.portal.call(replica.record_autoscaling_stats)[LOAD])
+            time.sleep(0.001)
+        assert [each.result() for each in answers] == [200] * 6
+        assert client.portal.call(replica.record_autoscaling_stats) == {LOAD: 0}
+    assert max(loads) >= 3, "six requests, and two of them can be decoded together"
+
+
 def test_adapters_of_a_run_come_and_go(run: PipelineRun) -> None:
     adapters = RunAdapters(run)
     source = RunSource(adapters)
@@ -86,9 +116,37 @@ def test_adapters_of_a_run_come_and_go(run: PipelineRun) -> None:
         source.fetch(keys["topic-0001"])
 
 
+def test_an_adapter_with_another_scale_is_another_version(run: PipelineRun, tmp_path: Path) -> None:
+    adapters, folder = RunAdapters(run), tmp_path / "law"
+    adapters.export("topic-0000", folder)
+    source = RunSource(adapters)
+    adapters.add("law", folder)
+    first = source.keys()["law"]
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1}))
+    adapters.remove("law")
+    source.keys()
+    adapters.add("law", folder)
+    second = source.keys()["law"]
+    assert first != second, "the server would keep the weights and the keys and values of the first one"
+    assert source.fetch(second).scale == 1 / ADAPTERS["rank"]
+
+
+def test_a_rollback_keeps_seed_and_adapters_together(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, **SECTIONS)
+    run = PipelineRun.of(recipe, open_store(recipe.store.uri))
+    (seed,), name = served_models(run)
+    record = EndpointRecord(name=name, served=(seed.prefix,), before=(("seeds/seed-0123456789ab",),))
+    write_endpoint(run.store, record)
+    with pytest.raises(CheckpointError, match="belong to another seed: serve the recipe of that seed"):
+        roll_back(run)
+
+
 def test_adapters_need_a_source(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"serve.adapters needs adapters: add the sections"):
         small_recipe(tmp_path, serve=SECTIONS["serve"])
+    with pytest.raises(ValidationError, match=r"adapters.rank is 32, above serve.adapters.max_rank 16: raise"):
+        small_recipe(tmp_path, **{**SECTIONS, "adapters": {**ADAPTERS, "rank": 32}})
     folder = {"mode": "adapters", "adapters": {"source": str(tmp_path)}}
     recipe: Recipe = small_recipe(tmp_path, serve=folder)
     assert served_kinds(recipe) == [ArtifactKind.SEEDS]

@@ -1,5 +1,6 @@
 """Requests that name an adapter, or let the server choose one, called with the `openai` client."""
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from bam_ray.adapters.peft_source import PeftFolders
 from bam_ray.adapters.pool import AdapterPool
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
 from bam_ray.serving.lora import LoraSlots
+from bam_ray.serving.openai_types import CompletionRequest
+from bam_ray.serving.prompts import PromptReader
 from bam_ray.serving.served_adapters import AdapterOptions, ServedAdapters
 from tests.support.decoding import run
 from tests.support.http_server import running_server
@@ -122,6 +125,16 @@ def test_the_server_chooses_the_nearest_topic(serve: Callable[..., Served]) -> N
         assert body.adapter["threshold"] == 0.5
     tokens = served.tokenizer("the law of").input_ids
     assert served.complete("auto", tokens).adapter["adapter"] == "law"
+
+
+def test_special_tokens_do_not_change_the_topic(models_by_family: Any, tokenizer: Any) -> None:
+    engine = DecodeEngine(models_by_family["llama"], tokenizer, slots=1, max_length=64)
+    tokens = [tokenizer.all_special_ids[0], *tokenizer("the cat").input_ids]
+    assert tokenizer.decode(tokens) != "the cat"
+    reader = PromptReader(engine, 1, 64)
+    request = CompletionRequest(model="auto", prompt=tokens)
+    assert asyncio.run(reader.first_text(request, [tokens], "")) == "the cat"
+    reader.close()
 
 
 def test_a_stream_states_the_adapter_first(serve: Callable[..., Served]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -240,3 +241,31 @@ def test_the_end_of_a_request_in_the_engine_is_known(engine: DecodeEngine) -> No
 
     serve(engine, client)
     assert active == [-1, 0, 0, 0]
+
+
+def test_a_scheduler_that_stops_uses_nothing(
+    engine: DecodeEngine, models_by_family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that wait for the adapter slot of such a request would wait forever."""
+    fail_at(models_by_family["cohere"], monkeypatch, lambda _: True)
+    begun, ends = threading.Event(), threading.Event()
+
+    def test() -> None:
+        begun.set()
+        ends.wait(60)
+        raise RuntimeError("bad engine")
+
+    monkeypatch.setattr(engine, "test", test)
+
+    async def client(scheduler: Scheduler) -> None:
+        for _ in range(MAX_FAILED_STEPS):
+            with pytest.raises(ServingError, match="the model failed: see the log"):
+                await tokens_of(scheduler, [1, 2])
+        await asyncio.to_thread(begun.wait)
+        left = asyncio.Event()
+        scheduler.when_left(left.set)
+        ends.set()
+        await asyncio.wait_for(left.wait(), 10)
+        assert scheduler.failure is not None
+
+    serve(engine, client)
