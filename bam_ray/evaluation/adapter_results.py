@@ -15,19 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bam_ray.evaluation.bootstrap import bootstrap_means, interval_95
+from bam_ray.evaluation.samples import IntervalEstimate
 from bam_ray.evaluation.table import format_perplexity
 from bam_ray.settings import Strict
 
 RESULTS = "results.json"
 BASE, OWN, AUTO, SHORT, RANDOM, ALL_TEXT = "base", "own", "auto", "auto_short", "random", "all_text"
 TOPICS_SHOWN = 40
-
-
-class Estimate(Strict):
-    """A value and its 95 % interval."""
-
-    value: FiniteFloat
-    interval: tuple[FiniteFloat, FiniteFloat]
 
 
 class TopicResult(Strict):
@@ -45,7 +39,7 @@ class TopicResult(Strict):
     terms: tuple[str, ...]
     documents: int
     tokens: int
-    perplexity: dict[str, Estimate]
+    perplexity: dict[str, IntervalEstimate]
 
 
 class AdapterResults(Strict):
@@ -66,8 +60,8 @@ class AdapterResults(Strict):
     run: str
     models: tuple[str, ...]
     labels: dict[str, str]
-    mean: dict[str, Estimate]
-    ratios: dict[str, Estimate]
+    mean: dict[str, IntervalEstimate]
+    ratios: dict[str, IntervalEstimate]
     routing: dict[str, FiniteFloat]
     far: dict[str, FiniteFloat]
     topics: tuple[TopicResult, ...]
@@ -129,10 +123,10 @@ def adapter_results(
     )
 
 
-def _estimates(models: Sequence[str], nll: np.ndarray, draws: np.ndarray) -> dict[str, Estimate]:
+def _estimates(models: Sequence[str], nll: np.ndarray, draws: np.ndarray) -> dict[str, IntervalEstimate]:
     """Return the exponentials of `nll` [k], and their intervals from `draws` [B, k], by model."""
     return {
-        model: Estimate(value=float(np.exp(nll[index])), interval=interval_95(np.exp(draws[:, index])))
+        model: IntervalEstimate(value=float(np.exp(nll[index])), interval=interval_95(np.exp(draws[:, index])))
         for index, model in enumerate(models)
     }
 

@@ -157,7 +157,7 @@ def held_out_documents(corpus: Corpus, topics_folder: Path, tokens: int, text_to
     if not chosen:
         raise DataError("no topic has held-out documents: increase data.held_out_fraction")
     rows = np.full((len(chosen), length), corpus.end_of_text_id)
-    texts = []
+    texts: list[str] = []
     for row, place in zip(rows, chosen, strict=True):
         domain, index = places[place]
         row[: lengths[place]] = parts[domain].tokens(index, length)
