@@ -7,6 +7,7 @@ quarter of them.
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,25 +89,11 @@ def evaluate_adapters(run: TaskRun) -> Manifest:
     scorer = _Scorer(run, documents, seed_folder)
     labels = {BASE: "the seed without adapters", OWN: "the adapter of the topic of the document"}
     labels |= {name: f"the adapter that the first {tokens} tokens choose" for name, tokens in prefixes.items()}
-    everything, names = np.arange(len(documents.tokens)), topics.names
-    base = scorer.nll(everything)
-    nll = {BASE: base, **{name: base.copy() for name in (OWN, *prefixes)}}
-    for number, name in enumerate(names):
-        users = {OWN: documents.topics == number, **{model: each == number for model, each in chosen.items()}}
-        (needed,) = np.nonzero(np.any(list(users.values()), axis=0))
-        scored = np.zeros_like(base)
-        scored[needed] = scorer.nll(needed, name)
-        for model, is_user in users.items():
-            nll[model][is_user] = scored[is_user]
     if settings.random_tasks:
         labels[RANDOM] = "an adapter of random documents"
-        nll[RANDOM] = base.copy()
-        for number in range(len(names)):
-            (needed,) = np.nonzero(documents.topics == number)
-            nll[RANDOM][needed] = scorer.nll(needed, random_name(number))
     if settings.all_text_task is not None:
         labels[ALL_TEXT] = "one adapter of all text, same total tokens"
-        nll[ALL_TEXT] = scorer.nll(everything, ALL_TEXT_ADAPTER)
+    nll = _score_models(scorer, list(labels), topics.names, documents.topics, chosen)
     results = adapter_results(
         run.recipe.name,
         labels,
@@ -128,6 +115,35 @@ def evaluate_adapters(run: TaskRun) -> Manifest:
             attempt=str(lease.number),
         )
         return run.artifact.publish(folder, manifest, lease)
+
+
+def _score_models(
+    scorer: "_Scorer", models: list[str], names: Sequence[str], own: np.ndarray, chosen: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the sum of the NLLs of each document with each model, each [n]; an adapter is loaded once.
+
+    Args:
+        scorer: The scorer of the documents.
+        models: The names of the models.
+        names: The names of the topics.
+        own: The topic of each document, [n].
+        chosen: The topic that is chosen for each document, [n], for each model that chooses.
+    """
+    base = scorer.nll(np.arange(len(own)))
+    nll = {model: base.copy() for model in models}
+    for number, name in enumerate(names):
+        users = {OWN: own == number, **{model: each == number for model, each in chosen.items()}}
+        (needed,) = np.nonzero(np.any(list(users.values()), axis=0))
+        scored = np.zeros_like(base)
+        scored[needed] = scorer.nll(needed, name)
+        for model, is_user in users.items():
+            nll[model][is_user] = scored[is_user]
+        if RANDOM in nll:
+            (needed,) = np.nonzero(own == number)
+            nll[RANDOM][needed] = scorer.nll(needed, random_name(number))
+    if ALL_TEXT in nll:
+        nll[ALL_TEXT] = scorer.nll(np.arange(len(own)), ALL_TEXT_ADAPTER)
+    return nll
 
 
 def held_out_documents(corpus: Corpus, topics_folder: Path, tokens: int, text_tokens: int) -> HeldOutDocuments:
@@ -196,7 +212,10 @@ class _Scorer:
         self._done = 0
 
     def nll(self, chosen: np.ndarray, adapter: str | None = None) -> np.ndarray:
-        """Return the sum of the NLLs of some documents, [len(chosen)], with an adapter or with the last one."""
+        """Return the sum of the NLLs of some documents, [len(chosen)].
+
+        Without `adapter` the model is used as it is: at the start, the seed alone.
+        """
         if adapter is not None:
             self._lora.load(self._indexes[adapter].read(adapter))
         self._run.context.report(Progress(self._done, len(self._indexes) + 1, note=adapter or "the seed"))
