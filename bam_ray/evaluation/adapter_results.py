@@ -145,14 +145,17 @@ def print_adapter_results(results: AdapterResults, console: Console) -> None:
     if len(results.topics) > TOPICS_SHOWN:
         console.print(f"{len(results.topics) - TOPICS_SHOWN} smaller topics are in {RESULTS}")
     means = Table(title="All topics, weighted by tokens", caption="95 % intervals from a bootstrap over documents")
-    for column in ("model", "", "perplexity", "95 %", "own over it", "95 %", "own topic", "base"):
-        means.add_column(column, justify="left" if column in ("model", "") else "right", no_wrap=True)
+    means.add_column("model", no_wrap=True)
+    for column in ("perplexity", "95 %", "own / model", "95 %", "own topic", "no adapter"):
+        means.add_column(column, justify="right", no_wrap=True)
     for model in results.models:
         value, ratio = results.mean[model], results.ratios.get(model)
         low, high = map(format_perplexity, value.interval)
-        cells = [model, results.labels[model], format_perplexity(value.value), f"{low} – {high}"]
+        cells = [model, format_perplexity(value.value), f"{low} – {high}"]
         cells += [f"{ratio.value:.3f}", "{:.3f} – {:.3f}".format(*ratio.interval)] if ratio else ["", ""]
         if model in results.routing:
             cells += [f"{results.routing[model]:.1%}", f"{results.far[model]:.1%}"]
         means.add_row(*cells)
     console.print(means)
+    for model in results.models:
+        console.print(f"{model}: {results.labels[model]}", soft_wrap=True)

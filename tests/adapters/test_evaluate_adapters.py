@@ -115,6 +115,8 @@ def test_controls_have_as_much_text_as_topics(recipe: Recipe) -> None:
     steps = {task.name: task.total_steps for task in run.tasks if task.kind == ArtifactKind.ADAPTERS}
     assert steps["control-random-00"] == steps["part-00"] == 2 * settings.training.steps
     assert steps["control-all-text"] == 3 * settings.training.steps
+    gives_way = {task.name for task in run.tasks if task.kind == ArtifactKind.ADAPTERS and task.gives_way}
+    assert gives_way == {"control-random-00", "control-random-01"}, "they lose one topic if they are moved"
     tokens = {
         name: run.artifact(ArtifactKind.ADAPTERS, name).manifest().tokens  # type: ignore[union-attr]
         for name in steps
