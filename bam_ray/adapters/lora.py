@@ -67,6 +67,15 @@ class LoraModel:
                 a.copy_(start)
                 b.zero_()
 
+    def load(self, weights: AdapterWeights) -> None:
+        """Copy an adapter of the same layers, rank and scale into the model."""
+        assert weights.pairs.keys() == self.layers.keys() and weights.scale == self.scale, weights.name
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                a, b = _factors(layer)
+                a.copy_(weights.pairs[name].a)
+                b.copy_(weights.pairs[name].b)
+
     def weights(self, name: str, dtype: torch.dtype = torch.float32) -> AdapterWeights:
         """Return a copy of the adapter on the CPU."""
 

@@ -67,7 +67,8 @@ class RunAdapters:
         self._run = run
         self._seed = run.artifact(ArtifactKind.SEEDS, "seed")
         self.base = base_identity(self._seed)
-        self._trained = {task.id for task in run.tasks if task.kind == ArtifactKind.ADAPTERS}
+        topics = run.recipe.adapters.task_names if run.recipe.adapters else []  # without controls
+        self._trained = {run.task(ArtifactKind.ADAPTERS, name).id for name in topics}
         self._indexes: dict[tuple[str, ...], AdapterIndex | None] = {}  # None: adapters of other runs
         self.found: dict[str, FoundAdapter] = {}
         self.refresh()

@@ -5,13 +5,10 @@ filled from the start of the text, so that no token of a small topic is lost.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
-from bam_ray.adapters.topics import ASSIGNMENTS_FILE
 from bam_ray.data import Corpus
 from bam_ray.data.corpus import Rows
 from bam_ray.data.corpus_documents import CorpusDocuments
@@ -45,12 +42,6 @@ class TopicRows:
             # By topic, and within a topic in the order of the corpus
             order = np.argsort(assigned, kind="stable")
             self._domains.append((documents, order, assigned[order]))
-
-    @staticmethod
-    def read(corpus: Corpus, topics: list[str], folder: Path) -> "TopicRows":
-        """Return the rows for the assignments in the folder of a topics artifact."""
-        stored = load_file(folder / ASSIGNMENTS_FILE)
-        return TopicRows(corpus, topics, {name: stored[f"{name}/train"] for name in corpus.domains})
 
     def train(self, topic: str) -> Rows:
         """Return the rows of a topic, [sequences, sequence_length]; raises `DataError` if it has no training text."""

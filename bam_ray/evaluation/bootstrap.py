@@ -19,6 +19,21 @@ def bootstrap_perplexity(sequence_nll: Sequence[float], seed: int = 0) -> np.nda
     return np.asarray(np.exp(values[indices].mean(axis=1)))
 
 
+def bootstrap_means(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return the mean of each bootstrap resample of documents of different lengths, [RESAMPLES, k].
+
+    The columns share the draws, so their differences are paired.
+
+    Args:
+        sums: The sum over the tokens of each document, [n, k].
+        counts: The number of tokens of each document, [n].
+        seed: The random seed of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(RESAMPLES))
+    return np.stack([sums[drawn].sum(axis=0) / counts[drawn].sum() for drawn in draws])
+
+
 class Resamples:
     """The draws of a hierarchical bootstrap: training seeds, then the held-out sequences of each domain.
 

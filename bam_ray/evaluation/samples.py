@@ -19,7 +19,7 @@ Verdict = Literal["ahead", "behind", "no difference shown"]
 
 
 class IntervalEstimate(Strict):
-    """A mean over training seeds, with its 95 % interval."""
+    """An estimate, such as a mean over training seeds, with its 95 % interval."""
 
     value: FiniteFloat
     interval: tuple[FiniteFloat, FiniteFloat]

@@ -118,6 +118,13 @@ def show_results(run: PipelineRun, console: Console) -> None:
     run_summary.show_results(run, console)
 
 
+def show_adapters(run: PipelineRun, console: Console) -> None:
+    """Print the perplexity of the adapters of a recipe on each topic."""
+    from bam_ray.on_ray import run_summary
+
+    run_summary.show_adapters(run, console)
+
+
 def serve_and_ask(run: PipelineRun, console: Console) -> None:
     """Serve the model, print its continuation of one text per domain, and print how to send a request.
 

@@ -12,6 +12,7 @@ from bam_ray.blobs.patience import retry_on
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.data import Corpus
 from bam_ray.errors import ServingError, StoreUnavailable
+from bam_ray.evaluation.adapter_results import RESULTS, AdapterResults, print_adapter_results
 from bam_ray.evaluation.results import Results
 from bam_ray.evaluation.table import print_results
 from bam_ray.pipeline.run import PipelineRun
@@ -32,6 +33,14 @@ def show_results(run: PipelineRun, console: Console) -> None:
     corpus = patiently(run.artifact(ArtifactKind.CORPORA, "corpus").manifest)
     for line in corpus.facts.get("skipped", ()) if corpus else ():
         console.print(Text(line, "yellow"), soft_wrap=True)
+
+
+def show_adapters(run: PipelineRun, console: Console) -> None:
+    """Print the evaluation of the adapters of a run and where it is stored."""
+    evaluation = run.artifact(ArtifactKind.EVALUATIONS, "adapters")
+    folder = retry_on(StoreUnavailable, warn)(evaluation.fetch)
+    print_adapter_results(AdapterResults.model_validate_json((folder / RESULTS).read_bytes()), console)
+    console.print(f"evaluation: {evaluation.uri}", soft_wrap=True)
 
 
 def stream_completions(run: PipelineRun, url: str, model: str, console: Console) -> None:

@@ -2,8 +2,8 @@
 
     corpora/corpus ─▶ seeds/seed ─▶ branches/<domain> … ─▶ upcycled/<mixture> ─▶ mixtures/<mixture> ─▶ reports/report
         │                 └───────▶ controls/<dense model> … ─────────────────────────────────────────────┘
-        └─▶ topics/topics ─▶ adapters/part-<number> …; the adapters are also made from the seed and the corpus, and
-             the topics from the seed if it embeds the text
+        └─▶ topics/topics ─▶ adapters/part-<number> … ─▶ evaluations/adapters; the adapters and their evaluation are
+             also made from the seed and the corpus, and the topics from the seed if it embeds the text
 
 The id of a task is a pure function of the settings that determine its artifact's content and of its parents' ids, so
 all ids are known before anything runs. Settings that only control how or where the work is done (micro batch,
@@ -33,8 +33,9 @@ def task_graph(recipe: Recipe) -> list[Task]:
     upcycled = [_upcycled_task(recipe, name, seed, branches) for name in recipe.upcycle.mixtures]
     mixtures = [_mixture_task(recipe, start, corpus) for start in upcycled]
     adapters = _adapter_tasks(recipe, seed, corpus, topics)
+    evaluations = [_adapter_evaluation_task(recipe, [seed, corpus, *topics, *adapters])] if adapters else []
     report = _report_task(recipe, [corpus, seed, *branches, *controls, *mixtures], branches)
-    return [corpus, seed, *branches, *controls, *topics, *adapters, *upcycled, *mixtures, report]
+    return [corpus, seed, *branches, *controls, *topics, *adapters, *evaluations, *upcycled, *mixtures, report]
 
 
 def subset(tasks: Sequence[Task], kinds: Collection[ArtifactKind]) -> list[Task]:
@@ -123,24 +124,37 @@ def _adapter_tasks(recipe: Recipe, seed: Task, corpus: Task, topics: Sequence[Ta
     if settings is None or recipe.topics is None:
         return []
     parents, count = (seed.id, corpus.id, *(task.id for task in topics)), recipe.topics.count
-    tasks = []
-    for number, name in enumerate(settings.task_names):
-        # Small topics are left out, so the steps are an upper bound; without a number of topics they are not known
-        own = 0 if count == "auto" else len(settings.topics_of(number, count))
-        tasks.append(
-            Task(
-                ArtifactKind.ADAPTERS,
-                name,
-                identity(name, settings.identity(), parents),
-                parents,
-                settings.needs,
-                total_steps=own * settings.training.steps,
-                max_attempts=settings.max_attempts,
-                model="adapters",
-                step_tokens=settings.training.batch_tokens if own else 0,
-            )
+    # Small topics are left out, so the steps are an upper bound; without a number of topics they are not known
+    known = 0 if count == "auto" else count
+    steps: dict[str, int] = {}
+    for names in (settings.task_names, settings.random_tasks):
+        for number, name in enumerate(names):
+            steps[name] = len(settings.topics_of(number, known)) * settings.training.steps
+    if settings.all_text_task is not None:
+        steps[settings.all_text_task] = known * settings.training.steps
+    return [
+        Task(
+            ArtifactKind.ADAPTERS,
+            name,
+            identity(name, settings.identity(), parents),
+            parents,
+            settings.needs,
+            total_steps=own,
+            max_attempts=settings.max_attempts,
+            model="adapters",
+            step_tokens=settings.training.batch_tokens if own else 0,
+            gives_way=name in settings.random_tasks,  # one adapter of all text would start anew on another node
         )
-    return tasks
+        for name, own in steps.items()
+    ]
+
+
+def _adapter_evaluation_task(recipe: Recipe, evaluated: Sequence[Task]) -> Task:
+    assert recipe.adapters is not None
+    parents = tuple(task.id for task in evaluated)
+    content = {"held_out_tokens": recipe.adapters.held_out_tokens, "dtype": recipe.evaluate.dtype}
+    id = identity("adapters", content, parents)
+    return Task(ArtifactKind.EVALUATIONS, "adapters", id, parents, recipe.evaluate.needs)
 
 
 def _upcycled_task(recipe: Recipe, name: str, seed: Task, branches: Sequence[Task]) -> Task:

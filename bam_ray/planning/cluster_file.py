@@ -28,6 +28,7 @@ STAGE_SECONDS: dict[ArtifactKind, float] = {
     ArtifactKind.ADAPTERS: 600.0,  # if the number of topics is not known
     ArtifactKind.UPCYCLED: 120.0,
     ArtifactKind.TOPICS: 600.0,
+    ArtifactKind.EVALUATIONS: 600.0,
     ArtifactKind.REPORTS: 600.0,
 }
 """Assumed durations of the stages that do not train, used if the cluster file states none."""

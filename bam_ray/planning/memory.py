@@ -96,9 +96,10 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
     context = recipe.data.sequence_length
     if task.kind == ArtifactKind.MIXTURES:
         return _mixing_memory(task, recipe, seed, on_gpu)
-    if task.kind in (ArtifactKind.UPCYCLED, ArtifactKind.REPORTS):
+    if task.kind in (ArtifactKind.UPCYCLED, ArtifactKind.REPORTS, ArtifactKind.EVALUATIONS):
         upcycled = task.kind == ArtifactKind.UPCYCLED
         work = _upcycling_bytes(task, recipe, seed) if upcycled else _evaluation_bytes(recipe, seed)
+        work += TOPIC_BYTES if task.kind == ArtifactKind.EVALUATIONS else 0  # of adapters, which embeds text
         return WorkerMemory(process + work, process + work)
     if task.kind == ArtifactKind.ADAPTERS:
         return _adapter_memory(recipe, seed, on_gpu)

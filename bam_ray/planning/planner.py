@@ -161,10 +161,18 @@ def _plan_task(task: Task, recipe: Recipe, seed: ModelSize | None) -> PlannedTas
 
 def _adapter_bytes(task: Task, recipe: Recipe, seed: ModelSize) -> int:
     """Return the bytes of all adapters of a task, in fp32 and for all linear layers."""
+    steps = _adapter_training(task, recipe).steps
     assert recipe.adapters is not None
-    return (
-        task.total_steps // recipe.adapters.training.steps * WEIGHT_BYTES * seed.lora_parameters(recipe.adapters.rank)
-    )
+    return task.total_steps // steps * WEIGHT_BYTES * seed.lora_parameters(recipe.adapters.rank)
+
+
+def _adapter_training(task: Task, recipe: Recipe) -> TrainingSettings:
+    """Return the training of each adapter of a task whose steps are known."""
+    settings = recipe.adapters
+    assert settings is not None
+    if task.name == settings.all_text_task:
+        return settings.all_text_training(max(1, task.total_steps // settings.training.steps))
+    return settings.training
 
 
 def _stored_bytes(training: TrainingSettings, weights: int, checkpoint: int) -> tuple[int, int, int]:
@@ -210,8 +218,7 @@ def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
         case "controls":
             return recipe.controls[task.name]
         case "adapters":
-            assert recipe.adapters is not None
-            training = recipe.adapters.training
+            training = _adapter_training(task, recipe)
             return training.model_copy(update={"checkpoint_every": training.steps})  # an adapter, when it is trained
         case "mixtures":
             return recipe.mix_of(task.name).training
@@ -221,7 +228,7 @@ def _training_settings(task: Task, recipe: Recipe) -> TrainingSettings | None:
 
 def _model_size(task: Task, recipe: Recipe, seed: ModelSize | None) -> ModelSize | None:
     """Return the size of the model that `task` makes; None if it makes none or the size is unknown."""
-    if seed is None or task.kind in ("corpora", "topics", "reports"):
+    if seed is None or task.kind in ("corpora", "topics", "evaluations", "reports"):
         return None
     if task.kind == "controls":
         return control_size(task.name, recipe, seed)

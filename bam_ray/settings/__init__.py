@@ -1,6 +1,6 @@
 """The recipe: the settings of a run as strict, frozen pydantic models. Neither torch nor Ray is imported here."""
 
-from bam_ray.settings.adapters import AdapterSettings
+from bam_ray.settings.adapters import ALL_TEXT, RANDOM, AdapterSettings
 from bam_ray.settings.blends import PRESETS, DynamicBlend
 from bam_ray.settings.compare import (
     DILOCO,
@@ -45,9 +45,11 @@ from bam_ray.settings.training import Spike, TrainingSettings
 from bam_ray.settings.upcycle import QuorumSettings, UpcycleSettings
 
 __all__ = [
+    "ALL_TEXT",
     "DILOCO",
     "PRESETS",
     "PRIOR_CONTROLS",
+    "RANDOM",
     "AdapterSettings",
     "AnyMixture",
     "AverageSettings",

@@ -8,6 +8,9 @@ from bam_ray.settings.resources import Needs
 from bam_ray.settings.strict import Count, Identity, Positive, Strict
 from bam_ray.settings.training import TrainingSettings
 
+RANDOM = "control-random"
+ALL_TEXT = "control-all-text"
+
 
 class AdapterSettings(Strict):
     """One LoRA adapter for each topic. All adapters are trained with the same settings, each on the text of its topic.
@@ -28,6 +31,13 @@ class AdapterSettings(Strict):
     tasks: Count = 1
     """Number of tasks that the topics are divided into: topic t belongs to task t mod `tasks`. Each task loads the seed
     once and trains its topics one after another, so use about as many tasks as there are workers."""
+    controls: Annotated[tuple[Literal["random", "all_text"], ...], Identity.EXCLUDED] = ()
+    """Adapters that those of the topics are compared with. `random` trains as many adapters on the same number of
+    documents, which are drawn from all text at random. `all_text` trains one adapter of the same rank on all text, with
+    as many tokens as all topics together. Each control costs as much compute as the adapters of the topics. Controls
+    are never served."""
+    held_out_tokens: Annotated[Count, Identity.EXCLUDED] = 16384
+    """Number of held-out tokens of each topic that the adapters are evaluated on."""
     needs: Annotated[Needs, Identity.EXCLUDED] = Needs()
     """Resources of each task."""
     max_attempts: Annotated[Count, Identity.EXCLUDED] = 4
@@ -47,7 +57,22 @@ class AdapterSettings(Strict):
         """Return the numbers of the topics of a task, of `topics` in total."""
         return range(task, topics, self.tasks)
 
+    def all_text_training(self, topics: int) -> TrainingSettings:
+        """Return the training of the control `all_text`, which has the tokens of all of `topics`."""
+        training = self.training
+        return training.model_copy(update={"tokens": training.steps * training.batch_tokens * topics})
+
     @property
     def task_names(self) -> list[str]:
-        """The names of the tasks."""
+        """The names of the tasks that train the adapters of topics."""
         return [f"part-{number:02d}" for number in range(self.tasks)]
+
+    @property
+    def random_tasks(self) -> list[str]:
+        """The names of the tasks of the control `random`, each with as many adapters as the task of topics."""
+        return [f"{RANDOM}-{number:02d}" for number in range(self.tasks)] if "random" in self.controls else []
+
+    @property
+    def all_text_task(self) -> str | None:
+        """The name of the task of the control `all_text`; None without this control."""
+        return ALL_TEXT if "all_text" in self.controls else None

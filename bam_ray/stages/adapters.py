@@ -15,7 +15,6 @@ import torch
 from bam_ray.adapters.bundles import AdapterEntry, AdapterIndexFile, write_bundles
 from bam_ray.adapters.lora import LoraModel
 from bam_ray.adapters.run_adapters import base_identity
-from bam_ray.adapters.topic_rows import TopicRows
 from bam_ray.adapters.topics import TOPICS_FILE
 from bam_ray.checkpoint.manifest import ArtifactKind, ComputeCost, Manifest
 from bam_ray.checkpoint.scratch import scratch_folder
@@ -24,7 +23,8 @@ from bam_ray.data import Corpus
 from bam_ray.errors import Interrupted
 from bam_ray.model.loading import load_folder
 from bam_ray.pipeline.tasks import Progress, StageContext
-from bam_ray.settings import AdapterSettings
+from bam_ray.settings import TrainingSettings
+from bam_ray.stages.adapter_work import adapter_work
 from bam_ray.stages.publish import published_dtype
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.training.adapter_checkpoints import AdapterCheckpoints
@@ -47,38 +47,35 @@ def train_adapters(run: TaskRun) -> Manifest:
     assert settings is not None
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     topics_folder = run.parent(ArtifactKind.TOPICS, "topics").fetch()
-    names = topic_names(topics_folder)
-    mine = {number: names[number] for number in settings.topics_of(_number(run, settings), len(names))}
+    work = adapter_work(run.task.name, settings, corpus, topic_names(topics_folder), topics_folder)
+    mine, training = work.adapters, work.training
     seed = run.parent(ArtifactKind.SEEDS, "seed")
     model = load_folder(seed.fetch(), torch.float32)
     if not corpus.attend_across_documents:
         mask_documents(model, corpus.end_of_text_id)
     lora = LoraModel(model.requires_grad_(False), settings.rank, settings.alpha, settings.targets)
-    rows = TopicRows.read(corpus, names, topics_folder)
     needs = run.task.needs
     memory_limit, device = limit_in_bytes(needs.memory_gib), requested_device(needs.gpus)
-    engine = TorchEngine(EngineSpec(model, settings.training, memory_limit=memory_limit, device=device))
+    engine = TorchEngine(EngineSpec(model, training, memory_limit=memory_limit, device=device))
     dtype = published_dtype(TensorReader(run.store, seed.prefix))
-    flops = (
-        FLOPS_FACTOR * forward_flops_per_token(model.config, corpus.sequence_length) * settings.training.batch_tokens
-    )
+    flops = FLOPS_FACTOR * forward_flops_per_token(model.config, corpus.sequence_length) * training.batch_tokens
     with run.attempt() as attempt:
         assert attempt.lease is not None
         saved = AdapterCheckpoints(run.artifact, attempt.lease)
         for name, error in saved.drop_damaged().items():
             attempt.emit(CheckpointRefused(name, error))
-        steps = settings.training.steps
-        progress = AdapterProgress(run.context, len(mine), settings, len(saved.topics))
+        steps = training.steps
+        progress = AdapterProgress(run.context, len(mine), training, len(saved.topics))
         attempt.track_steps(lambda: progress.finished * steps)
         attempt.emit(Resumed(progress.finished * steps))
-        trainer = AdapterTrainer(lora, engine, rows, settings.training)
+        trainer = AdapterTrainer(lora, engine, work.rows, training)
         for number, name in mine.items():
             if number in saved.topics:
                 continue
             trained = trainer.train(name, progress.of_topic(name))
             entry = AdapterEntry(
                 name=name,
-                tokens=steps * settings.training.batch_tokens,
+                tokens=steps * training.batch_tokens,
                 losses={"first": trained.nll[0], "last": trained.nll[-1]},
             )
             cost = ComputeCost(flops=flops * steps, device_seconds=trained.seconds, wall_seconds=trained.seconds)
@@ -92,7 +89,7 @@ def train_adapters(run: TaskRun) -> Manifest:
             alpha=settings.alpha,
             targets=lora.targets if targets == "all-linear" else tuple(targets),
         )
-        return _publish(attempt, saved, index, mine)
+        return _publish(attempt, saved, index, mine, steps)
 
 
 def topic_names(folder: Path) -> list[str]:
@@ -106,12 +103,12 @@ class AdapterProgress:
     Args:
         context: Receives the progress, and may ask to stop.
         topics: The number of topics of the task.
-        settings: The settings of the adapters.
+        training: The training of each adapter.
         finished: The number of topics whose adapters are saved.
     """
 
-    def __init__(self, context: StageContext, topics: int, settings: AdapterSettings, finished: int) -> None:
-        self._context, self._training, self._topics = context, settings.training, topics
+    def __init__(self, context: StageContext, topics: int, training: TrainingSettings, finished: int) -> None:
+        self._context, self._training, self._topics = context, training, topics
         self.finished = finished
 
     def of_topic(self, name: str) -> Callable[[int, float], None]:
@@ -136,11 +133,9 @@ class AdapterProgress:
         self.finished += 1
 
 
-def _number(run: TaskRun, settings: AdapterSettings) -> int:
-    return settings.task_names.index(run.task.name)
-
-
-def _publish(run: TaskRun, saved: AdapterCheckpoints, index: AdapterIndexFile, topics: dict[int, str]) -> Manifest:
+def _publish(
+    run: TaskRun, saved: AdapterCheckpoints, index: AdapterIndexFile, topics: dict[int, str], steps: int
+) -> Manifest:
     """Write all adapters of the task to bundles and commit them."""
     assert run.recipe.adapters is not None and run.lease is not None
     numbers = {name: number for number, name in topics.items()}
@@ -152,7 +147,7 @@ def _publish(run: TaskRun, saved: AdapterCheckpoints, index: AdapterIndexFile, t
         name=run.task.name,
         parents=run.task.parents,
         settings=run.recipe.adapters.model_dump(mode="json"),
-        step=len(topics) * run.recipe.adapters.training.steps,
+        step=len(topics) * steps,
         tokens=sum(entry.tokens for entry in entries),
         compute=saved.cost(),
         metrics={"loss/nll": statistics.fmean(last)} if last else {},

@@ -42,6 +42,7 @@ from bam_ray.model import is_mixture
 from bam_ray.model.loading import load_folder
 from bam_ray.model.one_expert import routed_to
 from bam_ray.model.parameters import count_parameters
+from bam_ray.pipeline.graph import subset
 from bam_ray.pipeline.tasks import Progress, Task
 from bam_ray.stages.publish import CURVE
 from bam_ray.stages.task_run import TaskRun
@@ -442,7 +443,7 @@ def committed_artifacts(run: TaskRun) -> dict[str, Manifest]:
     """
     optional = {id for id, _ in run.task.quorum.branches} if run.task.quorum else set()
     made: dict[str, Manifest] = {}
-    for task in run.pipeline.tasks:
+    for task in subset(run.pipeline.tasks, [ArtifactKind.REPORTS]):  # a report says nothing about adapters
         if task.id == run.task.id:
             continue
         artifact = Artifact(run.store, task.kind, task.id)

@@ -7,6 +7,7 @@ from bam_ray.stages.adapters import train_adapters
 from bam_ray.stages.corpus import make_corpus
 from bam_ray.stages.dense import train_branch, train_control, train_seed
 from bam_ray.stages.evaluate import evaluate
+from bam_ray.stages.evaluate_adapters import evaluate_adapters
 from bam_ray.stages.mix import train_mixture
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.topics import make_topics
@@ -20,6 +21,7 @@ STAGES: dict[ArtifactKind, Callable[[TaskRun], Manifest | None]] = {
     ArtifactKind.CONTROLS: train_control,
     ArtifactKind.TOPICS: make_topics,
     ArtifactKind.ADAPTERS: train_adapters,
+    ArtifactKind.EVALUATIONS: evaluate_adapters,
     ArtifactKind.UPCYCLED: upcycle_mixture,
     ArtifactKind.REPORTS: evaluate,
 }

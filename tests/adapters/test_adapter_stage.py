@@ -127,13 +127,18 @@ def test_ids_depend_on_what_is_trained(tmp_path: Path) -> None:
     plain = {task.full_name: task.id for task in task_graph(small_recipe(tmp_path))}
     first = {task.full_name: task.id for task in task_graph(adapter_recipe(tmp_path))}
     assert plain.items() <= first.items(), "adapters change no other task"
-    assert first.keys() - plain.keys() == {"topics/topics", "adapters/part-00", "adapters/part-01"}
+    assert first.keys() - plain.keys() == {
+        "topics/topics",
+        "adapters/part-00",
+        "adapters/part-01",
+        "evaluations/adapters",
+    }
 
     def changed(**adapters: object) -> set[str]:
         other = {task.full_name: task.id for task in task_graph(adapter_recipe(tmp_path, **adapters))}
         return {name for name, id in first.items() if other.get(name) != id}
 
-    parts = {"adapters/part-00", "adapters/part-01"}
+    parts = {"adapters/part-00", "adapters/part-01", "evaluations/adapters"}
     assert changed(rank=8) == changed(targets=["q_proj"]) == changed(tasks=3) == parts
     assert changed(needs={"cpus": 2}) == changed(max_attempts=9) == set()
 

@@ -70,3 +70,15 @@ def test_topics_that_are_not_counted_take_an_assumed_time() -> None:
     assert planned.failure is None
     rows = [row for row in planned.rows if row.task.kind == "adapters"]
     assert all(row.tokens == 0 and row.final_bytes is None and row.ends is not None for row in rows)
+
+
+def test_controls_and_the_evaluation_are_planned() -> None:
+    controls = recipe("adapters.controls=[random, all_text]")
+    rows = {row.task.full_name: row for row in make_plan(controls).rows}
+    part, whole = rows["adapters/part-00"], rows["adapters/control-all-text"]
+    assert rows["adapters/control-random-19"].tokens == part.tokens
+    assert whole.tokens == 20 * (part.tokens or 0)
+    assert whole.final_bytes == (part.final_bytes or 0) // 50, "one adapter"
+    assert rows["evaluations/adapters"].memory is not None
+    failure = make_plan(controls, cluster()).failure
+    assert failure is None

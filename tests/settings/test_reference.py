@@ -51,6 +51,8 @@ def test_settings_outside_the_identity() -> None:
         *(f"EvaluateSettings.{name}" for name in ("batch_sequences", "lm_eval_tasks", "needs")),
         "TopicsSettings.needs",
         "UpcycleSettings.needs",
+        "AdapterSettings.controls",  # tasks of their own
+        "AdapterSettings.held_out_tokens",  # of the evaluation
         "AdapterSettings.max_attempts",
         "AdapterSettings.needs",
     }
