@@ -22,8 +22,9 @@ BamError
 │   ├── LossNotFinite      the loss or its gradient is NaN or infinite
 │   └── LossSpiked         the loss or its gradient is far above its recent values
 ├── ServingError           the server cannot start or a request cannot be served
-│   ├── Overloaded         the queue of the server is full
-│   └── AdapterUnavailable an adapter cannot be loaded now
+│   └── RetryLater         the request may succeed later
+│       ├── Overloaded         the queue of the server is full
+│       └── AdapterUnavailable an adapter cannot be loaded now
 └── Interrupted            work stopped cleanly on request; the same command resumes it
 """
 
@@ -120,8 +121,8 @@ class ServingError(BamError):
     """The server cannot start or a request cannot be served."""
 
 
-class Overloaded(ServingError):
-    """The queue of the server is full.
+class RetryLater(ServingError):
+    """The request may succeed later.
 
     Attributes:
         retry_after: The number of seconds after which the client should try again.
@@ -132,16 +133,12 @@ class Overloaded(ServingError):
         self.retry_after = retry_after
 
 
-class AdapterUnavailable(ServingError):
-    """An adapter cannot be loaded now.
+class Overloaded(RetryLater):
+    """The queue of the server is full."""
 
-    Attributes:
-        retry_after: The number of seconds after which the client should try again.
-    """
 
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+class AdapterUnavailable(RetryLater):
+    """An adapter cannot be loaded now."""
 
 
 class Interrupted(BamError):

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from bam_ray.adapters.weights import AdapterWeights, LoraPair
+from bam_ray.adapters.weights import AdapterWeights, LoraPair, lora_scale
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import Manifest
 from bam_ray.checkpoint.tensors import TensorReader, TensorSpec, encode_header
@@ -79,7 +79,7 @@ class AdapterIndexFile(_Frozen):
     @property
     def scale(self) -> float:
         """The factor of the change of a layer."""
-        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+        return lora_scale(self.rank, self.alpha, self.rank_stabilized)
 
 
 class AdapterIndex:

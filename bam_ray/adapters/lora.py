@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bam_ray.adapters.embedders import require_package
 from bam_ray.adapters.weights import AdapterWeights, LoraPair
 from bam_ray.errors import SettingsError
 
@@ -31,7 +32,7 @@ class LoraModel:
     """
 
     def __init__(self, model: PreTrainedModel, rank: int, alpha: float, targets: str | Sequence[str]) -> None:
-        peft_missing()
+        require_package("peft", "LoRA")
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
@@ -90,11 +91,3 @@ def _factors(layer: "LoraLayer") -> tuple[Tensor, Tensor]:
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     return a, b
-
-
-def peft_missing() -> None:
-    """Raise `SettingsError` if peft is not installed."""
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise SettingsError("adapters need peft: install bam-ray[moin]") from None

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bam_ray.adapters.bundles import SUFFIXES, AdapterIndexFile, BaseIdentity, pairs_of, tensors_of
-from bam_ray.adapters.weights import AdapterWeights
+from bam_ray.adapters.weights import AdapterWeights, lora_scale
 from bam_ray.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,7 +114,7 @@ def read_peft_folder(
         if tensor_name.removesuffix(ends[0]) + ends[1] not in tensors:
             raise CheckpointError(f"{folder / WEIGHTS} has {tensor_name} without {ends[1][1:]}: export it again")
     alpha, stabilized = float(config["lora_alpha"]), bool(config.get("use_rslora"))
-    weights = AdapterWeights(name, alpha / (rank**0.5 if stabilized else rank), pairs_of(tensors))
+    weights = AdapterWeights(name, lora_scale(rank, alpha, stabilized), pairs_of(tensors))
     targets = config.get("target_modules")
     listed = tuple(targets) if isinstance(targets, list) else tuple(weights.pairs)
     return PeftAdapter(weights, rank, alpha, stabilized, listed)

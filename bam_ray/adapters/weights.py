@@ -30,7 +30,7 @@ class AdapterWeights:
 
     Attributes:
         name: The name of the adapter, which is that of its topic.
-        scale: The factor of the change (`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rank-stabilized LoRA).
+        scale: The factor of the change (`lora_scale`).
         pairs: The factors of each linear layer, by the name of the layer in the base model
             (`model.layers.0.self_attn.q_proj`).
     """
@@ -43,6 +43,11 @@ class AdapterWeights:
     def bytes(self) -> int:
         """The size of all factors in bytes."""
         return sum(each.nbytes for pair in self.pairs.values() for each in (pair.a, pair.b))
+
+
+def lora_scale(rank: int, alpha: float, rank_stabilized: bool) -> float:
+    """Return the factor of the change of a layer. Rank-stabilized LoRA is that of arXiv 2312.03732."""
+    return alpha / (rank**0.5 if rank_stabilized else rank)
 
 
 def check_pairs(source: str, pairs: Mapping[str, LoraPair], shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -143,7 +143,7 @@ def _adapter_tasks(recipe: Recipe, seed: Task, corpus: Task, topics: Sequence[Ta
             max_attempts=settings.max_attempts,
             model="adapters",
             step_tokens=settings.training.batch_tokens if own else 0,
-            gives_way=name in settings.random_tasks,  # one adapter of all text would start anew on another node
+            gives_way=name in settings.random_tasks,  # that of all text has no checkpoints to continue from
         )
         for name, own in steps.items()
     ]

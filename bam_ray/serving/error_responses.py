@@ -4,7 +4,7 @@ import math
 
 from fastapi.responses import JSONResponse
 
-from bam_ray.errors import AdapterUnavailable, Overloaded, ServingError
+from bam_ray.errors import AdapterUnavailable, Overloaded, RetryLater, ServingError
 from bam_ray.serving.metrics import RequestCounter
 from bam_ray.serving.openai_types import ErrorResponse, RateLimited, RequestError
 
@@ -24,7 +24,7 @@ class ErrorResponder:
             status = 429
         if isinstance(error, AdapterUnavailable):
             status = 503
-        if isinstance(error, Overloaded | RateLimited | AdapterUnavailable):
+        if isinstance(error, RetryLater | RateLimited):
             headers["retry-after"] = str(math.ceil(error.retry_after))
             headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
         if status == 401:

@@ -1,11 +1,9 @@
 """The models that a server offers: its own model, the model with each adapter, and `auto`."""
 
-import reprlib
-
 from fastapi import APIRouter
 
+from bam_ray.serving.app_parts import check_model
 from bam_ray.serving.openai_responses import ModelCard, ModelList
-from bam_ray.serving.openai_types import RequestError
 from bam_ray.serving.served_adapters import AUTO, AdapterInfoList, AdapterUse, ServedAdapters
 
 
@@ -24,9 +22,8 @@ class ServedModels:
         """Raise `RequestError` if there is no model of this name."""
         if self.adapters is not None:
             await self.adapters.find(name)
-        elif name != self.base.id:
-            message = f"model {reprlib.repr(name)} is not served here: use {self.base.id!r}"
-            raise RequestError(404, message, code="model_not_found", param="model")
+        else:
+            check_model(name, self.base)
 
     async def choose(self, name: str, text: str) -> AdapterUse | None:
         """Return the adapter for a request with this text, or None if the server has no adapters."""

@@ -1,8 +1,8 @@
 """Training of adapters, one after another, on one loaded model.
 
 The result of an adapter depends on the settings and on the text of its topic, and on nothing that was trained before:
-its factors and Adam's states start anew, and its random numbers and the order of its rows are functions of the seed and
-of its name. So every process that trains an adapter makes the same one.
+its factors and Adam's states are initialized again, and its random numbers and the order of its rows are functions of
+the seed and of its name. So every process that trains an adapter makes the same one.
 """
 
 import time
