@@ -52,7 +52,7 @@ demo: cluster-up ## branch, upcycle and mix a small model on the local cluster (
 
 test: setup ## run all tests, including those that start Ray clusters and servers
 	@$(BIN)/pytest -n auto -m 'not slow'
-	@$(BIN)/pytest -m slow
+	@$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 test-fast: setup ## run the tests that need no server and no cluster
 	@$(BIN)/pytest -n auto -m 'not slow'
