@@ -23,6 +23,7 @@ from bam_ray.blobs.folder import FolderStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.errors import CheckpointError, PlacementError, ServingError
+from bam_ray.on_ray import serve_app
 from bam_ray.on_ray.job import run_of
 from bam_ray.on_ray.serve_app import deploy, served_models, shutdown
 from bam_ray.serving import DecodeEngine, PosteriorEnsemble, SamplingParams
@@ -212,6 +213,29 @@ def test_the_branches_are_served_without_a_mixture(
         request: dict[str, Any] = {"model": "posterior", "prompt": prompts, "max_tokens": 20, "temperature": 0}
         texts = [choice.text for choice in client.completions.create(**request).choices]
         assert texts == [generate_alone(engine, prompt, 20) for prompt in prompts]
+
+
+def test_a_full_proxy_refuses_requests(
+    url: str, store: FolderStore, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_app, "OTHER_REQUESTS", 0)
+    monkeypatch.setattr(serve_app, "QUEUED_PER_PROXY", 1)
+    deploy(
+        [Artifact(store, "mixtures", "bam")],
+        "demo",
+        ServeSettings(port=port, slots=1, max_prompts=1, max_queued_prompts=1),
+    )
+
+    def complete(_: int) -> httpx.Response:
+        body = {"model": "demo", "prompt": "the", "max_tokens": 200, "ignore_eos": True}
+        return httpx.post(f"{url}/completions", json=body, timeout=60)
+
+    with ThreadPoolExecutor(16) as pool:
+        responses = [*pool.map(complete, range(16))]
+    assert {response.status_code for response in responses} == {200, 429}
+    assert {each.headers.get("retry-after") for each in responses if each.status_code == 429} == {"1"}
+    assert all(each.json()["usage"]["completion_tokens"] == 200 for each in responses if each.status_code == 200)
+    assert complete(0).status_code == 200
 
 
 def test_redeployment_and_shutdown(url: str, store: FolderStore, port: int) -> None:
