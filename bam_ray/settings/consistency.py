@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bam_ray.settings.recipe import Recipe
 
 MAX_DIVISOR = 4096  # no process group is larger
+RESERVED_NAMES = ("seed", "posterior")  # of what an endpoint serves with `serve.mode` adapters and posterior
 
 
 def divisors(number: int) -> list[int]:
@@ -125,6 +126,9 @@ def domains_exist(recipe: "Recipe") -> None:
 def mixtures_exist(recipe: "Recipe") -> None:
     """Check that the mixture to serve exists, and that each mixture has an expert for every model."""
     mixtures, branches = recipe.upcycle.mixtures, len(recipe.branch.domains)
+    for name in RESERVED_NAMES:
+        if name in mixtures:
+            raise ValueError(f"upcycle.mixtures names {name!r}, which another model has at the endpoint: rename it")
     if recipe.serve.mixture is not None and recipe.serve.mixture not in mixtures:
         raise ValueError(
             f"serve.mixture is {recipe.serve.mixture!r}, which is not in upcycle.mixtures {sorted(mixtures)}"
