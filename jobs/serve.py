@@ -2,7 +2,7 @@
 
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.on_ray.job import run_job, serve_and_ask
-from bam_ray.on_ray.serve_app import served_kinds
+from bam_ray.on_ray.serve_app import served_kinds, without_controls
 
 if __name__ == "__main__":
-    run_job(served_kinds, deepspeed_engine, serve_and_ask)
+    run_job(served_kinds, deepspeed_engine, serve_and_ask, without_controls)

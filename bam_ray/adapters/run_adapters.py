@@ -8,6 +8,7 @@ beside the manifest, because the files of an artifact are never changed. The art
     adapters/<name>-<hash>/                      an imported adapter
 """
 
+import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError
 from bam_ray.pipeline.run import PipelineRun
+
+_logger = logging.getLogger(__name__)
 
 REMOVED = "removed/"  # below the prefix of an artifact: the names of its adapters that are not used any more
 IMPORTED = "imported_from"  # in the facts of the manifest of an imported adapter
@@ -50,6 +53,21 @@ class FoundAdapter:
         return self.index.read(self.entry.name)
 
 
+@dataclass(frozen=True)
+class DamagedAdapter:
+    """An imported adapter whose index cannot be read.
+
+    Attributes:
+        name: Its name.
+        artifact: Its artifact.
+        reason: One line that says what is wrong.
+    """
+
+    name: str
+    artifact: Artifact
+    reason: str
+
+
 class RunAdapters:
     """The committed adapters of a run by name, in the order of their names.
 
@@ -57,10 +75,12 @@ class RunAdapters:
         run: The run.
 
     Raises:
-        CheckpointError: The seed is not committed, or an index is damaged or belongs to another model.
+        CheckpointError: The seed is not committed, or the index of adapters that the run has trained is damaged or
+            belongs to another model.
 
     Attributes:
         found: The adapters at the time of the last `refresh`.
+        damaged: The imported adapters that cannot be read, by name.
     """
 
     def __init__(self, run: PipelineRun) -> None:
@@ -69,8 +89,9 @@ class RunAdapters:
         self.base = base_identity(self._seed)
         topics = run.recipe.adapters.task_names if run.recipe.adapters else []  # without controls
         self._trained = {run.task(ArtifactKind.ADAPTERS, name).id for name in topics}
-        self._indexes: dict[tuple[str, ...], AdapterIndex | None] = {}  # None: adapters of other runs
+        self._indexes: dict[tuple[str, ...], AdapterIndex | DamagedAdapter | None] = {}  # None: of other runs
         self.found: dict[str, FoundAdapter] = {}
+        self.damaged: dict[str, DamagedAdapter] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -80,6 +101,7 @@ class RunAdapters:
             _, id, name = key.split("/", 2)
             names[id].append(name)
         found: dict[str, FoundAdapter] = {}
+        damaged: dict[str, DamagedAdapter] = {}
         for id, parts in names.items():
             generation = ManifestGeneration(parts)
             if not generation.committed:
@@ -89,13 +111,17 @@ class RunAdapters:
             if version not in self._indexes:
                 self._indexes[version] = self._open(Artifact(self._run.store, kind, id))
             index = self._indexes[version]
-            if index is not None:
+            if isinstance(index, DamagedAdapter):
+                damaged[index.name] = index
+            elif index is not None:
                 removed = {name.removeprefix(REMOVED) for name in parts if name.startswith(REMOVED)}
                 found |= {name: FoundAdapter(index.entry(name), index) for name in index.names if name not in removed}
-        self.found = dict(sorted(found.items()))
+        self.found, self.damaged = dict(sorted(found.items())), damaged
 
     def get(self, name: str) -> FoundAdapter:
-        """Return an adapter; raises `CheckpointError` if there is none with this name."""
+        """Return an adapter; raises `CheckpointError` if there is none with this name, or if it is damaged."""
+        if name in self.damaged:
+            raise CheckpointError(self.damaged[name].reason)
         if name not in self.found:
             raise CheckpointError(f"the run has no adapter {name!r}: `bam adapters list` shows all")
         return self.found[name]
@@ -124,7 +150,7 @@ class RunAdapters:
         Raises:
             CheckpointError: The name is taken, or the adapter cannot be served (see `peft_folder.read_peft_folder`).
         """
-        if name in self.found:
+        if name in self.found or name in self.damaged:
             raise CheckpointError(f"the run has an adapter {name!r} already: choose another name or remove it first")
         adapter = read_peft_folder(folder, name, self._layers(), self.base)
         index = AdapterIndexFile(
@@ -145,18 +171,25 @@ class RunAdapters:
 
     def remove(self, name: str) -> None:
         """Delete an imported adapter, or mark a trained one as removed; raises `CheckpointError` if there is none."""
-        adapter = self.get(name)
-        artifact = adapter.index.artifact
-        if adapter.origin:
+        is_damaged = name in self.damaged
+        artifact = self.damaged[name].artifact if is_damaged else self.get(name).index.artifact
+        if is_damaged or self.found[name].origin:
             delete_keys(artifact.store, artifact.store.list(f"{artifact.prefix}/"))
         else:
             artifact.store.put(f"{artifact.prefix}/{REMOVED}{name}", b"")
 
-    def _open(self, artifact: Artifact) -> AdapterIndex | None:
+    def _open(self, artifact: Artifact) -> AdapterIndex | DamagedAdapter | None:
         """Return the index of an artifact; None if the run has neither trained nor imported its adapters."""
+        if artifact.id in self._trained:
+            return AdapterIndex(artifact, self.base)
         manifest = artifact.manifest()
-        is_imported = manifest is not None and IMPORTED in manifest.facts and manifest.parents == (self._seed.id,)
-        return AdapterIndex(artifact, self.base) if artifact.id in self._trained or is_imported else None
+        if manifest is None or IMPORTED not in manifest.facts or manifest.parents != (self._seed.id,):
+            return None
+        try:
+            return AdapterIndex(artifact, self.base)
+        except CheckpointError as error:
+            _logger.warning("adapter %s is not available: %s", manifest.name, error)
+            return DamagedAdapter(manifest.name, artifact, str(error))
 
     def _layers(self) -> dict[str, tuple[int, int]]:
         """Return the shape of each linear layer of the seed, without the output head."""

@@ -15,7 +15,7 @@ attempt writes to, and the manifest names it.
 Limits: an identity covers settings and parents, not the version of the code. The manifest records the version.
 
     corpora/<id>/manifest.json               names the folder and the files that count
-    corpora/<id>/files/<attempt>-<random>/   packed tokens, their counts, the tokenizer
+    corpora/<id>/files/<attempt>-<random>/   packed tokens, their counts, the tokenizer, discovered domains
     seeds/<id>/                              the same, with a Hugging Face folder
     branches/<id>/                           a Hugging Face folder per domain
     controls/<id>/                           a dense model that mixtures are compared with

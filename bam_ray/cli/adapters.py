@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from bam_ray.blobs import open_store
 from bam_ray.cli.app import app
@@ -42,6 +43,9 @@ def list_adapters(recipe: RecipeOfRun, overrides: Overrides = None) -> None:
         origin = adapter.origin or str(adapter.index.manifest.name)
         table.add_row(name, str(adapter.index.file.rank), tokens, *losses, origin)
     console.print(table if found.found else "no adapters yet: run jobs/adapters.py, or import some", soft_wrap=True)
+    for name, damaged in found.damaged.items():
+        line = f"{name} is not available: {damaged.reason}; `bam adapters remove` deletes it"
+        console.print(Text(line, "yellow"), soft_wrap=True)
 
 
 @adapters_app.command("export")

@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from pydantic import ValidationError
@@ -11,13 +11,13 @@ from rich.live import Live
 
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.check import open_checked_store
-from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.checkpoint.manifest import ArtifactKind, read_manifest
 from bam_ray.cli.app import app
 from bam_ray.cli.console import console
 from bam_ray.cli.options import EndpointOption, OutputOption, RunArgument, StoreOptions, with_shared_options
 from bam_ray.control import status as run_status
 from bam_ray.control.endpoint_record import read_endpoints
-from bam_ray.control.status_table import render, render_endpoints, render_history, render_storage
+from bam_ray.control.status_table import render, render_domains, render_endpoints, render_history, render_storage
 from bam_ray.control.storage import stored_bytes
 from bam_ray.errors import CheckpointError, PlacementError, SettingsError
 from bam_ray.settings import load_recipe
@@ -120,7 +120,9 @@ def status(
     current = _read_status(store)
     if not watch:
         endpoints = render_endpoints(read_endpoints(store))
-        console.print(render(current), render_history(current), endpoints, render_storage(stored_bytes(store)))
+        domains = render_domains(_corpus_facts(store, current))
+        storage = render_storage(stored_bytes(store))
+        console.print(render(current), render_history(current), domains, endpoints, storage)
         return
     with Live(render(current), console=console, auto_refresh=False) as live:
         while current.state == "running":
@@ -246,6 +248,13 @@ def _read_status(store: BlobStore) -> run_status.Status:
             f"{store.uri} has no run ({run_status.STATUS} does not exist): check the URI, or start one with `bam run`"
         )
     return status
+
+
+def _corpus_facts(store: BlobStore, status: run_status.Status) -> dict[str, Any]:
+    """Return the facts of the corpus of a run; empty while it is not committed."""
+    ids = [row.id for row in status.rows if row.kind == ArtifactKind.CORPORA]
+    manifest = read_manifest(store, f"{ArtifactKind.CORPORA}/{ids[0]}") if ids else None
+    return manifest.facts if manifest else {}
 
 
 def _submit(recipe: Path, overrides: list[str] | None, script: str, take_over: bool) -> None:

@@ -116,4 +116,8 @@ def _print_topics(found: "FoundTopics") -> None:
     if len(found.topics) > TOPICS_SHOWN:
         console.print(f"{len(found.topics) - TOPICS_SHOWN} smaller topics are in topics.json")
     if quality.metrics:
-        console.print(f"purity {quality.purity:.1%}, held-out accuracy {quality.held_out_accuracy:.1%}")
+        console.print(
+            f"purity {quality.purity:.1%}, held-out accuracy {quality.held_out_accuracy:.1%}, adjusted mutual "
+            f"information {quality.mutual_information:.2f}",
+            soft_wrap=True,
+        )

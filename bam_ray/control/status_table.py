@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -23,6 +24,7 @@ COLORS = {
 }
 LOG_LINES = 8  # log lines of a failed task that are shown below the table; `status.json` has more
 MOST_ROWS = 200  # of the table; a larger run is summarized
+TERMS_SHOWN = 5
 SILENCE = timedelta(seconds=30)  # a running coordinator writes its status every few seconds
 
 
@@ -109,6 +111,26 @@ def render_endpoints(endpoints: Sequence[EndpointRecord]) -> RenderableType:
         lines.append(Text(f"endpoint {each.name}: {' + '.join(each.served)} since {since} at {each.url}"))
         if each.note:
             lines.append(Text(f"endpoint {each.name}: {each.note}", "yellow"))
+    return Group(*lines)
+
+
+def render_domains(corpus_facts: Mapping[str, Any]) -> RenderableType:
+    """Return one line for each domain of a corpus that was discovered: its terms, and the sources of its text.
+
+    If there are several sources, one more line says how well the domains agree with them.
+    """
+    lines = []
+    for name, facts in corpus_facts.get("domains", {}).items():
+        if terms := facts.get("terms"):
+            sources = ", ".join(f"{source} {share:.0%}" for source, share in facts["source"].items())
+            lines.append(Text(f"{name}: {', '.join(terms[:TERMS_SHOWN])} ({sources})", "dim"))
+    found = corpus_facts.get("discovered", {})
+    if "purity" in found:
+        information = found["adjusted_mutual_information"]
+        line = (
+            f"agreement with the sources: purity {found['purity']:.1%}, adjusted mutual information {information:.2f}"
+        )
+        lines.append(Text(line, "dim"))
     return Group(*lines)
 
 

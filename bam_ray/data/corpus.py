@@ -5,6 +5,7 @@ tokenizer/               a Hugging Face tokenizer folder
 <domain>/train.bin       rows of tokens, little-endian (see `packing`)
 <domain>/held_out.bin
 counts.safetensors       how often each token occurs in the training rows of each domain; the corpus stage writes it
+discovered/              a folder of topics, which assigns other text to the discovered domains (see `discover_domains`)
 """
 
 import json
@@ -18,6 +19,7 @@ from bam_ray.errors import DataError
 
 FACTS = "corpus.json"
 TOKENIZER = "tokenizer"
+DISCOVERED = "discovered"
 TRAIN = "train.bin"
 HELD_OUT = "held_out.bin"
 

@@ -35,6 +35,7 @@ def run_job(
     kinds: Collection[ArtifactKind] | Callable[[Recipe], Collection[ArtifactKind]] | None,
     engine_factory: "EngineFactory | None" = None,
     show: Callable[[PipelineRun, Console], None] | None = None,
+    reduce: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> None:
     """Make all artifacts of `kinds` with the recipe on the command line, call `show`, and exit.
 
@@ -43,9 +44,11 @@ def run_job(
             them. None stands for all.
         engine_factory: Makes the engines of process groups.
         show: Called at the end of a run that finished. Its output is what `bam run` prints last.
+        reduce: Returns the recipe without what the job does not need.
     """
 
     def work(recipe: Recipe, take_over: bool, console: Console) -> RunOutcome:
+        recipe = reduce(recipe)
         wanted = kinds(recipe) if callable(kinds) else kinds
         outcome = run_tasks(recipe, wanted, engine_factory, take_over=take_over)
         if outcome == "finished" and show is not None:

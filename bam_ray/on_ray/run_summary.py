@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from bam_ray.blobs.patience import retry_on
 from bam_ray.checkpoint.manifest import ArtifactKind
+from bam_ray.control.status_table import render_domains
 from bam_ray.data import Corpus
 from bam_ray.errors import ServingError, StoreUnavailable
 from bam_ray.evaluation.adapter_results import RESULTS, AdapterResults, print_adapter_results
@@ -31,7 +32,9 @@ def show_results(run: PipelineRun, console: Console) -> None:
     location = f"report: {report.uri}/report.html (`bam report {run.store.uri}` downloads it)"
     console.print(location, soft_wrap=True)
     corpus = patiently(run.artifact(ArtifactKind.CORPORA, "corpus").manifest)
-    for line in corpus.facts.get("skipped", ()) if corpus else ():
+    facts = corpus.facts if corpus else {}
+    console.print(render_domains(facts), end="", soft_wrap=True)
+    for line in facts.get("skipped", ()):
         console.print(Text(line, "yellow"), soft_wrap=True)
 
 
@@ -47,7 +50,7 @@ def stream_completions(run: PipelineRun, url: str, model: str, console: Console)
     """Ask the endpoint at `url` to continue one held-out text per domain, and print the words as they arrive."""
     corpus = Corpus(retry_on(StoreUnavailable, warn)(run.artifact(ArtifactKind.CORPORA, "corpus").fetch))
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
-    for domain in run.recipe.data.domains:
+    for domain in run.recipe.data.names:
         prompt = tokenizer.decode(corpus.held_out(domain)[0, :PROMPT_TOKENS].astype(int), skip_special_tokens=True)
         console.print(Text.assemble((domain, "bold"), " ", (" ".join(prompt.split()), "dim")), end="")
         for text in complete(url, model, prompt, COMPLETION_TOKENS):

@@ -109,6 +109,13 @@ def served_kinds(recipe: Recipe) -> Collection[ArtifactKind]:
     return [ArtifactKind.BRANCHES if recipe.serve.mode == "posterior" else ArtifactKind.MIXTURES]
 
 
+def without_controls(recipe: Recipe) -> Recipe:
+    """Return the recipe without the controls of its adapters, which are never served. All identities stay the same."""
+    if recipe.adapters is None:
+        return recipe
+    return recipe.model_copy(update={"adapters": recipe.adapters.model_copy(update={"controls": ()})})
+
+
 def served_name(recipe: Recipe) -> str:
     """Return the name of the model in requests."""
     names = {"posterior": POSTERIOR, "adapters": SEED}

@@ -87,7 +87,7 @@ def task_memory(task: Task, recipe: Recipe, seed: ModelSize | None, on_gpu: bool
     """Return the memory of each worker of `task`; None if the size of the seed is not known before the run."""
     process = GPU_PROCESS_BYTES if on_gpu else PROCESS_BYTES
     if task.kind == ArtifactKind.CORPORA or (task.kind == ArtifactKind.SEEDS and not task.total_steps):
-        work = TEXT_BYTES + (_corpus_count_bytes(recipe, seed) if task.kind == ArtifactKind.CORPORA else 0)
+        work = TEXT_BYTES + (_corpus_bytes(recipe, seed) if task.kind == ArtifactKind.CORPORA else 0)
         return WorkerMemory(process + work, process + work)
     if task.kind == ArtifactKind.TOPICS and recipe.topics and recipe.topics.embedder != "seed":
         return WorkerMemory(process + TOPIC_BYTES, process + TOPIC_BYTES)
@@ -227,10 +227,14 @@ def _expert_counts(recipe: Recipe, mixture: MixtureSettings) -> range:
     return range(experts - late, experts + 1)
 
 
-def _corpus_count_bytes(recipe: Recipe, seed: ModelSize | None) -> int:
-    """Return the bytes of the counts of all domains, which the corpus task holds until it writes them."""
+def _corpus_bytes(recipe: Recipe, seed: ModelSize | None) -> int:
+    """Return the bytes of the counts of all domains, which the corpus task holds until it writes them.
+
+    Domains are discovered before that, in a process that holds what a search for topics holds.
+    """
     vocabulary = recipe.data.tokenizer.vocab_size if seed is None else seed.vocabulary
-    return len(recipe.data.domains) * _text_count_bytes(vocabulary)
+    counts = len(recipe.data.names) * _text_count_bytes(vocabulary)
+    return max(counts, TOPIC_BYTES if recipe.data.discover else 0)
 
 
 def _text_count_bytes(vocabulary: int) -> int:

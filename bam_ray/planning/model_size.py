@@ -255,7 +255,7 @@ def control_size(name: str, recipe: Recipe, seed: ModelSize) -> ModelSize:
     method = domain_tables(seed.layers)
     if form == "vectors":
         method = method.model_copy(update={"embeddings": "averaged"})
-    return seed.mixed(method, 1 + len(recipe.data.domains))
+    return seed.mixed(method, 1 + len(recipe.data.names))
 
 
 def _model_config(store: BlobStore) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def create_app(
             await adapters.pool.close()
 
     app = FastAPI(title=f"{model_name} (bam-ray)", lifespan=lifespan, responses=ERRORS)
-    app.state.metrics = metrics = ServerMetrics(scheduler, model_name)
+    app.state.metrics = metrics = ServerMetrics(scheduler, model_name, adapters.pool if adapters else None)
     errors = ErrorResponder(metrics)
     created, length = int(time.time()), scheduler.engine.max_length
     layout = scheduler.engine.routing_layout

@@ -234,6 +234,10 @@ class DecodeEngine:
         """The number of free slots."""
         return len(self._free_rows)
 
+    def has_started(self, id_: int) -> bool:
+        """Return True if a request has started and not ended."""
+        return id_ in self._active
+
     def check_size(self, prompt: int, params: SamplingParams) -> None:
         """Raise `ServingError` if the completions of a prompt of `prompt` tokens can never be decoded together."""
         reserved = min(prompt + params.max_tokens, self.max_length)

@@ -156,7 +156,8 @@ async def _read(response: httpx.Response, arrived: float, times: RequestTimes) -
             chunks.append(time.perf_counter() - arrived)
         if event.get("usage"):
             times.tokens = event["usage"]["completion_tokens"]
-    if not chunks:
+    if not chunks:  # its times are not known
+        times.error = "the stream has no text"
         return
     times.tokens = times.tokens or len(chunks)
     times.first, times.total = chunks[0], chunks[-1]

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from bam_ray.adapters.pool import AdapterPool
 from bam_ray.serving.engine import Delta
 from bam_ray.serving.scheduler import Scheduler
 from bam_ray.serving.served_adapters import AdapterUse
@@ -52,9 +53,9 @@ class RequestCounter:
 class ServerMetrics(RequestCounter, Collector):
     """The state of the scheduler, read at each scrape, and what became of the requests."""
 
-    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
+    def __init__(self, scheduler: Scheduler, model_name: str, pool: AdapterPool | None = None) -> None:
         super().__init__()
-        self._scheduler, self._model_name = scheduler, model_name
+        self._scheduler, self._model_name, self._pool = scheduler, model_name, pool
         registry = self._registry
         self._finished = Counter(
             "vllm:request_success",
@@ -116,6 +117,9 @@ class ServerMetrics(RequestCounter, Collector):
         yield CounterMetricFamily("bam_steps", "Steps of the decode engine", value=totals.steps)
         yield CounterMetricFamily("bam_step_seconds", "Seconds spent in the decode engine", value=totals.step_seconds)
         yield GaugeMetricFamily("bam_slots", "Slots: requests that can be decoded together", engine.slots)
+        if self._pool is not None:
+            text = "Requests that wait for an adapter or for its slot"
+            yield GaugeMetricFamily("bam_adapter_requests_waiting", text, self._pool.waiting)
 
 
 class RequestTimer:

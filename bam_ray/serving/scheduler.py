@@ -119,8 +119,9 @@ class Scheduler:
         A request needs a share of the slots and a share of the memory for keys and values. The larger one counts.
         """
         slots, size = self.engine.slots, self.engine.memory.size
-        running = max(len(self._running) / slots, self.engine.memory.used / size)
-        waiting = (queued.request for queued in self._waiting.values())
+        running = max((slots - self.engine.free) / slots, self.engine.memory.used / size)
+        # A request stays in the queue until the step that starts it is computed
+        waiting = (queued.request for id_, queued in self._waiting.items() if not self.engine.has_started(id_))
         return running + sum(each.copies * max(1 / slots, each.reserved / size) for each in waiting)
 
     def generate(

@@ -12,7 +12,7 @@ import logging
 import reprlib
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -33,6 +33,8 @@ REFRESH_SECONDS = 5.0
 """The age at which the list of adapters is read again."""
 UNKNOWN_REFRESH_SECONDS = 1.0
 """The same, if a name is unknown or an adapter cannot be loaded."""
+ROUTING_THREADS = 2
+"""The number of threads that find the topics of texts."""
 MOST_COMPARED = 100
 """The number of adapters that an unknown name is compared with, because all other requests wait meanwhile."""
 
@@ -152,7 +154,7 @@ class ServedAdapters:
             base: The name of the base model.
             source: The source of the adapters, which is read once now.
             pool: The pool, which has the same source.
-            executor: The threads that read the source and embed text.
+            executor: The threads that read the source.
             router: Finds the topic of a text; None: `auto` is not offered.
             options: The rules for adapters that cannot be loaded.
 
@@ -161,6 +163,8 @@ class ServedAdapters:
         """
         self.base, self.pool, self.can_choose = base, pool, router is not None
         self._source, self._executor, self._router = source, executor, router
+        # A slow source must not delay the choice of a topic
+        self._routing = ThreadPoolExecutor(ROUTING_THREADS, thread_name_prefix="topics")
         self._options = options or AdapterOptions()
         self._keys: Mapping[str, AdapterKey] = source.keys()
         self._read_at = time.monotonic()
@@ -176,7 +180,7 @@ class ServedAdapters:
             key = await self.find(model)
             return AdapterUse(requested=model, adapter=None if key is None else key.name, reason="override")
         start = time.perf_counter()
-        nearest = await asyncio.get_running_loop().run_in_executor(self._executor, self._router, text)
+        nearest = await asyncio.get_running_loop().run_in_executor(self._routing, self._router, text)
         use = AdapterUse(
             requested=model,
             adapter=nearest.topic,

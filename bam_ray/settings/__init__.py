@@ -13,7 +13,7 @@ from bam_ray.settings.compare import (
     domain_tables,
 )
 from bam_ray.settings.consistency import divisors
-from bam_ray.settings.data import DataSettings, DomainSettings, TokenizerSettings
+from bam_ray.settings.data import DataSettings, DiscoverSettings, DomainSettings, TokenizerSettings
 from bam_ray.settings.dense import BranchOverride, BranchSettings, Scratch, SeedSettings
 from bam_ray.settings.load import apply_override, load_as, load_recipe, mixture_settings, parse_recipe, validated
 from bam_ray.settings.methods import (
@@ -64,6 +64,7 @@ __all__ = [
     "DataSettings",
     "Demand",
     "DiLoCoSettings",
+    "DiscoverSettings",
     "DomainSettings",
     "DynamicBlend",
     "EmbedderName",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from bam_ray.settings.data import DataSettings
 from bam_ray.settings.upcycle import QuorumSettings
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from bam_ray.settings.recipe import Recipe
 
 MAX_DIVISOR = 4096  # no process group is larger
+RESERVED_NAMES = ("seed", "posterior")  # of what an endpoint serves with `serve.mode` adapters and posterior
 
 
 def divisors(number: int) -> list[int]:
@@ -35,6 +37,19 @@ def with_branch_lr(plain: Any) -> Any:
             "branch.training.peak_lr is missing, and there is no seed.training.peak_lr to take half of: set it"
         )
     return {**plain, "branch": {**branch, "training": {**training, "peak_lr": rate / 2}}}
+
+
+def with_branch_domains(plain: Any) -> Any:
+    """Return the plain recipe with a branch for each domain but the general one, if `branch.domains` is missing."""
+    branch, data = (plain.get(section) for section in ("branch", "data")) if isinstance(plain, dict) else (None, None)
+    if not isinstance(branch, dict) or "domains" in branch:
+        return plain
+    try:
+        settings = DataSettings.model_validate(data)
+    except ValidationError:  # which is reported with the other settings
+        return plain
+    domains = [name for name in settings.names if name != settings.general]
+    return {**plain, "branch": {**branch, "domains": domains}}
 
 
 def min_workers_are_fewer(recipe: "Recipe") -> None:
@@ -87,8 +102,8 @@ def _needs_setting(branch: "BranchSettings", domain: str) -> str:
 
 
 def domains_exist(recipe: "Recipe") -> None:
-    """Check that every domain that a setting names is in `data.domains`, and that no branch has the seed's name."""
-    known = set(recipe.data.domains)
+    """Check that every domain that a setting names is a domain of the data, and that no branch has the seed's name."""
+    known = set(recipe.data.names)
     if "seed" in recipe.branch.domains:
         raise ValueError("branch.domains names 'seed', which is the name of the seed itself: rename this domain")
     for setting, names in (
@@ -111,6 +126,9 @@ def domains_exist(recipe: "Recipe") -> None:
 def mixtures_exist(recipe: "Recipe") -> None:
     """Check that the mixture to serve exists, and that each mixture has an expert for every model."""
     mixtures, branches = recipe.upcycle.mixtures, len(recipe.branch.domains)
+    for name in RESERVED_NAMES:
+        if name in mixtures:
+            raise ValueError(f"upcycle.mixtures names {name!r}, which another model has at the endpoint: rename it")
     if recipe.serve.mixture is not None and recipe.serve.mixture not in mixtures:
         raise ValueError(
             f"serve.mixture is {recipe.serve.mixture!r}, which is not in upcycle.mixtures {sorted(mixtures)}"
@@ -256,7 +274,7 @@ def controls_can_be_trained(recipe: "Recipe") -> None:
 
 def prior_has_domains(recipe: "Recipe") -> None:
     """Check that there are two domains or more, which the prior of a control can tell apart."""
-    if recipe.compare is not None and recipe.compare.prior and len(recipe.data.domains) < 2:
+    if recipe.compare is not None and recipe.compare.prior and len(recipe.data.names) < 2:
         raise ValueError("compare.prior needs two domains or more in data.domains: add one, or leave it out")
 
 

@@ -74,9 +74,10 @@ class BranchOverride(Strict):
 class BranchSettings(Strict):
     """One branch for each domain. All branches are trained with the same settings."""
 
-    domains: Annotated[list[Name], Identity.EXCLUDED]
-    """Domains that get a branch. The general domain may be one of them; its branch is trained on general text alone.
-    (The identity of a branch contains its own domain only.)"""
+    domains: Annotated[list[Name], Identity.EXCLUDED] = Field(default=[])
+    """Domains that get a branch. If this is left out, all domains but the general one get a branch. The general domain
+    may be one of them; its branch is trained on general text alone. (The identity of a branch contains its own domain
+    only.)"""
     training: TrainingSettings
     """Training of each branch. `peak_lr` may be left out: it is then half of the seed's, as in the BAM paper."""
     general_fraction: Fraction = 0.1

@@ -94,8 +94,8 @@ class Recipe(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_branch_lr(cls, plain: Any) -> Any:
-        return consistency.with_branch_lr(plain)
+    def _branch_defaults(cls, plain: Any) -> Any:
+        return consistency.with_branch_domains(consistency.with_branch_lr(plain))
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

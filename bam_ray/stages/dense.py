@@ -46,7 +46,7 @@ def train_seed(run: TaskRun, engine_factory: EngineFactory | None = None) -> Man
     assert settings.scratch is not None and settings.training is not None
     torch.manual_seed(settings.training.seed)
     model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, corpus))
-    blend = settings.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
+    blend = settings.blend or dict.fromkeys(run.recipe.data.names, 1.0)
     return _train_dense(run, corpus, blend, settings.training, model, engine_factory)
 
 
@@ -66,7 +66,7 @@ def train_control(run: TaskRun, engine_factory: EngineFactory | None = None) -> 
 
     With an `engine_factory`, every rank of a process group calls this, and only rank 0 gets the manifest.
     """
-    blend = run.recipe.mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
+    blend = run.recipe.mix.blend or dict.fromkeys(run.recipe.data.names, 1.0)
     assert run.recipe.compare is not None
     form = run.recipe.compare.prior_controls.get(run.task.name)
     model = None if form is None else _seed_with_prior(run, form)
@@ -80,7 +80,7 @@ def _seed_with_prior(run: TaskRun, form: PriorForm) -> PreTrainedModel:
     """Return the seed in fp32 with a prior over the domains of the corpus."""
     seed = run.parent(ArtifactKind.SEEDS, "seed")
     folder = run.parent(ArtifactKind.CORPORA, "corpus").fetch()
-    counts = read_token_counts(folder, run.recipe.data.domains)
+    counts = read_token_counts(folder, run.recipe.data.names)
     if form == "tables":
         return seed_with_tables(TensorReader(run.store, seed.prefix), counts)
     return seed_with_vectors(seed.fetch(), counts)

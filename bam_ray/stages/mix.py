@@ -48,7 +48,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     initial = run.parent(ArtifactKind.UPCYCLED, run.task.name)
     is_dense = run.recipe.upcycle.mixtures[run.task.name].is_dense  # a model soup
-    blend = mix.blend or dict.fromkeys(run.recipe.data.domains, 1.0)
+    blend = mix.blend or dict.fromkeys(run.recipe.data.names, 1.0)
 
     changes = gate_config(mix)
     initial_folder = initial.fetch()

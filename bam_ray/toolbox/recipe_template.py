@@ -26,6 +26,7 @@ store:
 data:
   domains:                   # text, JSONL or Parquet files: a path, glob or URI; text_field names the field or column
 $domains
+  # discover: {domains: 8, sources: {pile: {source: "pile/*.parquet"}}}   # finds further domains in text without labels
   general: $general          # text of this domain is added to the data of every branch
   sequence_length: $length
   tokenizer: {folder: $seed}

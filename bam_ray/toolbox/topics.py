@@ -1,18 +1,15 @@
 """Find the topics of bare text, without a run."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bam_ray.adapters.embedders import CHARACTERS_PER_TOKEN
 from bam_ray.adapters.find_topics import FoundTopics, Report, find_topics
 from bam_ray.checkpoint.scratch import scratch_folder
-from bam_ray.data.documents import DocumentFile
+from bam_ray.data.documents import DocumentFile, FileDocuments
 from bam_ray.data.sources import read_documents
 from bam_ray.data.split import split_documents
 from bam_ray.errors import CheckpointError
@@ -20,29 +17,6 @@ from bam_ray.evaluation.topics_page import TOPICS_PAGE, write_topics_page
 from bam_ray.settings import DomainSettings, TopicsSettings
 
 HELD_OUT_FRACTION = 0.1  # of the characters of each text
-
-
-@dataclass(frozen=True)
-class FileDocuments:
-    """Some documents of a file; their sizes are in words."""
-
-    file: DocumentFile
-    indices: NDArray[np.int64]
-    words: NDArray[np.int64]  # of all documents of the file
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """The words of each document, [n]."""
-        return self.words[self.indices]
-
-    def texts(self, indices: Iterable[int], most: int | None = None) -> Iterator[str]:
-        """Yield the documents at `indices`; with `most`, at least so many tokens of each."""
-        end = None if most is None else most * CHARACTERS_PER_TOKEN
-        for text in self.file.texts(int(self.indices[index]) for index in indices):
-            yield text[:end]
 
 
 def topics_of_text(
@@ -75,13 +49,11 @@ def topics_of_text(
             report(number, len(sources), "texts are read")
             file = DocumentFile(folder / str(number))
             stack.callback(file.close)
-            words: list[int] = []
             for text in islice(read_documents(name, DomainSettings(source=source)), most_documents):
                 file.append(text)
-                words.append(len(text.split()))
             unshared = np.zeros(len(file))
             parts = split_documents(name, file.characters, unshared, HELD_OUT_FRACTION, settings.random_seed)
-            train[name], held_out[name] = (FileDocuments(file, indices, np.array(words)) for indices in parts)
+            train[name], held_out[name] = (FileDocuments(file, indices) for indices in parts)
         found = find_topics(train, held_out, settings, report, seed)
     out.mkdir(parents=True, exist_ok=True)
     found.save(out)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bam_ray.adapters.lora import LoraModel
 from bam_ray.adapters.run_adapters import RunAdapters
+from bam_ray.adapters.run_source import RunSource
 from bam_ray.adapters.weights import AdapterWeights
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind
@@ -165,6 +166,30 @@ def test_commands_list_import_export_and_remove(
     assert "has an adapter 'topic-0000' already" in refusal(
         monkeypatch, capsys, "adapters", "import", path, str(tmp_path / "foreign"), "--name", "topic-0000"
     )
+
+
+def test_a_damaged_import_is_not_available(
+    recipe: Recipe, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign_folder(recipe, tmp_path / "foreign")
+    for name in ("legal", "sound"):
+        RunAdapters(run_of(recipe)).add(name, tmp_path / "foreign")
+    (index,) = Path(recipe.store.uri).glob("adapters/legal-*/files/*/adapters.json")
+    index.write_bytes(index.read_bytes()[:-9])
+    adapters = RunAdapters(run_of(recipe))
+    assert list(adapters.found) == ["sound", "topic-0000", "topic-0002", "topic-0004"]
+    assert list(RunSource(adapters).keys()) == list(adapters.found), "a replica serves the others"
+    with pytest.raises(CheckpointError, match=r"adapters\.json does not match its manifest"):
+        adapters.export("legal", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has an adapter 'legal' already"):
+        adapters.add("legal", tmp_path / "foreign")
+    assert bam(monkeypatch, "adapters", "list", path) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("legal is not available: ") == 1
+    assert "adapters.json does not match its manifest: it was changed or damaged; `bam adapters remove`" in shown
+    assert bam(monkeypatch, "adapters", "remove", path, "legal") == 0
+    RunAdapters(run_of(recipe)).add("legal", tmp_path / "foreign")
+    assert "legal" in RunAdapters(run_of(recipe)).found
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:

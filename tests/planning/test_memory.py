@@ -217,6 +217,10 @@ def test_upcycling_and_the_corpus_hold_the_counts_of_all_text() -> None:
     assert by_counts - host_bytes("upcycled/bam") == 4 * text + weights
     another = host_bytes("corpora/corpus", "data.domains.physics={source: x}")
     assert another - host_bytes("corpora/corpus") == text
+    discovered = [f"data.discover={{domains: {count}, sources: {{x: {{source: x}}}}}}" for count in (2, 200)]
+    few, many = (host_bytes("corpora/corpus", each) for each in discovered)
+    assert few - host_bytes("corpora/corpus") == 2**30 - 4 * text, "the clustering needs more than the counts"
+    assert many - host_bytes("corpora/corpus") == 200 * text
 
 
 def test_the_report_holds_the_largest_model() -> None:

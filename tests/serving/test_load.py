@@ -1,8 +1,11 @@
 """The load generator, with the endpoint and the command line."""
 
 import asyncio
+import json
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 from typer.testing import CliRunner
 
 from bam_ray.cli.app import app
@@ -34,6 +37,20 @@ def test_load_reports_refused_requests(engine: DecodeEngine) -> None:
     with running_server(create_app(Scheduler(engine), MODEL)) as url:
         report = asyncio.run(run_load(LoadOptions(f"{url}/v1", 2, prompt_words=4, max_tokens=6, model="another")))
     assert len(report.errors) == 2 and "model_not_found" in report.errors[0]
+
+
+def test_a_stream_without_text_is_an_error() -> None:
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions() -> StreamingResponse:
+        usage = {"choices": [], "usage": {"completion_tokens": 3}}
+        return StreamingResponse([f"data: {json.dumps(usage)}\n\n", "data: [DONE]\n\n"])
+
+    with running_server(app) as url:
+        report = asyncio.run(run_load(LoadOptions(f"{url}/v1", 2, model=MODEL)))
+    assert report.errors == ["the stream has no text"] * 2
+    assert not report.finished and report.tokens_per_second == 0
 
 
 def test_load_refuses_a_url_without_endpoint() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import runpy
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +23,19 @@ from bam_ray.control.endpoint_record import EndpointRecord, write_endpoint
 from bam_ray.data import Corpus
 from bam_ray.data.corpus_documents import CorpusDocuments
 from bam_ray.errors import CheckpointError
+from bam_ray.on_ray import job
 from bam_ray.on_ray.follow import roll_back
 from bam_ray.on_ray.replica import Endpoint, EndpointAccess
 from bam_ray.on_ray.scaling import LOAD
 from bam_ray.on_ray.serve_app import served_kinds, served_models
+from bam_ray.pipeline.graph import subset, task_graph
 from bam_ray.pipeline.run import PipelineRun
+from bam_ray.pipeline.tasks import Task
 from bam_ray.settings import Recipe
 from tests.support.adapter_run import ADAPTERS
 from tests.support.stage_run import make_artifacts, small_recipe
 
+JOBS = Path(__file__).parents[2] / "jobs"
 SECTIONS: dict[str, Any] = {
     "topics": {"count": 2, "embedder": "seed", "min_documents": 2},
     "adapters": {**ADAPTERS, "tasks": 2},
@@ -140,6 +146,24 @@ def test_a_rollback_keeps_seed_and_adapters_together(tmp_path: Path) -> None:
     write_endpoint(run.store, record)
     with pytest.raises(CheckpointError, match="belong to another seed: serve the recipe of that seed"):
         roll_back(run)
+
+
+def test_serving_does_not_train_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe(tmp_path, **{**SECTIONS, "adapters": {**ADAPTERS, "controls": ["random", "all_text"]}})
+    ids = [task.id for task in task_graph(recipe)]
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    made: list[Task] = []
+
+    def run_tasks(recipe: Recipe, kinds: list[ArtifactKind], factory: object, take_over: bool) -> str:
+        made.extend(subset(task_graph(recipe), kinds))
+        return "failed"
+
+    monkeypatch.setattr(job, "run_tasks", run_tasks)
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--recipe", str(tmp_path / "recipe.json")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(JOBS / "serve.py"), run_name="__main__")
+    assert [task.name for task in made] == ["corpus", "seed", "topics", "part-00", "part-01"]
+    assert {task.id for task in made} <= set(ids)
 
 
 def test_adapters_need_a_source(tmp_path: Path) -> None:

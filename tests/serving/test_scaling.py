@@ -9,6 +9,8 @@ from ray.serve.config import AutoscalingContext
 
 from bam_ray.on_ray.scaling import LOAD, replicas_for_load
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler
+from bam_ray.serving.engine import Generation, Output
+from bam_ray.serving.plan import StepPlan
 from bam_ray.settings import ReplicaRange, ServeSettings
 
 
@@ -86,6 +88,26 @@ def test_a_long_request_counts_by_its_memory(models_by_family: Any, tokenizer: A
         return arrived
 
     assert asyncio.run(load()) == 64 / 128
+
+
+def test_a_request_that_starts_counts_once(engine: DecodeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, loads, step = Scheduler(engine), list[float](), engine.step
+
+    def observed(plan: StepPlan | None = None) -> list[tuple[Generation, Output]]:
+        loads.append(scheduler.load)
+        return step(plan)
+
+    async def generate() -> None:
+        params = SamplingParams(max_tokens=3, temperature=0, n=2, ignore_eos=True)
+        async for _ in scheduler.generate([[5] * 4], params):
+            pass
+        await scheduler.close()
+
+    monkeypatch.setattr(engine, "step", observed)
+    asyncio.run(generate())
+    assert loads[0] == pytest.approx(2 / 3), "the step that starts it"
+    assert loads == [pytest.approx(2 / 3)] * len(loads)
+    assert len(loads) >= 3
 
 
 def test_a_range_of_replicas_is_checked() -> None:

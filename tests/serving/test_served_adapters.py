@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from bam_ray.adapters.peft_source import PeftFolders
 from bam_ray.adapters.pool import AdapterPool
+from bam_ray.adapters.source import AdapterKey
+from bam_ray.adapters.weights import AdapterWeights
 from bam_ray.serving import DecodeEngine, SamplingParams, Scheduler, create_app
 from bam_ray.serving.lora import LoraSlots
 from bam_ray.serving.openai_types import CompletionRequest
@@ -220,3 +222,27 @@ def test_a_request_can_wait_for_its_adapter(serve: Callable[..., Served]) -> Non
     timer.start()
     assert served.complete("law").choices[0].text == served.expected("law", "the cat")
     timer.join()
+
+
+def test_a_slow_source_does_not_delay_the_choice(serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(slots=2)
+    assert served.complete("law").choices
+    fetch, opened = PeftFolders.fetch, threading.Event()
+
+    def slow(source: PeftFolders, key: AdapterKey) -> AdapterWeights:
+        assert opened.wait(60)
+        return fetch(source, key)
+
+    monkeypatch.setattr(PeftFolders, "fetch", slow)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(served.complete, name) for name in ("medicine", "music")]
+        metrics = f"{served.url}/metrics"
+        try:
+            while "bam_adapter_requests_waiting 2.0" not in httpx.get(metrics).text:
+                assert not any(each.done() for each in waiting)
+            # Both threads that load adapters wait for the source now
+            assert served.complete("auto", "about law", timeout=30).adapter["adapter"] == "law"
+        finally:
+            opened.set()
+        assert all(each.result().choices for each in waiting)
+    assert "bam_adapter_requests_waiting 0.0" in httpx.get(metrics).text

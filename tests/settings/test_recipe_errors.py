@@ -97,6 +97,16 @@ def test_the_smallest_recipe_loads_and_is_frozen() -> None:
         ("metrics.peak_tflops", 0, "metrics.peak_tflops: Input should be greater than 0"),
         ("mix.capacity_factor", 0.0, "mix.capacity_factor: Input should be greater than 0"),
         ("seed.blend", {"law": 1.0}, "seed.blend names ['law'], which are not in data.domains"),
+        (
+            "upcycle.mixtures.seed",
+            {"method": "bam"},
+            "upcycle.mixtures names 'seed', which another model has at the end",
+        ),
+        (
+            "upcycle.mixtures.posterior",
+            {"method": "bam"},
+            "upcycle.mixtures names 'posterior', which another model has",
+        ),
         ("serve.mixture", "btx", "serve.mixture is 'btx', which is not in upcycle.mixtures ['bam']"),
         (
             "serve",
