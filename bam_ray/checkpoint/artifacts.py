@@ -170,6 +170,18 @@ class Artifact:
             with contextlib.suppress(BlobExists):
                 self.store.put_if_absent(f"{self.prefix}/{generation.damaged_name}", f"{reason}\n".encode())
 
+    def check(self) -> None:
+        """Read all files of the committed artifact and compare their digests, in bounded memory.
+
+        Raises:
+            CheckpointError: The artifact is not committed.
+            DigestMismatch: A file is missing or differs from what was committed.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise CheckpointError(f"{self.uri} is not committed: run the stage that makes it")
+        self.check_files(manifest)
+
     def check_files(self, manifest: Manifest) -> None:
         """Read every file of `manifest` from the store, in bounded memory.
 

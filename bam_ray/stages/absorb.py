@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
-from bam_ray.blobs import open_store
+from bam_ray.blobs import BlobStore, open_store
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.folder_reader import FolderReader
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
+from bam_ray.model import BamConfig
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.training.checkpoints import FoundCheckpoint, Gather
@@ -134,37 +136,33 @@ def _add_experts(
     """
     task = run.task
     assert task.quorum is not None
-    start = run.parent(ArtifactKind.UPCYCLED, task.name)
-    initial = TensorReader(run.store, start.prefix)
-    if newest:
-        mixture = _MixtureFolder(newest.folder, newest.uri, initial)
-    else:
-        mixture = _MixtureFolder(start.fetch(), start.uri, initial)
-    config = mixture_config_of(mixture)
-    late = [name for _, name in task.quorum.branches if name not in names_of(config)]
+    initial = run.parent(ArtifactKind.UPCYCLED, task.name)
+    folder, uri, step = (newest.folder, newest.uri, newest.step) if newest else (initial.fetch(), initial.uri, 0)
+    config = BamConfig.from_pretrained(folder)
+    missing = [name for _, name in task.quorum.branches if name not in names_of(config)]
+    artifacts = {name: run.parent(ArtifactKind.BRANCHES, name) for name in missing}
+    late = [name for name, artifact in artifacts.items() if artifact.is_committed()]
     counts: Mapping[str, TokenCounts] = {}
     if late and config.router_prior != "none":
         counts = read_token_counts(run.parent(ArtifactKind.CORPORA, "corpus").fetch(), late)
-    step, seed = newest.step if newest else 0, run.recipe.upcycle.mixtures[task.name].seed
+    mixture = _MixtureFolder(open_store(str(folder)), uri, initial)
     manifest = Manifest(id=task.id, kind=task.kind, name=task.name, step=step)
+    seed = run.recipe.upcycle.mixtures[task.name].seed
     added, left_out = [], []
     for name in late:
-        artifact = run.parent(ArtifactKind.BRANCHES, name)
+        edit = add_expert(mixture_config_of(mixture), name)
         try:
-            if not artifact.is_committed():
-                continue
-            branch = TensorReader(run.store, artifact.prefix)
-            branch.check_digests()
-            edit = add_expert(mixture_config_of(mixture), name)
+            artifacts[name].check()  # before a damaged header could fail in another way
+            branch = TensorReader(run.store, artifacts[name].prefix)
             writer = ModelWriter(open_store(str(temporary / name)))
             options = EditOptions(average_weight=0.0, seed=seed, step=step, counts=counts.get(name))
             write_edited_mixture(mixture, edit, branch, writer, manifest, options)
         except UNUSABLE as error:
             left_out.append(BranchLeftOut(step, name, one_line(error)))
         else:
-            mixture = _MixtureFolder(temporary / name, mixture.uri, initial)
+            folder, mixture = temporary / name, _MixtureFolder(writer.store, mixture.uri, initial)
             added.append(BranchAbsorbed(step, name))
-    return mixture.folder, added, left_out
+    return folder, added, left_out
 
 
 class _MixtureFolder(TensorReader):
@@ -173,9 +171,9 @@ class _MixtureFolder(TensorReader):
     Checkpoints have no tokenizer, so the tokenizer's files are read from `initial`, the mixture at step 0.
     """
 
-    def __init__(self, folder: Path, uri: str, initial: TensorReader) -> None:
-        self.folder, self._uri, self._initial = folder, uri, initial
-        super().__init__(open_store(str(folder)))
+    def __init__(self, store: BlobStore, uri: str, initial: Artifact) -> None:
+        self._uri, self._initial = uri, FolderReader(initial.store, initial.prefix)
+        super().__init__(store)
 
     @property
     def uri(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bam_ray.blobs import BlobStore, open_store
@@ -14,11 +15,11 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
-from bam_ray.errors import Interrupted
+from bam_ray.errors import CheckpointError, Interrupted
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
-from bam_ray.stages.token_counts import read_token_counts
-from bam_ray.upcycling.routers.counts import COUNTS, row_weights
+from bam_ray.stages.token_counts import COUNTS, read_token_counts
+from bam_ray.upcycling.routers.counts import row_weights
 from tests.support.stage_run import RecordingContext, make_artifacts, run_task, small_recipe, task_run
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -72,6 +73,21 @@ def test_the_corpus_contains_the_counts_of_each_domain(tmp_path: Path) -> None:
         rows = corpus.train(domain).flatten()
         assert counts[domain].tokens.tolist() == np.bincount(rows, minlength=300).tolist()
         assert counts[domain].pairs.sum() == (rows[:-1] != corpus.end_of_text_id).sum()
+
+
+def test_damaged_or_missing_counts_are_one_error(tmp_path: Path) -> None:
+    """Names of domains may contain dots and end like the name of a tensor."""
+    path = tmp_path / COUNTS
+    counts = {name: torch.tensor([token]) for token, name in enumerate(("a.b.tokens", "a.b.pairs", "tokens.tokens"))}
+    save_file(counts, path)
+    assert read_token_counts(tmp_path, ["a.b"])["a.b"].total == 0
+    with pytest.raises(
+        CheckpointError, match=r"counts.safetensors cannot be read \(.*tokens.pairs.*\): make the corpus"
+    ):
+        read_token_counts(tmp_path, ["a.b", "tokens"])
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="make the corpus again"):
+        read_token_counts(tmp_path, ["a.b"])
 
 
 def test_counting_stops_when_it_is_asked_to(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
-from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import StoreUnavailable
 from bam_ray.evaluation.results import Results
 from tests.support.late_branch_run import ControlledRun, LateBranchRun, expert_names
@@ -79,9 +78,9 @@ def check_that_it_is_left_out(run: LateBranchRun, words: str) -> None:
     ("file", "damage_file", "words"),
     [
         ("model.safetensors", damage, "does not match its manifest"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "is truncated"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "does not match its manifest"),
         ("model.safetensors", Path.unlink, "is missing"),
-        ("config.json", lambda path: path.write_bytes(b"{"), "is not JSON"),
+        ("config.json", lambda path: path.write_bytes(b"{"), "does not match its manifest"),
         ("manifest.json", lambda path: path.write_bytes(b"{"), "is not a manifest"),
     ],
     ids=["changed", "cut-short", "missing", "config", "manifest"],
@@ -153,11 +152,11 @@ def test_no_branch_is_left_out_because_the_store_is_down(tmp_path: Path, monkeyp
     run.mix(stop_at=4)
     run.branch("general")
 
-    def unavailable(reader: TensorReader) -> int:
+    def unavailable(artifact: Artifact, manifest: Manifest) -> None:
         raise StoreUnavailable("the endpoint is down")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TensorReader, "check_digests", unavailable)
+        patch.setattr(Artifact, "check_files", unavailable)
         with pytest.raises(StoreUnavailable, match="down"):
             run_task(run.recipe, run.store, "mixtures", "bam")
     assert [event["attempt"] for event in run.events("started")] == ["0001.0001", "0001.0002"]

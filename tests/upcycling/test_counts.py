@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bam_ray.errors import CheckpointError, DataError
+from bam_ray.errors import DataError
 from bam_ray.model.bigrams_bam import pair_bucket
 from bam_ray.upcycling.routers import counts as module
-from bam_ray.upcycling.routers.counts import TokenCounts, count_tokens, read_counts, row_weights, write_counts
+from bam_ray.upcycling.routers.counts import TokenCounts, count_tokens, row_weights
 
 END = 0
 
@@ -75,31 +75,6 @@ def test_rows_may_be_mapped_from_disk(tmp_path: Path) -> None:
 def test_tokens_outside_the_vocabulary_are_refused() -> None:
     with pytest.raises(DataError, match="the text has token 9, but the vocabulary has only 9 tokens: use the"):
         count_tokens(np.array([[1, 9, 2]], np.uint16), 9, END)
-
-
-def test_counts_are_written_and_read(tmp_path: Path) -> None:
-    """Names of domains may contain dots and end like the name of a tensor."""
-    written = {name: count_tokens(np.full((2, 3), token), 9, END, 16) for token, name in enumerate(["a.b", "tokens"])}
-    path = tmp_path / "counts.safetensors"
-    write_counts(path, written)
-    for found in (read_counts(path), read_counts(path, ["tokens", "a.b"])):
-        assert found.keys() == written.keys()
-        for name, each in written.items():
-            assert torch.equal(found[name].tokens, each.tokens)
-            assert torch.equal(found[name].pairs, each.pairs)
-    assert read_counts(path, ["tokens"]).keys() == {"tokens"}
-
-
-def test_damaged_or_missing_counts_are_one_error(tmp_path: Path) -> None:
-    path = tmp_path / "counts.safetensors"
-    write_counts(path, {"law": counts_of(1, 2)})
-    with pytest.raises(
-        CheckpointError, match=r"counts.safetensors cannot be read \(.*code.tokens.*\): make the corpus"
-    ):
-        read_counts(path, ["code"])
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match="make the corpus again"):
-        read_counts(path)
 
 
 def test_weights_by_hand() -> None:

@@ -1,32 +1,24 @@
 """Counts of the tokens, and of the pairs of adjacent tokens, of each domain's text.
 
     counts = {domain: count_tokens(corpus.train(domain), corpus.vocab_size, corpus.end_of_text_id) for domain in names}
-    write_counts(folder / COUNTS, counts)
-    counts = read_counts(folder / COUNTS)
 
 Pairs are counted by bucket (see `bam_ray.model.bigrams_bam`), so the size of the counts does not grow with the square
 of the vocabulary.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bam_ray.errors import CheckpointError, DataError
+from bam_ray.errors import DataError
 from bam_ray.model.bigrams_bam import pair_bucket
 
-COUNTS = "counts.safetensors"
-"""The name of the file with the counts of a corpus, in the corpus's folder."""
 BUCKETS = 1 << 20
 CHUNK_TOKENS = 1 << 20  # tokens that are counted at once
-TOKENS, PAIRS = "tokens", "pairs"
 
 
 @dataclass(frozen=True)
@@ -117,27 +109,3 @@ def row_weights(counts: Sequence[TokenCounts], rows: int) -> Tensor:
     for weights, each in zip(smoothed, counts, strict=True):
         weights[: len(each.tokens)] += each.tokens * (mean_total / each.total)
     return (smoothed / smoothed.sum(0)).float()
-
-
-def write_counts(path: Path, counts: Mapping[str, TokenCounts]) -> None:
-    """Write the counts of several domains to one safetensors file, as `<domain>.tokens` and `<domain>.pairs`."""
-    tensors = {f"{domain}.{TOKENS}": each.tokens for domain, each in counts.items()}
-    save_file(tensors | {f"{domain}.{PAIRS}": each.pairs for domain, each in counts.items()}, path)
-
-
-def read_counts(path: Path, domains: Collection[str] | None = None) -> dict[str, TokenCounts]:
-    """Return the counts of `domains`, or of all domains in the file.
-
-    Raises:
-        CheckpointError: The file is damaged, or has no counts of a domain.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            known = [name.removesuffix(f".{TOKENS}") for name in names if name.endswith(f".{TOKENS}")]
-            return {
-                domain: TokenCounts(file.get_tensor(f"{domain}.{TOKENS}"), file.get_tensor(f"{domain}.{PAIRS}"))
-                for domain in (known if domains is None else domains)
-            }
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): make the corpus again") from None
