@@ -65,7 +65,11 @@ class Artifact:
 
     def is_committed(self) -> bool:
         """Return True if the artifact has a manifest; cheaper than `manifest`."""
-        return ManifestGeneration.find(self.store, self.prefix).committed
+        return self.generation().committed
+
+    def generation(self) -> ManifestGeneration:
+        """Return the current generation of the manifest; cheaper than `manifest`."""
+        return ManifestGeneration.find(self.store, self.prefix)
 
     def has_all_files(self) -> bool:
         """Return True if the artifact is committed and no file of its manifest is missing, without reading them."""

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from bam_ray.blobs import BlobStore
+from bam_ray.checkpoint.manifest import ManifestGeneration
 from bam_ray.control import decisions, policies, tracking
 from bam_ray.control.drivers import Drivers, LoneDriver
 from bam_ray.control.launcher import Launcher
-from bam_ray.control.observations import Alive, AttemptStatus, Crashed, Queued, Stopped
+from bam_ray.control.observations import Alive, AttemptStatus, Queued, Stopped
 from bam_ray.control.quorum_deadline import QuorumDeadlines
 from bam_ray.control.store_watch import StoreWatch
 from bam_ray.control.transitions import Drain, Free, Launch, PlacedTask, Transition
@@ -90,8 +91,10 @@ class Controller:
         self._kinds: dict[str, str] = {}  # of all nodes that were ever seen, by id
         self._expected: list[str] = []
         self._feasibility = FeasibilityCheck(clock())
-        committed = self._watch.committed(tasks)
-        self.states: dict[str, State] = {task.id: Committed() if committed[task.id] else Waiting() for task in tasks}
+        self.states: dict[str, State] = {
+            task_id: Committed(generation=stored.number) if stored is not None and stored.committed else Waiting()
+            for task_id, stored in self._watch.generations(tasks).items()
+        }
 
     def stop(self) -> None:
         """Ask all running tasks to write a checkpoint and stop, and start no others. Safe in a signal handler."""
@@ -215,24 +218,25 @@ class Controller:
     def _observe(self, statuses: Mapping[str, AttemptStatus], now: float) -> Iterator[Transition]:
         """Decide what follows from the launcher's reports, and record the speeds that they show."""
         ended = [self.tasks[id] for id, status in statuses.items() if not isinstance(status, Queued | Alive)]
-        committed = self._watch.committed(ended)
+        stored = self._watch.generations(ended)
         for task_id, status in statuses.items():
-            transition = self._after_report(self.tasks[task_id], status, committed.get(task_id), now)
+            transition = self._after_report(self.tasks[task_id], status, stored.get(task_id), now)
             if transition is not None:
-                if isinstance(status, Crashed):
-                    yield from decisions.make_again(self.tasks[task_id], status, self.states, self._history)
+                yield from decisions.make_again(self.tasks[task_id], status, self.states, self._history)
                 tracking.record_throughput(self.throughput, self._placed[task_id], transition, self._kinds, now)
                 yield transition
 
-    def _after_report(self, task: Task, status: AttemptStatus, committed: bool | None, now: float) -> Transition | None:
+    def _after_report(
+        self, task: Task, status: AttemptStatus, stored: ManifestGeneration | None, now: float
+    ) -> Transition | None:
         state, history = self.states[task.id], self._history[task.id]
         if isinstance(status, Queued | Alive):
             return tracking.while_active(task, state, status, now)
         if isinstance(status, Stopped) and isinstance(state, Draining):
             return tracking.after_stop(task.id, state, history, status, now)
-        if committed is None:  # the store does not say; the launcher reports the end again at the next step
+        if stored is None:  # the store does not say; the launcher reports the end again at the next step
             return None
-        return tracking.after_end(task, state, history, status, committed, now)
+        return tracking.after_end(task, state, history, status, stored.number if stored.committed else None, now)
 
     def silence_limit(self, task_id: str, state: Running) -> float:
         """Return the seconds without a sign of life after which an attempt counts as hung; see `policies`."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.control import policies
-from bam_ray.control.observations import Crashed
+from bam_ray.control.observations import AttemptStatus, Crashed, Queued
 from bam_ray.control.store_watch import StoredTask
 from bam_ray.control.tracking import after_end, end_attempt
 from bam_ray.control.transitions import Drain, Free, Launch, PlacedTask, Transition
@@ -57,7 +57,7 @@ def _kill(task: Task, state: Draining, history: History, now: float) -> Transiti
     if state.moving:
         history, counts = policies.after_kill(history, state.progress.checkpoint_step if state.progress else None)
         if counts:
-            return after_end(task, state, history, Crashed(cause, state.node, state.progress), False, now)
+            return after_end(task, state, history, Crashed(cause, state.node, state.progress), None, now)
     return end_attempt(task.id, state, history, cause, now)
 
 
@@ -71,24 +71,36 @@ def replace_hung(
             if silence > 2 * policies.silence_limit(tasks[task_id], state, timeout):
                 error = f"no sign of progress for {format_duration(silence)}: the attempt was replaced"
                 crashed = Crashed(error, state.node, state.progress)
-                yield after_end(tasks[task_id], state, histories[task_id], crashed, False, now)
+                yield after_end(tasks[task_id], state, histories[task_id], crashed, None, now)
 
 
-def make_again(reader: Task, crashed: Crashed, states: States, histories: Histories) -> Iterator[Transition]:
-    """Let a committed task be made again, or at least checked, if `reader` found its files damaged."""
-    if crashed.damaged is None:
-        return
-    state = states.get(crashed.damaged)
-    if isinstance(state, Committed):
-        reason = f"{reader.full_name} found its files damaged; they are checked, and made again if they are"
-        history = replace(histories[crashed.damaged], suspect=True, message=reason)
-        yield Transition(crashed.damaged, state, Waiting(), reason, history=history)
+def make_again(reader: Task, status: AttemptStatus, states: States, histories: Histories) -> Iterator[Transition]:
+    """Let committed tasks be made again, or at least checked, if `reader` found their files damaged."""
+    for task_id in _found_damaged(status, states, histories):
+        state = states.get(task_id)
+        if isinstance(state, Committed):
+            reason = f"{reader.full_name} found its files damaged; they are checked, and made again if they are"
+            history = replace(histories[task_id], suspect=True, suspect_generation=state.generation, message=reason)
+            yield Transition(task_id, state, Waiting(), reason, history=history)
+
+
+def _found_damaged(status: AttemptStatus, states: States, histories: Histories) -> Iterator[str]:
+    """Yield the ids of the artifacts that must be checked."""
+    if isinstance(status, Crashed) and status.damaged is not None:
+        yield status.damaged
+    progress = None if isinstance(status, Queued) else status.progress
+    for each in progress.damaged if progress is not None else ():
+        state = states.get(each.id)
+        is_current = isinstance(state, Committed) and state.generation == each.generation
+        # An attempt that does without an artifact repeats its report, so each generation is checked once
+        if is_current and histories[each.id].suspect_generation < each.generation:
+            yield each.id
 
 
 def leave_to_other(task_id: str, state: State, seen: StoredTask) -> Iterator[Transition]:
     """Follow what the store shows of a task of which no attempt runs here."""
-    if seen.committed:
-        yield Transition(task_id, state, Committed(state.progress), "committed by another driver")
+    if seen.generation is not None:
+        yield Transition(task_id, state, Committed(state.progress, seen.generation), "committed by another driver")
     elif seen.driver is not None:
         yield Transition(task_id, state, MadeElsewhere(seen.driver, state.progress), f"{seen.driver} makes it")
     elif isinstance(state, MadeElsewhere):

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.manifest import ManifestGeneration
 from bam_ray.control.drivers import Drivers
 from bam_ray.errors import StoreError
 from bam_ray.pipeline.tasks import Task
@@ -27,7 +28,7 @@ Answer = TypeVar("Answer")
 class StoredTask:
     """The view of a task in the store: it is committed, or another driver makes it, or neither."""
 
-    committed: bool = False
+    generation: int | None = None  # the number of the committed generation of its artifact
     driver: str | None = None
 
 
@@ -64,13 +65,13 @@ class StoreWatch:
         self._failing_since, self.warning = None, ""
         return answer
 
-    def committed(self, tasks: Iterable[Task]) -> dict[str, bool | None]:
-        """Return which of `tasks` are committed, by task id; None for those of which the store does not say."""
+    def generations(self, tasks: Iterable[Task]) -> dict[str, ManifestGeneration | None]:
+        """Return the generations of artifacts, by task id; None for those of which the store does not say."""
         listed = list(tasks)
         if not listed:
             return {}
         with ThreadPoolExecutor(max_workers=MAX_REQUESTS) as pool:
-            answers = pool.map(lambda task: self.ask(self._artifact(task).is_committed), listed)
+            answers = pool.map(lambda task: self.ask(self._artifact(task).generation), listed)
             return {task.id: answer for task, answer in zip(listed, answers, strict=True)}
 
     def look_for_others(self, tasks: Iterable[Task]) -> dict[str, StoredTask]:
@@ -91,8 +92,9 @@ class StoreWatch:
 
     def _look(self, task: Task) -> StoredTask:
         artifact = self._artifact(task)
-        if artifact.is_committed():
-            return StoredTask(committed=True)
+        generation = artifact.generation()
+        if generation.committed:
+            return StoredTask(generation=generation.number)
         return StoredTask(driver=self._drivers.owner_of(artifact.prefix))
 
     def _artifact(self, task: Task) -> Artifact:

@@ -46,19 +46,19 @@ def end_attempt(task_id: str, state: Running | Draining, history: History, cause
 
 
 def after_end(
-    task: Task, state: State, history: History, status: Done | Stopped | Crashed, committed: bool, now: float
+    task: Task, state: State, history: History, status: Done | Stopped | Crashed, generation: int | None, now: float
 ) -> Transition:
     """Decide whether a task is committed, retried or failed after an attempt that nobody asked to stop.
 
-    If the manifest exists, the attempt succeeded, whatever the launcher reports: a node that was cut off may have
-    committed before it died.
+    If the artifact has a committed `generation`, the attempt succeeded, whatever the launcher reports: a node that was
+    cut off may have committed before it died.
     """
     crashed = _as_crash(task, status)
-    cause = "committed" if committed else crashed.error
+    cause = crashed.error if generation is None else "committed"
     history = _with_attempt(history, state, crashed.node, crashed.progress, cause, now)
-    if committed:
+    if generation is not None:
         history = replace(history, suspect=False)
-        return Transition(task.id, state, Committed(crashed.progress), cause, Free(), history)
+        return Transition(task.id, state, Committed(crashed.progress, generation), cause, Free(), history)
     if crashed.stale:
         elsewhere = MadeElsewhere("another attempt", crashed.progress)
         return Transition(task.id, state, elsewhere, cause, Free(), history)

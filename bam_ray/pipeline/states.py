@@ -147,6 +147,7 @@ class Committed:
     is_final: ClassVar[bool] = True
     node: ClassVar[None] = None
     progress: Progress | None = None
+    generation: int = 0  # how often the artifact was made again because its files were damaged
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ class History:
     past_attempts: tuple[AttemptRecord, ...] = ()  # the newest `MOST_PAST_ATTEMPTS`
     message: str = ""  # about the placement of the last attempt: a fallback request, or fewer workers
     suspect: bool = False  # a reader found the committed files damaged, and no attempt has checked them since
+    suspect_generation: int = -1  # the newest generation of the artifact that was suspect
     no_capacity_since: float | None = None  # since when the cluster could not hold all workers, even if it were idle
 
     @property

@@ -62,11 +62,19 @@ class Task:
 
 
 @dataclass(frozen=True)
+class DamagedArtifact:
+    """A committed artifact whose files an attempt found damaged, and which the attempt does without."""
+
+    id: str
+    generation: int  # see `checkpoint.manifest.ManifestGeneration`
+
+
+@dataclass(frozen=True)
 class Progress:
     """The progress that a running stage reports.
 
-    The controller reads `step`, `total_steps` and `checkpoint_step`. The other fields are for status, metrics and drain
-    policies.
+    The controller reads `step`, `total_steps`, `checkpoint_step` and `damaged`. The other fields are for status,
+    metrics and drain policies.
     """
 
     step: int
@@ -80,6 +88,7 @@ class Progress:
     dead_experts: int | None = None  # in all layers of a mixture
     experts: tuple[str, ...] = ()  # names of a mixture's experts
     left_out: tuple[str, ...] = ()  # committed branches that this attempt could not turn into experts
+    damaged: tuple[DamagedArtifact, ...] = ()  # those of them whose files are damaged
     curves: Mapping[str, float] = field(default_factory=dict)  # last value of each training curve, by TensorBoard tag
 
 

@@ -26,8 +26,9 @@ from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.scratch import scratch_folder
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
-from bam_ray.errors import CheckpointError, FamilyError, UpcycleError, one_line
+from bam_ray.errors import CheckpointError, DigestMismatch, FamilyError, UpcycleError, one_line
 from bam_ray.model import BamConfig
+from bam_ray.pipeline.tasks import DamagedArtifact
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.training.checkpoints import FoundCheckpoint, Gather
@@ -124,7 +125,8 @@ def _add_experts(
 ) -> tuple[Path, list[BranchAbsorbed], list[BranchLeftOut]]:
     """Add every committed branch of the task's quorum that is no expert yet.
 
-    A branch that cannot be used is left out, and does not affect the mixture.
+    A branch that cannot be used is left out, and does not affect the mixture. If it is damaged, the controller lets it
+    be made again.
 
     Args:
         run: The open attempt.
@@ -141,7 +143,8 @@ def _add_experts(
     config = BamConfig.from_pretrained(folder)
     missing = [name for _, name in task.quorum.branches if name not in names_of(config)]
     artifacts = {name: run.parent(ArtifactKind.BRANCHES, name) for name in missing}
-    late = [name for name, artifact in artifacts.items() if artifact.is_committed()]
+    generations = {name: artifact.generation() for name, artifact in artifacts.items()}
+    late = [name for name, generation in generations.items() if generation.committed]
     counts: Mapping[str, TokenCounts] = {}
     if late and config.router_prior != "none":
         counts = read_token_counts(run.parent(ArtifactKind.CORPORA, "corpus").fetch(), late)
@@ -158,7 +161,10 @@ def _add_experts(
             options = EditOptions(average_weight=0.0, seed=seed, step=step, counts=counts.get(name))
             write_edited_mixture(mixture, edit, branch, writer, manifest, options)
         except UNUSABLE as error:
-            left_out.append(BranchLeftOut(step, name, one_line(error)))
+            damaged = None
+            if isinstance(error, DigestMismatch):
+                damaged = DamagedArtifact(artifacts[name].id, generations[name].number)
+            left_out.append(BranchLeftOut(step, name, one_line(error), damaged))
         else:
             folder, mixture = temporary / name, _MixtureFolder(writer.store, mixture.uri, initial)
             added.append(BranchAbsorbed(step, name))

@@ -17,6 +17,7 @@ from typing import ClassVar
 from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.leases import AttemptNumber
 from bam_ray.errors import StoreError
+from bam_ray.pipeline.tasks import DamagedArtifact
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class BranchLeftOut(Event):
     step: int
     branch: str
     error: str
+    damaged: DamagedArtifact | None = None  # the branch, if its files differ from their digests
 
     def note(self) -> str:
         """See `Event`."""

@@ -98,7 +98,9 @@ class RunReporter(TrainingListener):
         """
         self._context, self._log, self._curves, self._total_steps = context, log, curves, total_steps
         self._router_metrics, self._earlier_events = router_metrics, earlier_events
-        self._left_out = tuple(event.branch for event in earlier_events if isinstance(event, BranchLeftOut))
+        left_out = [event for event in earlier_events if isinstance(event, BranchLeftOut)]
+        self._left_out = tuple(event.branch for event in left_out)
+        self._damaged = tuple(event.damaged for event in left_out if event.damaged is not None)
         mixture = as_mixture(engine.model)
         self._experts = tuple(mixture.config.expert_names or ()) if mixture is not None else ()
         self._step = 0  # the number of steps that are done
@@ -188,6 +190,7 @@ class RunReporter(TrainingListener):
                 dead_experts=len(routing.dead) if routing else None,
                 experts=self._experts,
                 left_out=self._left_out,
+                damaged=self._damaged,
                 curves=self._curves.last,
             )
         )

@@ -7,14 +7,15 @@ from datetime import UTC, datetime
 import pytest
 
 from bam_ray.blobs.memory import MemoryStore
+from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.control import status
 from bam_ray.control.controller import Controller
-from bam_ray.control.observations import Alive, Crashed, Stopped
+from bam_ray.control.observations import Alive, Crashed, Done, Stopped
 from bam_ray.errors import StoreUnavailable
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Placing, Running, Waiting
-from bam_ray.pipeline.tasks import BranchQuorum, Progress, Task
+from bam_ray.pipeline.tasks import BranchQuorum, DamagedArtifact, Progress, Task
 from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import make_plan
 from tests.support.control.sample_recipe import changed_tasks, sample_recipe
@@ -124,6 +125,97 @@ def test_a_branch_committed_after_the_mixture_is_left_out() -> None:
     assert harness.kinds()["report"] is Placing
     harness.finish("report")
     assert harness.controller.outcome() == "finished"
+
+
+class DamagedBranchHarness(MixingHarness):
+    """A controller whose mixture trains with the branches a and c, and has found the late branch b damaged."""
+
+    def __init__(self) -> None:
+        super().__init__(*make_run())
+        self.branch = Artifact(self.store, ArtifactKind.BRANCHES, "b")
+        self.step()
+        for name in ("a", "c", "up", "b"):
+            self.finish(name)
+        self.report_damage()
+
+    def report_damage(self, step: int = 5, generation: int = 0) -> None:
+        """Let the mixture report that it trains without the branch, of which a generation is damaged."""
+        damaged = (DamagedArtifact("b", generation),)
+        self.step(mix=Alive(NODE, Progress(step, 100, experts=("seed", "a", "c"), left_out=("b",), damaged=damaged)))
+
+    def make_again(self) -> None:
+        """Set the branch aside, commit it again, and let its attempt end."""
+        manifest = self.branch.manifest()
+        assert manifest is not None
+        self.branch.set_aside(manifest, "a file is damaged")
+        self.finish("b")
+
+
+def test_a_damaged_late_branch_is_made_again_and_absorbed() -> None:
+    harness = DamagedBranchHarness()
+    assert harness.kinds()["b"] is Placing, "an attempt checks its files"
+    assert harness.controller.history("b").suspect
+    assert harness.note("b").startswith("mixtures/mix found its files damaged; they are checked, and made again")
+    harness.step(b=Alive(NODE, Progress(1, 10)))
+    harness.report_damage(step=6)
+    assert harness.kinds()["mix"] is Running, "it trains while the branch is made again"
+    assert harness.kinds()["report"] is Waiting
+    harness.make_again()
+    assert harness.kinds()["mix"] is Draining
+    harness.step(mix=Stopped(NODE, Progress(7, 100, checkpoint_step=7, experts=("seed", "a", "c"), left_out=("b",))))
+    harness.report_step(8, "a", "c", "b")
+    history = harness.controller.history("mix")
+    assert [past.cause for past in history.past_attempts] == ["to absorb b"]
+    assert (harness.kinds()["mix"], history.failures) == (Running, 0)
+    assert harness.launcher.drained == ["mix"]
+    assert harness.launcher.names.count("b") == 2
+
+
+def test_a_late_branch_that_is_intact_is_checked_once() -> None:
+    """A mixture must not be stopped again and again if only its own node reads damaged files."""
+    harness = DamagedBranchHarness()
+    harness.step(b=Done(NODE, None))
+    for step in range(6, 9):
+        harness.report_damage(step)
+        assert (harness.kinds()["b"], harness.kinds()["mix"]) == (Committed, Running)
+    assert harness.launcher.drained == []
+    harness.restart()
+    harness.step()
+    harness.report_damage()
+    assert harness.kinds()["b"] is Placing, "another driver lets it be checked once more"
+
+
+def test_a_branch_that_is_damaged_twice_is_made_again_twice() -> None:
+    harness = DamagedBranchHarness()
+    harness.make_again()
+    harness.step(mix=Stopped(NODE, Progress(7, 100, checkpoint_step=7, experts=("seed", "a", "c"), left_out=("b",))))
+    harness.report_damage(step=8, generation=1)
+    assert harness.kinds()["b"] is Placing
+    harness.make_again()
+    assert harness.kinds()["mix"] is Draining
+    assert harness.launcher.drained == ["mix", "mix"]
+
+
+def test_a_branch_that_is_made_again_too_late_is_left_out() -> None:
+    harness = DamagedBranchHarness()
+    harness.finish("mix")
+    assert harness.controller.outcome() == "running"
+    harness.make_again()
+    assert harness.kinds()["mix"] is Committed
+    harness.finish("report")
+    assert harness.controller.outcome() == "finished"
+
+
+def test_damage_is_reported_by_the_end_of_a_mixture_too() -> None:
+    harness = MixingHarness(*make_run())
+    harness.step()
+    for name in ("a", "c", "up", "b"):
+        harness.finish(name)
+    commit_task(harness.store, harness.tasks["mix"])
+    progress = Progress(100, 100, experts=("seed", "a", "c"), left_out=("b",), damaged=(DamagedArtifact("b", 0),))
+    harness.step(mix=Done(NODE, progress))
+    assert (harness.kinds()["mix"], harness.kinds()["b"]) == (Committed, Placing)
+    assert harness.note("mix") == "made without b: add late branches with `bam absorb`"
 
 
 def test_a_failed_branch_blocks_nothing_while_the_quorum_is_reachable() -> None:

@@ -94,6 +94,8 @@ def test_a_damaged_late_branch_is_left_out(
     late = run.branch("general")
     damage_file(stored_file(tmp_path / "store", f"branches/{late.id}", file))
     check_that_it_is_left_out(run, words)
+    damaged = None if file == "manifest.json" else {"id": late.id, "generation": 0}
+    assert run.events("left_out")[0]["damaged"] == damaged
 
 
 @pytest.mark.parametrize(
@@ -167,19 +169,33 @@ def test_no_branch_is_left_out_because_the_store_is_down(tmp_path: Path, monkeyp
     assert [event["step"] for event in run.events("absorbed")] == [4]
 
 
-def test_a_run_drains_its_mixture_once_for_a_damaged_branch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("too_late", [False, True], ids=["in-time", "too-late"])
+def test_a_damaged_late_branch_is_made_again(tmp_path: Path, too_late: bool) -> None:
     run = LateBranchRun(tmp_path)
-    prefix = f"branches/{run.task(ArtifactKind.BRANCHES, 'general').id}"
+    branch = Artifact(run.store, "branches", run.task(ArtifactKind.BRANCHES, "general").id)
 
     def damage_branch() -> None:
-        damage(stored_file(tmp_path / "store", prefix, "model.safetensors"))
+        damage(stored_file(tmp_path / "store", branch.prefix, "model.safetensors"))
 
     # The branch is damaged before its stage returns, which is when the controller sees that it is committed
-    assert ControlledRun(run, damage_branch).causes == ["to absorb general", "committed"]
-    assert [(event["step"], event["branch"]) for event in run.events("left_out")] == [(4, "general")]
-    assert expert_names(Artifact(run.store, "mixtures", run.mixture.id).fetch()) == ["seed", "code"]
+    causes = ControlledRun(run, damage_branch, too_late).causes
+    assert causes == ["to absorb general", *([] if too_late else ["to absorb general"]), "committed"]
+    left_out = run.events("left_out")
+    assert [(event["step"], event["damaged"]) for event in left_out] == [(4, {"id": branch.id, "generation": 0})]
+    made = branch.manifest()
+    assert made is not None
+    assert made.attempt == "0001.0002", "it was made again under a new lease"
+    branch.check()
+    assert run.store.exists(f"{branch.prefix}/manifest-0000.damaged.json")
+    mixture = Artifact(run.store, "mixtures", run.mixture.id)
+    manifest = mixture.manifest()
+    assert manifest is not None
+    assert [event["step"] for event in run.events("absorbed")] == ([] if too_late else [5])
+    assert manifest.facts["left_out"] == (["general"] if too_late else [])
+    assert expert_names(mixture.fetch()) == ["seed", "code", *([] if too_late else ["general"])]
+    assert len(run.losses()) == 10
+    assert run.events("failed") == []
     report = run.task(ArtifactKind.REPORTS, "report")
     results = Results.model_validate_json(Artifact(run.store, "reports", report.id).read_file("results.json"))
-    assert [model.label for model in results.models][:3] == ["seed", "branch code", "mixture bam"]
-    assert {model.kind for model in results.models[3:]} == {"ensembles"}, "of the seed and code"
-    assert results.models[3].lineage_tokens == 2 * 1280
+    labels = [model.label for model in results.models]
+    assert labels[:4] == ["seed", "branch code", "branch general", "mixture bam"]

@@ -90,11 +90,11 @@ class PausingContext:
     """The context of the mixture in a run under a controller.
 
     The first attempt waits at step 4 until it is asked to stop. The next attempt is slow, so that there is time to ask
-    it to stop again by mistake.
+    it to stop again by mistake. If it has found the branch damaged and `absorbs` is true, it waits at step 5.
     """
 
-    def __init__(self, context: StageContext, reached: threading.Event) -> None:
-        self._context, self._reached = context, reached
+    def __init__(self, context: StageContext, reached: threading.Event, absorbs: bool) -> None:
+        self._context, self._reached, self._absorbs = context, reached, absorbs
         self.node = context.node
 
     def report(self, progress: Progress) -> None:
@@ -104,9 +104,9 @@ class PausingContext:
             time.sleep(0.1)
         if progress.step == 4 and "general" not in (*progress.experts, *progress.left_out):
             self._reached.set()
-            end = time.monotonic() + 60.0
-            while not self._context.should_stop() and time.monotonic() < end:
-                time.sleep(0.01)
+            wait_until(self._context.should_stop)
+        if progress.step == 5 and progress.damaged and self._absorbs:
+            wait_until(self._context.should_stop)
 
     def should_stop(self) -> bool:
         """Return True if the controller asks the attempt to stop."""
@@ -116,11 +116,12 @@ class PausingContext:
 class ControlledRun:
     """A `LateBranchRun` under a real controller, from its start to its end.
 
-    The branch `general` is trained when the mixture is at step 4, and `damage` is called once it is committed.
+    The branch `general` is trained when the mixture is at step 4, and `damage` is called once it is committed. The
+    damaged branch is made again while the mixture trains, or after its last step if it is `too_late`.
     """
 
-    def __init__(self, run: LateBranchRun, damage: Callable[[], object] = lambda: None) -> None:
-        self._run, self._damage = run, damage
+    def __init__(self, run: LateBranchRun, damage: Callable[[], object] = lambda: None, too_late: bool = False) -> None:
+        self._run, self._damage, self._too_late = run, damage, too_late
         self._mixing = threading.Event()
         tasks = [replace(task, max_attempts=1) for task in task_graph(run.recipe)]  # nothing may fail
         controller = Controller(tasks, run.store, InProcessLauncher(self._work, slots=4))
@@ -130,10 +131,20 @@ class ControlledRun:
     def _work(self, placed: PlacedTask, context: StageContext) -> None:
         run, task = self._run, placed.task
         if task.kind == "mixtures":
-            run_task(run.recipe, run.store, task.kind, task.name, PausingContext(context, self._mixing))
+            pausing = PausingContext(context, self._mixing, absorbs=not self._too_late)
+            run_task(run.recipe, run.store, task.kind, task.name, pausing)
             return
         if task.name == "general":
             assert self._mixing.wait(60.0), "mixing did not start without it"
-        run_task(run.recipe, run.store, task.kind, task.name, context)
-        if task.name == "general":
+        if placed.suspect and self._too_late:
+            wait_until(Artifact(run.store, ArtifactKind.MIXTURES, run.mixture.id).is_committed)
+        run_task(run.recipe, run.store, task.kind, task.name, context, suspect=placed.suspect)
+        if task.name == "general" and not placed.suspect:
             self._damage()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, for at most a minute."""
+    end = time.monotonic() + 60.0
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)

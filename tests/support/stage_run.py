@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -101,12 +101,13 @@ def run_task(
     name: str,
     context: StageContext | None = None,
     engine_factory: EngineFactory = one_process_engine,
+    suspect: bool = False,
 ) -> Manifest:
     """Execute the task `kind/name` in this process and return the manifest of its artifact.
 
-    Mixtures are trained with `engine_factory`.
+    Mixtures are trained with `engine_factory`. If the artifact is `suspect`, its files are checked first.
     """
-    run = task_run(recipe, store, kind, name, context)
+    run = replace(task_run(recipe, store, kind, name, context), suspect=suspect)
     manifest = run_rank(run, engine_factory) if kind == "mixtures" else run_stage(run)
     assert manifest is not None
     return manifest
