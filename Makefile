@@ -64,7 +64,7 @@ bench: setup ## list the benchmarks, or run one: make bench NAME=controller_step
 ifdef NAME
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 else
-	@for file in benchmarks/*.py; do case $$file in */__init__.py|*/measure.py|*/peers.py) ;; *) \
+	@for file in benchmarks/*.py; do case $$file in */__init__.py|*/measure.py|*/peers.py|*/gpu_*.py|*/host_memory_rank.py) ;; *) \
 		printf "  make bench NAME=%-20s %s\n" "`basename $$file .py`" "`sed -n '1s/^\"*\([^\"]*\).*/\1/p' $$file`";; esac; done
 endif
 

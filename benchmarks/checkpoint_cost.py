@@ -1,6 +1,6 @@
 """The cost of checkpoints: training with them over training without them, with an S3 server on the same machine.
 
-    python -m benchmarks.checkpoint_cost
+    python -m benchmarks.checkpoint_cost [--device cuda --width 4096]
 
 Two runs train the same dense model on random tokens, in turns. One of them writes a checkpoint of the weights and the
 optimizer to SeaweedFS every `--every` steps. The results are medians of the ratios of adjacent segments, for three
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,8 +68,18 @@ class RandomTokens:
         """Do nothing."""
 
 
-def segment(store: BlobStore, name: str, steps: int, every: int, width: int, checkpoints: bool) -> dict[str, float]:
-    """Train `steps` steps and return their seconds by each clock."""
+class SegmentShape(NamedTuple):
+    """The length of a segment, and the model that is trained."""
+
+    steps: int
+    every: int
+    width: int
+    device: str
+
+
+def segment(store: BlobStore, name: str, shape: SegmentShape, checkpoints: bool) -> dict[str, float]:
+    """Train the steps of a segment, and return their seconds by each clock."""
+    steps, every, width, device = shape
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -86,7 +96,7 @@ def segment(store: BlobStore, name: str, steps: int, every: int, width: int, che
         micro_batch_sequences=SEQUENCES,
         checkpoint_every=every if checkpoints else steps + 1,
     )
-    engine = TorchEngine(EngineSpec(AutoModelForCausalLM.from_config(config), settings))
+    engine = TorchEngine(EngineSpec(AutoModelForCausalLM.from_config(config), settings, device=device))
     lease = Lease.take(store, f"branches/{name}", AttemptNumber(1, 1))
     kept = Checkpoints(Artifact(store, ArtifactKind.BRANCHES, name), lease, Retention(2, None))
     training = Training(engine, RandomTokens(), LENGTH, settings, kept, TrainingListener())
@@ -112,20 +122,21 @@ def s3() -> Iterator[BlobStore]:
 
 
 def main() -> None:
-    """Measure, print a table and write `benchmarks/results/checkpoint_cost.json`."""
+    """Measure, print a table and write `benchmarks/results/checkpoint_cost.json` (`..._gpu.json`)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="steps of a segment")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--width", type=int, default=256, help="hidden size of the model, which has four layers")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pairs: list[tuple[dict[str, float], dict[str, float]]] = []
     with s3() as store:
         for number in range(options.pairs):
-            shape = (options.steps, options.every, options.width)
+            shape = SegmentShape(options.steps, options.every, options.width, options.device)
             order = (True, False) if number % 2 else (False, True)
-            times = {which: segment(store, f"{number}-{which}".lower(), *shape, which) for which in order}
+            times = {which: segment(store, f"{number}-{which}".lower(), shape, which) for which in order}
             pairs.append((times[True], times[False]))
     rows: dict[str, dict[str, Any]] = {
         clock: {
@@ -158,7 +169,8 @@ def main() -> None:
         "target": TARGET,
         "times": rows,
     }
-    (RESULTS / "checkpoint_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = "checkpoint_cost" + ("_gpu" if options.device == "cuda" else "") + ".json"
+    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

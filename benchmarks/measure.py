@@ -17,15 +17,17 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 
 
-def seconds(cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Return the median seconds of each case, on torch's default device.
+def seconds(
+    cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2, device: str | None = None
+) -> dict[str, float]:
+    """Return the median seconds of each case, which computes on `device` (None: torch's default device).
 
     Every round calls each case once, so a temporary slowdown of the machine affects all cases. On the CPU, the CPU time
     of one thread is measured, which does not depend on other processes. On a GPU, it is the time until all kernels have
     finished.
     """
     torch.set_num_threads(1)
-    on_gpu = torch.get_default_device().type == "cuda"
+    on_gpu = (device or torch.get_default_device().type) == "cuda"
 
     def now() -> float:
         if not on_gpu:

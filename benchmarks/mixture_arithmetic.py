@@ -7,7 +7,7 @@ the distribution of the tokens over the four experts: balanced, or 71 % on one e
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -19,10 +19,37 @@ from bam_ray.model.experts_bam import BamExperts
 from bam_ray.model.layers_bam import BamDecoderLayer, BamFFN
 from bam_ray.training.flops import forward_flops_per_token
 from benchmarks.measure import ratios, report, seconds
-from benchmarks.peers import SHARES, AutoEP, MoE, chosen, filled, marked, mixtral, start_deepspeed
+from benchmarks.peers import AutoEP, MoE, chosen, filled, marked, mixtral, start_deepspeed
 
 EXPERTS = 4
 Row = list[str | float]
+
+
+class Shapes(NamedTuple):
+    """The sizes that are compared."""
+
+    ffn: tuple[tuple[str, int], ...]  # routing, tokens
+    ffn_width: int
+    attention: tuple[tuple[int, int, int], ...]  # sequences, length, hidden size
+    block: tuple[int, int, int]
+    dtypes: tuple[torch.dtype, ...]
+
+
+CPU = Shapes(
+    ffn=(("balanced", 2048), ("skewed", 2048), ("balanced", 512)),
+    ffn_width=512,
+    attention=((4, 512, 512), (2, 128, 512), (2, 32, 64), (1, 16, 64)),
+    block=(4, 512, 512),
+    dtypes=(torch.float32, torch.bfloat16),
+)
+# Matrix products of the shapes above take a GPU microseconds, less than it takes to launch them
+GPU = Shapes(
+    ffn=(("balanced", 16384), ("skewed", 16384)),
+    ffn_width=4096,
+    attention=((8, 2048, 4096),),
+    block=(8, 2048, 4096),
+    dtypes=(torch.bfloat16,),
+)
 
 
 def passes(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
@@ -81,15 +108,15 @@ def ffn(rounds: int, tokens: int, d: int, dtype: torch.dtype, routing: str) -> l
     return [["FFN " + shape, name, "one dense FFN", ratio] for name, ratio in times.items() if name != "one dense FFN"]
 
 
-def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
+def attention(rounds: int, batch: int, length: int, d: int, dtype: torch.dtype) -> list[Row]:
     """Compare soft attention experts as one call with a loop over the same number of attentions."""
     torch.manual_seed(0)
     config = sizes(d)
     shared_config = sizes(d, attention_experts="kv_shared")
-    one, shared = (filled(BamAttention(each, 0), torch.float32) for each in (config, shared_config))
-    loop = filled(nn.ModuleList(AveragedAttention(config, 0) for _ in range(EXPERTS)), torch.float32)
+    one, shared = (filled(BamAttention(each, 0), dtype) for each in (config, shared_config))
+    loop = filled(nn.ModuleList(AveragedAttention(config, 0) for _ in range(EXPERTS)), dtype)
     gate = one.gate
-    cos_sin = BamRotaryEmbedding(config)(torch.empty(0), torch.arange(length)[None])
+    cos_sin = BamRotaryEmbedding(config)(torch.empty(0, dtype=dtype), torch.arange(length)[None])
     more: dict[str, Any] = {"position_embeddings": cos_sin, "attention_mask": None, "cache": None}
 
     def looped(x: Tensor) -> Tensor:
@@ -97,7 +124,7 @@ def attention(rounds: int, batch: int, length: int, d: int) -> list[Row]:
         outputs = (gates[..., i, None] * each(x, **more)[0].result() for i, each in enumerate(loop))
         return sum(outputs, torch.zeros(()))
 
-    x = torch.randn(batch, length, d)
+    x = torch.randn(batch, length, d, dtype=dtype)
     times = ratios(
         seconds(
             {
@@ -165,19 +192,19 @@ def main(
 ) -> None:
     """Measure, print a table and write `benchmarks/results/mixture_arithmetic.json` (`..._gpu.json`)."""
     torch.set_default_device(device)
-    start_deepspeed()
+    shapes = GPU if device == "cuda" else CPU
     rows: list[Row] = []
     if "ffn" in only:
-        for dtype in (torch.float32, torch.bfloat16):
-            for routing in SHARES:
-                rows += ffn(rounds, 2048, 512, dtype, routing)
-            rows += ffn(rounds, 512, 512, dtype, "balanced")
+        start_deepspeed(device=device)
+        for dtype in shapes.dtypes:
+            for routing, tokens in shapes.ffn:
+                rows += ffn(rounds, tokens, shapes.ffn_width, dtype, routing)
     if "attention" in only:
-        for batch, length, d in ((4, 512, 512), (2, 128, 512), (2, 32, 64), (1, 16, 64)):
-            rows += attention(rounds if length > 128 else 10 * rounds, batch, length, d)
+        for batch, length, d in shapes.attention:
+            rows += attention(rounds if length > 128 else 10 * rounds, batch, length, d, shapes.dtypes[0])
     if "block" in only:
-        for dtype in (torch.float32, torch.bfloat16):
-            rows += block(rounds, 4, 512, 512, dtype, compiled)
+        for dtype in shapes.dtypes:
+            rows += block(rounds, *shapes.block, dtype, compiled)
     report("mixture_arithmetic" + ("_gpu" if device == "cuda" else ""), ("shape", "case", "against", "ratio"), rows)
 
 

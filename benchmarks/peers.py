@@ -122,13 +122,19 @@ class AutoEP(nn.Module):
         return out[0]
 
 
-def start_deepspeed(rank: int = 0, world_size: int = 1, store: Any = None) -> None:
-    """Start the process group that DeepSpeed's layers need; without a `store`, it has this process alone."""
+def start_deepspeed(rank: int = 0, world_size: int = 1, store: Any = None, device: str = "cpu") -> None:
+    """Start the process group that DeepSpeed's layers need, unless there is one.
+
+    Without a `store`, the group has this process alone. `device` is cpu or cuda, for all layers of this process.
+    """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": device}
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # otherwise DeepSpeed compiles a C++ extension
-    store = store or torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch marks no re-exports
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # otherwise it compiles a C++ extension
+    backend = "nccl" if device == "cuda" else "gloo"
+    if not torch.distributed.is_initialized():
+        store = store or torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch marks no re-exports
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)

@@ -1,9 +1,10 @@
 """The decode engine against transformers' `generate` and `generate_batch`, and against the speed of the memory.
 
     OMP_NUM_THREADS=1 python -m benchmarks.serving [--rounds 3] [--requests 32] [--width 512] [--layers 4]
+    python -m benchmarks.serving --device cuda --width 2048 --layers 8
 
-All models have random weights in fp32 and decode greedily on one thread. The times are medians of CPU time. The models
-of the engine are packed as `serve.pack_weights` does by default.
+All models have random weights in fp32 and decode greedily on one CPU thread or a GPU. The times are medians of CPU time
+or of a GPU's time. On a CPU, the models of the engine are packed as `serve.pack_weights` does by default.
 
 - Mixed lengths: the prompts and the completions have lognormal lengths (median 32 tokens, 4 to 128). All requests are
   there at the start. `generate` gets them in batches in the order of arrival, and each batch ends with its longest
@@ -29,7 +30,7 @@ from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.model.parameters import count_parameters
 from bam_ray.serving import DecodeEngine, SamplingParams
 from bam_ray.serving.engine import Generation
-from bam_ray.serving.packed import pack_weights
+from bam_ray.serving.packed import can_pack, pack_weights
 from bam_ray.upcycling.export import mixtral_config
 from benchmarks.measure import report, seconds
 
@@ -139,8 +140,8 @@ def generate_tokens(model: Any, batch: int, work: list[Work]) -> list[list[int]]
         part = work[start : start + batch]
         longest = max(len(each.prompt) for each in part)
         pad = [longest - len(each.prompt) for each in part]
-        ids = torch.tensor([[0] * gap + each.prompt for gap, each in zip(pad, part, strict=True)])
-        mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in pad])
+        ids = torch.tensor([[0] * gap + each.prompt for gap, each in zip(pad, part, strict=True)], device=model.device)
+        mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in pad], device=model.device)
         new = max(each.tokens for each in part)
         config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None)
         out = model.generate(ids, attention_mask=mask, generation_config=config)[:, longest:].tolist()
@@ -189,7 +190,9 @@ def mixed(name: str, model: Any, peer: Any, work: list[Work], rounds: int) -> li
 
 
 def _packed(model: Any) -> Any:
-    """Return a copy of a model with packed weights, as `bam serve` packs them."""
+    """Return a copy of a model with packed weights, as `bam serve` packs them; on a GPU, the model itself."""
+    if not can_pack(model.device.type, model.dtype):
+        return model
     packed = copy.deepcopy(model)
     pack_weights(packed)
     return packed
@@ -247,9 +250,11 @@ def main(
     requests: Annotated[int, typer.Option(help="Requests of mixed lengths.")] = 32,
     width: Annotated[int, typer.Option(help="Hidden size.")] = 512,
     layers: Annotated[int, typer.Option(help="Layers.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Measure, print a table and write `benchmarks/results/serving.json`."""
+    """Measure, print a table and write `benchmarks/results/serving.json` (`..._gpu.json`)."""
     torch.set_num_threads(1)
+    torch.set_default_device(device)
     work = mixed_lengths(requests)
     llama = dense(width, layers)
     heads = width // 64
@@ -259,7 +264,9 @@ def main(
     rows += [one_stream("BTX", btx, heads, rounds), *mixed("BTX", btx, peer, work, rounds)]
     bam = mixture("kv_experts", width, layers)
     rows += [one_stream("BAM kv_experts", bam, 4 * heads, rounds), *attention_experts(width, layers, rounds)]
-    report("serving", ("case", "program", "tokens per CPU-second", "ratio", "note"), rows)
+    on_gpu = device == "cuda"
+    speed = "tokens per second" if on_gpu else "tokens per CPU-second"
+    report("serving" + ("_gpu" if on_gpu else ""), ("case", "program", speed, "ratio", "note"), rows)
 
 
 if __name__ == "__main__":
