@@ -18,6 +18,7 @@ QUIET_LIBRARIES = {
 }
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 ALLOCATOR_SETTINGS = {ALLOCATOR, "PYTORCH_ALLOC_CONF"}  # the second is the name since torch 2.9
+LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 
 
 def current_node() -> Node:
@@ -38,6 +39,9 @@ def device_environment(gpus: float) -> dict[str, str]:
     if not ALLOCATOR_SETTINGS & set(os.environ):
         # The experts' numbers of tokens change with every step, which fragments memory in blocks of fixed sizes
         found[ALLOCATOR] = "expandable_segments:True"
+    # Attention and FFN exchange tokens at the same time, through two communicators of the same ranks, which could
+    # deadlock if the order of their kernels was not the same on every GPU. NCCL knows the variable since 2.26
+    found[LAUNCH_ORDER] = os.environ.get(LAUNCH_ORDER, "1")
     return found
 
 

@@ -93,7 +93,8 @@ PEAK_BF16_TFLOPS = {
     "B200": 2250,
     "GH200": 989,
     "H200": 989,
-    "H100 PCIe": 756,  # must come before H100
+    "H100 PCIe": 756,  # this and the next one must come before H100
+    "H100 NVL": 835,
     "H100": 989,
     "H800": 989,
     "H20": 148,

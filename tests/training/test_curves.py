@@ -77,6 +77,7 @@ def test_an_unavailable_store_loses_no_step(tmp_path: Path) -> None:
 def test_peak_flops_by_device_name() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 NVL") == 835e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L4") == 121e12
     assert peak_flops("cpu") is None
