@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bam_ray.planning.expert_groups import straddling_warnings
 from bam_ray.planning.maturity import maturity_warning
 from bam_ray.planning.planner import Plan, PlannedTask
 from bam_ray.scheduling.nodes import describe_request
@@ -159,10 +160,11 @@ def _simulation_lines(plan: Plan) -> list[str]:
 
 
 def _warnings(plan: Plan) -> list[str]:
-    """Return the errors of the simulation, and the tasks that look too large for the nodes that they ran on."""
+    """Return the errors of the simulation, and the tasks for which the nodes look too small or badly connected."""
     if not plan.cluster or not plan.simulated:
         return []
     lines = [f"{row.task.full_name}: {error}" for row in plan.rows if (error := plan.simulated.errors.get(row.task.id))]
+    lines += straddling_warnings([row.task for row in plan.rows], plan.recipe, plan.size, plan.cluster.nodes)
     for kind, group in plan.cluster.nodes.items():
         if group.device_memory_gib is None:  # the memory of nodes is requested, so a task never runs on too small a one
             continue

@@ -170,7 +170,9 @@ def created_group(ec2: Any) -> str:
 
 def bootstrapped(group: str) -> Any:
     """Return the configuration as `ray up` completes it in the account."""
-    config = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text().replace("SECURITY_GROUP_ID", group))
+    text = (ROOT / "cluster/aws.yaml").read_text().replace("SECURITY_GROUP_ID", group)
+    subnets = boto3.client("ec2", REGION).describe_subnets()["Subnets"]
+    config = yaml.safe_load(text.replace("SUBNET_ID", subnets[0]["SubnetId"]))
     return bootstrap_aws(prepare_config(config))
 
 
@@ -199,6 +201,7 @@ def test_a_file_without_the_group_starts_nothing(account: Any, capsys: pytest.Ca
         bootstrapped("SECURITY_GROUP_ID")
     assert "Failed to detect a security group" in capsys.readouterr().err
     config = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text())
+    del config["available_node_types"]["mix-a100"]  # Ray itself refuses network interfaces without a group
     for kind in config["available_node_types"].values():
         del kind["node_config"]["SecurityGroupIds"]
     opened = bootstrap_aws(prepare_config(config))["available_node_types"]["head"]["node_config"]["SecurityGroupIds"]
@@ -217,7 +220,7 @@ def test_the_head_may_do_what_the_autoscaler_does(account: Any) -> None:
 
     for each in events:
         each.register("provide-client-params.ec2.*", note)
-    for name in ("spot-l40s", "spot-l4"):
+    for name in ("spot-l40s", "spot-l4", "mix-a100"):
         node_config = config["available_node_types"][name]["node_config"]
         tags = {"ray-node-type": "worker", "ray-node-name": "bam-worker", "ray-user-node-type": name}
         (node,) = provider.create_node(node_config, tags, 1)
@@ -236,7 +239,7 @@ def test_the_head_may_do_what_the_autoscaler_does(account: Any) -> None:
     assert [request for request in asked if not allows(head, request)] == []
 
 
-@pytest.mark.parametrize("kind", ["head", "spot-l40s", "spot-l4"])
+@pytest.mark.parametrize("kind", ["head", "spot-l40s", "spot-l4", "mix-a100"])
 def test_nodes_have_private_metadata_and_encrypted_disks(kind: str) -> None:
     node = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text())["available_node_types"][kind]["node_config"]
     assert node["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}

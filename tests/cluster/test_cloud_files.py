@@ -97,12 +97,26 @@ def test_workers_are_spot_gpus_of_two_types(path: str) -> None:
     head = types.pop(load(path)["head_node_type"])
     assert head["labels"] == {"ray.io/market-type": "on-demand"}
     assert "GPU" not in head["resources"]
+    mix = types.pop("mix-a100")
     labels = [worker["labels"] for worker in types.values()]
     assert {label["ray.io/market-type"] for label in labels} == {"spot"}
     accelerator_types = {label["ray.io/accelerator-type"] for label in labels}
     assert len(accelerator_types) == 2
     assert accelerator_types <= KNOWN  # the names that Ray itself uses
     assert all(worker["resources"]["GPU"] == 1 for worker in types.values())
+    assert mix["labels"] == {"ray.io/accelerator-type": "A100", "ray.io/market-type": "on-demand", "bam/kind": "mix"}
+    assert (mix["resources"]["GPU"], mix["min_workers"]) == (8, 0)
+
+
+def test_nodes_for_mixtures_are_close_and_fast() -> None:
+    aws, gcp = (kinds(path)["mix-a100"]["node_config"] for path in FILES)
+    assert aws["Placement"] == {"GroupName": "bam-mix"}
+    assert [interface["InterfaceType"] for interface in aws["NetworkInterfaces"]] == ["efa"]
+    (policy,) = gcp["resourcePolicies"]
+    assert policy.endswith("/resourcePolicies/bam-mix")
+    assert [interface["nicType"] for interface in gcp["networkInterfaces"]] == ["GVNIC"]
+    guide = (ROOT / "docs/clusters.md").read_text()
+    assert "create-placement-group --group-name bam-mix" in guide and "group-placement bam-mix" in guide
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -193,6 +207,7 @@ PLACEHOLDERS = [
     "PROJECT_ID",
     "SECURITY_GROUP_ID",
     "SSH_PUBLIC_KEY",
+    "SUBNET_ID",
     "YOUR_ADDRESS",
     ":::BUCKET",
     "s3://BUCKET",
@@ -219,7 +234,7 @@ def test_the_commands_of_the_guide_replace_every_placeholder(tmp_path: Path) -> 
     blocks = BLOCKS.findall((ROOT / "docs/clusters.md").read_text())
     replacing = [line for block in blocks for line in block.splitlines() if line.startswith("sed -i ")]
     stubs = ["aws() { echo 123456789012; }", "curl() { echo 203.0.113.7; }", "cat() { echo ssh-ed25519 A/b+c ubuntu; }"]
-    variables = ["group=sg-1", "project=my-project"]
+    variables = ["group=sg-1", "subnet=subnet-1", "project=my-project"]
     subprocess.run(["bash", "-euc", "\n".join([*stubs, *variables, *replacing])], cwd=tmp_path, check=True)
     left = [(path.name, name) for path in files for name in PLACEHOLDERS if name in contents(path)]
     assert left == []

@@ -27,6 +27,7 @@ def test_the_role_of_the_head_grants_no_more_rights() -> None:
     assert {name.rpartition(".")[0] for name in granted} == {
         "compute.disks",
         "compute.instances",
+        "compute.resourcePolicies",
         "compute.subnetworks",
         "compute.zoneOperations",
     }
@@ -50,7 +51,11 @@ def test_workers_have_no_account_and_the_head_its_own() -> None:
         "email": "bam-head@PROJECT_ID.iam.gserviceaccount.com",
         "scopes": ["https://www.googleapis.com/auth/compute"],
     }
-    assert {name: config["serviceAccounts"] for name, config in configs.items()} == {"spot-a100": [], "spot-l4": []}
+    assert {name: config["serviceAccounts"] for name, config in configs.items()} == {
+        "spot-a100": [],
+        "spot-l4": [],
+        "mix-a100": [],
+    }
 
 
 def test_the_key_of_the_head_opens_only_the_nodes() -> None:

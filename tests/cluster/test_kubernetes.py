@@ -109,14 +109,17 @@ def test_requests_and_labels_support_placement(kind: str) -> None:
         (container,) = group["template"]["spec"]["containers"]
         # Ray declares the limits as resources; with lower requests a node would declare more than it may get
         assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        is_for_mixtures = group["groupName"] == "mix-a100"
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == ("8" if is_for_mixtures else "1")
+        assert (group["labels"].get("bam/kind") == "mix") is is_for_mixtures
+        assert (group["minReplicas"] == 0) is is_for_mixtures
         assert group["labels"]["ray.io/accelerator-type"] in KNOWN
         wants_spot = group["labels"]["ray.io/market-type"] == "spot"
         assert ("cloud.google.com/gke-spot" in group["template"]["spec"]["nodeSelector"]) is wants_spot
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in group["template"]["spec"]["volumes"]}
     if kind != "RayService":
-        labels = [group["labels"] for group in cluster["workerGroupSpecs"]]
+        labels = [group["labels"] for group in cluster["workerGroupSpecs"] if group["groupName"] != "mix-a100"]
         assert len({label["ray.io/accelerator-type"] for label in labels}) == 2
         assert {label["ray.io/market-type"] for label in labels} == {"spot"}
 

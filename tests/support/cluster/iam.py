@@ -93,10 +93,15 @@ def _launch(parameters: Mapping[str, Any]) -> Iterator[Request]:
     for disk in parameters["BlockDeviceMappings"]:
         encrypted = str(disk["Ebs"].get("Encrypted", False)).lower()
         yield Request("ec2:RunInstances", _arn("volume/*"), {"ec2:Encrypted": encrypted})
-    for group in parameters["SecurityGroupIds"]:
-        yield Request("ec2:RunInstances", _arn(f"security-group/{group}"))
-    for used in (f"subnet/{parameters['SubnetId']}", f"key-pair/{parameters['KeyName']}", "network-interface/*"):
+    # A node has one network interface, with these or with its own settings
+    network = parameters.get("NetworkInterfaces", [{**parameters, "Groups": parameters.get("SecurityGroupIds")}])
+    for interface in network:
+        for used in (*(f"security-group/{group}" for group in interface["Groups"]), f"subnet/{interface['SubnetId']}"):
+            yield Request("ec2:RunInstances", _arn(used))
+    for used in (f"key-pair/{parameters['KeyName']}", "network-interface/*"):
         yield Request("ec2:RunInstances", _arn(used))
+    if "Placement" in parameters:
+        yield Request("ec2:RunInstances", _arn(f"placement-group/{parameters['Placement']['GroupName']}"))
     if "InstanceMarketOptions" in parameters:
         yield Request("ec2:RunInstances", _arn("spot-instances-request/*"))
     yield Request("ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/ami-12345678")
