@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Figures = dict[str, float | str]
-"""What a check measured, by name."""
+"""The measurements of a check, by name."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class AllToAllTokenDispatcher:
         incoming = torch.empty_like(outgoing)  # [E, n] rows from each rank for each expert of this rank
         with self.ep_group.timer.measure(rows.device):
             dist.all_to_all_single(incoming, outgoing, group=self.ep_group.process_group)
-        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        sent, received = torch.stack((outgoing.sum(1), incoming.sum(1))).tolist()  # one wait for the GPU
         collective = self._all_to_all(sent, received)
         rows = collective.start(rows)
         if overlap is not None:

@@ -51,8 +51,8 @@ def test_shipped_clusters_load(path: Path) -> None:
     assert load_cluster(path).name == path.stem
 
 
-def test_three_clusters_are_shipped() -> None:
-    assert [path.stem for path in CLUSTERS] == ["eight-mixed-nodes", "laptop", "spot-200"]
+def test_four_clusters_are_shipped() -> None:
+    assert [path.stem for path in CLUSTERS] == ["aws", "eight-mixed-nodes", "laptop", "spot-200"]
 
 
 @pytest.mark.parametrize(
