@@ -40,7 +40,7 @@ from bam_ray.pipeline.states import (
     State,
     Waiting,
 )
-from bam_ray.pipeline.tasks import Task
+from bam_ray.pipeline.tasks import BranchQuorum, Task
 from bam_ray.scheduling.cluster_view import ClusterView
 from bam_ray.scheduling.feasibility import FeasibilityCheck
 from bam_ray.scheduling.nodes import NodeFacts
@@ -311,8 +311,15 @@ class Controller:
         return ready
 
     def _can_start(self, task: Task) -> bool:
-        waited = self._deadlines.waited(task) if task.quorum else 0.0
-        return readiness.can_start(task, self.states, waited)
+        if task.quorum is None:
+            return readiness.can_start(task, self.states, 0.0)
+        if task.quorum.at_least and self._has_suspect_branch(task.quorum):
+            return False  # the task may have decided to start with this branch, and would find it damaged again
+        return readiness.can_start(task, self.states, self._deadlines.waited(task))
+
+    def _has_suspect_branch(self, quorum: BranchQuorum) -> bool:
+        """Return True if a branch was found damaged, and no attempt has checked it or made it again since."""
+        return any(self._history[id].suspect and not self.states[id].is_final for id, _ in quorum.branches)
 
     def _active(self) -> list[ActiveTask]:
         """Return the tasks that have an attempt."""

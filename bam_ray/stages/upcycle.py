@@ -92,7 +92,8 @@ class UpcyclingProgress:
 def starting_branches(run: TaskRun) -> list[str]:
     """Return the branches that the mixture starts with: all of them, or those committed at the first call.
 
-    The first call writes its answer to the store, so that every later attempt uses the same branches. Raises
+    The first call writes its answer to the store, so that every later attempt uses the same branches. If one of them is
+    no longer committed, because it was damaged, the answer is replaced by the branches that are committed now. Raises
     `CheckpointError` if fewer branches are committed than `upcycle.when` requires.
     """
     quorum = run.task.quorum
@@ -108,6 +109,9 @@ def starting_branches(run: TaskRun) -> list[str]:
     with contextlib.suppress(BlobExists):
         run.store.put_if_absent(key, json.dumps(committed).encode())
     decided: list[str] = json.loads(run.store.get(key))
+    if not set(decided) <= set(committed):
+        run.store.put(key, json.dumps(committed).encode())
+        return committed
     return decided
 
 

@@ -14,7 +14,7 @@ from bam_ray.control.controller import Controller
 from bam_ray.control.observations import Alive, Crashed, Done, Stopped
 from bam_ray.errors import StoreUnavailable
 from bam_ray.pipeline.graph import find_task, task_graph
-from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Placing, Running, Waiting
+from bam_ray.pipeline.states import Blocked, Committed, Draining, Failed, Placing, Retrying, Running, Waiting
 from bam_ray.pipeline.tasks import BranchQuorum, DamagedArtifact, Progress, Task
 from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import make_plan
@@ -125,6 +125,22 @@ def test_a_branch_committed_after_the_mixture_is_left_out() -> None:
     assert harness.kinds()["report"] is Placing
     harness.finish("report")
     assert harness.controller.outcome() == "finished"
+
+
+def test_a_mixture_does_not_start_before_a_damaged_branch() -> None:
+    harness = MixingHarness(*make_run())
+    harness.step()
+    for name in ("a", "c", "b"):
+        harness.finish(name)
+    harness.step(up=Crashed("a file is damaged", NODE, None, damaged="a"))
+    for _ in range(5):
+        harness.now += HOUR
+        harness.step()
+        assert harness.kinds()["a"] is Placing
+        assert harness.kinds()["up"] is Retrying, "although two branches are committed"
+    harness.finish("a")
+    assert harness.kinds()["up"] is Placing
+    assert harness.controller.history("up").failures == 1
 
 
 class DamagedBranchHarness(MixingHarness):

@@ -225,6 +225,14 @@ def test_a_report_leaves_out_a_branch_that_is_never_committed(tmp_path: Path) ->
     assert run.task(ArtifactKind.BRANCHES, "general").id not in report.parents
 
 
+class StoppedContext(RecordingContext):
+    """The context of an attempt that is asked to stop from its start."""
+
+    def should_stop(self) -> bool:
+        """Return True."""
+        return True
+
+
 def test_the_starting_branches_are_decided_once(tmp_path: Path) -> None:
     run = LateBranchRun(tmp_path)
     make_artifacts(run.recipe, run.store, ("corpora", "seeds"))
@@ -234,16 +242,25 @@ def test_the_starting_branches_are_decided_once(tmp_path: Path) -> None:
         make_artifacts(run.recipe, run.store, ("upcycled",))
     run.branch("code")
 
-    class StoppedContext(RecordingContext):
-        def should_stop(self) -> bool:
-            return True
-
     with pytest.raises(Interrupted):
         run_task(run.recipe, run.store, "upcycled", "bam", StoppedContext())
     late = run.branch("general")
     manifest = run_task(run.recipe, run.store, "upcycled", "bam")
     assert expert_names(Artifact(run.store, "upcycled", manifest.id).fetch()) == ["seed", "code"]
     assert late.id not in manifest.parents and len(manifest.parents) == 2
+
+
+def test_a_starting_branch_that_was_damaged_is_replaced(tmp_path: Path) -> None:
+    run = LateBranchRun(tmp_path)
+    make_artifacts(run.recipe, run.store, ("corpora", "seeds"))
+    code = run.branch("code")
+
+    with pytest.raises(Interrupted):
+        run_task(run.recipe, run.store, "upcycled", "bam", StoppedContext())
+    run.branch("general")
+    Artifact(run.store, "branches", code.id).set_aside(code, "a file is damaged")
+    manifest = run_task(run.recipe, run.store, "upcycled", "bam")
+    assert expert_names(Artifact(run.store, "upcycled", manifest.id).fetch()) == ["seed", "general"]
 
 
 def test_a_missing_branch_changes_averages_copies_and_routers(tmp_path: Path) -> None:
