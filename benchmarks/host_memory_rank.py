@@ -1,5 +1,6 @@
-"""One process of a case of `benchmarks.host_memory`, with the imports of a worker."""
+"""One process of a case of `benchmarks.host_memory` or `checkpoint_memory`, with the imports of a worker."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -19,12 +20,13 @@ from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.settings import Mixing
 from bam_ray.stages import run as stages  # noqa: F401
+from bam_ray.stages.publish import write_model
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.engine import Engine, EngineSpec
 from bam_ray.training.listener import TrainingListener
 from bam_ray.training.loop import Training
-from bam_ray.training.memory import HostMemory
-from bam_ray.training.state import TrainingState
+from bam_ray.training.memory import HostMemory, return_freed_memory
+from bam_ray.training.state import SavableState
 from bam_ray.training.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
@@ -69,9 +71,10 @@ def model(case: "Case") -> PreTrainedModel:
     return BamForCausalLM(BamConfig(**shape, num_experts=case.experts, attention_experts="kv_experts"))
 
 
-def engine(case: "Case") -> Engine:
-    """Return the engine that the stages would use."""
-    spec = EngineSpec(model(case), case.training, Mixing(), case.share.expert_parallel, memory_limit=case.estimate)
+def engine(case: "Case", memory_limit: int | None = None) -> Engine:
+    """Return the engine that the stages would use; None: the process may use as much memory as the planner states."""
+    limit = case.estimate if memory_limit is None else memory_limit
+    spec = EngineSpec(model(case), case.training, Mixing(), case.share.expert_parallel, memory_limit=limit)
     if not case.share.is_group:
         return TorchEngine(spec)
     from bam_ray.on_deepspeed import deepspeed_engine
@@ -79,25 +82,29 @@ def engine(case: "Case") -> Engine:
     return deepspeed_engine(spec)
 
 
-class SlowlyWrittenState(TrainingState):
+class SlowlyWrittenState:
     """A state whose disk is slow."""
+
+    def __init__(self, state: SavableState) -> None:
+        self._state = state
+        self.live, self.part, self.parts = state.live, state.part, state.parts
 
     def write(self, folder: Path) -> None:
         """Wait before the state is written."""
         time.sleep(WRITE_SECONDS)
-        super().write(folder)
+        self._state.write(folder)
 
 
 class SlowCheckpoints(Checkpoints):
     """Checkpoints on a slow disk."""
 
-    def save(self, state: TrainingState, trainer: dict[str, Any]) -> None:
+    def save(self, state: SavableState, trainer: dict[str, Any]) -> None:
         """Save the state, slowly if that is beside training."""
-        super().save(state if state.live else SlowlyWrittenState(**vars(state)), trainer)
+        super().save(state if state.live else SlowlyWrittenState(state), trainer)
 
 
-def train(rank: int, case: "Case", port: int, folder: Path) -> None:
-    """Train with checkpoints, gather the weights, and write the peak of this process's memory to `folder`."""
+def join_group(rank: int, case: "Case", port: int) -> None:
+    """Prepare this process to be a rank of the case's group."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -106,6 +113,11 @@ def train(rank: int, case: "Case", port: int, folder: Path) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+
+
+def train(rank: int, case: "Case", port: int, folder: Path) -> None:
+    """Train with checkpoints, gather the weights, and write the peak of this process's memory to `folder`."""
+    join_group(rank, case, port)
     started = engine(case)
     HostMemory().reset_peak()  # a stage reads the weights of a mixture part by part
     artifact = Artifact(FolderStore(str(folder / "store")), ArtifactKind.MIXTURES, "case")
@@ -113,10 +125,40 @@ def train(rank: int, case: "Case", port: int, folder: Path) -> None:
     checkpoints = SlowCheckpoints(artifact, lease, Retention(2, None))
     training = Training(started, RandomTokens(), LENGTH, case.training, checkpoints, TrainingListener())
     training.run()
-    state = started.state(only_weights=True)
-    if state is not None:
-        state.write_model(folder / "model")
+    specs, weights = started.whole_weights()
+    if rank == 0:
+        write_model(started.model, specs, weights, folder / "model", torch.float32)
+    for _ in weights:  # every rank takes part in gathering them
+        pass
     (folder / f"peak-{rank}").write_text(str(HostMemory().peak_bytes()))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def save(rank: int, case: "Case", has_room: bool, port: int, folder: Path) -> None:
+    """Write a checkpoint; write the peak above the memory before it, and the size of this part, to `folder`."""
+    join_group(rank, case, port)
+    started = engine(case, None if has_room else 1)
+    assert isinstance(case.training.micro_batch_sequences, int)
+    tokens, _ = RandomTokens().take(case.training.micro_batch_sequences)
+    started.step(torch.from_numpy(tokens), 1e-4)
+    artifact = Artifact(FolderStore(str(folder / "store")), ArtifactKind.MIXTURES, "case")
+    lease = Lease.take(artifact.store, artifact.prefix, AttemptNumber(1, 1)) if rank == 0 else None
+    checkpoints = Checkpoints(artifact, lease, Retention(2, None))
+    checkpoints.share_lease(started.gather)
+    memory = HostMemory()
+    return_freed_memory()
+    before = memory.used_bytes()
+    memory.reset_peak()
+    state = started.state()
+    assert state is not None and state.live != has_room
+    checkpoints.save(state, {"step": 1})
+    del state
+    checkpoints.wait()
+    peak = memory.peak_bytes() - before
+    parts = artifact.store.list(f"{artifact.prefix}/steps/")
+    size = sum(artifact.store.size(key) for key in parts if f".part-{rank + 1:04d}-of-" in key)
+    (folder / f"taken-{rank}").write_text(json.dumps([peak, size]))
+    dist.barrier()
+    dist.destroy_process_group()

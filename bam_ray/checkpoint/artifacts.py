@@ -19,22 +19,38 @@ Example:
 
 import contextlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bam_ray.blobs import BlobStore, put_once
 from bam_ray.checkpoint.cache import cached_folder
 from bam_ray.checkpoint.digests import check_digests, file_entry, mismatch, missing
 from bam_ray.checkpoint.leases import AttemptNumber, Lease
-from bam_ray.checkpoint.manifest import MANIFEST, ArtifactKind, Manifest, ManifestGeneration, is_manifest, read_manifest
+from bam_ray.checkpoint.manifest import (
+    MANIFEST,
+    ArtifactKind,
+    FileEntry,
+    Manifest,
+    ManifestGeneration,
+    is_manifest,
+    read_manifest,
+)
 from bam_ray.errors import BlobExists, BlobNotFound, CheckpointError, DigestMismatch, StaleLease, StoreError
 
 FILES = "files"
 CLAIM = ".committing"  # in a folder of files: it is being committed, or it was swept
 SWEPT = b"swept"
+Retry = Callable[..., Any]
+"""Calls a function with arguments, maybe several times, and returns its result."""
 DAMAGED = "the blob was damaged"  # the cause of a wrong digest: nobody changes the files of a run
+
+
+def once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function once: a `Retry` that tries nothing again."""
+    return function(*arguments)
 
 
 class Artifact:
@@ -98,7 +114,7 @@ class Artifact:
         number = lease.number if lease else AttemptNumber(0, 0)
         return f"{FILES}/{number}-{secrets.token_hex(4)}"
 
-    def publish(self, folder: Path, manifest: Manifest, lease: Lease | None = None) -> Manifest:
+    def publish(self, folder: Path, manifest: Manifest, lease: Lease | None = None, retry: Retry = once) -> Manifest:
         """Upload every file of `folder`, then commit `manifest` with their digests.
 
         Args:
@@ -106,6 +122,7 @@ class Artifact:
             manifest: The manifest to commit; its `files` and its `folder` are replaced.
             lease: The lease of this attempt. It is checked before each file and before the manifest, so that a stale
                 attempt stops early. None: nobody else makes this artifact.
+            retry: Calls the upload of each file, and the commit.
 
         Returns:
             The committed manifest (see `commit`).
@@ -113,18 +130,30 @@ class Artifact:
         Raises:
             StaleLease: A newer attempt has taken over.
         """
+        destination = self.new_folder(lease)
+        entries = self.upload(folder, destination, lease, retry)
+        complete = manifest.model_copy(update={"files": entries, "folder": destination})
+        committed: Manifest = retry(self.commit, complete, lease)
+        return committed
+
+    def upload(self, folder: Path, destination: str, lease: Lease | None, retry: Retry = once) -> dict[str, FileEntry]:
+        """Upload every file of `folder` to the folder `destination` below the prefix, and return their digests.
+
+        Raises:
+            StaleLease: A newer attempt has taken over.
+        """
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         entries = {name: file_entry(folder / name) for name in names}
-        complete = manifest.model_copy(update={"files": entries, "folder": self.new_folder(lease)})
 
         def upload(name: str) -> None:
             if lease is not None:
                 lease.check()
-            self.store.put_file(self.key(complete, name), folder / name)
+            key = "/".join(part for part in (self.prefix, destination, name) if part)
+            self.store.put_file(key, folder / name)
 
         with ThreadPoolExecutor(max_workers=4) as pool:
-            list(pool.map(upload, names))
-        return self.commit(complete, lease)
+            list(pool.map(partial(retry, upload), names))
+        return entries
 
     def commit(self, manifest: Manifest, lease: Lease | None = None) -> Manifest:
         """Write the manifest, which marks the artifact as complete.

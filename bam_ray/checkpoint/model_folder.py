@@ -19,6 +19,7 @@ from bam_ray.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PARTS = "model.part-*-of-*.safetensors"  # of a training checkpoint (see `tensors`)
 ADAPTER = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -109,7 +110,7 @@ def parse_object(data: bytes, uri: str) -> dict[str, Any]:
 
 
 def weight_files(files: FolderFiles, config: dict[str, Any]) -> list[str]:
-    """Return the names of the weight files that transformers would load.
+    """Return the names of the weight files that transformers would load, or of the parts of a training checkpoint.
 
     Raises:
         CheckpointError: There are none; the message says what the folder is instead.
@@ -124,6 +125,9 @@ def weight_files(files: FolderFiles, config: dict[str, Any]) -> list[str]:
         return [WEIGHTS]
     index = files.read_file(INDEX)
     if index is None:
+        parts = [name for name in files.file_names() if fnmatchcase(name, PARTS)]
+        if parts:
+            return parts
         raise CheckpointError(_describe(files))
     shards = parse_object(index, f"{files.uri}/{INDEX}").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(_is_file_name(shard) for shard in shards.values()):

@@ -81,6 +81,11 @@ def parse_header(header: bytes, data_bytes: int) -> list[TensorEntry]:
     return entries
 
 
+def parse_metadata(header: bytes) -> dict[str, str]:
+    """Return the metadata of a header that `parse_header` has accepted."""
+    return json.loads(header).get(METADATA) or {}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs of a JSON object as a dict; raise `HeaderError` if a name occurs twice."""
     found = dict(pairs)

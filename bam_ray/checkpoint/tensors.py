@@ -6,6 +6,11 @@ Design choice: a safetensors file is an 8-byte length, a JSON header with the dt
 tensor, and the bytes. `TensorReader` reads only the headers and then requests byte ranges, so peak memory is the
 tensors or chunks in use, whatever the size of the model.
 
+The ranks of a process group write a training checkpoint in parts. A part is a safetensors file whose tensors are flat,
+and are ranges of elements of whole tensors. Its metadata says which. The reader puts the parts together:
+
+    model.part-0002-of-0004.safetensors    "__metadata__": {"parts": "{<name>: [<first element>, <whole shape>]}"}
+
 Limits: only safetensors files are read. The dtypes of quantized weights are refused; those of masks and other buffers
 are read.
 """
@@ -17,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -34,7 +40,14 @@ from bam_ray.checkpoint.model_folder import (
     refuse_wrappers,
     weight_files,
 )
-from bam_ray.checkpoint.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, HeaderError, parse_header
+from bam_ray.checkpoint.safetensors_header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    METADATA,
+    HeaderError,
+    parse_header,
+    parse_metadata,
+)
 from bam_ray.errors import BlobNotFound, CheckpointError
 
 __all__ = ["CHUNK_BYTES", "DTYPES", "DTYPE_NAMES", "INDEX", "TensorLocation", "TensorReader", "TensorSpec"]
@@ -47,7 +60,6 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BUFFER_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -59,6 +71,8 @@ BUFFER_DTYPES = {
 }
 """Further dtypes, of masks and other buffers in old checkpoints."""
 READABLE = {**DTYPES, **BUFFER_DTYPES}
+DTYPE_NAMES = {dtype: name for name, dtype in READABLE.items()}
+PARTS = "parts"  # in the metadata of a part
 CHUNK_BYTES = 2 << 20  # a few chunks in flight, and the freed ones that malloc keeps, make tens of MiB
 REMOTE_CHUNK_BYTES = 4 << 20  # larger, because each chunk costs a round trip
 REMOTE_REQUESTS = 2  # concurrent requests for one tensor of each source
@@ -101,11 +115,42 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | Non
 
 
 @dataclass(frozen=True)
+class TensorRange:
+    """Consecutive elements of a tensor, in the order of its rows.
+
+    Attributes:
+        spec: The whole tensor.
+        first: The position of the first element.
+        values: The elements, as a flat tensor.
+    """
+
+    spec: TensorSpec
+    first: int
+    values: Tensor
+
+
+def encode_part_header(ranges: Sequence[TensorRange]) -> bytes:
+    """Return the beginning of a safetensors file that holds `ranges`, at most one of each tensor."""
+    flat = (TensorSpec(each.spec.name, each.spec.dtype, (each.values.numel(),)) for each in ranges)
+    index = {each.spec.name: [each.first, each.spec.shape] for each in ranges}
+    return encode_header(flat, {PARTS: json.dumps(index, separators=(",", ":"))})
+
+
+@dataclass(frozen=True)
 class TensorLocation:
-    """The position of a tensor in the store: the key of its file and the offset of its first byte in it."""
+    """The position of a tensor, or of a part of it, in the store.
+
+    Attributes:
+        key: The key of the file.
+        start: The offset of the first byte in the file.
+        first: The offset of the same byte in the whole tensor.
+        length: The number of bytes.
+    """
 
     key: str
     start: int
+    first: int
+    length: int
 
 
 class TensorReader(FolderReader):
@@ -125,10 +170,11 @@ class TensorReader(FolderReader):
         super().__init__(store, prefix, has_manifest=files is None)
         self.config: dict[str, Any] = read_config(self) if files is None else {}
         self.specs: dict[str, TensorSpec] = {}
-        self._locations: dict[str, TensorLocation] = {}
+        self._locations: dict[str, list[TensorLocation]] = {}
         self.shards = tuple(weight_files(self, self.config) if files is None else files)
         for shard in self.shards:
             self._read_header(self._key(shard))
+        self._check_parts()
         if files is None:
             refuse_wrappers(self.specs, self.uri)
             check_layers(self.config, self.specs, self.uri)
@@ -147,14 +193,15 @@ class TensorReader(FolderReader):
 
         They are views of one buffer on the CPU, in their stored dtypes.
         """
-        first = min(names, key=lambda name: self._locations[name].start)
-        start = self._locations[first].start
-        stop = max(self._locations[name].start + self.specs[name].bytes for name in names)
-        data = bytearray(self._read_range(first, 0, stop - start))
+        locations = {name: self._locations[name][0] for name in names}
+        first = min(names, key=lambda name: locations[name].start)
+        key, start = locations[first].key, locations[first].start
+        stop = max(location.start + location.length for location in locations.values())
+        data = bytearray(self._read_blob(key, start, stop - start, first))
         found = {}
         for name in names:
-            spec, offset = self.specs[name], self._locations[name].start - start
-            assert self._locations[name].key == self._locations[first].key, f"{name} is in another file than {first}"
+            spec, offset = self.specs[name], locations[name].start - start
+            assert locations[name].key == key, f"{name} is in another file than {first}"
             flat = torch.frombuffer(data, dtype=spec.dtype, count=spec.elements, offset=offset)
             found[name] = flat.view(spec.shape)
         return found
@@ -186,6 +233,13 @@ class TensorReader(FolderReader):
             while in_flight:
                 yield in_flight.popleft().result()
 
+    def copy_range(self, name: str, first: int, target: Tensor) -> None:
+        """Copy the elements of one tensor from `first` on to the flat `target`, which may have another dtype."""
+        position = 0
+        for chunk in self.chunks(name, first, first + target.numel()):
+            target[position : position + chunk.numel()].copy_(chunk)
+            position += chunk.numel()
+
     def check_digests(self) -> int:
         """Read every file that the manifest names and compare its digest.
 
@@ -201,11 +255,19 @@ class TensorReader(FolderReader):
         return len(self._manifest.files)
 
     def _read_range(self, name: str, start: int, length: int) -> bytes:
-        """Read `length` bytes of a tensor from its byte `start` on."""
-        location = self._locations[name]
-        data = self.store.get_range(location.key, location.start + start, length)
+        """Read `length` bytes of a tensor from its byte `start` on, which may be in several files."""
+        found = []
+        for location in self._locations[name]:
+            first = max(start, location.first)
+            size = min(start + length, location.first + location.length) - first
+            if size > 0:
+                found.append(self._read_blob(location.key, location.start + first - location.first, size, name))
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _read_blob(self, key: str, start: int, length: int, name: str) -> bytes:
+        data = self.store.get_range(key, start, length)
         if len(data) != length:
-            raise CheckpointError(_truncated(f"{self.store.uri}/{location.key}", name))
+            raise CheckpointError(_truncated(f"{self.store.uri}/{key}", name))
         return data
 
     def _read_header(self, key: str) -> None:
@@ -218,19 +280,36 @@ class TensorReader(FolderReader):
                 refuse_pointer(self.store.get_range(key, 0, MAX_POINTER_BYTES), uri)
                 raise HeaderError("is not a safetensors file, or it is truncated")
             data_start = LENGTH_BYTES + length
-            entries = parse_header(self.store.get_range(key, LENGTH_BYTES, length), size - data_start)
+            header = self.store.get_range(key, LENGTH_BYTES, length)
+            entries = parse_header(header, size - data_start)
+            parts = _read_parts(header) if is_part(key) else {}
         except BlobNotFound:
             raise CheckpointError(f"{uri} is missing") from None
         except HeaderError as error:
             raise CheckpointError(f"{uri} {error}") from None
-        for name, dtype, shape, start, _ in entries:
+        for name, dtype, shape, start, stop in entries:
             if dtype not in READABLE:
                 raise CheckpointError(
                     f"{uri}: tensor {name} has dtype {dtype}, so the model is quantized; supported are "
                     f"{', '.join(DTYPES)}: load it with transformers, call dequantize() and save it"
                 )
-            self.specs[name] = TensorSpec(name, READABLE[dtype], shape)
-            self._locations[name] = TensorLocation(key, data_start + start)
+            first, whole = parts.get(name, (0, shape))
+            spec = self.specs[name] = TensorSpec(name, READABLE[dtype], whole)
+            others = self._locations.get(name, []) if name in parts else []
+            location = TensorLocation(key, data_start + start, first * spec.dtype.itemsize, stop - start)
+            self._locations[name] = [*others, location]
+
+    def _check_parts(self) -> None:
+        """Raise `CheckpointError` if the parts of a tensor are not the whole tensor."""
+        for name, locations in self._locations.items():
+            locations.sort(key=lambda location: location.first)
+            end = 0
+            for location in locations:
+                if location.first != end:
+                    break
+                end += location.length
+            if end != self.specs[name].bytes:
+                raise CheckpointError(f"{self.uri}: a part of tensor {name} is missing or damaged")
 
     def _add_prefix(self, prefix: str) -> None:
         """Rename all tensors except the head, as transformers does for checkpoints of the base model."""
@@ -240,6 +319,25 @@ class TensorReader(FolderReader):
                 names[name]: TensorSpec(names[name], spec.dtype, spec.shape) for name, spec in self.specs.items()
             }
             self._locations = {names[name]: location for name, location in self._locations.items()}
+
+
+def is_part(name: str) -> bool:
+    """Return True if a file is a part of the weights or of the optimizer states (see `part_name`)."""
+    return fnmatchcase(name, "*.part-*-of-*.safetensors")
+
+
+def part_name(kind: str, number: int, count: int) -> str:
+    """Return the name of the part `number` (from 0) of `count` of the tensors of `kind`, "model" or "optimizer"."""
+    return f"{kind}.part-{number + 1:04d}-of-{count:04d}.safetensors"
+
+
+def _read_parts(header: bytes) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return the first element and the whole shape of the tensors of a part; raises `HeaderError`."""
+    try:
+        parts = json.loads(parse_metadata(header)[PARTS])
+        return {name: (int(first), tuple(map(int, shape))) for name, (first, shape) in parts.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise HeaderError("is damaged: its header does not say which parts of the tensors it has") from None
 
 
 def _truncated(uri: str, tensor: str) -> str:

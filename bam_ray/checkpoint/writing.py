@@ -50,6 +50,7 @@ class ModelWriter:
         prefix: The prefix of the folder in the store.
         max_shard_bytes: The size from which tensors are split over several safetensors files.
         commit_manifest: Commits the manifest; None writes it to the folder.
+        prefetches: True if another thread computes chunks while one is sent. False for chunks that collectives make.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ModelWriter:
         prefix: str = "",
         max_shard_bytes: int = MAX_SHARD_BYTES,
         commit_manifest: Callable[[Manifest], Manifest] | None = None,
+        prefetches: bool = True,
     ) -> None:
         self.store = store
         self.entries: dict[str, FileEntry] = {}
@@ -65,6 +67,7 @@ class ModelWriter:
         self.prefix = prefix
         self._max_shard_bytes = max_shard_bytes
         self._commit_manifest = commit_manifest or self._write_manifest
+        self._prefetches = prefetches
 
     def write_tensors(
         self, specs: Sequence[TensorSpec], produce: ChunkProducer, last: Sequence[TensorSpec] = ()
@@ -147,7 +150,7 @@ class ModelWriter:
                 digest.update(chunk)
                 yield chunk
 
-        self.store.put_stream(self._key(name), prefetch(chunks()), size)
+        self.store.put_stream(self._key(name), prefetch(chunks()) if self._prefetches else chunks(), size)
         self.entries[name] = FileEntry(size=size, sha256=digest.hexdigest())
 
     def _key(self, name: str) -> str:

@@ -1,9 +1,10 @@
-"""Loading of a model folder, which must have all weights of the model."""
+"""Loading of a model folder, which must have all weights of the model, and the names of weights in folders."""
 
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from bam_ray.errors import CheckpointError
 
@@ -29,3 +30,16 @@ def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the names of all weights and buffers of `model` in a folder, by their names in its state dict.
+
+    transformers renames some of them when it loads and saves a model, for example the head of GPT-NeoX.
+    """
+    names = list(model.state_dict())
+    # Each tensor is told by its length, because transformers returns other objects
+    reverted = revert_weight_conversion(
+        model, {name: torch.empty(number, device="meta") for number, name in enumerate(names)}
+    )
+    return {names[tensor.numel()]: stored for stored, tensor in reverted.items()}

@@ -9,6 +9,7 @@ autocast over fp32 parameters, as in `TorchEngine`, so checkpoints are the same 
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 
+from bam_ray.checkpoint.tensors import TensorSpec
 from bam_ray.errors import LossNotFinite, SettingsError, TrainingError
 from bam_ray.on_deepspeed import canonical
 from bam_ray.on_deepspeed.adam_states import create_adam_states
@@ -34,7 +36,7 @@ from bam_ray.training.micro_batch import updating_weights
 from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import BatchStatistics, Objective, as_mixture, objective, update_selection_biases
 from bam_ray.training.param_groups import freeze, param_groups, set_learning_rates
-from bam_ray.training.state import TrainingState
+from bam_ray.training.state import StatePart
 
 deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings repeat our errors, or need no action
 # torch 2.13 renames two collectives; torch 2.11 and DeepSpeed know only the old names
@@ -250,12 +252,17 @@ class DeepSpeedEngine:
                 "use a batch_tokens that is a multiple of processes times sequence_length"
             )
 
-    def state(self, only_weights: bool = False) -> TrainingState | None:
+    def state(self) -> StatePart:
+        """See `Engine`. This rank's part of the state."""
+        part = canonical.state(self.model, self.deepspeed.optimizer, self.shards)
+        return part.snapshot(self._host.available_bytes())
+
+    def whole_weights(self) -> tuple[list[TensorSpec], Iterator[Tensor]]:
         """See `Engine`."""
-        return canonical.state(self.model, self.deepspeed.optimizer, self.shards, self._host, only_weights)
+        return canonical.whole_weights(self.model, self.shards)
 
     def load(self, folder: Path) -> None:
-        """See `Engine`. Every rank reads the whole folder."""
+        """See `Engine`. Every rank reads its own part."""
         canonical.load(folder, self.model, self.deepspeed.optimizer, self.shards)
         self.updates = canonical.steps(self.deepspeed.optimizer)
         create_adam_states(self.deepspeed.optimizer)

@@ -46,14 +46,17 @@ class ExpertShards:
     group_name: str = ""  # DeepSpeed's name of the process group
     names: frozenset[str] = frozenset()
 
-    def shard(self, name: str, whole: Tensor) -> Tensor:
-        """Return this rank's shard of a parameter, or of an optimizer state: [N, ...] -> [n, ...].
-
-        A replicated parameter is returned unchanged.
-        """
+    def first_element(self, name: str, elements: int) -> int:
+        """Return the position of the first of this rank's `elements` in the whole of a parameter."""
         if self.ep_group is None or name not in self.names:
-            return whole
-        return whole.chunk(self.ep_group.size)[self.ep_group.rank]
+            return 0
+        return self.ep_group.rank * elements
+
+    def replica(self, name: str, rank: int, ranks: int) -> tuple[int, int]:
+        """Return the number of this rank among those that hold the same elements of a tensor, and their count."""
+        if self.ep_group is None or name not in self.names:
+            return rank, ranks
+        return rank // self.ep_group.size, ranks // self.ep_group.size
 
     def gather(self, name: str, shard: Tensor) -> Tensor:
         """Return the whole of a parameter of which every rank has a shard: [n, ...] -> [N, ...].

@@ -1,9 +1,9 @@
 """The memory of each worker of a task, estimated before anything starts, and requested if the recipe states none.
 
 A worker that trains holds weights, gradients and Adam's states in fp32, what a micro batch keeps for the backward pass,
-and on rank 0 a copy of the whole state for the checkpoint that is being written. If no node has room for that, the
-worker can do without the copy: checkpoints are then written while training waits. Two requests follow, of which the
-second is a fallback of the first. `benchmarks/host_memory.py` compares the estimates with processes that train.
+and a copy of its part of the state for the checkpoint that is being written. If no node has room for that, the worker
+can do without the copy: checkpoints are then written while training waits. Two requests follow, of which the second is
+a fallback of the first. `benchmarks/host_memory.py` compares the estimates with processes that train.
 """
 
 import math
@@ -145,7 +145,7 @@ def _diloco_memory(
 
 
 def training_memory(size: ModelSize, training: TrainingSettings, context: int, share: WorkerShare) -> WorkerMemory:
-    """Return the memory of the worker that needs most, rank 0, which also writes the checkpoints.
+    """Return the memory of one worker.
 
     Args:
         size: The model.
@@ -158,16 +158,15 @@ def training_memory(size: ModelSize, training: TrainingSettings, context: int, s
     sequences = training.micro_batch_sequences
     least = 1 if sequences == "auto" else sequences
     fitted = max(1, AUTO_TOKENS // context) if sequences == "auto" and not share.on_gpu else least
-    copy = size.checkpoint_bytes
-    gathered = WEIGHT_BYTES * (size.expert_parameters - size.expert_parameters // share.expert_parallel)
+    copy = size.checkpoint_bytes // share.workers if share.is_group else size.checkpoint_bytes
     process = (GPU_PROCESS_BYTES if share.on_gpu else PROCESS_BYTES) + (GROUP_BYTES if share.is_group else 0)
     if share.on_gpu:
-        loading = size.weight_bytes
+        loading = WEIGHT_BYTES * size.local_parameters(share.expert_parallel) + size.count_bytes
         device = states + activation_bytes(size, training, least * context, share.expert_parallel)
         return WorkerMemory(process + max(loading, copy), process + loading, device)
     return WorkerMemory(
         process + states + activation_bytes(size, training, fitted * context, share.expert_parallel) + copy,
-        process + states + activation_bytes(size, training, least * context, share.expert_parallel) + gathered,
+        process + states + activation_bytes(size, training, least * context, share.expert_parallel),
     )
 
 
@@ -203,19 +202,33 @@ def _mixing_memory(task: Task, recipe: Recipe, seed: ModelSize, on_gpu: bool) ->
     """Return the maximum memory of a worker that trains a mixture.
 
     While branches are missing, the experts may be distributed over fewer processes, which then hold more of them.
+    Before training, rank 0 holds the whole state if it adds a late branch.
     """
     mix, mixture = recipe.mix, recipe.upcycle.mixtures[task.name]
     training = mix.training.model_copy(update={"micro_batch_sequences": mix.micro_batch(mix.processes)})
+    counts = _expert_counts(recipe, mixture)
+    sizes = {
+        count: seed.mixed(mixture.model_copy(update={"num_experts": count}), count) if count else seed
+        for count in counts
+    }
     found = [
         training_memory(
-            seed.mixed(mixture.model_copy(update={"num_experts": count}), count) if count else seed,
+            size,
             training,
             recipe.data.sequence_length,
             WorkerShare(mix.processes, gcd(mix.expert_parallel, count) if count else 1, True, on_gpu),
         )
-        for count in _expert_counts(recipe, mixture)
+        for count, size in sizes.items()
     ]
-    return max(found, key=lambda memory: (memory.device_bytes or 0, memory.host_bytes))
+    most = max(found, key=lambda memory: (memory.device_bytes or 0, memory.host_bytes))
+    if len(counts) == 1:
+        return most
+    adding = PROCESS_BYTES + GROUP_BYTES + sizes[counts[-1]].checkpoint_bytes
+    return replace(
+        most,
+        host_bytes=max(most.host_bytes, adding),
+        least_host_bytes=max(most.least_host_bytes, adding),
+    )
 
 
 def _expert_counts(recipe: Recipe, mixture: MixtureSettings) -> range:

@@ -191,5 +191,5 @@ class _MixtureFolder(TensorReader):
         return self._initial.read_file(name) if is_carried(name) else super().read_file(name)
 
     def file_names(self, folder: str = "") -> list[str]:
-        """Return the names of the files in a subfolder, which is one of the tokenizer's."""
-        return self._initial.file_names(folder)
+        """Return the names of the files in the folder, or in a subfolder, which is one of the tokenizer's."""
+        return self._initial.file_names(folder) if folder else super().file_names()

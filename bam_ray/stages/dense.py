@@ -3,6 +3,7 @@
 Each is trained by one process or one process group, without any others.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,6 +30,7 @@ from bam_ray.training.diloco import DiLoCoEngine
 from bam_ray.training.document_mask import mask_documents
 from bam_ray.training.engine import EngineFactory, EngineSpec
 from bam_ray.training.memory import limit_in_bytes
+from bam_ray.training.meta_init import model_on_meta
 from bam_ray.training.torch_engine import TorchEngine
 from bam_ray.upcycling.domain_priors import seed_with_tables, seed_with_vectors
 from bam_ray.upcycling.tokenizers import is_carried
@@ -47,7 +49,7 @@ def train_seed(run: TaskRun, engine_factory: EngineFactory | None = None) -> Man
     torch.manual_seed(settings.training.seed)
     model = AutoModelForCausalLM.from_config(scratch_config(settings.scratch, corpus))
     blend = settings.blend or dict.fromkeys(run.recipe.data.names, 1.0)
-    return _train_dense(run, corpus, blend, settings.training, model, engine_factory)
+    return _train_dense(run, corpus, blend, EngineSpec(model, settings.training), engine_factory)
 
 
 def train_branch(run: TaskRun, engine_factory: EngineFactory | None = None) -> Manifest | None:
@@ -116,29 +118,32 @@ def _train_seed_further(
     """Train a copy of the seed, or `model`, in fp32 and publish it in the dtype of the seed."""
     corpus = Corpus(run.parent(ArtifactKind.CORPORA, "corpus").fetch())
     seed = run.parent(ArtifactKind.SEEDS, "seed")
-    if model is None:
+    weights_folder = None
+    if model is None and engine_factory is not None and run.task.name != DILOCO:  # each rank reads its part
+        weights_folder = seed.fetch()
+        model = model_on_meta(weights_folder)
+    elif model is None:
         model = load_folder(seed.fetch(), torch.float32)
     dtype = published_dtype(TensorReader(run.store, seed.prefix))
-    return _train_dense(run, corpus, blend, training, model, engine_factory, dtype)
+    spec = EngineSpec(model, training, weights_folder=weights_folder)
+    return _train_dense(run, corpus, blend, spec, engine_factory, dtype)
 
 
 def _train_dense(
     run: TaskRun,
     corpus: Corpus,
     blend: Blend,
-    training: TrainingSettings,
-    model: PreTrainedModel,
+    spec: EngineSpec,
     engine_factory: EngineFactory | None,
     dtype: torch.dtype = torch.float32,
 ) -> Manifest | None:
-    """Train `model` in fp32 and publish it in `dtype`."""
+    """Train the model of `spec` in fp32 on the resources of the task, and publish it in `dtype`."""
     if not corpus.attend_across_documents:
-        mask_documents(model, corpus.end_of_text_id)
+        mask_documents(spec.model, corpus.end_of_text_id)
     needs = run.task.needs
-    memory_limit, device = limit_in_bytes(needs.memory_gib), requested_device(needs.gpus)
-    spec = EngineSpec(model, training, memory_limit=memory_limit, device=device)
-    sampler = make_sampler(run, corpus, blend, training)
-    job = TrainingJob(corpus, sampler, blend, training, run.recipe.metrics, dtype)
+    spec = replace(spec, memory_limit=limit_in_bytes(needs.memory_gib), device=requested_device(needs.gpus))
+    sampler = make_sampler(run, corpus, blend, spec.training)
+    job = TrainingJob(corpus, sampler, blend, spec.training, run.recipe.metrics, dtype)
     with run.attempt() as attempt:
         return train_to_artifact(attempt, job, spec, engine_factory or TorchEngine)
 

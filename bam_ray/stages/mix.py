@@ -56,7 +56,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
     start = StartPoint(initial_folder)
     if run.task.quorum is not None:
         start = absorb_late_branches(run, changes, sampler.state_dict())
-    model = load_folder(start.folder, torch.float32) if is_dense else model_on_meta(start.folder, **changes)
+    model = model_on_meta(start.folder, **({} if is_dense else changes))
     experts: list[str] = [] if is_dense else model.config.expert_names
     # The experts must be shared equally. A process group that lost nodes may be too small for the setting, and so may
     # the number of experts while branches are missing.
@@ -71,7 +71,7 @@ def _train(run: TaskRun, engine_factory: EngineFactory) -> Manifest | None:
         training,
         mix,
         sharing,
-        weights_folder=None if is_dense else start.folder,
+        weights_folder=start.folder,
         memory_limit=limit_in_bytes(needs.memory_gib),
         device=requested_device(needs.gpus),
     )

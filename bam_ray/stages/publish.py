@@ -2,22 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ComputeCost, Manifest
 from bam_ray.checkpoint.scratch import scratch_folder
-from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.checkpoint.tensors import CHUNK_BYTES, TensorReader, TensorSpec
+from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.training_job import TrainingJob
 from bam_ray.training.checkpoints import retry_while_unavailable
 from bam_ray.training.engine import Engine
 from bam_ray.training.flops import run_flops
 from bam_ray.training.loop import FinishedTraining
-from bam_ray.training.state import TrainingState
 from bam_ray.upcycling.plan_config import checkpoint_dtype
 
 CURVE = "curve.json"
@@ -36,8 +39,10 @@ def publish_model(
     run: TaskRun, job: TrainingJob, engine: Engine, finished: FinishedTraining, wall_seconds: float
 ) -> Manifest | None:
     """Commit the model of a finished training. Every rank calls this, and only rank 0 gets the manifest."""
-    state = engine.state(only_weights=True)
-    if state is None or run.lease is None:
+    specs, weights = engine.whole_weights()
+    if run.lease is None:
+        for _ in weights:  # every rank takes part in the collectives
+            pass
         return None
     task, settings = run.task, job.training
     manifest = Manifest(
@@ -63,27 +68,34 @@ def publish_model(
         attempt=str(run.lease.number),
     )
     with scratch_folder("model") as folder:
-        write_model(state, folder, job.dtype)
+        write_model(engine.model, specs, weights, folder, job.dtype)
         shutil.copytree(job.corpus.tokenizer_folder, folder, dirs_exist_ok=True)
         for path in job.extra_files:
             shutil.copy(path, folder)
         (folder / CURVE).write_text(json.dumps([asdict(metrics) for metrics in finished.curve]))
-        return retry_while_unavailable()(run.artifact.publish, folder, manifest, run.lease)
+        return run.artifact.publish(folder, manifest, run.lease, retry_while_unavailable())
 
 
-def write_model(state: TrainingState, folder: Path, dtype: torch.dtype) -> None:
-    """Write the Hugging Face folder of a model with its weights in `dtype`; checkpoints keep them in fp32."""
-    converted: dict[tuple[torch.device, int, torch.Size], Tensor] = {}  # names of tied weights share a tensor
+def write_model(
+    model: PreTrainedModel, specs: Iterable[TensorSpec], weights: Iterator[Tensor], folder: Path, dtype: torch.dtype
+) -> None:
+    """Write the Hugging Face folder of a model with its weights in `dtype`; checkpoints keep them in fp32.
 
-    def convert(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        key = (tensor.device, tensor.data_ptr(), tensor.shape)
-        if key not in converted:
-            converted[key] = tensor.detach().to(dtype)
-        return converted[key]
+    Args:
+        model: The model, only for its configuration and code.
+        specs: The names, dtypes and shapes of the weights.
+        weights: The values of the weights in the same order. Only one of them is needed at a time.
+        folder: The folder.
+        dtype: The dtype of the floating-point weights in the folder.
+    """
+    model.save_pretrained(folder, state_dict={})
 
-    replace(state, weights={name: convert(tensor) for name, tensor in state.weights.items()}).write_model(folder)
+    def produce(spec: TensorSpec) -> Iterator[Tensor]:
+        return (part.cpu() for part in next(weights).detach().flatten().split(CHUNK_BYTES // spec.dtype.itemsize))
+
+    stored = [replace(spec, dtype=dtype) if spec.dtype.is_floating_point else spec for spec in specs]
+    ModelWriter(open_store(str(folder)), prefetches=False).write_tensors(stored, produce)
+    assert next(weights, None) is None
     path = folder / "config.json"  # transformers writes the dtype of the model, which is fp32
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,21 +1,25 @@
 """Copy a training checkpoint to a Hugging Face folder, file by file.
 
-No model is loaded, and no file is held in memory as a whole.
+The parts that the ranks of a process group have written are put together, tensor by tensor. No model is loaded, and no
+file is held in memory as a whole.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from bam_ray.blobs import BlobStore
-from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.artifacts import DAMAGED, Artifact
+from bam_ray.checkpoint.digests import check_digests
 from bam_ray.checkpoint.manifest import ArtifactKind, FileEntry, Manifest
 from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
+from bam_ray.checkpoint.tensors import TensorReader, is_part
+from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
-from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch
+from bam_ray.errors import BlobNotFound, CheckpointError
 from bam_ray.settings import StoreSettings
 from bam_ray.training.checkpoints import TRAINER, committed_checkpoints
-from bam_ray.training.state import OPTIMIZER
 
 MAX_TRIES = 3  # at copying the newest checkpoint, while the run prunes older ones
 
@@ -50,7 +54,7 @@ def export_step(run: BlobStore, kind: ArtifactKind, name: str, out: StoreSetting
         found = find_step(run, kind, name, step)
         try:
             return _copy(run, found, name, out)
-        except (BlobNotFound, DigestMismatch):
+        except (BlobNotFound, CheckpointError):
             if found.artifact.manifest() == found.manifest:
                 raise  # it was not pruned, so it is damaged
     raise CheckpointError(
@@ -61,11 +65,15 @@ def export_step(run: BlobStore, kind: ArtifactKind, name: str, out: StoreSetting
 def _copy(run: BlobStore, found: StepCheckpoint, name: str, out: StoreSettings) -> Manifest:
     """Copy `found` to a new folder at `out`; if that fails, nothing is left there."""
     corpus = Artifact(run, ArtifactKind.CORPORA, find_id(run, ArtifactKind.CORPORA, "corpus"))
-    files = _model_files(found) | _tokenizer_files(corpus)
-    check_disk_space(out.uri, sum(entry.size for _, entry in files.values()))
+    files = _model_files(found)
+    parts = {file: files.pop(file)[1] for file in list(files) if is_part(file)}
+    files |= _tokenizer_files(corpus)
+    check_disk_space(out.uri, sum(entry.size for entry in (*parts.values(), *(entry for _, entry in files.values()))))
     with new_model_folder(out) as writer:
         for file, (key, entry) in files.items():
             writer.copy_file(file, run, key, entry)
+        if parts:
+            _put_together(run, found, parts, writer)
         curve = json.loads(run.get(found.artifact.key(found.manifest, TRAINER)))["curve"]
         manifest = Manifest(
             id=found.artifact.id,
@@ -79,12 +87,20 @@ def _copy(run: BlobStore, found: StepCheckpoint, name: str, out: StoreSettings) 
         return writer.commit(run.get(found.artifact.key(found.manifest, "config.json")).decode(), manifest)
 
 
+def _put_together(run: BlobStore, found: StepCheckpoint, parts: dict[str, FileEntry], writer: ModelWriter) -> None:
+    """Write the weights whose parts are in the files `parts`, after comparing the digests of these."""
+    of_parts = found.manifest.model_copy(update={"files": parts})
+    check_digests(run, of_parts, partial(found.artifact.key, of_parts), found.artifact.uri, DAMAGED)
+    reader = TensorReader(run, found.artifact.prefix)
+    writer.write_tensors(list(reader.specs.values()), lambda spec: reader.chunks(spec.name))
+
+
 def _model_files(found: StepCheckpoint) -> dict[str, tuple[str, FileEntry]]:
     """Return the key and the digest of each file of the model; the configuration is written separately."""
     return {
         name: (found.artifact.key(found.manifest, name), entry)
         for name, entry in found.manifest.files.items()
-        if name not in (OPTIMIZER, TRAINER, "config.json")
+        if name not in (TRAINER, "config.json") and not name.startswith("optimizer.")
     }
 
 

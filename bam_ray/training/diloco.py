@@ -84,11 +84,8 @@ class DiLoCoEngine(TorchEngine):
         """See `Engine`. Each process evaluates its own copy."""
         return self.mean(super().evaluate(input_ids))
 
-    def state(self, only_weights: bool = False) -> TrainingState | None:
-        """See `Engine`. The state is live, and its model is the copy of rank 0."""
-        weights = self.model.state_dict()
-        if only_weights:
-            return TrainingState(self.model, weights, {}, self.updates, live=True) if self.rank == 0 else None
+    def state(self) -> TrainingState | None:
+        """See `Engine`. A collective: rank 0 saves the whole state, which is live. Its model is the copy of rank 0."""
         mine = _flat(self._copy())
         copies = [torch.empty_like(mine) for _ in range(self.world_size)]
         if self.world_size > 1:
@@ -100,6 +97,7 @@ class DiLoCoEngine(TorchEngine):
             SHARED: _flat(self._shared),
             MOMENTUM: _flat(self._momentum),
         }
+        weights = self.model.state_dict()
         return TrainingState(self.model, weights, states, self.updates, live=True) if self.rank == 0 else None
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ parallelism. Both compute the same numbers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +14,13 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bam_ray.checkpoint.tensors import TensorSpec
 from bam_ray.errors import LossSpiked
 from bam_ray.settings import Mixing, TrainingSettings
 from bam_ray.training.devices import Precision
 from bam_ray.training.memory import Memory
 from bam_ray.training.objective import ExpertLoad
-from bam_ray.training.state import TrainingState
+from bam_ray.training.state import SavableState
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,18 @@ class Engine(Protocol):
         """Return the mean of `value` over all ranks, on all ranks. A collective."""
         ...
 
-    def state(self, only_weights: bool = False) -> TrainingState | None:
-        """Return the canonical state on rank 0 and None on the others. A collective.
+    def state(self) -> SavableState | None:
+        """Return the part of the state that this rank saves, or None if other ranks save all of it.
 
-        With `only_weights` the state is live and has no optimizer states, to write the model before the next step.
+        It is a copy in host memory if the host has space for that. Otherwise it is live.
+        """
+        ...
+
+    def whole_weights(self) -> tuple[list[TensorSpec], Iterator[Tensor]]:
+        """Return the names, dtypes and shapes of all weights, and their values in the same order.
+
+        Every rank must iterate over all values before the next step, because each may be gathered by a collective. Only
+        those of rank 0 are whole. They are live, and only one of them is gathered at a time.
         """
         ...
 

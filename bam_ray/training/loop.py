@@ -112,6 +112,7 @@ class Training:
         self._engine, self._sampler, self._settings = engine, sampler, settings
         self._tokens = self._sequences * sequence_length
         self._checkpoints, self._listener = checkpoints, listener
+        checkpoints.share_lease(engine.gather)
         self.step = 0
         self.curve: list[StepMetrics] = []
         self.segments: list[ComputeSegment] = []
@@ -145,6 +146,7 @@ class Training:
                     continue
                 self._finish_step()
             self._checkpoints.wait()
+            self._engine.any_rank(False)  # all ranks have seen the last commit before rank 0 deletes checkpoints
         finally:
             self._listener.on_training_end()
         return FinishedTraining(self.curve, self.segments, self.refused, self.device_seconds())

@@ -1,9 +1,9 @@
-"""A mixture on the meta device, which takes no memory until this rank's experts are known.
+"""A model on the meta device, which takes no memory until this rank's part of it is known.
 
     model_on_meta   the folder's model, which has only the shapes of its parameters
     materialize     allocates the parameters that are left when the experts of other ranks have been removed
 
-The caller of `materialize` reads the weights parameter by parameter, so no process holds a whole mixture.
+The caller of `materialize` reads the weights parameter by parameter, so no process holds more than its part.
 """
 
 from pathlib import Path
@@ -15,14 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import bam_ray.model  # noqa: F401 (registers the mixture with the Auto classes)
-from bam_ray.model.attention_bam import BamRotaryEmbedding
 
 NOISE_WEIGHT = "noise_weight"
 """The parameter that a gate has in addition when it becomes noisy. It starts at zero and is in no folder at step 0."""
 
 
 def model_on_meta(folder: Path, **changes: Any) -> PreTrainedModel:
-    """Return the mixture of `folder` in fp32 on the meta device, with `changes` to its configuration.
+    """Return the model of `folder` in fp32 on the meta device, with `changes` to its configuration.
 
     Apart from that it equals the result of `from_pretrained`. The precision of the folder does not matter.
     """
@@ -48,7 +47,10 @@ def materialize(model: PreTrainedModel) -> None:
                 made[on_meta] = nn.Parameter(like(on_meta, device="cpu"), on_meta.requires_grad)
                 vars(made[on_meta]).update(vars(on_meta))  # for example ZeRO's marks of experts
             setattr(module, name, made[on_meta])
-        for name, buffer in list(module.named_buffers(recurse=False)):
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, buffer in buffers.items():
             setattr(module, name, torch.zeros_like(buffer, device="cpu"))
-        if isinstance(module, BamRotaryEmbedding):
-            module.inv_freq = module.frequencies(module.config)[0]
+        if buffers.keys() - module.state_dict().keys():  # the frequencies of rotary embeddings, which are not saved
+            computed: Any = type(module)(module.config)
+            for name, buffer in computed.named_buffers(recurse=False):
+                setattr(module, name, buffer)

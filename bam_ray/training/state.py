@@ -1,32 +1,55 @@
 """The canonical training state: a Hugging Face folder with the optimizer's tensors beside it. It uses no pickle.
 
     config.json, generation_config.json, model*.safetensors    weights, all experts in global order
-    optimizer.safetensors                                      `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`, `step`
+    optimizer*.safetensors                                     `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`, `step`
 
-The state contains nothing about ranks, so any number of processes can load it.
+One process writes whole tensors. The ranks of a process group write one part of each file (see `checkpoint.tensors`),
+with the elements that they update. Readers put the parts together, so any number of processes can load a state.
 """
 
 import itertools
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bam_ray.checkpoint.scratch import new_scratch_folder, remove_scratch_folder
-from bam_ray.checkpoint.tensors import TensorSpec
-from bam_ray.errors import CheckpointError, TrainingError
-from bam_ray.training.tensor_file import HostCopier, specs_of, write_tensors
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.tensors import TensorRange, TensorReader, TensorSpec, encode_part_header, part_name
+from bam_ray.errors import CheckpointError
+from bam_ray.model.loading import stored_names
+from bam_ray.training.tensor_file import HostCopier, distinct_tensors, specs_of, write_data, write_tensors
 
 OPTIMIZER = "optimizer.safetensors"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
+STEP = "step"  # the tensor with the number of updates
+
+
+class SavableState(Protocol):
+    """A training state, or the part of one that a rank writes."""
+
+    @property
+    def live(self) -> bool:
+        """True if the tensors are the engine's own, which its next step changes."""
+        ...
+
+    @property
+    def part(self) -> int:
+        """The number of the part, from 0."""
+        ...
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of the whole state."""
+        ...
+
+    def write(self, folder: Path) -> None:
+        """Write the state."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,42 +64,71 @@ class TrainingState:
     optimizer: Mapping[str, Tensor]
     step: int
     live: bool
-    optimizer_file: Path | None = None  # Adam's states, in place of `optimizer`, if the host had no memory for them
+    part: ClassVar[int] = 0
+    parts: ClassVar[int] = 1
 
     def write(self, folder: Path) -> None:
         """Write the state, which `read_weights` and `read_optimizer` read."""
         self.write_model(folder)
-        if self.optimizer_file is not None:
-            shutil.move(self.optimizer_file, folder / OPTIMIZER)
-            remove_scratch_folder(self.optimizer_file.parent)
-        else:
-            write_optimizer(folder / OPTIMIZER, specs_of(self.optimizer), self.optimizer.values(), self.step)
+        steps = torch.tensor(self.step)
+        specs = [*specs_of({STEP: steps}), *specs_of(self.optimizer)]
+        write_tensors(folder / OPTIMIZER, specs, itertools.chain([steps], self.optimizer.values()))
 
     def write_model(self, folder: Path) -> None:
         """Write only the Hugging Face folder."""
         self.model.save_pretrained(folder, state_dict=dict(self.weights))
 
 
-def write_optimizer(path: Path, specs: Iterable[TensorSpec], states: Iterable[Tensor], step: int) -> None:
-    """Write Adam's states after `step` updates; only one of them is in host memory at a time."""
-    steps = torch.tensor(step)
-    write_tensors(path, [*specs_of({"step": steps}), *specs], itertools.chain([steps], states))
+@dataclass(frozen=True)
+class StatePart:
+    """One rank's part of a training state. The parts of all ranks are the whole state.
 
-
-def spill_optimizer(specs: Iterable[TensorSpec], states: Iterable[Tensor], step: int) -> Path:
-    """Write Adam's states to a file in a scratch folder of its own, and return its path.
-
-    Raises:
-        TrainingError: The file cannot be written.
+    Attributes:
+        model: The model, only for its configuration and code.
+        weights: This rank's ranges of the weights.
+        optimizer: This rank's ranges of Adam's states, named as in `TrainingState`.
+        step: The number of updates.
+        part: The rank.
+        parts: The number of ranks.
+        live: True if the tensors are the engine's own and change with its next step, False if they are copies in host
+            memory.
     """
-    try:
-        path = new_scratch_folder("optimizer") / OPTIMIZER
-        write_optimizer(path, specs, states, step)
-    except OSError as error:
-        raise TrainingError(
-            f"no checkpoint can be written to {tempfile.gettempdir()}: {error}; free space there or set TMPDIR"
-        ) from error
-    return path
+
+    model: PreTrainedModel
+    weights: Sequence[TensorRange]
+    optimizer: Sequence[TensorRange]
+    step: int
+    part: int
+    parts: int
+    live: bool
+
+    def write(self, folder: Path) -> None:
+        """Write the part; that of rank 0 has the configuration and the number of updates too."""
+        optimizer = list(self.optimizer)
+        if self.part == 0:
+            self.model.save_pretrained(folder, state_dict={})
+            optimizer.append(TensorRange(TensorSpec(STEP, torch.int64, ()), 0, torch.tensor([self.step])))
+        _write_ranges(folder / part_name("model", self.part, self.parts), self.weights)
+        _write_ranges(folder / part_name("optimizer", self.part, self.parts), optimizer)
+
+    def snapshot(self, available_bytes: int) -> "StatePart":
+        """Return a copy in host memory if `available_bytes` are enough for it, and otherwise this live part."""
+        if sum(each.values.nbytes for each in (*self.weights, *self.optimizer)) > available_bytes:
+            return self
+        copier = HostCopier()
+
+        def copies(ranges: Iterable[TensorRange]) -> list[TensorRange]:
+            return [replace(each, values=copier.copy(each.values)) for each in ranges]
+
+        return replace(self, weights=copies(self.weights), optimizer=copies(self.optimizer), live=False)
+
+
+def _write_ranges(path: Path, ranges: Sequence[TensorRange]) -> None:
+    """Write ranges of tensors to a safetensors file."""
+    with path.open("wb") as file:
+        file.write(encode_part_header(ranges))
+        for each in ranges:
+            write_data(file, each.values)
 
 
 def snapshot(
@@ -116,21 +168,50 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._file_of)
 
 
+def open_tensors(folder: Path, kind: Literal["model", "optimizer"]) -> TensorReader:
+    """Return the tensors of the weights or of the optimizer in `folder`, whole or in parts.
+
+    Raises:
+        CheckpointError: There are none, or one of the files is damaged.
+    """
+    store = open_store(str(folder))
+    if kind == "model":
+        return TensorReader(store)
+    return TensorReader(store, files=sorted(path.name for path in folder.glob("optimizer.*safetensors")))
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read all weights of a Hugging Face folder to the CPU."""
-    weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        weights.update(load_file(path))
-    if not weights:
-        raise CheckpointError(f"{folder} has no model*.safetensors: use the folder of a saved model")
-    return weights
+    return _read_all(open_tensors(folder, "model"))
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Read the weights in a Hugging Face folder into `model`, which may lack some of them; the folder may too.
+
+    Raises:
+        CheckpointError: A weight has another shape.
+    """
+    saved, stored = open_tensors(folder, "model"), stored_names(model)
+    for name, tensor in distinct_tensors(model).items():
+        spec = saved.specs.get(stored[name])
+        if spec is None:
+            continue
+        if spec.shape != tensor.shape:
+            raise CheckpointError(f"{folder}: {name} is {list(spec.shape)}: this is the checkpoint of another model")
+        saved.copy_range(spec.name, 0, tensor.detach().view(-1))
 
 
 def read_optimizer(folder: Path) -> tuple[dict[str, Tensor], int]:
     """Read Adam's states by parameter name (none before the first update), and the number of updates."""
-    with safe_open(folder / OPTIMIZER, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return tensors, int(tensors.pop("step"))
+    tensors = _read_all(open_tensors(folder, "optimizer"))
+    return tensors, int(tensors.pop(STEP))
+
+
+def _read_all(reader: TensorReader) -> dict[str, Tensor]:
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in reader.specs.items()}
+    for name, tensor in tensors.items():
+        reader.copy_range(name, 0, tensor.view(-1))
+    return tensors
 
 
 def resize_optimizer_state(states: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ A training state is several times as large as its model. Whatever handles it who
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bam_ray.checkpoint.tensors import TensorSpec, encode_header
 
@@ -22,13 +23,29 @@ def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Ten
         file.write(encode_header(specs))
         for spec, tensor in zip(specs, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), f"{spec.name} is not as announced"
-            host = tensor.detach().cpu().contiguous()
-            file.write(host.flatten().view(torch.uint8).numpy().data)
+            write_data(file, tensor)
+
+
+def write_data(file: BinaryIO, tensor: Tensor) -> None:
+    """Write the elements of `tensor`, which is copied to the host only for that."""
+    host = tensor.detach().cpu().contiguous()
+    file.write(host.flatten().view(torch.uint8).numpy().data)
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:
     """Return the names, dtypes and shapes of `tensors`."""
     return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the state dict of `model`, each by its first name: tied weights have several."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
 
 
 class HostCopier:
@@ -50,7 +67,3 @@ class HostCopier:
         staged = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         staged.copy_(tensor)
         return staged.clone()
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` itself if it is in host memory already, else a copy there."""
-        return self.copy(tensor) if tensor.is_cuda else tensor

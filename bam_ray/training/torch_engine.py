@@ -1,12 +1,15 @@
 """The engine for one process and one device, in plain torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bam_ray.checkpoint.tensors import TensorSpec
 from bam_ray.errors import LossNotFinite, TrainingError
+from bam_ray.model.loading import stored_names
 from bam_ray.training.devices import device_name, resolve_precision
 from bam_ray.training.engine import NO_LIMITS, EngineSpec, LossLimits, StepResult
 from bam_ray.training.gradient_accumulation import GradientAccumulator
@@ -15,7 +18,8 @@ from bam_ray.training.micro_batch import updating_weights
 from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import BatchStatistics, Objective, as_mixture, objective, update_selection_biases
 from bam_ray.training.param_groups import freeze, param_groups, set_learning_rates
-from bam_ray.training.state import ADAM_STATES, TrainingState, read_optimizer, read_weights, snapshot
+from bam_ray.training.state import ADAM_STATES, TrainingState, load_weights, read_optimizer, snapshot
+from bam_ray.training.tensor_file import distinct_tensors, specs_of
 
 
 class TorchEngine:
@@ -117,22 +121,24 @@ class TorchEngine:
         """See `Engine`."""
         return value
 
-    def state(self, only_weights: bool = False) -> TrainingState | None:
-        """See `Engine`."""
-        step = self.updates
+    def state(self) -> TrainingState | None:
+        """See `Engine`. The whole state."""
         states = {
             f"{name}.{kind}": self.optimizer.state[parameter][kind]
             for name, parameter in self.parameters.items()
             for kind in ADAM_STATES
         }
-        if only_weights:
-            return TrainingState(self.model, self.model.state_dict(), {}, step, live=True)
-        available = self._host.available_bytes()
+        step, available = self.updates, self._host.available_bytes()
         return snapshot(self.model, self.model.state_dict(), states if step else {}, step, available)
+
+    def whole_weights(self) -> tuple[list[TensorSpec], Iterator[Tensor]]:
+        """See `Engine`."""
+        weights, stored = distinct_tensors(self.model), stored_names(self.model)
+        return specs_of({stored[name]: tensor for name, tensor in weights.items()}), iter(weights.values())
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
-        self.model.load_state_dict(read_weights(folder), strict=False)
+        load_weights(folder, self.model)
         self.set_optimizer_states(*read_optimizer(folder))
 
     def set_optimizer_states(self, states: dict[str, Tensor], step: int) -> None:

@@ -13,9 +13,17 @@ from torch import Tensor
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.manifest import Manifest
-from bam_ray.checkpoint.tensors import DTYPES, TensorReader, TensorSpec
+from bam_ray.checkpoint.tensors import (
+    DTYPES,
+    TensorReader,
+    TensorSpec,
+    encode_header,
+    encode_part_header,
+    part_name,
+)
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, DigestMismatch
+from tests.support.state_parts import ranges_of
 
 SHAPES: list[tuple[int, ...]] = [(3, 5), (), (0, 4), (7,), (2, 3, 4)]
 
@@ -143,6 +151,56 @@ def test_a_range_of_a_tensor_is_read_in_chunks(tmp_path: Path, monkeypatch: pyte
     assert max(chunk.numel() for chunk in chunks) == 4
     assert torch.equal(torch.cat(chunks), tensor.flatten())
     assert torch.equal(torch.cat(list(reader.chunks("x", 6, 15))), torch.arange(6.0, 15.0))
+
+
+def write_parts(folder: Path, tensors: dict[str, Tensor], parts: int) -> None:
+    """Write a folder whose tensors are divided into `parts` files."""
+    (folder / "config.json").write_text("{}")
+    for part in range(parts):
+        ranges = ranges_of(tensors, part, parts)
+        data = b"".join(each.values.view(torch.uint8).numpy().tobytes() for each in ranges)
+        (folder / part_name("model", part, parts)).write_bytes(encode_part_header(ranges) + data)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 12])
+def test_parts_are_put_together(parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bam_ray.checkpoint.tensors.CHUNK_BYTES", 16)
+    tensors = {name: tensor for name, tensor in example_tensors().items() if tensor.numel()}
+    write_parts(tmp_path, tensors, parts)
+    reader = TensorReader(FolderStore(tmp_path))
+    assert len(reader.shards) == parts
+    assert {*reader.specs} == {*tensors}
+    for name, tensor in tensors.items():
+        assert reader.specs[name] == TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(reader.read(name), tensor)
+        flat = tensor.flatten()
+        for first in range(len(flat)):
+            found = torch.empty(len(flat) - first, dtype=flat.dtype)
+            reader.copy_range(name, first, found)
+            assert torch.equal(found, flat[first:])
+
+
+def test_other_libraries_read_parts(tmp_path: Path) -> None:
+    write_parts(tmp_path, {"x": torch.arange(6.0).view(2, 3)}, 2)
+    assert load_file(tmp_path / part_name("model", 1, 2))["x"].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
+    tensors = {"x": torch.arange(30.0).view(10, 3)}
+    for missing in range(3):
+        write_parts(tmp_path, tensors, 3)
+        (tmp_path / part_name("model", missing, 3)).unlink()
+        with pytest.raises(CheckpointError, match="a part of tensor x is missing or damaged"):
+            TensorReader(FolderStore(tmp_path))
+
+
+@pytest.mark.parametrize("metadata", [None, {"parts": "no JSON"}, {"parts": '{"x": 1}'}, {"parts": "[]"}])
+def test_a_part_without_an_index_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    header = encode_header([TensorSpec("x", torch.float32, (1,))], metadata)
+    (tmp_path / part_name("model", 0, 1)).write_bytes(header + b"\0" * 4)
+    with pytest.raises(CheckpointError, match="its header does not say which parts of the tensors it has"):
+        TensorReader(FolderStore(tmp_path))
 
 
 def test_concurrent_requests_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

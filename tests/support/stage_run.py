@@ -18,7 +18,7 @@ from bam_ray.stages.run import run_rank, run_stage
 from bam_ray.stages.task_run import TaskRun
 from bam_ray.training.engine import EngineFactory, EngineSpec
 from bam_ray.training.meta_init import materialize
-from bam_ray.training.state import read_weights
+from bam_ray.training.state import load_weights
 from bam_ray.training.torch_engine import TorchEngine
 
 TRAINING = {"tokens": 1280, "batch_tokens": 128, "peak_lr": 0.02, "checkpoint_every": 4}
@@ -80,7 +80,7 @@ def one_process_engine(spec: EngineSpec) -> TorchEngine:
         return TorchEngine(spec)
     assert spec.model.device.type == "meta"  # so that ranks that share the experts never hold all of them
     materialize(spec.model)
-    spec.model.load_state_dict(read_weights(spec.weights_folder), strict=False)
+    load_weights(spec.weights_folder, spec.model)
     return TorchEngine(spec)
 
 

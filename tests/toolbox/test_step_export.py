@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bam_ray import cli
 from bam_ray.blobs import BlobStore, open_store
 from bam_ray.blobs.folder import FolderStore
+from bam_ray.checkpoint.artifacts import Artifact
+from bam_ray.checkpoint.leases import AttemptNumber, Lease
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.cli.app import app
 from bam_ray.errors import BlobNotFound, CheckpointError, DigestMismatch, Interrupted, SettingsError
@@ -18,12 +20,15 @@ from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe, StoreSettings
 from bam_ray.toolbox import step_export
 from bam_ray.toolbox.step_export import export_step
+from bam_ray.training.checkpoints import Checkpoints, Retention
+from bam_ray.training.state import TrainingState
 from tests.support.stage_run import (
     RecordingContext,
     make_artifacts,
     run_task,
     small_recipe,
 )
+from tests.support.state_parts import part_of
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,37 @@ class PruningStore(FolderStore):
             for file in list(self.list(key.removesuffix("model.safetensors"))):
                 self.delete(file)
         return super().get_range(key, start, length)
+
+
+def test_the_parts_of_a_checkpoint_are_put_together(run: Recipe, store: BlobStore, tmp_path: Path) -> None:
+    task = find_task(task_graph(run), "mixtures", "bam")
+    shutil.copytree(run.store.uri, tmp_path / "run")
+    copied = open_store(str(tmp_path / "run"))
+    artifact = Artifact(copied, task.kind, task.id)
+    newest = Checkpoints(artifact, None, Retention(2, None)).latest()
+    assert newest is not None
+    model = AutoModelForCausalLM.from_pretrained(newest.folder)
+    whole = TrainingState(model, model.state_dict(), {}, 7, live=False)
+    lease = Lease.take(copied, artifact.prefix, AttemptNumber(1, 2))
+    ranks = [Checkpoints(artifact, lease, Retention(2, None)) for _ in range(3)]
+    for part, rank in enumerate(ranks):
+        rank.save(part_of(whole, part, 3), {"step": 7, "curve": []})
+    for rank in ranks:
+        rank.wait()
+
+    out = StoreSettings(uri=str(tmp_path / "out"))
+    assert export_step(copied, "mixtures", "bam", out).step == 7
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.state_dict().items())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert not any("part-" in name or "optimizer" in name or name == "trainer.json" for name in names)
+
+    (part,) = (key for key in copied.list(f"{artifact.prefix}/steps/") if "/model.part-0002" in key)
+    copied.put(part, copied.get(part)[:-4] + bytes(4))
+    with pytest.raises(DigestMismatch, match=r"part-0002-of-0003\.safetensors does not match its manifest"):
+        export_step(copied, "mixtures", "bam", StoreSettings(uri=str(tmp_path / "again")))
+    assert not (tmp_path / "again").exists()
 
 
 def test_another_checkpoint_is_copied_if_the_newest_is_pruned(store: BlobStore, tmp_path: Path) -> None:

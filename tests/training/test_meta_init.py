@@ -1,4 +1,4 @@
-"""A mixture that starts on the meta device is bitwise the result of `from_pretrained`."""
+"""A model that starts on the meta device is bitwise the result of `from_pretrained`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bam_ray.model import BamConfig, BamForCausalLM
 from bam_ray.training.meta_init import materialize, model_on_meta
-from bam_ray.training.state import read_weights
+from bam_ray.training.state import load_weights
+from tests.support import tiny
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -71,13 +72,23 @@ def saved(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Pa
 def test_it_equals_the_result_of_from_pretrained(
     case: str, changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = saved(tmp_path / "saved", dtype, **CASES[case])
+    assert_equals_from_pretrained(saved(tmp_path / "saved", dtype, **CASES[case]), **changes)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_dense_models_equal_the_result_of_from_pretrained(family: str, tmp_path: Path) -> None:
+    tiny.dense(family, 0).bfloat16().save_pretrained(tmp_path / "saved")
+    assert_equals_from_pretrained(tmp_path / "saved")
+
+
+def assert_equals_from_pretrained(folder: Path, **changes: Any) -> None:
+    """Assert that the model of `folder` is the same whether or not it starts on the meta device."""
     wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
     model = model_on_meta(folder, **changes)
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
     materialize(model)
-    model.load_state_dict(read_weights(folder), strict=False)
+    load_weights(folder, model)
 
     for kind in ("named_parameters", "named_buffers"):
         found, expected = (dict(getattr(each, kind)()) for each in (model, wanted))
@@ -87,9 +98,9 @@ def test_it_equals_the_result_of_from_pretrained(
             assert torch.equal(found[name], tensor), name
     assert model.training == wanted.training
     for name, each in (("found", model), ("wanted", wanted)):
-        each.save_pretrained(tmp_path / name)
-    for path in (tmp_path / "wanted").iterdir():
-        assert (tmp_path / "found" / path.name).read_bytes() == path.read_bytes(), path.name
+        each.save_pretrained(folder.with_name(name))
+    for path in folder.with_name("wanted").iterdir():
+        assert (folder.with_name("found") / path.name).read_bytes() == path.read_bytes(), path.name
     ids = torch.arange(24).view(2, 12)
     assert torch.equal(model(ids).logits, wanted(ids).logits)
 

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
-from bam_ray.errors import TrainingError
 from bam_ray.settings import TrainingSettings
+from bam_ray.stages.publish import write_model
 from bam_ray.training.checkpoints import Checkpoints, Retention
 from bam_ray.training.engine import EngineSpec
-from bam_ray.training.state import TrainingState, read_optimizer, read_weights, spill_optimizer
+from bam_ray.training.state import read_optimizer, read_weights
 from bam_ray.training.tensor_file import HostCopier, specs_of, write_tensors
 from bam_ray.training.torch_engine import TorchEngine
 from tests.support import tiny
 from tests.support.leases import next_lease
+from tests.support.state_parts import part_of
 
 TENSORS = {
     "step": torch.tensor(7),
@@ -67,22 +69,31 @@ def test_only_one_tensor_is_alive_at_a_time(tmp_path: Path) -> None:
     assert len(alive) == 5
 
 
-def test_a_spilled_optimizer_is_read_like_any_other(tmp_path: Path) -> None:
-    engine = trained_engine()
-    state = engine.state()
-    spilled = spill_optimizer(specs_of(state.optimizer), state.optimizer.values(), state.step)
-    TrainingState(state.model, state.weights, {}, state.step, True, spilled).write(tmp_path)
-    assert not spilled.parent.exists(), "nothing is left in TMPDIR"
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_a_state_in_parts_is_read_like_a_whole_one(parts: int, tmp_path: Path) -> None:
+    state = trained_engine().state()
+    assert state is not None
+    for part in range(parts):
+        part_of(state, part, parts).write(tmp_path)
     found, step = read_optimizer(tmp_path)
     assert step == 1
     assert found.keys() == state.optimizer.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.optimizer.items())
+    weights = read_weights(tmp_path)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.weights.items())
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["CohereForCausalLM"]
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
-    with pytest.raises(TrainingError, match=r"no checkpoint can be written to .*free space there or set TMPDIR"):
-        spill_optimizer([], [], 1)
+def test_a_part_is_copied_if_there_is_room(tmp_path: Path) -> None:
+    state = trained_engine().state()
+    assert state is not None
+    part = replace(part_of(state, 1, 2), live=True)
+    size = sum(each.values.nbytes for each in (*part.weights, *part.optimizer))
+    assert part.snapshot(size - 1) is part
+    copied = part.snapshot(size)
+    assert not copied.live
+    part.weights[0].values.fill_(7.0)
+    assert copied.weights[0].values.max() < 7.0
 
 
 def test_a_copy_is_private() -> None:
@@ -90,31 +101,38 @@ def test_a_copy_is_private() -> None:
     copy = HostCopier().copy(tensor)
     tensor += 1
     assert copy.tolist() == [1.0, 1.0, 1.0]
-    assert HostCopier().to_host(tensor) is tensor
 
 
-def test_publishing_copies_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_publishing_copies_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
     engine = trained_engine()
-    state = engine.state(only_weights=True)
-    assert state.optimizer == {}
-    weight = "model.norm.weight"
-    assert state.weights[weight].data_ptr() == engine.model.state_dict()[weight].data_ptr()
-    state.write_model(tmp_path)
-    assert torch.equal(read_weights(tmp_path)[weight], engine.model.state_dict()[weight])
+    specs, weights = engine.whole_weights()
+    live = engine.model.state_dict()
+    held = {tensor.data_ptr() for tensor in live.values()}
+
+    def watched() -> Iterator[Tensor]:
+        for tensor in weights:
+            assert tensor.data_ptr() in held
+            yield tensor
+
+    write_model(engine.model, specs, watched(), tmp_path, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == dtype
+    assert all(torch.equal(tensor, live[name].to(dtype)) for name, tensor in loaded.state_dict().items())
 
 
 def test_a_state_is_freed_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     store, uploading, done = MemoryStore(), threading.Event(), threading.Event()
     artifact = Artifact(store, ArtifactKind.BRANCHES, "law")
     checkpoints = Checkpoints(artifact, next_lease(store, artifact.prefix), Retention(2, None))
-    publish = Artifact.publish
+    upload = Artifact.upload
 
     def slow(self: Artifact, *arguments: Any, **named: Any) -> Any:
         uploading.set()
         assert done.wait(30)
-        return publish(self, *arguments, **named)
+        return upload(self, *arguments, **named)
 
-    monkeypatch.setattr(Artifact, "publish", slow)
+    monkeypatch.setattr(Artifact, "upload", slow)
     state = trained_engine().state()
     name = "model.norm.weight"
     copied = weakref.ref(state.weights[name])

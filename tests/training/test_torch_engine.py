@@ -1,6 +1,7 @@
 """One step gives the same result with any micro batch, and the memory determines the micro batch."""
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from bam_ray.blobs import open_store
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import LossNotFinite, TrainingError
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.devices import resolve_precision
@@ -213,6 +216,22 @@ def test_a_state_is_a_copy_if_the_host_has_memory_for_one(monkeypatch: pytest.Mo
     assert not torch.equal(trainer.model.model.norm.weight, before)
     monkeypatch.setattr(HostMemory, "available_bytes", lambda self: 1000)
     assert trainer.state().live
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_every_family_resumes_all_its_weights(family: str, tmp_path: Path) -> None:
+    """Transformers stores some weights under other names."""
+    trained, again = (TorchEngine(EngineSpec(tiny.dense(family, seed), SETTINGS)) for seed in (0, 1))
+    trained.step(tiny.tokens(4, LENGTH), 1e-3)
+    state = trained.state()
+    assert state is not None
+    state.write(tmp_path)
+    again.load(tmp_path)
+    assert again.updates == 1
+    weights = trained.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.model.state_dict().items())
+    specs, _ = trained.whole_weights()
+    assert {spec.name for spec in specs} == {*TensorReader(open_store(str(tmp_path))).specs}
 
 
 def limited_engine(limit: int | None) -> TorchEngine:

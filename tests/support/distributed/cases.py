@@ -216,6 +216,8 @@ OTHER_STAGES = {
     "dense, ZeRO-2": Case(1, dense=QWEN, zero_stage=2),
     "dense, ZeRO-3": Case(1, dense=QWEN, zero_stage=3),
 }
+ANOTHER_STAGE: dict[str, Literal[1, 2, 3]] = {"mixture, ZeRO-2": 1, "dense, ZeRO-2": 3, "dense, ZeRO-3": 1}
+"""The stage at which a case of `OTHER_STAGES` is resumed besides its own."""
 
 
 def shares(world_size: int, step: int) -> Tensor:
@@ -258,9 +260,13 @@ def train(engine: Engine, first: int, steps: int) -> list[dict[str, float]]:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    """Write the engine's state to `folder`; every rank returns after rank 0 has written it."""
-    state = engine.state()
-    if state is not None:
+    """Write the engine's state to `folder` in place of another one; returns when all ranks have written their parts."""
+    if engine.rank == 0:
         folder.mkdir(exist_ok=True)
-        state.write(folder)
+        for path in folder.glob("*.safetensors"):  # of another number of ranks
+            path.unlink()
+    engine.any_rank(False)
+    state = engine.state()
+    assert state is not None
+    state.write(folder)
     engine.any_rank(False)

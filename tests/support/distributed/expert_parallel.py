@@ -25,6 +25,7 @@ from bam_ray.training.events import RolledBack
 from bam_ray.training.loop import Training
 from bam_ray.training.next_token import NextTokenLoss
 from tests.support.distributed.cases import (
+    ANOTHER_STAGE,
     BF16,
     COHERE,
     FOUR,
@@ -100,6 +101,10 @@ def train_on_four(folder: Path) -> dict[str, Any]:
         engine.load(folder / f"{name} resumed" / "half")
         save(engine, folder / f"{name} resumed" / "half again")
         results[f"{name} resumed"] = [step_losses(engine.step(batch[engine.rank], LR)) for batch in batches]
+        engine = replace(case, zero_stage=ANOTHER_STAGE[name]).engine(SHARE // 2)
+        engine.load(folder / f"{name} resumed" / "half")
+        save(engine, folder / f"{name} resumed" / "half at another stage")
+        results[f"{name} at another stage"] = [step_losses(engine.step(batch[engine.rank], LR)) for batch in batches]
     return results
 
 

@@ -9,14 +9,14 @@ import torch
 from bam_ray.on_deepspeed import deepspeed_engine
 from bam_ray.training.tensor_file import HostCopier
 from bam_ray.units import MIB
-from tests.support.distributed.cases import COHERE, LR, Case, shares
+from tests.support.distributed.cases import COHERE, LR, Case, save, shares
 
 
-def train_with_limits(limits: tuple[int | None, ...]) -> list[tuple[int | None, bool | None]]:
+def train_with_limits(limits: tuple[int | None, ...]) -> list[tuple[int | None, bool]]:
     """Train a step with each memory limit in bytes, of a model that allocates 40 MiB per sequence.
 
     Returns:
-        For each limit the micro batch, and whether the state is live (None on ranks above 0).
+        For each limit the micro batch, and whether this rank's part of the state is live.
     """
     found = []
     for limit in limits:
@@ -28,18 +28,18 @@ def train_with_limits(limits: tuple[int | None, ...]) -> list[tuple[int | None, 
         engine.model.base_model.register_forward_pre_hook(allocate, with_kwargs=True)
         engine.step(shares(2, 0)[engine.rank], LR)
         state = engine.state()
-        found.append((engine.micro_batch, None if state is None else state.live))
+        assert state is not None
+        found.append((engine.micro_batch, state.live))
     return found
 
 
-def write_states(folder: Path, limits: tuple[int | None, ...]) -> list[tuple[bool, int, int] | None]:
+def write_states(folder: Path, limits: tuple[int | None, ...]) -> list[tuple[bool, int]]:
     """Train a mixture whose experts are on two ranks, and write its state to `folder`/NUMBER with each memory limit.
 
     Returns:
-        For each limit on rank 0: whether the state is live, the bytes that were copied although they were in host
-        memory, and the bytes of the weights that both ranks hold. None on other ranks.
+        For each limit whether this rank's part of the state is live, and the bytes that were copied.
     """
-    found: list[tuple[bool, int, int] | None] = []
+    found: list[tuple[bool, int]] = []
     copied: list[int] = []
 
     def copy(self: HostCopier, tensor: torch.Tensor) -> torch.Tensor:
@@ -52,15 +52,7 @@ def write_states(folder: Path, limits: tuple[int | None, ...]) -> list[tuple[boo
         engine.step(shares(2, 0)[engine.rank], LR)
         copied.clear()
         state = engine.state()
-        if state is None:
-            found.append(None)
-        else:
-            names = [
-                name for name, parameter in engine.model.named_parameters() if not hasattr(parameter, "group_name")
-            ]
-            replicated = sum(state.weights[name].nbytes for name in names)
-            found.append((state.live, sum(copied), replicated))
-            (folder / str(number)).mkdir()
-            state.write(folder / str(number))
-        engine.any_rank(False)
+        assert state is not None
+        found.append((state.live, sum(copied)))
+        save(engine, folder / str(number))
     return found
