@@ -8,7 +8,7 @@ from bam_ray.settings.strict import Count, Name, Strict
 
 
 class DomainSettings(Strict):
-    """The text of one domain."""
+    """The text of one domain, or of one source without labels."""
 
     source: str
     """A path, glob or URI of text, JSONL or Parquet files, or `package:NAME` for text that a Python package contains
