@@ -114,8 +114,8 @@ def load_weights(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> 
                 mine = parameter.data.view(-1)
                 saved.copy_range(spec.name, shards.first_element(name, mine.numel()), mine)
     for name, buffer in model.named_buffers():
-        if name in saved.specs:  # other buffers are computed from the configuration
-            buffer.copy_(saved.read(name))
+        if stored.get(name) in saved.specs:  # other buffers are computed from the configuration
+            buffer.copy_(saved.read(stored[name]))
 
 
 def load(folder: Path, model: PreTrainedModel, zero: Any, shards: ExpertShards) -> None:

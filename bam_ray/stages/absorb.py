@@ -33,7 +33,7 @@ from bam_ray.stages.task_run import TaskRun
 from bam_ray.stages.token_counts import read_token_counts
 from bam_ray.training.checkpoints import FoundCheckpoint, Gather
 from bam_ray.training.events import BranchAbsorbed, BranchLeftOut, Event
-from bam_ray.training.state import TrainingState, read_optimizer, resize_optimizer_state
+from bam_ray.training.state import TrainingState, read_extended_optimizer
 from bam_ray.upcycling.dense import mixture_config_of
 from bam_ray.upcycling.edit_experts import EditOptions, add_expert, names_of, write_edited_mixture
 from bam_ray.upcycling.routers.counts import TokenCounts
@@ -113,7 +113,7 @@ def _absorb(run: TaskRun, changes: Mapping[str, Any], sampler_state: dict[str, A
             trainer["sampler"]["reference"] = mix.dynamic_blend.reference
         # The whole model on rank 0 alone, as always when rank 0 writes a checkpoint
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
-        optimizer = resize_optimizer_state(read_optimizer(newest.folder)[0], model) if newest else {}
+        optimizer = read_extended_optimizer(newest.folder, model) if newest else {}
         writing = run.checkpoints(mix.training, extra_files=(folder / LINEAGE,))
         writing.save(TrainingState(model, model.state_dict(), optimizer, step, live=True), trainer)
         writing.wait()

@@ -13,9 +13,9 @@ from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
 from bam_ray.checkpoint.model_folder import refuse_outside_link
 from bam_ray.checkpoint.scratch import scratch_folder
-from bam_ray.checkpoint.tensors import TensorReader
+from bam_ray.checkpoint.tensors import TensorReader, is_part
 from bam_ray.data import Corpus
-from bam_ray.errors import SettingsError
+from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.families import check_weights, family_of
 from bam_ray.model.loading import load_folder
 from bam_ray.pipeline.tasks import Progress
@@ -154,6 +154,11 @@ def _import_seed(uri: str, run: TaskRun, corpus: Corpus) -> Manifest:
     source = open_store(uri, run.recipe.store.endpoint)
     reader = TensorReader(source)
     check_weights(reader, family_of(reader.config, uri))
+    if any(is_part(shard) for shard in reader.shards):
+        raise CheckpointError(
+            f"{uri} is a training checkpoint that is divided into parts, which transformers cannot load: write a model "
+            "folder with `bam export-step` and use that as seed.folder"
+        )
     if corpus.vocab_size > reader.config["vocab_size"]:
         raise SettingsError(
             f"the corpus's tokenizer has {corpus.vocab_size} tokens but the seed {uri} only "

@@ -69,7 +69,7 @@ class AdapterTrainer:
         started = time.perf_counter()
         number = zlib.crc32(topic.encode())
         self._lora.reset(random_seed(settings.seed, number))
-        engine.set_optimizer_states({}, 0)
+        engine.reset_optimizer(0)
         sampler = BlendedSampler(self._rows, {topic: 1.0}, self._order)
         sequences = settings.batch_tokens // self._rows.sequence_length
         nll: list[float] = []

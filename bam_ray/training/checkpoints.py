@@ -134,13 +134,15 @@ class CheckpointPart:
         manifest = self.artifact.manifest()
         return manifest is not None and manifest.folder == self.folder
 
-    @staticmethod
-    def late_after(entries: Mapping[str, FileEntry]) -> float:
+    def late_after(self, entries: Mapping[str, FileEntry]) -> float:
         """Return the time, on the monotonic clock, at which other ranks are late, when this rank's part is uploaded.
 
-        The parts of all ranks have about the same size.
+        The parts of all ranks have about the same size. Each rank may retry its files and then its digests for
+        `STORE_TIMEOUT`, and reports an outage of the store itself. The other ranks wait longer than rank 0, which waits
+        for the slowest of them.
         """
-        return time.monotonic() + STORE_TIMEOUT + sum(entry.size for entry in entries.values()) / SLOWEST_UPLOAD
+        limit = 2 * STORE_TIMEOUT + sum(entry.size for entry in entries.values()) / SLOWEST_UPLOAD
+        return time.monotonic() + (2 * limit + STORE_TIMEOUT if self.number else limit)
 
 
 class Checkpoints:
@@ -174,6 +176,7 @@ class Checkpoints:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._pending: deque[Future[None]] = deque()
         self._saves = 0  # of all ranks
+        self.in_parts = False  # True: the last state that was saved has parts of several ranks
         self.refused: list[CheckpointRefused] = []  # those that are newer than the one found
 
     def share_lease(self, gather: Gather) -> None:
@@ -236,6 +239,7 @@ class Checkpoints:
         """
         assert self._lease is not None
         self._saves += 1
+        self.in_parts = state.parts > 1
         part = self._part(state, trainer["step"], self._lease)
         self.settle(MAX_PENDING - 1)
         # The next step would change a live state, so it is written now

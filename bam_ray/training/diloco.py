@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError
 from bam_ray.settings import DiLoCoSettings
 from bam_ray.training.engine import NO_LIMITS, EngineSpec, LossLimits, StepResult
-from bam_ray.training.state import ADAM_STATES, TrainingState, read_optimizer
+from bam_ray.training.state import ADAM_STATES, STEP, TrainingState, open_tensors
 from bam_ray.training.torch_engine import TorchEngine
 
 COPIES, SHARED, MOMENTUM = "copies", "shared", "momentum"
@@ -107,18 +108,19 @@ class DiLoCoEngine(TorchEngine):
         Raises:
             CheckpointError: The checkpoint was written by another number of processes.
         """
-        states, step = read_optimizer(folder)
-        if len(states[COPIES]) != self.world_size:
+        saved = open_tensors(folder, "optimizer")
+        processes, size = saved.specs[COPIES].shape
+        if processes != self.world_size:
             raise CheckpointError(
-                f"{folder} is a DiLoCo checkpoint of {len(states[COPIES])} processes, but there are {self.world_size}: "
-                "use as many processes"
+                f"{folder} is a DiLoCo checkpoint of {processes} processes, but there are {self.world_size}: use as "
+                "many processes"
             )
-        self.updates = step
+        self.updates = int(saved.read(STEP))
         for state in self.optimizer.state.values():
-            state["step"].fill_(step)
-        _fill(self._copy(), states[COPIES][self.rank])
-        _fill(self._shared, states[SHARED])
-        _fill(self._momentum, states[MOMENTUM])
+            state["step"].fill_(self.updates)
+        _fill(self._copy(), saved, COPIES, self.rank * size)  # the copies of all processes may not fit into memory
+        _fill(self._shared, saved, SHARED)
+        _fill(self._momentum, saved, MOMENTUM)
 
     def _copy(self) -> list[Tensor]:
         """Return the weights of this process's copy and its Adam states."""
@@ -130,6 +132,8 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([each.detach().flatten() for each in tensors])
 
 
-def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    for tensor, values in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
-        tensor.copy_(values.view_as(tensor))
+def _fill(tensors: Sequence[Tensor], saved: TensorReader, name: str, first: int = 0) -> None:
+    """Fill tensors one after the other with the elements of a saved tensor from `first` on."""
+    for tensor in tensors:
+        saved.copy_range(name, first, tensor.detach().view(-1))
+        first += tensor.numel()

@@ -146,7 +146,8 @@ class Training:
                     continue
                 self._finish_step()
             self._checkpoints.wait()
-            self._engine.any_rank(False)  # all ranks have seen the last commit before rank 0 deletes checkpoints
+            if self._checkpoints.in_parts:  # all ranks must have seen the last commit before rank 0 deletes checkpoints
+                self._engine.any_rank(False)
         finally:
             self._listener.on_training_end()
         return FinishedTraining(self.curve, self.segments, self.refused, self.device_seconds())

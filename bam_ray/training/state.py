@@ -8,6 +8,7 @@ with the elements that they update. Readers put the parts together, so any numbe
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.tensors import TensorRange, TensorReader, TensorSpec, encode_part_header, part_name
 from bam_ray.errors import CheckpointError
 from bam_ray.model.loading import stored_names
+from bam_ray.training.meta_init import NOISE_WEIGHT
 from bam_ray.training.tensor_file import HostCopier, distinct_tensors, specs_of, write_data, write_tensors
 
 OPTIMIZER = "optimizer.safetensors"
@@ -186,18 +189,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Read the weights in a Hugging Face folder into `model`, which may lack some of them; the folder may too.
+    """Read the weights in a Hugging Face folder, which may have another precision, into `model`.
 
     Raises:
-        CheckpointError: A weight has another shape.
+        CheckpointError: A weight is missing or has another shape.
     """
     saved, stored = open_tensors(folder, "model"), stored_names(model)
     for name, tensor in distinct_tensors(model).items():
         spec = saved.specs.get(stored[name])
-        if spec is None:
+        if spec is None and (not isinstance(tensor, Parameter) or name.endswith(f".{NOISE_WEIGHT}")):
             continue
-        if spec.shape != tensor.shape:
-            raise CheckpointError(f"{folder}: {name} is {list(spec.shape)}: this is the checkpoint of another model")
+        if spec is None or spec.shape != tensor.shape:
+            found = "missing" if spec is None else f"{list(spec.shape)}"
+            raise CheckpointError(f"{folder}: {name} is {found}: this is the checkpoint of another model")
         saved.copy_range(spec.name, 0, tensor.detach().view(-1))
 
 
@@ -214,15 +218,15 @@ def _read_all(reader: TensorReader) -> dict[str, Tensor]:
     return tensors
 
 
-def resize_optimizer_state(states: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return Adam's states for `model`, whose parameters may have more rows at their end: those rows get zeros."""
-    parameters = dict(model.named_parameters())
-
-    def padded(state: Tensor, length: int) -> Tensor:
-        missing = length - state.shape[0]
-        return torch.cat([state, state.new_zeros(missing, *state.shape[1:])]) if missing else state
-
-    return {name: padded(state, len(parameters[name.rpartition(".")[0]])) for name, state in states.items()}
+def read_extended_optimizer(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Read Adam's states for `model`, whose parameters may have more rows at their end: those rows get zeros."""
+    saved, parameters = open_tensors(folder, "optimizer"), dict(model.named_parameters())
+    states: dict[str, Tensor] = {}
+    for name, spec in saved.specs.items():
+        if name != STEP:
+            states[name] = torch.zeros(parameters[name.rpartition(".")[0]].shape, dtype=spec.dtype)
+            saved.copy_range(name, 0, states[name].view(-1)[: math.prod(spec.shape)])
+    return states
 
 
 def _copies(tensors: Mapping[str, Tensor], copier: HostCopier) -> dict[str, Tensor]:

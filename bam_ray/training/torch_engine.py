@@ -18,7 +18,7 @@ from bam_ray.training.micro_batch import updating_weights
 from bam_ray.training.next_token import NextTokenLoss
 from bam_ray.training.objective import BatchStatistics, Objective, as_mixture, objective, update_selection_biases
 from bam_ray.training.param_groups import freeze, param_groups, set_learning_rates
-from bam_ray.training.state import ADAM_STATES, TrainingState, load_weights, read_optimizer, snapshot
+from bam_ray.training.state import ADAM_STATES, STEP, TrainingState, load_weights, open_tensors, snapshot
 from bam_ray.training.tensor_file import distinct_tensors, specs_of
 
 
@@ -46,7 +46,7 @@ class TorchEngine:
             param_groups(model, settings.weight_decay), lr=settings.peak_lr, betas=settings.betas, eps=1e-8, fused=True
         )
         # Adam's states exist from the start: memory is then measured with them, and an update cannot run out of memory
-        self.set_optimizer_states({}, 0)
+        self.reset_optimizer(0)
 
     @property
     def device_name(self) -> str:
@@ -139,17 +139,18 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         load_weights(folder, self.model)
-        self.set_optimizer_states(*read_optimizer(folder))
-
-    def set_optimizer_states(self, states: dict[str, Tensor], step: int) -> None:
-        """Set Adam's states after `step` updates; states that are missing are zero."""
-        self.updates = step
+        saved = open_tensors(folder, "optimizer")
+        self.reset_optimizer(int(saved.read(STEP)))
         for name, parameter in self.parameters.items():
-            given = {kind: states.get(f"{name}.{kind}") for kind in ADAM_STATES}
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=self.device),
-                **{
-                    kind: torch.zeros_like(parameter) if state is None else state.to(self.device)
-                    for kind, state in given.items()
-                },
-            }
+            for kind in ADAM_STATES:
+                if f"{name}.{kind}" in saved.specs:
+                    saved.copy_range(f"{name}.{kind}", 0, self.optimizer.state[parameter][kind].view(-1))
+
+    def reset_optimizer(self, step: int) -> None:
+        """Set Adam's states to zero, as if there had been `step` updates."""
+        self.updates = step
+        for parameter in self.parameters.values():
+            state = self.optimizer.state[parameter]
+            state["step"] = torch.tensor(float(step), device=self.device)
+            for kind in ADAM_STATES:
+                state[kind] = state[kind].zero_() if kind in state else torch.zeros_like(parameter)

@@ -16,8 +16,10 @@ from bam_ray.checkpoint.artifacts import Artifact
 from bam_ray.checkpoint.manifest import ArtifactKind
 from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.errors import CheckpointError, Interrupted, SettingsError
+from bam_ray.model.loading import load_folder
 from bam_ray.pipeline.graph import find_task, task_graph
 from bam_ray.settings import Recipe
+from bam_ray.training.state import TrainingState
 from tests.support import tiny
 from tests.support.stage_run import (
     TRAINING,
@@ -26,6 +28,7 @@ from tests.support.stage_run import (
     run_task,
     small_recipe,
 )
+from tests.support.state_parts import part_of
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +104,17 @@ def test_a_hub_folder_is_branched_and_upcycled(family: str, tokenizer: Path, tmp
     assert not [key for key in copied if "consolidated" in key or "original" in key]
     mixture = Artifact(store, "upcycled", find_task(task_graph(run), "upcycled", "bam").id).fetch()
     assert AutoModelForCausalLM.from_pretrained(mixture).config.expert_names == ["seed", "code"]
+
+
+def test_a_checkpoint_in_parts_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    hub_folder("llama", tokenizer, tmp_path / "hub")
+    weights = load_folder(tmp_path / "hub", torch.float32)
+    state = TrainingState(weights, weights.state_dict(), {}, 0, live=True)
+    for part in range(2):
+        part_of(state, part, 2).write(tmp_path / "checkpoint")
+    run = imported_seed_recipe(tmp_path, str(tmp_path / "checkpoint"), tokenizer)
+    with pytest.raises(CheckpointError, match=r"divided into parts.*`bam export-step`"):
+        make_artifacts(run, open_store(run.store.uri), ("corpora", "seeds"))
 
 
 @pytest.mark.parametrize("change", ["prefix", "link"])

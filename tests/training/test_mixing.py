@@ -67,7 +67,7 @@ def test_the_coefficients_follow_the_ramps_after_a_resume() -> None:
     constant = Mixing(losses=Losses(load_balance=0.5, router_z=0.25))
     trainer, other = engine(BAM, mixing=falling), engine(BAM, mixing=constant)
     for each in (trainer, other):  # as if a checkpoint of step 6 of 12 were loaded
-        each.set_optimizer_states({}, 6)
+        each.reset_optimizer(6)
     one, two = after(trainer), after(other)
     assert all(torch.equal(one[name], two[name]) for name in one)
 

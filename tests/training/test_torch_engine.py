@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.tensors import TensorReader
-from bam_ray.errors import LossNotFinite, TrainingError
+from bam_ray.errors import CheckpointError, LossNotFinite, TrainingError
 from bam_ray.settings import TrainingSettings
 from bam_ray.training.devices import resolve_precision
 from bam_ray.training.engine import EngineSpec
@@ -232,6 +233,11 @@ def test_every_family_resumes_all_its_weights(family: str, tmp_path: Path) -> No
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.model.state_dict().items())
     specs, _ = trained.whole_weights()
     assert {spec.name for spec in specs} == {*TensorReader(open_store(str(tmp_path))).specs}
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith(".weight") and "layers.0" in name)]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is missing: this is the checkpoint of another model"):
+        again.load(tmp_path)
 
 
 def limited_engine(limit: int | None) -> TorchEngine:
