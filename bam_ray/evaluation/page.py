@@ -75,7 +75,7 @@ PAGE = (
 <h2>Findings</h2>
 <ul class="findings">
 {% for finding in results.findings %}
-<li><span class="verdict {{ 'yes' if finding.holds else 'no' }}">{{ "yes" if finding.holds else "no" }}</span>
+<li><span class="verdict {{ finding.verdict }}">{{ finding.verdict }}</span>
 <span>{{ finding.claim }}<br>
 <small>{% for label, value in finding.values.items() %}{{ label }} <b>{{ value | perplexity }}</b>{{
 ", " if not loop.last }}{% endfor %}; in {{ "%.0f" | format(100 * finding.support) }} % of resamples</small></span></li>

@@ -164,6 +164,9 @@ class ModelScore(Strict):
         return bootstrap_perplexity(self.domains[column].sequence_nll, seed=list(self.domains).index(column))
 
 
+UNSURE = 0.025  # share of the resamples that may contradict a finding
+
+
 class Finding(Strict):
     """The claim that the perplexities in `values` are strictly increasing, in their order."""
 
@@ -173,6 +176,13 @@ class Finding(Strict):
     values: dict[str, FiniteFloat]  # label of the model -> perplexity
     holds: bool  # True if the measured perplexities are in this order
     support: float = Field(ge=0.0, le=1.0)  # share of the resamples in which they are in this order
+
+    @property
+    def verdict(self) -> Literal["yes", "no", "?"]:
+        """`yes` or `no` if at least 97.5 % of the resamples agree, else `?`: the difference may be chance."""
+        if min(self.support, 1.0 - self.support) > UNSURE:
+            return "?"
+        return "yes" if self.holds else "no"
 
 
 class Results(Strict):

@@ -70,4 +70,4 @@ def format_finding(finding: Finding) -> str:
     numbers = " against ".join(format_perplexity(value) for value in finding.values.values())
     if len(finding.values) > 2:
         numbers = ", ".join(f"{label} {format_perplexity(value)}" for label, value in finding.values.items())
-    return f"{'yes' if finding.holds else 'no ':<4} {finding.claim}: {numbers} (in {finding.support:.0%} of resamples)"
+    return f"{finding.verdict:<4} {finding.claim}: {numbers} (in {finding.support:.0%} of resamples)"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from bam_ray.evaluation.findings import make_results
 from bam_ray.evaluation.results import MEAN, DomainScore, Finding, ModelScore, Results
-from bam_ray.evaluation.table import format_findings, format_perplexity, perplexity_table
+from bam_ray.evaluation.table import format_finding, format_findings, format_perplexity, perplexity_table
 from tests.support.paper_table import DOMAINS, PAPER, model_score
 
 
@@ -78,6 +78,15 @@ def test_each_mixture_is_compared_with_the_posterior() -> None:
         results
     )
     assert "ensemble posterior" in [str(cell) for cell in perplexity_table(results).columns[0].cells]
+
+
+def test_a_finding_that_may_be_chance_has_no_verdict() -> None:
+    results = make_results("demo", [model_score(name, PAPER[name]) for name in ("seed", "btx", "bam")])
+    sure = finding(results, "mixture_beats_seed", "btx")
+    assert (sure.verdict, sure.model_copy(update={"holds": False, "support": 0.02}).verdict) == ("yes", "no")
+    unsure = sure.model_copy(update={"support": 0.49})
+    assert unsure.verdict == "?"
+    assert format_finding(unsure).startswith("?    mixture btx beats the seed")
 
 
 def test_every_mixture_is_compared_with_the_dense_control() -> None:
