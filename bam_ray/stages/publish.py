@@ -44,35 +44,35 @@ def publish_model(
         for _ in weights:  # every rank takes part in the collectives
             pass
         return None
-    task, settings = run.task, job.training
-    manifest = Manifest(
-        id=task.id,
-        kind=task.kind,
-        name=task.name,
-        parents=(*task.parents, *job.extra_parents),
-        settings={"training": settings.model_dump(mode="json"), "blend": job.blend},
-        step=settings.steps,
-        tokens=settings.steps * settings.batch_tokens,
-        compute=ComputeCost(
-            flops=run_flops(engine.model.config, job.corpus.sequence_length, settings, job.expert_history),
-            device_seconds=round(finished.device_seconds, 3),
-            wall_seconds=round(wall_seconds, 1),
-        ),
-        metrics={"loss/nll": finished.curve[-1].nll},
-        facts={
-            "sequences_drawn": job.sampler.drawn,
-            "computed_on": [asdict(segment) for segment in finished.segments],
-            "refused_checkpoints": finished.refused,
-            **job.extra_facts,
-        },
-        attempt=str(run.lease.number),
-    )
     with scratch_folder("model") as folder:
         write_model(engine.model, specs, weights, folder, job.dtype)
         shutil.copytree(job.corpus.tokenizer_folder, folder, dirs_exist_ok=True)
         for path in job.extra_files:
             shutil.copy(path, folder)
         (folder / CURVE).write_text(json.dumps([asdict(metrics) for metrics in finished.curve]))
+        task, settings = run.task, job.training
+        manifest = Manifest(
+            id=task.id,
+            kind=task.kind,
+            name=task.name,
+            parents=(*task.parents, *job.extra_parents),
+            settings={"training": settings.model_dump(mode="json"), "blend": job.blend},
+            step=settings.steps,
+            tokens=settings.steps * settings.batch_tokens,
+            compute=ComputeCost(
+                flops=run_flops(engine.model.config, job.corpus.sequence_length, settings, job.expert_history),
+                device_seconds=round(finished.device_seconds, 3),
+                wall_seconds=round(wall_seconds, 1),
+            ),
+            metrics={"loss/nll": finished.curve[-1].nll},
+            facts={
+                "sequences_drawn": job.sampler.drawn,
+                "computed_on": [asdict(segment) for segment in finished.segments],
+                "refused_checkpoints": finished.refused,
+                **job.extra_facts,
+            },
+            attempt=str(run.lease.number),
+        )
         return run.artifact.publish(folder, manifest, run.lease, retry_while_unavailable())
 
 
