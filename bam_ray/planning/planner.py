@@ -273,5 +273,11 @@ def _least_seconds(tasks: Sequence[Task], nodes: Sequence[NodeFacts], cluster: C
         capacities = (count_fitting(wanted, group.resources, len(trained) * workers) for wanted in selected)
         speeds += [speed_of(trained[0], group) or 0.0] * (group.count * max(capacities, default=0))
     speeds.sort(reverse=True)
-    groups = [sum(speeds[first : first + workers]) for first in range(0, len(speeds) - workers + 1, workers)]
-    return bound([task.total_steps * task.step_tokens for task in trained], groups)
+    # A group is as fast as its slowest worker
+    groups = [workers * speeds[slowest] for slowest in range(workers - 1, len(speeds), workers)]
+    # A larger model takes longer for a token, by the same factor on all nodes: the work is in tokens of the first model
+    some_group = next(iter(cluster.nodes.values()))
+    task_speeds = [speed_of(task, some_group) or 1.0 for task in trained]
+    factors = [task_speeds[0] / speed for speed in task_speeds]
+    tokens = (task.total_steps * task.step_tokens for task in trained)
+    return bound([factor * number for factor, number in zip(factors, tokens, strict=True)], groups)
