@@ -182,7 +182,7 @@ def engine_of(setup: Setup, model: BamForCausalLM, training: TrainingSettings, w
 
 
 def deepspeed_engine(setup: Setup) -> Figures:
-    """Check that DeepSpeed trains as plain torch does, at all stages, and goes on from what it saved."""
+    """Check that DeepSpeed has the losses of plain torch at all ZeRO stages, also after it loads its checkpoint."""
     start_deepspeed(device=setup.device)
     cases = {f"ZeRO-{stage}": (Case({"dense_layers": [0, 1]}), stage, False) for stage in (1, 2, 3)}
     cases |= {f"mixture, ZeRO-{stage}": (Case(), stage, False) for stage in (1, 2, 3)}

@@ -88,6 +88,7 @@ class Session:
 
     def __init__(self, setup: Setup, budget: float) -> None:
         self.setup, self._end = setup, time.monotonic() + budget
+        self.date = datetime.now(UTC).isoformat(timespec="seconds")
         self._worker: Worker | None = None
         self.hardware: dict[str, str] = {}
 
@@ -126,7 +127,7 @@ def document(session: Session, outcomes: list[Outcome]) -> str:
     """Return the results as one line of JSON."""
     facts = {
         "benchmark": "on_gpu",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": session.date,
         **asdict(session.setup),
         "hardware": session.hardware,
         "versions": {name: installed(name) for name in VERSIONS},

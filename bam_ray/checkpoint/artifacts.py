@@ -95,7 +95,10 @@ class Artifact:
 
     def key(self, manifest: Manifest, name: str) -> str:
         """Return the key of the file `name` of `manifest`, which is or will be committed here."""
-        return "/".join(part for part in (self.prefix, manifest.folder, name) if part)
+        return self._file_key(manifest.folder, name)
+
+    def _file_key(self, folder: str, name: str) -> str:
+        return "/".join(part for part in (self.prefix, folder, name) if part)
 
     def read_file(self, name: str) -> bytes:
         """Return one file of the committed artifact, without comparing its digest; raises `BlobNotFound`."""
@@ -148,8 +151,7 @@ class Artifact:
         def upload(name: str) -> None:
             if lease is not None:
                 lease.check()
-            key = "/".join(part for part in (self.prefix, destination, name) if part)
-            self.store.put_file(key, folder / name)
+            self.store.put_file(self._file_key(destination, name), folder / name)
 
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(partial(retry, upload), names))

@@ -19,7 +19,6 @@ from bam_ray.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PARTS = "model.part-*-of-*.safetensors"  # of a training checkpoint (see `tensors`)
 ADAPTER = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -109,6 +108,16 @@ def parse_object(data: bytes, uri: str) -> dict[str, Any]:
     return parsed
 
 
+def is_part(name: str) -> bool:
+    """Return True if a file is a part of the weights or of the optimizer states (see `part_name`)."""
+    return fnmatchcase(name, "*.part-*-of-*.safetensors")
+
+
+def part_name(kind: str, number: int, count: int) -> str:
+    """Return the name of the part `number` (from 0) of `count` of the tensors of `kind`, "model" or "optimizer"."""
+    return f"{kind}.part-{number + 1:04d}-of-{count:04d}.safetensors"
+
+
 def weight_files(files: FolderFiles, config: dict[str, Any]) -> list[str]:
     """Return the names of the weight files that transformers would load, or of the parts of a training checkpoint.
 
@@ -125,7 +134,7 @@ def weight_files(files: FolderFiles, config: dict[str, Any]) -> list[str]:
         return [WEIGHTS]
     index = files.read_file(INDEX)
     if index is None:
-        parts = [name for name in files.file_names() if fnmatchcase(name, PARTS)]
+        parts = [name for name in files.file_names() if is_part(name) and name.startswith("model.")]
         if parts:
             return parts
         raise CheckpointError(_describe(files))

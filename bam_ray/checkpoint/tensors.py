@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from bam_ray.checkpoint.model_folder import (
     INDEX,
     base_prefix,
     check_layers,
+    is_part,
     read_config,
     refuse_pointer,
     refuse_wrappers,
@@ -319,16 +319,6 @@ class TensorReader(FolderReader):
                 names[name]: TensorSpec(names[name], spec.dtype, spec.shape) for name, spec in self.specs.items()
             }
             self._locations = {names[name]: location for name, location in self._locations.items()}
-
-
-def is_part(name: str) -> bool:
-    """Return True if a file is a part of the weights or of the optimizer states (see `part_name`)."""
-    return fnmatchcase(name, "*.part-*-of-*.safetensors")
-
-
-def part_name(kind: str, number: int, count: int) -> str:
-    """Return the name of the part `number` (from 0) of `count` of the tensors of `kind`, "model" or "optimizer"."""
-    return f"{kind}.part-{number + 1:04d}-of-{count:04d}.safetensors"
 
 
 def _read_parts(header: bytes) -> dict[str, tuple[int, tuple[int, ...]]]:

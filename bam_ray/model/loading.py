@@ -38,7 +38,7 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     transformers renames some of them when it loads and saves a model, for example the head of GPT-NeoX.
     """
     names = list(model.state_dict())
-    # Each tensor is told by its length, because transformers returns other objects
+    # transformers returns new tensors, so the length of a tensor states the position of its name
     reverted = revert_weight_conversion(
         model, {name: torch.empty(number, device="meta") for number, name in enumerate(names)}
     )

@@ -21,11 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bam_ray.checkpoint.tensors import TensorRange, TensorSpec
-from bam_ray.errors import CheckpointError
 from bam_ray.model.loading import stored_names
 from bam_ray.on_deepspeed.expert_parallel import ExpertShards
-from bam_ray.training.meta_init import NOISE_WEIGHT
-from bam_ray.training.state import ADAM_STATES, STEP, StatePart, open_tensors
+from bam_ray.training.state import ADAM_STATES, STEP, StatePart, is_saved, open_tensors
 from bam_ray.training.tensor_file import distinct_tensors
 
 
@@ -103,16 +101,13 @@ def load_weights(folder: Path, model: PreTrainedModel, shards: ExpertShards) -> 
     """
     saved, stored = open_tensors(folder, "model"), stored_names(model)
     for name, parameter in model.named_parameters():
-        spec = saved.specs.get(stored[name])
-        if spec is None and name.endswith(f".{NOISE_WEIGHT}"):
+        shape = shards.whole_shape(name, shape_of(parameter))
+        if not is_saved(saved.specs.get(stored[name]), name, shape, folder):
             continue
-        if spec is None or spec.shape != shards.whole_shape(name, shape_of(parameter)):
-            found = "missing" if spec is None else f"{list(spec.shape)}"
-            raise CheckpointError(f"{folder}: {name} is {found}: this is the checkpoint of another model")
         with GatheredParameters([parameter] if is_partitioned(parameter) else [], modifier_rank=0):
             if not is_partitioned(parameter) or dist.get_rank() == 0:
                 mine = parameter.data.view(-1)
-                saved.copy_range(spec.name, shards.first_element(name, mine.numel()), mine)
+                saved.copy_range(stored[name], shards.first_element(name, mine.numel()), mine)
     for name, buffer in model.named_buffers():
         if stored.get(name) in saved.specs:  # other buffers are computed from the configuration
             buffer.copy_(saved.read(stored[name]))

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, PreTrai
 
 from bam_ray.blobs import open_store
 from bam_ray.checkpoint.manifest import ArtifactKind, Manifest
-from bam_ray.checkpoint.model_folder import refuse_outside_link
+from bam_ray.checkpoint.model_folder import is_part, refuse_outside_link
 from bam_ray.checkpoint.scratch import scratch_folder
-from bam_ray.checkpoint.tensors import TensorReader, is_part
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.data import Corpus
 from bam_ray.errors import CheckpointError, SettingsError
 from bam_ray.families import check_weights, family_of

@@ -13,8 +13,9 @@ from bam_ray.blobs import BlobStore
 from bam_ray.checkpoint.artifacts import DAMAGED, Artifact
 from bam_ray.checkpoint.digests import check_digests
 from bam_ray.checkpoint.manifest import ArtifactKind, FileEntry, Manifest
+from bam_ray.checkpoint.model_folder import is_part
 from bam_ray.checkpoint.output_folder import check_disk_space, new_model_folder
-from bam_ray.checkpoint.tensors import TensorReader, is_part
+from bam_ray.checkpoint.tensors import TensorReader
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.control import status
 from bam_ray.errors import BlobNotFound, CheckpointError

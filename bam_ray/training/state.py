@@ -21,7 +21,8 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from bam_ray.blobs import open_store
-from bam_ray.checkpoint.tensors import TensorRange, TensorReader, TensorSpec, encode_part_header, part_name
+from bam_ray.checkpoint.model_folder import part_name
+from bam_ray.checkpoint.tensors import TensorRange, TensorReader, TensorSpec, encode_part_header
 from bam_ray.errors import CheckpointError
 from bam_ray.model.loading import stored_names
 from bam_ray.training.meta_init import NOISE_WEIGHT
@@ -197,12 +198,29 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
     saved, stored = open_tensors(folder, "model"), stored_names(model)
     for name, tensor in distinct_tensors(model).items():
         spec = saved.specs.get(stored[name])
-        if spec is None and (not isinstance(tensor, Parameter) or name.endswith(f".{NOISE_WEIGHT}")):
-            continue
-        if spec is None or spec.shape != tensor.shape:
-            found = "missing" if spec is None else f"{list(spec.shape)}"
-            raise CheckpointError(f"{folder}: {name} is {found}: this is the checkpoint of another model")
-        saved.copy_range(spec.name, 0, tensor.detach().view(-1))
+        if is_saved(spec, name, tensor.shape, folder, is_parameter=isinstance(tensor, Parameter)):
+            saved.copy_range(stored[name], 0, tensor.detach().view(-1))
+
+
+def is_saved(spec: TensorSpec | None, name: str, shape: Sequence[int], folder: Path, is_parameter: bool = True) -> bool:
+    """Return True if a weight is in a checkpoint, and False if it need not be: a buffer, or the noise of new gates.
+
+    Args:
+        spec: What the checkpoint has for the weight.
+        name: The name of the weight in the state dict of its model.
+        shape: Its whole shape.
+        folder: The folder of the checkpoint.
+        is_parameter: False for a buffer.
+
+    Raises:
+        CheckpointError: The weight is missing or has another shape.
+    """
+    if spec is None and (not is_parameter or name.endswith(f".{NOISE_WEIGHT}")):
+        return False
+    if spec is None or spec.shape != tuple(shape):
+        found = "missing" if spec is None else f"{list(spec.shape)}"
+        raise CheckpointError(f"{folder}: {name} is {found}: this is the checkpoint of another model")
+    return True
 
 
 def read_optimizer(folder: Path) -> tuple[dict[str, Tensor], int]:

@@ -13,13 +13,13 @@ from torch import Tensor
 from bam_ray.blobs.folder import FolderStore
 from bam_ray.blobs.memory import MemoryStore
 from bam_ray.checkpoint.manifest import Manifest
+from bam_ray.checkpoint.model_folder import part_name
 from bam_ray.checkpoint.tensors import (
     DTYPES,
     TensorReader,
     TensorSpec,
     encode_header,
     encode_part_header,
-    part_name,
 )
 from bam_ray.checkpoint.writing import ModelWriter
 from bam_ray.errors import CheckpointError, DigestMismatch

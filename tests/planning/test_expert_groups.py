@@ -6,28 +6,15 @@ from bam_ray.pipeline.graph import task_graph
 from bam_ray.planning.cluster_file import NodeGroup
 from bam_ray.planning.expert_groups import sent_bytes, straddling_warnings
 from bam_ray.planning.model_size import ModelSize, seed_size
-from bam_ray.settings import Recipe, TrainingSettings, parse_recipe
+from bam_ray.settings import TrainingSettings
+from tests.support.planning.night_recipe import recipe
 
-RECIPE = """
-name: groups
-store: {uri: 's3://bam/groups'}
-data:
-  domains: {general: {source: x}, code: {source: x}, law: {source: x}, math: {source: x}}
-  sequence_length: 1024
-  tokenizer: {vocab_size: 32000}
-seed:
-  scratch: {hidden_size: 512, intermediate_size: 1536, layers: 8, heads: 8, kv_heads: 4}
-  training: {tokens: 100000000, batch_tokens: 131072, peak_lr: 0.001}
-branch:
-  domains: [code, law, math]
-  training: {tokens: 1000000000, batch_tokens: 131072, peak_lr: 0.001}
-upcycle: {mixtures: {bam: {method: bam}, soup: {method: soup}}}
-mix:
-  workers: 8
-  expert_parallel: 4
-  training: {tokens: 100000000, batch_tokens: 131072, peak_lr: 0.001}
-  needs: {gpus: 1, labels: {"ray.io/accelerator-type": "A100"}}
-"""
+OVERRIDES = (
+    "upcycle.mixtures={bam: {method: bam}, soup: {method: soup}}",
+    "mix.workers=8",
+    "mix.expert_parallel=4",
+    "mix.needs={gpus: 1, labels: {ray.io/accelerator-type: A100}}",
+)
 PAPER = ModelSize(1024, 2048, 6, 1024, 1024, 256_000, tied=True, vectors=2, experts=4, attention=4, keys=4, routers=2)
 TRAINING = TrainingSettings(tokens=1 << 20, batch_tokens=1 << 15, peak_lr=1e-4)
 
@@ -37,8 +24,8 @@ def node(gpus: int, accelerator: str = "A100") -> NodeGroup:
 
 
 def warnings(gpus: int, *overrides: str, accelerator: str = "A100") -> list[str]:
-    recipe: Recipe = parse_recipe(RECIPE, "test", list(overrides))
-    return straddling_warnings(task_graph(recipe), recipe, seed_size(recipe), {"kind": node(gpus, accelerator)})
+    settings = recipe(*OVERRIDES, *overrides)
+    return straddling_warnings(task_graph(settings), settings, seed_size(settings), {"kind": node(gpus, accelerator)})
 
 
 def test_the_bytes_are_those_of_the_hidden_states_that_travel() -> None:

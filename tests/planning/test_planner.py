@@ -17,33 +17,12 @@ from bam_ray.planning.memory import activation_bytes
 from bam_ray.planning.model_size import ModelSize, seed_size
 from bam_ray.planning.plan_table import render_plan
 from bam_ray.planning.planner import Plan, make_plan
-from bam_ray.settings import Recipe, load_recipe, parse_recipe
+from bam_ray.settings import Recipe, load_recipe
 from bam_ray.training.flops import training_flops
 from tests.support import tiny
+from tests.support.planning.night_recipe import recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-name: night
-store: {uri: 's3://bam/night'}
-data:
-  domains: {general: {source: x}, code: {source: x}, law: {source: x}, math: {source: x}}
-  sequence_length: 1024
-  tokenizer: {vocab_size: 32000}
-seed:
-  scratch: {hidden_size: 512, intermediate_size: 1536, layers: 8, heads: 8, kv_heads: 4}
-  training: {tokens: 100000000, batch_tokens: 131072, peak_lr: 0.001}
-  needs: {gpus: 1}
-branch:
-  domains: [code, law, math]
-  training: {tokens: 1000000000, batch_tokens: 131072, peak_lr: 0.001, checkpoint_every: 100}
-  needs: {gpus: 1}
-upcycle: {mixtures: {bam: {method: bam}, btx: {method: btx, num_experts_per_tok: 2}}}
-mix: {workers: 2, training: {tokens: 100000000, batch_tokens: 131072, peak_lr: 0.001}, needs: {gpus: 1}}
-"""
-
-
-def recipe(*overrides: str) -> Recipe:
-    return parse_recipe(RECIPE, "test", list(overrides))
 
 
 def eight() -> ClusterFile:
